@@ -1,0 +1,233 @@
+"""The artifact on disk: a folder whose manifest names, describes and signs every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketvlm.errors import BundleError
+from pocketvlm.report import read_json, write_json
+
+__all__ = [
+    "BUNDLE_SCHEMA",
+    "Bundle",
+    "Component",
+    "Manifest",
+    "TensorSignature",
+    "file_sha256",
+    "replace_directory",
+    "sign_files",
+    "write_manifest",
+]
+
+BUNDLE_SCHEMA = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSignature:
+    """One input or output of a graph; a string in `shape` names a dimension that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One graph of one target.
+
+    Attributes:
+        target: `onnx`, `executorch` or `coreml`.
+        role: `vision`, `embedding` or `decoder`.
+        file: Path of the graph inside the bundle.
+        precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
+    """
+
+    target: str
+    role: Literal["vision", "embedding", "decoder"]
+    file: str
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
+    precision: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a runtime must know to answer from the bundle.
+
+    Attributes:
+        model: Name of the source model.
+        family: Family of the model specification.
+        source_sha256: Digest of the source checkpoint's weights.
+        recipe_sha256: Digest of the resolved recipe.
+        visual_tokens: Embeddings that the vision graph returns for one image, k.
+        visual_tokens_full: Positions that one image takes when `positions` is `original`, N.
+        positions: `original` or `consecutive`; see `reduction.TokenReducer`.
+        prompt: `image_token`, `image_token_id`, `image_prefix` and `image_suffix`.
+        generation: `eos_token_ids` and `max_positions`.
+        kv_cache: `layers`, `kv_heads`, `head_dim` and `dtype` of the decoder's cache.
+        components: The graphs.
+        files: sha256 of every file of the bundle but the manifest, the report and the card.
+        toolchain: Versions that produced the bundle.
+    """
+
+    model: str
+    family: str
+    source_sha256: str
+    recipe_sha256: str
+    visual_tokens: int
+    visual_tokens_full: int
+    positions: str
+    prompt: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    kv_cache: Mapping[str, Any]
+    components: tuple[Component, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+    toolchain: Mapping[str, str | None] = field(default_factory=dict)
+    schema: int = BUNDLE_SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: Path) -> Manifest:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            BundleError: A field is missing or unknown, or the schema is of another version.
+        """
+        if document.get("schema") != BUNDLE_SCHEMA:
+            raise BundleError(
+                f"{where}: bundle schema {document.get('schema')!r}; this version reads "
+                f"{BUNDLE_SCHEMA}"
+            )
+        try:
+            components = tuple(
+                Component(
+                    **{
+                        **component,
+                        "inputs": _signatures(component["inputs"]),
+                        "outputs": _signatures(component["outputs"]),
+                    }
+                )
+                for component in document["components"]
+            )
+            return cls(**{**document, "components": components})
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{where}: not a manifest of a bundle: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A folder with a manifest.
+
+    Attributes:
+        path: The folder.
+        manifest: Its manifest.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = True) -> Bundle:
+        """Opens a bundle and, unless told otherwise, checks the digest of every file.
+
+        Raises:
+            BundleError: There is no bundle, or a file is missing or was changed.
+        """
+        if not (path / _MANIFEST).is_file():
+            raise BundleError(f"{path}: no bundle here: {_MANIFEST} is missing")
+        bundle = cls(
+            path=path, manifest=Manifest.from_json(read_json(path / _MANIFEST), path / _MANIFEST)
+        )
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compares every file with its digest.
+
+        Raises:
+            BundleError: A file is missing or was changed; the message names it.
+        """
+        for name, expected in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise BundleError(f"{file}: named in the manifest, but missing")
+            found = file_sha256(file)
+            if found != expected:
+                raise BundleError(
+                    f"{file}: was changed after signing: sha256 {found[:12]}…, "
+                    f"manifest says {expected[:12]}…"
+                )
+
+    def component(self, target: str, role: str) -> Component:
+        """The graph of one target and role.
+
+        Raises:
+            BundleError: The bundle has none.
+        """
+        for component in self.manifest.components:
+            if component.target == target and component.role == role:
+                return component
+        targets = sorted({c.target for c in self.manifest.components})
+        raise BundleError(
+            f"{self.path}: no {role} graph for target {target!r}; targets are {', '.join(targets)}"
+        )
+
+    def stored_bytes(self) -> int:
+        """Bytes of every signed file: what an app has to ship."""
+        return sum((self.path / name).stat().st_size for name in self.manifest.files)
+
+
+def sign_files(path: Path, unsigned: frozenset[str]) -> dict[str, str]:
+    """Digests of every file below a folder, by its relative name, in sorted order."""
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return {name: file_sha256(path / name) for name in names if name not in unsigned}
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a bundle folder."""
+    write_json(path / _MANIFEST, manifest.to_json())
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the place of `path` only when the block succeeds.
+
+    A failure leaves what was there before; a kill leaves it too, beside a `.partial` folder that
+    the next attempt removes.
+    """
+    aside = path.with_name(path.name + ".partial")
+    retired = path.with_name(path.name + ".retired.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(path, retired)  # noqa: PTH105  (os.replace of folders is one system call)
+    os.replace(aside, path)  # noqa: PTH105
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _signatures(items: list[dict[str, Any]]) -> tuple[TensorSignature, ...]:
+    return tuple(TensorSignature(**{**item, "shape": tuple(item["shape"])}) for item in items)

@@ -1,0 +1,61 @@
+"""RunContext: what a stage may know about the run it is part of; passed, never global."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+__all__ = ["Progress", "ProgressCallback", "RunContext", "ignore_progress"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One step of long work.
+
+    Attributes:
+        task: What is going on, such as `gptq decoder`.
+        done: Steps finished.
+        total: Steps in all, or 0 where that is not known.
+        note: The last step in a few words, such as a layer's name and its error.
+    """
+
+    task: str
+    done: int
+    total: int
+    note: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def ignore_progress(progress: Progress) -> None:
+    """The callback of a caller who does not want to know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Seed, threads, scratch space and progress of one run.
+
+    Attributes:
+        seed: Every random choice of a stage derives from it.
+        threads: Threads that numeric kernels may use.
+        scratch_dir: Where a stage may keep finished layers, so that a killed run resumes; `None`
+            keeps nothing. The folder belongs to one stage of one run: its name holds a hash of
+            everything that the stage's result depends on.
+        on_progress: Called from the working thread after each step.
+    """
+
+    seed: int = 0
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    scratch_dir: Path | None = None
+    on_progress: ProgressCallback = ignore_progress
+
+    def report(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Tells whoever listens that `done` of `total` steps of `task` are finished."""
+        self.on_progress(Progress(task=task, done=done, total=total, note=note))
+
+    def with_scratch(self, scratch_dir: Path | None) -> RunContext:
+        """The same context with another scratch folder."""
+        return replace(self, scratch_dir=scratch_dir)

@@ -1,0 +1,81 @@
+"""The exception tree: what a caller can do about a failure decides its class.
+
+```text
+PocketVLMError                exit code 2: the input was wrong, nothing was lost
+├── CheckpointError           a model directory cannot be read
+│   └── UnsupportedError      it can be read, but not by this family, stage or target
+├── RecipeError               a recipe, rule or option is not valid
+├── CalibrationError          calibration or evaluation data is missing or unreadable
+├── BundleError               a bundle is damaged, or is no bundle
+├── MissingExtraError         an optional toolkit is not installed
+├── ExportError               a toolkit could not convert a graph
+└── CheckFailedError          exit code 1: everything ran, and a bound was not met
+    ├── ParityError           the artifact does not answer like what was evaluated
+    └── ExpectationError      size, latency or quality is beyond what the recipe expects
+```
+
+Every message is one line: what failed, where, and what is allowed. Programming errors stay
+`TypeError`, `ValueError` and `AssertionError`.
+"""
+
+__all__ = [
+    "BundleError",
+    "CalibrationError",
+    "CheckFailedError",
+    "CheckpointError",
+    "ExpectationError",
+    "ExportError",
+    "MissingExtraError",
+    "ParityError",
+    "PocketVLMError",
+    "RecipeError",
+    "UnsupportedError",
+]
+
+
+class PocketVLMError(Exception):
+    """Any failure that pocketvlm foresees; `exit_code` is what the command line returns."""
+
+    exit_code: int = 2
+
+
+class CheckpointError(PocketVLMError):
+    """A model directory is missing, damaged, or not in a format that is safe to load."""
+
+
+class UnsupportedError(CheckpointError):
+    """The input is sound, but this family, stage or target cannot express it."""
+
+
+class RecipeError(PocketVLMError):
+    """A recipe, a selection rule or a stage option is not valid."""
+
+
+class CalibrationError(PocketVLMError):
+    """Calibration or evaluation data is missing, empty or unreadable."""
+
+
+class BundleError(PocketVLMError):
+    """A bundle is damaged, was changed after it was signed, or is no bundle."""
+
+
+class MissingExtraError(PocketVLMError):
+    """An optional toolkit is not installed; the message names the extra that brings it."""
+
+
+class ExportError(PocketVLMError):
+    """A toolkit could not convert a graph; the message keeps its words and the operator."""
+
+
+class CheckFailedError(PocketVLMError):
+    """Everything ran, and a bound was not met."""
+
+    exit_code = 1
+
+
+class ParityError(CheckFailedError):
+    """The artifact does not answer like the model that was evaluated."""
+
+
+class ExpectationError(CheckFailedError):
+    """Size, latency or quality lies beyond the bound that was asked for."""

@@ -1,0 +1,138 @@
+"""Measurements and the report: JSON is the product, HTML and Markdown are renderings of it.
+
+Units are part of a field's name, raw samples are kept, and statistics are derived from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from pocketvlm.errors import BundleError
+
+__all__ = [
+    "REPORT_SCHEMA",
+    "Samples",
+    "describe_environment",
+    "peak_rss_bytes",
+    "read_json",
+    "toolchain_versions",
+    "write_json",
+]
+
+REPORT_SCHEMA = 1
+
+_TOOLCHAIN = (
+    "pocketvlm",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "tokenizers",
+    "numpy",
+    "Pillow",
+    "executorch",
+    "coremltools",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Raw samples of one quantity; the unit is in the name of the field that holds them."""
+
+    values: tuple[float, ...] = field(default=())
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile by linear interpolation between neighbouring samples."""
+        ordered = sorted(self.values)
+        position = q * (len(ordered) - 1)
+        below = int(position)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+    def to_json(self) -> dict[str, Any]:
+        """Samples, median and 90 % quantile; nothing is claimed of an empty list."""
+        if not self.values:
+            return {"samples": [], "median": None, "p90": None}
+        return {
+            "samples": list(self.values),
+            "median": median(self.values),
+            "p90": self.quantile(0.9),
+        }
+
+
+def describe_environment(threads: int) -> dict[str, Any]:
+    """What the figures of a report were measured on."""
+    return {
+        "os": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "threads": threads,
+        "toolchain": toolchain_versions(),
+    }
+
+
+def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | None]:
+    """Installed versions by package name; `None` for what is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a document aside and renames it into place; same content, same bytes."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a document that `write_json` wrote.
+
+    Raises:
+        BundleError: The file is missing or no JSON object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path}: holds a JSON {type(document).__name__}, not an object")
+    return document
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

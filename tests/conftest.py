@@ -1,0 +1,39 @@
+"""Fixtures that every test may use: tiny models of both families, written once a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+FAMILIES = ("llava", "smolvlm")
+
+
+@pytest.fixture(scope="session")
+def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of the tiny random models by family."""
+    from pocketvlm.testing import tiny_config, write_random_model
+
+    root = tmp_path_factory.mktemp("tiny")
+    for family in FAMILIES:
+        write_random_model(tiny_config(family), root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny_path(request: pytest.FixtureRequest, tiny_paths: dict[str, Path]) -> Path:
+    """One directory of a tiny random model, each family in turn; read-only by agreement."""
+    return tiny_paths[request.param]
+
+
+@pytest.fixture
+def tiny_checkpoint(tiny_path: Path):
+    """A fresh checkpoint of a tiny random model, each family in turn."""
+    from pocketvlm.checkpoint import Checkpoint
+
+    return Checkpoint.load(tiny_path)
