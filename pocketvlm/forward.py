@@ -22,8 +22,8 @@ __all__ = [
     "DecoderInputs",
     "VisualTokens",
     "decode_logits",
-    "embed_prompts",
     "embed_patches",
+    "embed_prompts",
     "encode_images",
     "greedy_generate",
     "merge_patches",
@@ -228,8 +228,12 @@ def decode_logits(
         last_only: Whether only the last column is needed.
     """
     decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
+    # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
+    # the positions for borders between packed sequences, and keep them from seeing each other.
+    whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
     output = decoder(
         inputs_embeds=inputs.embeds,
+        attention_mask=whole,
         position_ids=inputs.positions,
         past_key_values=cache,
         use_cache=cache is not None,
