@@ -7,6 +7,7 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 ├── RecipeError               a recipe, rule or option is not valid
 ├── CalibrationError          calibration or evaluation data is missing or unreadable
 ├── BundleError               a bundle is damaged, or is no bundle
+├── InputError                a picture or a prompt cannot be answered about
 ├── MissingExtraError         an optional toolkit is not installed
 ├── ExportError               a toolkit could not convert a graph
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ExpectationError",
     "ExportError",
+    "InputError",
     "MissingExtraError",
     "ParityError",
     "PocketVLMError",
@@ -57,6 +59,10 @@ class CalibrationError(PocketVLMError):
 
 class BundleError(PocketVLMError):
     """A bundle is damaged, was changed after it was signed, or is no bundle."""
+
+
+class InputError(PocketVLMError):
+    """A picture or a prompt cannot be answered about: unreadable, too large, too long, or empty."""
 
 
 class MissingExtraError(PocketVLMError):
