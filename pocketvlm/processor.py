@@ -123,7 +123,10 @@ class Processor:
         if self.spec.family == "idefics3":
             options["do_image_splitting"] = False
         batch = self.image_processor(
-            images=[[image.convert("RGB")] for image in images], return_tensors="pt", **options
+            images=[[image] for image in images],
+            return_tensors="pt",
+            do_convert_rgb=True,
+            **options,
         )
         pixels: Tensor = batch["pixel_values"]
         size = self.spec.tower.image_size
