@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-
 from pocketvlm.errors import BundleError
 
 __all__ = [
@@ -73,6 +71,8 @@ class Samples:
 
 def describe_environment(threads: int) -> dict[str, Any]:
     """What the figures of a report were measured on."""
+    import psutil  # the runtime reads JSON through this module, and needs no psutil
+
     return {
         "os": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -98,11 +98,18 @@ def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | Non
 
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux hands ru_maxrss of the parent down through exec, so a small program that a large
+        # one started would report the large one's peak; VmHWM belongs to this program alone.
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kibibytes, macOS bytes.
+    # macOS counts bytes, the others kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
