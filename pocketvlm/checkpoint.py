@@ -53,8 +53,8 @@ class StageRecord:
         layers: One row a layer: name, form, bits, losses, fallbacks with reasons.
         metrics: Figures of the stage as a whole.
         notes: What a reader must know: fallbacks, skipped modules, failed bounds.
-        seconds: Wall time.
-        peak_rss_bytes: Largest resident set of the process at the end of the stage.
+        seconds: Wall time; in the run's log and report, not in a saved checkpoint.
+        peak_rss_bytes: Largest resident set of the process at the end of the stage; likewise.
     """
 
     method: str
@@ -178,7 +178,7 @@ class Checkpoint:
                         if reducing
                         else None
                     ),
-                    "history": [asdict(record) for record in self.history],
+                    "history": [_timeless(record) for record in self.history],
                 },
             )
 
@@ -224,6 +224,18 @@ class Checkpoint:
         for name, parameter in self.model.named_parameters():
             tensors[name] = parameter.detach()
         return {name: tensors[name].contiguous() for name in sorted(tensors)}, forms
+
+
+def _timeless(record: StageRecord) -> dict[str, Any]:
+    """A record without what the clock said: the same work ends in the same bytes."""
+    document = asdict(record)
+    for key in ("seconds", "peak_rss_bytes"):
+        del document[key]
+    document["layers"] = [
+        {key: value for key, value in layer.items() if key != "seconds"}
+        for layer in document["layers"]
+    ]
+    return document
 
 
 def _read_config(path: Path) -> dict[str, Any]:

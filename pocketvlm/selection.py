@@ -22,11 +22,16 @@ class Rule(Protocol):
     """
 
     @property
-    def part(self) -> Part | None: ...
+    def part(self) -> Part | None:
+        """Part that the layer belongs to."""
+
     @property
-    def match(self) -> str | None: ...
+    def match(self) -> str | None:
+        """Expression that its name matches."""
+
     @property
-    def blocks(self) -> tuple[int, ...] | None: ...
+    def blocks(self) -> tuple[int, ...] | None:
+        """Blocks that it may lie in."""
 
 
 RuleT = TypeVar("RuleT", bound=Rule)

@@ -8,6 +8,7 @@ of the tests.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
         return (torch.randn(shape, generator=generator) * 0.01).to(torch.bfloat16)
     if len(shape) == 1 and "norm" in name.lower().replace("layrnorm", "norm"):
         return (1 + 0.05 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
-    fan_in = shape[-1] if len(shape) < 4 else shape[1] * shape[2] * shape[3]
+    fan_in = math.prod(shape[1:])
     scale = 0.02 if "embed" in name else fan_in**-0.5
     return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
 

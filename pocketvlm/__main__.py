@@ -1,0 +1,5 @@
+"""`python -m pocketvlm`: the command line where the script is not on the path."""
+
+from pocketvlm.cli import main
+
+main()

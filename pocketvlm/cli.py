@@ -1,0 +1,534 @@
+"""The command line: parse, call the API, print. The only place that prints and draws progress.
+
+Human text goes to stderr; `--json` puts one JSON document on stdout. Exit codes: 0 done, 1 a check
+or bound failed, 2 the input was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from pocketvlm import __version__
+from pocketvlm.errors import CheckFailedError, PocketVLMError, RecipeError
+
+if TYPE_CHECKING:
+    from pocketvlm.context import Progress, ProgressCallback
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pocketvlm",
+    help="Turn a vision-language checkpoint into a phone-ready artifact that can be trusted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local directory, a hub id, reference:pocket-llava, reference:pocket-smol, or "
+        "shape:smolvlm-256m (random weights, for speed alone).",
+    ),
+]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a YAML file.")
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="Export format; repeat for several. Default: the recipe's."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Changes the recipe, e.g. stages.0.keep=0.25."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads. Default: all cores.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+
+
+def main() -> None:
+    """Entry point: maps failures to one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except PocketVLMError as error:
+        code = _fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        code = _interrupted()
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except KeyboardInterrupt:
+        code = _interrupted()
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(f"{where}{error.strerror}; nothing that was there before is lost", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_STORAGE_ERRORS = (
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.EISDIR,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    recipe: RecipeOption = "int4-balanced",
+    target: TargetOption = None,
+    settings: SetOption = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of pictures and questions, `reference` or `synthetic`. Default: the "
+            "recipe's."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions to score: a folder, reference:SEED, or none. Default: reference:1 for "
+            "a reference model, else none."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Questions to score.")] = 200,
+    bench: Annotated[bool, typer.Option(help="Time the bundle on this host.")] = True,
+    baseline: Annotated[
+        bool, typer.Option(help="Time it interleaved with the float32 ONNX export.")
+    ] = True,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a checkpoint, export it, prove it equal, score and time it. Resumable."""
+    _quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+
+    job = Job(
+        model=model,
+        recipe=recipe,
+        targets=tuple(target or ()),
+        settings=tuple(settings or ()),
+        calibration=calibration,
+        data=data,
+        n=n,
+        bench=bench,
+        baseline=baseline,
+        seed=seed,
+        threads=threads or os.cpu_count() or 1,
+        command=_command_line(),
+    )
+    with _progress() as on_progress:
+        result = job.run(out, on_progress=on_progress)
+    _print_summary(result.report)
+    _say(f"report   {result.out / 'report.html'}")
+    _say(f"bundle   {result.out / 'bundle'}")
+    if as_json:
+        _print_json(result.report)
+    if result.failures:
+        raise CheckFailedError("; ".join(result.failures))
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    recipe: RecipeOption = "int4-balanced",
+    target: TargetOption = None,
+    settings: SetOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="Check against a device of `pocketvlm devices`.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights."""
+    _quiet_libraries()
+    from pocketvlm.pipeline.plan import plan as make_plan
+    from pocketvlm.pipeline.sources import resolve_model, select_targets
+    from pocketvlm.recipes.load import load_recipe
+
+    loaded = select_targets(load_recipe(recipe, settings or ()), target or ())
+    made = make_plan(resolve_model(model), loaded, device=device)
+    for line in made.lines():
+        _say(line)
+    if as_json:
+        _print_json(made.to_json())
+    made.raise_if_refused()
+
+
+@app.command()
+def ask(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
+    runtime: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about a picture from the bundle alone, streamed."""
+    from dataclasses import asdict
+
+    from pocketvlm.bundle import Bundle
+    from pocketvlm.runtime.conversation import Conversation
+
+    if runtime != "onnx":
+        raise RecipeError(f"--runtime {runtime!r} is not known; allowed is onnx")
+    conversation = Conversation.open(Bundle.open(bundle), threads=threads)
+
+    def show(piece: str) -> None:
+        if not as_json:
+            print(piece, end="", flush=True)
+
+    answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_text=show)
+    if as_json:
+        _print_json(
+            {
+                "text": answer.text,
+                "token_ids": list(answer.token_ids),
+                "timings": asdict(answer.timings),
+            }
+        )
+    else:
+        print()
+
+
+@app.command(name="eval")
+def evaluate(
+    subject: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="What answers the questions.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="A folder of pictures and questions, or reference:SEED.")
+    ] = "reference:1",
+    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score generated answers, with a 95 % interval and the blind floor."""
+    _quiet_libraries()
+    from pocketvlm.context import RunContext
+    from pocketvlm.pipeline.sources import load_evaluation, score_subject
+
+    samples = load_evaluation(data, n)
+    with _progress() as on_progress:
+        ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
+        score = score_subject(subject, samples, ctx)
+    document = score.to_json()
+    _say(
+        f"{document['metric']}  {score.accuracy:.1%}  "
+        f"[{score.interval_low:.1%}, {score.interval_high:.1%}]  n={score.n}"
+    )
+    for kind, row in document["per_kind"].items():
+        _say(f"  {kind:<10} {json.dumps(row)}")
+    if score.blind is not None:
+        _say(f"blind floor {json.dumps(document['blind'])}")
+    if as_json:
+        _print_json(document)
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A bundle that is timed in the same interleaved run.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="vlm, text or short.")] = "short",
+    device: Annotated[str, typer.Option(help="Where it runs.")] = "host",
+    repeats: Annotated[int | None, typer.Option(min=5, help="Repeats, at least 5.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a bundle: stages, two times to first token, rates, memory; raw samples kept."""
+    from dataclasses import replace
+
+    from pocketvlm.device_bench.protocol import bench_bundle
+    from pocketvlm.device_bench.workload import load_workload
+
+    chosen = load_workload(workload)
+    if repeats is not None:
+        chosen = replace(chosen, repeats=repeats)
+    with _progress() as on_progress:
+        result = bench_bundle(
+            bundle,
+            chosen,
+            baseline=baseline,
+            device=device,
+            threads=threads,
+            on_progress=on_progress,
+        )
+    _print_latency(result)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A report.json, or its folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The one that must not be worse.")],
+    max_regress: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=SHARE", help="Allowed regression, e.g. decode_tok_s=0.05."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Exit with 1 when B is worse than A beyond the bound."""
+    from pocketvlm.device_bench.compare import compare_reports, parse_bounds
+
+    rows = compare_reports(first, second, parse_bounds(max_regress or ()))
+    for row in rows:
+        _say(row.line())
+    if as_json:
+        _print_json({"rows": [row.to_json() for row in rows]})
+    worse = [row.metric for row in rows if not row.passed]
+    if worse:
+        raise CheckFailedError(f"worse than {first} beyond the bound: {', '.join(worse)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from pocketvlm.device_bench.html import render_html
+    from pocketvlm.report import read_json
+
+    documents = [read_json(run / "report.json" if run.is_dir() else run) for run in runs]
+    out.write_text(render_html(*documents), encoding="utf-8")
+    _say(f"report   {out}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one, resolved.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or show one."""
+    _quiet_libraries()
+    import yaml
+
+    from pocketvlm.recipes.load import list_recipes, load_recipe
+
+    if name is not None:
+        document = load_recipe(name).to_document()
+        print(json.dumps(document) if as_json else yaml.safe_dump(document, sort_keys=False))
+        return
+    loaded = [load_recipe(shipped) for shipped in list_recipes()]
+    for one in loaded:
+        _say(f"{one.name:<16} {one.description}")
+    if as_json:
+        _print_json({"recipes": [one.to_document() for one in loaded]})
+
+
+@app.command()
+def devices(as_json: JsonOption = False) -> None:
+    """List device profiles."""
+    from dataclasses import asdict
+
+    from pocketvlm.device_bench.devices import list_devices
+
+    profiles = list_devices()
+    for profile in profiles:
+        _say(f"{profile.name:<16} {profile.description}")
+    if as_json:
+        _print_json({"devices": [asdict(profile) for profile in profiles]})
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say whether the installed versions fit together, and what is missing for which target."""
+    from pocketvlm.pipeline.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        _say(finding.line())
+    if as_json:
+        _print_json({"findings": [finding.to_json() for finding in findings]})
+    broken = [finding.name for finding in findings if finding.verdict == "broken"]
+    if broken:
+        raise CheckFailedError(f"these do not fit: {', '.join(broken)}")
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a bundle holds, after checking the digest of every file."""
+    from pocketvlm.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    _say(f"model          {manifest.model} ({manifest.family})")
+    _say(
+        f"visual tokens  {manifest.visual_tokens} of {manifest.visual_tokens_full}, "
+        f"positions {manifest.positions}"
+    )
+    _say(f"bytes          {opened.stored_bytes():,}")
+    for component in manifest.components:
+        precision = ", ".join(f"{part} {form}" for part, form in component.precision.items())
+        _say(f"{component.target:<8} {component.role:<10} {component.file}  {precision}")
+        for signature in (*component.inputs, *component.outputs):
+            _say(f"    {signature.name:<16} {signature.dtype:<8} {list(signature.shape)}")
+    for name in manifest.files:
+        _say(f"{(opened.path / name).stat().st_size:>12,}  {name}")
+    if as_json:
+        _print_json({**manifest.to_json(), "bundle_bytes": opened.stored_bytes()})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="A reference model.")] = "reference:pocket-llava",
+    as_json: JsonOption = False,
+) -> None:
+    """Run the main job on a shipped reference model and ask the result about a picture."""
+    _quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+
+    job = Job(model=model, command=_command_line())
+    with _progress() as on_progress:
+        result = job.run(out, on_progress=on_progress)
+        shown = job.ask_about_a_scene(result)
+    _print_summary(result.report)
+    _say(f"picture  {shown.image}")
+    _say(f"asked    {shown.question}")
+    _say(f"answer   {shown.answer}   (expected: {shown.expected})")
+    _say(f"bundle   {result.out / 'bundle'}")
+    _say(f"report   {result.out / 'report.html'}")
+    if as_json:
+        _print_json(result.report)
+    if result.failures:
+        raise CheckFailedError("; ".join(result.failures))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def _fail(message: str, code: int) -> int:
+    _say("error: " + " ".join(message.split()))
+    return code
+
+
+def _interrupted() -> int:
+    _say("interrupted; the same command goes on where this one stopped")
+    return 130
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["pocketvlm", *sys.argv[1:]])
+
+
+def _quiet_libraries() -> None:
+    """Keeps the libraries' own progress bars and notices off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressCallback]:
+    """A progress bar a task on stderr; plain silence where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+
+    def on_progress(step: Progress) -> None:
+        if step.task not in tasks:
+            tasks[step.task] = bars.add_task(step.task, total=step.total or None, note="")
+        bars.update(tasks[step.task], completed=step.done, note=step.note)
+
+    with bars:
+        yield on_progress
+
+
+def _print_summary(document: Mapping[str, Any]) -> None:
+    size, quality = document["size"], document["quality"]
+    _say(
+        f"size     {size['bundle_bytes'] / 1e6:.2f} MB, "
+        f"{size['bundle_share']:.3f} of the source's weights"
+    )
+    if quality:
+        compressed, plain = quality["compressed"], quality["float"]
+        _say(
+            f"quality  {compressed['accuracy']:.1%} from the bundle, {plain['accuracy']:.1%} float "
+            f"(n={quality['n']}, {quality['metric']})"
+        )
+    verdict = "passed" if document["parity"]["passed"] else "FAILED"
+    _say(f"parity   {verdict}")
+    if document.get("bench"):
+        _print_latency(document["bench"])
+    for note in document["notes"]:
+        _say(f"note     {note}")
+
+
+def _print_latency(result: Mapping[str, Any]) -> None:
+    for target, block in result["latency"].items():
+        shown = [
+            f"{name} {block[name]['median']:.1f}"
+            for name in ("vision_ms", "prefill_ms", "ttft_user_ms", "decode_tok_s")
+            if block.get(name) and block[name]["median"] is not None
+        ]
+        _say(f"{target:<8} " + ", ".join(shown))
+    for name, ratio in (result.get("ratios") or {}).items():
+        if isinstance(ratio, int | float):
+            _say(f"  {name} {ratio:.2f} times the baseline")

@@ -1,0 +1,103 @@
+"""Puts a bundle together: graphs, processor files, manifest, certificate, in this order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pocketvlm.bundle import Bundle, Manifest, replace_directory, sign_files, write_manifest
+from pocketvlm.calibration.source import Sample
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.export.parity import ParityReport, certify
+from pocketvlm.recipes.load import Recipe
+from pocketvlm.recipes.stages import Target
+from pocketvlm.report import toolchain_versions, write_json
+
+__all__ = ["PARITY_FILE", "UNSIGNED", "build_bundle"]
+
+PARITY_FILE = "parity.json"
+
+UNSIGNED = frozenset({"manifest.json", "README.md", "report.html"})
+"""Files of a bundle that describe it and are written, or written again, after it is signed."""
+
+_DEFAULT_MAX_POSITIONS = 4096
+
+
+def build_bundle(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    path: Path,
+    samples: Sequence[Sample],
+    ctx: RunContext,
+) -> tuple[Bundle, ParityReport]:
+    """Exports every target and certifies it; `path` is replaced only when all of it succeeded.
+
+    A certificate that fails is no reason to throw the bundle away: it is written with its verdict,
+    so that somebody can look at what went wrong.
+
+    Args:
+        checkpoint: What was evaluated.
+        recipe: Where it came from.
+        targets: What is exported.
+        path: The bundle's folder.
+        samples: Questions with pictures that the certificate is made on.
+        ctx: The run.
+
+    Raises:
+        ExportError: A toolkit could not convert a graph.
+        UnsupportedError: A target cannot express a weight.
+    """
+    with replace_directory(path) as folder:
+        components = tuple(
+            component for target in targets for component in target.export(checkpoint, folder, ctx)
+        )
+        checkpoint.processor.save(folder)
+        manifest = _describe(checkpoint, recipe, folder)
+        manifest = replace(manifest, components=components, files=sign_files(folder, UNSIGNED))
+        write_manifest(folder, manifest)
+        report = certify(checkpoint, Bundle(path=folder, manifest=manifest), samples, ctx=ctx)
+        write_json(folder / PARITY_FILE, report.to_json())
+        manifest = replace(manifest, files=sign_files(folder, UNSIGNED))
+        write_manifest(folder, manifest)
+    return Bundle(path=path, manifest=manifest), report
+
+
+def _describe(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> Manifest:
+    spec, reducer = checkpoint.spec, checkpoint.reducer
+    decoder = spec.decoder
+    if not (folder / "generation_config.json").is_file():
+        (folder / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": list(checkpoint.processor.eos_token_ids)}) + "\n",
+            encoding="utf-8",
+        )
+    return Manifest(
+        model=checkpoint.source.name,
+        family=spec.family,
+        source_sha256=checkpoint.source.sha256,
+        recipe_sha256=recipe.sha256(),
+        visual_tokens=reducer.keep if reducer else spec.visual_tokens,
+        visual_tokens_full=spec.visual_tokens,
+        positions=reducer.positions if reducer else "original",
+        prompt={
+            "image_token": spec.image_token,
+            "image_token_id": spec.image_token_id,
+            "image_prefix": spec.image_prefix,
+            "image_suffix": spec.image_suffix,
+        },
+        generation={
+            "eos_token_ids": list(checkpoint.processor.eos_token_ids),
+            "max_positions": min(decoder.max_positions, _DEFAULT_MAX_POSITIONS),
+        },
+        kv_cache={
+            "layers": decoder.depth,
+            "kv_heads": decoder.kv_heads,
+            "head_dim": decoder.head_dim,
+            "dtype": "float32",
+        },
+        components=(),
+        toolchain=toolchain_versions(),
+    )

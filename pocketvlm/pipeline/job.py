@@ -1,0 +1,150 @@
+"""Job: the main job as the command line states it, with names resolved and defaults filled in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
+from pocketvlm.device_bench.workload import load_workload
+from pocketvlm.errors import PocketVLMError
+from pocketvlm.modelspec import ModelSpec
+from pocketvlm.pipeline.plan import plan
+from pocketvlm.pipeline.run import RunResult, run
+from pocketvlm.pipeline.sources import (
+    load_evaluation,
+    read_model_config,
+    resolve_calibration,
+    resolve_model,
+    select_targets,
+)
+from pocketvlm.recipes.load import load_recipe
+from pocketvlm.reference.questions import generate_examples
+from pocketvlm.runtime.conversation import Conversation
+
+__all__ = ["Job", "SceneAnswer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneAnswer:
+    """One question about one generated scene, answered by the bundle.
+
+    Attributes:
+        image: Where the picture was written.
+        expected: The right answer.
+    """
+
+    image: Path
+    question: str
+    answer: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the user asked for.
+
+    Attributes:
+        model: A name that `resolve_model` understands.
+        recipe: A recipe's name or file.
+        targets: Export formats instead of the recipe's.
+        settings: `a.b=c` changes to the recipe.
+        calibration: A calibration source instead of the recipe's.
+        data: Questions to score, `none`, or `None` for the default of the model.
+        n: How many.
+        bench: Whether the bundle is timed.
+        baseline: Whether it is timed beside the float32 export.
+    """
+
+    model: str
+    recipe: str = "int4-balanced"
+    targets: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    calibration: str | None = None
+    data: str | None = None
+    n: int = 200
+    bench: bool = True
+    baseline: bool = True
+    seed: int = 0
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    command: str = ""
+
+    def run(self, out: Path, *, on_progress: ProgressCallback = ignore_progress) -> RunResult:
+        """Plans, then runs.
+
+        Raises:
+            PocketVLMError: Something about the input is wrong; found, where it can be, before any
+                compute.
+        """
+        recipe = select_targets(load_recipe(self.recipe, self.settings), self.targets)
+        if self.calibration is not None:
+            options = replace(recipe.calibration, source=self.calibration)
+            recipe = replace(recipe, calibration=options)
+        path = resolve_model(self.model)
+        plan(path, recipe).raise_if_refused()
+        is_reference = self.model.startswith("reference:")
+        calibration = resolve_calibration(
+            recipe.calibration,
+            is_reference=is_reference,
+            spec=ModelSpec.from_config(read_model_config(path)),
+        )
+        ctx = RunContext(seed=self.seed, threads=self.threads, on_progress=on_progress)
+        wants_baseline = self.bench and self.baseline and recipe.stages
+        return run(
+            path,
+            recipe,
+            out=out,
+            calibration=calibration,
+            ctx=ctx,
+            evaluation=self._evaluation(is_reference=is_reference),
+            workload=load_workload("short") if self.bench else None,
+            baseline=_float_bundle(path, out, ctx) if wants_baseline else None,
+            command=self.command,
+        )
+
+    def ask_about_a_scene(self, result: RunResult) -> SceneAnswer:
+        """Asks the finished bundle about one held-out scene, whose picture is kept beside it."""
+        example = next(generate_examples(7, 1, split="evaluation"))
+        picture = result.out / "scene.png"
+        example.image.save(picture)
+        conversation = Conversation.open(Bundle.open(result.out / "bundle"))
+        answer = conversation.ask(example.question, image=picture)
+        return SceneAnswer(
+            image=picture,
+            question=example.question,
+            answer=answer.text,
+            expected=example.answer,
+        )
+
+    def _evaluation(self, *, is_reference: bool) -> CalibrationSet | None:
+        data = self.data or ("reference:1" if is_reference else "none")
+        return None if data == "none" else load_evaluation(data, self.n)
+
+
+def _float_bundle(model: Path, out: Path, ctx: RunContext) -> Path:
+    """The float32 export of the same model: what the compressed bundle is timed against.
+
+    It is made in a process of its own, so that its memory is not counted as that of the job.
+
+    Raises:
+        PocketVLMError: The export failed; the message is the other process's.
+    """
+    folder = out.with_name(out.name + "-float")
+    if (folder / "bundle" / "manifest.json").is_file():
+        return folder / "bundle"
+    ctx.report("float32 baseline", 0, 1)
+    command = [
+        *(sys.executable, "-m", "pocketvlm", "compress", str(model), "--recipe", "float"),
+        *("--out", str(folder), "--no-bench", "--data", "none", "--threads", str(ctx.threads)),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (our own program)
+    if finished.returncode != 0:
+        last = finished.stderr.strip().rpartition("\n")[2]
+        raise PocketVLMError(f"the float32 baseline could not be exported: {last}")
+    ctx.report("float32 baseline", 1, 1)
+    return folder / "bundle"

@@ -1,0 +1,270 @@
+"""run: the main job. Stages, then export and proof, then scores and timings, then the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.context import RunContext
+from pocketvlm.device_bench.html import render_html, render_markdown
+from pocketvlm.device_bench.protocol import bench_bundle
+from pocketvlm.device_bench.workload import Workload
+from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
+from pocketvlm.pipeline.assemble import build_bundle
+from pocketvlm.pipeline.journal import Journal, stage_keys
+from pocketvlm.pipeline.sources import load_checkpoint
+from pocketvlm.recipes.load import Bound, Recipe
+from pocketvlm.recipes.stages import Stage, Target, check_order
+from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes, write_json
+
+__all__ = ["RunResult", "compress_checkpoint", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        out: The run directory.
+        report: Content of its report.json.
+        failures: Checks and bounds that were not met, a line each; empty when all is well.
+    """
+
+    out: Path
+    report: Mapping[str, Any]
+    failures: tuple[str, ...]
+
+
+def run(
+    model: Path,
+    recipe: Recipe,
+    *,
+    out: Path,
+    calibration: CalibrationSet,
+    ctx: RunContext,
+    evaluation: CalibrationSet | None = None,
+    workload: Workload | None = None,
+    baseline: Path | None = None,
+    command: str = "",
+) -> RunResult:
+    """Compresses a model, exports it, proves the result equal, scores and times it.
+
+    A run that was killed is continued by the same call: at the first unfinished layer of the first
+    unfinished stage, with byte-identical checkpoint and bundle.
+
+    Args:
+        model: A checkpoint directory.
+        recipe: What is done.
+        out: The run directory.
+        calibration: What the stages look at.
+        ctx: Seed, threads, progress.
+        evaluation: Questions whose answers are scored; `None` leaves quality unmeasured.
+        workload: What is timed; `None` leaves latency unmeasured.
+        baseline: A bundle that is timed in the same interleaved run.
+        command: The command line, for the report.
+
+    Raises:
+        PocketVLMError: The input is wrong; nothing that was there before is lost.
+    """
+    checkpoint = load_checkpoint(model)
+    keys = stage_keys(
+        checkpoint.source.sha256, calibration.sha256, [asdict(stage) for stage in _steps(recipe)]
+    )
+    run_key = stage_keys(
+        checkpoint.source.sha256, calibration.sha256, [recipe.sha256(), str(ctx.seed)]
+    )[-1]
+    journal = Journal.open(out, run_key, f"{recipe.name} of {checkpoint.source.name}")
+    (out / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe.to_document(), sort_keys=False), encoding="utf-8"
+    )
+    quality_float = _score_float(journal, checkpoint, evaluation, ctx)
+    checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
+    checkpoint.save(out / "checkpoint")
+    samples = tuple((evaluation or calibration).take(8))
+    bundle, parity = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
+    compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
+    bench = (
+        bench_bundle(bundle.path, workload, baseline=baseline, threads=ctx.threads)
+        if workload
+        else None
+    )
+    report = {
+        "schema": REPORT_SCHEMA,
+        "command": command,
+        "model": {
+            "name": checkpoint.source.name,
+            "family": checkpoint.spec.family,
+            "sha256": checkpoint.source.sha256,
+            "visual_tokens": bundle.manifest.visual_tokens,
+            "visual_tokens_full": bundle.manifest.visual_tokens_full,
+            "positions": bundle.manifest.positions,
+        },
+        "recipe": {**recipe.to_document(), "sha256": recipe.sha256()},
+        "calibration": calibration.describe(),
+        "environment": describe_environment(ctx.threads),
+        "stages": _stage_rows(journal, keys, checkpoint.history),
+        "size": _sizes(checkpoint, bundle),
+        "quality": _quality(quality_float, compressed),
+        "parity": parity.to_json(),
+        "latency": bench["latency"] if bench else None,
+        "bench": bench,
+        "memory": {
+            **(bench["memory"] if bench else {}),
+            "compress_peak_rss_bytes": peak_rss_bytes(),
+        },
+        "notes": _notes(checkpoint, calibration, bench),
+    }
+    failures = (*parity.failures(), *_broken_expectations(recipe, report))
+    report["failures"] = list(failures)
+    write_json(out / "report.json", report)
+    html = render_html(report)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    (bundle.path / "report.html").write_text(html, encoding="utf-8")
+    (bundle.path / "README.md").write_text(render_markdown(report), encoding="utf-8")
+    journal.log("finished", failures=list(failures))
+    journal.clean()
+    return RunResult(out=out, report=report, failures=failures)
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint, stages: Sequence[Stage], calibration: CalibrationSet, ctx: RunContext
+) -> Checkpoint:
+    """Applies stages one after another, in memory; the Python API's short way.
+
+    Raises:
+        RecipeError: A stage stands in the wrong place.
+    """
+    check_order(stages)
+    for stage in stages:
+        checkpoint = stage.apply(checkpoint, calibration, ctx)
+    return checkpoint
+
+
+def _steps(recipe: Recipe) -> tuple[Any, ...]:
+    return recipe.stages
+
+
+def _compress(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    journal: Journal,
+    keys: Sequence[str],
+    ctx: RunContext,
+) -> Checkpoint:
+    """Runs the stages that no earlier attempt has finished."""
+    first = 0
+    for index in reversed(range(len(keys))):
+        finished = journal.finished_checkpoint(keys[index])
+        if finished is not None:
+            checkpoint, first = load_checkpoint(finished), index + 1
+            journal.log("resumed", stage=index)
+            break
+    for index in range(first, len(keys)):
+        folder = journal.stage_dir(keys[index])
+        scratch = folder / "layers"
+        scratch.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        checkpoint = recipe.stages[index].apply(checkpoint, calibration, ctx.with_scratch(scratch))
+        record = replace(
+            checkpoint.history[-1],
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        checkpoint = replace(checkpoint, history=(*checkpoint.history[:-1], record))
+        checkpoint.save(folder / "checkpoint")
+        journal.log("stage", key=keys[index], record=asdict(record))
+    return checkpoint
+
+
+def _score_float(
+    journal: Journal, checkpoint: Checkpoint, evaluation: CalibrationSet | None, ctx: RunContext
+) -> Score | None:
+    if evaluation is None:
+        return None
+    known = journal.last("quality_float", evaluation=evaluation.sha256)
+    if known is not None:
+        return Score.from_json(known["score"])
+    score = score_checkpoint(checkpoint, evaluation, ctx=ctx)
+    journal.log("quality_float", evaluation=evaluation.sha256, score=score.to_json())
+    return score
+
+
+def _stage_rows(
+    journal: Journal, keys: Sequence[str], history: Sequence[StageRecord]
+) -> list[dict[str, Any]]:
+    """Records with the timings of the attempt that really ran them."""
+    logged = [journal.last("stage", key=key) for key in keys]
+    return [
+        dict(entry["record"]) if entry else asdict(record)
+        for entry, record in zip(logged, history[len(history) - len(keys) :], strict=True)
+    ]
+
+
+def _sizes(checkpoint: Checkpoint, bundle: Bundle) -> dict[str, Any]:
+    parts: dict[str, int] = {}
+    for name in bundle.manifest.files:
+        part = name.partition("/")[0] if "/" in name else "processor"
+        parts[part] = parts.get(part, 0) + (bundle.path / name).stat().st_size
+    weights: dict[str, int] = {}
+    for linear, form in checkpoint.forms().items():
+        weights[linear.part] = weights.get(linear.part, 0) + form.stored_bytes
+    total = bundle.stored_bytes()
+    return {
+        "source_bytes": checkpoint.source.weight_bytes,
+        "bundle_bytes": total,
+        "bundle_share": total / checkpoint.source.weight_bytes,
+        "parts": parts,
+        "weight_bytes": weights,
+    }
+
+
+def _quality(float_score: Score | None, compressed: Score | None) -> dict[str, Any] | None:
+    if float_score is None or compressed is None:
+        return None
+    return {
+        "metric": compressed.metric,
+        "n": compressed.n,
+        "float": float_score.to_json(),
+        "compressed": compressed.to_json(),
+        "recovery": compressed.accuracy / float_score.accuracy if float_score.accuracy else None,
+        "blind": float_score.blind,
+    }
+
+
+def _notes(
+    checkpoint: Checkpoint, calibration: CalibrationSet, bench: Mapping[str, Any] | None
+) -> list[str]:
+    notes = [f"{record.method}: {note}" for record in checkpoint.history for note in record.notes]
+    if calibration.is_synthetic:
+        notes.append(
+            "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
+        )
+    return [*notes, *(bench["notes"] if bench else ())]
+
+
+def _broken_expectations(recipe: Recipe, report: Mapping[str, Any]) -> list[str]:
+    quality, bench = report["quality"], report["bench"]
+    measured = {
+        "bundle_share": report["size"]["bundle_share"],
+        "recovery": quality["recovery"] if quality else None,
+        "decode_speedup": (bench or {}).get("ratios", {}).get("decode_tok_s"),
+    }
+    broken = []
+    for name, value in measured.items():
+        bound: Bound | None = getattr(recipe.expect, name)
+        if bound is None or value is None:
+            continue
+        if bound.min is not None and value < bound.min:
+            broken.append(f"{name} is {value:.3f}, expected at least {bound.min}")
+        if bound.max is not None and value > bound.max:
+            broken.append(f"{name} is {value:.3f}, expected at most {bound.max}")
+    return broken

@@ -1,0 +1,114 @@
+"""The one table of everything that a recipe may name.
+
+A new method is one module, one line here, one test file, one page in the docs and one line in the
+changelog. Order is checked on capability flags, so a new stage edits nobody's list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pocketvlm.bundle import Component
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
+from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.tokens.stage import ReduceTokens
+from pocketvlm.context import RunContext
+from pocketvlm.errors import RecipeError
+from pocketvlm.export.onnx import ToOnnx
+
+__all__ = [
+    "INITIAL_FLAGS",
+    "STAGES",
+    "TARGETS",
+    "Stage",
+    "Target",
+    "check_order",
+    "reducer_builders",
+]
+
+
+class Stage(Protocol):
+    """One compression step: a frozen dataclass that is its own configuration."""
+
+    requires: ClassVar[frozenset[str]]
+    provides: ClassVar[frozenset[str]]
+    forbids: ClassVar[frozenset[str]]
+
+    @property
+    def method(self) -> str:
+        """The tag that names the stage in a recipe."""
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Compresses the checkpoint, which it owns from here on."""
+
+
+class Target(Protocol):
+    """One export format: a frozen dataclass that is its own configuration."""
+
+    @property
+    def method(self) -> str:
+        """The tag that names the target in a recipe."""
+
+    def export(
+        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
+    ) -> tuple[Component, ...]:
+        """Writes the target's graphs below `folder` and describes them."""
+
+
+STAGES: tuple[type[Stage], ...] = (ReduceTokens, RoundToNearest, Gptq)
+TARGETS: tuple[type[Target], ...] = (ToOnnx,)
+
+INITIAL_FLAGS = frozenset({"float_weights", "all_tokens"})
+"""What holds of a checkpoint before the first stage."""
+
+# A stage that provides one of a pair takes the other away.
+_OPPOSITES = {"quantized_weights": "float_weights", "reduced_tokens": "all_tokens"}
+
+
+@dataclass(frozen=True)
+class _Flags:
+    held: frozenset[str]
+
+    def after(self, stage: Stage) -> _Flags:
+        lost = {_OPPOSITES[flag] for flag in stage.provides if flag in _OPPOSITES}
+        return _Flags((self.held - lost) | stage.provides)
+
+
+def check_order(stages: Sequence[Stage], history_flags: frozenset[str] = INITIAL_FLAGS) -> None:
+    """Checks that every stage finds what it needs and nothing that it cannot bear.
+
+    Raises:
+        RecipeError: A stage stands in the wrong place; the message names it and the flag.
+    """
+    flags = _Flags(history_flags)
+    for index, stage in enumerate(stages):
+        missing = sorted(stage.requires - flags.held)
+        if missing:
+            raise RecipeError(
+                f"stages.{index} ({stage.method}): needs {', '.join(missing)}, which no longer "
+                "holds here; move it before the stage that takes it away"
+            )
+        clash = sorted(stage.forbids & flags.held)
+        if clash:
+            raise RecipeError(
+                f"stages.{index} ({stage.method}): cannot follow a stage that leaves "
+                f"{', '.join(clash)}"
+            )
+        flags = flags.after(stage)
+
+
+def reducer_builders() -> Mapping[str, ReducerBuilder]:
+    """How a saved checkpoint gets its visual-token reducer back, by stage tag."""
+    builders: dict[str, Any] = {}
+    for stage in STAGES:
+        build = getattr(stage, "build_reducer", None)
+        if build is not None:
+            builders[stage.__dataclass_fields__["method"].default] = build  # type: ignore[attr-defined]  # every stage is a dataclass; a protocol cannot say so
+    return builders

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.weights import AffineWeight
+
+
+@pytest.fixture
+def copy(tiny_path, tmp_path):
+    return shutil.copytree(tiny_path, tmp_path / "model")
+
+
+def quantize_crudely(form):
+    """Any valid codes do: what is tested is that they survive."""
+    dense = form.dequantize()
+    rows, columns = dense.shape
+    groups = -(-columns // 32)
+    padded = torch.zeros(rows, groups * 32)
+    padded[:, :columns] = dense
+    blocks = padded.view(rows, groups, 32)
+    scales = (blocks.abs().amax(-1) / 7 + 1e-4).half()
+    codes = (blocks / scales.float()[..., None]).round().clamp(-8, 7) + 8
+    return AffineWeight.from_codes(
+        codes.view(rows, -1), scales, None, bits=4, group_size=32, in_features=columns
+    )
+
+
+def test_a_saved_checkpoint_comes_back_whole(tiny_checkpoint, tmp_path):
+    linear = tiny_checkpoint.spec.linears()[-1]
+    tiny_checkpoint.set_form(linear.name, quantize_crudely(tiny_checkpoint.form(linear.name)))
+    record = StageRecord(
+        method="test",
+        parameters={"bits": 4},
+        version="0",
+        calibration_sha256=None,
+        layers=({"name": linear.name, "seconds": 1.5},),
+        notes=("something",),
+        seconds=3.0,
+    )
+    tiny_checkpoint.extend(record).save(tmp_path / "saved")
+    again = Checkpoint.load(tmp_path / "saved")
+    assert again.source == tiny_checkpoint.source
+    assert again.history[0].notes == ("something",)
+    for name, form in tiny_checkpoint.forms().items():
+        assert torch.equal(again.form(name.name).dequantize(), form.dequantize())
+    assert isinstance(again.form(linear.name), AffineWeight)
+
+
+def test_saving_twice_gives_the_same_bytes_whatever_the_clock_said(tiny_checkpoint, tmp_path):
+    for index, seconds in enumerate((1.0, 2.0)):
+        record = StageRecord(
+            method="test",
+            parameters={},
+            version="0",
+            calibration_sha256=None,
+            layers=({"name": "a", "seconds": seconds},),
+            seconds=seconds,
+            peak_rss_bytes=int(seconds),
+        )
+        tiny_checkpoint.extend(record).save(tmp_path / str(index))
+    first, second = (sorted((tmp_path / str(i)).iterdir()) for i in range(2))
+    assert [f.name for f in first] == [f.name for f in second]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
+
+
+def test_a_tied_head_follows_its_embedding(tiny_paths):
+    checkpoint = Checkpoint.load(tiny_paths["llava"])
+    decoder = checkpoint.spec.decoder
+    form = quantize_crudely(checkpoint.form(decoder.embedding))
+    checkpoint.set_form(decoder.embedding, form)
+    assert checkpoint.form(decoder.head) is form
+
+
+def test_a_failed_save_leaves_what_was_there(tiny_checkpoint, tmp_path, monkeypatch):
+    tiny_checkpoint.save(tmp_path / "saved")
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pocketvlm.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        tiny_checkpoint.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_an_earlier_release_s_names_load(tiny_paths, tmp_path):
+    """LLaVA as transformers 4 stored it."""
+    source = shutil.copytree(tiny_paths["llava"], tmp_path / "old")
+    tensors = load_file(source / "model.safetensors")
+    former = {
+        name.replace("model.language_model.", "language_model.model.")
+        .replace("model.vision_tower.", "vision_tower.vision_model.")
+        .replace("model.multi_modal_projector.", "multi_modal_projector."): value
+        for name, value in tensors.items()
+    }
+    save_file(former, source / "model.safetensors")
+    old, new = Checkpoint.load(source), Checkpoint.load(tiny_paths["llava"])
+    for linear in new.spec.linears():
+        assert torch.equal(old.form(linear.name).dequantize(), new.form(linear.name).dequantize())
+
+
+def remove(name):
+    return lambda path: (path / name).unlink()
+
+
+def truncate(path):
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def flip_header(path):
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[20] ^= 0xFF
+    weights.write_bytes(bytes(content))
+
+
+def poison(path):
+    tensors = load_file(path / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+
+
+def drop_tensor(path):
+    tensors = load_file(path / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("norm.weight"))]
+    save_file(tensors, path / "model.safetensors")
+
+
+def add_tensor(path):
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "surplus.weight": torch.ones(2, 2)}, path / "model.safetensors")
+
+
+def pickle_weights(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def edit_config(**changes):
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def garble_tokenizer(path):
+    (path / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("config.json"), "config.json is missing"),
+        (remove("model.safetensors"), "no [*].safetensors here"),
+        (remove("tokenizer.json"), "tokenizer.json is missing"),
+        (remove("preprocessor_config.json"), "preprocessor_config.json"),
+        (remove("chat_template.jinja"), "no chat template"),
+        (truncate, "truncated or damaged"),
+        (flip_header, "truncated or damaged"),
+        (poison, "not finite"),
+        (drop_tensor, "is missing from the weights"),
+        (add_tensor, "surplus.weight .* has no place"),
+        (pickle_weights, "pickled weights can run code.*save_pretrained"),
+        (edit_config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+        (garble_tokenizer, "tokenizer or image processor cannot be read"),
+    ],
+)
+def test_damaged_directories_get_one_line(copy, damage, message):
+    damage(copy)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unsupported_family_names_the_supported_ones(copy):
+    edit_config(model_type="bert")(copy)
+    with pytest.raises(UnsupportedError, match="supported are llava"):
+        Checkpoint.load(copy)
+
+
+def test_a_flipped_bit_in_our_own_checkpoint_is_noticed(tiny_checkpoint, tmp_path):
+    tiny_checkpoint.save(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="is damaged: sha256"):
+        Checkpoint.load(tmp_path / "saved")
+
+
+def test_a_flipped_bit_in_a_hub_cache_is_noticed(tiny_path, tmp_path):
+    """A hub cache names each blob by its digest."""
+    from pocketvlm.bundle import file_sha256
+
+    model = shutil.copytree(tiny_path, tmp_path / "model")
+    blob = tmp_path / file_sha256(model / "model.safetensors")
+    (model / "model.safetensors").rename(blob)
+    (model / "model.safetensors").symlink_to(blob)
+    Checkpoint.load(model)
+    content = bytearray(blob.read_bytes())
+    content[-5] ^= 1
+    blob.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="is damaged: sha256"):
+        Checkpoint.load(model)
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is no directory"):
+        Checkpoint.load(tmp_path / "nothing")
+
+
+def test_loading_costs_no_more_memory_than_the_file_stores(tiny_checkpoint):
+    for form in tiny_checkpoint.forms().values():
+        assert form.to_tensors()["weight"].dtype == torch.bfloat16

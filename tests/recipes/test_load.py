@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pocketvlm.errors import RecipeError
+from pocketvlm.recipes.load import list_recipes, load_recipe, recipe_from_document
+from pocketvlm.recipes.stages import STAGES, TARGETS
+
+GPTQ = {"method": "gptq", "rules": [{"part": "decoder", "bits": 4}]}
+
+
+def document(**changes):
+    return {
+        "schema": 1,
+        "name": "test",
+        "stages": [GPTQ],
+        "targets": [{"method": "onnx"}],
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    file = tmp_path / "again.yaml"
+    file.write_text(yaml.safe_dump(recipe.to_document()))
+    again = load_recipe(file)
+    assert again == recipe
+    assert again.sha256() == recipe.sha256()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (document(schema=2), "schema: is 2; allowed is 1"),
+        (document(stagez=[]), "stagez: unknown key; allowed are schema, name"),
+        (document(stages=[{**GPTQ, "bitz": 4}]), r"stages\.0\.bitz: unknown key"),
+        (document(stages=[{"method": "magic"}]), r"stages\.0\.method: is 'magic'; allowed are"),
+        (document(stages=["gptq"]), r"stages\.0\.method"),
+        (document(stages={"gptq": 1}), "stages: must be a list"),
+        (
+            document(stages=[{"method": "gptq", "rules": [{"part": "decoder", "bits": "four"}]}]),
+            r"stages\.0\.rules\.0\.bits",
+        ),
+        (
+            document(stages=[{"method": "gptq", "rules": [{"part": "decoder", "bits": 5}]}]),
+            r"stages\.0\.rules\.0.*5",
+        ),
+        (
+            document(stages=[{"method": "gptq", "rules": [{"part": "eyes", "bits": 4}]}]),
+            r"stages\.0\.rules\.0\.part",
+        ),
+        (document(calibration={"samples": 0}), "samples must be at least 1"),
+        (document(expect={"beauty": {"min": 1}}), r"expect\.beauty: unknown key"),
+        (document(stages=[GPTQ, GPTQ]), r"stages\.1 \(gptq\): .*float_weights"),
+        (document(targets=[{"method": "vhs"}]), r"targets\.0\.method: is 'vhs'; allowed are onnx"),
+    ],
+)
+def test_a_wrong_recipe_gets_one_line_with_its_path(content, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        recipe_from_document(content, where="test.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_reducing_after_quantizing_is_refused():
+    """The quantizer must be calibrated on the sequence that the phone will run."""
+    stages = [GPTQ, {"method": "reduce_tokens", "keep": 0.5}]
+    with pytest.raises(RecipeError, match="reduce_tokens"):
+        recipe_from_document(document(stages=stages), where="test.yaml")
+
+
+def test_settings_change_a_recipe():
+    recipe = load_recipe("int4-balanced", ["stages.0.keep=0.25", "stages.1.rules.0.bits=4"])
+    assert recipe.stages[0].keep == 0.25
+    assert recipe.stages[1].rules[0].bits == 4
+    assert recipe.sha256() != load_recipe("int4-balanced").sha256()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stages.0.keep", "expected a.b=c"),
+        ("stages.9.keep=1", "no index below"),
+        ("name.x=1", "holds no settings"),
+    ],
+)
+def test_a_wrong_setting_is_refused(setting, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("int4-balanced", [setting])
+
+
+def test_an_unknown_recipe_names_the_shipped_ones():
+    with pytest.raises(RecipeError, match="int4-balanced"):
+        load_recipe("int5")
+
+
+def test_broken_yaml_is_one_line(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("stages: [")
+    with pytest.raises(RecipeError, match="is no YAML") as caught:
+        load_recipe(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_tags_are_unique():
+    tags = [kind.__dataclass_fields__["method"].default for kind in (*STAGES, *TARGETS)]
+    assert len(set(tags)) == len(tags)
