@@ -34,7 +34,14 @@ from pocketvlm.weights import (
     WeightForm,
 )
 
-__all__ = ["CHECKPOINT_SCHEMA", "Checkpoint", "Source", "StageRecord"]
+__all__ = [
+    "CHECKPOINT_SCHEMA",
+    "Checkpoint",
+    "ReducerBuilder",
+    "Source",
+    "StageRecord",
+    "read_config",
+]
 
 CHECKPOINT_SCHEMA = 1
 _MANIFEST = "pocketvlm.json"
@@ -128,7 +135,7 @@ class Checkpoint:
             UnsupportedError: The model's family is not supported.
         """
         path = Path(path)
-        config = _read_config(path)
+        config = read_config(path)
         spec = ModelSpec.from_config(config)
         processor = Processor.load(path, spec)
         manifest = read_json(path / _MANIFEST) if (path / _MANIFEST).is_file() else None
@@ -238,7 +245,12 @@ def _timeless(record: StageRecord) -> dict[str, Any]:
     return document
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint directory's config.json.
+
+    Raises:
+        CheckpointError: It is missing, no JSON object, or asks for code of its own.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: is no directory; a model is a local directory")
     file = path / "config.json"

@@ -13,12 +13,10 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.errors import PocketVLMError
-from pocketvlm.modelspec import ModelSpec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import RunResult, run
 from pocketvlm.pipeline.sources import (
     load_evaluation,
-    read_model_config,
     resolve_calibration,
     resolve_model,
     select_targets,
@@ -89,9 +87,7 @@ class Job:
         plan(path, recipe).raise_if_refused()
         is_reference = self.model.startswith("reference:")
         calibration = resolve_calibration(
-            recipe.calibration,
-            is_reference=is_reference,
-            spec=ModelSpec.from_config(read_model_config(path)),
+            recipe.calibration, is_reference=is_reference
         )
         ctx = RunContext(seed=self.seed, threads=self.threads, on_progress=on_progress)
         wants_baseline = self.bench and self.baseline and recipe.stages

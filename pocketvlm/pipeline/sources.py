@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.errors import CalibrationError, CheckpointError
+from pocketvlm.checkpoint import Checkpoint, read_config
+from pocketvlm.context import RunContext
+from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
+from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.modelspec import ModelSpec
-from pocketvlm.recipes.load import CalibrationOptions
+from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import reducer_builders
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 __all__ = [
     "load_checkpoint",
     "load_evaluation",
+    "read_model_spec",
     "resolve_calibration",
     "resolve_model",
+    "score_subject",
+    "select_targets",
 ]
 
 
@@ -54,6 +62,31 @@ def resolve_model(name: str) -> Path:
     )
 
 
+def read_model_spec(path: Path) -> ModelSpec:
+    """The specification of a checkpoint directory; reads its config.json alone.
+
+    Raises:
+        CheckpointError: There is no config.json, or it is no JSON object.
+        UnsupportedError: The model's family is not supported.
+    """
+    return ModelSpec.from_config(read_config(path))
+
+
+def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with the targets of these names; its own options for a target are kept.
+
+    Raises:
+        RecipeError: There is no such target, or the recipe names none and neither does the user.
+    """
+    if not names:
+        if not recipe.targets:
+            raise RecipeError(f"recipe {recipe.name}: names no target; pass --target onnx")
+        return recipe
+    own = {target.method: target for target in recipe.targets}
+    chosen = tuple(own.get(name) or default_target(name) for name in dict.fromkeys(names))
+    return replace(recipe, targets=chosen)
+
+
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Loads any checkpoint directory, visual-token reduction included.
 
@@ -65,7 +98,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def resolve_calibration(
-    options: CalibrationOptions, *, is_reference: bool, spec: ModelSpec
+    options: CalibrationOptions, *, is_reference: bool
 ) -> CalibrationSet:
     """The calibration set that a recipe asks for.
 
@@ -94,6 +127,17 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
             raise CalibrationError(f"--data {data}: the seed must be a whole number")
         return CalibrationSet.from_reference(seed=int(seed), n=n, split="evaluation")
     return CalibrationSet.from_folder(Path(data)).take(n)
+
+
+def score_subject(subject: str, samples: CalibrationSet, ctx: RunContext) -> Score:
+    """Scores a bundle, or whatever `resolve_model` understands, by the same code.
+
+    Raises:
+        PocketVLMError: It is neither a bundle nor a model.
+    """
+    if (Path(subject) / "manifest.json").is_file():
+        return score_bundle(Bundle.open(Path(subject)), samples, ctx=ctx)
+    return score_checkpoint(load_checkpoint(resolve_model(subject)), samples, ctx=ctx)
 
 
 def _download(name: str) -> Path:

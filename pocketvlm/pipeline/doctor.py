@@ -1,0 +1,95 @@
+"""Whether the installed versions fit together, and what is missing for which target."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import psutil
+from packaging.requirements import Requirement
+
+__all__ = ["Finding", "examine"]
+
+_MIN_FREE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        verdict: `ok`, `missing` (optional, and what it would bring) or `broken`.
+    """
+
+    name: str
+    verdict: Literal["ok", "missing", "broken"]
+    detail: str
+
+    def line(self) -> str:
+        """The finding in one line."""
+        return f"{self.verdict:<8} {self.name:<16} {self.detail}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as JSON values."""
+        return asdict(self)
+
+
+def examine() -> tuple[Finding, ...]:
+    """Looks at Python, every requirement of the package and its extras, memory and disk."""
+    return (
+        Finding(name="python", verdict="ok", detail=platform.python_version()),
+        *(_check_requirement(text) for text in metadata.requires("pocketvlm") or ()),
+        _check_memory(),
+        _check_disk(),
+    )
+
+
+def _check_requirement(text: str) -> Finding:
+    requirement = Requirement(text)
+    extra = _extra_of(requirement)
+    wanted = str(requirement.specifier) or "any version"
+    try:
+        found = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        if extra is None:
+            return Finding(
+                name=requirement.name, verdict="broken", detail=f"not installed; needs {wanted}"
+            )
+        return Finding(
+            name=requirement.name,
+            verdict="missing",
+            detail=f"pip install 'pocketvlm[{extra}]' brings it",
+        )
+    if requirement.specifier.contains(found, prereleases=True):
+        return Finding(name=requirement.name, verdict="ok", detail=found)
+    return Finding(
+        name=requirement.name, verdict="broken", detail=f"{found} is installed; needs {wanted}"
+    )
+
+
+def _extra_of(requirement: Requirement) -> str | None:
+    """The extra that a requirement belongs to, as hatchling writes it into the marker."""
+    if requirement.marker is None:
+        return None
+    _, _, quoted = str(requirement.marker).partition("extra == ")
+    return quoted.strip("\"' ") or None
+
+
+def _check_memory() -> Finding:
+    memory = psutil.virtual_memory()
+    detail = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    return Finding(name="memory", verdict="ok", detail=detail)
+
+
+def _check_disk() -> Finding:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    return Finding(
+        name="disk",
+        verdict="ok" if free >= _MIN_FREE_BYTES else "broken",
+        detail=f"{free / 1e9:.1f} GB free in {folder}",
+    )
