@@ -1,1 +1,7 @@
+"""Calibration: image+text samples, and the statistics of what each layer sees on them."""
 
+from __future__ import annotations
+
+from pocketvlm.calibration.source import CalibrationSet, Sample
+
+__all__ = ["CalibrationSet", "Sample"]

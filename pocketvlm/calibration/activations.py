@@ -1,0 +1,107 @@
+"""Hidden states of a whole calibration set, in memory while they fit and in a file when not."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["MEMORY_BUDGET", "ActivationStore"]
+
+MEMORY_BUDGET = 96 * 1024 * 1024
+"""Bytes of activations that are held in memory; beyond it, batches go to an unnamed file."""
+
+
+class ActivationStore:
+    """A sequence of float32 batches that may each be replaced by one of the same shape.
+
+    Spilled batches keep all their digits. The file has no name in the file system, so that a
+    killed process leaves nothing behind.
+
+    Args:
+        folder: Where to spill; `None` for the system's temporary folder.
+        budget: Bytes that may stay in memory.
+    """
+
+    def __init__(self, folder: Path | None = None, budget: int = MEMORY_BUDGET) -> None:
+        self._folder = folder
+        self._free = budget
+        self._held: list[Tensor | None] = []
+        self._places: list[tuple[int, tuple[int, ...]]] = []
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, index: int) -> Tensor:
+        held = self._held[index]
+        if held is not None:
+            return held
+        assert self._file is not None  # noqa: S101  (whatever is not held was written)
+        offset, shape = self._places[index]
+        self._file.seek(offset)
+        values = np.empty(shape, dtype=np.float32)
+        self._file.readinto(values.data)  # type: ignore[attr-defined]  # every binary file has it
+        return torch.from_numpy(values)
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        if self._held[index] is not None:
+            self._held[index] = batch
+        else:
+            self._write(self._places[index][0], batch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def append(self, batch: Tensor) -> None:
+        """Adds a batch at the end."""
+        size = batch.numel() * 4
+        if size <= self._free:
+            self._free -= size
+            self._held.append(batch)
+            self._places.append((0, tuple(batch.shape)))
+            return
+        self._held.append(None)
+        self._places.append((self._end, tuple(batch.shape)))
+        self._write(self._end, batch)
+        self._end += size
+
+    def copy(self) -> ActivationStore:
+        """The same batches in a store of their own."""
+        other = ActivationStore(self._folder, self._free)
+        for batch in self:
+            other.append(batch)
+        return other
+
+    def close(self) -> None:
+        """Frees memory and disk."""
+        self._held.clear()
+        self._places.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, offset: int, batch: Tensor) -> None:
+        if self._file is None:
+            # Closed, and thereby deleted, by `close`.
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._file.seek(offset)
+        self._file.write(batch.contiguous().numpy().data)

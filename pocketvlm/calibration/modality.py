@@ -1,0 +1,69 @@
+"""How much a visual token counts beside a token of text.
+
+An image costs hundreds of tokens and a question a few dozen, so an unweighted Hessian is mostly
+visual, although errors on words cost the answer more (MBQ, arXiv 2412.19509; VLMQ, 2508.03351). In
+GPTQ a weight per token is one factor: H = sum_t w_t x_t x_t^T.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["ModalityWeighting", "TokenCounts", "check_weighting", "token_weights"]
+
+ModalityWeighting = Literal["uniform", "balanced"] | float
+"""`uniform`: all tokens alike; `balanced`: both modalities weigh the same in total; a number: the
+weight of a visual token where a token of text weighs one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCounts:
+    """Tokens that enter the decoder, over a whole calibration set.
+
+    Attributes:
+        visual: Tokens that came from images, after any reduction.
+        text: All others.
+    """
+
+    visual: int
+    text: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Visual tokens a token of text; `None` where there is no text."""
+        return self.visual / self.text if self.text else None
+
+
+def check_weighting(weighting: ModalityWeighting) -> None:
+    """Checks a weighting's value.
+
+    Raises:
+        ValueError: It is neither a known word nor a finite number that is not negative.
+    """
+    if isinstance(weighting, str):
+        if weighting not in ("uniform", "balanced"):
+            raise ValueError(
+                f"token_weights {weighting!r} is unknown; allowed are 'uniform', 'balanced' or "
+                "the weight of a visual token"
+            )
+    elif not math.isfinite(weighting) or weighting < 0:
+        raise ValueError(f"token_weights must be at least 0 and finite, not {weighting}")
+
+
+def token_weights(
+    weighting: ModalityWeighting, counts: TokenCounts, is_visual: Tensor
+) -> Tensor | None:
+    """Weights of tokens, float32 of the shape of `is_visual`; `None` for all alike."""
+    if weighting == "uniform":
+        return None
+    visual = weighting if isinstance(weighting, int | float) else _balance(counts)
+    return torch.where(is_visual, visual, 1.0).to(torch.float32)
+
+
+def _balance(counts: TokenCounts) -> float:
+    return counts.text / counts.visual if counts.visual and counts.text else 1.0
