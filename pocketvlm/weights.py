@@ -44,6 +44,8 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """
     if codes.size and int(codes.max()) >= 1 << bits:
         raise ValueError(f"a code of {int(codes.max())} does not fit into {bits} bits")
+    if 8 % bits == 0:
+        return _pack_whole(codes.astype(np.uint8, copy=False), bits)
     planes = (codes[..., None].astype(np.uint8) >> np.arange(bits, dtype=np.uint8)) & 1
     flat = planes.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
     return np.packbits(flat, axis=-1, bitorder="little")
@@ -51,9 +53,31 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Undoes `pack_codes`; `count` is the length of the last axis before packing."""
+    if 8 % bits == 0:
+        return _unpack_whole(packed, bits, count)
     planes = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
     planes = planes.reshape(*packed.shape[:-1], count, bits)
     return (planes << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+
+
+# Codes whose width divides a byte never straddle two: no bit planes, an eighth of the memory.
+def _pack_whole(codes: np.ndarray, bits: int) -> np.ndarray:
+    per_byte = 8 // bits
+    width = -(-codes.shape[-1] // per_byte)
+    packed = np.zeros((*codes.shape[:-1], width), dtype=np.uint8)
+    for place in range(per_byte):
+        part = codes[..., place::per_byte]
+        packed[..., : part.shape[-1]] |= part << (place * bits)
+    return packed
+
+
+def _unpack_whole(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    per_byte = 8 // bits
+    codes = np.empty((*packed.shape[:-1], count), dtype=np.uint8)
+    for place in range(per_byte):
+        part = codes[..., place::per_byte]
+        part[...] = (packed[..., : part.shape[-1]] >> (place * bits)) & ((1 << bits) - 1)
+    return codes
 
 
 class WeightForm(ABC):
