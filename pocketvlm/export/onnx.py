@@ -1,0 +1,149 @@
+"""The ONNX target: three graphs for ONNX Runtime's CPU provider and one file of weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pocketvlm.bundle import Component
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.export.components import (
+    Signatures,
+    build_decoder,
+    build_embedding,
+    build_vision,
+    decoder_signatures,
+    embedding_signatures,
+    vision_signatures,
+)
+from pocketvlm.export.onnx_ops import OnnxOps
+from pocketvlm.export.onnx_packing import container_bits
+from pocketvlm.export.onnx_writer import GraphWriter, WeightFile
+from pocketvlm.modelspec import LinearSpec, Part
+from pocketvlm.weights import AffineWeight, WeightForm
+
+__all__ = ["ToOnnx"]
+
+_FOLDER = "onnx"
+_WEIGHTS = "weights.bin"
+_TRACED_OPSET = 18  # the version that torch's exporter writes natively
+_DECODER_OPSET = 23  # the first with RMSNormalization
+_ACCURACY_LEVELS = (0, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToOnnx:
+    """Writes `onnx/vision.onnx`, `onnx/embedding.onnx`, `onnx/decoder.onnx` and their weights.
+
+    Quantized layers become `MatMulNBits` with the very codes of the checkpoint, layers that are
+    not quantized become float32 matrix products whose weights are stored as narrowly as is exact.
+
+    Attributes:
+        accuracy_level: How the decoder's quantized products compute: 4 rounds activations to
+            int8, block by block, which is what makes them fast; 0 stays in float32.
+        tower_accuracy_level: The same for tower and projector.
+    """
+
+    method: Literal["onnx"] = "onnx"
+    accuracy_level: int = 4
+    tower_accuracy_level: int = 4
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy_level", "tower_accuracy_level"):
+            value = getattr(self, name)
+            if value not in _ACCURACY_LEVELS:
+                allowed = ", ".join(map(str, _ACCURACY_LEVELS))
+                raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
+
+    def export(
+        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
+    ) -> tuple[Component, ...]:
+        """Writes the graphs of a checkpoint below `folder`.
+
+        Args:
+            checkpoint: What to export.
+            folder: The bundle; `folder/onnx` is created.
+            ctx: Told about each graph.
+
+        Returns:
+            Vision, embedding and decoder, with paths relative to `folder`.
+
+        Raises:
+            UnsupportedError: A layer has a form, group size or activation without a kernel.
+            ExportError: The token reducer cannot be traced, or a graph is not valid.
+        """
+        spec = checkpoint.spec
+        target = folder / _FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        components: list[Component] = []
+
+        def finish(
+            graph: GraphWriter,
+            role: Literal["vision", "embedding", "decoder"],
+            signatures: Signatures,
+            parts: Iterable[Part],
+        ) -> None:
+            inputs, outputs = signatures
+            graph.save(target / f"{role}.onnx", inputs, outputs)
+            components.append(
+                Component(
+                    target="onnx",
+                    role=role,
+                    file=f"{_FOLDER}/{role}.onnx",
+                    inputs=inputs,
+                    outputs=outputs,
+                    precision=_precisions(checkpoint.forms(), parts),
+                )
+            )
+            ctx.report("onnx", len(components), 3, role)
+
+        with WeightFile(target / _WEIGHTS) as weights:
+            kept = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
+            graph = GraphWriter("vision", weights, opset=_TRACED_OPSET)
+            ops = OnnxOps(graph, checkpoint, accuracy_level=self.tower_accuracy_level)
+            embeds, indices = build_vision(ops, spec, "pixel_values")
+            ops.output(embeds, "embeds")
+            ops.output(indices, "indices")
+            finish(graph, "vision", vision_signatures(spec, kept), ("tower", "projector"))
+
+            graph = GraphWriter("embedding", weights, opset=_TRACED_OPSET)
+            ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)
+            ops.output(build_embedding(ops, "input_ids"), "embeds")
+            finish(graph, "embedding", embedding_signatures(spec), ("embedding",))
+
+            graph = GraphWriter("decoder", weights, opset=_DECODER_OPSET)
+            ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)
+            ops.output(build_decoder(ops, spec, "embeds"), "logits")
+            head: Part = "embedding" if spec.decoder.tied_head else "head"
+            finish(graph, "decoder", decoder_signatures(spec), ("decoder", head))
+        return tuple(components)
+
+
+def _precisions(forms: dict[LinearSpec, WeightForm], parts: Iterable[Part]) -> dict[str, str]:
+    """How the layers of each part are stored, the most frequent first."""
+    precisions: dict[str, str] = {}
+    for part in parts:
+        counts = Counter(_precision(form) for linear, form in forms.items() if linear.part == part)
+        kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if len(kinds) == 1:
+            precisions[part] = kinds[0][0]
+        else:
+            precisions[part] = ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
+    return precisions
+
+
+def _precision(form: WeightForm) -> str:
+    if not isinstance(form, AffineWeight):
+        return "float32"
+    grid = "symmetric" if form.zeros is None else "asymmetric"
+    label = f"int{form.bits} g{form.group_size} {grid}"
+    container = container_bits(form.bits)
+    return label if container == form.bits else f"{label} in {container}-bit containers"

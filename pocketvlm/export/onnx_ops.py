@@ -1,0 +1,434 @@
+"""The phone graphs' operators in ONNX, as ONNX Runtime's CPU kernels run them best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.onnx_packing import narrowest_float, pack_weight
+from pocketvlm.export.onnx_reducer import trace_reducer
+from pocketvlm.export.onnx_writer import CONTRIB, GraphWriter
+from pocketvlm.forward import embed_patches
+from pocketvlm.weights import AffineWeight, DenseWeight, WeightForm
+
+__all__ = ["OnnxOps"]
+
+# Operator and its `alpha` by the name that Hugging Face gives the activation.
+_ACTIVATIONS: dict[str, tuple[str, float | None]] = {
+    "gelu": ("Gelu", None),
+    "gelu_pytorch_tanh": ("FastGelu", None),
+    "quick_gelu": ("QuickGelu", 1.702),
+    "silu": ("QuickGelu", 1.0),
+}
+
+
+class OnnxOps:
+    """`GraphOps` over names of values in a graph under construction.
+
+    Args:
+        graph: Where nodes go.
+        checkpoint: Where weights come from.
+        accuracy_level: How `MatMulNBits` computes: 0 in float32, 4 with activations rounded to
+            int8 a block.
+    """
+
+    def __init__(self, graph: GraphWriter, checkpoint: Checkpoint, *, accuracy_level: int) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._spec = checkpoint.spec
+        self._accuracy_level = accuracy_level
+        self._widths = {
+            linear.name: linear.out_features for linear in checkpoint.spec.linears()
+        } | {checkpoint.spec.decoder.head: checkpoint.spec.decoder.vocab_size}
+        self._shared: dict[str, str] = {}
+
+    def embed_patches(self, pixels: str) -> str:
+        tower = self._spec.tower
+        module = cast("Any", self._checkpoint.model.get_submodule(f"{tower.prefix}.embeddings"))
+        name = f"{tower.prefix}.embeddings"
+        convolution = module.patch_embedding
+        inputs = [pixels, self._float(f"{name}.patch_embedding.weight", convolution.weight)]
+        if convolution.bias is not None:
+            inputs.append(self._float(f"{name}.patch_embedding.bias", convolution.bias))
+        size = [tower.patch_size, tower.patch_size]
+        patches = self._graph.node(
+            "Conv", inputs, name=f"{name}.patch_embedding", kernel_shape=size, strides=size
+        )
+        shape = self._graph.constant(
+            f"{name}.shape", np.array([1, tower.hidden_size, -1], dtype=np.int64)
+        )
+        patches = self._graph.node("Reshape", [patches, shape], name=f"{name}.flatten")
+        patches = self._graph.node("Transpose", [patches], name=f"{name}.tokens", perm=[0, 2, 1])
+        if tower.has_cls:
+            cls = module.class_embedding.view(1, 1, -1)
+            token = self._float(f"{name}.class_embedding", cls)
+            patches = self._graph.node("Concat", [token, patches], name=f"{name}.cls", axis=1)
+        positions = self._float(f"{name}.positions", self._positions()[None])
+        return self._graph.node("Add", [patches, positions], name=f"{name}.add_positions")
+
+    def embed_tokens(self, token_ids: str) -> str:
+        name = self._spec.decoder.embedding
+        form = self._checkpoint.form(name)
+        if isinstance(form, AffineWeight):
+            return self._embed_quantized(token_ids, name, form)
+        table, data_type = narrowest_float(_dense(name, form))
+        rows = self._graph.node(
+            "Gather",
+            [self._graph.constant(f"{name}.weight", table, data_type=data_type), token_ids],
+            name=name,
+        )
+        if data_type == onnx.TensorProto.FLOAT:
+            return rows
+        # Cast after the look-up, so that the table stays narrow in memory.
+        return self._graph.node("Cast", [rows], name=f"{name}.float32", to=onnx.TensorProto.FLOAT)
+
+    def linear(self, inputs: str, *names: str) -> str:
+        forms = [self._checkpoint.form(name) for name in names]
+        if _can_join(forms):
+            return self._linear(inputs, names, forms)
+        parts = [
+            self._linear(inputs, [name], [form]) for name, form in zip(names, forms, strict=True)
+        ]
+        return self._graph.node("Concat", parts, name=_joined(names), axis=-1)
+
+    def split(self, joined: str, *names: str) -> tuple[str, ...]:
+        widths = np.array([self._widths[name] for name in names], dtype=np.int64)
+        sizes = self._graph.constant(f"{_joined(names)}.widths", widths)
+        label = self._graph.unique(f"{_joined(names)}.split")
+        outputs = [f"{label}.{index}" for index in range(len(names))]
+        return self._graph.nodes("Split", [joined, sizes], outputs, name=label, axis=-1)
+
+    def norm(self, inputs: str, name: str) -> str:
+        module = self._norm_module(name)
+        weight = self._float(f"{name}.weight", module.weight, narrow=False)
+        if not _is_layer_norm(module):
+            return self._graph.node(
+                "RMSNormalization", [inputs, weight], name=name, epsilon=self._epsilon(module)
+            )
+        bias = self._float(f"{name}.bias", module.bias, narrow=False)
+        return self._graph.node(
+            "LayerNormalization", [inputs, weight, bias], name=name, epsilon=self._epsilon(module)
+        )
+
+    def add_norm(self, inputs: str, residual: str, name: str) -> tuple[str, str]:
+        module = self._norm_module(name)
+        operands = [inputs, residual, self._float(f"{name}.weight", module.weight, narrow=False)]
+        operator = "SkipSimplifiedLayerNormalization"
+        if _is_layer_norm(module):
+            operator = "SkipLayerNormalization"
+            operands.append(self._float(f"{name}.bias", module.bias, narrow=False))
+        label = self._graph.unique(name)
+        normed, _, _, total = self._graph.nodes(
+            operator,
+            operands,
+            [label, "", "", f"{label}.sum"],
+            name=label,
+            domain=CONTRIB,
+            epsilon=self._epsilon(module),
+        )
+        return normed, total
+
+    def add(self, left: str, right: str) -> str:
+        return self._graph.node("Add", [left, right], name="add")
+
+    def activation(self, inputs: str, kind: str) -> str:
+        if kind not in _ACTIVATIONS:
+            raise UnsupportedError(
+                f"activation {kind!r} has no ONNX Runtime kernel; there are "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        operator, alpha = _ACTIVATIONS[kind]
+        return self._graph.node(
+            operator, [inputs], name=f"{inputs}.{kind}", domain=CONTRIB, alpha=alpha
+        )
+
+    def gated(self, joined: str, gate: str, up: str, kind: str) -> str:
+        opened, values = self.split(joined, gate, up)
+        opened = self.activation(opened, kind)
+        return self._graph.node("Mul", [opened, values], name=f"{joined}.gated")
+
+    def attention(self, queries: str, keys: str, values: str) -> str:
+        return self._graph.node(
+            "MultiHeadAttention",
+            [queries, keys, values],
+            name=f"{queries}.attention",
+            domain=CONTRIB,
+            num_heads=self._spec.tower.heads,
+        )
+
+    def cached_attention(self, joined: str, block: int, *names: str) -> str:
+        decoder = self._spec.decoder
+        before, total = self._sequence_lengths()
+        cosine, sine = self._rotary_rows()
+        label = f"{decoder.blocks}.{block}.self_attn"
+        attended, _, _ = self._graph.nodes(
+            "GroupQueryAttention",
+            [
+                joined,
+                "",
+                "",
+                f"past.{block}.key",
+                f"past.{block}.value",
+                before,
+                total,
+                cosine,
+                sine,
+            ],
+            [label, f"present.{block}.key", f"present.{block}.value"],
+            name=label,
+            domain=CONTRIB,
+            num_heads=decoder.heads,
+            kv_num_heads=decoder.kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return attended
+
+    def drop_first(self, inputs: str) -> str:
+        return self._slice(inputs, 1, np.iinfo(np.int64).max, axis=1, name="drop_cls")
+
+    def last(self, inputs: str) -> str:
+        return self._slice(inputs, -1, np.iinfo(np.int64).max, axis=1, name=f"{inputs}.last")
+
+    def merge_patches(self, features: str, factor: int) -> str:
+        if factor == 1:
+            return features
+        tower = self._spec.tower
+        cells, width = tower.patches_per_side // factor, tower.hidden_size
+        grid = np.array([cells, factor, cells, factor * width], dtype=np.int64)
+        merged = np.array([1, cells * cells, factor * factor * width], dtype=np.int64)
+        features = self._graph.node(
+            "Reshape", [features, self._graph.constant("merge.grid", grid)], name="merge.cells"
+        )
+        features = self._graph.node(
+            "Transpose", [features], name="merge.transpose", perm=[0, 2, 1, 3]
+        )
+        return self._graph.node(
+            "Reshape", [features, self._graph.constant("merge.shape", merged)], name="merge"
+        )
+
+    def reduce(self, features: str, queries: str, keys: str) -> tuple[str, str]:
+        reducer = self._checkpoint.reducer
+        if reducer is None:
+            every = np.arange(self._spec.visual_tokens, dtype=np.int64)[None]
+            return features, self._graph.constant("reducer.all", every)
+        traced = trace_reducer(reducer, self._spec, opset=self._graph.opset)
+        kept, indices = self._graph.inline(
+            traced, {"features": features, "queries": queries, "keys": keys}, "reducer"
+        )
+        return kept, indices
+
+    def output(self, value: str, name: str) -> None:
+        """Gives a value the name of a graph's output."""
+        self._graph.node("Identity", [value], name=name, output=name)
+
+    def _linear(self, inputs: str, names: Sequence[str], forms: list[WeightForm]) -> str:
+        name = _joined(names)
+        bias = self._bias(names)
+        if all(isinstance(form, AffineWeight) for form in forms):
+            return self._linear_quantized(inputs, name, cast("list[AffineWeight]", forms), bias)
+        dense = torch.cat([_dense(name, form) for form in forms])
+        product = self._graph.node(
+            "FusedMatMul",
+            [inputs, self._float(f"{name}.weight", dense)],
+            name=name,
+            domain=CONTRIB,
+            transB=1,
+        )
+        if bias is None:
+            return product
+        return self._graph.node("Add", [product, bias], name=f"{name}.biased")
+
+    def _linear_quantized(
+        self, inputs: str, name: str, forms: list[AffineWeight], bias: str | None
+    ) -> str:
+        packed = pack_weight(name, forms)
+        operands = [
+            inputs,
+            self._graph.constant(f"{name}.codes", packed.codes),
+            self._scales(name, packed.scales),
+            "" if packed.zeros is None else self._graph.constant(f"{name}.zeros", packed.zeros),
+            "",
+            bias or "",
+        ]
+        return self._graph.node(
+            "MatMulNBits",
+            operands,
+            name=name,
+            domain=CONTRIB,
+            K=packed.in_features,
+            N=packed.out_features,
+            bits=packed.bits,
+            block_size=packed.block_size,
+            accuracy_level=self._accuracy_level,
+        )
+
+    def _embed_quantized(self, token_ids: str, name: str, form: AffineWeight) -> str:
+        packed = pack_weight(name, [form])
+        operands = [
+            self._graph.constant(f"{name}.codes", packed.codes.reshape(packed.out_features, -1)),
+            token_ids,
+            self._scales(name, packed.scales),
+        ]
+        if packed.zeros is not None:
+            operands.append(self._graph.constant(f"{name}.zeros", packed.zeros))
+        rows = self._graph.node(
+            "GatherBlockQuantized",
+            operands,
+            name=name,
+            domain=CONTRIB,
+            bits=packed.bits,
+            block_size=packed.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if form.groups * form.group_size == form.in_features:
+            return rows
+        return self._slice(rows, 0, form.in_features, axis=2, name=f"{name}.unpad")
+
+    def _scales(self, name: str, scales: np.ndarray) -> str:
+        # Stored as float16, cast once: ONNX Runtime folds the cast when the session starts.
+        stored = self._graph.constant(f"{name}.scales", scales)
+        return self._graph.node(
+            "Cast", [stored], name=f"{name}.scales_float32", to=onnx.TensorProto.FLOAT
+        )
+
+    def _float(self, name: str, values: Tensor, *, narrow: bool = True) -> str:
+        """A float32 constant, stored in the narrowest type that is exact."""
+        if not narrow:
+            return self._graph.constant(name, values.detach().to(torch.float32).numpy())
+        array, data_type = narrowest_float(values)
+        stored = self._graph.constant(name, array, data_type=data_type)
+        if data_type == onnx.TensorProto.FLOAT:
+            return stored
+        return self._graph.node("Cast", [stored], name=f"{name}_float32", to=onnx.TensorProto.FLOAT)
+
+    def _bias(self, names: Sequence[str]) -> str | None:
+        layers = [self._checkpoint.layer(name) for name in names]
+        biases = [getattr(layer, "bias", None) for layer in layers]
+        if all(bias is None for bias in biases):
+            return None
+        filled = [
+            torch.zeros(self._widths[name]) if bias is None else bias
+            for name, bias in zip(names, biases, strict=True)
+        ]
+        return self._float(f"{_joined(names)}.bias", torch.cat(filled), narrow=False)
+
+    def _slice(self, inputs: str, start: int, end: int, *, axis: int, name: str) -> str:
+        bounds = [
+            self._graph.constant(f"slice.{value}", np.array([value], dtype=np.int64))
+            for value in (start, end, axis)
+        ]
+        return self._graph.node("Slice", [inputs, *bounds], name=name)
+
+    def _norm_module(self, name: str) -> Any:
+        return self._checkpoint.model.get_submodule(name)
+
+    @staticmethod
+    def _epsilon(module: Any) -> float:
+        return float(module.eps if _is_layer_norm(module) else module.variance_epsilon)
+
+    def _positions(self) -> Tensor:
+        """The position embedding of every token of a whole image, [tokens, hidden].
+
+        The tower is asked instead of its rule repeated: which row a patch takes is read off a
+        forward pass over an empty image.
+        """
+        tower = self._spec.tower
+        name = f"{tower.prefix}.embeddings.position_embedding"
+        module = self._checkpoint.model.get_submodule(name)
+        seen: list[Tensor] = []
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            blank = torch.zeros(1, tower.channels, tower.image_size, tower.image_size)
+            with torch.inference_mode():
+                embed_patches(self._checkpoint.model, self._spec, blank)
+        finally:
+            handle.remove()
+        return seen[0].reshape(-1, tower.hidden_size)
+
+    def _sequence_lengths(self) -> tuple[str, str]:
+        """`seqlens_k` (one less than the total) and the total, as the attention wants them."""
+        if "total" not in self._shared:
+            graph = self._graph
+            length = graph.node("Shape", ["position_ids"], name="length", start=1, end=2)
+            total = graph.node("Add", ["past_length", length], name="total_length")
+            total = graph.node("Cast", [total], name="total_int32", to=onnx.TensorProto.INT32)
+            one = graph.constant("one", np.array([1], dtype=np.int32))
+            scalar = graph.constant("scalar", np.zeros(0, dtype=np.int64))
+            self._shared["before"] = graph.node("Sub", [total, one], name="last_index")
+            self._shared["total"] = graph.node("Reshape", [total, scalar], name="total")
+        return self._shared["before"], self._shared["total"]
+
+    def _rotary_rows(self) -> tuple[str, str]:
+        """Cosines and sines by cache slot, [total, head_dim / 2].
+
+        The attention rotates the token of slot i by row i of its table, and offers no other way
+        to give a prompt positions with gaps (it reads the first of a prompt's position ids only).
+        So it is given rows that were looked up by position; slots of the past are rotated already.
+        """
+        if "cosine" not in self._shared:
+            graph = self._graph
+            flat = graph.constant("flat", np.array([-1], dtype=np.int64))
+            positions = graph.node("Reshape", ["position_ids", flat], name="positions")
+            none = graph.constant("none", np.array([0], dtype=np.int64))
+            pads = graph.node("Concat", ["past_length", none], name="positions.pads", axis=0)
+            slots = graph.node("Pad", [positions, pads], name="positions.by_slot")
+            for kind, table in zip(("cosine", "sine"), self._rotary_tables(), strict=True):
+                self._shared[kind] = graph.node("Gather", [table, slots], name=f"rotary.{kind}")
+        return self._shared["cosine"], self._shared["sine"]
+
+    def _rotary_tables(self) -> tuple[str, str]:
+        """Cosines and sines of every position; computed when the session starts, not stored."""
+        decoder, graph = self._spec.decoder, self._graph
+        exponents = torch.arange(0, decoder.head_dim, 2).to(torch.float32) / decoder.head_dim
+        frequencies = 1.0 / decoder.rope_theta**exponents
+        bounds = [
+            graph.constant(f"rotary.{name}", np.array(value, dtype=np.int64))
+            for name, value in (("start", 0), ("limit", decoder.max_positions), ("delta", 1))
+        ]
+        positions = graph.node("Range", bounds, name="rotary.range")
+        positions = graph.node(
+            "Cast", [positions], name="rotary.float32", to=onnx.TensorProto.FLOAT
+        )
+        column = graph.constant("rotary.column", np.array([-1, 1], dtype=np.int64))
+        positions = graph.node("Reshape", [positions, column], name="rotary.rows")
+        row = graph.constant("rotary.frequencies", frequencies[None].numpy())
+        angles = graph.node("Mul", [positions, row], name="rotary.angles")
+        cosines = graph.node("Cos", [angles], name="rotary.cosines")
+        return cosines, graph.node("Sin", [angles], name="rotary.sines")
+
+
+def _can_join(forms: list[WeightForm]) -> bool:
+    if all(isinstance(form, DenseWeight) for form in forms):
+        return True
+    affine = [form for form in forms if isinstance(form, AffineWeight)]
+    grids = {(form.bits, form.group_size, form.zeros is None) for form in affine}
+    return len(affine) == len(forms) and len(grids) == 1
+
+
+def _dense(name: str, form: WeightForm) -> Tensor:
+    if not isinstance(form, DenseWeight):
+        raise UnsupportedError(
+            f"{name}: a weight of kind {form.kind!r} cannot be exported to ONNX; there are "
+            f"{AffineWeight.kind}, {DenseWeight.kind}"
+        )
+    return form.values
+
+
+def _is_layer_norm(module: Any) -> bool:
+    return isinstance(module, nn.LayerNorm)
+
+
+def _joined(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    prefix = names[0].rpartition(".")[0]
+    return f"{prefix}.{'_'.join(name.rpartition('.')[2] for name in names)}"

@@ -1,0 +1,138 @@
+"""Packs weight forms into the layouts of ONNX Runtime's block-quantized operators, and back.
+
+`MatMulNBits` and `GatherBlockQuantized` share one layout: codes lowest bits first, in blocks
+along the input, zero points packed the same way a row. It is the layout of `AffineWeight`, so
+codes of 2, 4 and 8 bits are carried over byte for byte, and a table that is both embedding and
+head is stored once. 3-bit codes, which no kernel reads, are widened to 4-bit containers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.weights import AffineWeight, pack_codes, unpack_codes
+
+__all__ = [
+    "BLOCK_SIZES",
+    "PackedWeight",
+    "container_bits",
+    "narrowest_float",
+    "pack_weight",
+    "unpack_weight",
+]
+
+BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
+"""Group sizes that the kernels of ONNX Runtime take."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedWeight:
+    """One affine weight as `MatMulNBits` reads it.
+
+    Attributes:
+        codes: uint8 [out_features, blocks, block_size * bits / 8].
+        scales: float16 [out_features, blocks].
+        zeros: uint8 [out_features, ceil(blocks * bits / 8)], or `None` where every zero point is
+            2**(bits - 1), which is what the operator assumes.
+        bits: Width of the container of one code.
+        block_size: Columns that share a scale.
+        in_features: Columns without padding.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    bits: int
+    block_size: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """Rows."""
+        return int(self.scales.shape[0])
+
+
+def container_bits(bits: int) -> int:
+    """Bits in which ONNX Runtime stores a code of `bits` bits."""
+    return 4 if bits == 3 else bits  # noqa: PLR2004  (the width that has no kernel)
+
+
+def pack_weight(name: str, forms: list[AffineWeight]) -> PackedWeight:
+    """Packs weights of one grid and one input width, their rows joined.
+
+    Args:
+        name: The layer, for the message.
+        forms: At least one weight; bits, group size and input width agree.
+
+    Raises:
+        UnsupportedError: No kernel takes the group size.
+    """
+    first = forms[0]
+    if first.group_size not in BLOCK_SIZES:
+        raise UnsupportedError(
+            f"{name}: group size {first.group_size} has no ONNX Runtime kernel; allowed are "
+            f"{', '.join(map(str, BLOCK_SIZES))}"
+        )
+    bits = container_bits(first.bits)
+    rows, groups = sum(form.shape[0] for form in forms), first.groups
+    if bits == first.bits:
+        codes = np.concatenate([form.packed.numpy() for form in forms])
+    else:
+        codes = np.concatenate([pack_codes(form.codes().numpy(), bits) for form in forms])
+    # The zero point that the operator assumes belongs to the container, not to the code.
+    is_default = all(form.zeros is None for form in forms) and bits == first.bits
+    zeros = None
+    if not is_default:
+        points = np.concatenate([form.zero_points().numpy() for form in forms])
+        zeros = pack_codes(points, bits)
+    return PackedWeight(
+        codes=codes.reshape(rows, groups, first.group_size * bits // 8),
+        scales=np.concatenate([form.scales.numpy() for form in forms]),
+        zeros=zeros,
+        bits=bits,
+        block_size=first.group_size,
+        in_features=first.in_features,
+    )
+
+
+def unpack_weight(packed: PackedWeight, *, bits: int) -> AffineWeight:
+    """Undoes `pack_weight`; the definition that tests hold the packer to.
+
+    Args:
+        packed: A packed weight.
+        bits: Width of the codes before they were put into their container.
+    """
+    rows, blocks = packed.scales.shape
+    flat = packed.codes.reshape(rows, -1)
+    codes = unpack_codes(flat, packed.bits, blocks * packed.block_size)
+    zeros = None if packed.zeros is None else unpack_codes(packed.zeros, packed.bits, blocks)
+    return AffineWeight.from_codes(
+        torch.from_numpy(codes),
+        torch.from_numpy(packed.scales),
+        None if zeros is None else torch.from_numpy(zeros),
+        bits=bits,
+        group_size=packed.block_size,
+        in_features=packed.in_features,
+    )
+
+
+def narrowest_float(values: Tensor) -> tuple[np.ndarray, int]:
+    """The values in the smallest float type that holds every one of them exactly.
+
+    Returns:
+        The array, bfloat16 as uint16, and its ONNX element type.
+    """
+    wide = values.detach().to(torch.float32).contiguous()
+    brain = wide.to(torch.bfloat16)
+    if torch.equal(brain.to(torch.float32), wide):
+        return brain.view(torch.uint16).numpy(), onnx.TensorProto.BFLOAT16
+    half = wide.to(torch.float16)
+    if torch.equal(half.to(torch.float32), wide):
+        return half.numpy(), onnx.TensorProto.FLOAT16
+    return wide.numpy(), onnx.TensorProto.FLOAT
