@@ -1,0 +1,247 @@
+"""The loop of an app: pictures and prompts in, streamed answers out, over any `Runner`.
+
+Every turn renders the whole conversation through the chat template and compares its rows with
+those that the KV cache holds. What both share at the start is kept; only what is new is run. A
+template that renders the past differently from how it was generated therefore costs time, never
+correctness, and `Answer.rewound_rows` says how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL.Image import Image
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.errors import BundleError, InputError
+from pocketvlm.runtime.answer import Answer, StageClock, StopReason
+from pocketvlm.runtime.detokenize import TextStream
+from pocketvlm.runtime.image_file import open_image
+from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.preprocess import ImagePreprocessor
+from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.sampling import GREEDY, Sampling
+from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, lay_out_prompt
+from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
+
+__all__ = ["Conversation"]
+
+_POLICIES = ("original", "consecutive")
+
+
+class Conversation:
+    """Turns about any number of pictures, with one KV cache.
+
+    Attributes:
+        messages: The finished turns; a turn that fails or is abandoned leaves them as they were.
+        answers: The finished answers.
+    """
+
+    def __init__(self, bundle: Bundle, *, runner: Runner | None = None) -> None:
+        """Prepares a bundle for use.
+
+        Args:
+            bundle: An opened bundle.
+            runner: The engine, which this conversation resets and then owns; `None` for ONNX
+                Runtime with its defaults.
+
+        Raises:
+            BundleError: The bundle cannot be run.
+        """
+        manifest = bundle.manifest
+        if manifest.positions not in _POLICIES:
+            raise BundleError(
+                f"{bundle.path}: positions are {manifest.positions!r}; known are "
+                f"{', '.join(_POLICIES)}"
+            )
+        self.messages: list[Message] = []
+        self.answers: list[Answer] = []
+        self._manifest = manifest
+        self._codec = TextCodec.from_bundle(bundle)
+        self._preprocessor = ImagePreprocessor.from_bundle(bundle)
+        self._runner = OnnxRunner(bundle) if runner is None else runner
+        self._runner.reset()
+        self._pictures: list[VisualFeatures] = []
+        self._serial = 0
+        # What the runner's cache holds, whatever became of the turn that put it there: the first
+        # `runner.length` rows of the layout with the tokens behind it.
+        self._cached_layout: PromptLayout | None = None
+        self._cached_ids: list[int] = []
+
+    def reset(self) -> None:
+        """Starts anew; the graphs stay loaded."""
+        self.messages.clear()
+        self.answers.clear()
+        self._pictures.clear()
+        self._cached_layout = None
+        self._cached_ids = []
+        self._runner.reset()
+
+    def ask(
+        self,
+        prompt: str,
+        image: Image | Path | str | None = None,
+        *,
+        max_new_tokens: int = 64,
+        on_token: Callable[[str], None] | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> Answer:
+        """Asks, and returns the finished answer.
+
+        Args:
+            prompt: The question; may be empty beside a picture.
+            image: A picture for this turn, or the path of its file; `None` for text alone, or for
+                another question about earlier pictures.
+            max_new_tokens: Tokens after which the answer is cut.
+            on_token: Called with each piece of text as soon as it is certain.
+            sampling: How tokens are chosen.
+
+        Raises:
+            InputError: Nothing was asked, the picture cannot be used, or the conversation does
+                not fit the model any more.
+        """
+        stream = self.stream(prompt, image, max_new_tokens=max_new_tokens, sampling=sampling)
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration as end:
+                return end.value
+            if on_token is not None:
+                on_token(piece)
+
+    def stream(
+        self,
+        prompt: str,
+        image: Image | Path | str | None = None,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+    ) -> Generator[str, None, Answer]:
+        """Like `ask`, as a generator of pieces of text; the answer is its return value.
+
+        The turn counts once the generator is exhausted (the answer is then `answers[-1]` too); a
+        caller who abandons it takes the question back.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+        if not prompt.strip() and image is None:
+            raise InputError("there is nothing to answer: the prompt is empty and has no picture")
+        clock = StageClock()
+        pictures = list(self._pictures)
+        if image is not None:
+            pictures.append(self._encode(image, clock))
+        messages = [*self.messages, user_message(prompt, images=0 if image is None else 1)]
+        layout = self._lay_out(messages, pictures)
+        clock.lap("tokenize")
+        self._require_room(layout)
+        held = self._runner.length
+        shared = self._shared_rows(layout)
+        # The last row is always run: its logits are what the first token is chosen from.
+        reused = min(shared, len(layout.codes) - 1)
+        run_ids: list[int] = []
+        self._runner.truncate(reused)
+        self._cached_layout, self._cached_ids = layout, run_ids
+        text, token_ids = TextStream(self._codec.decode_raw), list[int]()
+        stop_reason: StopReason = "max_new_tokens"
+        generator = sampling.generator()
+        embeds = embed_rows(layout, pictures, self._runner.embed, start=reused)
+        logits = self._runner.decode(embeds, layout.positions[None, reused:])
+        clock.lap("prefill")
+        while True:
+            token = sampling.choose(logits, generator)
+            clock.lap("sample")
+            if token in self._codec.eos_token_ids:
+                stop_reason = "end"
+                break
+            token_ids.append(token)
+            piece = text.push(token)
+            clock.lap("detokenize")
+            if piece:
+                yield piece
+                self._require_current(run_ids)
+                clock.skip()
+            if len(token_ids) == max_new_tokens:
+                break
+            position = layout.next_position + len(run_ids)
+            if not self._has_room(position):
+                stop_reason = "capacity"
+                break
+            logits = self._runner.decode(
+                self._runner.embed([token]), np.array([[position]], np.int64)
+            )
+            run_ids.append(token)
+            clock.lap("decode")
+        piece = text.finish()
+        clock.lap("detokenize")
+        if piece:
+            yield piece
+            self._require_current(run_ids)
+        answer = Answer(
+            text=text.text,
+            token_ids=tuple(token_ids),
+            stop_reason=stop_reason,
+            rewound_rows=held - shared,
+            timings=clock.timings(
+                prompt_tokens=len(layout.codes) - reused,
+                visual_tokens=int(layout.is_visual[reused:].sum()),
+                reused_tokens=reused,
+            ),
+        )
+        self.messages = [*messages, assistant_message(answer.text)]
+        self._pictures = pictures
+        self.answers.append(answer)
+        return answer
+
+    def _encode(self, image: Image | Path | str, clock: StageClock) -> VisualFeatures:
+        pixels: npt.NDArray[np.float32] = self._preprocessor.pixels(
+            image if isinstance(image, Image) else open_image(Path(image))
+        )
+        clock.lap("preprocess")
+        embeds, indices = self._runner.encode_image(pixels)
+        clock.lap("vision")
+        # Never reused, so that rows of an abandoned turn's picture match no other one.
+        self._serial += 1
+        return VisualFeatures(embeds=embeds, indices=indices, serial=self._serial)
+
+    def _lay_out(self, messages: list[Message], pictures: list[VisualFeatures]) -> PromptLayout:
+        return lay_out_prompt(
+            self._codec.encode(messages),
+            pictures,
+            image_token_id=self._codec.image_token_id,
+            placeholders=self._manifest.visual_tokens_full,
+            keeps_positions=self._manifest.positions == "original",
+        )
+
+    def _shared_rows(self, layout: PromptLayout) -> int:
+        """Rows of a new layout, from its start, that the cache holds."""
+        if self._cached_layout is None:
+            return 0
+        cached = self._cached_layout.extended(self._cached_ids).first(self._runner.length)
+        return cached.shared_rows(layout)
+
+    def _require_current(self, run_ids: list[int]) -> None:
+        """Refuses to go on with a stream whose cache another turn has taken over."""
+        if self._cached_ids is not run_ids:
+            raise RuntimeError("another turn began while this answer was being streamed")
+
+    def _require_room(self, layout: PromptLayout) -> None:
+        rows, capacity = len(layout.codes), self._runner.capacity
+        if rows > capacity:
+            raise InputError(
+                f"the conversation takes {rows} rows of KV cache; allowed are {capacity} (the "
+                f"runner's capacity): start a new one, or give the runner more"
+            )
+        limit = int(self._manifest.generation["max_positions"])
+        if layout.next_position > limit:
+            raise InputError(
+                f"the conversation takes {layout.next_position} positions; the model has {limit}: "
+                f"start a new one"
+            )
+
+    def _has_room(self, position: int) -> bool:
+        """Whether one more row, at this position, can be run."""
+        limit = int(self._manifest.generation["max_positions"])
+        return self._runner.length < self._runner.capacity and position < limit

@@ -1,0 +1,170 @@
+"""Where every row of the decoder's input comes from, and which rotary position it has.
+
+The numpy twin of `forward.embed_prompts`. A prompt's run of N placeholders becomes the k rows that
+the vision graph returned. Under `original` positions these keep the places they had among the N,
+so the text behind the picture starts where it would have started without reduction; under
+`consecutive` everything is counted anew.
+
+Rows are described before they are embedded, so that a second turn can see which of them the KV
+cache holds already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketvlm.errors import InputError
+
+__all__ = ["PromptLayout", "VisualFeatures", "embed_rows", "lay_out_prompt"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisualFeatures:
+    """What the vision graph returned for one picture.
+
+    Attributes:
+        embeds: float32 [1, k, width].
+        indices: int64 [1, k]: which of the N unreduced tokens these are, ascending.
+        serial: Tells this picture from every other one of the conversation.
+    """
+
+    embeds: npt.NDArray[np.float32]
+    indices: npt.NDArray[np.int64]
+    serial: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptLayout:
+    """The rows of a prompt, in order.
+
+    Attributes:
+        codes: int64 [rows]: the token id of a text row, `-1 - serial` of a visual one.
+        slots: int64 [rows]: which of its picture's k embeddings a visual row takes; 0 for text.
+        positions: int64 [rows]: rotary positions.
+        next_position: Rotary position of the first generated token.
+    """
+
+    codes: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    next_position: int
+
+    @property
+    def is_visual(self) -> npt.NDArray[np.bool_]:
+        """Which rows come from a picture, bool [rows]."""
+        return self.codes < 0
+
+    def shared_rows(self, other: PromptLayout) -> int:
+        """Rows at the start that both layouts have in common, and with them their KV cache."""
+        rows = min(len(self.codes), len(other.codes))
+        equal = (
+            (self.codes[:rows] == other.codes[:rows])
+            & (self.slots[:rows] == other.slots[:rows])
+            & (self.positions[:rows] == other.positions[:rows])
+        )
+        return rows if equal.all() else int(equal.argmin())
+
+    def extended(self, token_ids: Sequence[int]) -> PromptLayout:
+        """The layout with generated tokens behind it."""
+        count = len(token_ids)
+        return PromptLayout(
+            codes=np.append(self.codes, np.asarray(token_ids, np.int64)),
+            slots=np.append(self.slots, np.zeros(count, np.int64)),
+            positions=np.append(self.positions, self.next_position + np.arange(count)),
+            next_position=self.next_position + count,
+        )
+
+    def first(self, rows: int) -> PromptLayout:
+        """The first rows alone; generation cannot go on from there unless these are all."""
+        return PromptLayout(
+            codes=self.codes[:rows],
+            slots=self.slots[:rows],
+            positions=self.positions[:rows],
+            next_position=self.next_position,
+        )
+
+
+def lay_out_prompt(
+    token_ids: Sequence[int],
+    pictures: Sequence[VisualFeatures],
+    *,
+    image_token_id: int,
+    placeholders: int,
+    keeps_positions: bool,
+) -> PromptLayout:
+    """Lays out a prompt whose pictures are runs of all N placeholders.
+
+    Args:
+        token_ids: The prompt.
+        pictures: Features of its pictures, in order.
+        image_token_id: The placeholder.
+        placeholders: Length of a picture's run, N.
+        keeps_positions: Whether the policy is `original`.
+
+    Raises:
+        InputError: Placeholders and pictures do not match.
+    """
+    ids = np.asarray(token_ids, np.int64)
+    columns = np.flatnonzero(ids == image_token_id)
+    runs = columns[::placeholders]
+    whole = (runs[:, None] + np.arange(placeholders)).ravel()
+    if len(runs) != len(pictures) or not np.array_equal(columns, whole):
+        raise InputError(
+            f"the prompt has {len(columns)} image placeholders where {len(pictures)} pictures "
+            f"need {len(pictures)} runs of {placeholders}"
+        )
+    codes: list[npt.NDArray[np.int64]] = []
+    slots: list[npt.NDArray[np.int64]] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    start, shift = 0, 0
+    for run, picture in zip(runs.tolist(), pictures, strict=True):
+        kept = picture.embeds.shape[1]
+        codes += [ids[start:run], np.full(kept, -1 - picture.serial)]
+        slots += [np.zeros(run - start, np.int64), np.arange(kept)]
+        offsets = picture.indices[0] if keeps_positions else np.arange(kept)
+        positions += [np.arange(start, run) - shift, run - shift + offsets]
+        start = run + placeholders
+        if not keeps_positions:
+            shift += placeholders - kept
+    codes.append(ids[start:])
+    slots.append(np.zeros(len(ids) - start, np.int64))
+    positions.append(np.arange(start, len(ids)) - shift)
+    return PromptLayout(
+        codes=np.concatenate(codes),
+        slots=np.concatenate(slots),
+        positions=np.concatenate(positions),
+        next_position=len(ids) - shift,
+    )
+
+
+def embed_rows(
+    layout: PromptLayout,
+    pictures: Sequence[VisualFeatures],
+    embed: Callable[[Sequence[int]], npt.NDArray[np.float32]],
+    *,
+    start: int = 0,
+) -> npt.NDArray[np.float32]:
+    """Embeddings of the rows from `start` on, float32 [1, rows - start, width].
+
+    Args:
+        layout: The prompt.
+        pictures: Features of its pictures.
+        embed: Token ids to embeddings [1, count, width].
+        start: Rows before it are in the KV cache already.
+    """
+    codes, slots = layout.codes[start:], layout.slots[start:]
+    is_text = codes >= 0
+    if is_text.all():
+        return embed(codes.tolist())
+    width = pictures[0].embeds.shape[2]
+    rows = np.empty((1, len(codes), width), np.float32)
+    if is_text.any():
+        rows[:, is_text] = embed(codes[is_text].tolist())
+    for picture in pictures:
+        own = codes == -1 - picture.serial
+        rows[:, own] = picture.embeds[:, slots[own]]
+    return rows
