@@ -171,7 +171,11 @@ class Checkpoint:
             )
             self.processor.save(folder)
             tensors, forms = self._stored_tensors()
-            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+            except SafetensorError as error:
+                # The library hides an operating system's error, such as a full disk, in its own.
+                raise CheckpointError(f"{path}: cannot be written: {error}") from error
             reducing = [r for r in self.history if self.reducer and "keep" in r.metrics]
             write_json(
                 folder / _MANIFEST,

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,6 +89,7 @@ _STORAGE_ERRORS = (
     errno.EACCES,
     errno.EPERM,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.ENOTDIR,
     errno.ENOENT,
     errno.EISDIR,
@@ -204,16 +205,18 @@ def ask(
 
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
+    from pocketvlm.runtime.onnx_runner import OnnxRunner
 
     if runtime != "onnx":
         raise RecipeError(f"--runtime {runtime!r} is not known; allowed is onnx")
-    conversation = Conversation.open(Bundle.open(bundle), threads=threads)
+    opened = Bundle.open(bundle)
+    conversation = Conversation(opened, runner=OnnxRunner(opened, threads=threads))
 
     def show(piece: str) -> None:
         if not as_json:
             print(piece, end="", flush=True)
 
-    answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_text=show)
+    answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_token=show)
     if as_json:
         _print_json(
             {
@@ -252,10 +255,10 @@ def evaluate(
         f"{document['metric']}  {score.accuracy:.1%}  "
         f"[{score.interval_low:.1%}, {score.interval_high:.1%}]  n={score.n}"
     )
-    for kind, row in document["per_kind"].items():
-        _say(f"  {kind:<10} {json.dumps(row)}")
+    for kind, row in score.per_kind.items():
+        _say(f"  {kind:<10} {row.accuracy:.1%}  n={row.n}")
     if score.blind is not None:
-        _say(f"blind floor {json.dumps(document['blind'])}")
+        _say(f"blind floor  {score.blind:.1%}")
     if as_json:
         _print_json(document)
 

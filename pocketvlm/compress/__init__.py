@@ -1,1 +1,1 @@
-
+"""Compression methods, one file each."""

@@ -1,1 +1,14 @@
+"""Measures a bundle on a device, compares two measurements, and renders reports.
 
+```python
+from pathlib import Path
+
+from pocketvlm.device_bench.protocol import bench_bundle
+from pocketvlm.device_bench.workload import load_workload
+
+result = bench_bundle(Path("out/bundle"), load_workload("vlm"))
+print(result["latency"]["onnx"]["ttft_user_ms"]["median"])
+```
+
+`docs/benchmarking.md` defines every figure.
+"""

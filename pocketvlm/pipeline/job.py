@@ -86,9 +86,7 @@ class Job:
         path = resolve_model(self.model)
         plan(path, recipe).raise_if_refused()
         is_reference = self.model.startswith("reference:")
-        calibration = resolve_calibration(
-            recipe.calibration, is_reference=is_reference
-        )
+        calibration = resolve_calibration(recipe.calibration, is_reference=is_reference)
         ctx = RunContext(seed=self.seed, threads=self.threads, on_progress=on_progress)
         wants_baseline = self.bench and self.baseline and recipe.stages
         return run(
@@ -108,7 +106,7 @@ class Job:
         example = next(generate_examples(7, 1, split="evaluation"))
         picture = result.out / "scene.png"
         example.image.save(picture)
-        conversation = Conversation.open(Bundle.open(result.out / "bundle"))
+        conversation = Conversation(Bundle.open(result.out / "bundle"))
         answer = conversation.ask(example.question, image=picture)
         return SceneAnswer(
             image=picture,

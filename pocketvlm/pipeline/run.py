@@ -22,7 +22,7 @@ from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.journal import Journal, stage_keys
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Bound, Recipe
-from pocketvlm.recipes.stages import Stage, Target, check_order
+from pocketvlm.recipes.stages import Stage, check_order
 from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes, write_json
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]

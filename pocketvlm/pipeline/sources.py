@@ -97,9 +97,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint.load(path, reducers=reducer_builders())
 
 
-def resolve_calibration(
-    options: CalibrationOptions, *, is_reference: bool
-) -> CalibrationSet:
+def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> CalibrationSet:
     """The calibration set that a recipe asks for.
 
     Raises:

@@ -1,0 +1,180 @@
+"""plan: validates a recipe against a model and predicts sizes, before any compute.
+
+Reads config.json alone. What a target cannot run is refused here, with the reason and what would
+work. Predictions are labelled predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.device_bench.devices import DeviceProfile, load_device
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
+from pocketvlm.pipeline.sources import read_model_spec
+from pocketvlm.recipes.load import Recipe
+from pocketvlm.recipes.stages import Stage, check_order
+from pocketvlm.selection import assign_rules
+
+__all__ = ["Plan", "plan"]
+
+_SOURCE_BYTES_A_WEIGHT = 2  # a checkpoint is published in bf16
+_CACHE_BYTES_A_VALUE = 4  # the KV cache of the ONNX decoder is float32
+_TURN_TOKENS = 256  # text of a short chat, beside the picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe would do to a model.
+
+    Attributes:
+        visual_tokens: Tokens an image costs after reduction.
+        visual_tokens_full: Before it.
+        source_bytes: The weights in bf16.
+        part_bytes: Predicted weight bytes by part of the model, scales included.
+        weight_bytes: Predicted bytes of the largest target's weights.
+        bundle_bytes: The same with graphs and processor files.
+        kv_cache_bytes: The decoder's cache for one picture and a short chat.
+        ram_bytes: Predicted memory on the device: weights, cache and activations.
+        refused: What a target or the device cannot run, with what would work.
+        warnings: What is allowed, and should be known.
+    """
+
+    model: str
+    recipe: str
+    targets: tuple[str, ...]
+    visual_tokens: int
+    visual_tokens_full: int
+    source_bytes: int
+    part_bytes: Mapping[str, int]
+    weight_bytes: int
+    bundle_bytes: int
+    kv_cache_bytes: int
+    ram_bytes: int
+    refused: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        return [
+            f"model          {self.model}",
+            f"recipe         {self.recipe} -> {', '.join(self.targets)}",
+            f"visual tokens  {self.visual_tokens} of {self.visual_tokens_full}",
+            *(
+                f"  {part:<12} {count / 1e6:10.2f} MB predicted"
+                for part, count in self.part_bytes.items()
+            ),
+            f"bundle         {self.bundle_bytes / 1e6:.2f} MB predicted, "
+            f"{self.bundle_bytes / self.source_bytes:.3f} of the source's "
+            f"{self.source_bytes / 1e6:.2f} MB",
+            f"KV cache       {self.kv_cache_bytes / 1e6:.2f} MB for a picture and "
+            f"{_TURN_TOKENS} tokens of text",
+            f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted",
+            *(f"warning        {warning}" for warning in self.warnings),
+            *(f"refused        {reason}" for reason in self.refused),
+        ]
+
+    def raise_if_refused(self) -> None:
+        """Raises what the first refusal says.
+
+        Raises:
+            UnsupportedError: Something cannot be run.
+        """
+        if self.refused:
+            raise UnsupportedError(self.refused[0])
+
+
+def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
+    """Plans a recipe for a model.
+
+    Args:
+        model: A checkpoint directory; only its config.json is read.
+        recipe: What would be done.
+        device: Name of a device profile whose memory it must fit.
+
+    Raises:
+        RecipeError: A rule matches nothing, a count is too large, an order is wrong.
+        UnsupportedError: The model's family is not supported, or a score does not suit it.
+    """
+    spec = read_model_spec(model)
+    profile = load_device(device) if device is not None else None
+    check_order(recipe.stages)
+    kept = _kept_tokens(recipe.stages, spec)
+    forms = _planned_forms(recipe.stages, spec)
+    refused: list[str] = []
+    warnings: list[str] = []
+    part_bytes: dict[str, int] = {}
+    for target in recipe.targets:
+        prediction = target.predict(spec, forms)
+        refused += prediction.refused
+        warnings += prediction.warnings
+        if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
+            part_bytes = dict(prediction.part_bytes)
+    weight_bytes = sum(part_bytes.values())
+    decoder = spec.decoder
+    row_bytes = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * _CACHE_BYTES_A_VALUE
+    cache_bytes = row_bytes * (kept + _TURN_TOKENS)
+    files = sum(f.stat().st_size for f in model.glob("*.json")) if model.is_dir() else 0
+    ram_bytes = weight_bytes + cache_bytes + _activation_bytes(spec)
+    if profile is not None:
+        refused += _device_refusals(profile, ram_bytes)
+    source = sum(x.out_features * x.in_features for x in spec.linears()) * _SOURCE_BYTES_A_WEIGHT
+    return Plan(
+        model=model.name,
+        recipe=recipe.name,
+        targets=tuple(target.method for target in recipe.targets),
+        visual_tokens=kept,
+        visual_tokens_full=spec.visual_tokens,
+        source_bytes=source,
+        part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
+        weight_bytes=weight_bytes,
+        bundle_bytes=weight_bytes + files,
+        kv_cache_bytes=cache_bytes,
+        ram_bytes=ram_bytes,
+        refused=tuple(refused),
+        warnings=tuple(warnings),
+    )
+
+
+def _kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
+    for stage in stages:
+        reducer = getattr(stage, "reducer", None)
+        if reducer is not None:
+            return int(reducer(spec).keep)
+    return spec.visual_tokens
+
+
+def _planned_forms(
+    stages: tuple[Stage, ...], spec: ModelSpec
+) -> dict[LinearSpec, WeightRule | None]:
+    """The rule that each layer ends with; `None` for layers that stay float."""
+    forms: dict[LinearSpec, WeightRule | None] = dict.fromkeys(spec.linears())
+    for stage in stages:
+        rules: tuple[WeightRule, ...] = getattr(stage, "rules", ())
+        if rules:
+            forms.update(assign_rules(rules, spec.linears()))
+    return forms
+
+
+def _activation_bytes(spec: ModelSpec) -> int:
+    """The widest layer of the tower, twice, in float32: what the vision graph peaks at."""
+    tower = spec.tower
+    tokens = tower.patches_per_side**2 + int(tower.has_cls)
+    return 2 * 4 * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
+
+
+def _device_refusals(profile: DeviceProfile, ram_bytes: int) -> list[str]:
+    if profile.ram_bytes is None or ram_bytes <= profile.ram_bytes // 2:
+        return []
+    return [
+        f"{profile.name}: needs {ram_bytes / 1e9:.2f} GB, and an app should stay below half of "
+        f"the device's {profile.ram_bytes / 1e9:.0f} GB; fewer bits or a smaller model would fit"
+    ]

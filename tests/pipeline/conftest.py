@@ -1,0 +1,74 @@
+"""One real run of each tiny model, shared by the tests that only look at it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RECIPE = """
+schema: 1
+name: test
+calibration: {source: synthetic, samples: 4}
+stages:
+  - {method: reduce_tokens, keep: 0.5}
+  - method: gptq
+    rules:
+      - {part: tower, bits: 8, group_size: 32}
+      - {match: '.*', bits: 4, group_size: 32}
+targets:
+  - {method: onnx, accuracy_level: 0, tower_accuracy_level: 0}
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "test.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four pictures with questions."""
+    folder = tmp_path_factory.mktemp("questions")
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(4):
+        name = f"{index}.png"
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(folder / name)
+        lines.append(json.dumps({"image": name, "question": "what is it?", "answer": "noise"}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def cli(*arguments, check=None, **options):
+    """Runs the command line in a process of its own."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "pocketvlm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+    if check is not None:
+        assert finished.returncode == check, finished.stderr
+    return finished
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tiny_paths, recipe_path, tmp_path_factory):
+    """Run folders of both tiny models, by family."""
+    root = tmp_path_factory.mktemp("runs")
+    for family, path in tiny_paths.items():
+        cli(
+            *("compress", path, "--recipe", recipe_path, "--out", root / family),
+            *("--no-bench", "--threads", 1),
+            check=0,
+        )
+    return {family: root / family for family in tiny_paths}

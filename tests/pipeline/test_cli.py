@@ -1,0 +1,174 @@
+"""Every way in that can be wrong: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from pocketvlm import cli as command_line
+
+from .conftest import RECIPE
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Runs the command line in this process; returns its code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pocketvlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command_line.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+def assert_one_line(result, message):
+    code, _, err = result
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) <= 1
+
+
+def test_models_that_are_none(run_cli, tmp_path):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for model, message in [
+        (tmp_path / "empty", "config.json is missing"),
+        (tmp_path / "nothing", "no such directory"),
+        ("reference:pocket-gpt", "pocket-llava"),
+        ("shape:gpt-5", "smolvlm-256m"),
+    ]:
+        assert_one_line(run_cli("compress", model, "--out", out), message)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stages.0.kep=1", "unknown key"),
+        ("stages.0.keep=x", "stages.0.keep"),
+        ("stages.0.keep=17", "more than the 16"),
+        ("stages.0.keep=0", "at least 1"),
+        ("stages.1.rules.0.group_size=48", "48"),
+        ("stages.1.rules.0.match=nowhere", "matches none"),
+        ("stages.1.rules.0.bits=5", "5"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_recipes_that_cannot_work(run_cli, tiny_paths, tmp_path, command, setting, message):
+    recipe = tmp_path / "test.yaml"
+    recipe.write_text(RECIPE)
+    arguments = [command, tiny_paths["llava"], "--recipe", recipe, "--set", setting]
+    if command == "compress":
+        arguments += ["--out", tmp_path / "out"]
+    assert_one_line(run_cli(*arguments), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_folders_that_hold_nothing(run_cli, tiny_paths, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    arguments = [
+        *("compress", tiny_paths["llava"], "--out", tmp_path / "out", "--calibration", folder)
+    ]
+    assert_one_line(run_cli(*arguments), "data.jsonl is missing")
+    (folder / "data.jsonl").write_text("")
+    assert_one_line(run_cli(*arguments), "is empty")
+    (folder / "data.jsonl").write_text(
+        json.dumps({"image": "a.png", "question": "what?", "answer": "that"}) + "\n"
+    )
+    (folder / "a.png").write_bytes(b"no picture")
+    assert_one_line(run_cli(*arguments), "a.png")
+
+
+def test_words_that_the_command_line_does_not_know(run_cli, tiny_paths):
+    assert run_cli("compress")[0] == 2
+    assert run_cli("conquer")[0] == 2
+    assert run_cli("plan", tiny_paths["llava"], "--device", "nokia-3310")[0] == 2
+
+
+def test_asking_about_pictures_of_every_size(run_cli, finished_runs, tmp_path):
+    bundle = finished_runs["llava"] / "bundle"
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    code, out, err = run_cli("ask", bundle, "--prompt", "what?", "--image", tmp_path / "dot.png")
+    assert code == 0, err
+    code, out, err = run_cli(
+        *("ask", bundle, "--prompt", "what?", "--image", tmp_path / "dot.png"),
+        *("--json", "--max-new-tokens", 3),
+    )
+    assert code == 0, err
+    assert set(json.loads(out)) == {"text", "token_ids", "timings"}
+    (tmp_path / "torn.png").write_bytes((tmp_path / "dot.png").read_bytes()[:40])
+    assert_one_line(
+        run_cli("ask", bundle, "--prompt", "what?", "--image", tmp_path / "torn.png"), "torn.png"
+    )
+    assert_one_line(
+        run_cli("ask", bundle, "--prompt", "what?", "--image", tmp_path / "none.png"), "none.png"
+    )
+
+
+def test_prompts_without_picture_and_without_words(run_cli, finished_runs):
+    bundle = finished_runs["smolvlm"] / "bundle"
+    assert run_cli("ask", bundle, "--prompt", "hello", "--max-new-tokens", 2)[0] == 0
+    assert_one_line(run_cli("ask", bundle, "--prompt", ""), "prompt")
+
+
+def test_planning_loads_no_weights(run_cli, tiny_paths, tmp_path):
+    """A directory without weights is enough."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json",):
+        (tmp_path / "model" / name).write_bytes((tiny_paths["smolvlm"] / name).read_bytes())
+    code, out, _ = run_cli("plan", tmp_path / "model", "--recipe", "int4-small", "--json")
+    assert code == 0
+    planned = json.loads(out)
+    assert planned["visual_tokens"] == 8
+    assert planned["bundle_bytes"] > 0
+
+
+def test_the_plan_foresees_the_size_of_the_bundle(run_cli, tiny_paths, finished_runs, tmp_path):
+    recipe = tmp_path / "test.yaml"
+    recipe.write_text(RECIPE)
+    for family, run in finished_runs.items():
+        code, out, _ = run_cli("plan", tiny_paths[family], "--recipe", recipe, "--json")
+        assert code == 0
+        weights = (run / "bundle" / "onnx" / "weights.bin").stat().st_size
+        assert json.loads(out)["weight_bytes"] == pytest.approx(weights, rel=0.03)
+
+
+def test_a_bundle_is_inspected(run_cli, finished_runs):
+    code, out, err = run_cli("inspect", finished_runs["llava"] / "bundle", "--json")
+    assert code == 0
+    assert "vision" in err
+    assert json.loads(out)["visual_tokens"] == 8
+
+
+def test_lists_and_doctor(run_cli):
+    code, out, err = run_cli("recipes", "--json")
+    assert code == 0
+    assert "int4-balanced" in err
+    assert {one["name"] for one in json.loads(out)["recipes"]} >= {"int4-small", "float"}
+    assert run_cli("recipes", "int4-small")[0] == 0
+    assert run_cli("devices")[0] == 0
+    code, out, _ = run_cli("doctor", "--json")
+    assert code == 0
+    names = {finding["name"] for finding in json.loads(out)["findings"]}
+    assert {"torch", "onnxruntime", "coremltools", "memory"} <= names
+    assert run_cli("--version")[1].strip()
+
+
+def test_a_folder_that_is_no_bundle(run_cli, tmp_path):
+    for command in (["ask", tmp_path, "--prompt", "x"], ["inspect", tmp_path], ["bench", tmp_path]):
+        assert_one_line(run_cli(*command), "no bundle here")
+
+
+def test_reports_of_runs_become_one_page(run_cli, finished_runs, tmp_path):
+    page = tmp_path / "page.html"
+    assert run_cli("report", *finished_runs.values(), "--out", page)[0] == 0
+    assert "<html" in page.read_text()
