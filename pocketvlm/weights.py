@@ -295,9 +295,11 @@ class AffineWeight(WeightForm):
 
 
 def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    rows, groups = scales.shape
-    centred = codes.view(rows, groups, -1).to(torch.float32) - zeros.to(torch.float32)[..., None]
-    return (centred * scales.to(torch.float32)[..., None]).view(rows, -1)
+    # In place: for a large table every temporary is as large as the float32 result.
+    dense = codes.view(*scales.shape, -1).to(torch.float32)
+    dense -= zeros.to(torch.float32)[..., None]
+    dense *= scales.to(torch.float32)[..., None]
+    return dense.view(scales.shape[0], -1)
 
 
 FORMS: tuple[type[WeightForm], ...] = (DenseWeight, AffineWeight)
