@@ -1,0 +1,218 @@
+"""Scores a checkpoint or a bundle: the same questions, the same metric, the same blind floor.
+
+The blind floor is the score of the same subject when every picture is replaced by noise: what the
+questions give away by themselves. A score means little without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from pocketvlm.context import RunContext
+from pocketvlm.errors import CalibrationError
+from pocketvlm.evaluation.answers import METRIC_NAMES, METRICS, MetricName
+from pocketvlm.evaluation.intervals import PairedDifference, compare_paired, wilson_interval
+
+if TYPE_CHECKING:
+    from pocketvlm.bundle import Bundle
+    from pocketvlm.calibration.source import Sample
+    from pocketvlm.checkpoint import Checkpoint
+
+__all__ = ["KindScore", "Score", "blinded", "compare_scores", "score_bundle", "score_checkpoint"]
+
+Answerer = Callable[["Sequence[Sample]", str], list[str]]
+"""Answers questions; the text names the work for whoever watches the progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindScore:
+    """The score on one kind of question."""
+
+    n: int
+    correct: float
+    accuracy: float
+    interval_low: float
+    interval_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a subject answered, judged.
+
+    Attributes:
+        metric: What counts as right.
+        n: Questions.
+        correct: Right answers, or the sum of credits.
+        accuracy: `correct / n`.
+        interval_low: Lower end of Wilson's 95 % interval.
+        interval_high: Upper end.
+        per_kind: The same by kind of question; empty where kinds are not known.
+        blind: Accuracy when every picture is noise, or `None` where that was not measured.
+        credits: Credit of each question, in order; what a paired comparison needs.
+    """
+
+    metric: str
+    n: int
+    correct: float
+    accuracy: float
+    interval_low: float
+    interval_high: float
+    per_kind: Mapping[str, KindScore] = field(default_factory=dict)
+    blind: float | None = None
+    credits: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The score as JSON values."""
+        return {**asdict(self), "credits": list(self.credits)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Score:
+        """Undoes `to_json`."""
+        kinds = {kind: KindScore(**row) for kind, row in document["per_kind"].items()}
+        return cls(**{**document, "per_kind": kinds, "credits": tuple(document["credits"])})
+
+
+def score_checkpoint(
+    checkpoint: Checkpoint,
+    samples: Iterable[Sample],
+    *,
+    metric: MetricName = "exact_match",
+    blind: bool = True,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    ctx: RunContext | None = None,
+) -> Score:
+    """Scores greedy answers of a checkpoint in torch.
+
+    Args:
+        checkpoint: The model, reduced and quantized as it is.
+        samples: Questions with their answers.
+        metric: What counts as right.
+        blind: Whether the blind floor is measured too, which takes as long again.
+        batch_size: Prompts of one length that are answered together.
+        max_new_tokens: Longest answer.
+        ctx: Seed of the noise and whom to tell about progress.
+
+    Raises:
+        CalibrationError: There are no questions, or a picture cannot be read.
+    """
+    from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
+
+    context = ctx or RunContext()
+
+    def answer(questions: Sequence[Sample], task: str) -> list[str]:
+        return answer_with_checkpoint(
+            checkpoint,
+            questions,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            ctx=context,
+            task=task,
+        )
+
+    return _score(answer, samples, metric=metric, blind=blind, seed=context.seed)
+
+
+def score_bundle(
+    bundle: Bundle,
+    samples: Iterable[Sample],
+    *,
+    metric: MetricName = "exact_match",
+    blind: bool = True,
+    max_new_tokens: int = 16,
+    ctx: RunContext | None = None,
+) -> Score:
+    """Scores greedy answers of the artifact itself, as an app gets them: one question at a time.
+
+    Args:
+        bundle: The artifact.
+        samples: Questions with their answers.
+        metric: What counts as right.
+        blind: Whether the blind floor is measured too, which takes as long again.
+        max_new_tokens: Longest answer.
+        ctx: Seed of the noise, threads, and whom to tell about progress.
+
+    Raises:
+        CalibrationError: There are no questions, or a picture cannot be read.
+        BundleError: The bundle cannot be run.
+    """
+    from pocketvlm.evaluation.bundle_answers import answer_with_bundle
+
+    context = ctx or RunContext()
+
+    def answer(questions: Sequence[Sample], task: str) -> list[str]:
+        return answer_with_bundle(
+            bundle, questions, max_new_tokens=max_new_tokens, ctx=context, task=task
+        )
+
+    return _score(answer, samples, metric=metric, blind=blind, seed=context.seed)
+
+
+def compare_scores(baseline: Score, candidate: Score) -> PairedDifference:
+    """Compares two scores on the same questions, with an interval of their difference.
+
+    Raises:
+        ValueError: They are not of the same metric, or of equally many questions.
+    """
+    if baseline.metric != candidate.metric:
+        raise ValueError(f"{baseline.metric} and {candidate.metric} cannot be compared")
+    return compare_paired(baseline.credits, candidate.credits)
+
+
+def _score(
+    answer: Answerer, samples: Iterable[Sample], *, metric: MetricName, blind: bool, seed: int
+) -> Score:
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}; allowed are {', '.join(METRIC_NAMES)}")
+    questions = tuple(samples)
+    if not questions:
+        raise CalibrationError("there are no questions to score")
+    earned = _judge(answer(questions, "evaluate"), questions, metric)
+    kinds = sorted({question.kind for question in questions if question.kind})
+    per_kind = {
+        kind: KindScore(
+            **_summary([c for c, q in zip(earned, questions, strict=True) if q.kind == kind])
+        )
+        for kind in kinds
+    }
+    floor = None
+    if blind:
+        noise = tuple(blinded(question, seed, index) for index, question in enumerate(questions))
+        unseen = _judge(answer(noise, "evaluate blind"), noise, metric)
+        floor = sum(unseen) / len(unseen)
+    return Score(
+        metric=metric, **_summary(earned), per_kind=per_kind, blind=floor, credits=tuple(earned)
+    )
+
+
+def blinded(sample: Sample, seed: int, index: int) -> Sample:
+    """The same question about seeded noise of the picture's size; text alone stays as it is."""
+    size = sample.image_size()
+    if size is None:
+        return sample
+    rng = np.random.default_rng((seed, index))
+    noise = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return replace(sample, image=Image.fromarray(noise))
+
+
+def _judge(answers: Sequence[str], questions: Sequence[Sample], metric: MetricName) -> list[float]:
+    return [
+        METRICS[metric](answer, question.answer)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+
+
+def _summary(earned: Sequence[float]) -> dict[str, Any]:
+    low, high = wilson_interval(sum(earned), len(earned))
+    return {
+        "n": len(earned),
+        "correct": sum(earned),
+        "accuracy": sum(earned) / len(earned),
+        "interval_low": low,
+        "interval_high": high,
+    }
