@@ -1,0 +1,91 @@
+"""What the documentation shows: every command parses, every recipe loads, every snippet runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from pocketvlm.cli import app
+from pocketvlm.recipes.load import list_recipes, recipe_from_document
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    for page in PAGES:
+        for number, (found, content) in enumerate(BLOCK.findall(page.read_text())):
+            if found == language:
+                yield pytest.param(content, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+def commands():
+    for block in blocks("bash"):
+        for line in block.values[0].splitlines():
+            if line.startswith("pocketvlm "):
+                yield pytest.param(line, id=f"{block.id}: {line[:60]}")
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_shown_is_one_that_parses(line):
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(app).commands[name]
+    context = command.make_context(name, arguments)
+    assert context.params
+
+
+@pytest.mark.parametrize("content", blocks("yaml"))
+def test_every_recipe_shown_loads(content):
+    document = yaml.safe_load(content)
+    if isinstance(document, dict) and "stages" in document:
+        recipe_from_document(document, where="docs")
+
+
+@pytest.mark.parametrize("content", blocks("python"))
+def test_every_snippet_runs(content, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-c", content], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_make_target_shown_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for target in re.findall(r"^make (\w+)", page.read_text(), re.MULTILINE):
+            assert f"\n{target}:" in makefile
+
+
+def test_every_shipped_recipe_is_in_the_table():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for name in list_recipes():
+        assert f"| `{name}` |" in page
+
+
+def test_the_repository_names_no_machine():
+    pattern = re.compile(r"/(?:root|home|work|tmp)/\w")
+    for page in PAGES:
+        assert not pattern.search(page.read_text()), page
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_every_example_runs(example, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
