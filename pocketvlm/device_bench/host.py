@@ -1,0 +1,115 @@
+"""Transports: how a job reaches the device that runs it. The first device is this host.
+
+A transport never raises for what happens on the device: a crash, a timeout or garbage on the line
+is a `Failure` with a reason, because a measurement that failed belongs into the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pocketvlm.device_bench.worker import WORKER_SCHEMA
+
+__all__ = ["Failure", "HostTransport", "Transport"]
+
+_WORKER = (sys.executable, "-m", "pocketvlm.device_bench.worker")
+_LAST_WORDS = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A job that gave no result, and why."""
+
+    reason: str
+
+
+class Transport(ABC):
+    """The way to one device."""
+
+    @abstractmethod
+    def run(self, job: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any] | Failure:
+        """Runs one job in a fresh process on the device.
+
+        Args:
+            job: What `worker.run_job` understands, `schema` apart.
+            timeout_s: Seconds after which the process is killed.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostTransport(Transport):
+    """Runs the worker as a child process.
+
+    Attributes:
+        command: The worker's command line.
+    """
+
+    command: tuple[str, ...] = _WORKER
+
+    def run(self, job: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any] | Failure:
+        """Runs one job in a child process, and kills all of it when the time is up."""
+        process = subprocess.Popen(  # noqa: S603  (our own program)
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(
+                json.dumps({"schema": WORKER_SCHEMA, **job}), timeout=timeout_s
+            )
+        except subprocess.TimeoutExpired:
+            return Failure(reason=f"no result within {timeout_s:g} s")
+        finally:
+            # On success the group is gone; on a timeout or Ctrl-C its children go with it.
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        return read_result(out, err, process.returncode)
+
+
+def read_result(out: str, err: str, returncode: int) -> Mapping[str, Any] | Failure:
+    """The document on the last line of a worker's output, or why there is none.
+
+    Args:
+        out: Its standard output.
+        err: Its standard error.
+        returncode: Its exit status; negative for the signal that ended it.
+    """
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        hint = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
+        return Failure(reason=f"the worker was ended by {name}{hint}{_last_words(err)}")
+    try:
+        document = json.loads(out.rstrip("\n").rpartition("\n")[2])
+    except json.JSONDecodeError:
+        return Failure(
+            reason=f"the worker ended with status {returncode} and no result{_last_words(err)}"
+        )
+    if not isinstance(document, dict) or document.get("schema") != WORKER_SCHEMA:
+        return Failure(reason="the last line of the worker is no result of this protocol")
+    if document.get("status") == "failed":
+        return Failure(reason=str(document.get("reason")))
+    result = document.get("result")
+    if returncode != 0 or not isinstance(result, dict):
+        return Failure(reason=f"the worker ended with status {returncode}{_last_words(err)}")
+    return result
+
+
+def _last_words(err: str) -> str:
+    lines = err.strip().splitlines()
+    return f": {lines[-1][:_LAST_WORDS]}" if lines else ""

@@ -1,0 +1,156 @@
+"""The gate that a figure passes before it is printed: does it contradict physics or itself?
+
+Published tables contain rates of zero, times to first token below what the printed prefill rate
+allows, and peaks of memory below the weights that were read. Each of them would have been caught
+by one line of arithmetic, and here it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["Check", "Physics", "check_plausibility"]
+
+Verdict = Literal["pass", "fail", "not applicable"]
+
+# A part of the prompt may come from a cache or overlap with what went before; half may not.
+_TTFT_SHARE = 0.5
+# Weights that are read through a memory map count once they are touched; a reader that touches
+# less than half of them has not run the model.
+_MEMORY_SHARE = 0.5
+# The bandwidth is measured with a plain reduction, beside whatever else runs on the machine.
+_BANDWIDTH_ALLOWANCE = 2.0
+# Stages are timed inside the span that contains them.
+_CLOCK_ALLOWANCE = 1.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One verdict, with the two numbers that it rests on."""
+
+    check: str
+    verdict: Verdict
+    value: float | None
+    bound: float | None
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Physics:
+    """What is known of the bundle and the machine apart from the measurement.
+
+    Attributes:
+        prompt_tokens: Visual and text tokens that the decoder prefilled.
+        weight_bytes: Bytes of all graphs of the bundle, external data included.
+        decoder_bytes: Bytes of the decoder's weights alone, which one step reads once.
+        memory_read_bytes_s: Bytes a second that the machine reads from memory.
+        cache_bytes: Its last-level cache; weights that fit there are not bound by memory.
+    """
+
+    prompt_tokens: int
+    weight_bytes: int
+    decoder_bytes: int | None = None
+    memory_read_bytes_s: float | None = None
+    cache_bytes: int | None = None
+
+
+def check_plausibility(
+    figures: Mapping[str, Any], memory: Mapping[str, Any], physics: Physics
+) -> tuple[Check, ...]:
+    """Checks the figures of one bundle.
+
+    Args:
+        figures: Its `latency` block.
+        memory: Its `memory` block.
+        physics: What they must not contradict.
+    """
+
+    def typical(name: str) -> float | None:
+        value: float | None = (figures.get(name) or {}).get("median")
+        return value
+
+    return (
+        _above_zero("prefill_tok_s", typical("prefill_tok_s")),
+        _above_zero("decode_tok_s", typical("decode_tok_s")),
+        _ttft_fits_rate(typical("ttft_engine_ms"), typical("prefill_tok_s"), physics),
+        _ttft_user_contains_engine(typical("ttft_user_ms"), typical("ttft_engine_ms")),
+        _bandwidth(typical("decode_tok_s"), physics),
+        _memory_holds_weights(memory, physics),
+    )
+
+
+def _judge(check: str, value: float, bound: float, *, holds: bool, detail: str) -> Check:
+    verdict: Verdict = "pass" if holds else "fail"
+    return Check(check=check, verdict=verdict, value=value, bound=bound, detail=detail)
+
+
+def _skip(check: str, why: str) -> Check:
+    return Check(check=check, verdict="not applicable", value=None, bound=None, detail=why)
+
+
+def _above_zero(name: str, rate: float | None) -> Check:
+    check = f"{name} is above zero"
+    if rate is None:
+        return _skip(check, f"{name} was not measured")
+    return _judge(check, rate, 0.0, holds=rate > 0, detail="tokens a second")
+
+
+def _ttft_fits_rate(ttft_ms: float | None, rate: float | None, physics: Physics) -> Check:
+    check = "time to first token covers the prompt"
+    if ttft_ms is None or not rate:
+        return _skip(check, "time to first token or prefill rate was not measured")
+    least = physics.prompt_tokens / rate * 1e3 * _TTFT_SHARE
+    return _judge(
+        check,
+        ttft_ms,
+        least,
+        holds=ttft_ms >= least,
+        detail=f"ms; at least half of {physics.prompt_tokens} tokens at {rate:.4g} tokens a second",
+    )
+
+
+def _ttft_user_contains_engine(user_ms: float | None, engine_ms: float | None) -> Check:
+    check = "the user's time to first token contains the engine's"
+    if user_ms is None or engine_ms is None:
+        return _skip(check, "one of the two was not measured")
+    holds = user_ms * _CLOCK_ALLOWANCE >= engine_ms
+    return _judge(check, user_ms, engine_ms, holds=holds, detail="ms")
+
+
+def _bandwidth(rate: float | None, physics: Physics) -> Check:
+    check = "decoding reads no faster than memory"
+    size, cache = physics.decoder_bytes, physics.cache_bytes
+    if rate is None or size is None or physics.memory_read_bytes_s is None:
+        return _skip(check, "decode rate, weight bytes or memory bandwidth is not known")
+    if cache is not None and size <= cache:
+        return _skip(check, f"{size:,} bytes of decoder fit into the cache of {cache:,}")
+    read = rate * size
+    most = physics.memory_read_bytes_s * _BANDWIDTH_ALLOWANCE
+    return _judge(
+        check,
+        read / 1e9,
+        most / 1e9,
+        holds=read <= most,
+        detail="GB/s; at most twice what a plain reduction reads here",
+    )
+
+
+def _memory_holds_weights(memory: Mapping[str, Any], physics: Physics) -> Check:
+    check = "peak memory holds the weights that were touched"
+    peak, before = memory.get("peak_rss_bytes"), memory.get("before_load_rss_bytes")
+    if peak is None or before is None:
+        return _skip(check, "peak memory was not measured")
+    grown, least = float(peak - before), physics.weight_bytes * _MEMORY_SHARE
+    return _judge(
+        check,
+        grown,
+        least,
+        holds=grown >= least,
+        detail="bytes above the empty process; at least half of the bundle's graphs",
+    )

@@ -1,0 +1,207 @@
+"""What is measured: a frozen workload, its picture and a prompt of an exact number of tokens.
+
+Rates are comparable only between runs of the same shape, so the shapes that the field publishes
+are presets here, and a workload is a value that travels into the report whole. The picture and the
+prompt are generated, hence the same on every device; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pocketvlm.errors import InputError
+
+__all__ = ["PRESETS", "Workload", "draw_picture", "fit_prompt", "load_workload"]
+
+_MIN_REPEATS = 5
+_SENTENCES = (
+    "Describe what you see in as many details as you can, from the left to the right. ",
+    "Name every object with its colour and say where it is and what stands beside it. ",
+    "Count the people, the animals and the cars, and read every word that is written. ",
+)
+_ENDINGS = ("", ".", " a", " it", " the", "!", " 7", "?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The shape of one measurement.
+
+    Attributes:
+        name: What the report calls it.
+        prompt_tokens: Tokens of the whole prompt, chat template included, visual tokens not.
+        new_tokens: Tokens to generate, the first one included.
+        image_size: Side of the generated square picture in pixels; `None` for text alone.
+        image_file: A picture to use in place of the generated one.
+        warm_ups: Answers a process gives before the measured ones. The very first of them is the
+            cold answer and is reported apart.
+        answers: Measured answers of one process.
+        repeats: Fresh processes per bundle; a figure has `repeats * answers` samples.
+        cool_down_s: Pause before every process, in seconds.
+        ignore_eos: Whether generation goes on behind an end-of-answer token, so that every answer
+            has exactly `new_tokens` tokens.
+    """
+
+    name: str
+    prompt_tokens: int
+    new_tokens: int
+    image_size: int | None = None
+    image_file: Path | None = None
+    warm_ups: int = 1
+    answers: int = 1
+    repeats: int = _MIN_REPEATS
+    cool_down_s: float = 0.0
+    ignore_eos: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot give a figure worth printing.
+
+        Raises:
+            ValueError: A field is out of range; the message says what is allowed.
+        """
+        bounds = {
+            "prompt_tokens": (self.prompt_tokens, 1),
+            "new_tokens": (self.new_tokens, 2),
+            "warm_ups": (self.warm_ups, 1),
+            "answers": (self.answers, 1),
+            "repeats": (self.repeats, _MIN_REPEATS),
+            "cool_down_s": (self.cool_down_s, 0),
+        }
+        for field, (value, least) in bounds.items():
+            if not value >= least:
+                raise ValueError(f"workload {self.name!r}: {field} is {value}; at least {least}")
+        if self.image_size is not None and self.image_file is not None:
+            raise ValueError(
+                f"workload {self.name!r}: image_size and image_file exclude each other; "
+                "give one of them, or none for text alone"
+            )
+        if self.image_size is not None and not 8 <= self.image_size <= 8192:  # noqa: PLR2004
+            raise ValueError(
+                f"workload {self.name!r}: image_size is {self.image_size}; 8 to 8192 pixels"
+            )
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the prompt asks about a picture."""
+        return self.image_size is not None or self.image_file is not None
+
+    def image_bytes(self) -> bytes | None:
+        """The encoded picture, as a camera or a chat app would hand it over; `None` for text alone.
+
+        Raises:
+            InputError: The image file cannot be read, or is no image.
+        """
+        if self.image_size is not None:
+            return draw_picture(self.image_size)
+        if self.image_file is None:
+            return None
+        try:
+            content = self.image_file.read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                image.verify()
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.image_file}: not a readable image: {error}") from error
+        return content
+
+    def to_json(self) -> dict[str, Any]:
+        """The workload as JSON values."""
+        return {
+            **asdict(self),
+            "image_file": None if self.image_file is None else str(self.image_file),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Workload:
+        """Reads what `to_json` wrote."""
+        file = document.get("image_file")
+        return cls(**{**document, "image_file": None if file is None else Path(file)})
+
+
+PRESETS: Mapping[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        # One 512-pixel image, a short question, a paragraph of answer.
+        Workload(name="vlm", image_size=512, prompt_tokens=32, new_tokens=128),
+        # What llama-bench and its followers print as pp512 / tg128.
+        Workload(name="text", prompt_tokens=512, new_tokens=128),
+        # A short prompt: where the fixed costs of a runtime show.
+        Workload(name="short", prompt_tokens=96, new_tokens=64),
+    )
+}
+"""Shapes that the field publishes, by name."""
+
+
+def load_workload(name: str) -> Workload:
+    """The preset of this name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in PRESETS:
+        raise InputError(f"workload {name!r} is not known; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def draw_picture(size: int) -> bytes:
+    """A JPEG of `size` by `size` pixels with smooth areas, edges and texture; always the same.
+
+    A flat picture would flatter the JPEG decoder, and noise alone would burden it.
+    """
+    rows, columns = np.mgrid[0:size, 0:size] / size
+    texture = np.random.default_rng(0).normal(0.0, 6.0, (size, size, 1))
+    canvas = np.stack([90 + 120 * rows, 140 + 60 * columns, 200 - 110 * rows], axis=-1) + texture
+    disc = (rows - 0.35) ** 2 + (columns - 0.3) ** 2 < 0.18**2
+    canvas[disc] = (220, 60, 50)
+    square = np.maximum(abs(rows - 0.68), abs(columns - 0.7)) < 0.4**2
+    stripes = (np.floor((rows + columns) * 40) % 2).astype(bool)
+    canvas[square & stripes] = (245, 225, 90)
+    canvas[square & ~stripes] = (40, 70, 120)
+    stream = io.BytesIO()
+    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, format="JPEG", quality=90)
+    return stream.getvalue()
+
+
+def fit_prompt(count_tokens: Callable[[str], int], tokens: int) -> str:
+    """A text whose whole prompt has exactly `tokens` tokens.
+
+    The text is shortened character by character, which moves the count by at most a token or two,
+    and ended in several ways until the count is met. Real text that is tokenised as part of every
+    answer keeps the tokenizer's time honest; cutting ids to length would not.
+
+    Args:
+        count_tokens: Tokens of the prompt that a text becomes, chat template included.
+        tokens: The count to meet.
+
+    Raises:
+        InputError: The template alone takes more, or the tokenizer has no such text.
+    """
+    least = count_tokens("a")
+    if least > tokens:
+        raise InputError(
+            f"the chat template alone takes {least} tokens of the prompt; a workload of "
+            f"{tokens} prompt tokens does not fit: ask for {least} or more"
+        )
+    text = ""
+    while count_tokens(text + "a") <= tokens:
+        text += "".join(_SENTENCES)
+    below, above = 0, len(text)
+    while above - below > 1:
+        middle = (below + above) // 2
+        if count_tokens(text[:middle] + "a") <= tokens:
+            below = middle
+        else:
+            above = middle
+    # Counts are only nearly monotonic in the length, hence a window and not one candidate.
+    for length in sorted(range(max(0, below - 48), below + 16), key=lambda n: abs(n - below)):
+        for ending in _ENDINGS:
+            candidate = text[:length] + ending
+            if candidate.strip() and count_tokens(candidate) == tokens:
+                return candidate
+    raise InputError(f"found no text of exactly {tokens} prompt tokens for this tokenizer")
