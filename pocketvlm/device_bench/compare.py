@@ -141,10 +141,10 @@ def compare_reports(
     Raises:
         BundleError: One of them cannot be read.
     """
-    documents = [
+    before, after = (
         read_json(path / "report.json" if path.is_dir() else path) for path in (first, second)
-    ]
-    return compare_documents(*documents, bounds=bounds)
+    )
+    return compare_documents(before, after, bounds)
 
 
 def compare_documents(
@@ -206,7 +206,7 @@ def _judge(
 
 def _share(difference: float, of: float) -> float:
     if of == 0:
-        return 0.0 if difference <= 0 else math.inf
+        return 1.0 if difference > 0 else 0.0
     return difference / abs(of)
 
 
