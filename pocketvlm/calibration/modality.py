@@ -48,11 +48,11 @@ def check_weighting(weighting: ModalityWeighting) -> None:
     if isinstance(weighting, str):
         if weighting not in ("uniform", "balanced"):
             raise ValueError(
-                f"token_weights {weighting!r} is unknown; allowed are 'uniform', 'balanced' or "
+                f"modality_weights {weighting!r} is unknown; allowed are 'uniform', 'balanced' or "
                 "the weight of a visual token"
             )
     elif not math.isfinite(weighting) or weighting < 0:
-        raise ValueError(f"token_weights must be at least 0 and finite, not {weighting}")
+        raise ValueError(f"modality_weights must be at least 0 and finite, not {weighting}")
 
 
 def token_weights(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -218,28 +219,23 @@ class CalibrationSet:
         }
 
 
-class _naming:  # noqa: N801  (a context manager that reads like a verb)
+@contextmanager
+def _naming(where: str, path: Path) -> Iterator[None]:
     """Turns what Pillow raises for a bad file into a `CalibrationError` that names it."""
-
-    def __init__(self, where: str, path: Path) -> None:
-        self._prefix = f"{where}: image {path.name}"
-        self._filter = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        self._filter.__enter__()
-        # Pillow warns of a picture that is too large, and refuses one of twice that size.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._filter.__exit__()
-        if isinstance(error, FileNotFoundError):
-            raise CalibrationError(f"{self._prefix} is missing") from error
-        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-            limit = Image.MAX_IMAGE_PIXELS
-            raise CalibrationError(f"{self._prefix} has more than {limit:,} pixels") from error
-        # Decoders raise SyntaxError and ValueError for damaged data.
-        if isinstance(error, UnidentifiedImageError | OSError | SyntaxError | ValueError):
-            raise CalibrationError(f"{self._prefix} cannot be decoded: {error}") from error
+    prefix = f"{where}: image {path.name}"
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of a picture that is too large, and refuses one of twice that size.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{prefix} is missing") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise CalibrationError(f"{prefix} has more than {limit:,} pixels") from error
+    # Decoders raise SyntaxError and ValueError for damaged data.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise CalibrationError(f"{prefix} cannot be decoded: {error}") from error
 
 
 def _read_line(line: str, folder: Path, where: str) -> Sample:

@@ -11,7 +11,7 @@ __all__ = ["SecondMoment"]
 
 _CHUNK = 8192
 # Above this width a float64 accumulator would cost more memory than its digits are worth.
-_WIDE = 2048
+_WIDE = 1024
 
 
 class SecondMoment:
@@ -20,22 +20,35 @@ class SecondMoment:
     Products are float32, the sum over batches is float64 (float32 for wide layers). The result is
     a mean: it depends neither on the number of samples nor on how they were batched.
 
+    Args:
+        width: Channels of the inputs.
+        block: Width of diagonal blocks that are kept instead of the full matrix, for inputs whose
+            full matrix would not fit; the last block may be narrower.
+
     Attributes:
+        width: Channels of the inputs.
         tokens: Tokens seen.
         total_weight: Sum of their weights.
     """
 
-    def __init__(self, width: int) -> None:
-        self._sum = torch.zeros(
-            width, width, dtype=torch.float64 if width <= _WIDE else torch.float32
-        )
+    def __init__(self, width: int, *, block: int | None = None) -> None:
+        self.width = width
         self.tokens = 0
         self.total_weight = 0.0
+        step = width if block is None else block
+        self._slices = tuple(
+            slice(start, min(start + step, width)) for start in range(0, width, step)
+        )
+        dtype = torch.float64 if width <= _WIDE else torch.float32
+        self._sums = [
+            torch.zeros(part.stop - part.start, part.stop - part.start, dtype=dtype)
+            for part in self._slices
+        ]
 
     @property
-    def width(self) -> int:
-        """Channels of the inputs."""
-        return self._sum.shape[0]
+    def slices(self) -> tuple[slice, ...]:
+        """Channels of each diagonal block; one slice where the matrix is full."""
+        return self._slices
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch.
@@ -48,26 +61,28 @@ class SecondMoment:
             CalibrationError: An input is not finite.
         """
         flat = inputs.reshape(-1, self.width).to(torch.float32)
-        shares = None if weights is None else weights.reshape(-1)
+        shares = None if weights is None else weights.reshape(-1).to(torch.float32)
         for start in range(0, flat.shape[0], _CHUNK):
             rows = flat[start : start + _CHUNK]
-            if shares is not None:
-                chosen = shares[start : start + _CHUNK]
-                self.total_weight += float(chosen.sum())
-                rows = rows * chosen.to(torch.float32).sqrt()[:, None]
-            else:
+            if shares is None:
                 self.total_weight += rows.shape[0]
-            self._sum += rows.T @ rows
+            else:
+                chosen = shares[start : start + _CHUNK]
+                self.total_weight += float(chosen.sum(dtype=torch.float64))
+                rows = rows * chosen.sqrt()[:, None]
+            for part, total in zip(self._slices, self._sums, strict=True):
+                columns = rows[:, part]
+                total.add_(columns.T @ columns)
         self.tokens += flat.shape[0]
-        if not bool(torch.isfinite(self._sum.diagonal()).all()):
-            raise CalibrationError("an input of the layer is not finite on the calibration data")
+        if not all(bool(torch.isfinite(total.diagonal()).all()) for total in self._sums):
+            raise CalibrationError("an input is not finite on the calibration data")
 
-    def mean(self) -> Tensor:
-        """The second moment [width, width], symmetric.
+    def blocks(self) -> tuple[Tensor, ...]:
+        """The diagonal blocks of the second moment, each symmetric.
 
         Raises:
             CalibrationError: No token with a positive weight was added.
         """
         if self.total_weight <= 0:
-            raise CalibrationError("no calibration token with a positive weight reached the layer")
-        return self._sum / self.total_weight
+            raise CalibrationError("no calibration token with a positive weight was seen")
+        return tuple(total / self.total_weight for total in self._sums)

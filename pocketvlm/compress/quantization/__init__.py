@@ -1,1 +1,1 @@
-
+"""Weight quantization, one file a method."""

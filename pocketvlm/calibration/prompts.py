@@ -1,0 +1,122 @@
+"""Calibration conversations as token ids, and which of them share one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pocketvlm.calibration.source import CalibrationSet, Sample
+from pocketvlm.errors import CalibrationError
+from pocketvlm.processor import Message, Processor
+
+__all__ = ["Prompt", "PromptBatch", "batch_images", "batch_prompts", "encode_samples"]
+
+_MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sample as token ids: prompt and answer, the image as all N of its placeholders.
+
+    Attributes:
+        token_ids: The ids.
+        image_start: Column of the first placeholder.
+        is_truncated: Whether the end was cut off at the longest length that is used.
+    """
+
+    token_ids: tuple[int, ...]
+    image_start: int
+    is_truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Samples that run through the model together.
+
+    Attributes:
+        samples: Their indices in the calibration set.
+        held_out: Whether they only judge the result and never enter a Hessian.
+    """
+
+    samples: tuple[int, ...]
+    held_out: bool
+
+
+def encode_samples(processor: Processor, samples: CalibrationSet) -> tuple[Prompt, ...]:
+    """Encodes every sample.
+
+    Raises:
+        CalibrationError: A sample has no image, has the image's placeholder in its text, or its
+            image does not fit into the longest length that is used.
+    """
+    return tuple(_encode(processor, sample) for sample in samples)
+
+
+def batch_images(count: int, first_held_out: int, per_batch: int) -> tuple[PromptBatch, ...]:
+    """Batches of consecutive samples; none mixes held-out samples with others."""
+    return tuple(
+        PromptBatch(samples=tuple(range(start, min(start + per_batch, end))), held_out=held_out)
+        for begin, end, held_out in ((0, first_held_out, False), (first_held_out, count, True))
+        for start in range(begin, end, per_batch)
+    )
+
+
+def batch_prompts(
+    prompts: Sequence[Prompt], first_held_out: int, max_tokens: int
+) -> tuple[PromptBatch, ...]:
+    """Batches of prompts of one length whose images stand in the same columns.
+
+    No prompt is padded: a padded column would need a mask that the phone does not have.
+    """
+    alike: dict[tuple[bool, int, int], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        key = (index >= first_held_out, len(prompt.token_ids), prompt.image_start)
+        alike.setdefault(key, []).append(index)
+    batches = []
+    for (held_out, length, _), indices in alike.items():
+        size = max(1, max_tokens // length)
+        batches += [
+            PromptBatch(samples=tuple(indices[start : start + size]), held_out=held_out)
+            for start in range(0, len(indices), size)
+        ]
+    return tuple(batches)
+
+
+def _encode(processor: Processor, sample: Sample) -> Prompt:
+    spec = processor.spec
+    if sample.image is None:
+        raise CalibrationError(
+            f"{sample.where}: has no image; a vision-language model is calibrated on images and "
+            "text together"
+        )
+    token_ids = processor.encode(_messages(sample), add_generation_prompt=False)
+    placeholders = token_ids.count(spec.image_token_id)
+    if placeholders != spec.visual_tokens:
+        raise CalibrationError(
+            f"{sample.where}: has {placeholders} image placeholders, not the {spec.visual_tokens} "
+            f"of one image; its text must not contain {spec.image_token!r}"
+        )
+    start = token_ids.index(spec.image_token_id)
+    longest = min(_MAX_TOKENS, spec.decoder.max_positions)
+    if start + spec.visual_tokens > longest:
+        raise CalibrationError(
+            f"{sample.where}: its image ends at token {start + spec.visual_tokens}, beyond the "
+            f"{longest} that are used"
+        )
+    return Prompt(
+        token_ids=tuple(token_ids[:longest]),
+        image_start=start,
+        is_truncated=len(token_ids) > longest,
+    )
+
+
+def _messages(sample: Sample) -> list[Message]:
+    messages: list[Message] = []
+    has_image = False
+    for role, text in (*sample.turns, ("assistant", sample.answer)):
+        content = [{"type": "text", "text": text}]
+        if role == "user" and not has_image:
+            content.insert(0, {"type": "image"})
+            has_image = True
+        messages.append({"role": role, "content": content})
+    return messages

@@ -1,0 +1,224 @@
+"""GPTQ's kernel: round one column at a time and let the columns to come make up for its error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv 2210.17323, algorithm 1, in float64 throughout. Three things differ from common code:
+
+* A group's grid is made from weights that carry *all* error updates so far, also where a group is
+  narrower than the lazy-update block (block borders are placed on group borders for that).
+* Columns are ordered within groups, and groups among each other, so that codes and scales come
+  back in their own places and no runtime needs to gather ("group-aware" order).
+* A column that calibration never excites is rounded, not zeroed: a picture may excite it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pocketvlm.compress.quantization.affine import GRIDS, Grid, GridKind, group_columns
+
+__all__ = [
+    "ORDERS",
+    "ColumnOrder",
+    "Factor",
+    "Order",
+    "factorize",
+    "order_columns",
+    "quantize_with_feedback",
+]
+
+Order = Literal["group_aware", "natural"]
+ORDERS: tuple[Order, ...] = ("group_aware", "natural")
+
+_BLOCK = 128
+_MAX_DAMPING = 1.0
+_LEAST_DAMPING = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ColumnOrder:
+    """In which order columns are rounded; every group stays in one piece.
+
+    Attributes:
+        columns: Permutation of the columns, int64 [columns].
+        groups: Groups in order of processing.
+        borders: First position of each group in `columns`, and the end: one more than groups.
+    """
+
+    columns: Tensor
+    groups: tuple[int, ...]
+    borders: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factor:
+    """What error feedback needs of a Hessian.
+
+    Attributes:
+        upper: U with H^-1 = U^T U, columns in processing order, float64 [columns, columns].
+        order: The processing order.
+        damping: Share of the mean diagonal that was added; more than asked for where the Cholesky
+            factorization failed with less.
+        dead: Columns that calibration never excited.
+    """
+
+    upper: Tensor
+    order: ColumnOrder
+    damping: float
+    dead: int
+
+
+def order_columns(diagonal: Tensor, group_size: int, order: Order) -> ColumnOrder:
+    """Orders columns by how strongly they are excited, group by group.
+
+    Args:
+        diagonal: Diagonal of the Hessian, [columns].
+        group_size: Columns of a group; the last may be narrower.
+        order: `group_aware` starts with the group that holds the largest entry, and with the
+            largest entry within each; `natural` goes from left to right.
+    """
+    pieces = diagonal.split(group_size)
+    groups = list(range(len(pieces)))
+    if order == "group_aware":
+        peaks = torch.stack([piece.max() for piece in pieces])
+        groups = torch.argsort(peaks, descending=True, stable=True).tolist()
+    columns, borders = [], [0]
+    for group in groups:
+        piece = pieces[group]
+        within = torch.arange(piece.shape[0])
+        if order == "group_aware":
+            within = torch.argsort(piece, descending=True, stable=True)
+        columns.append(group * group_size + within)
+        borders.append(borders[-1] + piece.shape[0])
+    return ColumnOrder(columns=torch.cat(columns), groups=tuple(groups), borders=tuple(borders))
+
+
+def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order) -> Factor | None:
+    """Damps, orders and factorizes a Hessian.
+
+    With P the reversal of rows, P H P = L L^T gives H = R R^T for the upper triangular
+    R = P L P, so U = R^-1: one factorization and one triangular inverse; H^-1 is never formed.
+
+    Args:
+        hessian: Symmetric [columns, columns].
+        group_size: Columns of a group.
+        damping: Share of the mean diagonal of excited columns that is added to the diagonal.
+        order: Processing order.
+
+    Returns:
+        The factor, or `None` where the factorization fails even with the strongest damping.
+
+    Raises:
+        ValueError: The Hessian holds values that are not finite.
+    """
+    diagonal = hessian.diagonal().to(torch.float64)
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the Hessian holds values that are not finite")
+    alive = diagonal > 0
+    dead = int((~alive).sum())
+    mean = float(diagonal[alive].mean()) if dead < diagonal.shape[0] else 1.0
+    placed = order_columns(diagonal, group_size, order)
+    backwards = placed.columns.flip(0)
+    reversed_hessian = hessian[backwards][:, backwards].to(torch.float64)
+    # A dead column has no ties to others; one on its diagonal makes it round to nearest.
+    reversed_hessian.diagonal()[~alive[backwards]] = mean
+    used, added = damping, 0.0
+    while True:
+        reversed_hessian.diagonal().add_(used * mean - added)
+        added = used * mean
+        lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
+        if not int(failed):
+            break
+        if used >= _MAX_DAMPING:
+            return None
+        used = min(_MAX_DAMPING, max(10 * used, _LEAST_DAMPING))
+    del reversed_hessian
+    upper = lower.flip(0, 1)
+    del lower
+    identity = torch.eye(upper.shape[0], dtype=torch.float64)
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return Factor(upper=inverse, order=placed, damping=used, dead=dead)
+
+
+def quantize_with_feedback(
+    weights: Tensor,
+    factor: Factor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    grid: GridKind = "min_max",
+    static_groups: bool = False,
+) -> tuple[Tensor, Grid]:
+    """Rounds rows of a weight against a Hessian.
+
+    Args:
+        weights: float64 [rows, columns].
+        factor: Of the columns' Hessian.
+        bits: Width of a code.
+        group_size: Columns that share a scale.
+        symmetric: Whether the zero point is fixed.
+        grid: How a group's grid is found.
+        static_groups: Whether all grids are made from the weights as they were, rather than from
+            weights that carry the errors of the columns before.
+
+    Returns:
+        Codes [rows, groups * group_size], padding included, in the type of the weights, and the
+        grid [rows, groups].
+
+    Raises:
+        ValueError: A group's range is too large for a float16 scale.
+    """
+    rows = weights.shape[0]
+    order = factor.order
+    # One column is one contiguous row from here on.
+    W = weights[:, order.columns].T.contiguous()
+    codes = torch.empty_like(W)
+    scale = torch.empty(len(order.groups), rows, dtype=W.dtype)
+    zero = torch.empty_like(scale)
+    if static_groups:
+        fixed = GRIDS[grid](group_columns(weights, group_size), bits, symmetric=symmetric)
+        scale.copy_(fixed.scale.T)
+        zero.copy_(fixed.zero.T)
+    largest = (1 << bits) - 1
+    group_at = dict(zip(order.borders[:-1], order.groups, strict=True))
+    ends = dict(pairwise(order.borders))
+    group = -1
+    for start, end in _blocks(order.borders):
+        U = factor.upper[start:end, start:end]
+        errors = torch.empty(end - start, rows, dtype=W.dtype)
+        for column in range(start, end):
+            if column in ends:
+                group = group_at[column]
+                if not static_groups:
+                    current = W[column : ends[column]].T.unsqueeze(1)
+                    made = GRIDS[grid](current, bits, symmetric=symmetric)
+                    scale[group], zero[group] = made.scale[:, 0], made.zero[:, 0]
+            place = column - start
+            code = torch.round(W[column] / scale[group]).add_(zero[group]).clamp_(0, largest)
+            error = (W[column] - (code - zero[group]) * scale[group]) / U[place, place]
+            W[column + 1 : end].addr_(U[place, place + 1 :], error, alpha=-1)
+            codes[column], errors[place] = code, error
+        W[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
+    result = zero.T.repeat_interleave(group_size, dim=1)
+    result[:, order.columns] = codes.T
+    return result, Grid(scale=scale.T.contiguous(), zero=zero.T.contiguous(), bits=bits)
+
+
+def _blocks(borders: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Lazy-update blocks: whole groups up to 128 columns, or pieces of one wider group."""
+    start = 0
+    for first, last in pairwise(borders):
+        if last - start > _BLOCK and first > start:
+            yield start, first
+            start = first
+        while last - start > _BLOCK:
+            yield start, start + _BLOCK
+            start += _BLOCK
+    if start < borders[-1]:
+        yield start, borders[-1]
