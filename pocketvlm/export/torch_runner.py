@@ -1,0 +1,82 @@
+"""TorchRunner: a checkpoint behind the interface of an inference engine.
+
+What the certificate compares every artifact with, and a way to hold a conversation with a
+checkpoint that was never exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.forward import DecoderInputs, decode_logits, encode_images
+from pocketvlm.runtime.runner import Runner
+
+__all__ = ["TorchRunner"]
+
+
+class TorchRunner(Runner):
+    """Runs a checkpoint through `pocketvlm.forward`, with its KV cache inside."""
+
+    def __init__(self, checkpoint: Checkpoint, *, capacity: int | None = None) -> None:
+        """Wraps a checkpoint; nothing is copied.
+
+        Args:
+            checkpoint: The model.
+            capacity: Rows of KV cache; `None` for as many as the model has positions.
+        """
+        super().__init__(capacity=capacity or checkpoint.spec.decoder.max_positions)
+        self.checkpoint = checkpoint
+        self._embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
+        self._cache = _new_cache()
+
+    def encode_image(
+        self, pixels: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
+        with torch.inference_mode():
+            visual = encode_images(self.checkpoint, torch.from_numpy(pixels))
+        return visual.embeds.numpy(), visual.indices.numpy()
+
+    def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Token ids to embeddings [1, L, width]."""
+        with torch.inference_mode():
+            embeds: npt.NDArray[np.float32] = self._embedding(
+                torch.tensor([list(token_ids)])
+            ).numpy()
+        return embeds
+
+    def decode(
+        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Runs L rows behind those in the cache and returns the last one's logits."""
+        rows = embeds.shape[1]
+        self._require_room(rows)
+        # The cache is cut back here, so that `truncate` and `reset` stay what they are elsewhere.
+        if self._length == 0:
+            self._cache = _new_cache()
+        elif self._cache.get_seq_length() > self._length:
+            self._cache.crop(self._length - self._cache.get_seq_length())
+        positions = torch.from_numpy(position_ids)
+        inputs = DecoderInputs(
+            embeds=torch.from_numpy(embeds),
+            positions=positions,
+            is_visual=torch.zeros_like(positions, dtype=torch.bool),
+            next_position=positions[:, -1] + 1,
+        )
+        with torch.inference_mode():
+            logits = decode_logits(self.checkpoint, inputs, self._cache, last_only=True)
+        self._length += rows
+        values: npt.NDArray[np.float32] = logits[0, -1].numpy()
+        return values
+
+
+def _new_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
