@@ -8,9 +8,7 @@ to white). Transparency is kept; the preprocessor lays it on white. Colour profi
 
 from __future__ import annotations
 
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,6 @@ __all__ = ["MAX_PIXELS", "open_image"]
 
 MAX_PIXELS = 2**26
 """Pixels that are decoded at once: 8192 x 8192, or 192 MiB as RGB."""
-
-# What Pillow's decoders raise on damaged files; it promises no common base class.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -42,8 +37,9 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns where `max_pixels` already decides; its own hard limit stays an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of sizes, which `max_pixels` decides, and of damaged metadata, which a
+            # picture can do without; damaged pixels are errors all the same.
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 _bound(image, path, max_pixels)
                 image.load()
@@ -60,7 +56,9 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not a picture in a format that Pillow reads") from error
-    except _DAMAGED as error:
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged files, TypeError included
         first_line = str(error).partition("\n")[0]
         raise InputError(f"{path}: the picture is damaged or truncated: {first_line}") from error
 
@@ -68,10 +66,13 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def _bound(image: Image.Image, path: Path, max_pixels: int) -> None:
     """Has a large JPEG decoded at a fraction of its size, and refuses other large files."""
     width, height = image.size
+    if width * height <= max_pixels:
+        return
     for scale in (2, 4, 8):
-        if image.width * image.height <= max_pixels:
-            return
-        image.draft(image.mode, (max(width // scale, 1), max(height // scale, 1)))
+        if (width // scale) * (height // scale) <= max_pixels:
+            # Only JPEG's reader follows; every other one leaves the size as it is.
+            image.draft(image.mode, (max(width // scale, 1), max(height // scale, 1)))
+            break
     if image.width * image.height > max_pixels:
         raise InputError(
             f"{path}: {width:,} x {height:,} pixels; allowed are {max_pixels:,} in all "

@@ -1,0 +1,163 @@
+"""Files of every kind: upright, bounded in memory, and one clear line where they are broken."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pocketvlm.errors import InputError
+from pocketvlm.runtime.image_file import open_image
+
+from .conftest import noise
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "gif", "ppm", "webp"])
+def test_lossless_formats_come_back_as_they_were(tmp_path, suffix):
+    file = tmp_path / f"p.{suffix}"
+    image = noise(0) if suffix != "gif" else noise(0).quantize(16)
+    image.save(file, **({"lossless": True} if suffix == "webp" else {}))
+    assert np.array_equal(open_image(file).convert("RGB"), image.convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_cameras_is_applied(tmp_path, orientation):
+    upright = noise(0, (5, 3))
+    undo = {
+        1: lambda i: i,
+        2: lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: lambda i: i.transpose(Image.Transpose.ROTATE_180),
+        4: lambda i: i.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: lambda i: i.transpose(Image.Transpose.TRANSPOSE),
+        6: lambda i: i.transpose(Image.Transpose.ROTATE_90),
+        7: lambda i: i.transpose(Image.Transpose.TRANSVERSE),
+        8: lambda i: i.transpose(Image.Transpose.ROTATE_270),
+    }
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = tmp_path / "p.png"
+    undo[orientation](upright).save(file, exif=exif)
+    assert np.array_equal(open_image(file), upright)
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    values = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+    file = tmp_path / "p.png"
+    Image.fromarray(values).save(file)
+    assert np.asarray(open_image(file)).tolist() == [[0, 0, 1, 156, 255]]
+
+
+def test_transparency_is_kept_for_the_preprocessor(tmp_path):
+    file = tmp_path / "p.png"
+    Image.new("RGBA", (3, 3), (1, 2, 3, 0)).save(file)
+    assert open_image(file).mode == "RGBA"
+
+
+def test_float_pixels_are_an_error(tmp_path):
+    file = tmp_path / "p.tiff"
+    Image.new("F", (3, 3), 0.5).save(file)
+    with pytest.raises(InputError, match="use 8 or 16 bits"):
+        open_image(file)
+
+
+def test_missing_folder_and_text_files_are_errors(tmp_path):
+    text = tmp_path / "p.jpg"
+    text.write_text("not a picture")
+    for path, message in (
+        (tmp_path / "none.png", "no such file"),
+        (tmp_path, "is a folder"),
+        (text, "not a picture"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            open_image(path)
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "bmp", "webp", "tiff"])
+def test_truncated_files_are_errors(tmp_path, suffix):
+    file = tmp_path / f"p.{suffix}"
+    noise(0).save(file)
+    whole = file.read_bytes()
+    for share in (0, 0.02, 0.3, 0.7):
+        file.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(InputError):
+            open_image(file)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("damage")
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+def test_damage_is_read_or_refused_but_never_a_crash(folder, data, kind):
+    stream = io.BytesIO()
+    noise(1, (13, 9)).save(stream, kind)
+    content = bytearray(stream.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    file = folder / "p"
+    file.write_bytes(content)
+    with contextlib.suppress(InputError):
+        image = open_image(file, max_pixels=2**20)
+        assert image.width * image.height <= 2**20
+
+
+def test_bomb_is_refused_before_it_is_decoded(tmp_path):
+    stream = io.BytesIO()
+    noise(0).save(stream, "PNG")
+    content = bytearray(stream.getvalue())
+    content[16:24] = struct.pack(">II", 20_000, 20_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    png = tmp_path / "bomb.png"
+    png.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"178,956,970 pixels; allowed are 67,108,864"):
+        open_image(png)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_large_picture_other_than_jpeg_is_refused(tmp_path):
+    file = tmp_path / "large.png"
+    noise(0, (300, 200)).save(file)
+    assert open_image(file, max_pixels=60_000).size == (300, 200)
+    with pytest.raises(InputError, match=r"300 x 200 pixels; allowed are 59,999 in all"):
+        open_image(file, max_pixels=59_999)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpeg_is_decoded_at_a_fraction(tmp_path, mode):
+    file = tmp_path / "large.jpg"
+    Image.linear_gradient("L").resize((800, 640)).convert(mode).save(file)
+    assert open_image(file, max_pixels=800 * 640).size == (800, 640)
+    assert open_image(file, max_pixels=800 * 640 - 1).size == (400, 320)
+    small = open_image(file, max_pixels=80 * 100)
+    assert small.size == (100, 80)
+    whole = open_image(file).convert("L").resize((100, 80), Image.Resampling.BOX)
+    assert np.abs(np.asarray(small.convert("L"), int) - np.asarray(whole, int)).max() <= 3
+    with pytest.raises(InputError, match=r"800 x 640 pixels; allowed are 7,000"):
+        open_image(file, max_pixels=7_000)
+
+
+def test_jpeg_that_claims_to_be_huge_is_refused(tmp_path):
+    stream = io.BytesIO()
+    noise(0).save(stream, "JPEG")
+    content = bytearray(stream.getvalue())
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", 20_000, 20_000)
+    file = tmp_path / "p.jpg"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="more than 178,956,970 pixels"):
+        open_image(file)

@@ -1,0 +1,175 @@
+"""Pixels equal Hugging Face's Pillow processors bit for bit, over sizes, modes and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from pocketvlm.errors import BundleError, InputError
+from pocketvlm.report import write_json
+from pocketvlm.runtime.preprocess import ImagePreprocessor
+
+from .conftest import noise
+
+CLIP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 24},
+    "crop_size": {"height": 24, "width": 24},
+    "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+IDEFICS3 = {
+    "image_processor_type": "Idefics3ImageProcessor",
+    "size": {"longest_edge": 40},
+    "max_image_size": {"longest_edge": 24},
+    "do_image_splitting": False,
+    "resample": 1,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+CONFIGS = {
+    "clip": CLIP,
+    "clip-odd-crop": {**CLIP, "size": {"shortest_edge": 30}, "crop_size": 21},
+    "clip-crop-wider-than-picture": {**CLIP, "size": {"shortest_edge": 19}, "crop_size": 24},
+    "clip-int-size": {**CLIP, "size": 24, "resample": 2},
+    "clip-defaults": {
+        key: value for key, value in CLIP.items() if key not in ("image_mean", "image_std")
+    },
+    "clip-no-normalize": {**CLIP, "do_normalize": False},
+    "clip-own-factor": {**CLIP, "rescale_factor": 0.007},
+    "siglip": {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "resample": 2,
+    },
+    "idefics3": IDEFICS3,
+    "idefics3-larger-than-limit": {**IDEFICS3, "size": {"longest_edge": 4100}},
+    "idefics3-tiles-configured": {**IDEFICS3, "do_image_splitting": True},
+}
+MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr", "HSV", "1", "I;16", "I", "F")
+
+
+@pytest.fixture(scope="module")
+def processors(tmp_path_factory: pytest.TempPathFactory):
+    """Hugging Face's processor of each config."""
+    loaded = {}
+    for name, config in CONFIGS.items():
+        folder = tmp_path_factory.mktemp(name)
+        write_json(folder / "preprocessor_config.json", config)
+        loaded[name] = AutoImageProcessor.from_pretrained(folder)
+    return loaded
+
+
+def reference(processor, image: Image.Image) -> np.ndarray:
+    tiles = {"do_image_splitting": False} if hasattr(processor, "do_image_splitting") else {}
+    batch = processor(images=[[image]], return_tensors="np", do_convert_rgb=True, **tiles)
+    return np.asarray(batch["pixel_values"]).reshape(-1, 3, *batch["pixel_values"].shape[-2:])
+
+
+def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
+    source = noise(seed, (width, height))
+    if mode == "I;16":
+        values = np.random.default_rng(seed).integers(0, 2**16, (height, width), np.uint16)
+        return Image.fromarray(values)
+    if mode in ("RGBA", "LA"):
+        source.putalpha(noise(seed + 1, (width, height)).convert("L"))
+    return source.convert(mode)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    mode=st.sampled_from(MODES),
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    seed=st.integers(0, 999),
+)
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"idefics3-larger-than-limit"}))
+def test_equal_to_hugging_face_bit_for_bit(processors, name, mode, width, height, seed):
+    image = picture(mode, width, height, seed)
+    found = ImagePreprocessor.from_config(CONFIGS[name], Path("c")).pixels(image)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, reference(processors[name], image))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (1000, 2), (640, 480), (241, 1023)])
+def test_equal_at_uncommon_sizes(processors, name, size):
+    image = picture("RGB", *size, seed=7)
+    found = ImagePreprocessor.from_config(CONFIGS[name], Path("c")).pixels(image)
+    assert np.array_equal(found, reference(processors[name], image))
+
+
+def test_palette_with_a_transparent_entry_shows_white(processors):
+    image = noise(1).quantize(8)
+    image.info["transparency"] = 3
+    found = ImagePreprocessor.from_config(CLIP, Path("c")).pixels(image)
+    assert np.array_equal(found, reference(processors["clip"], image))
+    del image.info["transparency"]
+    assert not np.array_equal(found, ImagePreprocessor.from_config(CLIP, Path("c")).pixels(image))
+
+
+def test_equals_the_checkpoints_processor(pair):
+    for image in (noise(3), noise(4, (31, 77)).convert("RGBA"), noise(5, (1, 1))):
+        expected = pair.checkpoint.processor.pixels([image]).numpy()
+        assert np.array_equal(ImagePreprocessor.from_bundle(pair.bundle).pixels(image), expected)
+
+
+def test_endless_strip_is_cut_to_its_middle_within_memory():
+    """Resized whole, it would take 24 x 9.6 million pixels."""
+    strip = Image.new("RGB", (400_000, 1))
+    strip.paste((255, 255, 255), (199_968, 0, 200_032, 1))
+    found = ImagePreprocessor.from_config(CLIP, Path("c")).pixels(strip)
+    assert found.shape == (1, 3, 24, 24)
+    assert (found > 1.9).all()
+
+
+def test_empty_picture_is_an_error():
+    with pytest.raises(InputError, match="0 x 5 pixels"):
+        ImagePreprocessor.from_config(CLIP, Path("c")).pixels(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_processor_type": "ViTImageProcessor"}, "'ViTImageProcessor' is not supported"),
+        ({"do_resize": False}, "do_resize must be true"),
+        ({"do_center_crop": False}, "do_center_crop must be true"),
+        ({"size": {"max_height": 3}}, "neither a shortest_edge nor a square"),
+        ({"size": {"height": 3, "width": 4}}, "neither a shortest_edge nor a square"),
+        ({"crop_size": {"height": 3, "width": 4}}, "is not square"),
+        ({"resample": 77}, "77"),
+    ],
+)
+def test_settings_that_are_not_supported_are_named(change, message):
+    with pytest.raises(BundleError, match=message):
+        ImagePreprocessor.from_config({**CLIP, **change}, Path("c"))
+
+
+def test_bundle_is_checked_against_its_graph(llava, tmp_path):
+    import shutil
+
+    from pocketvlm.bundle import Bundle
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(llava.bundle.path, folder)
+    write_json(folder / "preprocessor_config.json", CLIP)
+    bundle = Bundle.open(folder, verify=False)
+    with pytest.raises(BundleError, match=r"\(1, 3, 24, 24\), but onnx/vision.onnx takes"):
+        ImagePreprocessor.from_bundle(bundle)
+    # Settings nested in processor_config.json win, as in Hugging Face.
+    write_json(
+        folder / "processor_config.json",
+        {"image_processor": {**CLIP, "size": {"shortest_edge": 32}, "crop_size": 32}},
+    )
+    assert ImagePreprocessor.from_bundle(bundle).geometry.side == 32
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(BundleError, match=r"preprocessor_config.json .* is missing"):
+        ImagePreprocessor.from_bundle(bundle)
