@@ -1,0 +1,215 @@
+"""Geometry of the report's charts: numbers in, positions out; drawing is the template's business.
+
+Horizontal positions are percentages and vertical ones pixels, so that a chart stretches with the
+page while its dots stay round and its text stays readable. Every axis of an amount starts at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "Bar",
+    "Dots",
+    "IntervalRow",
+    "Segment",
+    "Strip",
+    "Tick",
+    "Timeline",
+    "axis_ticks",
+    "draw_bars",
+    "draw_interval",
+    "draw_strip",
+    "draw_timeline",
+]
+
+_TICKS = 5
+_DOT_ROWS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """A mark of an axis."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dots:
+    """The raw samples of one role on one line.
+
+    Attributes:
+        role: `candidate` or `baseline`; the template colours by it.
+        points: (horizontal per cent, vertical pixels from the middle, value).
+        median: Horizontal per cent.
+        p90: Horizontal per cent.
+    """
+
+    role: str
+    points: tuple[tuple[float, float, float], ...]
+    median: float
+    p90: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """Lines of dots over one axis."""
+
+    lanes: tuple[Dots, ...]
+    ticks: tuple[Tick, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A piece of a stacked bar."""
+
+    name: str
+    start: float
+    width: float
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A stacked bar."""
+
+    label: str
+    segments: tuple[Segment, ...]
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalRow:
+    """A share with its interval, on an axis from 0 to 100 per cent."""
+
+    label: str
+    role: str
+    point: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """Values in the order in which they were measured, as points and the lines between them."""
+
+    points: tuple[tuple[str, float, float, float], ...]
+    lines: tuple[tuple[str, float, float, float, float], ...]
+    height: float
+    ticks: tuple[tuple[float, str], ...]
+
+
+def axis_ticks(most: float, count: int = _TICKS) -> tuple[float, ...]:
+    """Round values from 0 to at least `most`, about `count` of them."""
+    if not (math.isfinite(most) and most > 0):
+        return (0.0, 1.0)
+    rough = most / count
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    # The smallest of the steps that people read easily which does not draw too many lines.
+    step = next(
+        factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999
+    )
+    return tuple(round(index * step, 12) for index in range(math.ceil(most / step - 1e-9) + 1))
+
+
+def draw_strip(lanes: Sequence[tuple[str, Sequence[float], float, float]]) -> Strip:
+    """Dots over a common axis.
+
+    Args:
+        lanes: (role, samples, median, 90 % quantile) from top to bottom.
+    """
+    most = max(value for _, samples, _, _ in lanes for value in samples)
+    ticks = axis_ticks(most)
+    scale = 100 / ticks[-1]
+
+    def place(value: float) -> float:
+        return round(value * scale, 3)
+
+    return Strip(
+        lanes=tuple(
+            Dots(
+                role=role,
+                # Neighbours in time lie on different heights, so that equal values stay visible.
+                points=tuple(
+                    (place(value), (index % _DOT_ROWS - 1) * 4.0, value)
+                    for index, value in enumerate(samples)
+                ),
+                median=place(median),
+                p90=place(p90),
+            )
+            for role, samples, median, p90 in lanes
+        ),
+        ticks=tuple(Tick(at=place(value), label=f"{value:g}") for value in ticks),
+    )
+
+
+def draw_bars(
+    rows: Sequence[tuple[str, Mapping[str, float]]], *, scale_to: float | None = None
+) -> tuple[Bar, ...]:
+    """Stacked bars over a common axis, whose longest fills it.
+
+    Args:
+        rows: (label, amounts by name) from top to bottom.
+        scale_to: The amount that fills the axis; `None` for the largest sum.
+    """
+    totals = [sum(parts.values()) for _, parts in rows]
+    full = scale_to or max(totals, default=0.0) or 1.0
+    bars = []
+    for (label, parts), total in zip(rows, totals, strict=True):
+        segments, start = [], 0.0
+        for name, value in parts.items():
+            width = value / full * 100
+            segments.append(
+                Segment(name=name, start=round(start, 3), width=round(width, 3), value=value)
+            )
+            start += width
+        bars.append(Bar(label=label, segments=tuple(segments), total=total))
+    return tuple(bars)
+
+
+def draw_interval(
+    label: str, role: str, point: float, low: float | None, high: float | None
+) -> IntervalRow:
+    """A share of 1 with its interval, as per cent."""
+    low_at = None if low is None else round(low * 100, 3)
+    high_at = None if high is None else round(high * 100, 3)
+    return IntervalRow(
+        label=label, role=role, point=round(point * 100, 3), low=low_at, high=high_at
+    )
+
+
+def draw_timeline(
+    series: Mapping[str, Sequence[float]], order: Sequence[str], height: float
+) -> Timeline:
+    """Values by role in the order in which their processes ran.
+
+    Args:
+        series: Values of each role, in order.
+        order: The roles of all processes, in order.
+        height: Pixels from zero to the top.
+    """
+    most = max((value for values in series.values() for value in values), default=1.0)
+    ticks = axis_ticks(most, 2)
+    remaining = {role: list(values) for role, values in series.items()}
+    points: list[tuple[str, float, float, float]] = []
+    lines: list[tuple[str, float, float, float, float]] = []
+    last: dict[str, tuple[float, float]] = {}
+    for index, role in enumerate(order):
+        if not remaining.get(role):
+            continue
+        value = remaining[role].pop(0)
+        x = round((index + 0.5) / len(order) * 100, 3)
+        y = round(height * (1 - value / ticks[-1]), 2)
+        if role in last:
+            lines.append((role, *last[role], x, y))
+        points.append((role, x, y, value))
+        last[role] = (x, y)
+    return Timeline(
+        points=tuple(points),
+        lines=tuple(lines),
+        height=height,
+        ticks=tuple((round(height * (1 - tick / ticks[-1]), 2), f"{tick:g}") for tick in ticks),
+    )

@@ -1,0 +1,97 @@
+"""Numbers as people read them: three significant digits, a unit, and a word for what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = [
+    "NOT_MEASURED",
+    "format_bytes",
+    "format_figure",
+    "format_number",
+    "format_share",
+    "mapping_of",
+    "number_of",
+    "rows_of",
+    "text_of",
+    "unit_of",
+]
+
+NOT_MEASURED = "not measured"
+
+_MANY = 1000
+_UNITS = {"_ms": "ms", "_tok_s": "tokens/s", "_bytes": "bytes", "_s": "s"}
+
+
+def number_of(value: Any) -> float | None:
+    """The value if it is a number; reports are files, and files hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def mapping_of(value: Any) -> Mapping[str, Any]:
+    """The value if it is a block of a report, or an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def rows_of(value: Any) -> list[Mapping[str, Any]]:
+    """The blocks in a list of a report."""
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def text_of(value: Any) -> str:
+    """A scalar, list or block of a report as short text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return format_number(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text_of(item)}" for key, item in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return "; ".join(text_of(item) for item in value) or "–"
+    return str(value)
+
+
+def format_number(value: float | None) -> str:
+    """Three significant digits, with separators from a thousand on."""
+    if value is None:
+        return NOT_MEASURED
+    if abs(value) >= _MANY:
+        return f"{value:,.0f}"
+    if value and abs(value) < 0.001:  # noqa: PLR2004  (below it, zeros outnumber digits)
+        return f"{value:.2e}"
+    text = f"{value:.3g}"
+    return f"{float(text):g}" if "e" in text else text
+
+
+def format_bytes(value: float | None) -> str:
+    """Decimal units, as app stores count."""
+    if value is None:
+        return NOT_MEASURED
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} bytes"
+
+
+def format_share(value: float | None, digits: int = 1) -> str:
+    """Per cent."""
+    return NOT_MEASURED if value is None else f"{value * 100:.{digits}f} %"
+
+
+def unit_of(name: str) -> str:
+    """The unit that a field's name ends with."""
+    return next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
+
+
+def format_figure(name: str, value: float | None) -> str:
+    """A figure with the unit of its name."""
+    if value is None:
+        return NOT_MEASURED
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    return f"{format_number(value)} {unit_of(name)}".strip()
