@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,8 +22,10 @@ from pocketvlm.export.components import (
 )
 from pocketvlm.export.onnx_ops import OnnxOps
 from pocketvlm.export.onnx_packing import container_bits
+from pocketvlm.export.onnx_size import predict_onnx
 from pocketvlm.export.onnx_writer import GraphWriter, WeightFile
-from pocketvlm.modelspec import LinearSpec, Part
+from pocketvlm.export.prediction import PlannedGrid, Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.weights import AffineWeight, WeightForm
 
 __all__ = ["ToOnnx"]
@@ -62,6 +64,12 @@ class ToOnnx:
             if value not in _ACCURACY_LEVELS:
                 allowed = ", ".join(map(str, _ACCURACY_LEVELS))
                 raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
+
+    def predict(
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]
+    ) -> Prediction:
+        """What the export of a model would weigh, and which layers no kernel can run."""
+        return predict_onnx(spec, grids)
 
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext

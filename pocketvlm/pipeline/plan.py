@@ -122,7 +122,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     decoder = spec.decoder
     row_bytes = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * _CACHE_BYTES_A_VALUE
     cache_bytes = row_bytes * (kept + _TURN_TOKENS)
-    files = sum(f.stat().st_size for f in model.glob("*.json")) if model.is_dir() else 0
+    files = sum(file.stat().st_size for file in model.glob("*.json"))
     ram_bytes = weight_bytes + cache_bytes + _activation_bytes(spec)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)

@@ -20,6 +20,8 @@ from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.prediction import PlannedGrid, Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec
 
 __all__ = [
     "INITIAL_FLAGS",
@@ -55,6 +57,11 @@ class Target(Protocol):
     @property
     def method(self) -> str:
         """The tag that names the target in a recipe."""
+
+    def predict(
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]
+    ) -> Prediction:
+        """What the export would weigh, and what the target cannot run, before any compute."""
 
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext

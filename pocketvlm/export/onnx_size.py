@@ -1,0 +1,84 @@
+"""Predicts what the ONNX target will weigh, and what it cannot run, from the specification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pocketvlm.export.onnx_packing import BLOCK_SIZES, container_bits
+from pocketvlm.export.prediction import PlannedGrid, Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+
+__all__ = ["predict_onnx", "quantized_bytes"]
+
+_FLOAT_BYTES = 2  # a published checkpoint is bf16, which is stored exactly
+_SCALE_BYTES = 2
+_NARROW_KERNEL_BITS = 2
+
+
+def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]) -> Prediction:
+    """Bytes of the weight file by part, and the layers that no kernel can run.
+
+    Args:
+        spec: The model.
+        grids: What each layer will be quantized to; `None` for layers that stay float.
+    """
+    parts: dict[str, int] = {}
+    refused: list[str] = []
+    widened: list[str] = []
+    narrow: list[str] = []
+    for linear, grid in grids.items():
+        if grid is None or grid.bits is None:
+            count = linear.out_features * linear.in_features * _FLOAT_BYTES
+        else:
+            if grid.group_size not in BLOCK_SIZES:
+                refused.append(
+                    f"onnx: {linear.name}: group size {grid.group_size} has no ONNX Runtime "
+                    f"kernel; allowed are {', '.join(map(str, BLOCK_SIZES))}"
+                )
+            if container_bits(grid.bits) != grid.bits:
+                widened.append(linear.name)
+            if grid.bits == _NARROW_KERNEL_BITS:
+                narrow.append(linear.name)
+            count = quantized_bytes(
+                linear, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric
+            )
+        parts[linear.part] = parts.get(linear.part, 0) + count
+    parts["other"] = _other_parameters(spec) * _FLOAT_BYTES
+    warnings = []
+    if widened:
+        warnings.append(
+            f"onnx: {len(widened)} layers of 3 bits are stored in 4-bit containers: no kernel "
+            "reads 3 bits, so they cost what 4 bits cost"
+        )
+    if narrow:
+        warnings.append(
+            f"onnx: {len(narrow)} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
+        )
+    return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+
+
+def quantized_bytes(linear: LinearSpec, *, bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of one layer's codes, scales and zero points as `MatMulNBits` stores them."""
+    stored = container_bits(bits)
+    groups = -(-linear.in_features // group_size)
+    row = groups * group_size * stored // 8 + groups * _SCALE_BYTES
+    # The zero point that the operator assumes is the container's, not that of a narrower code.
+    if not symmetric or stored != bits:
+        row += -(-groups * stored // 8)
+    return linear.out_features * row
+
+
+def _other_parameters(spec: ModelSpec) -> int:
+    """Parameters that are no weight matrix: patches, positions, norms, biases."""
+    tower, decoder = spec.tower, spec.decoder
+    patches = tower.patches_per_side**2 + int(tower.has_cls)
+    patch_weights = tower.channels * tower.patch_size**2
+    embeddings = (
+        patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
+    ) * tower.hidden_size
+    # A layer norm has a weight and a bias, an RMS norm a weight.
+    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
+    tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
+    decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
+    biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
+    return embeddings + tower_norms + decoder_norms + biases
