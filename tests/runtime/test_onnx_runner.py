@@ -66,6 +66,16 @@ def test_cache_and_logits_never_move(runner):
     assert np.shares_memory(runner.embed([6]), runner.embed([7]))
 
 
+def test_rows_beyond_the_length_are_never_read(runner):
+    """What the page promises of uninitialized memory."""
+    runner.reset()
+    expected = run(runner, [3, 4, 5, 6], chunk=2)
+    for buffer in runner._cache.values():
+        buffer[...] = np.nan
+    runner.reset()
+    assert np.array_equal(run(runner, [3, 4, 5, 6], chunk=2), expected)
+
+
 def test_step_takes_an_embedding_that_is_not_its_own(runner):
     runner.reset()
     expected = run(runner, [5])
