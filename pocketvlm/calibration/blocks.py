@@ -141,7 +141,11 @@ class BlockWalk:
         prompts = self.prompts
         per_image = _tower_tokens(self.checkpoint)
         batches = batch_images(
-            len(self.samples), self.first_held_out, max(1, _BATCH_TOKENS // per_image)
+            len(self.samples),
+            self.first_held_out,
+            max(1, _BATCH_TOKENS // per_image),
+            fitted=self.tower_samples,
+            judging=max(1, math.ceil(self.tower_samples * self.held_out)),
         )
         visual = yield from self._tower(batches)
         if not spec.decoder.tied_head:
@@ -154,7 +158,7 @@ class BlockWalk:
             entering: ActivationStore | None = None
             for batch in batches:
                 hidden.append(self._embed(batch))
-            used = self._tower_batches(batches)
+            used = [batch if batch.in_tower_moments else None for batch in batches]
             for block in range(spec.tower.feature_block + 1):
                 if block == spec.tower.feature_block and checkpoint.reducer is not None:
                     entering = hidden.copy()
@@ -173,13 +177,6 @@ class BlockWalk:
         with torch.no_grad():
             pixels = self.checkpoint.processor.pixels(images)
             return embed_patches(self.checkpoint.model, self.checkpoint.spec, pixels)
-
-    def _tower_batches(self, batches: Sequence[PromptBatch]) -> list[PromptBatch | None]:
-        """The batches that the tower's moments are taken from, `None` for those left out."""
-        limit = self.tower_samples
-        judges = max(1, math.ceil(limit * self.held_out))
-        ends = {False: limit, True: self.first_held_out + judges}
-        return [batch if batch.samples[0] < ends[batch.held_out] else None for batch in batches]
 
     @torch.no_grad()
     def _keep_features(

@@ -36,10 +36,12 @@ class PromptBatch:
     Attributes:
         samples: Their indices in the calibration set.
         held_out: Whether they only judge the result and never enter a Hessian.
+        in_tower_moments: Whether the tower's moments are taken from them too.
     """
 
     samples: tuple[int, ...]
     held_out: bool
+    in_tower_moments: bool = True
 
 
 def encode_samples(processor: Processor, samples: CalibrationSet) -> tuple[Prompt, ...]:
@@ -52,11 +54,31 @@ def encode_samples(processor: Processor, samples: CalibrationSet) -> tuple[Promp
     return tuple(_encode(processor, sample) for sample in samples)
 
 
-def batch_images(count: int, first_held_out: int, per_batch: int) -> tuple[PromptBatch, ...]:
-    """Batches of consecutive samples; none mixes held-out samples with others."""
+def batch_images(
+    count: int, first_held_out: int, per_batch: int, *, fitted: int, judging: int
+) -> tuple[PromptBatch, ...]:
+    """Batches of consecutive samples; none mixes held-out samples with others.
+
+    Args:
+        count: Samples in all.
+        first_held_out: The first that only judges.
+        per_batch: Images that run together.
+        fitted: How many of those before `first_held_out` enter the tower's moments.
+        judging: How many of those behind it do.
+    """
+    parts = (
+        (0, min(fitted, first_held_out), False, True),
+        (min(fitted, first_held_out), first_held_out, False, False),
+        (first_held_out, min(first_held_out + judging, count), True, True),
+        (min(first_held_out + judging, count), count, True, False),
+    )
     return tuple(
-        PromptBatch(samples=tuple(range(start, min(start + per_batch, end))), held_out=held_out)
-        for begin, end, held_out in ((0, first_held_out, False), (first_held_out, count, True))
+        PromptBatch(
+            samples=tuple(range(start, min(start + per_batch, end))),
+            held_out=held_out,
+            in_tower_moments=in_moments,
+        )
+        for begin, end, held_out, in_moments in parts
         for start in range(begin, end, per_batch)
     )
 

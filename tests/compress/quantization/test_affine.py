@@ -1,0 +1,123 @@
+"""Invariants of grids."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pocketvlm.compress.quantization.affine import (
+    GRIDS,
+    Grid,
+    affine_form,
+    decode,
+    encode,
+    group_columns,
+    min_max_grid,
+)
+from pocketvlm.compress.quantization.rtn import round_to_nearest
+from pocketvlm.weights import DenseWeight, pack_codes, unpack_codes
+
+BITS = st.sampled_from([2, 3, 4, 8])
+
+
+@st.composite
+def groups(draw):
+    seed = draw(st.integers(0, 10_000))
+    size = draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(3, 2, size, generator=generator, dtype=torch.float64)
+    weights *= 10.0 ** draw(st.integers(-4, 3))
+    return weights + draw(st.sampled_from([0.0, 1.0, -3.0]))
+
+
+@settings(deadline=None)
+@given(groups(), BITS, st.booleans())
+def test_in_range_weights_move_by_half_a_step_at_most(weights, bits, symmetric):
+    grid = min_max_grid(weights, bits, symmetric=symmetric)
+    error = (decode(encode(weights, grid), grid) - weights).abs()
+    step = grid.scale[..., None]
+    low = (0 - grid.zero[..., None]) * step
+    high = ((1 << bits) - 1 - grid.zero[..., None]) * step
+    inside = (weights >= low) & (weights <= high)
+    assert bool((error <= step * (0.5 + 1e-9))[inside].all())
+    # What lies outside does so by the rounding of scale and zero point alone.
+    assert bool((error <= step * (0.5 + 1e-9) + weights.abs() * 2**-10).all())
+
+
+@settings(deadline=None)
+@given(groups(), BITS, st.booleans(), st.sampled_from(list(GRIDS)))
+def test_rounding_twice_is_rounding_once(weights, bits, symmetric, kind):
+    grid = GRIDS[kind](weights, bits, symmetric=symmetric)
+    codes = encode(weights, grid)
+    assert torch.equal(encode(decode(codes, grid), grid), codes)
+    assert codes.min() >= 0
+    assert codes.max() < 1 << bits
+    assert torch.equal(grid.scale, grid.scale.to(torch.float16).to(grid.scale.dtype))
+    assert torch.equal(grid.zero, grid.zero.round())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([16, 32, 50]), st.booleans())
+def test_more_bits_are_never_worse(seed, group_size, symmetric):
+    values = torch.randn(8, 100, generator=torch.Generator().manual_seed(seed))
+    errors = [
+        round_to_nearest(
+            DenseWeight(values=values), bits=bits, group_size=group_size, symmetric=symmetric
+        )[1]
+        for bits in (2, 3, 4, 8)
+    ]
+    for fewer, more in pairwise(errors):
+        assert more < 0.5 * fewer
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 3e-9, -6e-8, 1e4])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_constant_groups_stay_finite_and_close(value, symmetric, bits):
+    weight = DenseWeight(values=torch.full((2, 32), value))
+    form, _ = round_to_nearest(weight, bits=bits, group_size=16, symmetric=symmetric)
+    dense = form.dequantize()
+    assert bool(torch.isfinite(dense).all())
+    # Half a step of the symmetric grid; the asymmetric one ends at the value itself.
+    step = 2 * abs(value) / ((1 << bits) - 1)
+    bound = step / 2 if symmetric else 0.0
+    assert (dense - value).abs().max() <= bound + abs(value) * 2**-10 + 6e-8
+
+
+def test_ranges_beyond_float16_are_refused():
+    with pytest.raises(ValueError, match="no float16 scale"):
+        min_max_grid(torch.tensor([[1e7, -1e7]]), 2, symmetric=False)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 33), BITS, st.booleans(), st.integers(0, 99))
+def test_the_stored_form_says_what_the_grid_says(columns, group_size, bits, symmetric, seed):
+    weights = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
+    grouped = group_columns(weights, group_size)
+    grid = min_max_grid(grouped, bits, symmetric=symmetric)
+    codes = encode(grouped, grid)
+    form = affine_form(
+        codes.view(3, -1), grid, group_size=group_size, in_features=columns, symmetric=symmetric
+    )
+    assert torch.equal(form.dequantize(), decode(codes, grid).view(3, -1)[:, :columns])
+    padding = form.codes()[:, columns:]
+    assert bool((padding == form.zero_points()[:, -1:]).all())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 20), st.sampled_from([1, 2, 3, 4, 5, 8]), st.integers(0, 99))
+def test_packing_every_width_is_undone(count, bits, seed):
+    values = torch.randint(0, 1 << bits, (3, count), generator=torch.Generator().manual_seed(seed))
+    codes = values.to(torch.uint8).numpy()
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (3, -(-count * bits // 8))
+    assert (unpack_codes(packed, bits, count) == codes).all()
+
+
+def test_grid_search_prefers_the_wider_grid_on_ties():
+    grid: Grid = GRIDS["mse"](torch.zeros(1, 4), 4, symmetric=False)
+    assert float(grid.scale[0]) == 1.0

@@ -1,0 +1,68 @@
+"""GPTQ written down a second time, straight from the paper: float64, no blocks, explicit inverses.
+
+Nothing is shared with the package. Kept as slow and plain as possible.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def textbook_grid(group, bits, symmetric):
+    """One row's group [g] to (scale, zero)."""
+    top = 2**bits - 1
+    low, high = min(group.min(), 0.0), max(group.max(), 0.0)
+    if symmetric:
+        high = max(-low, high)
+        low = -high
+    scale = float(np.float16(np.float32((high - low) / top)))
+    if scale == 0:
+        scale = 1.0
+    if symmetric:
+        return scale, 2 ** (bits - 1)
+    return scale, float(np.clip(np.round(-low / scale), 0, top))
+
+
+def textbook_gptq(
+    W, H, *, bits, group_size, symmetric, damping=0.01, order="natural", static_groups=False
+):
+    """Codes [rows, padded], scales and zeros [rows, groups]: one column at a time, no laziness."""
+    W, H = W.astype(np.float64).copy(), H.astype(np.float64).copy()
+    rows, columns = W.shape
+    count = -(-columns // group_size)
+    members = [
+        list(range(g * group_size, min((g + 1) * group_size, columns))) for g in range(count)
+    ]
+    diagonal = H.diagonal().copy()
+    alive = diagonal > 0
+    mean = diagonal[alive].mean() if alive.any() else 1.0
+    H[~alive, ~alive] = mean
+    H += np.eye(columns) * damping * mean
+    sequence = list(range(count))
+    if order == "group_aware":
+        sequence.sort(key=lambda g: -diagonal[members[g]].max())
+        for group in members:
+            group.sort(key=lambda c: -diagonal[c])
+    permutation = [column for g in sequence for column in members[g]]
+    inverse = np.linalg.inv(H[np.ix_(permutation, permutation)])
+    # Upper Cholesky factor of the inverse: H^-1 = U^T U.
+    U = np.linalg.cholesky(inverse).T
+    scales, zeros = np.zeros((rows, count)), np.zeros((rows, count))
+    codes = np.zeros((rows, columns))
+    original = W.copy()
+    for place, column in enumerate(permutation):
+        group = column // group_size
+        if place == 0 or permutation[place - 1] // group_size != group:
+            source = original if static_groups else W
+            for row in range(rows):
+                scales[row, group], zeros[row, group] = textbook_grid(
+                    source[row, sorted(members[group])], bits, symmetric
+                )
+        scale, zero = scales[:, group], zeros[:, group]
+        code = np.clip(np.round(W[:, column] / scale) + zero, 0, 2**bits - 1)
+        error = (W[:, column] - (code - zero) * scale) / U[place, place]
+        W[:, permutation[place + 1 :]] -= np.outer(error, U[place, place + 1 :])
+        codes[:, column] = code
+    padded = np.repeat(zeros, group_size, axis=1)
+    padded[:, :columns] = codes
+    return padded, scales, zeros
