@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = [
     "NOT_MEASURED",
+    "facts_of",
     "format_bytes",
     "format_figure",
     "format_number",
@@ -15,6 +16,7 @@ __all__ = [
     "number_of",
     "rows_of",
     "text_of",
+    "texts_of",
     "unit_of",
 ]
 
@@ -95,3 +97,22 @@ def format_figure(name: str, value: float | None) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
     return f"{format_number(value)} {unit_of(name)}".strip()
+
+
+def facts_of(value: Any) -> tuple[tuple[str, str], ...]:
+    """A block as (name, text) pairs, units moved from the names to the values."""
+    facts: list[tuple[str, str]] = []
+    for key, item in mapping_of(value).items():
+        name = str(key)
+        if name.endswith("_bytes_s") and number_of(item) is not None:
+            facts.append((name.removesuffix("_bytes_s"), f"{format_bytes(number_of(item))}/s"))
+        elif name.endswith("_bytes") and number_of(item) is not None:
+            facts.append((name.removesuffix("_bytes"), format_bytes(number_of(item))))
+        else:
+            facts.append((name, text_of(item)))
+    return tuple((name.replace("_", " "), text) for name, text in facts)
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """The texts in a list of a report."""
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
