@@ -34,11 +34,11 @@ BOUNDS: Mapping[str, Mapping[Precision, Bound]] = {
     "input.pixels_max_abs": {"float32": Bound(at_most=0.02), "integer": Bound(at_most=0.02)},
     "input.prompts_equal": {"float32": Bound(at_least=1.0), "integer": Bound(at_least=1.0)},
     # Each graph by itself, on the reference's inputs.
-    "vision.relative_error": {"float32": Bound(at_most=1e-3), "integer": Bound(at_most=0.1)},
-    "vision.cosine": {"float32": Bound(at_least=0.9999), "integer": Bound(at_least=0.97)},
+    "vision.relative_error": {"float32": Bound(at_most=1e-3), "integer": Bound(at_most=0.05)},
+    "vision.cosine": {"float32": Bound(at_least=0.9999), "integer": Bound(at_least=0.99)},
     "vision.index_overlap": {"float32": Bound(at_least=0.99), "integer": Bound(at_least=0.9)},
     "embedding.relative_error": {"float32": Bound(at_most=1e-5), "integer": Bound(at_most=1e-3)},
-    "prefill.sqnr_db": {"float32": Bound(at_least=60.0), "integer": Bound(at_least=20.0)},
+    "prefill.sqnr_db": {"float32": Bound(at_least=60.0), "integer": Bound(at_least=25.0)},
     "prefill.argmax_mismatches": {"float32": Bound(at_most=0.0), "integer": Bound(at_most=0.0)},
     # All of it together, from pixels to tokens.
     "chain.sqnr_db": {"float32": Bound(at_least=50.0), "integer": Bound(at_least=15.0)},
@@ -52,9 +52,9 @@ BOUNDS: Mapping[str, Mapping[Precision, Bound]] = {
         "float32": Bound(at_least=0.99, at_most=1.01),
         "integer": Bound(at_least=0.5, at_most=2.0),
     },
-    "image_swap.change_cosine": {"float32": Bound(at_least=0.999), "integer": Bound(at_least=0.8)},
+    "image_swap.change_cosine": {"float32": Bound(at_least=0.999), "integer": Bound(at_least=0.9)},
     # A second turn on the cache equals the same conversation run at once.
-    "two_turns.sqnr_db": {"float32": Bound(at_least=60.0), "integer": Bound(at_least=20.0)},
+    "two_turns.sqnr_db": {"float32": Bound(at_least=60.0), "integer": Bound(at_least=25.0)},
     "two_turns.reference_sqnr_db": {
         "float32": Bound(at_least=50.0),
         "integer": Bound(at_least=15.0),
@@ -74,8 +74,7 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """The check as JSON values; a value that is not finite is `null`."""
-        value = self.value if isfinite(self.value) else None
-        return {**asdict(self), "value": value}
+        return {**asdict(self), "value": _finite(self.value)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,7 @@ class TargetParity:
             "passed": self.passed,
             "samples": self.samples,
             "checks": [check.to_json() for check in self.checks],
-            "details": dict(self.details),
+            "details": {name: _finite(value) for name, value in self.details.items()},
         }
 
 
@@ -181,6 +180,11 @@ def judge(metrics: Mapping[str, float], precision: Precision) -> tuple[Check, ..
         )
         for name, columns in BOUNDS.items()
     )
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value; JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _spell(bound: Bound) -> str:

@@ -15,7 +15,8 @@ CEILING_DB = 200.0
 
 def relative_error(found: Floats, expected: Floats) -> float:
     """Frobenius norm of the difference over that of what was expected; infinite for NaN."""
-    noise = float(np.linalg.norm(found.astype(np.float64) - expected))
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged artifact may return anything
+        noise = float(np.linalg.norm(found.astype(np.float64) - expected))
     signal = float(np.linalg.norm(expected.astype(np.float64)))
     if not np.isfinite(noise):
         return float("inf")
@@ -33,14 +34,16 @@ def sqnr_db(found: Floats, expected: Floats) -> float:
 
 def cosine(found: Floats, expected: Floats) -> float:
     """Cosine of the angle between two arrays; 0 where one of them is zero or not finite."""
-    first, second = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(first @ second) / norms if norms > 0 and np.isfinite(norms) else 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        first, second = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+        norms = float(np.linalg.norm(first) * np.linalg.norm(second))
+        return float(first @ second) / norms if norms > 0 and np.isfinite(norms) else 0.0
 
 
 def total_variation(first: Floats, second: Floats) -> float:
     """Half the summed difference of two answer distributions, given their logits; 0 to 1."""
-    return float(np.abs(_softmax(first) - _softmax(second)).sum() / 2)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.abs(_softmax(first) - _softmax(second)).sum() / 2)
 
 
 def _softmax(logits: Floats) -> npt.NDArray[np.float64]:

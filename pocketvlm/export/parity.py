@@ -197,7 +197,8 @@ def _measure(
     turns = _take_two_turns(reference, artifact, follow_ups, rows)
     report(6, "done")
     tie = TIE_ERRORS * _rms_error(chain, expected)
-    mismatches = [trace for trace in traces if trace.margin is not None and trace.margin > tie]
+    parted = [trace for trace in traces if trace.margin is not None]
+    mismatches = [trace for trace in parted if not _is_near_tie(trace, tie)]
     compared = sum(trace.compared for trace in traces)
     metrics = {
         "vision.relative_error": max(view.relative_error for view in views),
@@ -212,12 +213,12 @@ def _measure(
         **turns,
     }
     details: dict[str, object] = {
-        "prefill_max_abs_logit": float(np.abs(np.stack(prefill) - np.stack(expected)).max()),
-        "chain_max_abs_logit": float(np.abs(np.stack(chain) - np.stack(expected)).max()),
+        "prefill_max_abs_logit": _max_error(prefill, expected),
+        "chain_max_abs_logit": _max_error(chain, expected),
         "near_tie_margin_logit": tie,
         "greedy_tokens_compared": compared,
         "greedy_tokens_equal": sum(trace.equal for trace in traces),
-        "greedy_near_ties": _near_ties(traces, tie),
+        "greedy_near_ties": len(parted) - len(mismatches),
         "greedy_mismatches": [asdict(trace) for trace in mismatches],
         **distances,
     }
@@ -230,21 +231,27 @@ def _text_ids(prompt: Prompt) -> tuple[int, ...]:
 
 
 def _rms_error(found: Sequence[Floats], expected: Sequence[Floats]) -> float:
-    gaps = np.stack(found).astype(np.float64) - np.stack(expected)
-    return float(np.sqrt(np.mean(gaps**2)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = np.stack(found).astype(np.float64) - np.stack(expected)
+        return float(np.sqrt(np.mean(gaps**2)))
+
+
+def _max_error(found: Sequence[Floats], expected: Sequence[Floats]) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.abs(np.stack(found) - np.stack(expected)).max())
 
 
 def _argmax_mismatches(found: Sequence[Floats], expected: Sequence[Floats]) -> int:
     """Prompts whose first token differs, near-ties left out."""
     tie = TIE_ERRORS * _rms_error(found, expected)
     return sum(
-        float(ours.max() - ours[int(theirs.argmax())]) > tie
+        not float(ours.max() - ours[int(theirs.argmax())]) <= tie
         for theirs, ours in zip(found, expected, strict=True)
     )
 
 
-def _near_ties(traces: Sequence[GreedyTrace], tie: float) -> int:
-    return sum(trace.margin is not None and trace.margin <= tie for trace in traces)
+def _is_near_tie(trace: GreedyTrace, tie: float) -> bool:
+    return trace.margin is not None and trace.margin <= tie
 
 
 def _swap_images(
@@ -268,16 +275,22 @@ def _swap_images(
             swapped = Prompt(token_ids=prompt.token_ids, pixels=pixels)
             ours.append(expected[number] - reference.answer(reference.lay_out(swapped)))
             candidate = artifact.answer(artifact.lay_out(swapped))
-            theirs.append(chain[number] - candidate)
+            with np.errstate(invalid="ignore", over="ignore"):
+                theirs.append(chain[number] - candidate)
             distances.append(total_variation(candidate, chain[number]))
     change, found = np.stack(ours), np.stack(theirs)
-    size = float(np.linalg.norm(change))
+    size = _norm(change)
     metrics = {
-        "image_swap.reference_change": size / float(np.linalg.norm(np.stack(expected))),
-        "image_swap.change_ratio": float(np.linalg.norm(found)) / size if size else 0.0,
+        "image_swap.reference_change": size / _norm(np.stack(expected)),
+        "image_swap.change_ratio": _norm(found) / size if size else 0.0,
         "image_swap.change_cosine": cosine(found, change),
     }
     return metrics, {"image_swap_mean_total_variation": float(np.mean(distances))}
+
+
+def _norm(values: Floats) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.linalg.norm(values.astype(np.float64)))
 
 
 def _take_two_turns(

@@ -178,6 +178,7 @@ def test_a_broken_artifact_is_caught(
 ) -> None:
     report = certify_runner(reduced, tmp_path, broken)
     assert caught_by <= failed(report)
+    json.dumps(report.to_json(), allow_nan=False)
     with pytest.raises(ParityError, match=r"^parity of torch: \S+ is .* is required"):
         report.raise_if_failed()
 
