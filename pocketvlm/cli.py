@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from pocketvlm import __version__
@@ -68,12 +67,9 @@ def main() -> None:
         code = app(standalone_mode=False)
     except PocketVLMError as error:
         code = _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        code = _interrupted()
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except KeyboardInterrupt:
+    except typer.TyperException as error:
+        code = _show_usage(error)
+    except (typer.Abort, KeyboardInterrupt):
         code = _interrupted()
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
@@ -450,6 +446,15 @@ def _print_json(document: Mapping[str, Any]) -> None:
 def _fail(message: str, code: int) -> int:
     _say("error: " + " ".join(message.split()))
     return code
+
+
+def _show_usage(error: typer.TyperException) -> int:
+    """A usage error shows itself with the command's usage line; anything else is one line."""
+    show = getattr(error, "show", None)
+    if show is None:
+        return _fail(str(error), 2)
+    show()
+    return 2
 
 
 def _interrupted() -> int:

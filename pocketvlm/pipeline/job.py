@@ -96,7 +96,7 @@ class Job:
             calibration=calibration,
             ctx=ctx,
             evaluation=self._evaluation(is_reference=is_reference),
-            workload=load_workload("short") if self.bench else None,
+            workload=load_workload("vlm") if self.bench else None,
             baseline=_float_bundle(path, out, ctx) if wants_baseline else None,
             command=self.command,
         )

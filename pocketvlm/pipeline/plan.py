@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.compress.quantization.rules import WeightRule
-from pocketvlm.device_bench.devices import DeviceProfile, load_device
+from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
 from pocketvlm.pipeline.sources import read_model_spec
@@ -171,7 +171,7 @@ def _activation_bytes(spec: ModelSpec) -> int:
     return 2 * 4 * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
 
 
-def _device_refusals(profile: DeviceProfile, ram_bytes: int) -> list[str]:
+def _device_refusals(profile: Device, ram_bytes: int) -> list[str]:
     if profile.ram_bytes is None or ram_bytes <= profile.ram_bytes // 2:
         return []
     return [
