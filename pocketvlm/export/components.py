@@ -2,7 +2,7 @@
 
 What a graph is (which hidden state becomes a feature, where tokens are dropped, what is computed
 for the last position alone) is said here and nowhere else; how it is computed is the target's: a
-target implements `GraphOps` for its own kind of value. `ModuleOps` implements it in plain torch,
+target implements `GraphOps` for its own kind of value. `TorchOps` implements it in plain torch,
 which makes modules for targets that trace; the ONNX target emits nodes.
 
 The signatures of the graphs are part of the bundle's contract and the same for every target.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -53,8 +54,9 @@ def test_decoder_with_gaps_and_a_second_turn(tiny_checkpoint: Checkpoint) -> Non
     assert len(outputs) == 1 + len(past)
 
 
-def test_torch_export_takes_all_graphs(tiny_checkpoint: Checkpoint) -> None:
-    checkpoint = replace(tiny_checkpoint, reducer=ReceivedAttention(keep=5, positions="original"))
+def test_torch_export_takes_all_graphs(tiny_paths: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+    checkpoint = replace(checkpoint, reducer=ReceivedAttention(keep=5, positions="original"))
     spec = checkpoint.spec
     pixels, _, prompt = make_prompt(checkpoint)
     cache = torch.zeros(1, spec.decoder.kv_heads, 48, spec.decoder.head_dim)
