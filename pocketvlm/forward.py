@@ -217,15 +217,22 @@ def embed_prompts(
 
 
 def decode_logits(
-    checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = None, *, last_only: bool = False
+    checkpoint: Checkpoint,
+    inputs: DecoderInputs,
+    cache: Any = None,
+    *,
+    last_only: bool = False,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """Logits of the decoder, [batch, length or 1, vocabulary].
+    """Logits of the decoder, [batch, length, vocabulary], or of fewer columns.
 
     Args:
         checkpoint: The model.
         inputs: The spliced prompt, or one step of generation.
         cache: A transformers cache that is extended in place, or `None`.
         last_only: Whether only the last column is needed.
+        columns: int64 [batch, m]: which columns are needed; the head runs on these alone, so that
+            prompts padded on the right can share a batch at no cost.
     """
     decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
     # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
@@ -241,6 +248,8 @@ def decode_logits(
     hidden = output.last_hidden_state
     if last_only:
         hidden = hidden[:, -1:]
+    if columns is not None:
+        hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
     return cast("Tensor", checkpoint.model.get_submodule(checkpoint.spec.decoder.head)(hidden))
 
 

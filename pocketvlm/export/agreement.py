@@ -1,14 +1,13 @@
-"""Runs an artifact beside the checkpoint that it was made from, and measures where they part.
+"""Two sides of a comparison: what a checkpoint says, and what an artifact made from it says.
 
-Both sides are `Runner`s, so the same measurements hold for every engine. The reference lays its
-prompts out through `forward.embed_prompts`, the artifact through `runtime.splice`: what differs
-between the two is found as well as what differs inside a graph. Nothing is judged here;
-`parity.py` does that.
+The checkpoint lays its prompts out through `forward.embed_prompts`, the artifact through
+`runtime.splice`: what differs between the two is found as well as what differs inside a graph.
+Nothing is judged here; `parity.py` does that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,36 +17,51 @@ import torch
 from pocketvlm.bundle import Manifest
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.closeness import Floats, cosine, relative_error
-from pocketvlm.export.torch_runner import TorchRunner
-from pocketvlm.forward import VisualTokens, embed_prompts
+from pocketvlm.forward import (
+    DecoderInputs,
+    VisualTokens,
+    decode_logits,
+    embed_prompts,
+    encode_images,
+)
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import VisualFeatures, embed_rows, lay_out_prompt
 
 __all__ = [
+    "ArtifactSide",
+    "CheckpointSide",
+    "Features",
     "GreedyTrace",
     "Prompt",
     "Rows",
-    "Side",
     "VisionAgreement",
-    "artifact_side",
+    "compare_features",
     "compare_greedy",
-    "compare_vision",
-    "in_turns",
-    "reference_side",
 ]
 
+_TOGETHER = 4
+"""Pictures that the checkpoint encodes at the same time."""
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One question as both sides take it.
 
     Attributes:
-        token_ids: The prompt, its image as all N placeholders.
-        pixels: float32 [1, C, S, S].
+        token_ids: The prompt, its picture as all N placeholders.
+        picture: Number of the picture.
     """
 
     token_ids: tuple[int, ...]
-    pixels: Floats
+    picture: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features:
+    """What a vision graph returned: embeds float32 [1, k, width] and indices int64 [1, k]."""
+
+    embeds: Floats
+    indices: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,65 +79,141 @@ class Rows:
     next_position: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Side:
-    """A runner, and how prompts are laid out for it."""
+class CheckpointSide:
+    """The checkpoint in torch.
 
-    runner: Runner
-    lay_out: Callable[[Prompt], Rows]
+    Every forward pass unpacks every weight once, so prompts run together, padded on the right,
+    and no dense copy of the model is kept: a certificate needs little more memory than the
+    checkpoint itself.
+    """
 
-    def answer(self, rows: Rows) -> Floats:
-        """Logits [vocabulary] behind rows that stand alone."""
-        self.runner.reset()
-        return self.runner.decode(rows.embeds, rows.positions).copy()
-
-    def step(self, token: int, position: int) -> Floats:
-        """Logits [vocabulary] behind one more token."""
-        place = np.array([[position]], np.int64)
-        return self.runner.decode(self.runner.embed([token]), place).copy()
-
-
-def reference_side(checkpoint: Checkpoint) -> Side:
-    """The checkpoint in torch, laid out by `forward.embed_prompts`."""
-    runner = TorchRunner(checkpoint)
-
-    def lay_out(prompt: Prompt) -> Rows:
-        embeds, indices = runner.encode_image(prompt.pixels)
+    def __init__(self, checkpoint: Checkpoint, pictures: Sequence[Floats]) -> None:
+        self._checkpoint = checkpoint
+        self._embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
+        self.features: list[Features] = []
         with torch.inference_mode():
-            inputs = embed_prompts(
-                checkpoint,
-                torch.tensor([prompt.token_ids]),
-                VisualTokens(embeds=torch.from_numpy(embeds), indices=torch.from_numpy(indices)),
-            )
+            for start in range(0, len(pictures), _TOGETHER):
+                pixels = torch.from_numpy(np.concatenate(pictures[start : start + _TOGETHER]))
+                visual = encode_images(checkpoint, pixels)
+                self.features += [
+                    Features(embeds=embeds[None].numpy(), indices=indices[None].numpy())
+                    for embeds, indices in zip(visual.embeds, visual.indices, strict=True)
+                ]
+
+    def embed(self, token_ids: Sequence[int]) -> Floats:
+        """Embeddings of tokens, [1, L, width]."""
+        with torch.inference_mode():
+            embeds: Floats = self._embedding(torch.tensor([list(token_ids)])).numpy()
+        return embeds
+
+    def rows(self, prompt: Prompt) -> Rows:
+        """The rows of a prompt."""
+        seen = self.features[prompt.picture]
+        visual = VisualTokens(
+            embeds=torch.from_numpy(seen.embeds), indices=torch.from_numpy(seen.indices)
+        )
+        with torch.inference_mode():
+            inputs = embed_prompts(self._checkpoint, torch.tensor([prompt.token_ids]), visual)
         return Rows(
             embeds=inputs.embeds.numpy(),
             positions=inputs.positions.numpy(),
             next_position=int(inputs.next_position[0]),
         )
 
-    return Side(runner=runner, lay_out=lay_out)
+    def answers(self, prompts: Sequence[Rows]) -> list[Floats]:
+        """Logits [vocabulary] behind each prompt."""
+        return [logits[0] for logits in self.along(prompts, [()] * len(prompts))]
+
+    def along(
+        self, prompts: Sequence[Rows], continuations: Sequence[Sequence[int]]
+    ) -> list[Floats]:
+        """Logits behind each prompt and behind every token of its given continuation.
+
+        Returns:
+            One array [1 + tokens, vocabulary] a prompt.
+        """
+        width = prompts[0].embeds.shape[2]
+        lengths = [rows.embeds.shape[1] for rows in prompts]
+        ends = [length + len(more) for length, more in zip(lengths, continuations, strict=True)]
+        embeds = torch.zeros(len(prompts), max(ends), width)
+        positions = torch.zeros(len(prompts), max(ends), dtype=torch.int64)
+        columns = torch.zeros(len(prompts), 1 + max(map(len, continuations)), dtype=torch.int64)
+        for row, (rows, more) in enumerate(zip(prompts, continuations, strict=True)):
+            start, end = lengths[row], ends[row]
+            embeds[row, :start] = torch.from_numpy(rows.embeds[0])
+            positions[row, :start] = torch.from_numpy(rows.positions[0])
+            if more:
+                embeds[row, start:end] = torch.from_numpy(self.embed(more)[0])
+            positions[row, start:] = rows.next_position + torch.arange(max(ends) - start)
+            columns[row] = (start - 1 + torch.arange(columns.shape[1])).clamp(max=end - 1)
+        inputs = DecoderInputs(
+            embeds=embeds,
+            positions=positions,
+            is_visual=torch.zeros_like(positions, dtype=torch.bool),
+            next_position=positions[:, -1] + 1,
+        )
+        with torch.inference_mode():
+            logits = decode_logits(self._checkpoint, inputs, columns=columns).numpy()
+        return [logits[row, : 1 + len(more)] for row, more in enumerate(continuations)]
 
 
-def artifact_side(runner: Runner, manifest: Manifest) -> Side:
-    """An engine, laid out by what the bundle's manifest says."""
+class ArtifactSide:
+    """An engine, fed as the bundle's manifest says."""
 
-    def lay_out(prompt: Prompt) -> Rows:
-        embeds, indices = runner.encode_image(prompt.pixels)
-        pictures = [VisualFeatures(embeds=embeds, indices=indices)]
+    def __init__(self, runner: Runner, manifest: Manifest, pictures: Sequence[Floats]) -> None:
+        self.runner = runner
+        self._manifest = manifest
+        self.features: list[Features] = []
+        for pixels in pictures:
+            embeds, indices = runner.encode_image(pixels)
+            self.features.append(Features(embeds=embeds, indices=indices))
+
+    def rows(self, prompt: Prompt) -> Rows:
+        """The rows of a prompt."""
+        seen = self.features[prompt.picture]
+        pictures = [VisualFeatures(embeds=seen.embeds, indices=seen.indices)]
         layout = lay_out_prompt(
             prompt.token_ids,
             pictures,
-            image_token_id=int(manifest.prompt["image_token_id"]),
-            placeholders=manifest.visual_tokens_full,
-            keeps_positions=manifest.positions == "original",
+            image_token_id=int(self._manifest.prompt["image_token_id"]),
+            placeholders=self._manifest.visual_tokens_full,
+            keeps_positions=self._manifest.positions == "original",
         )
         return Rows(
-            embeds=embed_rows(layout, pictures, runner.embed),
+            embeds=embed_rows(layout, pictures, self.runner.embed),
             positions=layout.positions[None],
             next_position=layout.next_position,
         )
 
-    return Side(runner=runner, lay_out=lay_out)
+    def answer(self, rows: Rows) -> Floats:
+        """Logits [vocabulary] behind rows that stand alone."""
+        self.runner.reset()
+        return self.runner.decode(rows.embeds, rows.positions).copy()
+
+    def generate(self, rows: Rows, *, tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """A greedy answer, token by token on the cache; its end token is part of it."""
+        logits = self.answer(rows)
+        found = [int(logits.argmax())]
+        while len(found) < tokens and found[-1] not in eos_token_ids:
+            place = np.array([[rows.next_position + len(found) - 1]], np.int64)
+            found.append(int(self.runner.decode(self.runner.embed(found[-1:]), place).argmax()))
+        return tuple(found)
+
+    def answer_in_turns(self, rows: Rows, first: int) -> Floats:
+        """Logits behind rows that arrive as a conversation does.
+
+        The first turn's prompt is one run, its answer comes token by token, and the second turn
+        is one run on the cache that these left. Two rows of answer are enough to take that path.
+
+        Args:
+            rows: Both turns.
+            first: Rows of the first turn's prompt.
+        """
+        self.runner.reset()
+        for start, end in ((0, first), (first, first + 1), (first + 1, first + 2)):
+            self.runner.decode(rows.embeds[:, start:end], rows.positions[:, start:end])
+        last = slice(first + 2, None)
+        return self.runner.decode(rows.embeds[:, last], rows.positions[:, last]).copy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +221,7 @@ class VisionAgreement:
     """Features of one picture on both sides.
 
     Attributes:
-        overlap: Share of the reference's tokens that the artifact kept too.
+        overlap: Share of the checkpoint's tokens that the artifact kept too.
         relative_error: Of the features that both kept.
         cosine: Of the worst of these.
     """
@@ -141,16 +231,14 @@ class VisionAgreement:
     cosine: float
 
 
-def compare_vision(reference: Side, artifact: Side, pixels: Floats) -> VisionAgreement:
-    """Runs the vision graph on both sides."""
-    expected, kept = reference.runner.encode_image(pixels)
-    found, chosen = artifact.runner.encode_image(pixels)
-    _, ours, theirs = np.intersect1d(kept[0], chosen[0], return_indices=True)
+def compare_features(found: Features, expected: Features) -> VisionAgreement:
+    """Compares the tokens that both sides kept."""
+    _, theirs, ours = np.intersect1d(found.indices[0], expected.indices[0], return_indices=True)
     if not len(ours):
         return VisionAgreement(overlap=0.0, relative_error=float("inf"), cosine=0.0)
-    shared, twins = expected[0, ours], found[0, theirs]
+    twins, shared = found.embeds[0, theirs], expected.embeds[0, ours]
     return VisionAgreement(
-        overlap=len(ours) / max(kept.shape[1], chosen.shape[1]),
+        overlap=len(ours) / max(found.indices.shape[1], expected.indices.shape[1]),
         relative_error=relative_error(twins, shared),
         cosine=min(cosine(a, b) for a, b in zip(twins, shared, strict=True)),
     )
@@ -158,20 +246,26 @@ def compare_vision(reference: Side, artifact: Side, pixels: Floats) -> VisionAgr
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyTrace:
-    """Two greedy answers to one prompt, compared up to where they part.
+    """A greedy answer of the artifact beside the checkpoint's, up to where they part.
+
+    Behind the first token that differs the two have different questions to answer, so nothing
+    more is compared.
 
     Attributes:
-        compared: Tokens that both chose behind the same tokens, the end of the answer included.
-        expected: The reference's tokens.
-        found: The artifact's tokens up to the first that differs.
-        margin: Where they part, how much more the reference gave to its own choice than to the
+        found: The artifact's tokens.
+        expected: The checkpoint's, the first that differs included.
+        margin: Where they part, how much more the checkpoint gave to its own choice than to the
             artifact's, in logits; `None` where they do not part.
     """
 
-    compared: int
-    expected: tuple[int, ...]
     found: tuple[int, ...]
+    expected: tuple[int, ...]
     margin: float | None
+
+    @property
+    def compared(self) -> int:
+        """Tokens chosen behind the same tokens."""
+        return len(self.expected)
 
     @property
     def equal(self) -> int:
@@ -179,48 +273,16 @@ class GreedyTrace:
         return self.compared - (self.margin is not None)
 
 
-def compare_greedy(
-    reference: Side, artifact: Side, prompt: Prompt, *, tokens: int, eos_token_ids: Sequence[int]
-) -> GreedyTrace:
-    """Lets both sides answer, each from its own features and its own cache.
-
-    Behind the first token that differs the two have different questions to answer, so nothing
-    more is compared.
-    """
-    ours, theirs = reference.lay_out(prompt), artifact.lay_out(prompt)
-    logits, candidate = reference.answer(ours), artifact.answer(theirs)
-    expected: list[int] = []
-    found: list[int] = []
-    for step in range(tokens):
-        expected.append(int(logits.argmax()))
-        found.append(int(candidate.argmax()))
-        if expected[-1] != found[-1]:
-            margin = float(logits[expected[-1]] - logits[found[-1]])
-            return GreedyTrace(
-                compared=step + 1, expected=tuple(expected), found=tuple(found), margin=margin
-            )
-        if expected[-1] in eos_token_ids or step == tokens - 1:
-            break
-        logits = reference.step(expected[-1], ours.next_position + step)
-        candidate = artifact.step(found[-1], theirs.next_position + step)
-    return GreedyTrace(
-        compared=len(expected), expected=tuple(expected), found=tuple(found), margin=None
-    )
-
-
-def in_turns(side: Side, rows: Rows, first: int) -> Floats:
-    """Logits behind rows that arrive as a conversation does.
-
-    The first turn's prompt is one run, its answer comes token by token, and the second turn is
-    one run on the cache that these left. Two rows of answer are enough to change the path.
+def compare_greedy(found: tuple[int, ...], logits: Floats) -> GreedyTrace:
+    """Compares a greedy answer with the checkpoint's choices behind the same tokens.
 
     Args:
-        side: Who runs.
-        rows: Both turns.
-        first: Rows of the first turn's prompt.
+        found: The artifact's tokens.
+        logits: The checkpoint's, [tokens, vocabulary]: row i behind the first i tokens.
     """
-    side.runner.reset()
-    for start, end in ((0, first), (first, first + 1), (first + 1, first + 2)):
-        side.runner.decode(rows.embeds[:, start:end], rows.positions[:, start:end])
-    last = slice(first + 2, None)
-    return side.runner.decode(rows.embeds[:, last], rows.positions[:, last]).copy()
+    choices = [int(choice) for choice in logits.argmax(axis=1)]
+    for step, (ours, theirs) in enumerate(zip(choices, found, strict=True)):
+        if ours != theirs:
+            margin = float(logits[step, ours] - logits[step, theirs])
+            return GreedyTrace(found=found, expected=tuple(choices[: step + 1]), margin=margin)
+    return GreedyTrace(found=found, expected=tuple(choices), margin=None)

@@ -7,7 +7,7 @@ compression costs is the business of evaluation, what export breaks is the busin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,15 +18,12 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.export.agreement import (
+    ArtifactSide,
+    CheckpointSide,
     GreedyTrace,
     Prompt,
-    Rows,
-    Side,
-    artifact_side,
+    compare_features,
     compare_greedy,
-    compare_vision,
-    in_turns,
-    reference_side,
 )
 from pocketvlm.export.certificate import ParityReport, Precision, TargetParity, judge
 from pocketvlm.export.closeness import Floats, cosine, relative_error, sqnr_db, total_variation
@@ -35,7 +32,6 @@ from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.text import TextCodec
-from pocketvlm.weights import cache_dense_weights
 
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import Sample
@@ -87,41 +83,40 @@ def certify(
     pictured = [sample for sample in samples if sample.image is not None]
     if not pictured:
         raise CalibrationError("the parity certificate needs a question about a picture")
-    inputs, prompts, follow_ups = _read_inputs(checkpoint, bundle, pictured)
+    inputs, questions = _read_inputs(checkpoint, bundle, pictured)
+    context.report("parity", 0, 1, "torch")
+    reference = CheckpointSide(checkpoint, questions.pictures)
     names = list(dict.fromkeys(component.target for component in bundle.manifest.components))
     reached: list[TargetParity] = []
     unverified: dict[str, str] = {}
-    with cache_dense_weights(checkpoint.model):
-        reference = reference_side(checkpoint)
-        for name in names:
-            if name not in runners:
-                unverified[name] = "no engine on this host runs it"
-                continue
-            artifact = artifact_side(runners[name](bundle, context), bundle.manifest)
-            metrics, details = _measure(
-                reference,
-                artifact,
-                prompts,
-                follow_ups,
-                tokens=tokens,
-                eos_token_ids=checkpoint.processor.eos_token_ids,
-                report=partial(_report, context, name),
+    for name in names:
+        if name not in runners:
+            unverified[name] = "no engine on this host runs it"
+            continue
+        runner = runners[name](bundle, context)
+        metrics, details = _measure(
+            reference,
+            ArtifactSide(runner, bundle.manifest, questions.pictures),
+            questions,
+            tokens=tokens,
+            eos_token_ids=checkpoint.processor.eos_token_ids,
+            report=partial(_report, context, name),
+        )
+        precision = _precision(bundle.manifest.components, name)
+        reached.append(
+            TargetParity(
+                target=name,
+                precision=precision,
+                samples=len(questions.prompts),
+                checks=judge({**inputs, **metrics}, precision),
+                details=details,
             )
-            precision = _precision(bundle.manifest.components, name)
-            reached.append(
-                TargetParity(
-                    target=name,
-                    precision=precision,
-                    samples=len(prompts),
-                    checks=judge({**inputs, **metrics}, precision),
-                    details=details,
-                )
-            )
+        )
     return ParityReport(targets=tuple(reached), unverified=unverified)
 
 
 def _report(ctx: RunContext, target: str, done: int, note: str) -> None:
-    ctx.report(f"parity {target}", done, 6, note)
+    ctx.report(f"parity {target}", done, 5, note)
 
 
 def _precision(components: Sequence[Component], target: str) -> Precision:
@@ -134,68 +129,93 @@ def _precision(components: Sequence[Component], target: str) -> Precision:
     return "integer" if any("int" in label for label in labels) else "float32"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Questions:
+    """What both sides are asked.
+
+    Attributes:
+        pictures: float32 [1, C, S, S] each; the last is blank.
+        prompts: One question a picture.
+        follow_ups: The same, answered, with another question behind it.
+    """
+
+    pictures: tuple[Floats, ...]
+    prompts: tuple[Prompt, ...]
+    follow_ups: tuple[Prompt, ...]
+
+    def swapped(self) -> list[tuple[int, Prompt]]:
+        """Every question about the next picture, and about the blank one."""
+        blank = len(self.pictures) - 1
+        return [
+            (number, Prompt(token_ids=prompt.token_ids, picture=picture))
+            for number, prompt in enumerate(self.prompts)
+            for picture in dict.fromkeys(((number + 1) % blank, blank))
+            if picture != number
+        ]
+
+
 def _read_inputs(
     checkpoint: Checkpoint, bundle: Bundle, samples: Sequence[Sample]
-) -> tuple[dict[str, float], list[Prompt], list[Prompt]]:
+) -> tuple[dict[str, float], _Questions]:
     """Pixels and prompts of the checkpoint, and how far the bundle's own differ from them."""
     processor = checkpoint.processor
     codec, preprocessor = TextCodec.from_bundle(bundle), ImagePreprocessor.from_bundle(bundle)
+    pictures: list[Floats] = []
     prompts: list[Prompt] = []
     follow_ups: list[Prompt] = []
     farthest, equal = 0.0, 0
-    for sample in samples:
+    for number, sample in enumerate(samples):
         image = sample.open_image()
         pixels: Floats = processor.pixels([image]).numpy()
         found = preprocessor.pixels(image)
         same_shape = found.shape == pixels.shape
         farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
+        pictures.append(pixels)
         messages = [user_message(sample.question)]
         ids = processor.encode(messages)
         equal += codec.encode(messages) == ids
-        prompts.append(Prompt(token_ids=tuple(ids), pixels=pixels))
+        prompts.append(Prompt(token_ids=tuple(ids), picture=number))
         answered = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
-        again = [*messages, answered, user_message(_SECOND_QUESTION, images=0)]
-        follow_ups.append(Prompt(token_ids=tuple(processor.encode(again)), pixels=pixels))
-    metrics = {
-        "input.pixels_max_abs": farthest,
-        "input.prompts_equal": equal / len(prompts),
-    }
-    return metrics, prompts, follow_ups
+        again = processor.encode([*messages, answered, user_message(_SECOND_QUESTION, images=0)])
+        follow_ups.append(Prompt(token_ids=tuple(again), picture=number))
+    questions = _Questions(
+        pictures=(*pictures, np.zeros_like(pictures[0])),
+        prompts=tuple(prompts),
+        follow_ups=tuple(follow_ups),
+    )
+    metrics = {"input.pixels_max_abs": farthest, "input.prompts_equal": equal / len(prompts)}
+    return metrics, questions
 
 
 def _measure(
-    reference: Side,
-    artifact: Side,
-    prompts: Sequence[Prompt],
-    follow_ups: Sequence[Prompt],
+    reference: CheckpointSide,
+    artifact: ArtifactSide,
+    questions: _Questions,
     *,
     tokens: int,
     eos_token_ids: Sequence[int],
     report: Callable[[int, str], None],
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Every metric of the table but those of the inputs, and what explains them."""
-    report(0, "vision")
-    views = [compare_vision(reference, artifact, prompt.pixels) for prompt in prompts]
-    report(1, "embedding")
-    embedding = max(
-        relative_error(artifact.runner.embed(ids).copy(), reference.runner.embed(ids))
-        for ids in (_text_ids(prompt) for prompt in prompts)
-    )
+    views = list(map(compare_features, artifact.features, reference.features))
+    # Every token of the prompts once, the image's placeholder among them.
+    ids = list(dict.fromkeys(token for p in questions.prompts for token in p.token_ids))
+    embedding = relative_error(artifact.runner.embed(ids).copy(), reference.embed(ids))
+    report(1, "greedy")
+    rows = [reference.rows(prompt) for prompt in questions.prompts]
+    own = [artifact.rows(prompt) for prompt in questions.prompts]
+    answers = [artifact.generate(r, tokens=tokens, eos_token_ids=eos_token_ids) for r in own]
+    along = reference.along(rows, [answer[:-1] for answer in answers])
+    traces = list(map(compare_greedy, answers, along))
     report(2, "prefill")
-    rows = [reference.lay_out(prompt) for prompt in prompts]
-    expected = [reference.answer(row) for row in rows]
+    expected = [logits[0] for logits in along]
     prefill = [artifact.answer(row) for row in rows]
-    chain = [artifact.answer(artifact.lay_out(prompt)) for prompt in prompts]
-    report(3, "greedy")
-    traces = [
-        compare_greedy(reference, artifact, prompt, tokens=tokens, eos_token_ids=eos_token_ids)
-        for prompt in prompts
-    ]
-    report(4, "image swap")
-    swap, distances = _swap_images(reference, artifact, prompts, expected, chain)
-    report(5, "two turns")
-    turns = _take_two_turns(reference, artifact, follow_ups, rows)
-    report(6, "done")
+    chain = [artifact.answer(row) for row in own]
+    report(3, "image swap")
+    swap, distances = _swap_images(reference, artifact, questions, expected, chain)
+    report(4, "two turns")
+    turns = _take_two_turns(reference, artifact, questions)
+    report(5, "done")
     tie = TIE_ERRORS * _rms_error(chain, expected)
     parted = [trace for trace in traces if trace.margin is not None]
     mismatches = [trace for trace in parted if not _is_near_tie(trace, tie)]
@@ -225,11 +245,6 @@ def _measure(
     return metrics, details
 
 
-def _text_ids(prompt: Prompt) -> tuple[int, ...]:
-    """Every token of a prompt once, the image's placeholder among them."""
-    return tuple(dict.fromkeys(prompt.token_ids))
-
-
 def _rms_error(found: Sequence[Floats], expected: Sequence[Floats]) -> float:
     with np.errstate(invalid="ignore", over="ignore"):
         gaps = np.stack(found).astype(np.float64) - np.stack(expected)
@@ -255,36 +270,32 @@ def _is_near_tie(trace: GreedyTrace, tie: float) -> bool:
 
 
 def _swap_images(
-    reference: Side,
-    artifact: Side,
-    prompts: Sequence[Prompt],
+    reference: CheckpointSide,
+    artifact: ArtifactSide,
+    questions: _Questions,
     expected: Sequence[Floats],
     chain: Sequence[Floats],
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Asks every question about another picture, and about none: a blank one.
 
-    How the logits change is compared with how the reference's change: an artifact that ignores
+    How the logits change is compared with how the checkpoint's change: an artifact that ignores
     its picture changes by nothing, one that confuses pictures changes in another direction.
     """
-    ours: list[Floats] = []
-    theirs: list[Floats] = []
-    distances: list[float] = []
-    for number, prompt in enumerate(prompts):
-        other = prompts[(number + 1) % len(prompts)].pixels
-        for pixels in (other, np.zeros_like(other)):
-            swapped = Prompt(token_ids=prompt.token_ids, pixels=pixels)
-            ours.append(expected[number] - reference.answer(reference.lay_out(swapped)))
-            candidate = artifact.answer(artifact.lay_out(swapped))
-            with np.errstate(invalid="ignore", over="ignore"):
-                theirs.append(chain[number] - candidate)
-            distances.append(total_variation(candidate, chain[number]))
-    change, found = np.stack(ours), np.stack(theirs)
+    swapped = questions.swapped()
+    others = reference.answers([reference.rows(prompt) for _, prompt in swapped])
+    candidates = [artifact.answer(artifact.rows(prompt)) for _, prompt in swapped]
+    before = np.stack([expected[number] for number, _ in swapped])
+    seen = np.stack([chain[number] for number, _ in swapped])
+    change = before - np.stack(others)
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = seen - np.stack(candidates)
     size = _norm(change)
     metrics = {
-        "image_swap.reference_change": size / _norm(np.stack(expected)),
+        "image_swap.reference_change": size / _norm(before),
         "image_swap.change_ratio": _norm(found) / size if size else 0.0,
         "image_swap.change_cosine": cosine(found, change),
     }
+    distances = list(map(total_variation, candidates, seen))
     return metrics, {"image_swap_mean_total_variation": float(np.mean(distances))}
 
 
@@ -294,19 +305,15 @@ def _norm(values: Floats) -> float:
 
 
 def _take_two_turns(
-    reference: Side,
-    artifact: Side,
-    follow_ups: Sequence[Prompt],
-    first_turns: Sequence[Rows],
+    reference: CheckpointSide, artifact: ArtifactSide, questions: _Questions
 ) -> dict[str, float]:
     """A second turn on the cache of the first, against the whole conversation run at once."""
-    kept: list[float] = []
-    right: list[float] = []
-    for prompt, first in zip(follow_ups, first_turns, strict=True):
-        rows = artifact.lay_out(prompt)
-        at_once = artifact.answer(rows)
-        turn = min(first.embeds.shape[1], rows.embeds.shape[1] - 3)
-        in_two = in_turns(artifact, rows, turn)
-        kept.append(sqnr_db(in_two, at_once))
-        right.append(sqnr_db(in_two, reference.answer(reference.lay_out(prompt))))
-    return {"two_turns.sqnr_db": min(kept), "two_turns.reference_sqnr_db": min(right)}
+    rows = [artifact.rows(prompt) for prompt in questions.follow_ups]
+    at_once = [artifact.answer(row) for row in rows]
+    # Any border between the turns will do: a cache knows rows, not turns.
+    in_two = [artifact.answer_in_turns(row, row.embeds.shape[1] * 2 // 3) for row in rows]
+    expected = reference.answers([reference.rows(prompt) for prompt in questions.follow_ups])
+    return {
+        "two_turns.sqnr_db": min(map(sqnr_db, in_two, at_once)),
+        "two_turns.reference_sqnr_db": min(map(sqnr_db, in_two, expected)),
+    }
