@@ -1,0 +1,95 @@
+"""A real bundle of the tiny SmolVLM, a block as a worker measures it, and a report to render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketvlm.bundle import Manifest, sign_files, write_manifest
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.export.onnx import ToOnnx
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle's folder; read-only by agreement."""
+    path = tmp_path_factory.mktemp("bench") / "bundle"
+    path.mkdir()
+    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+    components = ToOnnx().export(checkpoint, path, RunContext(threads=1))
+    checkpoint.processor.save(path)
+    spec = checkpoint.spec
+    manifest = Manifest(
+        model="tiny",
+        family=spec.family,
+        source_sha256="",
+        recipe_sha256="",
+        visual_tokens=spec.visual_tokens,
+        visual_tokens_full=spec.visual_tokens,
+        positions="original",
+        prompt={
+            "image_token": spec.image_token,
+            "image_token_id": spec.image_token_id,
+            "image_prefix": spec.image_prefix,
+            "image_suffix": spec.image_suffix,
+        },
+        generation={
+            "eos_token_ids": list(checkpoint.processor.eos_token_ids),
+            "max_positions": spec.decoder.max_positions,
+        },
+        kv_cache={
+            "layers": spec.decoder.depth,
+            "kv_heads": spec.decoder.kv_heads,
+            "head_dim": spec.decoder.head_dim,
+            "dtype": "float32",
+        },
+        components=components,
+        files=sign_files(path, frozenset()),
+    )
+    write_manifest(path, manifest)
+    return path
+
+
+def make_answer(scale: float = 1.0) -> dict[str, Any]:
+    """An answer whose stages take round times, all of them `scale` times as long."""
+    return {
+        "preprocess_ms": 10.0 * scale,
+        "vision_ms": 40.0 * scale,
+        "tokenize_ms": 1.0 * scale,
+        "embed_ms": 1.0 * scale,
+        "prefill_ms": 20.0 * scale,
+        "decode_ms": [2.0 * scale] * 4,
+        "sample_ms": [0.5 * scale] * 5,
+        "detokenize_ms": [0.5 * scale] * 5,
+        "ttft_user_ms": 73.0 * scale,
+        "ttft_engine_ms": 20.5 * scale,
+        "decode_span_ms": 12.0 * scale,
+        "prompt_tokens": 40,
+        "new_tokens": 5,
+    }
+
+
+def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
+    """What one worker process would report."""
+    return {
+        "load_ms": 100.0 * scale,
+        "prompt": {"text_sha256": "0", "text_tokens": 32, "visual_tokens": 8, "tokens": 40},
+        "cold": make_answer(2 * scale),
+        "answers": [make_answer(scale)],
+        "memory": {
+            "before_load_rss_bytes": 50_000_000,
+            "after_load_rss_bytes": 60_000_000,
+            "peak_rss_bytes": 70_000_000,
+        },
+        "token_ids": list(token_ids),
+        "is_repeatable": True,
+    }
+
+
+@pytest.fixture
+def block():
+    """Makes blocks."""
+    return make_block

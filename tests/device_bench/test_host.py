@@ -1,0 +1,130 @@
+"""The line protocol, against real processes that end badly in every way we know."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pocketvlm.device_bench.host import Failure, HostTransport
+from pocketvlm.device_bench.worker import WORKER_SCHEMA, run_job
+from pocketvlm.report import peak_rss_bytes
+
+OK = {"schema": WORKER_SCHEMA, "status": "ok", "result": {"answer": 42}}
+
+
+def outcome(program: str, *, timeout_s: float = 20.0):
+    transport = HostTransport(command=(sys.executable, "-c", program))
+    return transport.run({"job": "block"}, timeout_s=timeout_s)
+
+
+def test_the_last_line_is_the_result_whatever_came_before():
+    program = f"print('loading...'); print('{{\"not\": \"this\"}}'); print('''{json.dumps(OK)}''')"
+    assert outcome(program) == {"answer": 42}
+
+
+def test_the_job_arrives_with_its_schema():
+    program = (
+        "import json, sys; job = json.loads(sys.stdin.read());"
+        "print(json.dumps({'schema': 1, 'status': 'ok', 'result': job}))"
+    )
+    assert outcome(program) == {"schema": WORKER_SCHEMA, "job": "block"}
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os; os.abort()", "ended by SIGABRT"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "memory runs out"),
+        ("import sys; sys.stderr.write('no such file\\n'); sys.exit(3)", "status 3.*no such file"),
+        ("print('garbage {')", "status 0 and no result"),
+        ("", "status 0 and no result"),
+        ("print('[1, 2]')", "no result of this protocol"),
+        ('print(\'{"schema": 99, "status": "ok", "result": {}}\')', "of this protocol"),
+        (f"print('''{json.dumps(OK)}'''); import sys; sys.exit(7)", "status 7"),
+        ('print(\'{"schema": 1, "status": "failed", "reason": "too big"}\')', "^too big$"),
+        ("import sys; sys.stdout.buffer.write(b'\\xff\\xfe')", "no result"),
+    ],
+)
+def test_every_bad_end_is_a_failure_with_a_reason(program, reason):
+    result = outcome(program)
+    assert isinstance(result, Failure)
+    assert re.search(reason, result.reason), result.reason
+
+
+def test_a_process_that_hangs_is_killed_with_its_children(tmp_path):
+    marker = tmp_path / "child"
+    program = (
+        "import subprocess, sys, time;"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        f"open({str(marker)!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    started = time.monotonic()
+    result = outcome(program, timeout_s=2.0)
+    assert isinstance(result, Failure)
+    assert result.reason == "no result within 2 s"
+    assert time.monotonic() - started < 20
+    child = int(marker.read_text())
+    for _ in range(100):
+        if not is_running(child):
+            break
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_the_worker_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="job schema 99; this worker speaks 1"):
+        run_job({"schema": 99})
+    with pytest.raises(ValueError, match="'dance'; this worker knows environment and block"):
+        run_job({"schema": WORKER_SCHEMA, "job": "dance"})
+
+
+def test_the_real_worker_reports_a_bundle_that_is_none(tmp_path):
+    workload = {"name": "x", "prompt_tokens": 8, "new_tokens": 2}
+    job = {"job": "block", "bundle": str(tmp_path), "workload": workload, "threads": 1}
+    result = HostTransport().run(job, timeout_s=60)
+    assert isinstance(result, Failure)
+    assert "no bundle here" in result.reason
+
+
+def test_native_output_cannot_reach_the_result_line():
+    """Descriptor 1 is stderr while a job runs, so a library that prints there does no harm."""
+    program = (
+        "import os, sys, pocketvlm.device_bench.worker as worker;"
+        "worker.run_job = lambda job: os.write(1, b'native noise') and {'x': 1};"
+        "sys.exit(worker.main())"
+    )
+    assert outcome(program, timeout_s=60) == {"x": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the parent's peak down")
+def test_peak_memory_is_that_of_the_process_alone():
+    """A parent of 300 MB starts a child of 20: ru_maxrss says 300, we say 20."""
+    ballast = bytearray(300 * 2**20)
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from pocketvlm.report import peak_rss_bytes; print(peak_rss_bytes())",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ},
+    )
+    assert peak_rss_bytes() > len(ballast)
+    assert int(child.stdout) < 150 * 2**20
