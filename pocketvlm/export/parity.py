@@ -7,7 +7,7 @@ compression costs is the business of evaluation, what export breaks is the busin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,17 +21,14 @@ from pocketvlm.export.agreement import (
     ArtifactSide,
     CheckpointSide,
     GreedyTrace,
-    Prompt,
     compare_features,
     compare_greedy,
 )
 from pocketvlm.export.certificate import ParityReport, Precision, TargetParity, judge
 from pocketvlm.export.closeness import Floats, cosine, relative_error, sqnr_db, total_variation
-from pocketvlm.processor import user_message
+from pocketvlm.export.questions import Questions, read_questions
 from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
-from pocketvlm.runtime.text import TextCodec
 
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import Sample
@@ -51,8 +48,6 @@ RUNNERS: Mapping[str, RunnerFactory] = {"onnx": _onnx_runner}
 TIE_ERRORS = 6.0
 """Two choices are a near-tie where the reference separates them by at most so many RMS logit
 errors: the errors of two logits differ by more in fewer than one case of ten thousand."""
-
-_SECOND_QUESTION = "what else?"
 
 
 def certify(
@@ -83,7 +78,7 @@ def certify(
     pictured = [sample for sample in samples if sample.image is not None]
     if not pictured:
         raise CalibrationError("the parity certificate needs a question about a picture")
-    inputs, questions = _read_inputs(checkpoint, bundle, pictured)
+    inputs, questions = read_questions(checkpoint, bundle, pictured)
     context.report("parity", 0, 1, "torch")
     reference = CheckpointSide(checkpoint, questions.pictures)
     names = list(dict.fromkeys(component.target for component in bundle.manifest.components))
@@ -129,68 +124,10 @@ def _precision(components: Sequence[Component], target: str) -> Precision:
     return "integer" if any("int" in label for label in labels) else "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Questions:
-    """What both sides are asked.
-
-    Attributes:
-        pictures: float32 [1, C, S, S] each; the last is blank.
-        prompts: One question a picture.
-        follow_ups: The same, answered, with another question behind it.
-    """
-
-    pictures: tuple[Floats, ...]
-    prompts: tuple[Prompt, ...]
-    follow_ups: tuple[Prompt, ...]
-
-    def swapped(self) -> list[tuple[int, Prompt]]:
-        """Every question about the next picture, and about the blank one."""
-        blank = len(self.pictures) - 1
-        return [
-            (number, Prompt(token_ids=prompt.token_ids, picture=picture))
-            for number, prompt in enumerate(self.prompts)
-            for picture in dict.fromkeys(((number + 1) % blank, blank))
-            if picture != number
-        ]
-
-
-def _read_inputs(
-    checkpoint: Checkpoint, bundle: Bundle, samples: Sequence[Sample]
-) -> tuple[dict[str, float], _Questions]:
-    """Pixels and prompts of the checkpoint, and how far the bundle's own differ from them."""
-    processor = checkpoint.processor
-    codec, preprocessor = TextCodec.from_bundle(bundle), ImagePreprocessor.from_bundle(bundle)
-    pictures: list[Floats] = []
-    prompts: list[Prompt] = []
-    follow_ups: list[Prompt] = []
-    farthest, equal = 0.0, 0
-    for number, sample in enumerate(samples):
-        image = sample.open_image()
-        pixels: Floats = processor.pixels([image]).numpy()
-        found = preprocessor.pixels(image)
-        same_shape = found.shape == pixels.shape
-        farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
-        pictures.append(pixels)
-        messages = [user_message(sample.question)]
-        ids = processor.encode(messages)
-        equal += codec.encode(messages) == ids
-        prompts.append(Prompt(token_ids=tuple(ids), picture=number))
-        answered = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
-        again = processor.encode([*messages, answered, user_message(_SECOND_QUESTION, images=0)])
-        follow_ups.append(Prompt(token_ids=tuple(again), picture=number))
-    questions = _Questions(
-        pictures=(*pictures, np.zeros_like(pictures[0])),
-        prompts=tuple(prompts),
-        follow_ups=tuple(follow_ups),
-    )
-    metrics = {"input.pixels_max_abs": farthest, "input.prompts_equal": equal / len(prompts)}
-    return metrics, questions
-
-
 def _measure(
     reference: CheckpointSide,
     artifact: ArtifactSide,
-    questions: _Questions,
+    questions: Questions,
     *,
     tokens: int,
     eos_token_ids: Sequence[int],
@@ -272,7 +209,7 @@ def _is_near_tie(trace: GreedyTrace, tie: float) -> bool:
 def _swap_images(
     reference: CheckpointSide,
     artifact: ArtifactSide,
-    questions: _Questions,
+    questions: Questions,
     expected: Sequence[Floats],
     chain: Sequence[Floats],
 ) -> tuple[dict[str, float], dict[str, object]]:
@@ -305,7 +242,7 @@ def _norm(values: Floats) -> float:
 
 
 def _take_two_turns(
-    reference: CheckpointSide, artifact: ArtifactSide, questions: _Questions
+    reference: CheckpointSide, artifact: ArtifactSide, questions: Questions
 ) -> dict[str, float]:
     """A second turn on the cache of the first, against the whole conversation run at once."""
     rows = [artifact.rows(prompt) for prompt in questions.follow_ups]

@@ -325,3 +325,14 @@ def test_capacity_is_respected(reduced: Checkpoint) -> None:
     runner = TorchRunner(reduced, capacity=4)
     with pytest.raises(InputError, match="rows of KV cache"):
         runner.decode(np.zeros((1, 5, 64), np.float32), np.arange(5)[None])
+
+
+def test_the_documentation_has_every_bound() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert rows.keys() == BOUNDS.keys()
+    for metric, columns in BOUNDS.items():
+        cells = [cell.strip() for cell in rows[metric].split("|")[3:5]]
+        for bound, cell in zip((columns["float32"], columns["integer"]), cells, strict=True):
+            values = (bound.at_least, bound.at_most)
+            assert all(f"{value:g}" in cell for value in values if value is not None), metric

@@ -1,0 +1,86 @@
+"""What a certificate asks: questions about pictures, the same turned round, and second turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.export.agreement import Prompt
+from pocketvlm.export.closeness import Floats
+from pocketvlm.processor import user_message
+from pocketvlm.runtime.preprocess import ImagePreprocessor
+from pocketvlm.runtime.text import TextCodec
+
+if TYPE_CHECKING:
+    from pocketvlm.calibration.source import Sample
+
+__all__ = ["Questions", "read_questions"]
+
+_SECOND_QUESTION = "what else?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What both sides are asked.
+
+    Attributes:
+        pictures: float32 [1, C, S, S] each; the last is blank.
+        prompts: One question a picture.
+        follow_ups: The same, answered, with another question behind it.
+    """
+
+    pictures: tuple[Floats, ...]
+    prompts: tuple[Prompt, ...]
+    follow_ups: tuple[Prompt, ...]
+
+    def swapped(self) -> list[tuple[int, Prompt]]:
+        """Every question about the next picture, and about the blank one."""
+        blank = len(self.pictures) - 1
+        return [
+            (number, Prompt(token_ids=prompt.token_ids, picture=picture))
+            for number, prompt in enumerate(self.prompts)
+            for picture in dict.fromkeys(((number + 1) % blank, blank))
+            if picture != number
+        ]
+
+
+def read_questions(
+    checkpoint: Checkpoint, bundle: Bundle, samples: Sequence[Sample]
+) -> tuple[dict[str, float], Questions]:
+    """Pixels and prompts of the checkpoint, and how far the bundle's own differ from them.
+
+    Returns:
+        The metrics `input.*`, and the questions.
+    """
+    processor = checkpoint.processor
+    codec, preprocessor = TextCodec.from_bundle(bundle), ImagePreprocessor.from_bundle(bundle)
+    pictures: list[Floats] = []
+    prompts: list[Prompt] = []
+    follow_ups: list[Prompt] = []
+    farthest, equal = 0.0, 0
+    for number, sample in enumerate(samples):
+        image = sample.open_image()
+        pixels: Floats = processor.pixels([image]).numpy()
+        found = preprocessor.pixels(image)
+        same_shape = found.shape == pixels.shape
+        farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
+        pictures.append(pixels)
+        messages = [user_message(sample.question)]
+        ids = processor.encode(messages)
+        equal += codec.encode(messages) == ids
+        prompts.append(Prompt(token_ids=tuple(ids), picture=number))
+        answered = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
+        again = processor.encode([*messages, answered, user_message(_SECOND_QUESTION, images=0)])
+        follow_ups.append(Prompt(token_ids=tuple(again), picture=number))
+    questions = Questions(
+        pictures=(*pictures, np.zeros_like(pictures[0])),
+        prompts=tuple(prompts),
+        follow_ups=tuple(follow_ups),
+    )
+    metrics = {"input.pixels_max_abs": farthest, "input.prompts_equal": equal / len(prompts)}
+    return metrics, questions
