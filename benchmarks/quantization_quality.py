@@ -1,0 +1,173 @@
+"""What quantization costs: accuracy of answers by method, bits and group size.
+
+    python benchmarks/quantization_quality.py --n 500 --bits 4 3 2 --group-size 16 32 64 128 0
+
+Every weight matrix is quantized: tower, projector, decoder, tables and head. Every row answers the
+same held-out questions in torch, so differences are paired; a group size of 0 is one scale a row,
+and a layer narrower than a group has one scale a row too. Prints a table for each model, and one
+JSON line at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.context import RunContext
+from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
+from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+
+Stage = RoundToNearest | Gptq
+
+
+def rules_for(
+    checkpoint: Checkpoint, bits: int, group_size: int, *, symmetric: bool, parts: list[str]
+) -> tuple[WeightRule, ...]:
+    """One rule a layer, since a group may be no wider than its layer."""
+    return tuple(
+        WeightRule(
+            match=re.escape(linear.name),
+            bits=bits,
+            group_size=min(group_size or linear.in_features, linear.in_features),
+            symmetric=symmetric,
+        )
+        for linear in checkpoint.spec.linears()
+        if linear.part in parts
+    )
+
+
+def stages_for(rules: tuple[WeightRule, ...], arguments: argparse.Namespace) -> dict[str, Stage]:
+    """The methods that are compared, by label."""
+    stages: dict[str, Stage] = {}
+    for grid in arguments.grid:
+        suffix = "" if grid == "min_max" else f" {grid}"
+        stages[f"rtn{suffix}"] = RoundToNearest(rules=rules, grid=grid)
+        for order in arguments.order:
+            for static in arguments.static:
+                for weights in arguments.modality:
+                    words = ["gptq" + suffix]
+                    words += [order] if len(arguments.order) > 1 else []
+                    words += ["static" if static else "fresh"] if len(arguments.static) > 1 else []
+                    words += [str(weights)] if len(arguments.modality) > 1 else []
+                    stages[" ".join(words)] = Gptq(
+                        rules=rules,
+                        grid=grid,
+                        order=order,
+                        static_groups=static,
+                        modality_weights=weights,
+                        damping=arguments.damping,
+                    )
+    return stages
+
+
+def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a configuration of one model, the float model first."""
+    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
+    calibration = CalibrationSet.from_reference(0, arguments.samples)
+    ctx = RunContext(threads=arguments.threads)
+    whole = Checkpoint.load(path)
+    baseline = score_checkpoint(whole, samples, ctx=ctx)
+    print(f"\n{path.name}: float {_spell(baseline)}, blind {baseline.blind:.1%}, n={baseline.n}")
+    print(f"  {'bits':>4} {'group':>5}  {'method':<28}{'bits/weight':>11}  accuracy [95 %]")
+    rows = [_row(path.name, "float", None, None, baseline, baseline)]
+    for bits in arguments.bits:
+        for group_size in arguments.group_size:
+            rules = rules_for(
+                whole, bits, group_size, symmetric=arguments.symmetric, parts=arguments.part
+            )
+            for label, stage in stages_for(rules, arguments).items():
+                done = stage.apply(Checkpoint.load(path), calibration, ctx)
+                score = score_checkpoint(done, samples, blind=False, ctx=ctx)
+                row = _row(path.name, label, bits, group_size, score, baseline)
+                forms = [done.form(linear.name) for linear in done.spec.linears()]
+                stored = sum(form.stored_bytes for form in forms)
+                weights = sum(form.shape[0] * form.shape[1] for form in forms)
+                row["bits_per_weight"] = 8 * stored / weights
+                row["rounded_layers"] = done.history[-1].metrics.get("layers_rounded")
+                rows.append(row)
+                print(
+                    f"  {bits:>4} {group_size or 'row':>5}  {label:<28}"
+                    f"{row['bits_per_weight']:>11.2f}  {_spell(score)}  "
+                    f"({row['points_gained'][0]:+.1f} [{row['points_gained'][1]:+.1f}, "
+                    f"{row['points_gained'][2]:+.1f}])",
+                    flush=True,
+                )
+    return rows
+
+
+def _row(
+    model: str,
+    method: str,
+    bits: int | None,
+    group_size: int | None,
+    score: Score,
+    baseline: Score,
+) -> dict[str, Any]:
+    paired = compare_scores(baseline, score)
+    return {
+        "model": model,
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "n": score.n,
+        "accuracy": score.accuracy,
+        "interval": [score.interval_low, score.interval_high],
+        "blind": baseline.blind,
+        "points_gained": [
+            100 * value for value in (paired.difference, paired.interval_low, paired.interval_high)
+        ],
+    }
+
+
+def _spell(score: Score) -> str:
+    return f"{score.accuracy:>6.1%} [{score.interval_low:.1%}, {score.interval_high:.1%}]"
+
+
+def _weights(text: str) -> str | float:
+    return text if text in ("uniform", "balanced") else float(text)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
+    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--group-size", type=int, nargs="+", default=[16, 32, 64, 128, 0])
+    parser.add_argument("--grid", nargs="+", default=["min_max"])
+    parser.add_argument("--order", nargs="+", default=["group_aware"])
+    parser.add_argument("--static", type=int, nargs="+", default=[0])
+    parser.add_argument("--modality", type=_weights, nargs="+", default=["balanced"])
+    parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument(
+        "--part", nargs="+", default=["tower", "projector", "decoder", "embedding", "head"]
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    arguments.static = [bool(value) for value in arguments.static]
+    torch.set_num_threads(arguments.threads)
+    started = time.perf_counter()
+    rows = []
+    for name in arguments.model or REFERENCE_MODELS:
+        path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+        rows += measure(path, arguments)
+    document = {"seed": arguments.seed, "seconds": time.perf_counter() - started, "rows": rows}
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
