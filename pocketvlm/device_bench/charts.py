@@ -173,9 +173,11 @@ def draw_bars(
 def draw_interval(
     label: str, role: str, point: float, low: float | None, high: float | None
 ) -> IntervalRow:
-    """A share of 1 with its interval, as per cent."""
-    low_at = None if low is None else round(low * 100, 3)
-    high_at = None if high is None else round(high * 100, 3)
+    """A share of 1 with its interval, as per cent; an interval with one end is none."""
+    if low is None or high is None:
+        low_at = high_at = None
+    else:
+        low_at, high_at = round(low * 100, 3), round(high * 100, 3)
     return IntervalRow(
         label=label, role=role, point=round(point * 100, 3), low=low_at, high=high_at
     )

@@ -7,6 +7,7 @@ The same report gives the same bytes, so a page can be compared and cached.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     return _environment(autoescape=False).get_template("card.md.j2").render(run=view_run(report))
 
 
+@cache
 def _environment(*, autoescape: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketvlm.device_bench.charts import axis_ticks, draw_bars, draw_strip, draw_timeline
+from pocketvlm.device_bench.charts import (
+    axis_ticks,
+    draw_bars,
+    draw_interval,
+    draw_strip,
+    draw_timeline,
+)
 
 
 @given(st.floats(min_value=1e-6, max_value=1e12))
@@ -56,3 +62,10 @@ def test_the_timeline_follows_the_order_of_the_run():
     assert [x for _, x, _, _ in line.points] == [12.5, 37.5, 62.5, 87.5]
     assert line.points[1][2] == 0.0  # the largest value is at the top
     assert len(line.lines) == 2
+
+
+def test_an_interval_with_one_end_is_none():
+    whole = draw_interval("bundle", "candidate", 0.5, 0.4, 0.6)
+    assert (whole.point, whole.low, whole.high) == (50.0, 40.0, 60.0)
+    half = draw_interval("bundle", "candidate", 0.5, 0.4, None)
+    assert (half.low, half.high) == (None, None)
