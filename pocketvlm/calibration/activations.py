@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["MEMORY_BUDGET", "ActivationStore"]
 
-MEMORY_BUDGET = 96 * 1024 * 1024
+MEMORY_BUDGET = 32 * 1024 * 1024
 """Bytes of activations that are held in memory; beyond it, batches go to an unnamed file."""
 
 

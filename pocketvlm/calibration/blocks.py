@@ -49,7 +49,7 @@ from pocketvlm.weights import cache_dense_weights
 __all__ = ["BlockWalk", "InputMoments", "SharedInput"]
 
 # Tokens that run through a half block at once: enough for full speed, little enough memory.
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -35,6 +35,7 @@ class SecondMoment:
         self.width = width
         self.tokens = 0
         self.total_weight = 0.0
+        self._is_mean = False
         step = width if block is None else block
         self._slices = tuple(
             slice(start, min(start + step, width)) for start in range(0, width, step)
@@ -59,7 +60,10 @@ class SecondMoment:
 
         Raises:
             CalibrationError: An input is not finite.
+            ValueError: The mean was taken already.
         """
+        if self._is_mean:
+            raise ValueError("nothing can be added once the mean was taken")
         flat = inputs.reshape(-1, self.width).to(torch.float32)
         shares = None if weights is None else weights.reshape(-1).to(torch.float32)
         for start in range(0, flat.shape[0], _CHUNK):
@@ -80,9 +84,15 @@ class SecondMoment:
     def blocks(self) -> tuple[Tensor, ...]:
         """The diagonal blocks of the second moment, each symmetric.
 
+        The sums become means in place, so that no second copy is ever held.
+
         Raises:
             CalibrationError: No token with a positive weight was added.
         """
         if self.total_weight <= 0:
             raise CalibrationError("no calibration token with a positive weight was seen")
-        return tuple(total / self.total_weight for total in self._sums)
+        if not self._is_mean:
+            for total in self._sums:
+                total.div_(self.total_weight)
+            self._is_mean = True
+        return tuple(self._sums)

@@ -36,6 +36,7 @@ Order = Literal["group_aware", "natural"]
 ORDERS: tuple[Order, ...] = ("group_aware", "natural")
 
 _BLOCK = 128
+_PIECE = 512
 _MAX_DAMPING = 1.0
 _LEAST_DAMPING = 1e-4
 
@@ -124,8 +125,11 @@ def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order)
     mean = float(diagonal[alive].mean()) if dead < diagonal.shape[0] else 1.0
     placed = order_columns(diagonal, group_size, order)
     backwards = placed.columns.flip(0)
-    reversed_hessian = hessian[backwards][:, backwards].to(torch.float64)
-    # A dead column has no ties to others; one on its diagonal makes it round to nearest.
+    # In pieces, here and below: a wide Hessian in float64 is what bounds the stage's memory.
+    reversed_hessian = torch.empty(hessian.shape, dtype=torch.float64)
+    for piece, rows in zip(reversed_hessian.split(_PIECE), backwards.split(_PIECE), strict=True):
+        piece.copy_(hessian[rows][:, backwards])
+    # A dead column has no ties to others; any value on its diagonal makes it round to nearest.
     reversed_hessian.diagonal()[~alive[backwards]] = mean
     used, added = damping, 0.0
     while True:
@@ -140,9 +144,7 @@ def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order)
     del reversed_hessian
     upper = lower.flip(0, 1)
     del lower
-    identity = torch.eye(upper.shape[0], dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return Factor(upper=inverse, order=placed, damping=used, dead=dead)
+    return Factor(upper=_invert_upper(upper), order=placed, damping=used, dead=dead)
 
 
 def quantize_with_feedback(
@@ -208,6 +210,20 @@ def quantize_with_feedback(
     result = zero.T.repeat_interleave(group_size, dim=1)
     result[:, order.columns] = codes.T
     return result, Grid(scale=scale.T.contiguous(), zero=zero.T.contiguous(), bits=bits)
+
+
+def _invert_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix, some columns at a time."""
+    inverse = torch.zeros_like(upper)
+    for start in range(0, upper.shape[0], _PIECE):
+        end = min(start + _PIECE, upper.shape[0])
+        # Below its diagonal a column of the inverse is zero.
+        unit = torch.zeros(end, end - start, dtype=upper.dtype)
+        unit[start:].fill_diagonal_(1)
+        inverse[:end, start:end] = torch.linalg.solve_triangular(
+            upper[:end, :end], unit, upper=True
+        )
+    return inverse
 
 
 def _blocks(borders: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -64,6 +64,25 @@ _TIED = "head and embedding are one weight; fitted to the head's inputs"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Evidence:
+    """What is known of one input.
+
+    Attributes:
+        slices: Columns of each diagonal block of the Hessian.
+        factors: The blocks' factors by group size; `None` for one that could not be factorized.
+        judge: The blocks of the Hessian that results are compared with.
+        judged_on: Whose tokens those are.
+        tokens: Tokens behind the factors.
+    """
+
+    slices: tuple[slice, ...]
+    factors: Mapping[int, Sequence[Factor | None]]
+    judge: tuple[Tensor, ...]
+    judged_on: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Attempt:
     """A layer after error feedback, before it is compared."""
 
@@ -193,27 +212,21 @@ class Gptq:
             }
         sizes = [item.rule.group_size for item in assignments if item.rule is not None]
         try:
-            moments = step.moments(_block_width(assignments[0].linear.in_features, sizes))
-            factors = {
-                size: [
-                    factorize(block, group_size=size, damping=self.damping, order=self.order)
-                    for block in moments.calibration.blocks()
-                ]
-                for size in set(sizes)
-            }
+            block = _block_width(assignments[0].linear.in_features, sizes)
+            evidence = self._weigh(step.moments(block), sizes)
         except (CalibrationError, ValueError) as error:
             raise CalibrationError(f"{step.names[0]}: {error}") from error
         finished = {}
         for item in assignments:
             name = item.linear.name
-            factor = factors[item.rule.group_size] if item.rule is not None else []
+            factor = evidence.factors[item.rule.group_size] if item.rule is not None else []
             whole = [part for part in factor if part is not None]
             if len(whole) < len(factor):
                 finished[name] = round_layer(
                     item, checkpoint.form(name), self.grid, reason=_NOT_POSITIVE
                 )
                 continue
-            attempt = self._fit(checkpoint, item, whole, moments)
+            attempt = self._fit(checkpoint, item, whole, evidence)
             if attempt.is_better:
                 finished[name] = attempt.layer
                 continue
@@ -223,20 +236,35 @@ class Gptq:
             finished[name] = FinishedLayer(form=rounded.form, row={**attempt.layer.row, **figures})
         return finished
 
+    def _weigh(self, moments: InputMoments, group_sizes: Sequence[int]) -> _Evidence:
+        """Factorizes the Hessian; the moments themselves are not kept."""
+        fitted, held_out = moments.calibration, moments.held_out
+        return _Evidence(
+            slices=fitted.slices,
+            factors={
+                size: [
+                    factorize(block, group_size=size, damping=self.damping, order=self.order)
+                    for block in fitted.blocks()
+                ]
+                for size in set(group_sizes)
+            },
+            judge=(held_out or fitted).blocks(),
+            judged_on="held-out tokens" if held_out else "calibration tokens",
+            tokens=fitted.tokens,
+        )
+
     def _fit(
         self,
         checkpoint: Checkpoint,
         assignment: Assignment,
         factors: Sequence[Factor],
-        moments: InputMoments,
+        evidence: _Evidence,
     ) -> _Attempt:
         started = time.perf_counter()
         name, rule = assignment.linear.name, assignment.rule
         if rule is None or rule.bits is None:
             raise ValueError(f"{name} is not to be quantized")
         weight = checkpoint.form(name)
-        judge = moments.held_out or moments.calibration
-        slices, hessians = moments.calibration.slices, judge.blocks()
         codes, scales, zeros = [], [], []
         losses = _Losses()
         try:
@@ -251,7 +279,7 @@ class Gptq:
                         grid=self.grid,
                         static_groups=self.static_groups,
                     )
-                    for part, factor in zip(slices, factors, strict=True)
+                    for part, factor in zip(evidence.slices, factors, strict=True)
                 ]
                 chosen = torch.cat([piece for piece, _ in pieces], dim=1)
                 grid = Grid(
@@ -263,7 +291,7 @@ class Gptq:
                 nearest = GRIDS[self.grid](groups, rule.bits, symmetric=rule.symmetric)
                 fitted = decode(chosen.view(groups.shape), grid)
                 rounded = decode(encode(groups, nearest), nearest)
-                losses.add(rows, _flat(fitted, rows), _flat(rounded, rows), slices, hessians)
+                losses.add(rows, _flat(fitted, rows), _flat(rounded, rows), evidence)
                 codes.append(chosen.to(torch.uint8))
                 scales.append(grid.scale)
                 zeros.append(grid.zero)
@@ -285,8 +313,8 @@ class Gptq:
             weight_error=losses.share(losses.weight_error, losses.weight),
             loss=losses.share(losses.fitted, losses.output),
             loss_rtn=losses.share(losses.rounded, losses.output),
-            judged_on="held-out tokens" if moments.held_out else "calibration tokens",
-            tokens=moments.calibration.tokens,
+            judged_on=evidence.judged_on,
+            tokens=evidence.tokens,
             damping=max(factor.damping for factor in factors),
             damping_raised=any(factor.damping > self.damping for factor in factors),
             dead_columns=sum(factor.dead for factor in factors),
@@ -309,17 +337,10 @@ class _Losses:
         self.weight = self.weight_error = 0.0
         self.output = self.fitted = self.rounded = 0.0
 
-    def add(
-        self,
-        rows: Tensor,
-        fitted: Tensor,
-        rounded: Tensor,
-        slices: Sequence[slice],
-        hessians: Sequence[Tensor],
-    ) -> None:
+    def add(self, rows: Tensor, fitted: Tensor, rounded: Tensor, evidence: _Evidence) -> None:
         self.weight += float(rows.square().sum())
         self.weight_error += float((fitted - rows).square().sum())
-        for part, hessian in zip(slices, hessians, strict=True):
+        for part, hessian in zip(evidence.slices, evidence.judge, strict=True):
             H = hessian.to(torch.float32)
             self.output += _quadratic(rows[:, part], H)
             self.fitted += _quadratic((fitted - rows)[:, part], H)

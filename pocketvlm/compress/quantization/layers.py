@@ -29,7 +29,7 @@ __all__ = [
     "stage_version",
 ]
 
-_CHUNK_ELEMENTS = 2 * 1024 * 1024
+_CHUNK_ELEMENTS = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
