@@ -14,14 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shape_bundles import INT4_BALANCED, INT4_SMALL, write_bundle
+from shape_bundles import write_bundle
 
 from pocketvlm.device_bench.html import render_html
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
-CANDIDATES = {"int4-balanced": INT4_BALANCED, "int4-small": INT4_SMALL}
 SHOWN = ("vision_ms", "prefill_ms", "ttft_user_ms", "ttft_engine_ms", "decode_tok_s")
 
 
@@ -31,28 +30,28 @@ def main() -> None:
     parser.add_argument("--shape", default="smolvlm-256m")
     parser.add_argument("--work", type=Path, default=_WORK)
     parser.add_argument("--workload", nargs="+", default=["short", "vlm"])
-    parser.add_argument("--bundles", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--recipes", nargs="+", default=["int4-balanced", "int4-small"])
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
-    baseline = write_bundle(options.shape, {}, options.work / f"{options.shape}-float").path
+    baseline = write_bundle(options.shape, "float", options.work / f"{options.shape}-float").path
     results: list[dict[str, Any]] = []
-    for name in options.bundles:
+    for name in options.recipes:
         folder = options.work / f"{options.shape}-{name}"
-        bundle = write_bundle(options.shape, CANDIDATES[name], folder).path
+        bundle = write_bundle(options.shape, name, folder).path
         for workload in options.workload:
             result = bench_bundle(
                 bundle, load_workload(workload), baseline=baseline, threads=options.threads
             )
             page = options.work / f"{options.shape}-{name}-{workload}.html"
             page.write_text(render_html(result), encoding="utf-8")
-            results.append({"shape": options.shape, "bundle": name, **result})
+            results.append({"shape": options.shape, "recipe": name, **result})
             print_result(results[-1])
     print(json.dumps({"benchmark": "host_latency", "results": results}))
 
 
 def print_result(result: dict[str, Any]) -> None:
     """One block of the table."""
-    print(f"\n{result['shape']} {result['bundle']}, workload {result['workload']['name']}")
+    print(f"\n{result['shape']} {result['recipe']}, workload {result['workload']['name']}")
     print(f"  {'':<16} {'candidate':>12} {'p90':>10} {'float32':>12} {'p90':>10} {'ratio':>7}")
     ours, theirs = result["latency"]["onnx"], result["baseline"]["onnx"]
     for name in SHOWN:
