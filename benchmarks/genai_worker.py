@@ -1,0 +1,94 @@
+"""Runs ORT-GenAI for `decode_speed.py`, in the environment that has it; see there.
+
+Exports the text decoder of a SmolVLM-shaped model with ORT-GenAI's own builder (int4, its
+defaults, accuracy level 4), then answers lines of `PROMPT NEW` with one JSON line each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+
+
+def write_text_decoder(model: Path, folder: Path) -> None:
+    """Writes the text decoder of a vision-language model as a Llama of the same weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(exist_ok=True)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    text = config["text_config"] | {
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(text), encoding="utf-8")
+    prefix = "model.text_model."
+    tensors = {
+        name.replace(prefix, "model."): tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+        if name.startswith((prefix, "lm_head."))
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(model / name, folder / name)
+
+
+def export(model: Path, folder: Path) -> None:
+    """Has ORT-GenAI's builder export the decoder."""
+    from onnxruntime_genai.models.builder import create_model
+
+    source = model.with_name(model.name + "-text")
+    write_text_decoder(model, source)
+    with contextlib.redirect_stdout(sys.stderr):
+        create_model(
+            None, str(source), str(folder), "int4", "cpu", str(folder), int4_accuracy_level=4
+        )
+
+
+def run(model: og.Model, prompt: int, new: int) -> dict[str, object]:
+    """One prefill and `new` tokens: milliseconds of each."""
+    parameters = og.GeneratorParams(model)
+    length = prompt + new + 2
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = og.Generator(model, parameters)
+    ids = np.random.default_rng(0).integers(10, 40_000, prompt).astype(np.int32)
+    start = time.perf_counter()
+    generator.append_tokens(ids)
+    generator.generate_next_token()
+    prefill = time.perf_counter() - start
+    steps = []
+    for _ in range(new):
+        start = time.perf_counter()
+        generator.generate_next_token()
+        steps.append((time.perf_counter() - start) * 1e3)
+    return {"prefill_ms": prefill * 1e3, "step_ms": steps}
+
+
+def main() -> None:
+    """Exports once, then serves rounds until its input ends."""
+    model, threads = Path(sys.argv[1]), int(sys.argv[2])
+    folder = model.with_name(model.name + "-genai")
+    if not (folder / "genai_config.json").is_file():
+        export(model, folder)
+    config = og.Config(str(folder))
+    options = {"session_options": {"intra_op_num_threads": threads}}
+    config.overlay(json.dumps({"model": {"decoder": options}}))
+    loaded = og.Model(config)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prompt, new = map(int, line.split())
+        print(json.dumps(run(loaded, prompt, new)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""ONNX bundles of random models at published shapes, for the benchmarks beside this file.
+
+Speed and size do not depend on the values of dense weights, so seeded random ones are honest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketvlm.bundle import Bundle, Manifest, replace_directory, sign_files, write_manifest
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.rtn import round_to_nearest
+from pocketvlm.context import RunContext
+from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.recipes.load import load_recipe
+from pocketvlm.selection import assign_rules
+from pocketvlm.testing import write_shape
+
+__all__ = ["write_bundle"]
+
+_UNSIGNED = frozenset({"manifest.json"})
+
+
+def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
+    """Rounds a random model to the grids of a recipe, unless `folder` holds the bundle already.
+
+    The recipe's token reduction is left out: it changes neither bytes nor the decoder's speed.
+
+    Args:
+        shape: Name in `pocketvlm.testing.SHAPES`.
+        recipe: Name of a shipped recipe, of whose quantizing stage the rules are taken.
+        folder: The bundle; the model is written to a folder beside it.
+    """
+    if (folder / "manifest.json").is_file():
+        return Bundle.open(folder, verify=False)
+    checkpoint = Checkpoint.load(write_shape(shape, folder.parent / shape))
+    rules = [rule for stage in load_recipe(recipe).stages for rule in getattr(stage, "rules", ())]
+    for linear, rule in assign_rules(rules, checkpoint.spec.linears()).items():
+        if rule is not None and rule.bits is not None:
+            codes, _ = round_to_nearest(
+                checkpoint.form(linear.name),
+                bits=rule.bits,
+                group_size=rule.group_size,
+                symmetric=rule.symmetric,
+            )
+            checkpoint.set_form(linear.name, codes)
+    spec = checkpoint.spec
+    with replace_directory(folder) as aside:
+        components = ToOnnx().export(checkpoint, aside, RunContext())
+        checkpoint.processor.save(aside)
+        manifest = Manifest(
+            model=shape,
+            family=spec.family,
+            source_sha256=checkpoint.source.sha256,
+            recipe_sha256=load_recipe(recipe).sha256(),
+            visual_tokens=spec.visual_tokens,
+            visual_tokens_full=spec.visual_tokens,
+            positions="original",
+            prompt={
+                "image_token": spec.image_token,
+                "image_token_id": spec.image_token_id,
+                "image_prefix": spec.image_prefix,
+                "image_suffix": spec.image_suffix,
+            },
+            generation={
+                "eos_token_ids": list(checkpoint.processor.eos_token_ids),
+                "max_positions": spec.decoder.max_positions,
+            },
+            kv_cache={
+                "layers": spec.decoder.depth,
+                "kv_heads": spec.decoder.kv_heads,
+                "head_dim": spec.decoder.head_dim,
+                "dtype": "float32",
+            },
+            components=components,
+            files=sign_files(aside, _UNSIGNED),
+        )
+        write_manifest(aside, manifest)
+    return Bundle(path=folder, manifest=manifest)
