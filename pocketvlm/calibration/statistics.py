@@ -76,7 +76,10 @@ class SecondMoment:
                 rows = rows * chosen.sqrt()[:, None]
             for part, total in zip(self._slices, self._sums, strict=True):
                 columns = rows[:, part]
-                total.add_(columns.T @ columns)
+                if total.dtype == columns.dtype:
+                    total.addmm_(columns.T, columns)
+                else:
+                    total.add_(columns.T @ columns)
         self.tokens += flat.shape[0]
         if not all(bool(torch.isfinite(total.diagonal()).all()) for total in self._sums):
             raise CalibrationError("an input is not finite on the calibration data")

@@ -102,8 +102,8 @@ def order_columns(diagonal: Tensor, group_size: int, order: Order) -> ColumnOrde
 def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order) -> Factor | None:
     """Damps, orders and factorizes a Hessian.
 
-    With P the reversal of rows, P H P = L L^T gives H = R R^T for the upper triangular
-    R = P L P, so U = R^-1: one factorization and one triangular inverse; H^-1 is never formed.
+    H = R R^T for an upper triangular R gives H^-1 = U^T U with U = R^-1: one factorization and
+    one triangular inverse; H^-1 is never formed.
 
     Args:
         hessian: Symmetric [columns, columns].
@@ -124,27 +124,19 @@ def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order)
     dead = int((~alive).sum())
     mean = float(diagonal[alive].mean()) if dead < diagonal.shape[0] else 1.0
     placed = order_columns(diagonal, group_size, order)
-    backwards = placed.columns.flip(0)
-    # In pieces, here and below: a wide Hessian in float64 is what bounds the stage's memory.
-    reversed_hessian = torch.empty(hessian.shape, dtype=torch.float64)
-    for piece, rows in zip(reversed_hessian.split(_PIECE), backwards.split(_PIECE), strict=True):
-        piece.copy_(hessian[rows][:, backwards])
-    # A dead column has no ties to others; any value on its diagonal makes it round to nearest.
-    reversed_hessian.diagonal()[~alive[backwards]] = mean
-    used, added = damping, 0.0
+    used = damping
     while True:
-        reversed_hessian.diagonal().add_(used * mean - added)
-        added = used * mean
-        lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
-        if not int(failed):
+        damped = _ordered(hessian, placed.columns)
+        # A dead column has no ties to others; any value on its diagonal makes it round to nearest.
+        damped.diagonal()[~alive[placed.columns]] = mean
+        damped.diagonal().add_(used * mean)
+        if _factorize_in_place(damped):
             break
         if used >= _MAX_DAMPING:
             return None
         used = min(_MAX_DAMPING, max(10 * used, _LEAST_DAMPING))
-    del reversed_hessian
-    upper = lower.flip(0, 1)
-    del lower
-    return Factor(upper=_invert_upper(upper), order=placed, damping=used, dead=dead)
+    _invert_in_place(damped)
+    return Factor(upper=damped, order=placed, damping=used, dead=dead)
 
 
 def quantize_with_feedback(
@@ -212,18 +204,52 @@ def quantize_with_feedback(
     return result, Grid(scale=scale.T.contiguous(), zero=zero.T.contiguous(), bits=bits)
 
 
-def _invert_upper(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix, some columns at a time."""
-    inverse = torch.zeros_like(upper)
+# What follows works in place and in pieces: a wide Hessian in float64 is what bounds the stage's
+# memory, and LAPACK's own routines would hold it three times.
+
+
+def _ordered(hessian: Tensor, columns: Tensor) -> Tensor:
+    """Rows and columns of a matrix in another order, in float64."""
+    ordered = torch.empty(hessian.shape, dtype=torch.float64)
+    for piece, rows in zip(ordered.split(_PIECE), columns.split(_PIECE), strict=True):
+        piece.copy_(hessian[rows][:, columns])
+    return ordered
+
+
+def _factorize_in_place(matrix: Tensor) -> bool:
+    """Overwrites a symmetric matrix by the upper triangular R with R R^T = matrix.
+
+    Starts in the last corner, where P A P = L L^T for the reversal P gives R = P L P. Below the
+    blocks of the diagonal nothing is read or written.
+
+    Returns:
+        Whether the matrix is positive definite; if not, its content is of no use.
+    """
+    for start in reversed(range(0, matrix.shape[0], _PIECE)):
+        end = min(start + _PIECE, matrix.shape[0])
+        lower, failed = torch.linalg.cholesky_ex(matrix[start:end, start:end].flip(0, 1))
+        if int(failed):
+            return False
+        corner = lower.flip(0, 1)
+        matrix[start:end, start:end] = corner
+        panel = matrix[:start, start:end]
+        panel.copy_(torch.linalg.solve_triangular(corner.T, panel, upper=False, left=False))
+        for first in range(0, start, _PIECE):
+            last = first + _PIECE
+            matrix[:last, first:last].addmm_(panel[:last], panel[first:last].T, alpha=-1)
+    return True
+
+
+def _invert_in_place(upper: Tensor) -> None:
+    """Overwrites an upper triangular matrix by its inverse; whatever lies below becomes zero."""
     for start in range(0, upper.shape[0], _PIECE):
         end = min(start + _PIECE, upper.shape[0])
-        # Below its diagonal a column of the inverse is zero.
-        unit = torch.zeros(end, end - start, dtype=upper.dtype)
-        unit[start:].fill_diagonal_(1)
-        inverse[:end, start:end] = torch.linalg.solve_triangular(
-            upper[:end, :end], unit, upper=True
-        )
-    return inverse
+        unit = torch.eye(end - start, dtype=upper.dtype)
+        corner = torch.linalg.solve_triangular(upper[start:end, start:end], unit, upper=True)
+        above = upper[:start, start:end] @ corner
+        upper[:start, start:end] = -(upper[:start, :start] @ above)
+        upper[start:end, start:end] = corner
+        upper[end:, start:end] = 0
 
 
 def _blocks(borders: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -209,3 +209,16 @@ def test_the_squared_error_grid_is_no_worse_on_weights():
             )
         )
         assert narrow < wide
+
+
+@pytest.mark.parametrize("columns", [511, 512, 513, 1300])
+def test_wide_hessians_are_factorized_in_pieces(columns):
+    generator = torch.Generator().manual_seed(columns)
+    X = torch.randn(2 * columns, columns, generator=generator, dtype=torch.float64)
+    H = X.T @ X / X.shape[0]
+    factor = factorize(H, group_size=32, damping=0.01, order="group_aware")
+    U, order = factor.upper, factor.order.columns
+    damped = H[order][:, order] + 0.01 * H.diagonal().mean() * torch.eye(columns)
+    assert torch.equal(U, U.triu())
+    torch.testing.assert_close(U.T @ U @ damped, torch.eye(columns).double(), rtol=0, atol=1e-9)
+    assert torch.equal(order.sort().values, torch.arange(columns))
