@@ -75,6 +75,7 @@ def run(
         PocketVLMError: The input is wrong; nothing that was there before is lost.
     """
     checkpoint = load_checkpoint(model)
+    source_parts = _weight_bytes(checkpoint)
     keys = stage_keys(
         checkpoint.source.sha256, calibration.sha256, [asdict(stage) for stage in _steps(recipe)]
     )
@@ -111,7 +112,7 @@ def run(
         "calibration": calibration.describe(),
         "environment": describe_environment(ctx.threads),
         "stages": _stage_rows(journal, keys, checkpoint.history),
-        "size": _sizes(checkpoint, bundle),
+        "size": _sizes(checkpoint, bundle, source_parts),
         "quality": _quality(quality_float, compressed),
         "parity": parity.to_json(),
         "latency": bench["latency"] if bench else None,
@@ -209,21 +210,29 @@ def _stage_rows(
     ]
 
 
-def _sizes(checkpoint: Checkpoint, bundle: Bundle) -> dict[str, Any]:
+def _weight_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Stored bytes of the weight matrices by part."""
+    weights: dict[str, int] = {}
+    for linear, form in checkpoint.forms().items():
+        weights[linear.part] = weights.get(linear.part, 0) + form.stored_bytes
+    return weights
+
+
+def _sizes(
+    checkpoint: Checkpoint, bundle: Bundle, source_parts: Mapping[str, int]
+) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for name in bundle.manifest.files:
         part = name.partition("/")[0] if "/" in name else "processor"
         parts[part] = parts.get(part, 0) + (bundle.path / name).stat().st_size
-    weights: dict[str, int] = {}
-    for linear, form in checkpoint.forms().items():
-        weights[linear.part] = weights.get(linear.part, 0) + form.stored_bytes
     total = bundle.stored_bytes()
     return {
         "source_bytes": checkpoint.source.weight_bytes,
         "bundle_bytes": total,
         "bundle_share": total / checkpoint.source.weight_bytes,
         "parts": parts,
-        "weight_bytes": weights,
+        "weight_bytes": _weight_bytes(checkpoint),
+        "source_weight_bytes": dict(source_parts),
     }
 
 
