@@ -205,7 +205,9 @@ def _tiles(report: Row, bench: Row) -> tuple[Tile, ...]:
         samples = figure.get("samples")
         n = len(samples) if isinstance(samples, list) else 0
         beside = (
-            f", {spell_ratio(name, ratio)} the baseline" if ratio else ", no baseline in this run"
+            f"; in pairs {spell_ratio(name, ratio)} the baseline"
+            if ratio
+            else ", no baseline in this run"
         )
         tiles.append(
             _tile(

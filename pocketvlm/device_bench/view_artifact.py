@@ -84,7 +84,8 @@ class StageView:
     """One stage of the pipeline, with its layers."""
 
     method: str
-    facts: tuple[tuple[str, str], ...]
+    parameters: tuple[tuple[str, str], ...]
+    outcome: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     columns: tuple[str, ...]
     layers: tuple[tuple[str, ...], ...]
@@ -250,16 +251,16 @@ def view_stage(stage: Row) -> StageView:
         name for name in dict.fromkeys(found) if name not in columns and name not in _HIDDEN_COLUMNS
     ]
     seconds = number_of(stage.get("seconds"))
-    facts = [
+    outcome = [
         ("time", "–" if seconds is None else f"{seconds:.1f} s"),
         ("peak memory", format_bytes(number_of(stage.get("peak_rss_bytes")))),
         ("calibration", text_of(stage.get("calibration_sha256"))[:12]),
-        *((f"{key}", text_of(value)) for key, value in mapping_of(stage.get("parameters")).items()),
-        *((f"{key}", text_of(value)) for key, value in mapping_of(stage.get("metrics")).items()),
     ]
+    parameters = mapping_of(stage.get("parameters"))
     return StageView(
         method=str(stage.get("method", "stage")),
-        facts=tuple(facts),
+        parameters=facts_of({key: parameters[key] for key in parameters if key != "method"}),
+        outcome=(*outcome, *facts_of(stage.get("metrics"))),
         notes=texts_of(stage.get("notes")),
         columns=tuple(columns),
         layers=tuple(

@@ -59,7 +59,7 @@ def text_of(value: Any) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits, with separators from a thousand on."""
+    """Three significant digits, six beside a whole number, separators from a thousand on."""
     if value is None:
         return NOT_MEASURED
     if abs(value) >= _MANY:
@@ -67,6 +67,9 @@ def format_number(value: float | None) -> str:
     if value and abs(value) < 0.001:  # noqa: PLR2004  (below it, zeros outnumber digits)
         return f"{value:.2e}"
     text = f"{value:.3g}"
+    if float(text) == round(value) != value:
+        # 0.99994 is not 1: where three digits hide that a bound was missed, six do not.
+        text = f"{value:.6g}"
     return f"{float(text):g}" if "e" in text else text
 
 

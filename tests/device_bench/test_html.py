@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pocketvlm.device_bench.html import render_html, render_markdown
 from pocketvlm.device_bench.summary import paired_ratios, summarise_blocks
+from pocketvlm.device_bench.wording import format_number
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = '</style></title><script>alert("x")</script><img src=x onerror=alert(1)>&\'"'
@@ -238,6 +239,14 @@ def test_a_bench_result_alone_and_several_reports_are_pages_too(report):
     assert len(ids) == len(set(ids)) == 2
     with pytest.raises(ValueError, match="at least one report"):
         render_html()
+
+
+def test_numbers_never_round_a_miss_away():
+    assert format_number(0.99994) == "0.99994"
+    assert format_number(1.0) == "1"
+    assert format_number(12345.6) == "12,346"
+    assert format_number(0.00001234) == "1.23e-05"
+    assert format_number(None) == "not measured"
 
 
 JSON = st.recursive(
