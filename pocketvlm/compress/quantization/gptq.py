@@ -56,7 +56,7 @@ __all__ = ["Gptq"]
 # Up to this width a Hessian is kept whole; wider inputs, such as those of a projector behind a
 # pixel shuffle, keep diagonal blocks of the smaller width.
 _WHOLE_WIDTH = 8192
-_BLOCK_WIDTH = 2048
+_BLOCK_WIDTH = 1024
 _TABLE = "a lookup has no inputs to fit: each row is rounded on its own grid"
 _NOT_POSITIVE = "the Cholesky factorization failed at every damping up to 1"
 _NOT_BETTER = "round-to-nearest is at least as good on held-out tokens"
