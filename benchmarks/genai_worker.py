@@ -6,9 +6,9 @@ defaults, accuracy level 4), then answers lines of `PROMPT NEW` with one JSON li
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,14 +45,12 @@ def write_text_decoder(model: Path, folder: Path) -> None:
 
 def export(model: Path, folder: Path) -> None:
     """Has ORT-GenAI's builder export the decoder."""
-    from onnxruntime_genai.models.builder import create_model
-
     source = model.with_name(model.name + "-text")
     write_text_decoder(model, source)
-    with contextlib.redirect_stdout(sys.stderr):
-        create_model(
-            None, str(source), str(folder), "int4", "cpu", str(folder), int4_accuracy_level=4
-        )
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(source)]
+    command += ["-o", str(folder), "-p", "int4", "-e", "cpu"]
+    command += ["--extra_options", "int4_accuracy_level=4"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def run(model: og.Model, prompt: int, new: int) -> dict[str, object]:
