@@ -67,4 +67,4 @@ def test_help_needs_no_heavy_module():
         "from typer.testing import CliRunner\nfrom pocketvlm.cli import app\n"
         "assert CliRunner().invoke(app, ['compress', '--help']).exit_code == 0"
     )
-    assert not loaded & {"torch", "transformers", "onnxruntime", "numpy", "yaml", "pydantic"}
+    assert not loaded & {"torch", "transformers", "onnxruntime", "numpy", "yaml"}

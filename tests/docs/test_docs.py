@@ -12,8 +12,13 @@ import pytest
 import typer
 import yaml
 
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.cli import app
-from pocketvlm.recipes.load import list_recipes, recipe_from_document
+from pocketvlm.context import RunContext
+from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.pipeline.assemble import build_bundle
+from pocketvlm.pipeline.sources import load_checkpoint
+from pocketvlm.recipes.load import list_recipes, load_recipe, recipe_from_document
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -34,7 +39,7 @@ def commands():
                 yield pytest.param(line, id=f"{block.id}: {line[:60]}")
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_every_command_shown_is_one_that_parses(line):
     name, *arguments = shlex.split(line, comments=True)[1:]
     command = typer.main.get_command(app).commands[name]
@@ -42,17 +47,35 @@ def test_every_command_shown_is_one_that_parses(line):
     assert context.params
 
 
-@pytest.mark.parametrize("content", blocks("yaml"))
+@pytest.mark.parametrize("content", list(blocks("yaml")))
 def test_every_recipe_shown_loads(content):
     document = yaml.safe_load(content)
     if isinstance(document, dict) and "stages" in document:
-        recipe_from_document(document, where="docs")
+        recipe_from_document({"schema": 1, "name": "docs", **document}, where="docs")
 
 
-@pytest.mark.parametrize("content", blocks("python"))
-def test_every_snippet_runs(content, tmp_path):
+@pytest.fixture(scope="session")
+def workplace(tiny_paths, tmp_path_factory):
+    """A folder with what the snippets take for granted: `bundle/` and `photo.jpg`."""
+    folder = tmp_path_factory.mktemp("workplace")
+    calibration = CalibrationSet.synthetic(n=2)
+    ctx = RunContext(threads=1)
+    build_bundle(
+        load_checkpoint(tiny_paths["llava"]),
+        load_recipe("float"),
+        (ToOnnx(),),
+        folder / "bundle",
+        tuple(calibration),
+        ctx,
+    )
+    calibration.samples[0].open_image().save(folder / "photo.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("content", list(blocks("python")))
+def test_every_snippet_runs(content, workplace):
     finished = subprocess.run(
-        [sys.executable, "-c", content], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", content], cwd=workplace, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
 
