@@ -1,7 +1,7 @@
 """The reference models and the scenes that they were trained on.
 
 `pocket-llava` and `pocket-smol` are small but real vision-language models in stock transformers
-classes. They ship inside the package, so that tests, the demo and every quality figure work offline.
+classes. They ship inside the package: tests, the demo and every quality figure work offline.
 """
 
 from __future__ import annotations
