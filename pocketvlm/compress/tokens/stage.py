@@ -16,6 +16,7 @@ from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.tokens import (
     average_pool,
     cls_attention,
+    distinct_features,
     random_tokens,
     received_attention,
     uniform_stride,
@@ -36,6 +37,7 @@ ScoreName = Literal[
     "auto",
     "cls_attention",
     "received_attention",
+    "distinct_features",
     "uniform_stride",
     "random_tokens",
     "average_pool",
@@ -45,6 +47,7 @@ ScoreName = Literal[
 SCORES: Mapping[str, Callable[[ModelSpec, ReducerOptions], TokenReducer]] = {
     "cls_attention": cls_attention.build,
     "received_attention": received_attention.build,
+    "distinct_features": distinct_features.build,
     "uniform_stride": uniform_stride.build,
     "random_tokens": random_tokens.build,
     "average_pool": average_pool.build,

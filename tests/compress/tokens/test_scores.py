@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pocketvlm.compress.tokens.average_pool import AveragePoolReducer, pooled_grid
 from pocketvlm.compress.tokens.cls_attention import ClsAttentionReducer, cls_attention
+from pocketvlm.compress.tokens.distinct_features import DistinctFeaturesReducer, distinctness
 from pocketvlm.compress.tokens.random_tokens import random_indices
 from pocketvlm.compress.tokens.received_attention import (
     ReceivedAttentionReducer,
@@ -52,6 +53,34 @@ def test_received_attention_is_the_column_mean_in_any_chunks(
     expected = full_attention(queries, keys).mean(axis=(1, 2))
     found = received_attention(torch.from_numpy(queries), torch.from_numpy(keys), chunk=chunk)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30))
+@settings(max_examples=30, deadline=None)
+def test_distinctness_is_one_minus_the_cosine_with_the_mean(seed: int, tokens: int) -> None:
+    features = np.random.default_rng(seed).normal(size=(2, tokens, 6)).astype(np.float32)
+    expected = np.zeros((2, tokens))
+    for image in range(2):
+        mean = features[image].astype(np.float64).mean(axis=0)
+        for token in range(tokens):
+            feature = features[image, token].astype(np.float64)
+            norms = np.linalg.norm(feature) * np.linalg.norm(mean)
+            expected[image, token] = 1 - feature @ mean / norms
+    found = distinctness(torch.from_numpy(features))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_odd_one_out_is_kept() -> None:
+    features = torch.ones(1, 9, 4)
+    features[0, 4] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    features[0, 7, 0] = 3
+    queries, keys = (torch.zeros(1, 1, 9, 4) for _ in range(2))
+    inputs = ReducerInputs(
+        features=features, queries=queries, keys=keys, has_cls=False, merge_factor=1
+    )
+    _, indices = DistinctFeaturesReducer(keep=2, positions="original")(inputs)
+    assert indices.tolist() == [[4, 7]]
+    assert bool(torch.isfinite(distinctness(torch.zeros(1, 4, 3))).all())
 
 
 def inputs_of(queries: np.ndarray, keys: np.ndarray, *, has_cls: bool, merge: int) -> ReducerInputs:
