@@ -1,6 +1,6 @@
 """Bytes of real ONNX bundles at a published shape, by part, beside the bf16 source.
 
-    python benchmarks/bundle_size.py --work /tmp/pocketvlm-shapes
+    python benchmarks/bundle_size.py --work shapes
 
 Measured from the files: constants are attributed to the part that their name belongs to, and
 every file of the bundle counts, the tokenizer too. Prints a table, and one JSON line at the end.

@@ -1,6 +1,6 @@
 """Decoding speed of the int4 bundle beside float32 ONNX and, if there is one, ORT-GenAI.
 
-    python benchmarks/decode_speed.py --work /tmp/pocketvlm-shapes [--genai VENV/bin/python]
+    python benchmarks/decode_speed.py --work shapes [--genai VENV/bin/python]
 
 All of them take turns in one run, with the same prompt length and thread count, on random weights
 at a published shape. Ours answers through `runtime.OnnxRunner`, embedding look-up and argmax
