@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pocketvlm.errors import CalibrationError
+from pocketvlm.errors import CalibrationError, InputError
+from pocketvlm.image_file import open_image
 
 __all__ = ["CalibrationSet", "Sample", "Split"]
 
@@ -57,7 +58,7 @@ class Sample:
         return (*self.history, ("user", self.question))
 
     def open_image(self) -> Image.Image:
-        """The decoded picture in RGB.
+        """The decoded picture, upright; read exactly as the runtime reads an app's pictures.
 
         Raises:
             CalibrationError: There is none, or it cannot be decoded.
@@ -65,9 +66,11 @@ class Sample:
         if self.image is None:
             raise CalibrationError(f"{self.where}: has no image; every sample needs one")
         if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
-        with _naming(self.where, self.image), Image.open(self.image) as image:
-            return image.convert("RGB")
+            return self.image
+        try:
+            return open_image(self.image)
+        except InputError as error:
+            raise CalibrationError(f"{self.where}: {error}") from error
 
     def image_size(self) -> tuple[int, int] | None:
         """Width and height, read without decoding; `None` for text alone.

@@ -19,7 +19,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
-from pocketvlm.runtime.image_file import open_image
+from pocketvlm.image_file import open_image
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner

@@ -21,7 +21,7 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.report import read_json
-from pocketvlm.runtime.image_file import MAX_PIXELS
+from pocketvlm.image_file import MAX_PIXELS
 
 __all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "TwoStepSquare", "to_rgb"]
 

@@ -44,6 +44,7 @@ def test_models_that_are_none(run_cli, tmp_path):
         (tmp_path / "nothing", "no such directory"),
         ("reference:pocket-gpt", "pocket-llava"),
         ("shape:gpt-5", "smolvlm-256m"),
+        ("nobody/no-such-model", "neither a local directory nor to be had from the hub"),
     ]:
         assert_one_line(run_cli("compress", model, "--out", out), message)
     assert not out.exists()

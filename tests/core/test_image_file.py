@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pocketvlm.errors import InputError
-from pocketvlm.runtime.image_file import open_image
+from pocketvlm.image_file import open_image
 
-from .conftest import noise
+
+def noise(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
+    """A seeded picture of independent pixels."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(values)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "gif", "ppm", "webp"])
