@@ -10,45 +10,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.blocks import BlockWalk, InputMoments, SharedInput
+from pocketvlm.calibration.blocks import BlockWalk, SharedInput
 from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.quantization.affine import (
-    GRIDS,
-    Grid,
-    GridKind,
-    affine_form,
-    decode,
-    encode,
-    group_columns,
-)
-from pocketvlm.compress.quantization.error_feedback import (
-    ORDERS,
-    Factor,
-    Order,
-    factorize,
-    quantize_with_feedback,
-)
+from pocketvlm.compress.quantization.affine import GRIDS, GridKind
+from pocketvlm.compress.quantization.error_feedback import ORDERS, Order
+from pocketvlm.compress.quantization.fitting import fit_layer, weigh_moments
 from pocketvlm.compress.quantization.layers import (
     FinishedLayer,
     LayerStore,
-    describe_layer,
     float_rows,
-    row_chunks,
     stage_version,
 )
 from pocketvlm.compress.quantization.rtn import round_layer
 from pocketvlm.compress.quantization.rules import Assignment, WeightRule, assign_layers
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CalibrationError, CheckpointError
+from pocketvlm.errors import CalibrationError
 from pocketvlm.report import peak_rss_bytes
 
 __all__ = ["Gptq"]
@@ -58,36 +40,7 @@ __all__ = ["Gptq"]
 _WHOLE_WIDTH = 8192
 _BLOCK_WIDTH = 1024
 _TABLE = "a lookup has no inputs to fit: each row is rounded on its own grid"
-_NOT_POSITIVE = "the Cholesky factorization failed at every damping up to 1"
-_NOT_BETTER = "round-to-nearest is at least as good on held-out tokens"
 _TIED = "head and embedding are one weight; fitted to the head's inputs"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Evidence:
-    """What is known of one input.
-
-    Attributes:
-        slices: Columns of each diagonal block of the Hessian.
-        factors: The blocks' factors by group size; `None` for one that could not be factorized.
-        judge: The blocks of the Hessian that results are compared with.
-        judged_on: Whose tokens those are.
-        tokens: Tokens behind the factors.
-    """
-
-    slices: tuple[slice, ...]
-    factors: Mapping[int, Sequence[Factor | None]]
-    judge: tuple[Tensor, ...]
-    judged_on: str
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Attempt:
-    """A layer after error feedback, before it is compared."""
-
-    layer: FinishedLayer
-    is_better: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,32 +112,12 @@ class Gptq:
             spill_folder=ctx.scratch_dir,
         )
         rows: dict[str, Mapping[str, Any]] = {}
-
-        def finish(name: str, layer: FinishedLayer) -> None:
+        restored = self._restore(wanted, store)
+        layers = self._walk(walk, wanted, store) if restored is None else restored
+        for name, layer in layers:
             checkpoint.set_form(name, layer.form)
             rows[name] = layer.row
             ctx.report("gptq", len(rows), len(wanted), f"{name}: {_note(layer.row)}")
-
-        restored = {name: store.load(name) for name in wanted}
-        if all(layer is not None for layer in restored.values()):
-            for name, layer in restored.items():
-                if layer is not None:
-                    finish(name, layer)
-        else:
-            for step in walk:
-                names = [name for name in step.names if name in wanted]
-                missing = [wanted[name] for name in names if restored[name] is None]
-                if missing:
-                    made = self._quantize(checkpoint, step, missing)
-                    for name, layer in made.items():
-                        store.save(name, layer)
-                        restored[name] = layer
-                for name in names:
-                    layer = restored.pop(name)
-                    if layer is not None:
-                        finish(name, layer)
-                if len(rows) == len(wanted):
-                    break
         ordered = [rows[name] for name in wanted]
         record = StageRecord(
             method=self.method,
@@ -199,174 +132,89 @@ class Gptq:
         )
         return checkpoint.extend(record)
 
+    @staticmethod
+    def _restore(
+        wanted: Mapping[str, Assignment], store: LayerStore
+    ) -> list[tuple[str, FinishedLayer]] | None:
+        """All layers, where a run before this one finished them all."""
+        layers = []
+        for name in wanted:
+            layer = store.load(name)
+            if layer is None:
+                return None
+            layers.append((name, layer))
+        return layers
+
+    def _walk(
+        self, walk: BlockWalk, wanted: Mapping[str, Assignment], store: LayerStore
+    ) -> Iterator[tuple[str, FinishedLayer]]:
+        """Quantizes layer by layer, and goes on where a run before this one stopped.
+
+        Whoever iterates puts each layer into the checkpoint before asking for the next one.
+        """
+        left = set(wanted)
+        for step in walk:
+            names = [name for name in step.names if name in wanted]
+            found = {name: store.load(name) for name in names}
+            missing = [wanted[name] for name in names if found[name] is None]
+            # From all layers of the step, so that a run that goes on cuts as the first one did.
+            block = _block_width([wanted[name] for name in names])
+            made = self._quantize(walk.checkpoint, step, missing, block)
+            for name, layer in made.items():
+                store.save(name, layer)
+            for name, kept in found.items():
+                yield name, made[name] if kept is None else kept
+            left -= found.keys()
+            if not left:
+                return
+
     def _quantize(
-        self, checkpoint: Checkpoint, step: SharedInput, assignments: Sequence[Assignment]
-    ) -> dict[str, FinishedLayer]:
-        """Quantizes the layers of one step, which share their input's Hessian."""
-        if step.moments is None:
-            return {
-                item.linear.name: round_layer(
-                    item, checkpoint.form(item.linear.name), self.grid, reason=_TABLE
-                )
-                for item in assignments
-            }
-        sizes = [item.rule.group_size for item in assignments if item.rule is not None]
-        try:
-            block = _block_width(assignments[0].linear.in_features, sizes)
-            evidence = self._weigh(step.moments(block), sizes)
-        except (CalibrationError, ValueError) as error:
-            raise CalibrationError(f"{step.names[0]}: {error}") from error
-        finished = {}
-        for item in assignments:
-            name = item.linear.name
-            factor = evidence.factors[item.rule.group_size] if item.rule is not None else []
-            whole = [part for part in factor if part is not None]
-            if len(whole) < len(factor):
-                finished[name] = round_layer(
-                    item, checkpoint.form(name), self.grid, reason=_NOT_POSITIVE
-                )
-                continue
-            attempt = self._fit(checkpoint, item, whole, evidence)
-            if attempt.is_better:
-                finished[name] = attempt.layer
-                continue
-            rounded = round_layer(item, checkpoint.form(name), self.grid, reason=_NOT_BETTER)
-            figures = {"method": "rtn", "reason": _NOT_BETTER}
-            figures |= {key: rounded.row[key] for key in ("weight_error",)}
-            finished[name] = FinishedLayer(form=rounded.form, row={**attempt.layer.row, **figures})
-        return finished
-
-    def _weigh(self, moments: InputMoments, group_sizes: Sequence[int]) -> _Evidence:
-        """Factorizes the Hessian; the moments themselves are not kept."""
-        fitted, held_out = moments.calibration, moments.held_out
-        return _Evidence(
-            slices=fitted.slices,
-            factors={
-                size: [
-                    factorize(block, group_size=size, damping=self.damping, order=self.order)
-                    for block in fitted.blocks()
-                ]
-                for size in set(group_sizes)
-            },
-            judge=(held_out or fitted).blocks(),
-            judged_on="held-out tokens" if held_out else "calibration tokens",
-            tokens=fitted.tokens,
-        )
-
-    def _fit(
         self,
         checkpoint: Checkpoint,
-        assignment: Assignment,
-        factors: Sequence[Factor],
-        evidence: _Evidence,
-    ) -> _Attempt:
-        started = time.perf_counter()
-        name, rule = assignment.linear.name, assignment.rule
-        if rule is None or rule.bits is None:
-            raise ValueError(f"{name} is not to be quantized")
-        weight = checkpoint.form(name)
-        codes, scales, zeros = [], [], []
-        losses = _Losses()
+        step: SharedInput,
+        assignments: Sequence[Assignment],
+        block: int | None,
+    ) -> dict[str, FinishedLayer]:
+        """Quantizes those layers of one step that are left; they share their input's Hessian."""
+        weights = {item: checkpoint.form(item.linear.name) for item in assignments}
+        if step.moments is None:
+            return {
+                item.linear.name: round_layer(item, weight, self.grid, reason=_TABLE)
+                for item, weight in weights.items()
+            }
+        if not weights:
+            return {}
+        sizes = sorted({item.rule.group_size for item in assignments if item.rule is not None})
         try:
-            for _, rows in row_chunks(weight):
-                pieces = [
-                    quantize_with_feedback(
-                        rows[:, part],
-                        factor,
-                        bits=rule.bits,
-                        group_size=rule.group_size,
-                        symmetric=rule.symmetric,
-                        grid=self.grid,
-                        static_groups=self.static_groups,
-                    )
-                    for part, factor in zip(evidence.slices, factors, strict=True)
-                ]
-                chosen = torch.cat([piece for piece, _ in pieces], dim=1)
-                grid = Grid(
-                    scale=torch.cat([found.scale for _, found in pieces], dim=1),
-                    zero=torch.cat([found.zero for _, found in pieces], dim=1),
-                    bits=rule.bits,
-                )
-                groups = group_columns(rows, rule.group_size)
-                nearest = GRIDS[self.grid](groups, rule.bits, symmetric=rule.symmetric)
-                fitted = decode(chosen.view(groups.shape), grid)
-                rounded = decode(encode(groups, nearest), nearest)
-                losses.add(rows, _flat(fitted, rows), _flat(rounded, rows), evidence)
-                codes.append(chosen.to(torch.uint8))
-                scales.append(grid.scale)
-                zeros.append(grid.zero)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        form = affine_form(
-            torch.cat(codes),
-            Grid(scale=torch.cat(scales), zero=torch.cat(zeros), bits=rule.bits),
-            group_size=rule.group_size,
-            in_features=weight.shape[1],
-            symmetric=rule.symmetric,
-        )
-        tied = checkpoint.spec.decoder.tied_head and assignment.linear.part == "embedding"
-        row = describe_layer(
-            assignment,
-            form,
-            method="gptq",
-            reason=_TIED if tied else "",
-            weight_error=losses.share(losses.weight_error, losses.weight),
-            loss=losses.share(losses.fitted, losses.output),
-            loss_rtn=losses.share(losses.rounded, losses.output),
-            judged_on=evidence.judged_on,
-            tokens=evidence.tokens,
-            damping=max(factor.damping for factor in factors),
-            damping_raised=any(factor.damping > self.damping for factor in factors),
-            dead_columns=sum(factor.dead for factor in factors),
-            hessian_blocks=len(factors),
-            seconds=time.perf_counter() - started,
-        )
-        return _Attempt(
-            layer=FinishedLayer(form=form, row=row), is_better=losses.fitted <= losses.rounded
-        )
+            evidence = weigh_moments(
+                step.moments(block), sizes, damping=self.damping, order=self.order
+            )
+        except CalibrationError as error:
+            raise CalibrationError(f"{step.names[0]}: {error}") from error
+        return {
+            item.linear.name: fit_layer(
+                item,
+                weight,
+                evidence,
+                grid=self.grid,
+                static_groups=self.static_groups,
+                note=_TIED if _is_tied(checkpoint, item) else "",
+            )
+            for item, weight in weights.items()
+        }
 
 
-class _Losses:
-    """Sums over the rows of a layer, of squares of weights and of outputs a token.
-
-    With D the change of the weights, the mean squared change of the outputs is tr(D H D^T): exact
-    for the tokens that H was taken from.
-    """
-
-    def __init__(self) -> None:
-        self.weight = self.weight_error = 0.0
-        self.output = self.fitted = self.rounded = 0.0
-
-    def add(self, rows: Tensor, fitted: Tensor, rounded: Tensor, evidence: _Evidence) -> None:
-        self.weight += float(rows.square().sum())
-        self.weight_error += float((fitted - rows).square().sum())
-        for part, hessian in zip(evidence.slices, evidence.judge, strict=True):
-            H = hessian.to(torch.float32)
-            self.output += _quadratic(rows[:, part], H)
-            self.fitted += _quadratic((fitted - rows)[:, part], H)
-            self.rounded += _quadratic((rounded - rows)[:, part], H)
-
-    @staticmethod
-    def share(part: float, whole: float) -> float:
-        """A loss relative to what it is a part of."""
-        return part / whole if whole > 0 else 0.0
-
-
-def _quadratic(rows: Tensor, hessian: Tensor) -> float:
-    narrow = rows.to(torch.float32)
-    return float((narrow @ hessian).mul_(narrow).sum(dtype=torch.float64))
-
-
-def _flat(groups: Tensor, rows: Tensor) -> Tensor:
-    return groups.reshape(rows.shape[0], -1)[:, : rows.shape[1]]
-
-
-def _block_width(width: int, group_sizes: Sequence[int]) -> int | None:
+def _block_width(assignments: Sequence[Assignment]) -> int | None:
     """Width of a wide Hessian's diagonal blocks, a whole number of groups of every size."""
+    width = max((item.linear.in_features for item in assignments), default=0)
     if width <= _WHOLE_WIDTH:
         return None
-    step = math.lcm(*group_sizes)
+    step = math.lcm(*(item.rule.group_size for item in assignments if item.rule is not None))
     return min(width, max(1, _BLOCK_WIDTH // step) * step)
+
+
+def _is_tied(checkpoint: Checkpoint, assignment: Assignment) -> bool:
+    return checkpoint.spec.decoder.tied_head and assignment.linear.part == "embedding"
 
 
 def _note(row: Mapping[str, Any]) -> str:

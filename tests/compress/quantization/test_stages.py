@@ -10,6 +10,7 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization import fitting
 from pocketvlm.compress.quantization import gptq as gptq_module
 from pocketvlm.compress.quantization.affine import min_max_grid
 from pocketvlm.compress.quantization.gptq import Gptq
@@ -182,12 +183,12 @@ def test_a_damaged_layer_file_is_made_again(tiny_path, samples, tmp_path):
 
 def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, monkeypatch):
     """Error feedback that was led astray: codes from a Hessian that is not the layer's."""
-    real = gptq_module.factorize
+    real = fitting.factorize
 
     def astray(hessian, **options):
         return real(torch.flip(hessian, (0, 1)), **options)
 
-    monkeypatch.setattr(gptq_module, "factorize", astray)
+    monkeypatch.setattr(fitting, "factorize", astray)
     dense = {linear.name: form for linear, form in tiny_checkpoint.forms().items()}
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     record = done.history[-1]
@@ -206,21 +207,21 @@ def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, 
 
 
 def test_a_hessian_without_factor_is_rounded_and_said(tiny_checkpoint, samples, monkeypatch):
-    monkeypatch.setattr(gptq_module, "factorize", lambda *_, **__: None)
+    monkeypatch.setattr(fitting, "factorize", lambda *_, **__: None)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     assert all(row["method"] == "rtn" for row in done.history[-1].layers)
     assert sum("Cholesky" in note for note in done.history[-1].notes) > 10
 
 
 def test_raised_damping_is_said(tiny_checkpoint, samples, monkeypatch):
-    real = gptq_module.factorize
+    real = fitting.factorize
 
     def weaker(hessian, **options):
         values, vectors = torch.linalg.eigh(hessian.double())
         values[0] = -0.02 * hessian.diagonal().mean()
         return real((vectors * values) @ vectors.T, **options)
 
-    monkeypatch.setattr(gptq_module, "factorize", weaker)
+    monkeypatch.setattr(fitting, "factorize", weaker)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     raised = [row for row in done.history[-1].layers if row.get("damping_raised")]
     assert raised
