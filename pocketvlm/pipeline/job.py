@@ -97,7 +97,7 @@ class Job:
             ctx=ctx,
             evaluation=self._evaluation(is_reference=is_reference),
             workload=load_workload("vlm") if self.bench else None,
-            baseline=_float_bundle(path, out, ctx) if wants_baseline else None,
+            baseline=(lambda: _float_bundle(path, out, ctx)) if wants_baseline else None,
             command=self.command,
         )
 
@@ -138,7 +138,7 @@ def _float_bundle(model: Path, out: Path, ctx: RunContext) -> Path:
     ]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (our own program)
     if finished.returncode != 0:
-        last = finished.stderr.strip().rpartition("\n")[2]
+        last = finished.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
         raise PocketVLMError(f"the float32 baseline could not be exported: {last}")
     ctx.report("float32 baseline", 1, 1)
     return folder / "bundle"

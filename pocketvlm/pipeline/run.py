@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def run(
     ctx: RunContext,
     evaluation: CalibrationSet | None = None,
     workload: Workload | None = None,
-    baseline: Path | None = None,
+    baseline: Callable[[], Path] | None = None,
     command: str = "",
 ) -> RunResult:
     """Compresses a model, exports it, proves the result equal, scores and times it.
@@ -68,7 +68,8 @@ def run(
         ctx: Seed, threads, progress.
         evaluation: Questions whose answers are scored; `None` leaves quality unmeasured.
         workload: What is timed; `None` leaves latency unmeasured.
-        baseline: A bundle that is timed in the same interleaved run.
+        baseline: Makes a bundle that is timed in the same interleaved run; called when all else
+            is done.
         command: The command line, for the report.
 
     Raises:
@@ -93,7 +94,9 @@ def run(
     bundle, parity = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
     bench = (
-        bench_bundle(bundle.path, workload, baseline=baseline, threads=ctx.threads)
+        bench_bundle(
+            bundle.path, workload, baseline=baseline() if baseline else None, threads=ctx.threads
+        )
         if workload
         else None
     )
