@@ -52,7 +52,7 @@ def test_no_image_is_in_two_splits_or_two_seeds():
         example.image.tobytes()
         for split in SPLITS
         for seed in (0, 1)
-        for example in generate_examples(seed, 64, split=split)
+        for example in generate_examples(seed, 24, split=split)
     ]
     assert len(set(images)) == len(images)
 
@@ -76,11 +76,11 @@ def test_kinds_follow_each_other_and_answers_are_balanced():
         counts = answers[form.kind, form.name]
         assert set(counts) == set(form.answers)
         share = max(counts.values()) / counts.total()
-        assert share < 1.0 / len(form.answers) + 0.15
+        assert share < 1.0 / len(form.answers) + 0.2
 
 
 def test_most_patches_show_background_alone():
-    for scene in scenes(300):
+    for scene in scenes(150):
         covered = sum(object_coverage(thing) for thing in scene.objects)
         if scene.word is not None:
             covered = covered + word_coverage(scene.word)
@@ -88,7 +88,7 @@ def test_most_patches_show_background_alone():
 
 
 def test_coverage_is_where_the_pixels_are():
-    for scene in scenes(50):
+    for scene in scenes(20):
         for thing in scene.objects:
             coverage = object_coverage(thing)
             rows, cols = np.nonzero(coverage > 0.3)
@@ -150,7 +150,7 @@ def independent_answer(scene, question):
 
 def test_every_answer_is_right_by_an_independent_route():
     asked = Counter()
-    for scene in scenes(300):
+    for scene in scenes(150):
         for form in FORMS:
             for question in questions_about(scene, form):
                 assert independent_answer(scene, question.text) == question.answer
