@@ -53,6 +53,6 @@ def build(spec: ModelSpec, options: ReducerOptions) -> ClsAttentionReducer:
     if not spec.tower.has_cls:
         raise UnsupportedError(
             f"reduce_tokens: score 'cls_attention' needs a tower with a [CLS] token, which "
-            f"{spec.model_type} has not; use 'received_attention' or 'auto'"
+            f"{spec.model_type} has not; use 'distinct_features' or 'auto'"
         )
     return ClsAttentionReducer(keep=options.keep, positions=options.positions)

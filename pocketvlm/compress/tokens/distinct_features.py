@@ -1,11 +1,12 @@
 """Distinct features: keep the tokens that are least like the picture as a whole.
 
-The score is one minus the cosine between a token's feature and the mean feature of its picture.
+The score is the distance between a token's feature and the mean feature of its picture.
 Background is what most patches agree on, so it lies close to the mean; what is drawn on it does
-not. It needs no [CLS] token and no attention: a mean, a product and two norms.
+not. It needs neither [CLS] nor attention, and costs a mean and a norm.
 
 This is no published method: it is the first pick of a farthest-point selection, made of all tokens
-at once, and it is here because it holds where attention does not (see `docs/methods`).
+at once. It is here because received attention finds background, not content, on towers whose
+background patches serve as registers (see `docs/methods`).
 """
 
 from __future__ import annotations
@@ -19,22 +20,18 @@ from pocketvlm.reduction import ReducerInputs
 
 __all__ = ["DistinctFeaturesReducer", "build", "distinctness"]
 
-_SMALLEST_NORM = 1e-12
-
 
 def distinctness(features: Tensor) -> Tensor:
-    """One minus the cosine of each feature and the mean feature of its picture.
+    """Euclidean distance of each feature from the mean feature of its picture.
 
     Args:
         features: [B, N, C].
 
     Returns:
-        [B, N], 0 (like the mean) to 2 (its opposite).
+        [B, N], not negative.
     """
-    mean = features.mean(dim=1, keepdim=True)
-    product = (features * mean).sum(dim=-1)
-    norms = features.square().sum(dim=-1).sqrt() * mean.square().sum(dim=-1).sqrt()
-    return 1 - product / norms.clamp(min=_SMALLEST_NORM)
+    away = features - features.mean(dim=1, keepdim=True)
+    return away.square().sum(dim=-1).sqrt()
 
 
 class DistinctFeaturesReducer(ScoreReducer):

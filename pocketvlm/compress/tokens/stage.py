@@ -61,7 +61,8 @@ class ReduceTokens:
 
     Attributes:
         score: What a token is worth; `auto` is `cls_attention` where the tower has a [CLS] token
-            and `received_attention` where it has none.
+            and `distinct_features` where it has none (`docs/methods/visual_tokens.md` has the
+            measurement that decided against `received_attention`).
         keep: A share of the tokens (a float in (0, 1], rounded to the nearest count, for
             `average_pool` to the nearest count that a grid has), or their number (an integer).
         positions: Whether kept tokens keep their rotary positions among all N (`original`), or
@@ -101,7 +102,7 @@ class ReduceTokens:
         """The method that scores this model's tokens; never `auto`."""
         if self.score != "auto":
             return self.score
-        return "cls_attention" if spec.tower.has_cls else "received_attention"
+        return "cls_attention" if spec.tower.has_cls else "distinct_features"
 
     def resolved_keep(self, spec: ModelSpec) -> int:
         """The number of tokens that remain of this model's.

@@ -75,7 +75,7 @@ def test_auto_follows_the_tower(tiny_paths: dict[str, Path]) -> None:
         family: reduce(Checkpoint.load(path), keep=0.5).history[-1].metrics["score"]
         for family, path in tiny_paths.items()
     }
-    assert chosen == {"llava": "cls_attention", "smolvlm": "received_attention"}
+    assert chosen == {"llava": "cls_attention", "smolvlm": "distinct_features"}
 
 
 def test_the_record_says_what_was_kept(tiny_checkpoint: Checkpoint) -> None:
