@@ -17,9 +17,9 @@ from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
+from pocketvlm.image_file import open_image
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
-from pocketvlm.image_file import open_image
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner

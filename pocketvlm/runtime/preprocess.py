@@ -20,8 +20,8 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.report import read_json
 from pocketvlm.image_file import MAX_PIXELS
+from pocketvlm.report import read_json
 
 __all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "TwoStepSquare", "to_rgb"]
 
