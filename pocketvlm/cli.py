@@ -537,6 +537,11 @@ def _print_latency(result: Mapping[str, Any]) -> None:
             if block.get(name) and block[name]["median"] is not None
         ]
         _say(f"{target:<8} " + ", ".join(shown))
-    for name, ratio in (result.get("ratios") or {}).items():
-        if isinstance(ratio, int | float):
-            _say(f"  {name} {ratio:.2f} times the baseline")
+    ratios = result.get("ratios") or {}
+    shown = [
+        f"{name} {ratios[name]:.2f} times"
+        for name in ("ttft_user_ms", "decode_tok_s")
+        if isinstance(ratios.get(name), int | float)
+    ]
+    if shown:
+        _say("         " + ", ".join(shown) + " the baseline's")
