@@ -22,7 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from pocketvlm.bundle import file_sha256, replace_directory
 from pocketvlm.errors import CheckpointError
-from pocketvlm.modelspec import LinearSpec, ModelSpec, canonical_weight_name
+from pocketvlm.modelspec import (
+    LinearSpec,
+    ModelSpec,
+    canonical_weight_name,
+    supported_families,
+)
 from pocketvlm.processor import Processor
 from pocketvlm.reduction import TokenReducer
 from pocketvlm.report import read_json, write_json
@@ -41,6 +46,7 @@ __all__ = [
     "Source",
     "StageRecord",
     "read_config",
+    "read_spec",
 ]
 
 CHECKPOINT_SCHEMA = 1
@@ -136,7 +142,7 @@ class Checkpoint:
         """
         path = Path(path)
         config = read_config(path)
-        spec = ModelSpec.from_config(config)
+        spec = read_spec(config)
         processor = Processor.load(path, spec)
         manifest = read_json(path / _MANIFEST) if (path / _MANIFEST).is_file() else None
         files = _weight_files(path)
@@ -274,6 +280,29 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The specification behind a config.json, which leaves out what its class has as default.
+
+    Raises:
+        UnsupportedError: The family, or an option of it, is not supported.
+        CheckpointError: A value has a type that the family's class does not take.
+    """
+    if config.get("model_type") not in supported_families():
+        return ModelSpec.from_config(config)  # refuses, and names what is supported
+    return ModelSpec.from_config(_parse_config(config).to_dict())
+
+
+def _parse_config(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    known = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        return AutoConfig.for_model(**known)
+    except Exception as error:  # its validators raise classes of their own, which vary by version
+        first_line = " ".join(str(error).split())
+        raise CheckpointError(f"config.json: cannot be understood: {first_line}") from error
+
+
 def _weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if files:
@@ -333,12 +362,10 @@ class _MatricesOnMeta(TorchFunctionMode):
 
 
 def _build_model(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    parsed = AutoConfig.for_model(
-        **{key: value for key, value in config.items() if key != "quantization_config"}
-    )
+    parsed = _parse_config(config)
     with _MatricesOnMeta(), no_init_weights():
         model: nn.Module = AutoModelForImageTextToText.from_config(parsed, dtype=torch.float32)
     model.requires_grad_(requires_grad=False)

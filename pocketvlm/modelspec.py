@@ -373,6 +373,29 @@ def _read_decoder(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
     )
 
 
+def _read_tower(
+    vision: Mapping[str, Any], prefix: str, *, feature_block: int, is_clip: bool
+) -> TowerSpec:
+    """CLIP has [CLS], a norm before its blocks and features from within; SigLIP has neither."""
+    return TowerSpec(
+        prefix=prefix,
+        depth=vision["num_hidden_layers"],
+        feature_block=feature_block,
+        hidden_size=vision["hidden_size"],
+        ffn_size=vision["intermediate_size"],
+        heads=vision["num_attention_heads"],
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        channels=vision.get("num_channels", 3),
+        has_cls=is_clip,
+        has_patch_bias=not is_clip,
+        has_pre_norm=is_clip,
+        has_post_norm=not is_clip,
+        activation=vision.get("hidden_act", "quick_gelu" if is_clip else "gelu_pytorch_tanh"),
+        norm_eps=vision.get("layer_norm_eps", 1e-5 if is_clip else 1e-6),
+    )
+
+
 def _read_llava(config: Mapping[str, Any]) -> ModelSpec:
     vision = config["vision_config"]
     if vision.get("model_type") != "clip_vision_model":
@@ -397,23 +420,7 @@ def _read_llava(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(
         family="llava",
         model_type=config["model_type"],
-        tower=TowerSpec(
-            prefix="model.vision_tower",
-            depth=depth,
-            feature_block=state - 1,
-            hidden_size=vision["hidden_size"],
-            ffn_size=vision["intermediate_size"],
-            heads=vision["num_attention_heads"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            channels=vision.get("num_channels", 3),
-            has_cls=True,
-            has_patch_bias=False,
-            has_pre_norm=True,
-            has_post_norm=False,
-            activation=vision.get("hidden_act", "quick_gelu"),
-            norm_eps=vision.get("layer_norm_eps", 1e-5),
-        ),
+        tower=_read_tower(vision, "model.vision_tower", feature_block=state - 1, is_clip=True),
         projector=ProjectorSpec(
             linears=(
                 "model.multi_modal_projector.linear_1",
@@ -439,22 +446,11 @@ def _read_idefics3(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(
         family="idefics3",
         model_type=config["model_type"],
-        tower=TowerSpec(
-            prefix="model.vision_model",
-            depth=vision["num_hidden_layers"],
+        tower=_read_tower(
+            vision,
+            "model.vision_model",
             feature_block=vision["num_hidden_layers"] - 1,
-            hidden_size=vision["hidden_size"],
-            ffn_size=vision["intermediate_size"],
-            heads=vision["num_attention_heads"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            channels=vision.get("num_channels", 3),
-            has_cls=False,
-            has_patch_bias=True,
-            has_pre_norm=False,
-            has_post_norm=True,
-            activation=vision.get("hidden_act", "gelu_pytorch_tanh"),
-            norm_eps=vision.get("layer_norm_eps", 1e-6),
+            is_clip=False,
         ),
         projector=ProjectorSpec(
             linears=("model.connector.modality_projection.proj",),

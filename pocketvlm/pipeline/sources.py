@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint, read_config
+from pocketvlm.checkpoint import Checkpoint, read_config, read_spec
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
@@ -69,7 +69,7 @@ def read_model_spec(path: Path) -> ModelSpec:
         CheckpointError: There is no config.json, or it is no JSON object.
         UnsupportedError: The model's family is not supported.
     """
-    return ModelSpec.from_config(read_config(path))
+    return read_spec(read_config(path))
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint, StageRecord, read_spec
 from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.testing import tiny_config
 from pocketvlm.weights import AffineWeight
 
 
@@ -180,6 +181,37 @@ def test_damaged_directories_get_one_line(copy, damage, message):
     damage(copy)
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_may_leave_out_what_its_class_has_as_default():
+    """The published LLaVA-1.5 config names no widths at all."""
+    spec = read_spec(
+        {
+            "model_type": "llava",
+            "image_token_index": 32000,
+            "text_config": {"model_type": "llama", "vocab_size": 32064},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "image_size": 336,
+                "intermediate_size": 4096,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 24,
+                "patch_size": 14,
+            },
+        }
+    )
+    assert spec.visual_tokens == 576
+    assert spec.tower.feature_block == 22
+    assert (spec.decoder.hidden_size, spec.decoder.depth) == (4096, 32)
+    weights = sum(linear.out_features * linear.in_features for linear in spec.linears())
+    assert weights == pytest.approx(7.05e9, rel=0.01)
+
+
+def test_a_config_of_wrong_types_is_one_line():
+    with pytest.raises(CheckpointError, match="cannot be understood") as caught:
+        read_spec({**tiny_config("llava"), "text_config": "llama"})
     assert "\n" not in str(caught.value)
 
 
