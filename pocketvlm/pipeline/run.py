@@ -77,9 +77,7 @@ def run(
     """
     checkpoint = load_checkpoint(model)
     source_parts = _weight_bytes(checkpoint)
-    keys = stage_keys(
-        checkpoint.source.sha256, calibration.sha256, [asdict(stage) for stage in _steps(recipe)]
-    )
+    keys = stage_keys(checkpoint.source.sha256, calibration.sha256, recipe.to_document()["stages"])
     run_key = stage_keys(
         checkpoint.source.sha256, calibration.sha256, [recipe.sha256(), str(ctx.seed)]
     )[-1]
@@ -95,7 +93,11 @@ def run(
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
     bench = (
         bench_bundle(
-            bundle.path, workload, baseline=baseline() if baseline else None, threads=ctx.threads
+            bundle.path,
+            workload,
+            baseline=baseline() if baseline else None,
+            threads=ctx.threads,
+            on_progress=ctx.on_progress,
         )
         if workload
         else None
@@ -150,10 +152,6 @@ def compress_checkpoint(
     for stage in stages:
         checkpoint = stage.apply(checkpoint, calibration, ctx)
     return checkpoint
-
-
-def _steps(recipe: Recipe) -> tuple[Any, ...]:
-    return recipe.stages
 
 
 def _compress(
