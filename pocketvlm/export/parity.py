@@ -107,6 +107,7 @@ def certify(
                 details=details,
             )
         )
+    context.report("parity", 1, 1, f"{len(reached)} certified")
     return ParityReport(targets=tuple(reached), unverified=unverified)
 
 
