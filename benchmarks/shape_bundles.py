@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pocketvlm.bundle import Bundle, Manifest, replace_directory, sign_files, write_manifest
+from pocketvlm.bundle import Bundle, replace_directory
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rtn import round_to_nearest
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.selection import assign_rules
 from pocketvlm.testing import write_shape
@@ -44,36 +45,8 @@ def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
                 symmetric=rule.symmetric,
             )
             checkpoint.set_form(linear.name, codes)
-    spec = checkpoint.spec
     with replace_directory(folder) as aside:
-        components = ToOnnx().export(checkpoint, aside, RunContext())
-        checkpoint.processor.save(aside)
-        manifest = Manifest(
-            model=shape,
-            family=spec.family,
-            source_sha256=checkpoint.source.sha256,
-            recipe_sha256=load_recipe(recipe).sha256(),
-            visual_tokens=spec.visual_tokens,
-            visual_tokens_full=spec.visual_tokens,
-            positions="original",
-            prompt={
-                "image_token": spec.image_token,
-                "image_token_id": spec.image_token_id,
-                "image_prefix": spec.image_prefix,
-                "image_suffix": spec.image_suffix,
-            },
-            generation={
-                "eos_token_ids": list(checkpoint.processor.eos_token_ids),
-                "max_positions": spec.decoder.max_positions,
-            },
-            kv_cache={
-                "layers": spec.decoder.depth,
-                "kv_heads": spec.decoder.kv_heads,
-                "head_dim": spec.decoder.head_dim,
-                "dtype": "float32",
-            },
-            components=components,
-            files=sign_files(aside, _UNSIGNED),
+        manifest = write_graphs(
+            checkpoint, (ToOnnx(),), aside, load_recipe(recipe).sha256(), RunContext()
         )
-        write_manifest(aside, manifest)
     return Bundle(path=folder, manifest=manifest)

@@ -16,7 +16,7 @@ from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Target
 from pocketvlm.report import toolchain_versions, write_json
 
-__all__ = ["PARITY_FILE", "UNSIGNED", "build_bundle"]
+__all__ = ["PARITY_FILE", "UNSIGNED", "build_bundle", "write_graphs"]
 
 PARITY_FILE = "parity.json"
 
@@ -52,13 +52,7 @@ def build_bundle(
         UnsupportedError: A target cannot express a weight.
     """
     with replace_directory(path) as folder:
-        components = tuple(
-            component for target in targets for component in target.export(checkpoint, folder, ctx)
-        )
-        checkpoint.processor.save(folder)
-        manifest = _describe(checkpoint, recipe, folder)
-        manifest = replace(manifest, components=components, files=sign_files(folder, UNSIGNED))
-        write_manifest(folder, manifest)
+        manifest = write_graphs(checkpoint, targets, folder, recipe.sha256(), ctx)
         report = certify(checkpoint, Bundle(path=folder, manifest=manifest), samples, ctx=ctx)
         write_json(folder / PARITY_FILE, report.to_json())
         manifest = replace(manifest, files=sign_files(folder, UNSIGNED))
@@ -66,7 +60,25 @@ def build_bundle(
     return Bundle(path=path, manifest=manifest), report
 
 
-def _describe(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> Manifest:
+def write_graphs(
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    folder: Path,
+    recipe_sha256: str,
+    ctx: RunContext,
+) -> Manifest:
+    """Writes a bundle without certificate into a folder: graphs, processor files, manifest."""
+    components = tuple(
+        component for target in targets for component in target.export(checkpoint, folder, ctx)
+    )
+    checkpoint.processor.save(folder)
+    manifest = _describe(checkpoint, recipe_sha256, folder)
+    manifest = replace(manifest, components=components, files=sign_files(folder, UNSIGNED))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manifest:
     spec, reducer = checkpoint.spec, checkpoint.reducer
     decoder = spec.decoder
     if not (folder / "generation_config.json").is_file():
@@ -78,7 +90,7 @@ def _describe(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> Manifest:
         model=checkpoint.source.name,
         family=spec.family,
         source_sha256=checkpoint.source.sha256,
-        recipe_sha256=recipe.sha256(),
+        recipe_sha256=recipe_sha256,
         visual_tokens=reducer.keep if reducer else spec.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
         positions=reducer.positions if reducer else "original",

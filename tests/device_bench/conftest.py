@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pocketvlm.bundle import Manifest, sign_files, write_manifest
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.pipeline.assemble import write_graphs
 
 
 @pytest.fixture(scope="session")
@@ -19,37 +19,7 @@ def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("bench") / "bundle"
     path.mkdir()
     checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
-    components = ToOnnx().export(checkpoint, path, RunContext(threads=1))
-    checkpoint.processor.save(path)
-    spec = checkpoint.spec
-    manifest = Manifest(
-        model="tiny",
-        family=spec.family,
-        source_sha256="",
-        recipe_sha256="",
-        visual_tokens=spec.visual_tokens,
-        visual_tokens_full=spec.visual_tokens,
-        positions="original",
-        prompt={
-            "image_token": spec.image_token,
-            "image_token_id": spec.image_token_id,
-            "image_prefix": spec.image_prefix,
-            "image_suffix": spec.image_suffix,
-        },
-        generation={
-            "eos_token_ids": list(checkpoint.processor.eos_token_ids),
-            "max_positions": spec.decoder.max_positions,
-        },
-        kv_cache={
-            "layers": spec.decoder.depth,
-            "kv_heads": spec.decoder.kv_heads,
-            "head_dim": spec.decoder.head_dim,
-            "dtype": "float32",
-        },
-        components=components,
-        files=sign_files(path, frozenset()),
-    )
-    write_manifest(path, manifest)
+    write_graphs(checkpoint, (ToOnnx(),), path, "", RunContext(threads=1))
     return path
 
 

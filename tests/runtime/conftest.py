@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketvlm.bundle import Bundle, Manifest, sign_files, write_manifest
+from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.pipeline.assemble import write_graphs
 
 KINDS = ("llava", "smolvlm", "llava-original", "smolvlm-consecutive")
 
@@ -28,37 +29,7 @@ class Pair:
 
 def write_bundle(checkpoint: Checkpoint, path: Path) -> Bundle:
     """Exports and signs, without the certificate, which needs the runtime itself."""
-    components = ToOnnx().export(checkpoint, path, RunContext(threads=1))
-    checkpoint.processor.save(path)
-    spec, reducer = checkpoint.spec, checkpoint.reducer
-    manifest = Manifest(
-        model="tiny",
-        family=spec.family,
-        source_sha256="",
-        recipe_sha256="",
-        visual_tokens=reducer.keep if reducer else spec.visual_tokens,
-        visual_tokens_full=spec.visual_tokens,
-        positions=reducer.positions if reducer else "original",
-        prompt={
-            "image_token": spec.image_token,
-            "image_token_id": spec.image_token_id,
-            "image_prefix": spec.image_prefix,
-            "image_suffix": spec.image_suffix,
-        },
-        generation={
-            "eos_token_ids": list(checkpoint.processor.eos_token_ids),
-            "max_positions": spec.decoder.max_positions,
-        },
-        kv_cache={
-            "layers": spec.decoder.depth,
-            "kv_heads": spec.decoder.kv_heads,
-            "head_dim": spec.decoder.head_dim,
-            "dtype": "float32",
-        },
-        components=components,
-        files=sign_files(path, frozenset()),
-    )
-    write_manifest(path, manifest)
+    write_graphs(checkpoint, (ToOnnx(),), path, "", RunContext(threads=1))
     return Bundle.open(path)
 
 
