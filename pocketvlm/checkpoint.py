@@ -231,13 +231,22 @@ class Checkpoint:
     def _stored_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         forms: dict[str, Any] = {}
+        # A codebook that several layers share is one tensor: stored with the first of them.
+        owners: dict[int, str] = {}
         tied = self.spec.decoder.head if self.spec.decoder.tied_head else None
         for name, module in self.model.named_modules():
             if isinstance(module, FormLinear | FormEmbedding) and name != tied:
-                stored = module.form.to_tensors()
-                tensors.update({f"{name}.{key}": value for key, value in stored.items()})
+                shared: dict[str, str] = {}
+                for key, value in module.form.to_tensors().items():
+                    owner = owners.setdefault(value.data_ptr(), f"{name}.{key}")
+                    if owner == f"{name}.{key}":
+                        tensors[owner] = value
+                    else:
+                        shared[key] = owner
                 if not isinstance(module.form, DenseWeight):
                     forms[name] = module.form.to_metadata()
+                    if shared:
+                        forms[name]["shared"] = shared
         for name, parameter in self.model.named_parameters():
             tensors[name] = parameter.detach()
         return {name: tensors[name].contiguous() for name in sorted(tensors)}, forms
@@ -385,9 +394,27 @@ def _load_weights(
         file, key = stored[name]
         return _read_tensor(file, key)
 
+    owned_by_several = {
+        owner for metadata in forms.values() for owner in metadata.get("shared", {}).values()
+    }
+    kept: dict[str, Tensor] = {}
+
+    def take_shared(name: str) -> Tensor:
+        if name not in owned_by_several:
+            return take(name)
+        if name not in kept:
+            kept[name] = take(name)
+        return kept[name]
+
     def take_form(name: str) -> WeightForm:
         metadata = forms.get(name, {"kind": DenseWeight.kind})
-        form_type = next(form for form in FORMS if form.kind == metadata["kind"])
+        form_type = next((form for form in FORMS if form.kind == metadata["kind"]), None)
+        if form_type is None:
+            raise CheckpointError(
+                f"{files[0].parent}: {name} has a weight of kind {metadata['kind']!r}; known are "
+                f"{', '.join(form.kind for form in FORMS)}"
+            )
+        shared_tensors = metadata.get("shared", {})
         prefix = name + "."
         keys = [
             key.removeprefix(prefix)
@@ -398,7 +425,9 @@ def _load_weights(
             raise CheckpointError(
                 f"{files[0].parent}: tensor {name}.weight is missing from the weights"
             )
-        return form_type.from_tensors({key: take(prefix + key) for key in keys}, metadata)
+        own = {key: take_shared(prefix + key) for key in keys}
+        others = {key: take_shared(owner) for key, owner in shared_tensors.items()}
+        return form_type.from_tensors(own | others, metadata)
 
     shared: dict[str, WeightForm] = {}
     for name, module in list(model.named_modules()):

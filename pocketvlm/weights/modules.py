@@ -1,0 +1,77 @@
+"""Modules whose weight is a `WeightForm`: what stands in a model for its linears and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pocketvlm.weights.form import WeightForm
+
+__all__ = ["FormEmbedding", "FormLinear", "cache_dense_weights"]
+
+
+class FormLinear(nn.Module):
+    """A linear layer whose weight is a `WeightForm`; computes in float32.
+
+    Attributes:
+        form: The stored weight; assign a new one to compress the layer.
+        bias: float32 [out_features], or `None`.
+        cached: The dense weight, while `cache_dense_weights` holds it.
+    """
+
+    def __init__(self, form: WeightForm, bias: Tensor | None) -> None:
+        super().__init__()
+        self.form = form
+        self.cached: Tensor | None = None
+        self.bias: nn.Parameter | None = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(torch.float32), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in float32; computed on each access outside of the cache."""
+        return self.form.dequantize() if self.cached is None else self.cached
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Applies the layer to [..., in_features]."""
+        return functional.linear(inputs, self.weight, self.bias)
+
+
+class FormEmbedding(nn.Module):
+    """A token embedding whose table is a `WeightForm`; returns float32."""
+
+    def __init__(self, form: WeightForm) -> None:
+        super().__init__()
+        self.form = form
+        self.cached: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table in float32; computed on each access outside of the cache."""
+        return self.form.dequantize() if self.cached is None else self.cached
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Looks up [...] ids, returns [..., width]."""
+        return self.form.take_rows(token_ids) if self.cached is None else self.cached[token_ids]
+
+
+@contextmanager
+def cache_dense_weights(model: nn.Module) -> Iterator[None]:
+    """Keeps every dense weight in memory inside the block, for repeated forward passes.
+
+    Costs four bytes a weight: right for evaluation of small models, wrong while compressing
+    large ones.
+    """
+    modules = [m for m in model.modules() if isinstance(m, FormLinear | FormEmbedding)]
+    shared: dict[int, Tensor] = {}
+    for module in modules:
+        module.cached = shared.setdefault(id(module.form), module.form.dequantize())
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.cached = None
