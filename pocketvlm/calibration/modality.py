@@ -16,9 +16,12 @@ from torch import Tensor
 
 __all__ = ["ModalityWeighting", "TokenCounts", "check_weighting", "token_weights"]
 
-ModalityWeighting = Literal["uniform", "balanced"] | float
-"""`uniform`: all tokens alike; `balanced`: both modalities weigh the same in total; a number: the
+ModalityWeighting = Literal["uniform", "balanced", "gradient"] | float
+"""`uniform`: all tokens alike; `balanced`: both modalities weigh the same in total; `gradient`:
+each token by how much the answer's loss changes with it (`calibration.gradients`); a number: the
 weight of a visual token where a token of text weighs one."""
+
+_WORDS = ("uniform", "balanced", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,10 @@ def check_weighting(weighting: ModalityWeighting) -> None:
         ValueError: It is neither a known word nor a finite number that is not negative.
     """
     if isinstance(weighting, str):
-        if weighting not in ("uniform", "balanced"):
+        if weighting not in _WORDS:
             raise ValueError(
-                f"modality_weights {weighting!r} is unknown; allowed are 'uniform', 'balanced' or "
-                "the weight of a visual token"
+                f"modality_weights {weighting!r} is unknown; allowed are "
+                f"{', '.join(map(repr, _WORDS))} or the weight of a visual token"
             )
     elif not math.isfinite(weighting) or weighting < 0:
         raise ValueError(f"modality_weights must be at least 0 and finite, not {weighting}")
@@ -58,9 +61,20 @@ def check_weighting(weighting: ModalityWeighting) -> None:
 def token_weights(
     weighting: ModalityWeighting, counts: TokenCounts, is_visual: Tensor
 ) -> Tensor | None:
-    """Weights of tokens, float32 of the shape of `is_visual`; `None` for all alike."""
+    """Weights that modality alone decides, float32 of the shape of `is_visual`.
+
+    Returns:
+        The weights; `None` for all alike.
+
+    Raises:
+        ValueError: The weighting is `gradient`, which differs by token and by block.
+    """
     if weighting == "uniform":
         return None
+    if weighting == "gradient":
+        raise ValueError(
+            "modality does not decide a gradient weight; it comes from a TokenImportance"
+        )
     visual = weighting if isinstance(weighting, int | float) else _balance(counts)
     return torch.where(is_visual, visual, 1.0).to(torch.float32)
 

@@ -74,6 +74,12 @@ def test_weightings():
             check_weighting(bad)
 
 
+def test_modality_alone_does_not_decide_a_gradient_weight():
+    check_weighting("gradient")
+    with pytest.raises(ValueError, match="TokenImportance"):
+        token_weights("gradient", TokenCounts(visual=3, text=1), torch.tensor([[True]]))
+
+
 @pytest.mark.parametrize("budget", [0, 1000, 10**9])
 def test_the_store_keeps_every_digit_wherever_it_keeps_it(tmp_path, budget):
     batches = [torch.randn(2, n, 7) for n in (3, 20, 5)]
