@@ -60,11 +60,15 @@ class HalfBlock:
             handle.remove()
         raise AssertionError(f"{self.last} was not reached")
 
-    @torch.no_grad()
-    def run(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """The hidden state behind this half, of the same shape."""
+    def output(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The hidden state behind this half, of the same shape; autograd may record it."""
         output = self.body(self.norm(hidden), **arguments)
         return hidden + (output[0] if isinstance(output, tuple) else output)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """`output` without autograd."""
+        return self.output(hidden, arguments)
 
 
 class _ReachedError(Exception):

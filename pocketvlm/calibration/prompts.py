@@ -22,11 +22,18 @@ class Prompt:
         token_ids: The ids.
         image_start: Column of the first placeholder.
         is_truncated: Whether the end was cut off at the longest length that is used.
+        answer_start: Column of the answer's first token.
+        answer_end: Column behind the token that ends the answer; equal to `answer_start` where
+            the sample has no answer, or all of it was cut off.
+        where: File and line that the sample came from, for messages.
     """
 
     token_ids: tuple[int, ...]
     image_start: int
     is_truncated: bool
+    answer_start: int
+    answer_end: int
+    where: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +132,35 @@ def _encode(processor: Processor, sample: Sample) -> Prompt:
             f"{sample.where}: its image ends at token {start + spec.visual_tokens}, beyond the "
             f"{longest} that are used"
         )
+    answer = _answer_columns(processor, sample, token_ids)
     return Prompt(
         token_ids=tuple(token_ids[:longest]),
         image_start=start,
         is_truncated=len(token_ids) > longest,
+        answer_start=min(answer.start, longest),
+        answer_end=min(answer.stop, longest),
+        where=sample.where,
     )
+
+
+def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[int]) -> range:
+    """Columns that the model would have had to generate, the end of the answer included."""
+    question = processor.encode(_messages(sample)[:-1])
+    # Counted along both: a tokenizer may merge the prompt's last character with the answer's first.
+    start = next(
+        (
+            column
+            for column, (asked, whole) in enumerate(zip(question, token_ids, strict=False))
+            if asked != whole
+        ),
+        min(len(question), len(token_ids)),
+    )
+    if not sample.answer.strip():
+        return range(start, start)
+    ends = processor.eos_token_ids
+    # Templates may add a line break behind the end, which nobody generates.
+    stop = next((at + 1 for at in range(start, len(token_ids)) if token_ids[at] in ends), None)
+    return range(start, len(token_ids) if stop is None else stop)
 
 
 def _messages(sample: Sample) -> list[Message]:
