@@ -1,0 +1,131 @@
+"""Rotations folded into weights: outliers are spread over all channels before weights are rounded.
+
+QuaRot (arXiv 2404.00456) and SpinQuant (arXiv 2405.16406), as far as a rotation and its inverse
+can both be multiplied into weights: the stock classes compute the same function, and no runtime
+multiplies by a rotation. Which weights those are is said in `rotator`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.quantization.folding import check_float
+from pocketvlm.compress.quantization.layers import stage_version
+from pocketvlm.compress.quantization.rotator import Rotator
+from pocketvlm.context import RunContext
+from pocketvlm.errors import RecipeError
+from pocketvlm.modelspec import ModelSpec
+from pocketvlm.report import peak_rss_bytes
+from pocketvlm.weights import DenseWeight
+
+__all__ = ["Rotate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotate:
+    """Rotates float weights without changing the model's function.
+
+    Attributes:
+        seed: Seed of the random signs.
+        residual: Whether the decoder's residual stream is rotated (R1). It needs a head of its
+            own, since the final norm's weight is folded into the head and not into the embedding.
+        heads: Whether every head is rotated between v and o, in decoder and tower (R2).
+        tower: Whether the tower's residual stream is rotated (R3), where that is exact.
+        untie_head: Whether a head that shares the embedding's weight becomes a matrix of its own,
+            which costs the bytes of one more table.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+
+    method: Literal["rotate"] = "rotate"
+    seed: int = 0
+    residual: bool = True
+    heads: bool = True
+    tower: bool = True
+    untie_head: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.residual or self.heads or self.tower):
+            raise ValueError("residual, heads and tower are all false: nothing would be rotated")
+        if self.untie_head and not self.residual:
+            raise ValueError("untie_head only serves residual, which is false")
+
+    def spec_after(self, spec: ModelSpec) -> ModelSpec:
+        """The specification of the model behind this stage, from that before it.
+
+        Raises:
+            RecipeError: The residual stream cannot be rotated while the head is tied.
+        """
+        if not (self.residual and spec.decoder.tied_head):
+            return spec
+        if not self.untie_head:
+            count = spec.decoder.vocab_size * spec.decoder.hidden_size
+            raise RecipeError(
+                "rotate: residual needs a head of its own, and this model's shares the embedding's "
+                f"weight; allowed are untie_head: true, which stores {count:,} weights more, or "
+                "residual: false"
+            )
+        return replace(spec, decoder=replace(spec.decoder, tied_head=False))
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Rotates the checkpoint's weights in place; `calibration` is not looked at.
+
+        Raises:
+            RecipeError: A weight is quantized already, or the head is tied and has to stay so.
+        """
+        started = time.perf_counter()
+        check_float(checkpoint, self.method)
+        is_untied = checkpoint.spec != self.spec_after(checkpoint.spec)
+        if is_untied:
+            checkpoint = _untie(checkpoint, self.spec_after(checkpoint.spec))
+        metrics: dict[str, Any] = {"untied_head_bytes": 0}
+        notes = []
+        if is_untied:
+            head = checkpoint.form(checkpoint.spec.decoder.head)
+            metrics["untied_head_bytes"] = head.stored_bytes
+            notes.append(
+                f"the head became a matrix of its own: {head.stored_bytes:,} bytes more in "
+                "float32, before a quantizer"
+            )
+        work = Rotator(checkpoint, self.seed)
+        steps = (
+            ("residual", self.residual, work.rotate_residual),
+            ("heads", self.heads, work.rotate_heads),
+            ("tower", self.tower, work.rotate_tower),
+        )
+        for done, (name, is_wanted, rotate) in enumerate(steps, start=1):
+            reason = rotate() if is_wanted else ""
+            metrics[name] = is_wanted and not reason
+            if reason:
+                notes.append(f"{name} not rotated: {reason}")
+            ctx.report(self.method, done, len(steps), name)
+        record = StageRecord(
+            method=self.method,
+            parameters=asdict(self),
+            version=stage_version(),
+            calibration_sha256=None,
+            layers=work.rows(),
+            metrics=metrics,
+            notes=tuple(notes),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        return checkpoint.extend(record)
+
+
+def _untie(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
+    """Gives the head a weight of its own, equal to the embedding's."""
+    form = checkpoint.form(spec.decoder.embedding)
+    text = {**checkpoint.config["text_config"], "tie_word_embeddings": False}
+    config = {**checkpoint.config, "tie_word_embeddings": False, "text_config": text}
+    untied = replace(checkpoint, spec=spec, config=config)
+    untied.set_form(spec.decoder.head, DenseWeight(values=form.dequantize()))
+    return untied
