@@ -1,0 +1,22 @@
+"""The operators that this project's Core ML programs use, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pocketvlm.runtime.mil_elementwise import ELEMENTWISE
+from pocketvlm.runtime.mil_indexing import INDEXING
+from pocketvlm.runtime.mil_layout import LAYOUT
+from pocketvlm.runtime.mil_neural import NEURAL
+from pocketvlm.runtime.mil_types import Array
+
+__all__ = ["LIST_PARAMETERS", "OPERATORS", "Operator"]
+
+Operator = Callable[..., Array | tuple[Array, ...]]
+"""Arguments by the parameter names of the operator's specification."""
+
+OPERATORS: Mapping[str, Operator] = {**ELEMENTWISE, **INDEXING, **LAYOUT, **NEURAL}
+"""Everything but constants and states, which `mil_program` knows itself."""
+
+LIST_PARAMETERS = frozenset({"values"})
+"""Parameters that take several values at once."""
