@@ -48,6 +48,9 @@ class Component:
         role: `vision`, `embedding` or `decoder`.
         file: Path of the graph inside the bundle.
         precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
+        function: Which function of the file it is, where a file holds several that share weights.
+        states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
+        notes: What the toolkit said while it converted the graph, and what is done at a price.
     """
 
     target: str
@@ -56,6 +59,9 @@ class Component:
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
     precision: Mapping[str, str] = field(default_factory=dict)
+    function: str | None = None
+    states: tuple[TensorSignature, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,8 @@ class Manifest:
                         **component,
                         "inputs": _signatures(component["inputs"]),
                         "outputs": _signatures(component["outputs"]),
+                        "states": _signatures(component.get("states", [])),
+                        "notes": tuple(component.get("notes", [])),
                     }
                 )
                 for component in document["components"]
@@ -170,14 +178,16 @@ class Bundle:
                     f"manifest says {expected[:12]}…"
                 )
 
-    def component(self, target: str, role: str) -> Component:
-        """The graph of one target and role.
+    def component(self, target: str, role: str, function: str | None = None) -> Component:
+        """The graph of one target and role; the first one where no function is named.
 
         Raises:
             BundleError: The bundle has none.
         """
         for component in self.manifest.components:
-            if component.target == target and component.role == role:
+            if component.target != target or component.role != role:
+                continue
+            if function in (None, component.function):
                 return component
         targets = sorted({c.target for c in self.manifest.components})
         raise BundleError(
