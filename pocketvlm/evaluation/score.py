@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pocketvlm.bundle import Bundle
     from pocketvlm.calibration.source import Sample
     from pocketvlm.checkpoint import Checkpoint
+    from pocketvlm.simulation import Arithmetic
 
 __all__ = ["KindScore", "Score", "blinded", "compare_scores", "score_bundle", "score_checkpoint"]
 
@@ -85,6 +86,7 @@ def score_checkpoint(
     blind: bool = True,
     batch_size: int = 32,
     max_new_tokens: int = 16,
+    arithmetic: Arithmetic = "float32",
     ctx: RunContext | None = None,
 ) -> Score:
     """Scores greedy answers of a checkpoint in torch.
@@ -96,10 +98,13 @@ def score_checkpoint(
         blind: Whether the blind floor is measured too, which takes as long again.
         batch_size: Prompts of one length that are answered together.
         max_new_tokens: Longest answer.
+        arithmetic: `onnx` or `executorch` round activations as that runtime does; `float32`
+            rounds nothing.
         ctx: Seed of the noise and whom to tell about progress.
 
     Raises:
         CalibrationError: There are no questions, or a picture cannot be read.
+        ValueError: The metric or the arithmetic is unknown.
     """
     from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
 
@@ -113,6 +118,7 @@ def score_checkpoint(
             max_new_tokens=max_new_tokens,
             ctx=context,
             task=task,
+            arithmetic=arithmetic,
         )
 
     return _score(answer, samples, metric=metric, blind=blind, seed=context.seed)

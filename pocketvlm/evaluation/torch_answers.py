@@ -13,6 +13,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.prompts import prompt_messages
 from pocketvlm.forward import VisualTokens, embed_prompts, encode_images, greedy_generate
+from pocketvlm.simulation import Arithmetic, simulate_arithmetic
 from pocketvlm.weights import cache_dense_weights
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def answer_with_checkpoint(
     max_new_tokens: int,
     ctx: RunContext,
     task: str,
+    arithmetic: Arithmetic = "float32",
 ) -> list[str]:
     """Greedy answers in the order of the questions.
 
@@ -45,6 +47,7 @@ def answer_with_checkpoint(
         max_new_tokens: Longest answer.
         ctx: Whom to tell about progress.
         task: Name of the work.
+        arithmetic: Whose kernels the quantized layers follow.
 
     Raises:
         CalibrationError: A picture cannot be read.
@@ -52,7 +55,11 @@ def answer_with_checkpoint(
     processor, eos = checkpoint.processor, checkpoint.processor.eos_token_ids
     answers = [""] * len(samples)
     done = 0
-    with torch.inference_mode(), cache_dense_weights(checkpoint.model):
+    with (
+        torch.inference_mode(),
+        cache_dense_weights(checkpoint.model),
+        simulate_arithmetic(checkpoint, arithmetic),
+    ):
         for start in range(0, len(samples), _CHUNK * batch_size):
             chunk = range(start, min(start + _CHUNK * batch_size, len(samples)))
             features = _encode(checkpoint, [samples[index] for index in chunk], batch_size)
