@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pocketvlm.bundle import file_sha256, replace_directory
+from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.errors import CheckpointError
 from pocketvlm.modelspec import (
     LinearSpec,
@@ -52,6 +53,7 @@ __all__ = [
 CHECKPOINT_SCHEMA = 1
 _MANIFEST = "pocketvlm.json"
 _WEIGHTS = "model.safetensors"
+_CACHE = "kv_cache."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,7 @@ class Checkpoint:
         config: Content of config.json.
         source: Where the weights came from.
         reducer: The visual-token reduction, or `None` for all tokens.
+        cache_grid: What the KV cache is rounded to, or `None` where it stays float32.
         history: One record a stage, in order.
     """
 
@@ -123,6 +126,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     source: Source
     reducer: TokenReducer | None = None
+    cache_grid: CacheGrid | None = None
     history: tuple[StageRecord, ...] = ()
 
     @classmethod
@@ -165,6 +169,7 @@ class Checkpoint:
             config=config,
             source=Source(**manifest["source"]),
             reducer=_restore_reducer(manifest, spec, reducers or {}, path),
+            cache_grid=_load_cache_grid(spec, files),
             history=tuple(_record_from_json(record) for record in manifest["history"]),
         )
 
@@ -249,6 +254,8 @@ class Checkpoint:
                         forms[name]["shared"] = shared
         for name, parameter in self.model.named_parameters():
             tensors[name] = parameter.detach()
+        if self.cache_grid is not None:
+            tensors |= {_CACHE + key: value for key, value in self.cache_grid.to_tensors().items()}
         return {name: tensors[name].contiguous() for name in sorted(tensors)}, forms
 
 
@@ -451,12 +458,29 @@ def _load_weights(
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
     tied_copy = spec.decoder.head + ".weight" if spec.decoder.tied_head else None
-    unknown = sorted(stored.keys() - taken - {tied_copy})
+    scales = {name for name in stored if name.startswith(_CACHE)}
+    unknown = sorted(stored.keys() - taken - scales - {tied_copy})
     if unknown:
         raise CheckpointError(
             f"{files[0].parent}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a "
             f"{spec.model_type} model"
         )
+
+
+def _load_cache_grid(spec: ModelSpec, files: Sequence[Path]) -> CacheGrid | None:
+    stored = _index_tensors(files, spec)
+    tensors = {
+        name.removeprefix(_CACHE): _read_tensor(*stored[name])
+        for name in stored
+        if name.startswith(_CACHE)
+    }
+    if not tensors:
+        return None
+    decoder = spec.decoder
+    for name, scales in tensors.items():
+        expected = (decoder.depth, decoder.kv_heads, decoder.head_dim)
+        _check_shape(_CACHE + name, tuple(scales.shape), expected)
+    return CacheGrid.from_tensors(tensors)
 
 
 def _index_tensors(files: Sequence[Path], spec: ModelSpec) -> dict[str, tuple[Path, str]]:

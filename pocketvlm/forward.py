@@ -27,6 +27,7 @@ __all__ = [
     "encode_images",
     "greedy_generate",
     "merge_patches",
+    "new_cache",
     "project",
     "run_tower_block",
     "scoring_attention",
@@ -216,6 +217,17 @@ def embed_prompts(
     )
 
 
+def new_cache(checkpoint: Checkpoint) -> Any:
+    """An empty transformers cache that keeps what the phone's would."""
+    if checkpoint.cache_grid is not None:
+        from pocketvlm.rounded_cache import RoundedCache
+
+        return RoundedCache(checkpoint.cache_grid)
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
 def decode_logits(
     checkpoint: Checkpoint,
     inputs: DecoderInputs,
@@ -229,12 +241,15 @@ def decode_logits(
     Args:
         checkpoint: The model.
         inputs: The spliced prompt, or one step of generation.
-        cache: A transformers cache that is extended in place, or `None`.
+        cache: A transformers cache that is extended in place, such as `new_cache` makes; `None`
+            to compute all of `inputs` at once.
         last_only: Whether only the last column is needed.
         columns: int64 [batch, m]: which columns are needed; the head runs on these alone, so that
             prompts padded on the right can share a batch at no cost.
     """
     decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
+    if cache is None and checkpoint.cache_grid is not None:
+        cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
     # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
     # the positions for borders between packed sequences, and keep them from seeing each other.
     whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
@@ -265,10 +280,8 @@ def greedy_generate(
     A row stops at the first end token; an empty `eos_token_ids` always generates
     `max_new_tokens`.
     """
-    from transformers import DynamicCache
-
     embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
-    cache = DynamicCache()
+    cache = new_cache(checkpoint)
     batch = inputs.embeds.shape[0]
     answers: list[list[int]] = [[] for _ in range(batch)]
     open_rows = torch.ones(batch, dtype=torch.bool)

@@ -7,14 +7,13 @@ checkpoint that was never exported.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.forward import DecoderInputs, decode_logits, encode_images
+from pocketvlm.forward import DecoderInputs, decode_logits, encode_images, new_cache
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["TorchRunner"]
@@ -33,7 +32,7 @@ class TorchRunner(Runner):
         super().__init__(capacity=capacity or checkpoint.spec.decoder.max_positions)
         self.checkpoint = checkpoint
         self._embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
-        self._cache = _new_cache()
+        self._cache = new_cache(checkpoint)
 
     def encode_image(
         self, pixels: npt.NDArray[np.float32]
@@ -59,7 +58,7 @@ class TorchRunner(Runner):
         self._require_room(rows)
         # The cache is cut back here, so that `truncate` and `reset` stay what they are elsewhere.
         if self._length == 0:
-            self._cache = _new_cache()
+            self._cache = new_cache(self.checkpoint)
         elif self._cache.get_seq_length() > self._length:
             self._cache.crop(self._length - self._cache.get_seq_length())
         positions = torch.from_numpy(position_ids)
@@ -74,9 +73,3 @@ class TorchRunner(Runner):
         self._length += rows
         values: npt.NDArray[np.float32] = logits[0, -1].numpy()
         return values
-
-
-def _new_cache() -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache()
