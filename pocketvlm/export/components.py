@@ -195,7 +195,7 @@ def embedding_signatures(spec: ModelSpec) -> Signatures:
     )
 
 
-def decoder_signatures(spec: ModelSpec) -> Signatures:
+def decoder_signatures(spec: ModelSpec, cache_dtype: str = "float32") -> Signatures:
     """Inputs and outputs of the decoder graph.
 
     `capacity` is chosen by the caller, who binds past and present to the same buffers.
@@ -207,11 +207,17 @@ def decoder_signatures(spec: ModelSpec) -> Signatures:
             _float("embeds", 1, "length", decoder.hidden_size),
             _int("position_ids", 1, "length"),
             _int("past_length", 1),
-            *(_float(name, *cache) for name in cache_names(spec, "past")),
+            *(
+                TensorSignature(name=name, dtype=cache_dtype, shape=cache)
+                for name in cache_names(spec, "past")
+            ),
         ),
         (
             _float("logits", 1, 1, decoder.vocab_size),
-            *(_float(name, *cache) for name in cache_names(spec, "present")),
+            *(
+                TensorSignature(name=name, dtype=cache_dtype, shape=cache)
+                for name in cache_names(spec, "present")
+            ),
         ),
     )
 

@@ -54,6 +54,7 @@ class ToOnnx:
     accuracy_level: int = 4
     tower_accuracy_level: int = 4
 
+    cache_bits: ClassVar[frozenset[int]] = frozenset({8})
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
@@ -100,6 +101,9 @@ class ToOnnx:
             parts: Iterable[Part],
         ) -> None:
             inputs, outputs = signatures
+            precision = _precisions(checkpoint.forms(), parts)
+            if role == "decoder" and checkpoint.cache_grid is not None:
+                precision["kv_cache"] = f"int{checkpoint.cache_grid.bits} a channel"
             graph.save(target / f"{role}.onnx", inputs, outputs)
             components.append(
                 Component(
@@ -108,7 +112,7 @@ class ToOnnx:
                     file=f"{_FOLDER}/{role}.onnx",
                     inputs=inputs,
                     outputs=outputs,
-                    precision=_precisions(checkpoint.forms(), parts),
+                    precision=precision,
                 )
             )
             ctx.report("onnx", len(components), 3, role)
@@ -131,7 +135,8 @@ class ToOnnx:
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)
             ops.output(build_decoder(ops, spec, "embeds"), "logits")
             head: Part = "embedding" if spec.decoder.tied_head else "head"
-            finish(graph, "decoder", decoder_signatures(spec), ("decoder", head))
+            cache = "float32" if checkpoint.cache_grid is None else "int8"
+            finish(graph, "decoder", decoder_signatures(spec, cache), ("decoder", head))
         return tuple(components)
 
 

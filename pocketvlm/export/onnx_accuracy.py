@@ -77,7 +77,8 @@ def _all_logits(
     for prompt in prompts:
         length = prompt.embeds.shape[1]
         shape = (1, decoder.kv_heads, length, decoder.head_dim)
-        cache = [np.zeros(shape, np.float32) for _ in range(2 * decoder.depth)]
+        dtype = np.float32 if checkpoint.cache_grid is None else np.int8
+        cache = [np.zeros(shape, dtype) for _ in range(2 * decoder.depth)]
         for step in range(length):
             feed = dict(zip(cache_names(checkpoint.spec, "past"), cache, strict=True))
             logits, *cache = session.run(

@@ -180,6 +180,7 @@ class OnnxOps:
                 total,
                 cosine,
                 sine,
+                *self._cache_scales(label, block),
             ],
             [label, f"present.{block}.key", f"present.{block}.value"],
             name=label,
@@ -188,6 +189,7 @@ class OnnxOps:
             kv_num_heads=decoder.kv_heads,
             do_rotary=1,
             rotary_interleaved=0,
+            **self._cache_attributes(),
         )
         return attended
 
@@ -353,6 +355,25 @@ class OnnxOps:
         finally:
             handle.remove()
         return seen[0].reshape(-1, tower.hidden_size)
+
+    def _cache_scales(self, name: str, block: int) -> tuple[str, ...]:
+        """Scales of an int8 cache behind three inputs that are left out; nothing for float32."""
+        grid = self._checkpoint.cache_grid
+        if grid is None:
+            return ()
+        keys = self._graph.constant(f"{name}.key_scales", grid.keys[block].numpy())
+        values = self._graph.constant(f"{name}.value_scales", grid.values[block].numpy())
+        return ("", "", "", keys, values)
+
+    def _cache_attributes(self) -> dict[str, Any]:
+        grid = self._checkpoint.cache_grid
+        if grid is None:
+            return {}
+        return {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": grid.bits,
+        }
 
     def _sequence_lengths(self) -> tuple[str, str]:
         """`seqlens_k` (one less than the total) and the total, as the attention wants them."""

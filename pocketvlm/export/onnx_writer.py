@@ -27,7 +27,7 @@ CONTRIB = "com.microsoft"
 _IR_VERSION = 10
 _INLINE_BYTES = 1024  # smaller constants stay in the graph, where they cost no padding
 _PAGE = 4096  # large tensors are mapped from the file, and a mapping starts at a page
-_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int8": TensorProto.INT8}
 
 
 class WeightFile:

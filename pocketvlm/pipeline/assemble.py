@@ -108,7 +108,7 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
             "layers": decoder.depth,
             "kv_heads": decoder.kv_heads,
             "head_dim": decoder.head_dim,
-            "dtype": "float32",
+            "dtype": "float32" if checkpoint.cache_grid is None else "int8",
         },
         components=(),
         toolchain=toolchain_versions(),

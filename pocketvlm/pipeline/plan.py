@@ -17,13 +17,13 @@ from pocketvlm.errors import UnsupportedError
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
 from pocketvlm.pipeline.sources import read_model_spec
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.recipes.stages import Stage, check_order
+from pocketvlm.recipes.stages import Stage, Target, check_order
 from pocketvlm.selection import assign_rules
 
 __all__ = ["Plan", "plan"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # a checkpoint is published in bf16
-_CACHE_BYTES_A_VALUE = 4  # the KV cache of the ONNX decoder is float32
+_FLOAT_BITS = 32  # of a number in a KV cache that no stage quantizes
 _TURN_TOKENS = 256  # text of a short chat, beside the picture
 
 
@@ -109,6 +109,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     check_order(recipe.stages)
     kept = _kept_tokens(recipe.stages, spec)
     forms = _planned_forms(recipe.stages, spec)
+    cache_bits = _cache_bits(recipe.stages)
     refused: list[str] = []
     warnings: list[str] = []
     part_bytes: dict[str, int] = {}
@@ -116,12 +117,13 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
         prediction = target.predict(spec, forms)
         refused += prediction.refused
         warnings += prediction.warnings
+        refused += _cache_refusals(target, cache_bits)
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
     decoder = spec.decoder
-    row_bytes = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * _CACHE_BYTES_A_VALUE
-    cache_bytes = row_bytes * (kept + _TURN_TOKENS)
+    row_bits = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * cache_bits
+    cache_bytes = row_bits // 8 * (kept + _TURN_TOKENS)
     files = sum(file.stat().st_size for file in model.glob("*.json"))
     ram_bytes = weight_bytes + cache_bytes + _activation_bytes(spec)
     if profile is not None:
@@ -150,6 +152,24 @@ def _kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
         if reducer is not None:
             return int(reducer(spec).keep)
     return spec.visual_tokens
+
+
+def _cache_bits(stages: tuple[Stage, ...]) -> int:
+    """Bits of a number in the KV cache."""
+    return next(
+        (int(bits) for stage in stages if (bits := getattr(stage, "cache_bits", None))), _FLOAT_BITS
+    )
+
+
+def _cache_refusals(target: Target, bits: int) -> list[str]:
+    """A target says itself which caches it keeps, beside float32 ones."""
+    supported: frozenset[int] = getattr(target, "cache_bits", frozenset())
+    if bits == _FLOAT_BITS or bits in supported:
+        return []
+    return [
+        f"{target.method}: keeps no KV cache of {bits} bits; leave quantize_cache out of the "
+        "stages for this target"
+    ]
 
 
 def _planned_forms(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 from pocketvlm.bundle import Component
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
+from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.gptq import Gptq
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens
@@ -69,7 +70,7 @@ class Target(Protocol):
         """Writes the target's graphs below `folder` and describes them."""
 
 
-STAGES: tuple[type[Stage], ...] = (ReduceTokens, RoundToNearest, Gptq)
+STAGES: tuple[type[Stage], ...] = (ReduceTokens, RoundToNearest, Gptq, QuantizeCache)
 TARGETS: tuple[type[Target], ...] = (ToOnnx,)
 
 INITIAL_FLAGS = frozenset({"float_weights", "all_tokens"})

@@ -79,7 +79,13 @@ class ReceivedAttention(TokenReducer):
 class Decoder:
     """A decoder session whose past and present are the same buffers."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, capacity: int = 64) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        capacity: int = 64,
+        cache_dtype: type[np.generic] = np.float32,
+    ) -> None:
         self.session = open_session(folder, "decoder")
         self.binding = self.session.io_binding()
         self.logits = np.zeros((1, 1, spec.decoder.vocab_size), np.float32)
@@ -88,7 +94,8 @@ class Decoder:
         for block in range(spec.decoder.depth):
             for kind in ("key", "value"):
                 # Garbage behind the past must never be seen.
-                buffer = self.cache[f"{block}.{kind}"] = np.full(shape, 1e4, np.float32)
+                buffer = self.cache[f"{block}.{kind}"] = np.full(shape, 100, cache_dtype)
+                buffer *= 1 if cache_dtype is np.int8 else 100
                 self._bind("input", f"past.{block}.{kind}", buffer)
                 self._bind("output", f"present.{block}.{kind}", buffer)
         self._bind("output", "logits", self.logits)
