@@ -24,7 +24,7 @@ def erf(x: Array) -> Array:
     """The error function, to 1e-10: a cubic between knots with exact values and slopes."""
     values, slopes = _erf_knots()
     size = np.minimum(np.abs(x).astype(np.float64), _ERF_END) * _ERF_STEPS
-    knot = np.minimum(size, len(values) - 2).astype(np.int64)
+    knot = np.minimum(np.nan_to_num(size), len(values) - 2).astype(np.int64)  # NaN stays in t
     t = size - knot
     left, right = values[knot], values[knot + 1]
     rise, fall = slopes[knot] / _ERF_STEPS, slopes[knot + 1] / _ERF_STEPS

@@ -206,13 +206,18 @@ class _Reader:
 
     def _operation(self, message: Message) -> Operation:
         kind = message.text(1)
-        value = message.mapping(5).get("val") if kind == "const" else None
+        attributes = message.mapping(5)
+        value = attributes.pop("val", None) if kind == "const" else None
+        inputs = {
+            name: tuple(self._argument(binding) for binding in argument.messages(1))
+            for name, argument in message.mapping(2).items()
+        }
+        if kind.startswith("constexpr_"):  # iOS 16 keeps their arguments among the attributes
+            del attributes["name"]
+            inputs |= {name: (self._literal(entry),) for name, entry in attributes.items()}
         return Operation(
             kind=kind,
-            inputs={
-                name: tuple(self._argument(binding) for binding in argument.messages(1))
-                for name, argument in message.mapping(2).items()
-            },
+            inputs=inputs,
             outputs=tuple(self._parameter(entry) for entry in message.messages(3)),
             value=None if value is None else self._literal(value),
             has_blocks=message.has(4),
