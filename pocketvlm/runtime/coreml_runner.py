@@ -7,24 +7,30 @@ on an Apple machine the same runner drives the real runtime (`pocketvlm verify-c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.coreml_package import ComputedPackage, OpenPackage, ReferencePackage
+from pocketvlm.runtime.mil_package import Function
 from pocketvlm.runtime.mil_types import Array
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["CoremlRunner"]
 
 _TARGET = "coreml"
-_CACHE_INPUTS = ("key_cache", "value_cache")
+_CACHES = ("key_cache", "value_cache")
+_ROWS = {"embeds", "position_ids", "past_length"}
+_COUNT = "length"
 
 
 class CoremlRunner(Runner):
     """A bundle's Core ML packages, with the KV cache inside.
+
+    The cache is a state of the decoder (iOS 18), or goes in and out of every call (iOS 17).
 
     Attributes:
         chunk: Rows of one prefill.
@@ -40,67 +46,67 @@ class CoremlRunner(Runner):
         Raises:
             BundleError: The bundle has no Core ML packages, or one is damaged or does not match.
         """
-        self._open_package = open_package
-        self._opened: dict[str, ComputedPackage] = {}
-        self._bundle = bundle
-        self._vision = self._open("vision")
-        self._embedding = self._open("embedding")
-        self._decoder = self._open("decoder")
-        described = self._decoder.described
-        prefill, decode = described.function("prefill"), described.function("decode")
-        self.chunk = _fixed(self._bundle, "embeds", prefill.input_shape("embeds")[1])
-        cache = prefill.input_shape("key_cache")
-        super().__init__(capacity=_fixed(self._bundle, "key_cache", cache[-2]))
-        known = {"embeds", "position_ids", "past_length", *_CACHE_INPUTS}
-        names = {parameter.name for parameter in prefill.inputs}
-        if not known <= names or len(names - known) > 1:
-            raise BundleError(
-                f"{described.path}: prefill takes {', '.join(sorted(names))}; expected are "
-                f"{', '.join(sorted(known))} and a count of rows"
-            )
-        self._count_name = next(iter(names - known), None)
-        held = [p.name for p in decode.inputs if p.name in _CACHE_INPUTS and not p.is_state]
+        opened: dict[str, ComputedPackage] = {}
+
+        def entries(role: str) -> list[_Entry]:
+            found = []
+            bundle.component(_TARGET, role)  # says what there is, if there is none
+            for component in bundle.manifest.components:
+                if (component.target, component.role) == (_TARGET, role):
+                    if component.file not in opened:
+                        opened[component.file] = open_package(bundle.path / component.file)
+                    found.append(_Entry.open(component, opened[component.file]))
+            return found
+
+        (self._vision, *_), (self._embedding, *_) = entries("vision"), entries("embedding")
+        by_length = sorted(entries("decoder"), key=lambda entry: entry.size("embeds", 1))
+        self._step, self._prefill = by_length[0], by_length[-1]
+        for entry in by_length:
+            names = {parameter.name for parameter in entry.function.inputs}
+            if names - {_COUNT} != _ROWS | set(_CACHES):
+                raise BundleError(f"{entry.where} takes {', '.join(sorted(names))}: no decoder")
+        super().__init__(capacity=self._step.size(_CACHES[0], -2))
+        self.chunk = self._prefill.size("embeds", 1)
         self._carried: dict[str, Array] = {
-            name: np.zeros([size or 1 for size in decode.input_shape(name)], np.float32)
-            for name in held
+            parameter.name: np.zeros(parameter.type.sizes, np.float32)
+            for parameter in self._step.function.inputs
+            if parameter.name in _CACHES and not parameter.is_state
         }
-        length = self._embedding.described.function("embedding").input_shape("input_ids")[1]
-        self._embed_length = length
 
     def encode_image(
         self, pixels: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        outputs = self._vision.predict("vision", {"pixel_values": pixels})
+        outputs = self._vision.predict({"pixel_values": pixels})
         return outputs["embeds"], outputs["indices"].astype(np.int64)
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids to embeddings [1, L, width]."""
         ids = np.asarray(token_ids, np.int32)[None]
-        size = self._embed_length or ids.shape[1]
+        size = self._embedding.size("input_ids", 1)
         parts = []
         for start in range(0, ids.shape[1], size):
             part = ids[:, start : start + size]
             padded = np.pad(part, ((0, 0), (0, size - part.shape[1])))
-            embeds = self._embedding.predict("embedding", {"input_ids": padded})["embeds"]
-            parts.append(embeds[:, : part.shape[1]])
-        return np.concatenate(parts, axis=1)
+            parts.append(self._embedding.predict({"input_ids": padded})["embeds"])
+        return np.concatenate(parts, axis=1)[:, : ids.shape[1]]
 
     def decode(
         self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         """Runs L rows, writes them to the cache, and returns the last one's logits.
 
-        Prefill writes a whole chunk of rows, padding included; what stands behind the rows that
-        are real is overwritten by the next ones. Where a chunk no longer fits, rows go one by one.
+        A prefill writes a whole chunk of rows, padding included; what stands behind the real ones
+        is overwritten by the next call. Where a chunk no longer fits into a cache that is a state,
+        rows go one by one.
         """
         rows = embeds.shape[1]
         self._require_room(rows)
-        done = 0
         logits = np.zeros(0, np.float32)
+        done = 0
         while done < rows:
-            fits = self._length + self.chunk <= self.capacity
-            count = min(self.chunk, rows - done) if fits and rows - done > 1 else 1
+            fits = bool(self._carried) or self._length + self.chunk <= self.capacity
+            count = min(self.chunk, rows - done) if fits else 1
             part = slice(done, done + count)
             logits = self._run(embeds[:, part], position_ids[:, part])
             self._length += count
@@ -111,31 +117,70 @@ class CoremlRunner(Runner):
         self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         rows = embeds.shape[1]
-        function = "decode" if rows == 1 else "prefill"
-        padding = 0 if rows == 1 else self.chunk - rows
+        entry = self._step if rows == 1 else self._prefill
+        padding = entry.size("embeds", 1) - rows
         inputs: dict[str, Array] = {
             "embeds": np.pad(embeds, ((0, 0), (0, padding), (0, 0))),
             "position_ids": np.pad(position_ids, ((0, 0), (0, padding))).astype(np.int32),
             "past_length": np.array([self._length], np.int32),
             **self._carried,
         }
-        if self._count_name is not None and function == "prefill":
-            inputs[self._count_name] = np.array([rows], np.int32)
-        outputs = self._decoder.predict(function, inputs)
+        if any(parameter.name == _COUNT for parameter in entry.function.inputs):
+            inputs[_COUNT] = np.array([rows], np.int32)
+        outputs = entry.predict(inputs)
         for name in self._carried:
-            self._carried[name] = outputs[f"{name}_out"]
+            self._carried[name] = outputs[f"new_{name}"]
         logits: npt.NDArray[np.float32] = outputs["logits"][0, -1]
         return logits
 
-    def _open(self, role: str) -> ComputedPackage:
-        """Packages are opened once, however many roles they have."""
-        file = self._bundle.component(_TARGET, role).file
-        if file not in self._opened:
-            self._opened[file] = self._open_package(self._bundle.path / file)
-        return self._opened[file]
 
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One function of an opened package."""
 
-def _fixed(bundle: Bundle, name: str, size: int | None) -> int:
-    if size is None:
-        raise BundleError(f"{bundle.path}: the length of {name!r} is not fixed")
-    return size
+    package: ComputedPackage
+    function: Function
+
+    @classmethod
+    def open(cls, component: Component, package: ComputedPackage) -> _Entry:
+        """The function that a component names.
+
+        Raises:
+            BundleError: Its inputs, states or outputs are not those that the manifest names.
+        """
+        function = package.described.function(component.function or "main")
+        entry = cls(package=package, function=function)
+        for kind, said, found in (
+            ("inputs", component.inputs, {p.name for p in function.inputs if not p.is_state}),
+            ("states", component.states, {p.name for p in function.inputs if p.is_state}),
+            ("outputs", component.outputs, set(function.outputs)),
+        ):
+            odd = {signature.name for signature in said} ^ found
+            if odd:
+                raise BundleError(
+                    f"{entry.where}: has the {kind} {', '.join(sorted(odd))} that only one of "
+                    f"package and manifest knows"
+                )
+        return entry
+
+    @property
+    def where(self) -> str:
+        """The function, for a message."""
+        return f"{self.package.described.path}, function {self.function.name}"
+
+    def size(self, name: str, axis: int) -> int:
+        """Length of an input along an axis.
+
+        Raises:
+            BundleError: It has no such input, or its length varies.
+        """
+        for parameter in self.function.inputs:
+            if parameter.name == name:
+                size = parameter.type.shape[axis]
+                if size is not None:
+                    return size
+        raise BundleError(f"{self.where}: has no input {name!r} of fixed length")
+
+    def predict(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Computes the function."""
+        return self.package.predict(self.function.name, inputs)
