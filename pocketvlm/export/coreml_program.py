@@ -1,0 +1,296 @@
+"""Writes Core ML packages operator by operator, every weight once, the same bytes each time.
+
+Building the program directly instead of converting a traced one keeps every operator, name and
+byte under control: coremltools checks each operator's types as it is added and serializes the
+program, and nothing else of it runs. Functions of one package refer to the same stored weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketvlm.bundle import TensorSignature
+from pocketvlm.errors import ExportError, MissingExtraError
+from pocketvlm.export.coreml_forms import Codes, Constexpr, Deployment, FloatArray
+
+__all__ = ["FunctionWriter", "PackageWriter", "has_coremltools", "identifier", "listen"]
+
+_MODEL = "com.apple.CoreML/model.mlmodel"
+_WEIGHTS = "com.apple.CoreML/weights"
+_AUTHOR = "com.apple.CoreML"
+_NAMESPACE = uuid.UUID("6f1d6b0e-64a4-5f2c-9d0e-9a4f6d1c2b71")
+
+
+def has_coremltools() -> bool:
+    """Whether the toolkit is installed; does not import it."""
+    from importlib.util import find_spec
+
+    return find_spec("coremltools") is not None
+
+
+@contextmanager
+def listen() -> Iterator[list[str]]:
+    """Collects what the toolkit says, in order and without repetition, instead of printing it.
+
+    Raises:
+        MissingExtraError: coremltools is not installed.
+    """
+    if not has_coremltools():
+        raise MissingExtraError(
+            "the coreml target needs coremltools: pip install 'pocketvlm[coreml]'"
+        )
+    _import_quietly()
+    said: list[str] = []
+    logger = logging.getLogger("coremltools")
+    handlers, level, spreads = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [_Collector(said)], False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield said
+        said.extend(str(warning.message) for warning in caught)
+        said[:] = dict.fromkeys(" ".join(line.split()) for line in said)
+    finally:
+        logger.handlers, logger.propagate = handlers, spreads
+        logger.setLevel(level)
+
+
+def _import_quietly() -> None:
+    """What the toolkit says of this machine when it is imported is not about the model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import coremltools  # noqa: F401  (imported for its effects)
+    finally:
+        logging.disable(before)
+
+
+class PackageWriter:
+    """One package under construction.
+
+    A name stands for one constant in all of its functions, which is stored once.
+
+    Args:
+        deployment: The oldest system that has to read it.
+        float_type: What its graphs compute in.
+
+    Attributes:
+        packed: Weights by name.
+        arrays: Constants by name, with their digests.
+    """
+
+    def __init__(self, deployment: Deployment, float_type: type[np.floating]) -> None:
+        import coremltools
+        from coremltools.converters.mil.mil import Builder, Program
+
+        self.deployment: Deployment = deployment
+        self.float_type = float_type
+        self.packed: dict[str, Constexpr | FloatArray] = {}
+        self.arrays: dict[str, tuple[npt.NDArray[Any], str]] = {}
+        self._target = coremltools.target[deployment]
+        self._program = Program()
+        # Names are numbered by a counter of the process, which a conversion before may have left.
+        Builder.name_count.clear()
+
+    @contextmanager
+    def function(
+        self,
+        name: str,
+        inputs: Sequence[TensorSignature],
+        states: Sequence[TensorSignature] = (),
+    ) -> Iterator[FunctionWriter]:
+        """A function of static shapes; it has the outputs that the block gives its writer."""
+        from coremltools.converters.mil.mil import Builder, Function
+
+        placeholders = {
+            signature.name: Builder.TensorSpec(signature.shape, dtype=_mil_type(signature.dtype))
+            for signature in inputs
+        } | {
+            signature.name: Builder.StateTensorSpec(
+                signature.shape, dtype=_mil_type(signature.dtype)
+            )
+            for signature in states
+        }
+        with Function(placeholders, opset_version=self._target) as function:
+            writer = FunctionWriter(self, dict(function.inputs))
+            yield writer
+            function.set_outputs(list(writer.outputs))
+        self._program.add_function(name, function)
+
+    def save(self, path: Path, *, default: str | None = None) -> None:
+        """Writes the package and reads it back.
+
+        Args:
+            path: The `.mlpackage` folder.
+            default: The function that a runtime takes if none is named; `None` where the package
+                has one function, `main`.
+
+        Raises:
+            ExportError: The toolkit could not write the program, or not read it again.
+        """
+        from coremltools.converters.mil.backend.mil.load import load
+
+        if default is not None:
+            self._program.default_function_name = default
+            self._program.export_as_multifunction = True
+        shutil.rmtree(path, ignore_errors=True)
+        weights = path / "Data" / _WEIGHTS
+        weights.mkdir(parents=True)
+        try:
+            # No pass of the toolkit runs: the program is what was written.
+            spec = load(self._program, str(weights), specification_version=self._target.value)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise ExportError(f"{path.name}: coremltools cannot write it: {reason}") from error
+        # Maps have no order of their own.
+        (path / "Data" / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+        _write_manifest(path)
+        _read_back(path)
+
+
+class FunctionWriter:
+    """One function under construction.
+
+    Attributes:
+        package: What it belongs to.
+        inputs: Its inputs and states by name.
+        outputs: Its outputs so far.
+    """
+
+    def __init__(self, package: PackageWriter, inputs: Mapping[str, Any]) -> None:
+        self.package = package
+        self.inputs = inputs
+        self.outputs: list[Any] = []
+        self._constants: dict[str, Any] = {}
+
+    def constant(self, name: str, values: npt.NDArray[Any] | Codes) -> Any:
+        """A stored constant; asking again for the same name returns it."""
+        label = identifier(name)
+        if label not in self._constants:
+            from coremltools.converters.mil.mil import Builder
+
+            if label not in self.package.arrays:
+                self.package.arrays[label] = _typed(values)
+            array, digest = self.package.arrays[label]
+            constant = Builder.const(val=array, name=label)
+            constant.op.weight_id = digest
+            self._constants[label] = constant
+        return self._constants[label]
+
+    def weight(self, name: str, pack: Callable[[], Constexpr | FloatArray]) -> Any:
+        """A weight matrix, expanded from what is stored; `pack` is called once a package."""
+        if name not in self.package.packed:
+            self.package.packed[name] = pack()
+        packed = self.package.packed[name]
+        if not isinstance(packed, Constexpr):
+            return self.constant(f"{name}.weight", packed)
+        label = identifier(f"{name}.weight")
+        if label not in self._constants:
+            self._constants[label] = self._expand(label, packed)
+        return self._constants[label]
+
+    def output(self, value: Any, name: str, dtype: str) -> None:
+        """Makes a value an output of the function."""
+        from coremltools.converters.mil.mil import Builder
+
+        self.outputs.append(Builder.cast(x=value, dtype=_SHORT[dtype], name=name))
+
+    def _expand(self, label: str, packed: Constexpr) -> Any:
+        from coremltools.converters.mil.mil import Builder
+
+        operands: dict[str, Any] = {}
+        for parameter, operand in packed.operands.items():
+            if isinstance(operand, Constexpr):
+                operands[parameter] = self._expand(f"{label}_{parameter}", operand)
+            elif isinstance(operand, int):
+                operands[parameter] = np.int32(operand)
+            else:
+                operands[parameter] = self.constant(f"{label}_{parameter}", operand)
+        return getattr(Builder, packed.operator)(**operands, name=label)
+
+
+def identifier(name: str) -> str:
+    """A name as the format allows it: letters, digits and underscores."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record.getMessage())
+
+
+_SHORT = {"float16": "fp16", "float32": "fp32", "int32": "int32"}
+
+
+def _mil_type(dtype: str) -> Any:
+    from coremltools.converters.mil.mil import types
+
+    return getattr(types, _SHORT[dtype])
+
+
+def _typed(values: npt.NDArray[Any] | Codes) -> tuple[npt.NDArray[Any], str]:
+    """An array in the toolkit's own type of its width, without a copy, and its digest."""
+    from coremltools.converters.mil.mil import types
+
+    array = np.ascontiguousarray(values.values if isinstance(values, Codes) else values)
+    kind = array.dtype.name
+    digest = hashlib.sha256(array.data)
+    if isinstance(values, Codes) and values.bits < 8:  # noqa: PLR2004  (a byte)
+        kind = f"{'int' if values.is_signed else 'uint'}{values.bits}"
+        array = array.view(getattr(types, f"np_{kind}_dtype"))
+    digest.update(f"{kind}{array.shape}".encode())
+    return array, digest.hexdigest()
+
+
+def _write_manifest(path: Path) -> None:
+    """The list of what is in the folder, as the toolkit writes it, without random identifiers."""
+    items = {
+        "model.mlmodel": (_MODEL, "CoreML Model Specification"),
+        "weights": (_WEIGHTS, "CoreML Model Weights"),
+    }
+    identifiers = {name: str(uuid.uuid5(_NAMESPACE, name)) for name in items}
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": {
+            identifiers[name]: {
+                "author": _AUTHOR,
+                "description": description,
+                "name": name,
+                "path": place,
+            }
+            for name, (place, description) in items.items()
+        },
+        "rootModelIdentifier": identifiers["model.mlmodel"],
+    }
+    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
+
+
+def _read_back(path: Path) -> None:
+    """A package that cannot be loaded is no export."""
+    import coremltools
+
+    try:
+        spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"{path.name}: was written and cannot be read: {reason}") from error
+    if not spec.mlProgram.functions:
+        raise ExportError(f"{path.name}: was written and holds no function")
