@@ -234,6 +234,9 @@ def evaluate(
         str, typer.Option(help="A folder of pictures and questions, or reference:SEED.")
     ] = "reference:1",
     n: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
+    arithmetic: Annotated[
+        str, typer.Option(help="Round a checkpoint's activations as onnx or executorch does.")
+    ] = "float32",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -245,7 +248,7 @@ def evaluate(
     samples = load_evaluation(data, n)
     with _progress() as on_progress:
         ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
-        score = score_subject(subject, samples, ctx)
+        score = score_subject(subject, samples, ctx, arithmetic)
     document = score.to_json()
     _say(
         f"{document['metric']}  {score.accuracy:.1%}  "

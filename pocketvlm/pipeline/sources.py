@@ -6,17 +6,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, read_config, read_spec
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
+from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import reducer_builders
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.simulation import ARITHMETICS, Arithmetic
 
 __all__ = [
     "load_checkpoint",
@@ -127,15 +129,32 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
     return CalibrationSet.from_folder(Path(data)).take(n)
 
 
-def score_subject(subject: str, samples: CalibrationSet, ctx: RunContext) -> Score:
+def score_subject(
+    subject: str, samples: CalibrationSet, ctx: RunContext, arithmetic: str = "float32"
+) -> Score:
     """Scores a bundle, or whatever `resolve_model` understands, by the same code.
 
+    Args:
+        subject: What answers.
+        samples: The questions.
+        ctx: The run.
+        arithmetic: Whose rounding of activations a checkpoint follows; a bundle has its own.
+
     Raises:
-        PocketVLMError: It is neither a bundle nor a model.
+        InputError: The arithmetic is unknown, or given for a bundle.
+        PocketVLMError: The subject is neither a bundle nor a model.
     """
+    if arithmetic not in ARITHMETICS:
+        raise InputError(f"arithmetic is {arithmetic!r}; allowed are {', '.join(ARITHMETICS)}")
     if (Path(subject) / "manifest.json").is_file():
+        if arithmetic != "float32":
+            raise InputError(
+                f"{subject}: is a bundle, which has the arithmetic of its runtime; "
+                f"{arithmetic!r} can be simulated for a checkpoint"
+            )
         return score_bundle(Bundle.open(Path(subject)), samples, ctx=ctx)
-    return score_checkpoint(load_checkpoint(resolve_model(subject)), samples, ctx=ctx)
+    checkpoint = load_checkpoint(resolve_model(subject))
+    return score_checkpoint(checkpoint, samples, ctx=ctx, arithmetic=cast("Arithmetic", arithmetic))
 
 
 def _download(name: str) -> Path:

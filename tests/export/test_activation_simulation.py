@@ -16,10 +16,12 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.errors import InputError
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.export.onnx import ToOnnx
 from pocketvlm.export.onnx_packing import pack_weight
 from pocketvlm.forward import DecoderInputs, decode_logits, encode_images
+from pocketvlm.pipeline.sources import score_subject
 from pocketvlm.simulation import (
     round_per_block,
     round_per_token,
@@ -232,3 +234,17 @@ def test_scores_can_follow_a_runtime(tiny_checkpoint: Checkpoint) -> None:
         simulate_activations(checkpoint, "per_row"),
     ):
         pass
+
+
+def test_a_subject_can_be_scored_under_a_runtimes_arithmetic(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, ctx: RunContext
+) -> None:
+    samples = CalibrationSet.from_reference(0, 2)
+    quantize_checkpoint(tiny_checkpoint, 4).save(tmp_path / "checkpoint")
+    assert score_subject(str(tmp_path / "checkpoint"), samples, ctx, "onnx").n == 2
+    with pytest.raises(InputError, match="arithmetic is 'int8'; allowed are float32, onnx, exec"):
+        score_subject(str(tmp_path / "checkpoint"), samples, ctx, "int8")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="is a bundle, which has the arithmetic of its runtime"):
+        score_subject(str(tmp_path / "bundle"), samples, ctx, "onnx")
