@@ -1,0 +1,239 @@
+"""The ExecuTorch target: one program for XNNPACK, with the cache and all weights inside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+import pocketvlm.errors
+from pocketvlm.bundle import Component, TensorSignature
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.errors import ExportError, PocketVLMError, UnsupportedError
+from pocketvlm.export.components import embedding_signatures, vision_signatures
+from pocketvlm.export.executorch_methods import POSITION_CHANNELS, has_position_channels
+from pocketvlm.export.executorch_schema import constant_methods
+from pocketvlm.export.executorch_size import predict_executorch
+from pocketvlm.export.executorch_worker import (
+    JOB_FILE,
+    PROGRAM_FILE,
+    RESULT_FILE,
+    ConversionJob,
+)
+from pocketvlm.export.prediction import Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
+from pocketvlm.planned import PlannedForm
+from pocketvlm.report import read_json, write_json
+from pocketvlm.runtime.executorch_program import require_executorch
+from pocketvlm.weights import AffineWeight, WeightForm
+
+__all__ = ["ToExecutorch"]
+
+_FOLDER = "executorch"
+_CONVERSION = "conversion.json"
+_STEPS = ("vision_encoder", "token_embedding", "text_decoder", "xnnpack", "load")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToExecutorch:
+    """Writes `executorch/model.pte` and `executorch/conversion.json`.
+
+    Quantized layers run on XNNPACK's dynamically quantized kernels with the codes of the
+    checkpoint: 4 bits in groups that are multiples of 32, 4 or 8 bits with one scale a row.
+
+    Attributes:
+        context: Rows of KV cache, which is also the longest prompt.
+    """
+
+    method: Literal["executorch"] = "executorch"
+    context: int = 2048
+
+    cache_bits: ClassVar[frozenset[int]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"context is {self.context}; allowed are 1 and more")
+
+    def predict(
+        self, spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
+    ) -> Prediction:
+        """What the export of a model would weigh, and which layers no kernel can run."""
+        return predict_executorch(spec, forms)
+
+    def require_toolkit(self) -> None:
+        """Checks that ExecuTorch is installed.
+
+        Raises:
+            MissingExtraError: It is not.
+        """
+        require_executorch()
+
+    def export(
+        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
+    ) -> tuple[Component, ...]:
+        """Writes the program of a checkpoint below `folder`.
+
+        Conversion runs in a process of its own, which also loads what it wrote and runs every
+        method once.
+
+        Args:
+            checkpoint: What to export.
+            folder: The bundle; `folder/executorch` is created.
+            ctx: Told about each step.
+
+        Returns:
+            Vision, embedding and decoder: three methods of one file.
+
+        Raises:
+            MissingExtraError: ExecuTorch is not installed.
+            UnsupportedError: A layer has a form without a kernel.
+            ExportError: The program cannot be made, or does not load or run.
+        """
+        self.require_toolkit()
+        if checkpoint.cache_grid is not None:
+            raise UnsupportedError(
+                "executorch: an int8 KV cache has no kernel here; leave out the stage that makes it"
+            )
+        spec, reducer = checkpoint.spec, checkpoint.reducer
+        capacity = min(self.context, spec.decoder.max_positions)
+        job = ConversionJob(
+            model=checkpoint.model,
+            spec=spec,
+            reducer=reducer,
+            capacity=capacity,
+            constants=constant_methods(
+                spec,
+                reducer,
+                capacity=capacity,
+                eos_token_ids=checkpoint.processor.eos_token_ids,
+            ),
+        )
+        target = folder / _FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        result = _convert(job, target / PROGRAM_FILE, ctx)
+        del result["peak_rss_bytes"]  # a signed file says nothing of the machine
+        write_json(target / _CONVERSION, result)
+        return _components(checkpoint, _notes(result))
+
+
+def _convert(job: ConversionJob, file: Path, ctx: RunContext) -> dict[str, Any]:
+    """Runs a job in a process of its own, and moves its program to `file`."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as name:
+        scratch = Path(name)
+        torch.save(job, scratch / JOB_FILE)
+        command = [sys.executable, "-m", "pocketvlm.export.executorch_worker", name]
+        with (
+            (scratch / "stderr.txt").open("w+") as complaints,
+            subprocess.Popen(  # noqa: S603  (our own program)
+                command, stdout=subprocess.PIPE, stderr=complaints, text=True
+            ) as process,
+        ):
+            for line in process.stdout or ():
+                _report_step(line, ctx)
+            code = process.wait()
+            complaints.seek(0)
+            last = complaints.read().strip().rpartition("\n")[2]
+        if not (scratch / RESULT_FILE).is_file():
+            raise ExportError(f"executorch: the conversion ended with code {code}: {last}")
+        result = read_json(scratch / RESULT_FILE)
+        if "error" in result:
+            error_type = getattr(pocketvlm.errors, result["error"])
+            error: PocketVLMError = error_type(result["message"])
+            raise error
+        (scratch / PROGRAM_FILE).replace(file)
+    ctx.report("executorch", len(_STEPS), len(_STEPS), "done")
+    return result
+
+
+def _report_step(line: str, ctx: RunContext) -> None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return  # something else that a library printed
+    ctx.report("executorch", _STEPS.index(step), len(_STEPS), step)
+
+
+def _notes(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a reader of the report must know."""
+    notes = []
+    for method, found in result["delegation"].items():
+        if found["delegates"]:
+            others = ", ".join(sorted(found["fallback"]))
+            notes.append(
+                f"{method}: XNNPACK runs {found['share']:.0%} of the operators in "
+                f"{found['delegates']} delegates; ExecuTorch's own kernels run {others}"
+            )
+    roundings = result["scale_roundings"]
+    if roundings:
+        notes.append(
+            f"{len(roundings)} layers: scales are stored in bfloat16, which changes them by up to "
+            f"{max(roundings.values()):.2%}"
+        )
+    if result["dense"]:
+        notes.append(f"{len(result['dense'])} compressed layers are stored as dense float32")
+    return tuple(notes)
+
+
+def _components(checkpoint: Checkpoint, notes: tuple[str, ...]) -> tuple[Component, ...]:
+    spec, reducer = checkpoint.spec, checkpoint.reducer
+    kept = spec.visual_tokens if reducer is None else reducer.keep
+    width = spec.decoder.hidden_size
+    width += POSITION_CHANNELS if has_position_channels(reducer) else 0
+    (pixels,), (_, indices) = vision_signatures(spec, kept)
+    (ids,), _ = embedding_signatures(spec)
+    rows = TensorSignature(name="rows", dtype="float32", shape=(1, "length", width))
+    picture = TensorSignature(name="rows", dtype="float32", shape=(1, kept, width))
+    start = TensorSignature(name="input_pos", dtype="int64", shape=(1,))
+    logits = TensorSignature(name="logits", dtype="float32", shape=(1, 1, spec.decoder.vocab_size))
+    head: Part = "embedding" if spec.decoder.tied_head else "head"
+    roles: tuple[tuple[Literal["vision", "embedding", "decoder"], Any, Any, Iterable[Part]], ...]
+    roles = (
+        ("vision", (pixels,), (picture, indices), ("tower", "projector")),
+        ("embedding", (ids,), (rows,), ("embedding",)),
+        ("decoder", (rows, start), (logits,), ("decoder", head)),
+    )
+    return tuple(
+        Component(
+            target="executorch",
+            role=role,
+            file=f"{_FOLDER}/{PROGRAM_FILE}",
+            inputs=inputs,
+            outputs=outputs,
+            precision=_precisions(checkpoint.forms(), parts),
+            notes=notes if role == "decoder" else (),
+        )
+        for role, inputs, outputs, parts in roles
+    )
+
+
+def _precisions(forms: Mapping[LinearSpec, WeightForm], parts: Iterable[Part]) -> dict[str, str]:
+    """How the layers of each part are stored, the most frequent first."""
+    precisions: dict[str, str] = {}
+    for part in parts:
+        counts = Counter(_precision(form) for linear, form in forms.items() if linear.part == part)
+        kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        several = len(kinds) > 1
+        precisions[part] = ", ".join(
+            f"{kind} ({count} layers)" if several else kind for kind, count in kinds
+        )
+    return precisions
+
+
+def _precision(form: WeightForm) -> str:
+    if not isinstance(form, AffineWeight):
+        return "float32"
+    is_row = form.group_size >= form.in_features
+    group = "a row" if is_row else f"g{form.group_size}"
+    return f"int{form.bits} {group}, int8 activations"

@@ -1,0 +1,110 @@
+"""What a program says about itself: the constants of ExecuTorch's runner, and a schema for people.
+
+`MultimodalRunner` reads the constant methods by name (extension/llm/runner/constants.h). Beyond
+these, `get_model_schema` returns a JSON document that describes every method, so that an app can be
+written against the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pocketvlm.export.executorch_methods import POSITION_CHANNELS, has_position_channels
+from pocketvlm.modelspec import ModelSpec
+from pocketvlm.reduction import TokenReducer
+
+__all__ = ["constant_methods"]
+
+_SCHEMA = 1
+
+
+def constant_methods(
+    spec: ModelSpec,
+    reducer: TokenReducer | None,
+    *,
+    capacity: int,
+    eos_token_ids: Sequence[int],
+) -> dict[str, Any]:
+    """The constant methods of a program, by name.
+
+    Args:
+        spec: The model.
+        reducer: The token reduction, or `None`.
+        capacity: Rows of KV cache.
+        eos_token_ids: Tokens that end an answer.
+    """
+    schema = _describe(spec, reducer, capacity=capacity, eos_token_ids=eos_token_ids)
+    return {
+        "get_max_seq_len": capacity,
+        "get_max_context_len": capacity,
+        "get_vocab_size": spec.decoder.vocab_size,
+        "get_eos_ids": list(eos_token_ids),
+        "get_n_layers": spec.decoder.depth,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_model_schema": json.dumps(schema, sort_keys=True),
+    }
+
+
+def _describe(
+    spec: ModelSpec,
+    reducer: TokenReducer | None,
+    *,
+    capacity: int,
+    eos_token_ids: Sequence[int],
+) -> dict[str, Any]:
+    kept = spec.visual_tokens if reducer is None else reducer.keep
+    width = spec.decoder.hidden_size
+    has_channels = has_position_channels(reducer)
+    channels = width + (POSITION_CHANNELS if has_channels else 0)
+    side = spec.tower.image_size
+    length = {"min": 1, "max": capacity}
+    document: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "max_context_len": capacity,
+        "hidden_size": width,
+        "row_channels": channels,
+        "visual_tokens": kept,
+        "visual_tokens_full": spec.visual_tokens,
+        "image_token_id": spec.image_token_id,
+        "eos_token_ids": list(eos_token_ids),
+        "methods": {
+            "vision_encoder": {
+                "inputs": [_tensor("pixel_values", "float32", 1, spec.tower.channels, side, side)],
+                "outputs": [
+                    _tensor("rows", "float32", 1, kept, channels),
+                    _tensor("indices", "int64", 1, kept),
+                ],
+            },
+            "token_embedding": {
+                "inputs": [_tensor("input_ids", "int64", 1, length)],
+                "outputs": [_tensor("rows", "float32", 1, length, channels)],
+            },
+            "text_decoder": {
+                "inputs": [
+                    _tensor("rows", "float32", 1, length, channels),
+                    _tensor("input_pos", "int64", 1),
+                ],
+                "outputs": [_tensor("logits", "float32", 1, 1, spec.decoder.vocab_size)],
+            },
+        },
+        "runtime_constraints": [
+            "input_pos is the number of rows in the cache before the call",
+            "input_pos plus the rows of a call is at most max_context_len",
+            "a picture's rows take the place of its placeholders in the prompt",
+        ],
+    }
+    if has_channels:
+        document["position_channels"] = {
+            "offset": width,
+            "advance": width + 1,
+            "meaning": "position = running + offset; running grows by advance behind each row",
+        }
+    return document
+
+
+def _tensor(name: str, dtype: str, *shape: int | dict[str, int]) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}

@@ -1,0 +1,101 @@
+"""Predicts the ExecuTorch program's bytes, and what it cannot run, from the specification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pocketvlm.export.executorch_forms import explain_misfit, kernel_bits
+from pocketvlm.export.prediction import Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedAffine, PlannedForm
+
+__all__ = ["predict_executorch"]
+
+_FLOAT_BYTES = 4  # XNNPACK computes in float32 and stores what it computes with
+_GROUP_SCALE_BYTES = 2  # of a blockwise kernel; one a row is float32
+_TOWER_BLOCK_BYTES = 9_000
+_DECODER_BLOCK_BYTES = 9_500
+_GRAPH_BYTES = 30_000
+
+
+def predict_executorch(
+    spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
+) -> Prediction:
+    """Bytes of the program by part, and the layers that no kernel can run.
+
+    Args:
+        spec: The model.
+        forms: What each layer will be stored as; `None` for layers that stay float.
+    """
+    parts: dict[str, int] = {}
+    refused: list[str] = []
+    dense: list[str] = []
+    for linear, form in forms.items():
+        count = linear.out_features * linear.in_features * _FLOAT_BYTES
+        if isinstance(form, PlannedAffine):
+            reason = _misfit(spec, linear, form)
+            if reason is not None:
+                refused.append(f"executorch: {linear.name}: {reason}")
+            count = _stored_bytes(linear, form)
+            if linear.part == "embedding":
+                count += _table_scale_bytes(linear, form) if spec.decoder.tied_head else 0
+        elif form is not None:
+            dense.append(linear.name)
+        parts[linear.part] = parts.get(linear.part, 0) + count
+    parts["other"] = _other_bytes(spec)
+    warnings = []
+    if dense:
+        warnings.append(
+            f"executorch: {len(dense)} layers of codebooks are stored as dense float32: XNNPACK "
+            "has no kernel for them"
+        )
+    return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+
+
+def _misfit(spec: ModelSpec, linear: LinearSpec, form: PlannedAffine) -> str | None:
+    if linear.part == "embedding" and not spec.decoder.tied_head:
+        return None  # a lookup takes any grid
+    if form.float_zeros:
+        return "zero points between codes have no XNNPACK kernel; symmetric: true would work"
+    return explain_misfit(
+        bits=form.bits,
+        group_size=form.group_size,
+        symmetric=form.symmetric,
+        in_features=linear.in_features,
+    )
+
+
+def _stored_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
+    """Codes and scales as a kernel stores them."""
+    groups = -(-linear.in_features // form.group_size)
+    if groups == 1:
+        row = -(-linear.in_features * kernel_bits(form.bits) // 8) + _FLOAT_BYTES
+    else:
+        row = groups * form.group_size * kernel_bits(form.bits) // 8 + groups * _GROUP_SCALE_BYTES
+    return linear.out_features * row
+
+
+def _table_scale_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
+    """A tied table's codes are stored once; the lookup has scales of its own."""
+    groups = -(-linear.in_features // form.group_size)
+    return linear.out_features * groups * _FLOAT_BYTES
+
+
+def _other_bytes(spec: ModelSpec) -> int:
+    """Everything but weight matrices: patches, positions, norms, biases, graphs."""
+    tower, decoder = spec.tower, spec.decoder
+    patches = tower.patches_per_side**2 + int(tower.has_cls)
+    patch_weights = tower.channels * tower.patch_size**2
+    embeddings = (
+        patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
+    ) * tower.hidden_size
+    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
+    tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
+    decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
+    biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
+    graphs = (
+        _GRAPH_BYTES
+        + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
+        + _DECODER_BLOCK_BYTES * decoder.depth
+    )
+    return (embeddings + tower_norms + decoder_norms + biases) * _FLOAT_BYTES + graphs
