@@ -29,9 +29,10 @@ from pocketvlm.export.coreml_cache import (
 from pocketvlm.export.coreml_forms import DEPLOYMENTS, describe_form
 from pocketvlm.export.coreml_ops import MilOps
 from pocketvlm.export.coreml_positions import DecoderPositions
-from pocketvlm.export.coreml_program import PackageWriter, listen
+from pocketvlm.export.coreml_program import PackageWriter
 from pocketvlm.export.coreml_reducer import convert_reducer
 from pocketvlm.export.coreml_size import predict_coreml
+from pocketvlm.export.coreml_toolkit import listen
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
@@ -48,9 +49,9 @@ _MAIN = "main"
 class ToCoreml:
     """Writes `coreml/vision.mlpackage` and `coreml/decoder.mlpackage`.
 
-    For iOS 18 the decoder keeps its cache itself and has three functions over one set of weights:
-    `embedding`, `prefill` and `decode`. For iOS 17, which has neither states nor functions, the cache
-    goes in and out of one function, and the embedding is a package of its own.
+    For iOS 18 the decoder keeps its cache itself and has three functions over one set of weights,
+    `embedding`, `prefill` and `decode`. For iOS 17, which has neither states nor functions, the
+    cache goes in and out of one function, and the embedding is a package of its own.
 
     Attributes:
         deployment: The oldest system that has to run it: `iOS18` or `iOS17`.

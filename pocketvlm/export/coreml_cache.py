@@ -83,6 +83,7 @@ class StatefulCache:
         }
 
     def extend(self, block: int, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Writes new rows of a block, returns all of its rows."""
         from coremltools.converters.mil.mil import Builder
 
         heads, width = self._decoder.kv_heads, round_up(self._decoder.head_dim)
@@ -153,6 +154,7 @@ class PassedCache:
         self._kept = Builder.sub(x=one, y=taken, name="slots_kept")
 
     def extend(self, block: int, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Writes new rows of a block, returns all of its rows."""
         from coremltools.converters.mil.mil import Builder
 
         rows = []

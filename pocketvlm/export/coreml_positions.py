@@ -13,10 +13,10 @@ import numpy as np
 from pocketvlm.export.coreml_program import FunctionWriter
 from pocketvlm.modelspec import ModelSpec
 
-__all__ = ["DecoderPositions"]
+__all__ = ["TABLE_ROWS", "DecoderPositions"]
 
 _MASKED = -1e4  # far below any score, far above what float16 ends at
-_TABLE_ROWS = 4096
+TABLE_ROWS = 4096
 
 
 class DecoderPositions:
@@ -101,7 +101,7 @@ class DecoderPositions:
     def _rotary(self, capacity: int) -> tuple[Any, Any]:
         """Cosines and sines of the rows, [length, d]; the first half of the sines is negated."""
         decoder = self._spec.decoder
-        rows = min(decoder.max_positions, max(_TABLE_ROWS, capacity))
+        rows = min(decoder.max_positions, max(TABLE_ROWS, capacity))
         exponents = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / decoder.head_dim
         frequencies = (1.0 / np.float32(decoder.rope_theta) ** exponents).astype(np.float32)
         angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies[None]

@@ -8,11 +8,6 @@ program, and nothing else of it runs. Functions of one package refer to the same
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import shutil
-import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,61 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketvlm.bundle import TensorSignature
-from pocketvlm.errors import ExportError, MissingExtraError
+from pocketvlm.errors import ExportError
 from pocketvlm.export.coreml_forms import Codes, Constexpr, Deployment, FloatArray
+from pocketvlm.export.coreml_package import create_package, read_back, write_model
 
-__all__ = ["FunctionWriter", "PackageWriter", "has_coremltools", "identifier", "listen"]
-
-_MODEL = "com.apple.CoreML/model.mlmodel"
-_WEIGHTS = "com.apple.CoreML/weights"
-_AUTHOR = "com.apple.CoreML"
-_NAMESPACE = uuid.UUID("6f1d6b0e-64a4-5f2c-9d0e-9a4f6d1c2b71")
-
-
-def has_coremltools() -> bool:
-    """Whether the toolkit is installed; does not import it."""
-    from importlib.util import find_spec
-
-    return find_spec("coremltools") is not None
-
-
-@contextmanager
-def listen() -> Iterator[list[str]]:
-    """Collects what the toolkit says, in order and without repetition, instead of printing it.
-
-    Raises:
-        MissingExtraError: coremltools is not installed.
-    """
-    if not has_coremltools():
-        raise MissingExtraError(
-            "the coreml target needs coremltools: pip install 'pocketvlm[coreml]'"
-        )
-    _import_quietly()
-    said: list[str] = []
-    logger = logging.getLogger("coremltools")
-    handlers, level, spreads = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.propagate = [_Collector(said)], False
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield said
-        said.extend(str(warning.message) for warning in caught)
-        said[:] = dict.fromkeys(" ".join(line.split()) for line in said)
-    finally:
-        logger.handlers, logger.propagate = handlers, spreads
-        logger.setLevel(level)
-
-
-def _import_quietly() -> None:
-    """What the toolkit says of this machine when it is imported is not about the model."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import coremltools  # noqa: F401  (imported for its effects)
-    finally:
-        logging.disable(before)
+__all__ = ["FunctionWriter", "PackageWriter", "identifier"]
 
 
 class PackageWriter:
@@ -147,19 +92,15 @@ class PackageWriter:
         if default is not None:
             self._program.default_function_name = default
             self._program.export_as_multifunction = True
-        shutil.rmtree(path, ignore_errors=True)
-        weights = path / "Data" / _WEIGHTS
-        weights.mkdir(parents=True)
+        weights = create_package(path)
         try:
             # No pass of the toolkit runs: the program is what was written.
             spec = load(self._program, str(weights), specification_version=self._target.value)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ExportError(f"{path.name}: coremltools cannot write it: {reason}") from error
-        # Maps have no order of their own.
-        (path / "Data" / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
-        _write_manifest(path)
-        _read_back(path)
+        write_model(path, spec)
+        read_back(path)
 
 
 class FunctionWriter:
@@ -228,15 +169,6 @@ def identifier(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
-class _Collector(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._said = said
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._said.append(record.getMessage())
-
-
 _SHORT = {"float16": "fp16", "float32": "fp32", "int32": "int32"}
 
 
@@ -258,39 +190,3 @@ def _typed(values: npt.NDArray[Any] | Codes) -> tuple[npt.NDArray[Any], str]:
         array = array.view(getattr(types, f"np_{kind}_dtype"))
     digest.update(f"{kind}{array.shape}".encode())
     return array, digest.hexdigest()
-
-
-def _write_manifest(path: Path) -> None:
-    """The list of what is in the folder, as the toolkit writes it, without random identifiers."""
-    items = {
-        "model.mlmodel": (_MODEL, "CoreML Model Specification"),
-        "weights": (_WEIGHTS, "CoreML Model Weights"),
-    }
-    identifiers = {name: str(uuid.uuid5(_NAMESPACE, name)) for name in items}
-    manifest = {
-        "fileFormatVersion": "1.0.0",
-        "itemInfoEntries": {
-            identifiers[name]: {
-                "author": _AUTHOR,
-                "description": description,
-                "name": name,
-                "path": place,
-            }
-            for name, (place, description) in items.items()
-        },
-        "rootModelIdentifier": identifiers["model.mlmodel"],
-    }
-    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
-
-
-def _read_back(path: Path) -> None:
-    """A package that cannot be loaded is no export."""
-    import coremltools
-
-    try:
-        spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ExportError(f"{path.name}: was written and cannot be read: {reason}") from error
-    if not spec.mlProgram.functions:
-        raise ExportError(f"{path.name}: was written and holds no function")
