@@ -10,13 +10,27 @@ from pocketvlm.runtime.mil_layout import LAYOUT
 from pocketvlm.runtime.mil_neural import NEURAL
 from pocketvlm.runtime.mil_types import Array
 
-__all__ = ["LIST_PARAMETERS", "OPERATORS", "Operator"]
+__all__ = ["LIST_PARAMETERS", "MOVERS", "OPERATORS", "Operator"]
 
 Operator = Callable[..., Array | tuple[Array, ...]]
 """Arguments by the parameter names of the operator's specification."""
 
 OPERATORS: Mapping[str, Operator] = {**ELEMENTWISE, **INDEXING, **LAYOUT, **NEURAL}
 """Everything but constants and states, which `mil_program` knows itself."""
+
+_COMPUTING = {
+    "cumsum",
+    "fill",
+    "fill_like",
+    "one_hot",
+    "pad",
+    "scatter",
+    "scatter_along_axis",
+    "scatter_nd",
+}
+
+MOVERS = (LAYOUT.keys() | INDEXING.keys()) - _COMPUTING
+"""Operators whose results are elements of their arguments, so that none needs rounding again."""
 
 LIST_PARAMETERS = frozenset({"values"})
 """Parameters that take several values at once."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.mil_constexpr import CONSTEXPR
-from pocketvlm.runtime.mil_ops import LIST_PARAMETERS, OPERATORS, Operator
+from pocketvlm.runtime.mil_ops import LIST_PARAMETERS, MOVERS, OPERATORS, Operator
 from pocketvlm.runtime.mil_package import Argument, Function, Literal, MilPackage, Operation
 from pocketvlm.runtime.mil_types import Array, TensorType
 
@@ -175,7 +175,9 @@ class _Compiled:
             values[output.name] = self._fitted(operation, result, output.type)
 
     def _fitted(self, operation: Operation, result: Array, declared: TensorType) -> Array:
-        value = declared.element.fit(np.asarray(result))
+        value = np.asarray(result)
+        if operation.kind not in MOVERS or value.dtype != declared.element.held:
+            value = declared.element.fit(value)
         if not declared.admits(value.shape):
             raise BundleError(
                 f"{self._say(operation)}: the result has shape {list(value.shape)}; declared is "
