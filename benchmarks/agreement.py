@@ -1,8 +1,9 @@
 """How often the bundle generates exactly the tokens of the quantized torch model.
 
-    python benchmarks/agreement.py RUN [RUN ...] --n 500
+    python benchmarks/agreement.py RUN [RUN ...] --n 500 [--target coreml]
 
-RUN is a folder that `pocketvlm compress` wrote. Prints a table, and one JSON line at the end.
+RUN is a folder that `pocketvlm compress` wrote. A Core ML bundle is computed by the reference
+evaluator, which is not Core ML. Prints a table, and one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.context import RunContext
+from pocketvlm.export.parity import RUNNERS
 from pocketvlm.forward import embed_prompts, encode_images, greedy_generate
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.processor import user_message
@@ -25,10 +28,11 @@ from pocketvlm.weights import cache_dense_weights
 _NEW_TOKENS = 16
 
 
-def compare(run: Path, n: int, seed: int) -> dict[str, Any]:
+def compare(run: Path, n: int, seed: int, target: str) -> dict[str, Any]:
     """Answers `n` held-out questions twice."""
     checkpoint = load_checkpoint(run / "checkpoint")
-    conversation = Conversation(Bundle.open(run / "bundle"))
+    bundle = Bundle.open(run / "bundle")
+    conversation = Conversation(bundle, runner=RUNNERS[target](bundle, RunContext()))
     eos = checkpoint.processor.eos_token_ids
     equal = same_text = 0
     with cache_dense_weights(checkpoint.model), torch.inference_mode():
@@ -44,7 +48,13 @@ def compare(run: Path, n: int, seed: int) -> dict[str, Any]:
             answer = conversation.ask(sample.question, image, max_new_tokens=_NEW_TOKENS)
             equal += list(answer.token_ids) == expected
             same_text += answer.text == checkpoint.processor.decode(expected)
-    return {"run": run.name, "n": n, "tokens_equal": equal / n, "texts_equal": same_text / n}
+    return {
+        "run": run.name,
+        "target": target,
+        "n": n,
+        "tokens_equal": equal / n,
+        "texts_equal": same_text / n,
+    }
 
 
 def main() -> None:
@@ -52,13 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--target", choices=sorted(RUNNERS), default="onnx")
     parser.add_argument("--seed", type=int, default=11)
     arguments = parser.parse_args()
-    rows = [compare(run, arguments.n, arguments.seed) for run in arguments.runs]
-    print(f"{'run':<24} {'n':>5} {'tokens equal':>13} {'texts equal':>12}")
+    rows = [compare(run, arguments.n, arguments.seed, arguments.target) for run in arguments.runs]
+    print(f"{'run':<24} {'target':<10} {'n':>5} {'tokens equal':>13} {'texts equal':>12}")
     for row in rows:
         share = f"{row['tokens_equal']:>13.2%} {row['texts_equal']:>12.2%}"
-        print(f"{row['run']:<24} {row['n']:>5} {share}")
+        print(f"{row['run']:<24} {row['target']:<10} {row['n']:>5} {share}")
     print(json.dumps({"benchmark": "agreement", "rows": rows}))
 
 

@@ -27,6 +27,7 @@ from pocketvlm.export.agreement import (
 from pocketvlm.export.certificate import ParityReport, Precision, TargetParity, judge
 from pocketvlm.export.closeness import Floats, cosine, relative_error, sqnr_db, total_variation
 from pocketvlm.export.questions import Questions, read_questions
+from pocketvlm.runtime.coreml_runner import CoremlRunner
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
@@ -42,8 +43,16 @@ def _onnx_runner(bundle: Bundle, ctx: RunContext) -> Runner:
     return OnnxRunner(bundle, threads=ctx.threads)
 
 
-RUNNERS: Mapping[str, RunnerFactory] = {"onnx": _onnx_runner}
-"""The engines of this host, by target."""
+def _coreml_runner(bundle: Bundle, _ctx: RunContext) -> Runner:
+    return CoremlRunner(bundle)
+
+
+RUNNERS: Mapping[str, RunnerFactory] = {"coreml": _coreml_runner, "onnx": _onnx_runner}
+"""The engines of this host, by target.
+
+Core ML packages are computed by the reference evaluator, which reads what Core ML would load and
+is not Core ML; `pocketvlm verify-coreml` asks Core ML itself.
+"""
 
 TIE_ERRORS = 6.0
 """Two choices are a near-tie where the reference separates them by at most so many RMS logit
@@ -122,6 +131,9 @@ def _precision(components: Sequence[Component], target: str) -> Precision:
         if component.target == target
         for label in component.precision.values()
     ]
+    if target == "coreml":
+        # Weights are expanded before they are used: activations are floats whatever these are.
+        return "float32" if set(labels) == {"float32"} else "float16"
     return "integer" if any("int" in label for label in labels) else "float32"
 
 
@@ -171,6 +183,7 @@ def _measure(
         **turns,
     }
     details: dict[str, object] = {
+        "engine": artifact.runner.engine,
         "prefill_max_abs_logit": _max_error(prefill, expected),
         "chain_max_abs_logit": _max_error(chain, expected),
         "near_tie_margin_logit": tie,

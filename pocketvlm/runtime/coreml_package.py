@@ -23,7 +23,10 @@ class ComputedPackage(ABC):
 
     Attributes:
         described: What the package says of itself.
+        engine: What computes it, in words.
     """
+
+    engine: str
 
     def __init__(self, path: Path) -> None:
         self.described = MilPackage.open(path)
@@ -43,6 +46,8 @@ OpenPackage = Callable[[Path], ComputedPackage]
 
 class ReferencePackage(ComputedPackage):
     """A package behind the reference evaluator: numpy, on any machine, and not Core ML."""
+
+    engine = "reference evaluator of MIL programs (numpy); not Core ML"
 
     def __init__(self, path: Path) -> None:
         """Reads the package and decodes its weights.

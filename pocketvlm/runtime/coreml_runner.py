@@ -65,6 +65,7 @@ class CoremlRunner(Runner):
             names = {parameter.name for parameter in entry.function.inputs}
             if names - {_COUNT} != _ROWS | set(_CACHES):
                 raise BundleError(f"{entry.where} takes {', '.join(sorted(names))}: no decoder")
+        self.engine = self._step.package.engine
         super().__init__(capacity=self._step.size(_CACHES[0], -2))
         self.chunk = self._prefill.size("embeds", 1)
         self._carried: dict[str, Array] = {

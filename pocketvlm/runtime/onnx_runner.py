@@ -78,6 +78,7 @@ class OnnxRunner(Runner):
                 f"{bundle.path}: the manifest's kv_cache or generation block cannot be read: "
                 f"{error!r}"
             ) from error
+        self.engine = f"ONNX Runtime {ort.__version__}"
         super().__init__(
             capacity=min(DEFAULT_CAPACITY, positions) if capacity is None else capacity
         )

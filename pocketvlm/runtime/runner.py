@@ -22,9 +22,11 @@ class Runner(ABC):
 
     Attributes:
         capacity: Rows that the KV cache can hold.
+        engine: What computes, in words; a certificate says it.
     """
 
     capacity: int
+    engine: str = "not named"
 
     def __init__(self, *, capacity: int) -> None:
         if capacity < 1:
