@@ -13,6 +13,7 @@ import numpy as np
 from pocketvlm.bundle import Component, TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.components import (
     Signatures,
     build_decoder,
@@ -112,6 +113,11 @@ class ToCoreml:
             UnsupportedError: A layer has a form or activation without an operator.
             ExportError: The token reducer cannot be converted, or a package cannot be read back.
         """
+        if checkpoint.cache_grid is not None:
+            raise UnsupportedError(
+                "coreml: states hold float16 alone, so an int8 KV cache cannot be exported; leave "
+                "its stage out, or the target"
+            )
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         with listen() as said:
             vision = self._export_vision(checkpoint, folder)

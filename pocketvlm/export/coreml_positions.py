@@ -91,7 +91,7 @@ class DecoderPositions:
 
         What a row may see is told by slots, not by positions, which may have gaps.
         """
-        every = np.arange(capacity, dtype=np.int32)[None]
+        every = self._function.constant("cache_rows", np.arange(capacity, dtype=np.int32)[None])
         slots = self._mb.expand_dims(x=self.slots, axes=[1], name="slots_column")
         is_later = self._mb.greater(x=every, y=slots, name="is_later")
         is_later = self._mb.cast(x=is_later, dtype=self._short, name="is_later_float")
