@@ -1,6 +1,7 @@
 """What quantization costs: accuracy of answers by method, bits and group size.
 
     python benchmarks/quantization_quality.py --n 500 --bits 4 3 2 --group-size 16 32 64 128 0
+    python benchmarks/quantization_quality.py --n 300 --before none awq rotate --bits 3 2
 
 Every weight matrix is quantized: tower, projector, decoder, tables and head. Every row answers the
 same held-out questions in torch, so differences are paired; a group size of 0 is one scale a row,
@@ -21,18 +22,25 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.rotation import Rotate
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
+from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
-Stage = RoundToNearest | Gptq
+Stage = Awq | Gptq | Rotate | RoundToNearest
+ROTATIONS = {
+    "rotate": Rotate(untie_head=True),
+    "rotate_tied": Rotate(residual=False),  # what costs no table of its own
+}
 
 
 def rules_for(
-    checkpoint: Checkpoint, bits: int, group_size: int, *, symmetric: bool, parts: list[str]
+    spec: ModelSpec, bits: int, group_size: int, *, symmetric: bool, parts: list[str]
 ) -> tuple[WeightRule, ...]:
     """One rule a layer, since a group may be no wider than its layer."""
     return tuple(
@@ -42,14 +50,37 @@ def rules_for(
             group_size=min(group_size or linear.in_features, linear.in_features),
             symmetric=symmetric,
         )
-        for linear in checkpoint.spec.linears()
+        for linear in spec.linears()
         if linear.part in parts
     )
 
 
-def stages_for(rules: tuple[WeightRule, ...], arguments: argparse.Namespace) -> dict[str, Stage]:
+def pipelines_for(
+    spec: ModelSpec, bits: int, group_size: int, arguments: argparse.Namespace
+) -> dict[str, tuple[Stage, ...]]:
+    """What is done to the float model, by label: each quantizer behind each transform."""
+    pipelines: dict[str, tuple[Stage, ...]] = {}
+    for before in arguments.before:
+        turned = ROTATIONS[before].spec_after(spec) if before in ROTATIONS else spec
+        rules = rules_for(
+            turned, bits, group_size, symmetric=arguments.symmetric, parts=arguments.part
+        )
+        transforms: dict[str, tuple[Stage, ...]] = {
+            "none": (),
+            "awq": (Awq(rules=rules),),
+            **{name: (stage,) for name, stage in ROTATIONS.items()},
+        }
+        for label, quantizer in quantizers_for(rules, arguments).items():
+            full = label if before == "none" else f"{before} + {label}"
+            pipelines[full] = (*transforms[before], quantizer)
+    return pipelines
+
+
+def quantizers_for(
+    rules: tuple[WeightRule, ...], arguments: argparse.Namespace
+) -> dict[str, Gptq | RoundToNearest]:
     """The methods that are compared, by label."""
-    stages: dict[str, Stage] = {}
+    stages: dict[str, Gptq | RoundToNearest] = {}
     for grid in arguments.grid:
         suffix = "" if grid == "min_max" else f" {grid}"
         stages[f"rtn{suffix}"] = RoundToNearest(rules=rules, grid=grid)
@@ -68,7 +99,7 @@ def stages_for(rules: tuple[WeightRule, ...], arguments: argparse.Namespace) -> 
                         modality_weights=weights,
                         damping=arguments.damping,
                     )
-    return stages
+    return {label: stage for label, stage in stages.items() if stage.method in arguments.quantizer}
 
 
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -83,17 +114,18 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [_row(path.name, "float", None, None, baseline, baseline)]
     for bits in arguments.bits:
         for group_size in arguments.group_size:
-            rules = rules_for(
-                whole, bits, group_size, symmetric=arguments.symmetric, parts=arguments.part
-            )
-            for label, stage in stages_for(rules, arguments).items():
-                done = stage.apply(Checkpoint.load(path), calibration, ctx)
+            pipelines = pipelines_for(whole.spec, bits, group_size, arguments)
+            for label, stages in pipelines.items():
+                done = Checkpoint.load(path)
+                for stage in stages:
+                    done = stage.apply(done, calibration, ctx)
                 score = score_checkpoint(done, samples, blind=False, ctx=ctx)
                 row = _row(path.name, label, bits, group_size, score, baseline)
                 forms = [done.form(linear.name) for linear in done.spec.linears()]
                 stored = sum(form.stored_bytes for form in forms)
                 weights = sum(form.shape[0] * form.shape[1] for form in forms)
                 row["bits_per_weight"] = 8 * stored / weights
+                row["weight_bytes"] = stored
                 row["rounded_layers"] = done.history[-1].metrics.get("layers_rounded")
                 rows.append(row)
                 print(
@@ -147,6 +179,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, nargs="+", default=[16, 32, 64, 128, 0])
+    parser.add_argument("--quantizer", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument(
+        "--before", nargs="+", default=["none"], choices=["none", "awq", *ROTATIONS]
+    )
     parser.add_argument("--grid", nargs="+", default=["min_max"])
     parser.add_argument("--order", nargs="+", default=["group_aware"])
     parser.add_argument("--static", type=int, nargs="+", default=[0])
