@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
@@ -83,37 +83,37 @@ class Rotate:
         """
         started = time.perf_counter()
         check_float(checkpoint, self.method)
-        is_untied = checkpoint.spec != self.spec_after(checkpoint.spec)
-        if is_untied:
-            checkpoint = _untie(checkpoint, self.spec_after(checkpoint.spec))
-        metrics: dict[str, Any] = {"untied_head_bytes": 0}
+        spec = self.spec_after(checkpoint.spec)
         notes = []
-        if is_untied:
-            head = checkpoint.form(checkpoint.spec.decoder.head)
-            metrics["untied_head_bytes"] = head.stored_bytes
+        untied_bytes = 0
+        if spec != checkpoint.spec:
+            checkpoint = _untie(checkpoint, spec)
+            untied_bytes = checkpoint.form(spec.decoder.head).stored_bytes
             notes.append(
-                f"the head became a matrix of its own: {head.stored_bytes:,} bytes more in "
-                "float32, before a quantizer"
+                f"the head became a matrix of its own: {untied_bytes:,} bytes more in float32, "
+                "before a quantizer"
             )
         work = Rotator(checkpoint, self.seed)
-        steps = (
-            ("residual", self.residual, work.rotate_residual),
-            ("heads", self.heads, work.rotate_heads),
-            ("tower", self.tower, work.rotate_tower),
-        )
-        for done, (name, is_wanted, rotate) in enumerate(steps, start=1):
-            reason = rotate() if is_wanted else ""
-            metrics[name] = is_wanted and not reason
-            if reason:
-                notes.append(f"{name} not rotated: {reason}")
-            ctx.report(self.method, done, len(steps), name)
+        if self.residual:
+            work.rotate_residual()
+        if self.heads:
+            work.rotate_heads()
+        reason = work.rotate_tower() if self.tower else ""
+        if reason:
+            notes.append(f"tower not rotated: {reason}")
+        ctx.report(self.method, 1, 1, "; ".join(notes))
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
             version=stage_version(),
             calibration_sha256=None,
             layers=work.rows(),
-            metrics=metrics,
+            metrics={
+                "residual": self.residual,
+                "heads": self.heads,
+                "tower": self.tower and not reason,
+                "untied_head_bytes": untied_bytes,
+            },
             notes=tuple(notes),
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),

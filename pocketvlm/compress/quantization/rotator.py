@@ -52,8 +52,8 @@ class Rotator:
         self._seed = seed
         self._sides: dict[str, dict[str, str]] = {}
 
-    def rotate_residual(self) -> str:
-        """R1. Returns why it was not done; empty, since it always is."""
+    def rotate_residual(self) -> None:
+        """R1."""
         spec = self._checkpoint.spec
         decoder = spec.decoder
         rotation = random_rotation(decoder.hidden_size, self._generator("residual"))
@@ -70,9 +70,8 @@ class Rotator:
             self._read_stream(f"{path}.post_attention_layernorm", read, rotation, "residual")
             self._outputs(f"{path}.mlp.down_proj", rotation, "residual")
         self._read_stream(f"{decoder.prefix}.norm", (decoder.head,), rotation, "residual")
-        return ""
 
-    def rotate_heads(self) -> str:
+    def rotate_heads(self) -> None:
         """R2: one rotation a key-value head, which the query heads that read it share."""
         decoder, tower = self._checkpoint.spec.decoder, self._checkpoint.spec.tower
         for block in range(decoder.depth):
@@ -86,10 +85,9 @@ class Rotator:
             turns = self._head_rotations(path, tower.heads, tower.head_dim)
             self._outputs(f"{path}.v_proj", turns, "heads")
             self._inputs(f"{path}.out_proj", turns, "heads")
-        return ""
 
     def rotate_tower(self) -> str:
-        """R3. Returns why it was not done."""
+        """R3. Returns why it was not done; empty where it was."""
         spec, model = self._checkpoint.spec, self._checkpoint.model
         tower = spec.tower
         reason = self._why_tower_stays()
