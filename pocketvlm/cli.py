@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketvlm import __version__
-from pocketvlm.errors import CheckFailedError, PocketVLMError, RecipeError
+from pocketvlm.errors import CheckFailedError, PocketVLMError
 
 if TYPE_CHECKING:
     from pocketvlm.context import Progress, ProgressCallback
@@ -43,6 +43,19 @@ ModelArgument = Annotated[
     ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The checkpoint that the bundle was made from. Default: the one beside the bundle."
+    ),
+]
+QuestionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="A folder of pictures and questions, or reference:SEED. Default: generated ones.",
+    ),
+]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a YAML file.")
 ]
@@ -57,6 +70,10 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads. Default: all cores.")
+]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option("--runtime", help="onnx or executorch. Default: the first that the bundle has."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 
@@ -191,7 +208,7 @@ def ask(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
-    runtime: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    runtime: RuntimeOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -201,12 +218,10 @@ def ask(
 
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
-    from pocketvlm.runtime.onnx_runner import OnnxRunner
+    from pocketvlm.runtime.engines import open_engine
 
-    if runtime != "onnx":
-        raise RecipeError(f"--runtime {runtime!r} is not known; allowed is onnx")
     opened = Bundle.open(bundle)
-    conversation = Conversation(opened, runner=OnnxRunner(opened, threads=threads))
+    conversation = Conversation(opened, runner=open_engine(opened, runtime, threads=threads))
 
     def show(piece: str) -> None:
         if not as_json:
@@ -237,6 +252,7 @@ def evaluate(
     arithmetic: Annotated[
         str, typer.Option(help="Round a checkpoint's activations as onnx or executorch does.")
     ] = "float32",
+    runtime: RuntimeOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -248,7 +264,7 @@ def evaluate(
     samples = load_evaluation(data, n)
     with _progress() as on_progress:
         ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
-        score = score_subject(subject, samples, ctx, arithmetic)
+        score = score_subject(subject, samples, ctx, arithmetic, runtime)
     document = score.to_json()
     _say(
         f"{document['metric']}  {score.accuracy:.1%}  "
@@ -388,12 +404,45 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def inspect(
     bundle: BundleArgument,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Compute the Core ML packages with the reference evaluator (which is not Core ML) "
+            "and compare them with the checkpoint.",
+        ),
+    ] = False,
+    swift: Annotated[
+        bool, typer.Option("--swift", help="Print a Swift file that answers from the bundle.")
+    ] = False,
+    checkpoint: CheckpointOption = None,
+    data: QuestionsOption = None,
+    n: Annotated[int, typer.Option(min=1, help="Questions for --evaluate.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens that are compared.")] = 16,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a bundle holds, after checking the digest of every file."""
     from pocketvlm.bundle import Bundle
 
     opened = Bundle.open(bundle)
+    if swift:
+        from pocketvlm.export.coreml_swift import render_swift
+
+        print(render_swift(opened), end="")
+        return
+    if evaluate:
+        _quiet_libraries()
+        from pocketvlm.context import RunContext
+        from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml
+
+        asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
+        with _progress() as on_progress:
+            certificate = evaluate_coreml(bundle, asked, RunContext(on_progress=on_progress))
+        _print_certificate(certificate.to_json())
+        if as_json:
+            _print_json(certificate.to_json())
+        certificate.raise_if_failed()
+        return
     manifest = opened.manifest
     _say(f"model          {manifest.model} ({manifest.family})")
     _say(
@@ -410,6 +459,48 @@ def inspect(
         _say(f"{(opened.path / name).stat().st_size:>12,}  {name}")
     if as_json:
         _print_json({**manifest.to_json(), "bundle_bytes": opened.stored_bytes()})
+
+
+@app.command(name="verify-coreml")
+def verify_coreml(
+    bundle: BundleArgument,
+    checkpoint: CheckpointOption = None,
+    data: QuestionsOption = None,
+    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens that are compared.")] = 16,
+    units: Annotated[
+        str, typer.Option(help="What Core ML may use: ALL, CPU_AND_NE, CPU_AND_GPU or CPU_ONLY.")
+    ] = "ALL",
+    iterations: Annotated[int, typer.Option(min=1, help="Timed predictions a function.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Certify and time a bundle's packages with Core ML itself. Needs an Apple machine."""
+    _quiet_libraries()
+    from pocketvlm.context import RunContext
+    from pocketvlm.pipeline.verify_coreml import Questions
+    from pocketvlm.pipeline.verify_coreml import verify_coreml as verify
+    from pocketvlm.runtime.coreml_apple import COMPUTE_UNITS
+
+    if units not in COMPUTE_UNITS:
+        raise RecipeError(f"--units {units!r} is not known; allowed are {', '.join(COMPUTE_UNITS)}")
+    asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
+    with _progress() as on_progress:
+        ctx = RunContext(on_progress=on_progress)
+        found = verify(bundle, asked, ctx, units=units, iterations=iterations)
+    document = found.to_json()
+    if found.certificate is not None:
+        _print_certificate(found.certificate.to_json())
+    for function in document["functions"]:
+        name = " ".join(filter(None, (function["file"], function["function"])))
+        share = function["operator_shares"].get("neural_engine", 0.0)
+        _say(
+            f"{name:<40} {function['predict_ms']['median']:8.2f} ms  "
+            f"Neural Engine {share:.0%} of {function['operators']} operators"
+        )
+    if as_json:
+        _print_json(document)
+    if found.failures:
+        raise CheckFailedError("; ".join(found.failures))
 
 
 @app.command()
@@ -530,6 +621,25 @@ def _print_summary(document: Mapping[str, Any]) -> None:
         _print_latency(document["bench"])
     for note in document["notes"]:
         _say(f"note     {note}")
+
+
+def _print_certificate(document: Mapping[str, Any]) -> None:
+    for name, target in document["targets"].items():
+        _say(f"{name}: {target['details']['engine']}")
+        for check in target["checks"]:
+            verdict = "" if check["passed"] else "FAILED"
+            value = "not finite" if check["value"] is None else f"{check['value']:.6g}"
+            bounds = [
+                f"{word} {check['bound'][key]:g}"
+                for key, word in (("at_least", "at least"), ("at_most", "at most"))
+                if check["bound"][key] is not None
+            ]
+            _say(f"  {check['metric']:<28} {value:>12}  {' and '.join(bounds):<28} {verdict}")
+        details = target["details"]
+        _say(
+            f"  {'greedy tokens':<28} {details['greedy_tokens_equal']:>12}  "
+            f"of {details['greedy_tokens_compared']}, near-ties {details['greedy_near_ties']}"
+        )
 
 
 def _print_latency(result: Mapping[str, Any]) -> None:

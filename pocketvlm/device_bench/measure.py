@@ -25,6 +25,7 @@ from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.runtime.detokenize import TextStream
+from pocketvlm.runtime.engines import choose_engine, open_engine
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
@@ -131,7 +132,7 @@ def measure_block(
     rows = workload.prompt_tokens + visual_tokens + workload.new_tokens
     _require_positions(bundle, workload)
     laps.lap()
-    runner = OnnxRunner(bundle, threads=threads, capacity=rows)
+    runner = _open(bundle, threads, rows)
     load_ms += laps.lap()
     loaded = _Loaded(
         bundle=bundle,
@@ -253,6 +254,13 @@ def _require_positions(bundle: Bundle, workload: Workload) -> None:
             f"workload {workload.name!r} takes {needed} positions ({workload.prompt_tokens} text, "
             f"{visual} visual, {workload.new_tokens} new); {bundle.path} has {limit}"
         )
+
+
+def _open(bundle: Bundle, threads: int, rows: int) -> Runner:
+    """The engine that the bundle would be asked with; ONNX Runtime's cache is made to measure."""
+    if choose_engine(bundle) == "onnx":
+        return OnnxRunner(bundle, threads=threads, capacity=rows)
+    return open_engine(bundle, threads=threads)
 
 
 def _rss_bytes() -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.prompts import prompt_messages
-from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, lay_out_prompt
@@ -43,7 +43,7 @@ def answer_with_bundle(
         max_new_tokens: Longest answer.
         ctx: Threads, and whom to tell about progress.
         task: Name of the work.
-        runner: The engine; `None` for ONNX Runtime.
+        runner: The engine; `None` for the first that the bundle has graphs for.
 
     Raises:
         BundleError: The bundle cannot be run.
@@ -51,7 +51,7 @@ def answer_with_bundle(
     """
     codec = TextCodec.from_bundle(bundle)
     preprocessor = ImagePreprocessor.from_bundle(bundle)
-    engine = runner or OnnxRunner(bundle, threads=ctx.threads)
+    engine = runner or open_engine(bundle, threads=ctx.threads)
     answers: list[str] = []
     seen: Path | object | None = None
     pictures: list[VisualFeatures] = []

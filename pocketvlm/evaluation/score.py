@@ -131,6 +131,7 @@ def score_bundle(
     metric: MetricName = "exact_match",
     blind: bool = True,
     max_new_tokens: int = 16,
+    runtime: str | None = None,
     ctx: RunContext | None = None,
 ) -> Score:
     """Scores greedy answers of the artifact itself, as an app gets them: one question at a time.
@@ -141,19 +142,28 @@ def score_bundle(
         metric: What counts as right.
         blind: Whether the blind floor is measured too, which takes as long again.
         max_new_tokens: Longest answer.
+        runtime: The engine; `None` for the first that the bundle has graphs for.
         ctx: Seed of the noise, threads, and whom to tell about progress.
 
     Raises:
         CalibrationError: There are no questions, or a picture cannot be read.
         BundleError: The bundle cannot be run.
+        InputError: There is no such engine.
     """
     from pocketvlm.evaluation.bundle_answers import answer_with_bundle
+    from pocketvlm.runtime.engines import open_engine
 
     context = ctx or RunContext()
+    runner = open_engine(bundle, runtime, threads=context.threads)
 
     def answer(questions: Sequence[Sample], task: str) -> list[str]:
         return answer_with_bundle(
-            bundle, questions, max_new_tokens=max_new_tokens, ctx=context, task=task
+            bundle,
+            questions,
+            max_new_tokens=max_new_tokens,
+            ctx=context,
+            task=task,
+            runner=runner,
         )
 
     return _score(answer, samples, metric=metric, blind=blind, seed=context.seed)

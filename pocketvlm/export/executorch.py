@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ import pocketvlm.errors
 from pocketvlm.bundle import Component, TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import ExportError, PocketVLMError, UnsupportedError
+from pocketvlm.errors import ExportError, MissingExtraError, PocketVLMError, UnsupportedError
 from pocketvlm.export.components import embedding_signatures, vision_signatures
 from pocketvlm.export.executorch_methods import POSITION_CHANNELS, has_position_channels
 from pocketvlm.export.executorch_schema import constant_methods
@@ -69,16 +69,14 @@ class ToExecutorch:
     def predict(
         self, spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
     ) -> Prediction:
-        """What the export of a model would weigh, and which layers no kernel can run."""
-        return predict_executorch(spec, forms)
-
-    def require_toolkit(self) -> None:
-        """Checks that ExecuTorch is installed.
-
-        Raises:
-            MissingExtraError: It is not.
-        """
-        require_executorch()
+        """What the export of a model would weigh, and what stands in its way."""
+        prediction = predict_executorch(spec, forms)
+        try:
+            require_executorch()
+        except MissingExtraError as error:
+            refused = (f"executorch: {error}", *prediction.refused)
+            return replace(prediction, refused=refused)
+        return prediction
 
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
@@ -101,7 +99,7 @@ class ToExecutorch:
             UnsupportedError: A layer has a form without a kernel.
             ExportError: The program cannot be made, or does not load or run.
         """
-        self.require_toolkit()
+        require_executorch()
         if checkpoint.cache_grid is not None:
             raise UnsupportedError(
                 "executorch: an int8 KV cache has no kernel here; leave out the stage that makes it"

@@ -28,6 +28,7 @@ from pocketvlm.export.certificate import ParityReport, Precision, TargetParity, 
 from pocketvlm.export.closeness import Floats, cosine, relative_error, sqnr_db, total_variation
 from pocketvlm.export.questions import Questions, read_questions
 from pocketvlm.runtime.coreml_runner import CoremlRunner
+from pocketvlm.runtime.executorch_runner import ExecutorchRunner
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
@@ -47,7 +48,15 @@ def _coreml_runner(bundle: Bundle, _ctx: RunContext) -> Runner:
     return CoremlRunner(bundle)
 
 
-RUNNERS: Mapping[str, RunnerFactory] = {"coreml": _coreml_runner, "onnx": _onnx_runner}
+def _executorch_runner(bundle: Bundle, ctx: RunContext) -> Runner:
+    return ExecutorchRunner(bundle, threads=ctx.threads)
+
+
+RUNNERS: Mapping[str, RunnerFactory] = {
+    "coreml": _coreml_runner,
+    "executorch": _executorch_runner,
+    "onnx": _onnx_runner,
+}
 """The engines of this host, by target.
 
 Core ML packages are computed by the reference evaluator, which reads what Core ML would load and

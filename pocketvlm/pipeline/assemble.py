@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pocketvlm.bundle import Bundle, Manifest, replace_directory, sign_files, write_manifest
+from pocketvlm.bundle import (
+    Bundle,
+    Component,
+    Manifest,
+    replace_directory,
+    sign_files,
+    write_manifest,
+)
 from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.errors import PocketVLMError
 from pocketvlm.export.parity import ParityReport, certify
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Target
 from pocketvlm.report import toolchain_versions, write_json
 
-__all__ = ["PARITY_FILE", "UNSIGNED", "build_bundle", "write_graphs"]
+__all__ = ["PARITY_FILE", "UNSIGNED", "BuiltBundle", "build_bundle", "write_graphs"]
 
 PARITY_FILE = "parity.json"
 
@@ -26,6 +35,21 @@ UNSIGNED = frozenset({"manifest.json", "README.md", "report.html"})
 _DEFAULT_MAX_POSITIONS = 4096
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuiltBundle:
+    """A bundle with its proof.
+
+    Attributes:
+        bundle: The bundle.
+        parity: Its certificate.
+        failed: Why a target is not in it, by target.
+    """
+
+    bundle: Bundle
+    parity: ParityReport
+    failed: Mapping[str, str]
+
+
 def build_bundle(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -33,11 +57,12 @@ def build_bundle(
     path: Path,
     samples: Sequence[Sample],
     ctx: RunContext,
-) -> tuple[Bundle, ParityReport]:
-    """Exports every target and certifies it; `path` is replaced only when all of it succeeded.
+) -> BuiltBundle:
+    """Exports every target and certifies it; `path` is replaced only when something was exported.
 
     A certificate that fails is no reason to throw the bundle away: it is written with its verdict,
-    so that somebody can look at what went wrong.
+    so that somebody can look at what went wrong. Neither is a target that cannot be exported: the
+    others are whole without it.
 
     Args:
         checkpoint: What was evaluated.
@@ -48,16 +73,22 @@ def build_bundle(
         ctx: The run.
 
     Raises:
-        ExportError: A toolkit could not convert a graph.
-        UnsupportedError: A target cannot express a weight.
+        PocketVLMError: No target could be exported; the error is that of the first.
     """
     with replace_directory(path) as folder:
-        manifest = write_graphs(checkpoint, targets, folder, recipe.sha256(), ctx)
+        components, failed = _export_each(checkpoint, targets, folder, ctx)
+        if not components:
+            raise next(iter(failed.values()))
+        manifest = _write_rest(checkpoint, components, folder, recipe.sha256())
         report = certify(checkpoint, Bundle(path=folder, manifest=manifest), samples, ctx=ctx)
         write_json(folder / PARITY_FILE, report.to_json())
         manifest = replace(manifest, files=sign_files(folder, UNSIGNED))
         write_manifest(folder, manifest)
-    return Bundle(path=path, manifest=manifest), report
+    return BuiltBundle(
+        bundle=Bundle(path=path, manifest=manifest),
+        parity=report,
+        failed={name: str(error) for name, error in failed.items()},
+    )
 
 
 def write_graphs(
@@ -71,6 +102,27 @@ def write_graphs(
     components = tuple(
         component for target in targets for component in target.export(checkpoint, folder, ctx)
     )
+    return _write_rest(checkpoint, components, folder, recipe_sha256)
+
+
+def _export_each(
+    checkpoint: Checkpoint, targets: Sequence[Target], folder: Path, ctx: RunContext
+) -> tuple[tuple[Component, ...], dict[str, PocketVLMError]]:
+    """Exports what can be; of a target that cannot, nothing stays in the folder."""
+    components: list[Component] = []
+    failed: dict[str, PocketVLMError] = {}
+    for target in targets:
+        try:
+            components += target.export(checkpoint, folder, ctx)
+        except PocketVLMError as error:
+            failed[target.method] = error
+            shutil.rmtree(folder / target.method, ignore_errors=True)
+    return tuple(components), failed
+
+
+def _write_rest(
+    checkpoint: Checkpoint, components: tuple[Component, ...], folder: Path, recipe_sha256: str
+) -> Manifest:
     checkpoint.processor.save(folder)
     manifest = _describe(checkpoint, recipe_sha256, folder)
     manifest = replace(manifest, components=components, files=sign_files(folder, UNSIGNED))

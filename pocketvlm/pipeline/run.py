@@ -89,7 +89,8 @@ def run(
     checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
     checkpoint.save(out / "checkpoint")
     samples = tuple((evaluation or calibration).take(8))
-    bundle, parity = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
+    built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
+    bundle, parity = built.bundle, built.parity
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
     bench = (
         bench_bundle(
@@ -126,9 +127,10 @@ def run(
             **(bench["memory"] if bench else {}),
             "compress_peak_rss_bytes": peak_rss_bytes(),
         },
-        "notes": _notes(checkpoint, calibration, bench),
+        "notes": _notes(checkpoint, calibration, bundle, bench),
     }
-    failures = (*parity.failures(), *_broken_expectations(recipe, report))
+    unexported = (f"{name} was not exported: {reason}" for name, reason in built.failed.items())
+    failures = (*unexported, *parity.failures(), *_broken_expectations(recipe, report))
     report["failures"] = list(failures)
     write_json(out / "report.json", report)
     html = render_html(report)
@@ -251,9 +253,17 @@ def _quality(float_score: Score | None, compressed: Score | None) -> dict[str, A
 
 
 def _notes(
-    checkpoint: Checkpoint, calibration: CalibrationSet, bench: Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    bundle: Bundle,
+    bench: Mapping[str, Any] | None,
 ) -> list[str]:
     notes = [f"{record.method}: {note}" for record in checkpoint.history for note in record.notes]
+    notes += [
+        f"{component.target}: {note}"
+        for component in bundle.manifest.components
+        for note in component.notes
+    ]
     if calibration.is_synthetic:
         notes.append(
             "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"

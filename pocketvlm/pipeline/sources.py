@@ -130,7 +130,11 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
 
 
 def score_subject(
-    subject: str, samples: CalibrationSet, ctx: RunContext, arithmetic: str = "float32"
+    subject: str,
+    samples: CalibrationSet,
+    ctx: RunContext,
+    arithmetic: str = "float32",
+    runtime: str | None = None,
 ) -> Score:
     """Scores a bundle, or whatever `resolve_model` understands, by the same code.
 
@@ -139,9 +143,11 @@ def score_subject(
         samples: The questions.
         ctx: The run.
         arithmetic: Whose rounding of activations a checkpoint follows; a bundle has its own.
+        runtime: Which engine runs a bundle; `None` for the first that it has graphs for.
 
     Raises:
-        InputError: The arithmetic is unknown, or given for a bundle.
+        InputError: The arithmetic is unknown, or given for a bundle; the runtime is unknown, or
+            given for a checkpoint.
         PocketVLMError: The subject is neither a bundle nor a model.
     """
     if arithmetic not in ARITHMETICS:
@@ -152,7 +158,9 @@ def score_subject(
                 f"{subject}: is a bundle, which has the arithmetic of its runtime; "
                 f"{arithmetic!r} can be simulated for a checkpoint"
             )
-        return score_bundle(Bundle.open(Path(subject)), samples, ctx=ctx)
+        return score_bundle(Bundle.open(Path(subject)), samples, runtime=runtime, ctx=ctx)
+    if runtime is not None:
+        raise InputError(f"{subject}: is no bundle; --runtime chooses what runs a bundle")
     checkpoint = load_checkpoint(resolve_model(subject))
     return score_checkpoint(checkpoint, samples, ctx=ctx, arithmetic=cast("Arithmetic", arithmetic))
 

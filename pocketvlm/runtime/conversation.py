@@ -20,7 +20,7 @@ from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
-from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
@@ -45,8 +45,8 @@ class Conversation:
 
         Args:
             bundle: An opened bundle.
-            runner: The engine, which this conversation resets and then owns; `None` for ONNX
-                Runtime with its defaults.
+            runner: The engine, which this conversation resets and then owns; `None` for the
+                first of `engines.ENGINES` that the bundle has graphs for.
 
         Raises:
             BundleError: The bundle cannot be run.
@@ -62,7 +62,7 @@ class Conversation:
         self._manifest = manifest
         self._codec = TextCodec.from_bundle(bundle)
         self._preprocessor = ImagePreprocessor.from_bundle(bundle)
-        self._runner = OnnxRunner(bundle) if runner is None else runner
+        self._runner = open_engine(bundle) if runner is None else runner
         self._runner.reset()
         self._pictures: list[VisualFeatures] = []
         self._serial = 0

@@ -25,7 +25,7 @@ def require_executorch() -> None:
     """
     if importlib.util.find_spec("executorch") is None:
         raise MissingExtraError(
-            "executorch is not installed; pip install 'pocketvlm[executorch]' brings it"
+            "the toolkit is not installed; pip install 'pocketvlm[executorch]' brings it"
         )
 
 

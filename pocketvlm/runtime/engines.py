@@ -1,0 +1,70 @@
+"""The engines that run a bundle on this host, and which one is taken when nobody says.
+
+A bundle may hold several targets. ONNX Runtime comes first: it needs nothing that the package does
+not bring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.errors import BundleError, InputError
+from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.runner import Runner
+
+__all__ = ["ENGINES", "choose_engine", "open_engine"]
+
+
+def _open_onnx(bundle: Bundle, threads: int | None) -> Runner:
+    return OnnxRunner(bundle, threads=threads)
+
+
+def _open_executorch(bundle: Bundle, threads: int | None) -> Runner:
+    return ExecutorchRunner(bundle, threads=threads)
+
+
+ENGINES: Mapping[str, Callable[[Bundle, int | None], Runner]] = {
+    "onnx": _open_onnx,
+    "executorch": _open_executorch,
+}
+"""How each target is opened, in order of preference."""
+
+
+def choose_engine(bundle: Bundle, name: str | None = None) -> str:
+    """The engine that was asked for, or the first that the bundle has graphs for.
+
+    Raises:
+        InputError: There is no such engine.
+        BundleError: The bundle has no graphs for it, or for any.
+    """
+    if name is not None:
+        if name not in ENGINES:
+            raise InputError(f"runtime is {name!r}; allowed are {', '.join(ENGINES)}")
+        bundle.component(name, "decoder")
+        return name
+    targets = {component.target for component in bundle.manifest.components}
+    for known in ENGINES:
+        if known in targets:
+            return known
+    raise BundleError(
+        f"{bundle.path}: has graphs for {', '.join(sorted(targets)) or 'nothing'}; this host runs "
+        f"{', '.join(ENGINES)}"
+    )
+
+
+def open_engine(bundle: Bundle, name: str | None = None, *, threads: int | None = None) -> Runner:
+    """Loads a bundle into an engine.
+
+    Args:
+        bundle: An opened bundle.
+        name: The engine, or `None` for the first that fits.
+        threads: Threads for the heavy graphs; `None` leaves that to the engine.
+
+    Raises:
+        InputError: There is no such engine.
+        MissingExtraError: It is not installed.
+        BundleError: The bundle cannot be run by it.
+    """
+    return ENGINES[choose_engine(bundle, name)](bundle, threads)
