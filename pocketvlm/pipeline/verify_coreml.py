@@ -18,13 +18,14 @@ from typing import Any
 from pocketvlm.bundle import Bundle, file_sha256, replace_directory, write_manifest
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CheckFailedError, CheckpointError, UnsupportedError
+from pocketvlm.errors import CheckFailedError, CheckpointError, RecipeError, UnsupportedError
 from pocketvlm.export.certificate import ParityReport
 from pocketvlm.export.parity import RUNNERS, RunnerFactory, certify
 from pocketvlm.pipeline.assemble import PARITY_FILE
 from pocketvlm.pipeline.sources import load_checkpoint, load_evaluation
 from pocketvlm.reference import REFERENCE_MODELS
 from pocketvlm.report import Samples, read_json, write_json
+from pocketvlm.runtime.coreml_apple import COMPUTE_UNITS
 from pocketvlm.runtime.coreml_session import WORKER, RemoteRunner, measure_function
 from pocketvlm.runtime.runner import Runner
 
@@ -162,10 +163,13 @@ def verify_coreml(
         worker: The command that runs Core ML.
 
     Raises:
+        RecipeError: There are no such compute units.
         UnsupportedError: This is no Apple machine.
         BundleError: There are no Core ML packages, or one cannot be read.
         CheckpointError: There is no checkpoint to compare with.
     """
+    if units not in COMPUTE_UNITS:
+        raise RecipeError(f"units are {units!r}; allowed are {', '.join(COMPUTE_UNITS)}")
     if worker is WORKER and sys.platform != "darwin":
         raise UnsupportedError(
             "verify-coreml asks Core ML itself, which runs on Apple machines alone; here, "
