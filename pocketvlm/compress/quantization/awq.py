@@ -27,13 +27,17 @@ from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.quantization.folding import (
     Fold,
-    check_float,
+    check_transformable,
     divide_outputs,
     find_fold,
     multiply_inputs,
 )
 from pocketvlm.compress.quantization.layers import describe_layer, stage_version
-from pocketvlm.compress.quantization.rules import Assignment, WeightRule, assign_layers
+from pocketvlm.compress.quantization.rules import (
+    Assignment,
+    WeightRule,
+    assign_layers,
+)
 from pocketvlm.compress.quantization.scale_search import choose_scale
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
@@ -62,7 +66,7 @@ class Awq:
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["awq"] = "awq"
     rules: tuple[WeightRule, ...]
@@ -93,7 +97,7 @@ class Awq:
             CheckpointError: A weight is too large for float16 scales.
         """
         started = time.perf_counter()
-        check_float(checkpoint, self.method)
+        check_transformable(checkpoint, self.method)
         assignments = {item.linear.name: item for item in assign_layers(self.rules, checkpoint)}
         walk = BlockWalk(
             checkpoint=checkpoint,

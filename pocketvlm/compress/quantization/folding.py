@@ -18,7 +18,7 @@ from pocketvlm.weights import DenseWeight, FormLinear
 
 __all__ = [
     "Fold",
-    "check_float",
+    "check_transformable",
     "divide_outputs",
     "find_fold",
     "fold_norm",
@@ -44,11 +44,11 @@ class Fold:
     channels: Tensor
 
 
-def check_float(checkpoint: Checkpoint, method: str) -> None:
-    """Checks that every weight matrix may still be changed.
+def check_transformable(checkpoint: Checkpoint, method: str) -> None:
+    """Checks that nothing was fitted to the weights as they are.
 
     Raises:
-        RecipeError: One is quantized; the message names it.
+        RecipeError: A weight is quantized, or the KV cache has its grid; the message says which.
     """
     for linear, form in checkpoint.forms().items():
         if not isinstance(form, DenseWeight):
@@ -56,6 +56,11 @@ def check_float(checkpoint: Checkpoint, method: str) -> None:
                 f"{method}: {linear.name} is quantized already; allowed are float weights, so "
                 f"{method} comes before every quantizer"
             )
+    if checkpoint.cache_grid is not None:
+        raise RecipeError(
+            f"{method}: the KV cache's scales are fitted to the values as they are, which "
+            f"{method} changes; {method} comes before quantize_cache"
+        )
 
 
 def read_vector(module: nn.Module, name: str) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.quantization.folding import check_float
+from pocketvlm.compress.quantization.folding import check_transformable
 from pocketvlm.compress.quantization.layers import stage_version
 from pocketvlm.compress.quantization.rotator import Rotator
 from pocketvlm.context import RunContext
@@ -41,7 +41,7 @@ class Rotate:
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["rotate"] = "rotate"
     seed: int = 0
@@ -82,7 +82,7 @@ class Rotate:
             RecipeError: A weight is quantized already, or the head is tied and has to stay so.
         """
         started = time.perf_counter()
-        check_float(checkpoint, self.method)
+        check_transformable(checkpoint, self.method)
         spec = self.spec_after(checkpoint.spec)
         notes = []
         untied_bytes = 0

@@ -16,6 +16,7 @@ from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.awq import Awq
+from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.rotation import Rotate
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.quantization.rules import WeightRule
@@ -337,6 +338,12 @@ def test_scaling_follows_a_rotation(tiny_checkpoint, samples):
     assert relative_error(logits_of(done), expected) < 1e-5
 
 
+def test_a_quantized_cache_is_left_alone(tiny_checkpoint, samples):
+    done = QuantizeCache().apply(tiny_checkpoint, samples, CONTEXT)
+    with pytest.raises(RecipeError, match="comes before quantize_cache"):
+        Awq(rules=RULES).apply(done, samples, CONTEXT)
+
+
 def test_wrong_input_is_named(tiny_checkpoint, samples):
     for wrong in ({"rules": ()}, {"grid_points": 1}, {"held_out": 0.9}, {"tower_tokens": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -363,7 +370,5 @@ def test_an_exported_bundle_passes(tiny_paths, samples, tmp_path: Path):
     stage = RoundToNearest(rules=(WeightRule(bits=4, group_size=32),))
     checkpoint = stage.apply(checkpoint, samples, CONTEXT)
     recipe, questions = load_recipe("float"), tuple(samples.take(3))
-    _, parity = build_bundle(
-        checkpoint, recipe, (ToOnnx(),), tmp_path / "bundle", questions, CONTEXT
-    )
-    assert parity.failures() == []
+    built = build_bundle(checkpoint, recipe, (ToOnnx(),), tmp_path / "bundle", questions, CONTEXT)
+    assert built.parity.failures() == []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, read_spec
+from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.orthogonal import (
     fix_ones,
     hadamard,
@@ -291,6 +292,12 @@ def test_the_same_bytes_for_a_seed(tiny_path, samples):
     assert run(seed=3, heads=False)[table] == first[table]
 
 
+def test_a_quantized_cache_is_left_alone(tiny_checkpoint, samples):
+    done = QuantizeCache().apply(tiny_checkpoint, samples, CONTEXT)
+    with pytest.raises(RecipeError, match="comes before quantize_cache"):
+        Rotate(untie_head=True).apply(done, samples, CONTEXT)
+
+
 def test_wrong_input_is_named(tiny_checkpoint, samples):
     with pytest.raises(ValueError, match="nothing would be rotated"):
         Rotate(residual=False, heads=False, tower=False)
@@ -308,7 +315,5 @@ def test_an_exported_bundle_passes(tiny_path, samples, tmp_path: Path):
     stage = RoundToNearest(rules=(WeightRule(bits=4, group_size=32),))
     checkpoint = stage.apply(checkpoint, samples, CONTEXT)
     recipe, questions = load_recipe("float"), tuple(samples)
-    _, parity = build_bundle(
-        checkpoint, recipe, (ToOnnx(),), tmp_path / "bundle", questions, CONTEXT
-    )
-    assert parity.failures() == []
+    built = build_bundle(checkpoint, recipe, (ToOnnx(),), tmp_path / "bundle", questions, CONTEXT)
+    assert built.parity.failures() == []
