@@ -479,10 +479,7 @@ def verify_coreml(
     from pocketvlm.context import RunContext
     from pocketvlm.pipeline.verify_coreml import Questions
     from pocketvlm.pipeline.verify_coreml import verify_coreml as verify
-    from pocketvlm.runtime.coreml_apple import COMPUTE_UNITS
 
-    if units not in COMPUTE_UNITS:
-        raise RecipeError(f"--units {units!r} is not known; allowed are {', '.join(COMPUTE_UNITS)}")
     asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
     with _progress() as on_progress:
         ctx = RunContext(on_progress=on_progress)
