@@ -24,6 +24,7 @@ from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Bound, Recipe
 from pocketvlm.recipes.stages import Stage, check_order
 from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes, write_json
+from pocketvlm.runtime.engines import EMULATED, choose_engine
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 
@@ -92,6 +93,7 @@ def run(
     built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
     bundle, parity = built.bundle, built.parity
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
+    is_timed = choose_engine(bundle) not in EMULATED
     bench = (
         bench_bundle(
             bundle.path,
@@ -100,7 +102,7 @@ def run(
             threads=ctx.threads,
             on_progress=ctx.on_progress,
         )
-        if workload
+        if workload and is_timed
         else None
     )
     report = {
@@ -267,6 +269,11 @@ def _notes(
     if calibration.is_synthetic:
         notes.append(
             "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
+        )
+    if choose_engine(bundle) in EMULATED:
+        notes.append(
+            "answers are of the reference evaluator, which is not Core ML, and nothing is timed: "
+            "run `pocketvlm verify-coreml` on an Apple machine"
         )
     return [*notes, *(bench["notes"] if bench else ())]
 

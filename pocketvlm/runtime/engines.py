@@ -1,7 +1,8 @@
 """The engines that run a bundle on this host, and which one is taken when nobody says.
 
 A bundle may hold several targets. ONNX Runtime comes first: it needs nothing that the package does
-not bring.
+not bring. Core ML packages come last: what computes them here is the reference evaluator, which
+gives their answers and tells nothing of their speed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from collections.abc import Callable, Mapping
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
+from pocketvlm.runtime.coreml_runner import CoremlRunner
 from pocketvlm.runtime.executorch_runner import ExecutorchRunner
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
-__all__ = ["ENGINES", "choose_engine", "open_engine"]
+__all__ = ["EMULATED", "ENGINES", "choose_engine", "open_engine"]
 
 
 def _open_onnx(bundle: Bundle, threads: int | None) -> Runner:
@@ -25,11 +27,19 @@ def _open_executorch(bundle: Bundle, threads: int | None) -> Runner:
     return ExecutorchRunner(bundle, threads=threads)
 
 
+def _open_coreml(bundle: Bundle, _threads: int | None) -> Runner:
+    return CoremlRunner(bundle)
+
+
 ENGINES: Mapping[str, Callable[[Bundle, int | None], Runner]] = {
     "onnx": _open_onnx,
     "executorch": _open_executorch,
+    "coreml": _open_coreml,
 }
 """How each target is opened, in order of preference."""
+
+EMULATED = frozenset({"coreml"})
+"""Targets that something else than their own engine computes here: never to be timed."""
 
 
 def choose_engine(bundle: Bundle, name: str | None = None) -> str:
