@@ -1,10 +1,15 @@
-"""Puts weight forms into what XNNPACK's dynamically quantized kernels read, and back.
+"""Puts affine weights into what XNNPACK's dynamically quantized kernels read, without a new code.
 
 XNNPACK multiplies int8 activations with signed integers around zero: 4 bits with one scale a row
-and group, or 4 and 8 bits with one scale a row. A form fits where every `code - zero` is such an
-integer. That is any symmetric grid, and every grid of 2 or 3 bits, whose differences four bits
-hold; the values stay what they are. What does not fit is refused with what would: nothing is
-quantized again.
+and group, or 4 and 8 bits with one scale a row. Any other grid of integers is a sum of such ones.
+With digits d of 4 bits and group g,
+
+    w = scale_g * (code - zero_g) = scale_g * (d0 + 16 d1 + offset_g),
+
+where a code of up to 4 bits has one digit and one of 8 bits in groups has two. The products of the
+digits are XNNPACK's; what the offsets add is one small float product of the inputs' group sums.
+Symmetric grids of 4 bits, every grid of 2 and 3 bits, and symmetric rows of 8 bits have one
+digit and no offset: these cost nothing beside their product.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ __all__ = [
     "explain_misfit",
     "integer_matrix",
     "kernel_bits",
+    "needs_offsets",
     "scale_rounding",
     "signed_codes",
 ]
@@ -32,31 +38,43 @@ GROUP_MULTIPLE = 32
 
 _NARROW = 4
 _WIDE = 8
+_HALF = 1 << (_NARROW - 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IntegerMatrix:
-    """A weight as XNNPACK reads it: w = scale * code.
+    """A weight as XNNPACK reads it: w = scale * (sum of 16**k * digits[k] + offset).
 
     Attributes:
-        codes: int8 [rows, columns], padding of the last group included.
-        scales: float32 [rows, groups], or [rows] where a row has one scale.
-        bits: Width of the stored code, 4 or 8.
-        group_size: Columns that share a scale; 0 where a row has one.
+        digits: int8 [rows, columns] each, padding of the last group included; the lowest first.
+        scales: float32 [rows, groups].
+        offsets: float32 [rows, groups], scale included; `None` where all are zero.
+        bits: Width in which a digit is stored, 4 or 8.
+        group_size: Columns that share a scale; all columns where a row has one.
         in_features: Columns without padding.
     """
 
-    codes: Tensor
+    digits: tuple[Tensor, ...]
     scales: Tensor
+    offsets: Tensor | None
     bits: int
     group_size: int
     in_features: int
 
+    @property
+    def is_row(self) -> bool:
+        """Whether a row has one scale."""
+        return self.scales.shape[1] == 1
+
     def dequantize(self) -> Tensor:
         """The dense matrix in float32."""
-        scales = self.scales if self.scales.ndim > 1 else self.scales[:, None]
-        grouped = self.codes.view(*scales.shape, -1).to(torch.float32) * scales[..., None]
-        return grouped.reshape(self.codes.shape[0], -1)[:, : self.in_features]
+        grouped = torch.zeros(*self.scales.shape, self.group_size)
+        for place, digit in enumerate(self.digits):
+            grouped += digit.view(grouped.shape).to(torch.float32) * 16**place
+        grouped *= self.scales[..., None]
+        if self.offsets is not None:
+            grouped += self.offsets[..., None]
+        return grouped.view(self.scales.shape[0], -1)[:, : self.in_features]
 
 
 def kernel_bits(bits: int) -> int:
@@ -64,96 +82,88 @@ def kernel_bits(bits: int) -> int:
     return _NARROW if bits <= _NARROW else _WIDE
 
 
-def explain_misfit(*, bits: int, group_size: int, symmetric: bool, in_features: int) -> str | None:
-    """Why no kernel runs a grid, and what would work; `None` where one does.
-
-    Args:
-        bits: Width of a code.
-        group_size: Columns that share a scale.
-        symmetric: Whether the zero point is fixed.
-        in_features: Columns of the matrix.
-    """
-    if not symmetric and bits >= _NARROW:
-        return (
-            f"{bits} bits with free zero points have no XNNPACK kernel; symmetric: true would "
-            "work, or fewer bits"
-        )
-    if group_size >= in_features:
+def explain_misfit(*, group_size: int, in_features: int) -> str | None:
+    """Why no kernel runs a grid, and what would work; `None` where one does."""
+    if group_size >= in_features or group_size % GROUP_MULTIPLE == 0:
         return None
-    if bits == _WIDE:
-        return (
-            f"8 bits in groups of {group_size} have no XNNPACK kernel; group_size: row would "
-            "work, one scale a row, or 4 bits"
-        )
-    if group_size % GROUP_MULTIPLE:
-        return (
-            f"group size {group_size} has no XNNPACK kernel; allowed are multiples of "
-            f"{GROUP_MULTIPLE}, or row for one scale a row"
-        )
-    return None
+    return (
+        f"group size {group_size} has no XNNPACK kernel; allowed are multiples of "
+        f"{GROUP_MULTIPLE}, or the whole row of {in_features}"
+    )
+
+
+def needs_offsets(*, bits: int, is_row: bool, symmetric: bool) -> bool:
+    """Whether a grid costs more than one product."""
+    if bits < _NARROW:
+        return False  # code - zero of 3 bits is an integer of 4
+    return not symmetric or (bits == _WIDE and not is_row)
 
 
 def integer_matrix(name: str, form: AffineWeight) -> IntegerMatrix:
-    """Puts a weight into the layout of a kernel.
+    """Puts a weight into the layout of the kernels.
 
     Args:
         name: The layer, for the message.
         form: Its weight.
 
     Raises:
-        UnsupportedError: No kernel takes the form.
+        UnsupportedError: No kernel takes its groups.
     """
-    if form.has_float_zeros:
-        raise UnsupportedError(
-            f"{name}: zero points between codes have no XNNPACK kernel; symmetric: true would work"
-        )
-    reason = explain_misfit(
-        bits=form.bits,
-        group_size=form.group_size,
-        symmetric=form.zeros is None,
-        in_features=form.in_features,
-    )
+    reason = explain_misfit(group_size=form.group_size, in_features=form.in_features)
     if reason is not None:
         raise UnsupportedError(f"{name}: {reason}")
-    is_row = form.group_size >= form.in_features
+    is_row = form.groups == 1
     columns = form.in_features if is_row else form.groups * form.group_size
+    codes = form.codes()[:, :columns].to(torch.int16)
+    zeros = form.zero_points().to(torch.float32)
     scales = form.scales.to(torch.float32)
+    offsets: Tensor | None = None
+    digits: tuple[Tensor, ...]
+    if form.bits < _NARROW and not form.has_float_zeros:
+        points = zeros.to(torch.int16).repeat_interleave(columns // form.groups, dim=1)
+        digits = (codes - points,)
+    elif form.bits == _WIDE and is_row:
+        digits, offsets = (codes - (1 << (_WIDE - 1)),), (1 << (_WIDE - 1)) - zeros
+    elif form.bits == _WIDE:
+        digits = ((codes & 15) - _HALF, (codes >> _NARROW) - _HALF)
+        offsets = _HALF + 16 * _HALF - zeros
+    else:
+        digits, offsets = (codes - _HALF,), _HALF - zeros
+    if offsets is not None:
+        offsets = None if not bool(offsets.any()) else offsets * scales
     return IntegerMatrix(
-        codes=_without_zeros(form)[:, :columns].contiguous(),
-        scales=scales[:, 0].contiguous() if is_row else scales,
-        bits=kernel_bits(form.bits),
-        group_size=0 if is_row else form.group_size,
+        digits=tuple(digit.to(torch.int8).contiguous() for digit in digits),
+        scales=scales,
+        offsets=offsets,
+        bits=_WIDE if form.bits == _WIDE and is_row else _NARROW,
+        group_size=columns // form.groups,
         in_features=form.in_features,
     )
 
 
 def scale_rounding(matrix: IntegerMatrix) -> float:
-    """Largest relative change of a scale where the kernel stores it, in bfloat16 or float32.
+    """Largest relative change of a scale where the kernel stores it.
 
-    Blockwise kernels store bfloat16, which has fewer digits than the float16 of a form. Grids
-    whose scales have eight binary digits, as this project's quantizers make them, lose nothing.
+    Blockwise kernels store bfloat16, which has fewer digits than the float16 of a form; a scale
+    with eight binary digits loses nothing. One scale a row is stored in float32.
     """
-    if not matrix.group_size:
+    if matrix.is_row:
         return 0.0
     stored = matrix.scales.to(torch.bfloat16).to(torch.float32)
     return float(((stored - matrix.scales).abs() / matrix.scales).max())
 
 
 def signed_codes(form: AffineWeight) -> tuple[Tensor, Tensor | None]:
-    """Codes as signed integers of the container's width, and their zero points.
+    """Codes of a table as signed integers of their container's width, and their zero points.
 
     Returns:
         int8 [rows, groups * group_size], and int8 [rows, groups] or `None` where all are zero.
     """
-    if form.zeros is None or kernel_bits(form.bits) != form.bits:
-        return _without_zeros(form), None
+    codes = form.codes().to(torch.int16)
+    zeros = form.zero_points().to(torch.int16)
+    if form.bits < _NARROW:
+        signed = codes.view(*zeros.shape, -1) - zeros[..., None]
+        return signed.to(torch.int8).view(codes.shape), None
     half = 1 << (form.bits - 1)
-    codes = (form.codes().to(torch.int16) - half).to(torch.int8)
-    return codes, (form.zero_points().to(torch.int16) - half).to(torch.int8)
-
-
-def _without_zeros(form: AffineWeight) -> Tensor:
-    """`code - zero` of every weight, int8 [rows, groups * group_size]."""
-    codes = form.codes().view(*form.scales.shape, -1).to(torch.int16)
-    signed = codes - form.zero_points().to(torch.int16)[..., None]
-    return signed.to(torch.int8).view(codes.shape[0], -1)
+    points = None if form.zeros is None else (zeros - half).to(torch.int8)
+    return (codes - half).to(torch.int8), points

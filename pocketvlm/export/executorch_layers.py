@@ -46,30 +46,26 @@ class DenseLinear(nn.Module):
         return functional.linear(inputs, self.weight, self.bias)
 
 
-class DynamicLinear(nn.Module):
-    """A linear layer of integers whose inputs are rounded to int8, token by token."""
+class _Product(nn.Module):
+    """Signed integers times inputs that are rounded to int8, token by token: one kernel."""
 
-    bias: Tensor | None
-
-    def __init__(self, matrix: IntegerMatrix, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, *, bits: int, group_size: int) -> None:
         super().__init__()
-        self.register_buffer("codes", matrix.codes)
-        self.register_buffer("scales", matrix.scales)
-        self.register_buffer("zeros", torch.zeros(matrix.scales.shape, dtype=torch.int8))
-        self.register_buffer("bias", bias)
-        self._group_size = matrix.group_size
-        self._highest = (1 << (matrix.bits - 1)) - 1
-        self._padding = matrix.codes.shape[1] - matrix.in_features
+        # A row with one scale has a kernel of its own, which takes it as a vector.
+        self._group_size = 0 if scales.shape[1] == 1 else group_size
+        scales = scales if self._group_size else scales[:, 0].contiguous()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", torch.zeros(scales.shape, dtype=torch.int8))
+        self._highest = (1 << (bits - 1)) - 1
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Applies the layer to [1, tokens, in_features]."""
-        if self._padding:
-            inputs = functional.pad(inputs, (0, self._padding))
+    def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """[1, tokens, columns] to [1, tokens, rows]."""
         scale, zero = _QUANTIZED.choose_qparams_per_token_asymmetric(inputs, torch.int8)
         grid = (scale, zero, -128, 127, torch.int8)
         rounded = _QUANTIZED.quantize_per_token(inputs, *grid)
         rounded = _QUANTIZED.dequantize_per_token(rounded, *grid, torch.float32)
-        return functional.linear(rounded, self._weight(), self.bias)
+        return functional.linear(rounded, self._weight(), bias)
 
     def _weight(self) -> Tensor:
         ends = (-self._highest - 1, self._highest, torch.int8)
@@ -82,6 +78,46 @@ class DynamicLinear(nn.Module):
                 self.codes, self.scales, self.zeros, 0, *ends
             )
         return weight
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer of integers: a product for each digit, one of group sums for offsets."""
+
+    bias: Tensor | None
+    offsets: Tensor | None
+    ones: Tensor
+
+    def __init__(self, matrix: IntegerMatrix, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("bias", bias)
+        self.products = nn.ModuleList(
+            _Product(
+                digit,
+                matrix.scales * 16**place,
+                bits=matrix.bits,
+                group_size=matrix.group_size,
+            )
+            for place, digit in enumerate(matrix.digits)
+        )
+        self.register_buffer("offsets", matrix.offsets)
+        self._group_size = matrix.group_size
+        self._padding = matrix.digits[0].shape[1] - matrix.in_features
+        if matrix.offsets is not None:
+            self.register_buffer("ones", torch.ones(1, matrix.group_size))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Applies the layer to [1, tokens, in_features]."""
+        if self._padding:
+            inputs = functional.pad(inputs, (0, self._padding))
+        first, *others = self.products
+        outputs: Tensor = first(inputs, self.bias)
+        for product in others:
+            outputs = outputs + product(inputs, None)
+        if self.offsets is not None:
+            groups = inputs.view(1, -1, self._group_size)
+            sums = functional.linear(groups, self.ones).view(1, -1, self.offsets.shape[1])
+            outputs = outputs + functional.linear(sums, self.offsets)
+        return outputs
 
 
 class TableDense(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pocketvlm.export.executorch_forms import explain_misfit, kernel_bits
+from pocketvlm.export.executorch_forms import explain_misfit, kernel_bits, needs_offsets
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedAffine, PlannedForm
@@ -13,6 +13,7 @@ __all__ = ["predict_executorch"]
 
 _FLOAT_BYTES = 4  # XNNPACK computes in float32 and stores what it computes with
 _GROUP_SCALE_BYTES = 2  # of a blockwise kernel; one a row is float32
+_DIGIT_BITS = 4
 _TOWER_BLOCK_BYTES = 9_000
 _DECODER_BLOCK_BYTES = 9_500
 _GRAPH_BYTES = 30_000
@@ -30,6 +31,7 @@ def predict_executorch(
     parts: dict[str, int] = {}
     refused: list[str] = []
     dense: list[str] = []
+    dearer: list[str] = []
     for linear, form in forms.items():
         count = linear.out_features * linear.in_features * _FLOAT_BYTES
         if isinstance(form, PlannedAffine):
@@ -39,11 +41,23 @@ def predict_executorch(
             count = _stored_bytes(linear, form)
             if linear.part == "embedding":
                 count += _table_scale_bytes(linear, form) if spec.decoder.tied_head else 0
+            if linear.part != "embedding" or spec.decoder.tied_head:
+                is_row = form.group_size >= linear.in_features
+                if form.float_zeros or needs_offsets(
+                    bits=form.bits, is_row=is_row, symmetric=form.symmetric
+                ):
+                    dearer.append(linear.name)
         elif form is not None:
             dense.append(linear.name)
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
     warnings = []
+    if dearer:
+        warnings.append(
+            f"executorch: {len(dearer)} layers have free zero points, or 8 bits in groups: XNNPACK "
+            "runs them exactly, at the price of a second product; symmetric: true, and 8 bits with "
+            "one scale a row, would do without"
+        )
     if dense:
         warnings.append(
             f"executorch: {len(dense)} layers of codebooks are stored as dense float32: XNNPACK "
@@ -55,23 +69,21 @@ def predict_executorch(
 def _misfit(spec: ModelSpec, linear: LinearSpec, form: PlannedAffine) -> str | None:
     if linear.part == "embedding" and not spec.decoder.tied_head:
         return None  # a lookup takes any grid
-    if form.float_zeros:
-        return "zero points between codes have no XNNPACK kernel; symmetric: true would work"
-    return explain_misfit(
-        bits=form.bits,
-        group_size=form.group_size,
-        symmetric=form.symmetric,
-        in_features=linear.in_features,
-    )
+    return explain_misfit(group_size=form.group_size, in_features=linear.in_features)
 
 
 def _stored_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
     """Codes and scales as a kernel stores them."""
     groups = -(-linear.in_features // form.group_size)
-    if groups == 1:
-        row = -(-linear.in_features * kernel_bits(form.bits) // 8) + _FLOAT_BYTES
+    bits = kernel_bits(form.bits)
+    is_row = groups == 1
+    if is_row:
+        row = -(-linear.in_features * bits // 8) + _FLOAT_BYTES
     else:
-        row = groups * form.group_size * kernel_bits(form.bits) // 8 + groups * _GROUP_SCALE_BYTES
+        digits = bits // _DIGIT_BITS
+        row = groups * form.group_size * bits // 8 + groups * digits * _GROUP_SCALE_BYTES
+    if form.float_zeros or needs_offsets(bits=form.bits, is_row=is_row, symmetric=form.symmetric):
+        row += groups * _FLOAT_BYTES
     return linear.out_features * row
 
 
