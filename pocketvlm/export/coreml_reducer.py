@@ -61,9 +61,11 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
     )
     try:
         program = torch.export.export(_ReducerGraph(reducer, spec).eval(), example)
+        program = program.run_decompositions({})
+        _drop_aliases(program.graph_module.graph)
         with redirect_stderr(io.StringIO()):  # progress bars
             return coremltools.convert(
-                program.run_decompositions({}),
+                program,
                 source="pytorch",
                 convert_to="milinternal",
                 compute_precision=coremltools.precision.FLOAT32,
@@ -113,3 +115,11 @@ def inline(program: Any, inputs: Mapping[str, Any], prefix: str) -> tuple[Any, .
         results = made if isinstance(made, list | tuple) else (made,)
         values.update(zip(operator.outputs, results, strict=True))
     return tuple(values[output] for output in function.outputs)
+
+
+def _drop_aliases(graph: torch.fx.Graph) -> None:
+    """Takes out what returns its input, for which the toolkit has no operator."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
