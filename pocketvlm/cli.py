@@ -213,19 +213,30 @@ def ask(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about a picture from the bundle alone, streamed."""
+    """Answer a question about a picture from the bundle alone, streamed.
+
+    With --runtime executorch, the answer is that of ExecuTorch's own MultimodalRunner; with --json
+    besides, which tells token ids and timings, that of the loop which ONNX Runtime is driven by.
+    """
     from dataclasses import asdict
 
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
-    from pocketvlm.runtime.engines import open_engine
-
-    opened = Bundle.open(bundle)
-    conversation = Conversation(opened, runner=open_engine(opened, runtime, threads=threads))
+    from pocketvlm.runtime.engines import choose_engine, open_engine
+    from pocketvlm.runtime.executorch_answer import answer_with_multimodal_runner
 
     def show(piece: str) -> None:
         if not as_json:
             print(piece, end="", flush=True)
+
+    opened = Bundle.open(bundle)
+    if choose_engine(opened, runtime) == "executorch" and not as_json:
+        answer_with_multimodal_runner(
+            opened, prompt, image, max_new_tokens=max_new_tokens, on_token=show
+        )
+        print()
+        return
+    conversation = Conversation(opened, runner=open_engine(opened, runtime, threads=threads))
 
     answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_token=show)
     if as_json:

@@ -12,14 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pocketvlm.errors import ExportError
+from pocketvlm.runtime.executorch_program import PROGRAM_HEADER, PROGRAM_HEADER_START
 
-__all__ = ["HEADER", "HEADER_START", "ProgramLayout", "Segment", "read_layout"]
-
-HEADER = struct.Struct("<4sIQQQ")
-"""The extended header: magic, length, bytes of the flatbuffer, base and bytes of the segments."""
-
-HEADER_START = 8
-_MAGIC = b"eh00"
+__all__ = ["ProgramLayout", "Segment", "read_layout"]
 
 # Places of fields in the schema's tables, by number.
 _SEGMENTS, _CONSTANT_SEGMENT, _NAMED_DATA = 4, 5, 7
@@ -71,9 +66,7 @@ def read_layout(data: bytes) -> ProgramLayout:
         ExportError: It is no program with segments.
     """
     try:
-        magic, _, _, base, _ = HEADER.unpack_from(data, HEADER_START)
-        if magic != _MAGIC:
-            raise ExportError("executorch: this is no program with segments")
+        base = PROGRAM_HEADER.unpack_from(data, PROGRAM_HEADER_START)[3]
         program = _Table(data, struct.unpack_from("<I", data)[0])
         constants = program.table(_CONSTANT_SEGMENT)
         return ProgramLayout(

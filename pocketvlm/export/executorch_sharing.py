@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import struct
 
-from pocketvlm.export.executorch_file import HEADER, HEADER_START, ProgramLayout, read_layout
+from pocketvlm.export.executorch_file import ProgramLayout, read_layout
+from pocketvlm.runtime.executorch_program import PROGRAM_HEADER, PROGRAM_HEADER_START
 
 __all__ = ["share_constants"]
 
@@ -46,8 +47,8 @@ def share_constants(data: bytes) -> bytes:
         offset = home + repeated[index] if index in repeated else offsets[index]
         if segment.place is not None:
             struct.pack_into("<Q", changed, segment.place, offset)
-    header = HEADER.unpack_from(data, HEADER_START)
-    HEADER.pack_into(changed, HEADER_START, *header[:-1], len(body))
+    header = PROGRAM_HEADER.unpack_from(data, PROGRAM_HEADER_START)
+    PROGRAM_HEADER.pack_into(changed, PROGRAM_HEADER_START, *header[:-1], len(body))
     return bytes(changed + body)
 
 

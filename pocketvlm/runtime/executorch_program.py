@@ -8,13 +8,22 @@ without torch. The import contract names this exception.
 from __future__ import annotations
 
 import importlib.util
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
 from pocketvlm.errors import BundleError, MissingExtraError
+from pocketvlm.runtime.native_output import quiet_terminal
 
-__all__ = ["load_program", "require_executorch"]
+__all__ = ["PROGRAM_HEADER", "PROGRAM_HEADER_START", "load_program", "require_executorch"]
+
+PROGRAM_HEADER = struct.Struct("<4sIQQQ")
+"""A program's extended header: magic, length, bytes of its flatbuffer, base and bytes of its
+segments."""
+
+PROGRAM_HEADER_START = 8
+_MAGIC = b"eh00"
 
 
 def require_executorch() -> None:
@@ -37,16 +46,36 @@ def load_program(file: Path) -> Any:
         BundleError: The file is missing, damaged, or needs what this runtime lacks.
     """
     require_executorch()
-    if not file.is_file():
-        raise BundleError(f"{file}: is missing")
-    with warnings.catch_warnings():
+    _require_whole(file)
+    with quiet_terminal(), warnings.catch_warnings():
         # Its modules warn about each other's versions when they are imported.
         warnings.simplefilter("ignore")
         import executorch.kernels.quantized  # noqa: F401  (registers quantized_decomposed::*)
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::*)
         from executorch.extension.pybindings import portable_lib
-    try:
-        return portable_lib._load_for_executorch(str(file))  # noqa: SLF001  (the only loader with scratch memory for attention)
-    except RuntimeError as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise BundleError(f"{file}: ExecuTorch cannot load it: {first_line}") from error
+
+        portable_lib._threadpool_get_thread_count()  # noqa: SLF001  (looks at the processor, and says so)
+        try:
+            # The only one of its loaders that gives attention scratch memory.
+            return portable_lib._load_for_executorch(str(file))  # noqa: SLF001
+        except RuntimeError as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise BundleError(f"{file}: ExecuTorch cannot load it: {first_line}") from error
+
+
+def _require_whole(file: Path) -> None:
+    """Refuses what the runtime would read beyond its end, which can end the process.
+
+    Raises:
+        BundleError: The file is missing, cut off, or no program.
+    """
+    if not file.is_file():
+        raise BundleError(f"{file}: is missing")
+    with file.open("rb") as stream:
+        start = stream.read(PROGRAM_HEADER_START + PROGRAM_HEADER.size)
+    if len(start) < PROGRAM_HEADER_START + PROGRAM_HEADER.size or start[4:6] != b"ET":
+        raise BundleError(f"{file}: is no ExecuTorch program")
+    magic, _, _, base, size = PROGRAM_HEADER.unpack_from(start, PROGRAM_HEADER_START)
+    found = file.stat().st_size
+    if magic == _MAGIC and found < base + size:
+        raise BundleError(f"{file}: is cut off: {found} bytes of {base + size}")

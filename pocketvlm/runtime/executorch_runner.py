@@ -40,6 +40,7 @@ class ExecutorchRunner(Runner):
             BundleError: The bundle has no program, or it does not load or is another one.
         """
         file = bundle.path / bundle.component("executorch", "decoder").file
+        self._file = file
         self._module = load_program(file)
         missing = sorted(_METHODS - set(self._module.method_names()))
         if missing:
@@ -103,7 +104,11 @@ class ExecutorchRunner(Runner):
         import torch
 
         inputs = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-        outputs: Sequence[Any] = self._module.run_method(method, inputs, clone_outputs=False)
+        try:
+            outputs: Sequence[Any] = self._module.run_method(method, inputs, clone_outputs=False)
+        except RuntimeError as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise BundleError(f"{self._file}: {method} does not run: {first_line}") from error
         return outputs
 
 

@@ -1,0 +1,107 @@
+"""An answer from ExecuTorch's own `MultimodalRunner`, the loop that apps on a phone call.
+
+It proves that the program is what that runner expects: prompt, picture and generation are its
+business, and nothing of this package lies between. It tells text and no token ids, keeps no
+conversation, and its native code writes to the terminal as it likes, which is kept from it here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.errors import BundleError, InputError
+from pocketvlm.image_file import open_image
+from pocketvlm.runtime.executorch_program import load_program
+from pocketvlm.runtime.native_output import quiet_terminal
+from pocketvlm.runtime.preprocess import ImagePreprocessor
+from pocketvlm.runtime.text import TextCodec, user_message
+
+__all__ = ["answer_with_multimodal_runner"]
+
+
+def answer_with_multimodal_runner(
+    bundle: Bundle,
+    prompt: str,
+    image: Image | Path | None = None,
+    *,
+    max_new_tokens: int = 64,
+    on_token: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Asks one question, greedily.
+
+    Args:
+        bundle: An opened bundle with an ExecuTorch program.
+        prompt: The question.
+        image: A picture, or `None` for text alone.
+        max_new_tokens: Tokens after which the answer is cut.
+        on_token: Called with each piece of text.
+
+    Raises:
+        MissingExtraError: ExecuTorch is not installed.
+        BundleError: The bundle has no program, or it does not load or run.
+        InputError: Nothing was asked.
+    """
+    if not prompt.strip() and image is None:
+        raise InputError("there is nothing to answer: the prompt is empty and has no picture")
+    file = bundle.path / bundle.component("executorch", "decoder").file
+    codec = TextCodec.from_bundle(bundle)
+    ids = codec.encode([user_message(prompt, images=int(image is not None))])
+    ends = {codec.tokenizer.id_to_token(token) for token in codec.eos_token_ids}
+    pieces: list[str] = []
+    with quiet_terminal() as heard:
+        load_program(file)  # registers the operators, and says what is wrong with the file
+        native = _native_runner()
+        inputs = _inputs(native, codec, ids, _pixels(bundle, image))
+
+        def take(piece: str) -> None:
+            if piece not in ends:
+                pieces.append(piece)
+                with heard():
+                    on_token(piece)
+
+        config = native.GenerationConfig(
+            echo=False, max_new_tokens=max_new_tokens, temperature=0.0, warming=True
+        )
+        try:
+            runner = native.MultimodalRunner(str(file), str(bundle.path / "tokenizer.json"), None)
+            runner.generate(inputs, config, take)
+        except RuntimeError as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise BundleError(f"{file}: MultimodalRunner cannot run it: {first_line}") from error
+    return "".join(pieces)
+
+
+def _native_runner() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # modules that warn about each other's versions
+        from executorch.extension.llm import runner
+    return runner
+
+
+def _pixels(bundle: Bundle, image: Image | Path | None) -> Any:
+    if image is None:
+        return None
+    picture = open_image(image) if isinstance(image, Path) else image
+    return ImagePreprocessor.from_bundle(bundle).pixels(picture)
+
+
+def _inputs(native: Any, codec: TextCodec, ids: list[int], pixels: Any) -> list[Any]:
+    """The prompt around its picture, whose placeholders the picture's own rows replace."""
+    if pixels is None:
+        return [native.make_token_input(ids)]
+    import torch
+
+    start = ids.index(codec.image_token_id)
+    end = len(ids) - ids[::-1].index(codec.image_token_id)
+    inputs = [native.make_image_input(torch.from_numpy(pixels))]
+    if start:
+        inputs.insert(0, native.make_token_input(ids[:start]))
+    if end < len(ids):
+        inputs.append(native.make_token_input(ids[end:]))
+    return inputs
