@@ -105,7 +105,7 @@ _PASSED: Mapping[str, str] = {
         "            let output = try await model.prediction(\n"
         "                from: MLDictionaryFeatureProvider(dictionary: inputs))\n"
         "            for name in cache.keys {\n"
-        '                cache[name] = output.featureValue(for: "new_" + name)!\n'
+        '                cache[name] = output.featureValue(for: name + "_out")!\n'
         "            }\n"
     ),
     "fits": "true",

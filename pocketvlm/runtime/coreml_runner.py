@@ -130,7 +130,7 @@ class CoremlRunner(Runner):
             inputs[_COUNT] = np.array([rows], np.int32)
         outputs = entry.predict(inputs)
         for name in self._carried:
-            self._carried[name] = outputs[f"new_{name}"]
+            self._carried[name] = outputs[f"{name}_out"]
         logits: npt.NDArray[np.float32] = outputs["logits"][0, -1]
         return logits
 
