@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from pocketvlm.export.torch_ops import TorchOps
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
 
-__all__ = ["convert_reducer", "inline"]
+__all__ = ["convert_program", "convert_reducer", "inline"]
 
 
 class _ReducerGraph(nn.Module):
@@ -50,8 +50,6 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
     Raises:
         ExportError: An operator of the reducer cannot be converted; the message names it.
     """
-    import coremltools
-
     tower, factor = spec.tower, spec.projector.merge_factor
     tokens = tower.patches_per_side**2 + tower.has_cls
     example = (
@@ -59,23 +57,51 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
         torch.zeros(1, tokens, tower.hidden_size),
         torch.zeros(1, tokens, tower.hidden_size),
     )
+    name = type(reducer).__name__
     try:
         program = torch.export.export(_ReducerGraph(reducer, spec).eval(), example)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ExportError(f"{name}: cannot be traced: {_one_line(error)}") from error
+    return convert_program(name, program, deployment, precision="float32", convert_to="milinternal")
+
+
+def convert_program(
+    name: str,
+    program: torch.export.ExportedProgram,
+    deployment: Deployment,
+    *,
+    precision: Literal["float16", "float32"],
+    convert_to: Literal["milinternal", "mlprogram"],
+) -> Any:
+    """A traced program by coremltools' own converter.
+
+    Args:
+        name: What it is, for the message.
+        program: The program.
+        deployment: The oldest system that has to run it.
+        precision: What it computes in.
+        convert_to: `milinternal` for a program of operators, `mlprogram` for a model.
+
+    Raises:
+        ExportError: An operator cannot be converted; the message names it.
+    """
+    import coremltools
+
+    try:
         program = program.run_decompositions({})
         _drop_aliases(program.graph_module.graph)
         with redirect_stderr(io.StringIO()):  # progress bars
             return coremltools.convert(
                 program,
                 source="pytorch",
-                convert_to="milinternal",
-                compute_precision=coremltools.precision.FLOAT32,
+                convert_to=convert_to,
+                compute_precision=coremltools.precision[precision.upper()],
                 minimum_deployment_target=coremltools.target[deployment],
+                # Only an Apple machine can compile a model.
+                **({"skip_model_load": True} if convert_to == "mlprogram" else {}),
             )
     except (NotImplementedError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ExportError(
-            f"{type(reducer).__name__}: cannot become a Core ML program: {reason}"
-        ) from error
+        raise ExportError(f"{name}: cannot become a Core ML program: {_one_line(error)}") from error
 
 
 def inline(program: Any, inputs: Mapping[str, Any], prefix: str) -> tuple[Any, ...]:
@@ -123,3 +149,7 @@ def _drop_aliases(graph: torch.fx.Graph) -> None:
         if node.target is torch.ops.aten.alias.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
