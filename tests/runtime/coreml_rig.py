@@ -14,7 +14,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.coreml import ToCoreml
 from pocketvlm.pipeline.assemble import write_graphs
 
-CHUNK, CONTEXT = 8, 128
+CHUNK, CONTEXT = 8, 256
 
 
 def reduced(path: Path, positions: str) -> Checkpoint:
