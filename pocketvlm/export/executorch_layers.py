@@ -8,6 +8,7 @@ computes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -144,15 +145,14 @@ class TableInteger(nn.Module):
 
     def __init__(self, form: AffineWeight) -> None:
         super().__init__()
-        import executorch.exir.passes._quant_patterns_and_replacements as _  # noqa: F401  (registers embedding_byte and embedding_4bit)
-
+        _register_lookups()
         self._bits = kernel_bits(form.bits)
         signed, zeros = signed_codes(form)
         signed = signed[:, : form.in_features + form.in_features % 2]
         self._width = form.in_features
         self.register_buffer("codes", pack_nibbles(signed) if self._bits == _NARROW else signed)
         self.register_buffer("scales", form.scales.to(torch.float32))
-        self.register_buffer("zeros", zeros)
+        self.register_buffer("zeros", None if zeros is None else zeros.to(torch.float32))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Looks up [1, length] ids, returns [1, length, width]."""
@@ -163,6 +163,13 @@ class TableInteger(nn.Module):
             return rows
         rows = _QUANTIZED.embedding_4bit(*stored)
         return rows.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def _register_lookups() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # modules that warn about each other's versions
+        # Registers embedding_byte and embedding_4bit.
+        import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pocketvlm.export.executorch_methods import DecoderMethod, EmbeddingMethod, 
 from pocketvlm.export.executorch_sharing import share_constants
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
+from pocketvlm.runtime.executorch_program import register_operators
 
 __all__ = ["Delegation", "LoweredProgram", "lower_program"]
 
@@ -89,7 +90,8 @@ def lower_program(
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig
     from executorch.exir import to_edge_transform_and_lower as lower
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::*)
+
+    register_operators()
 
     kernels = {name: Kernels(model) for name in _METHODS}
     methods: dict[str, nn.Module] = {

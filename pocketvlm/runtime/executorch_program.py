@@ -16,7 +16,13 @@ from typing import Any
 from pocketvlm.errors import BundleError, MissingExtraError
 from pocketvlm.runtime.native_output import quiet_terminal
 
-__all__ = ["PROGRAM_HEADER", "PROGRAM_HEADER_START", "load_program", "require_executorch"]
+__all__ = [
+    "PROGRAM_HEADER",
+    "PROGRAM_HEADER_START",
+    "load_program",
+    "register_operators",
+    "require_executorch",
+]
 
 PROGRAM_HEADER = struct.Struct("<4sIQQQ")
 """A program's extended header: magic, length, bytes of its flatbuffer, base and bytes of its
@@ -38,6 +44,20 @@ def require_executorch() -> None:
         )
 
 
+def register_operators() -> None:
+    """Makes the runtime know the operators that programs of this package use.
+
+    Raises:
+        MissingExtraError: ExecuTorch is not installed.
+    """
+    require_executorch()
+    with quiet_terminal(), warnings.catch_warnings():
+        # Its modules warn about each other's versions when they are imported.
+        warnings.simplefilter("ignore")
+        import executorch.kernels.quantized  # noqa: F401  (quantized_decomposed::*)
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::*)
+
+
 def load_program(file: Path) -> Any:
     """Loads a `.pte` file; its methods are run by `run_method(name, inputs)`.
 
@@ -45,15 +65,11 @@ def load_program(file: Path) -> Any:
         MissingExtraError: ExecuTorch is not installed.
         BundleError: The file is missing, damaged, or needs what this runtime lacks.
     """
-    require_executorch()
     _require_whole(file)
-    with quiet_terminal(), warnings.catch_warnings():
-        # Its modules warn about each other's versions when they are imported.
-        warnings.simplefilter("ignore")
-        import executorch.kernels.quantized  # noqa: F401  (registers quantized_decomposed::*)
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::*)
-        from executorch.extension.pybindings import portable_lib
+    register_operators()
+    from executorch.extension.pybindings import portable_lib
 
+    with quiet_terminal():
         portable_lib._threadpool_get_thread_count()  # noqa: SLF001  (looks at the processor, and says so)
         try:
             # The only one of its loaders that gives attention scratch memory.

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.runtime.executorch_program import load_program
+from pocketvlm.runtime.native_output import quiet_terminal
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["ExecutorchRunner"]
@@ -115,4 +116,5 @@ class ExecutorchRunner(Runner):
 def _set_threads(threads: int) -> None:
     from executorch.extension.pybindings import portable_lib
 
-    portable_lib._unsafe_reset_threadpool(threads)  # noqa: SLF001  (the package has no other way)
+    with quiet_terminal():
+        portable_lib._unsafe_reset_threadpool(threads)  # noqa: SLF001  (there is no other way)
