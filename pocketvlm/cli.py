@@ -73,7 +73,10 @@ ThreadsOption = Annotated[
 ]
 RuntimeOption = Annotated[
     str | None,
-    typer.Option("--runtime", help="onnx or executorch. Default: the first that the bundle has."),
+    typer.Option(
+        "--runtime",
+        help="onnx, executorch, or coreml: the reference evaluator. Default: what the bundle has.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 
