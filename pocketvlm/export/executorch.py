@@ -20,8 +20,11 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError, PocketVLMError, UnsupportedError
 from pocketvlm.export.components import embedding_signatures, vision_signatures
-from pocketvlm.export.executorch_methods import POSITION_CHANNELS, has_position_channels
-from pocketvlm.export.executorch_schema import constant_methods
+from pocketvlm.export.executorch_schema import (
+    POSITION_CHANNELS,
+    constant_methods,
+    has_position_channels,
+)
 from pocketvlm.export.executorch_size import predict_executorch
 from pocketvlm.export.executorch_worker import (
     JOB_FILE,

@@ -23,24 +23,11 @@ from torch import Tensor, nn
 from pocketvlm.export.components import build_decoder, build_embedding, build_vision
 from pocketvlm.export.executorch_layers import Kernels
 from pocketvlm.export.executorch_ops import ExecutorchOps
+from pocketvlm.export.executorch_schema import has_position_channels
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
 
-__all__ = [
-    "POSITION_CHANNELS",
-    "DecoderMethod",
-    "EmbeddingMethod",
-    "VisionMethod",
-    "has_position_channels",
-]
-
-POSITION_CHANNELS = 2
-"""Channels behind an embedding that tell the decoder where a row is."""
-
-
-def has_position_channels(reducer: TokenReducer | None) -> bool:
-    """Whether positions have gaps, so that rows must say where they are."""
-    return reducer is not None and reducer.positions == "original"
+__all__ = ["DecoderMethod", "EmbeddingMethod", "VisionMethod"]
 
 
 class VisionMethod(nn.Module):

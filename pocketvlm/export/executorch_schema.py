@@ -11,13 +11,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pocketvlm.export.executorch_methods import POSITION_CHANNELS, has_position_channels
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
 
-__all__ = ["constant_methods"]
+__all__ = ["POSITION_CHANNELS", "constant_methods", "has_position_channels"]
+
+POSITION_CHANNELS = 2
+"""Channels behind an embedding that tell the decoder where a row is."""
 
 _SCHEMA = 1
+
+
+def has_position_channels(reducer: TokenReducer | None) -> bool:
+    """Whether positions have gaps, so that rows must say where they are."""
+    return reducer is not None and reducer.positions == "original"
 
 
 def constant_methods(
