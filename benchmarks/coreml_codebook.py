@@ -115,9 +115,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--precision", nargs="+", default=["float16", "float32"])
     arguments = parser.parse_args()
-    print(
-        f"{'model':<26} {'computes in':<11} {'bytes':>12} {'share':>6} {'SQNR dB':>8} {'max error':>10}"
-    )
+    names = ("bytes", "share", "SQNR dB", "max error")
+    print(f"{'model':<26} {'computes in':<11} {names[0]:>12} ", end="")
+    print(f"{names[1]:>6} {names[2]:>8} {names[3]:>10}")
     rows = []
     for model in arguments.models:
         for precision in arguments.precision:
