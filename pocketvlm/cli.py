@@ -226,7 +226,7 @@ def ask(
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
     from pocketvlm.runtime.engines import choose_engine, open_engine
-    from pocketvlm.runtime.executorch_answer import answer_with_multimodal_runner
+    from pocketvlm.runtime.executorch_answer import answer_once
 
     def show(piece: str) -> None:
         if not as_json:
@@ -234,8 +234,13 @@ def ask(
 
     opened = Bundle.open(bundle)
     if choose_engine(opened, runtime) == "executorch" and not as_json:
-        answer_with_multimodal_runner(
-            opened, prompt, image, max_new_tokens=max_new_tokens, on_token=show
+        answer_once(
+            opened,
+            prompt,
+            image,
+            max_new_tokens=max_new_tokens,
+            threads=threads,
+            on_token=show,
         )
         print()
         return

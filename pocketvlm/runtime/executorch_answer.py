@@ -3,6 +3,8 @@
 It proves that the program is what that runner expects: prompt, picture and generation are its
 business, and nothing of this package lies between. It tells text and no token ids, keeps no
 conversation, and its native code writes to the terminal as it likes, which is kept from it here.
+Its Python binding cannot hand over a piece of text that ends inside of a character; such an answer
+is taken over by the loop of this package, which gives the same tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +19,58 @@ from PIL.Image import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
+from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.executorch_program import load_program
+from pocketvlm.runtime.executorch_runner import ExecutorchRunner
 from pocketvlm.runtime.native_output import quiet_terminal
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec, user_message
 
-__all__ = ["answer_with_multimodal_runner"]
+__all__ = ["UnspeakablePieceError", "answer_once", "answer_with_multimodal_runner"]
+
+
+class UnspeakablePieceError(ValueError):
+    """A token of the answer is part of a character, which the binding cannot hand over."""
+
+
+def answer_once(
+    bundle: Bundle,
+    prompt: str,
+    image: Image | Path | None = None,
+    *,
+    max_new_tokens: int = 64,
+    threads: int | None = None,
+    on_token: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Asks one question, by `MultimodalRunner` where it can answer, by this package where not.
+
+    Args:
+        bundle: An opened bundle with an ExecuTorch program.
+        prompt: The question.
+        image: A picture, or `None` for text alone.
+        max_new_tokens: Tokens after which the answer is cut.
+        threads: Threads of the kernels; `None` leaves them as they are.
+        on_token: Called with each piece of text.
+
+    Raises:
+        PocketVLMError: As `answer_with_multimodal_runner`.
+    """
+    runner = ExecutorchRunner(bundle, threads=threads)
+    spoken: list[str] = []
+
+    def speak(piece: str) -> None:
+        spoken.append(piece)
+        on_token(piece)
+
+    try:
+        return answer_with_multimodal_runner(
+            bundle, prompt, image, max_new_tokens=max_new_tokens, on_token=speak
+        )
+    except UnspeakablePieceError:
+        talk = Conversation(bundle, runner=runner)
+        text = talk.ask(prompt, image, max_new_tokens=max_new_tokens).text
+        on_token(text.removeprefix("".join(spoken)))
+        return text
 
 
 def answer_with_multimodal_runner(
@@ -46,6 +94,7 @@ def answer_with_multimodal_runner(
         MissingExtraError: ExecuTorch is not installed.
         BundleError: The bundle has no program, or it does not load or run.
         InputError: Nothing was asked.
+        UnspeakablePieceError: The answer holds a character that several tokens make up.
     """
     if not prompt.strip() and image is None:
         raise InputError("there is nothing to answer: the prompt is empty and has no picture")
@@ -71,6 +120,8 @@ def answer_with_multimodal_runner(
         try:
             runner = native.MultimodalRunner(str(file), str(bundle.path / "tokenizer.json"), None)
             runner.generate(inputs, config, take)
+        except UnicodeDecodeError as error:
+            raise UnspeakablePieceError(str(error)) from error
         except RuntimeError as error:
             first_line = str(error).strip().partition("\n")[0]
             raise BundleError(f"{file}: MultimodalRunner cannot run it: {first_line}") from error

@@ -1,0 +1,161 @@
+"""The ExecuTorch runner beside ONNX Runtime and beside ExecuTorch's own MultimodalRunner."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.cli import main
+from pocketvlm.compress.tokens.fixed import FixedReducer
+from pocketvlm.context import RunContext
+from pocketvlm.errors import BundleError, InputError
+from pocketvlm.export.executorch import ToExecutorch
+from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.engines import choose_engine, open_engine
+from pocketvlm.runtime.executorch_answer import (
+    UnspeakablePieceError,
+    answer_once,
+    answer_with_multimodal_runner,
+)
+from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.text import TextCodec
+
+CAPACITY = 96
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Both targets of one float model, with gaps among the positions of its picture."""
+    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+    reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
+    path = tmp_path_factory.mktemp("both")
+    targets = (ToOnnx(), ToExecutorch(context=CAPACITY))
+    write_graphs(replace(checkpoint, reducer=reducer), targets, path, "", RunContext(threads=1))
+    return Bundle.open(path)
+
+
+@pytest.fixture
+def runner(bundle: Bundle) -> ExecutorchRunner:
+    return ExecutorchRunner(bundle, threads=1)
+
+
+def test_graphs_agree_with_onnx(bundle: Bundle, runner: ExecutorchRunner) -> None:
+    onnx = open_engine(bundle, "onnx", threads=1)
+    side = bundle.component("onnx", "vision").inputs[0].shape[-1]
+    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)
+    ours, theirs = runner.encode_image(pixels), onnx.encode_image(pixels)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    ids = [5, 9, 5, 301]
+    np.testing.assert_array_equal(runner.embed(ids), onnx.embed(ids))
+    rows = np.concatenate([runner.embed(ids), ours[0]], axis=1)
+    # Gaps, jumps ahead, and a second turn behind rows that are forgotten again.
+    for positions in ([0, 1, 2, 3, 5, 8, 10, 15, 18], list(range(40, 49))):
+        at = np.array([positions])
+        for engine in (runner, onnx):
+            engine.reset()
+        found, expected = runner.decode(rows, at).copy(), onnx.decode(rows, at).copy()
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        for engine in (runner, onnx):
+            engine.decode(rows[:, :2], np.array([[60, 61]]))
+            engine.truncate(7)
+        turn = (rows[:, :3], np.array([[70, 72, 73]]))
+        np.testing.assert_allclose(runner.decode(*turn), onnx.decode(*turn), rtol=1e-3, atol=1e-4)
+
+
+def test_conversations_agree(bundle: Bundle, picture: Image.Image) -> None:
+    talks = [
+        Conversation(bundle, runner=open_engine(bundle, name, threads=1))
+        for name in ("onnx", "executorch")
+    ]
+    first, second = (talk.ask("What is it?", picture, max_new_tokens=6) for talk in talks)
+    assert first.token_ids == second.token_ids
+    first, second = (talk.ask("And now?", max_new_tokens=6) for talk in talks)
+    assert first.token_ids == second.token_ids
+    assert second.timings.reused_tokens > 0
+
+
+def test_multimodal_runner_gives_the_same_answer(
+    bundle: Bundle, runner: ExecutorchRunner, picture: Image.Image
+) -> None:
+    talk = Conversation(bundle, runner=runner)
+    decode = TextCodec.from_bundle(bundle).decode_raw
+    answered = 0
+    for prompt, image in product(("What?", "how many", "one", "blue"), (picture, None)):
+        talk.reset()
+        expected = talk.ask(prompt, image, max_new_tokens=3)
+        pieces: list[str] = []
+        ask = (bundle, prompt, image)
+        # A random model says what it likes; a token may be a part of a character.
+        if any("\N{REPLACEMENT CHARACTER}" in decode([token]) for token in expected.token_ids):
+            with pytest.raises(UnspeakablePieceError):
+                answer_with_multimodal_runner(*ask, max_new_tokens=3)
+        else:
+            text = answer_with_multimodal_runner(*ask, max_new_tokens=3, on_token=pieces.append)
+            assert len(pieces) == len(expected.token_ids)
+            assert text == "".join(pieces)
+            assert text == expected.text
+            answered += 1
+        pieces.clear()
+        assert answer_once(*ask, max_new_tokens=3, on_token=pieces.append) == expected.text
+        assert "".join(pieces) == expected.text
+    assert answered
+
+
+def test_ask_prints_the_answer_and_nothing_else(
+    bundle: Bundle,
+    picture: Image.Image,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "picture.png"
+    picture.save(file)
+
+    def run(arguments: list[str]) -> object:
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code
+
+    command = [
+        *("pocketvlm", "ask", str(bundle.path), "--image", str(file), "--prompt", "What?"),
+        *("--runtime", "executorch", "--max-new-tokens", "4"),
+    ]
+    assert run(command) == 0
+    spoken = capfd.readouterr()
+    assert not spoken.err
+    assert run([*command, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert spoken.out.strip() == document["text"].strip()
+    assert len(document["token_ids"]) == 4
+
+
+def test_limits_are_told(bundle: Bundle, runner: ExecutorchRunner) -> None:
+    assert runner.capacity == CAPACITY
+    rows = runner.embed([7] * (CAPACITY + 1))
+    with pytest.raises(InputError, match=f"needs {CAPACITY + 1} rows"):
+        runner.decode(rows, np.arange(CAPACITY + 1)[None])
+    with pytest.raises(InputError, match="runtime is 'tflite'; allowed are onnx, executorch"):
+        choose_engine(bundle, "tflite")
+    assert choose_engine(bundle) == "onnx"
+    alone = replace(
+        bundle,
+        manifest=replace(
+            bundle.manifest,
+            components=tuple(c for c in bundle.manifest.components if c.target == "executorch"),
+        ),
+    )
+    assert choose_engine(alone) == "executorch"
+    with pytest.raises(BundleError, match="no decoder graph for target 'onnx'"):
+        choose_engine(alone, "onnx")
