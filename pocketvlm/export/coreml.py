@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +26,15 @@ from pocketvlm.export.coreml_cache import (
     cache_signatures,
     round_up,
 )
-from pocketvlm.export.coreml_forms import DEPLOYMENTS, describe_form
+from pocketvlm.export.coreml_forms import describe_form
+from pocketvlm.export.coreml_limits import DEPLOYMENTS
 from pocketvlm.export.coreml_ops import MilOps
 from pocketvlm.export.coreml_positions import DecoderPositions
 from pocketvlm.export.coreml_program import PackageWriter
 from pocketvlm.export.coreml_reducer import convert_reducer
 from pocketvlm.export.coreml_size import predict_coreml
 from pocketvlm.export.coreml_toolkit import listen
+from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
@@ -241,20 +242,7 @@ class ToCoreml:
         return PackageWriter(self.deployment, wide[self.precision])
 
     def _precisions(self, checkpoint: Checkpoint, parts: Iterable[Part]) -> dict[str, str]:
-        """How the layers of each part are stored, the most frequent first."""
-        precisions: dict[str, str] = {}
-        forms = checkpoint.forms()
-        for part in parts:
-            counts = Counter(
-                self._describe(form) for linear, form in forms.items() if linear.part == part
-            )
-            kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-            precisions[part] = (
-                kinds[0][0]
-                if len(kinds) == 1
-                else ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
-            )
-        return precisions
+        return part_precisions(checkpoint.forms(), parts, self._describe)
 
     def _describe(self, form: WeightForm) -> str:
         described = describe_form(form)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,29 +23,21 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.coreml_limits import Deployment, container_bits, explain_misfit
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm
 from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight, WeightForm, pack_codes
 
 __all__ = [
-    "DEPLOYMENTS",
     "Codes",
     "Constexpr",
-    "Deployment",
     "FloatArray",
-    "container_bits",
     "describe_form",
-    "explain_misfit",
     "narrow_float",
     "pack_form",
 ]
 
-Deployment = Literal["iOS17", "iOS18"]
-DEPLOYMENTS: tuple[Deployment, ...] = get_args(Deployment)
-
 FloatArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
-_INDEX_BITS = (1, 2, 3, 4, 6, 8)
-_FORMER_INDEX_BITS = (1, 2, 4, 6, 8)
 _BYTE = 8
 _NIBBLE = 4
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -83,20 +74,6 @@ class Constexpr:
     operator: str
     operands: Mapping[str, Codes | FloatArray | npt.NDArray[np.uint32] | int | Constexpr]
     shape: tuple[int, int]
-
-
-def container_bits(bits: int) -> int:
-    """Bits in which Core ML stores an index of `bits` bits."""
-    return next(width for width in _INDEX_BITS if width >= bits)
-
-
-def explain_misfit(
-    form: PlannedForm, rows: int, columns: int, deployment: Deployment
-) -> str | None:
-    """Why Core ML cannot hold a matrix [rows, columns] in a form, and what would work."""
-    if isinstance(form, PlannedAffine):
-        return _explain_affine(form, columns, deployment)
-    return _explain_codebook(form, rows, columns, deployment)
 
 
 def pack_form(
@@ -166,57 +143,9 @@ def describe_form(form: WeightForm) -> str:
         return f"int{form.bits} g{form.group_size} {grid}"
     if isinstance(form, CodebookWeight):
         main = form.main
-        length, bits = main.vector_length, container_bits(main.index_bits)
+        length, bits = main.vector_length, main.index_bits
         return f"lut {bits}-bit indices of vectors of {length}, {main.codebooks.shape[0]} tables"
     return "float"
-
-
-def _explain_affine(form: PlannedAffine, columns: int, deployment: Deployment) -> str | None:
-    if deployment == "iOS18":
-        return None
-    if form.bits == _BYTE and form.group_size >= columns:
-        return None
-    return (
-        f"{form.bits} bits in groups of {form.group_size} need iOS 18; for iOS 17, 8 bits with "
-        "group_size: row would work, one scale a row"
-    )
-
-
-def _explain_codebook(
-    form: PlannedCodebook, rows: int, columns: int, deployment: Deployment
-) -> str | None:
-    extras = [
-        (form.residual_bits is not None, "a residual codebook"),
-        (form.outlier_columns > 0, "outlier columns"),
-        (form.column_scales, "scales of columns"),
-    ]
-    extra = next((label for found, label in extras if found), None)
-    if extra is not None:
-        return f"Core ML's look-up has no place for {extra}; one codebook without would work"
-    if form.index_bits > _BYTE:
-        return (
-            f"indices of {form.index_bits} bits cannot be looked up by Core ML; at most 8 bits, "
-            "256 centroids, would work"
-        )
-    if columns % form.column_groups:
-        return (
-            f"{form.column_groups} column groups do not divide {columns} columns; a divisor "
-            "would work"
-        )
-    if rows % (form.row_groups * form.vector_length):
-        return (
-            f"{form.row_groups} row groups of vectors of {form.vector_length} do not divide "
-            f"{rows} rows; a divisor would work"
-        )
-    if deployment == "iOS18":
-        return None
-    tables = form.row_groups * form.column_groups
-    if tables > 1 or form.vector_length > 1 or form.row_scales:
-        return (
-            "vectors, several tables and scales of rows need iOS 18; for iOS 17, one table of "
-            "single values would work"
-        )
-    return None
 
 
 def _plan_of(form: AffineWeight | CodebookWeight) -> PlannedForm:
@@ -308,7 +237,7 @@ def _pack_affine_by_row(form: AffineWeight, float_type: type[np.floating]) -> Co
 
 def _pack_codebook(form: CodebookWeight, float_type: type[np.floating]) -> Constexpr:
     main = form.main
-    bits = container_bits(main.index_bits)
+    bits = container_bits(main.index_bits, "iOS18")
     operands: dict[str, Codes | FloatArray | int] = {
         "indices": Codes(values=main.indices().to(torch.uint8).numpy(), bits=bits),
         "lut": _floats(_fill_table(main.codebooks, bits), float_type),
@@ -327,7 +256,7 @@ def _pack_codebook(form: CodebookWeight, float_type: type[np.floating]) -> Const
 
 def _pack_table(form: CodebookWeight, float_type: type[np.floating]) -> Constexpr:
     main = form.main
-    bits = next(width for width in _FORMER_INDEX_BITS if width >= main.index_bits)
+    bits = container_bits(main.index_bits, "iOS17")
     indices = main.indices().to(torch.uint8).numpy()
     return Constexpr(
         operator="constexpr_lut_to_dense",

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.errors import ExportError
-from pocketvlm.export.coreml_forms import Codes, Constexpr, Deployment, FloatArray
+from pocketvlm.export.coreml_forms import Codes, Constexpr, FloatArray
+from pocketvlm.export.coreml_limits import Deployment
 from pocketvlm.export.coreml_package import create_package, read_back, write_model
 
 __all__ = ["FunctionWriter", "PackageWriter", "identifier"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.errors import ExportError
-from pocketvlm.export.coreml_forms import Deployment
+from pocketvlm.export.coreml_limits import Deployment
 from pocketvlm.export.torch_ops import TorchOps
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer

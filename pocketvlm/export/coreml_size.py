@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pocketvlm.export.coreml_forms import Deployment, container_bits, explain_misfit
+from pocketvlm.export.coreml_limits import Deployment, container_bits, explain_misfit
 from pocketvlm.export.coreml_positions import TABLE_ROWS
 from pocketvlm.export.coreml_toolkit import INSTALL, has_coremltools
 from pocketvlm.export.prediction import Prediction
@@ -57,7 +57,7 @@ def predict_coreml(
                 continue
             if isinstance(form, PlannedAffine) and form.bits < _NIBBLE:
                 narrow.append(linear.name)
-            count = form_bytes(form, rows, columns, float_bytes=float_bytes)
+            count = form_bytes(form, rows, columns, deployment=deployment, float_bytes=float_bytes)
         parts[linear.part] = parts.get(linear.part, 0) + count
         # Without functions that share weights, a tied head is stored with the decoder again.
         if deployment == "iOS17" and linear.part == "embedding" and spec.decoder.tied_head:
@@ -83,7 +83,9 @@ def predict_coreml(
     return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
 
 
-def form_bytes(form: PlannedForm, rows: int, columns: int, *, float_bytes: int) -> int:
+def form_bytes(
+    form: PlannedForm, rows: int, columns: int, *, deployment: Deployment, float_bytes: int
+) -> int:
     """Bytes of one matrix [rows, columns] in the weight file."""
     if isinstance(form, PlannedAffine):
         groups = -(-columns // form.group_size)
@@ -96,7 +98,7 @@ def form_bytes(form: PlannedForm, rows: int, columns: int, *, float_bytes: int) 
             return count + _stored(rows * groups * float_bytes)
         width = _NIBBLE if form.bits == _NIBBLE else _BYTE
         return count + _stored(-(-rows * groups * width // 8))
-    bits = container_bits(form.index_bits)
+    bits = container_bits(form.index_bits, deployment)
     count = _stored(-(-(rows // form.vector_length) * columns * bits // 8))
     if form.owns_codebooks:
         values = form.row_groups * form.column_groups * form.vector_length << bits

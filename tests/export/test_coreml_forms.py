@@ -12,11 +12,11 @@ from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml_forms import (
     Codes,
     Constexpr,
-    container_bits,
     describe_form,
     narrow_float,
     pack_form,
 )
+from pocketvlm.export.coreml_limits import container_bits
 from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight, Lookup, WeightForm
 from tests.export.rig import quantize_affine
 
@@ -161,7 +161,7 @@ def test_codebooks(bits: int, length: int, groups: tuple[int, int], scaled: bool
     assert isinstance(inner, Constexpr)
     indices = inner.operands["indices"]
     assert isinstance(indices, Codes)
-    assert indices.bits == container_bits(bits)
+    assert indices.bits == container_bits(bits, "iOS18")
 
 
 def test_rows_for_ios17() -> None:
@@ -217,4 +217,4 @@ def test_descriptions() -> None:
     assert describe_form(quantize_affine(torch.randn(4, 64), 4, 32)) == "int4 g32 asymmetric"
     assert describe_form(DenseWeight(values=torch.zeros(2, 2))) == "float"
     lut = describe_form(make_codebook(8, 4, bits=5, length=4, groups=(2, 1)))
-    assert lut == "lut 6-bit indices of vectors of 4, 2 tables"
+    assert lut == "lut 5-bit indices of vectors of 4, 2 tables"
