@@ -11,7 +11,7 @@ import numpy as np
 
 from pocketvlm.runtime.mil_types import Array
 
-__all__ = ["LAYOUT"]
+__all__ = ["LAYOUT", "slice_update_in_place"]
 
 
 def reshape(x: Array, shape: Array) -> Array:
@@ -119,17 +119,31 @@ def slice_update(
     end_mask: Array | None = None,
     squeeze_mask: Array | None = None,
 ) -> Array:
-    """X with a slice replaced."""
+    """A copy of x with a slice replaced."""
+    masks = (begin_mask, end_mask, squeeze_mask)
+    return slice_update_in_place(x.copy(), update, begin, end, stride, *masks)
+
+
+def slice_update_in_place(
+    x: Array,
+    update: Array,
+    begin: Array,
+    end: Array,
+    stride: Array | None = None,
+    begin_mask: Array | None = None,
+    end_mask: Array | None = None,
+    squeeze_mask: Array | None = None,
+) -> Array:
+    """The very array x with a slice overwritten: for values that nobody looks at any more."""
     place = _slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    result = x.copy()
-    target = result[place]
+    target = x[place]
     if target.shape != update.shape:
         raise ValueError(
             f"an update of shape {list(update.shape)} for a slice of shape {list(target.shape)}: "
             f"begin {begin.tolist()}, end {end.tolist()}, x {list(x.shape)}"
         )
-    result[place] = update
-    return result
+    x[place] = update
+    return x
 
 
 def _slices(

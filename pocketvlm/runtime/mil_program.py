@@ -16,6 +16,8 @@ import numpy as np
 
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.mil_constexpr import CONSTEXPR
+from pocketvlm.runtime.mil_layout import slice_update_in_place
+from pocketvlm.runtime.mil_liveness import find_in_place_updates
 from pocketvlm.runtime.mil_ops import LIST_PARAMETERS, MOVERS, OPERATORS, Operator
 from pocketvlm.runtime.mil_package import Argument, Function, Literal, MilPackage, Operation
 from pocketvlm.runtime.mil_types import Array, TensorType
@@ -116,8 +118,13 @@ class _Compiled:
             for name in _names(operation)
             if name not in self._constants and name not in function.outputs
         }
+        in_place = find_in_place_updates(live, last_use, function.outputs)
         self._steps = [
-            self._bind(operation, tuple(n for n, at in last_use.items() if at == number))
+            self._bind(
+                operation,
+                tuple(name for name, at in last_use.items() if at == number),
+                in_place=number in in_place,
+            )
             for number, operation in enumerate(live)
         ]
 
@@ -185,7 +192,7 @@ class _Compiled:
             )
         return value
 
-    def _bind(self, operation: Operation, retired: tuple[str, ...]) -> _Step:
+    def _bind(self, operation: Operation, retired: tuple[str, ...], *, in_place: bool) -> _Step:
         kind = operation.kind
         if kind in ("read_state", "write_state"):
             return _Step(operation=operation, compute=None, constants={}, names={}, retired=retired)
@@ -193,7 +200,7 @@ class _Compiled:
             raise BundleError(
                 f"{self._say(operation)}: the reference evaluator does not know this operator"
             )
-        compute = OPERATORS[kind]
+        compute = slice_update_in_place if in_place else OPERATORS[kind]
         _require_parameters(self._say(operation), compute, operation)
         known = {
             name: _one(name, tuple(self._argument(a, self._constants) for a in arguments))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
@@ -17,9 +18,10 @@ from pocketvlm.export.torch_runner import TorchRunner
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.coreml_runner import CoremlRunner
 from pocketvlm.runtime.engines import choose_engine, open_engine
+from pocketvlm.weights import CodebookWeight, Lookup
 from tests.runtime.coreml_rig import CHUNK, CONTEXT, reduced, write_coreml_bundle
 
-KINDS = ("states", "passed", "float16")
+KINDS = ("states", "passed", "float16", "codebook")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +42,28 @@ def cases(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "states": ("smolvlm", {"precision": "float32"}),
         "passed": ("llava", {"precision": "float32", "deployment": "iOS17"}),
         "float16": ("llava", {}),
+        "codebook": ("smolvlm", {"precision": "float32"}),
     }
     made = {}
     for kind, (family, chosen) in options.items():
         checkpoint = reduced(tiny_paths[family], "original" if kind != "states" else "consecutive")
+        if kind == "codebook":
+            look_up_vectors(checkpoint)
         made[kind] = Case(kind, checkpoint, write_coreml_bundle(checkpoint, root / kind, **chosen))
     return made
+
+
+def look_up_vectors(checkpoint: Checkpoint) -> None:
+    """Two bits a weight in the decoder: 256 vectors of four, of the weights' own size."""
+    generator = torch.Generator().manual_seed(0)
+    for linear, form in checkpoint.forms().items():
+        rows, columns = form.shape
+        if linear.part in ("decoder", "embedding", "head") and rows % 4 == 0:
+            scale = form.dequantize().std()
+            books = torch.randn(1, 1, 256, 4, generator=generator) * scale
+            indices = torch.randint(256, (rows // 4, columns), generator=generator)
+            lookup = Lookup.from_indices(indices, books.half(), index_bits=8)
+            checkpoint.set_form(linear.name, CodebookWeight(main=lookup))
 
 
 @pytest.fixture(params=KINDS)
