@@ -621,9 +621,11 @@ def _progress() -> Iterator[ProgressCallback]:
 
 def _print_summary(document: Mapping[str, Any]) -> None:
     size, quality = document["size"], document["quality"]
+    several = len(size["parts"]) > 2  # noqa: PLR2004  (one target, and the processor's files)
+    which = "the largest target " if several else ""
     _say(
         f"size     {size['bundle_bytes'] / 1e6:.2f} MB, "
-        f"{size['bundle_share']:.3f} of the source's weights"
+        f"{which}{size['bundle_share']:.3f} of the source's weights"
     )
     if quality:
         compressed, plain = quality["compressed"], quality["float"]

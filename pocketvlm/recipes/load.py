@@ -48,7 +48,8 @@ class Expectations:
     """Bounds that turn a recipe into a regression test; exit code 1 when one is broken.
 
     Attributes:
-        bundle_share: Bundle bytes divided by the source's weight bytes.
+        bundle_share: Bytes of the largest target, with the processor's files, divided by the
+            source's weight bytes: what one app ships.
         recovery: Accuracy of the bundle divided by that of the float model.
         decode_speedup: Tokens a second divided by those of the float32 ONNX baseline.
     """
