@@ -44,7 +44,7 @@ def predict_coreml(
         capacity: Rows of the cache.
     """
     parts: dict[str, int] = {}
-    refused = [] if has_coremltools() else [f"coreml: {INSTALL}"]
+    misfits: dict[str, list[str]] = {}
     narrow: list[str] = []
     for linear, form in forms.items():
         rows, columns = linear.out_features, linear.in_features
@@ -53,7 +53,7 @@ def predict_coreml(
         else:
             reason = explain_misfit(form, rows, columns, deployment)
             if reason is not None:
-                refused.append(f"coreml: {linear.name}: {reason}")
+                misfits.setdefault(reason, []).append(linear.name)
                 continue
             if isinstance(form, PlannedAffine) and form.bits < _NIBBLE:
                 narrow.append(linear.name)
@@ -80,6 +80,8 @@ def predict_coreml(
             f"coreml: {len(narrow)} layers of 2 or 3 bits are stored as indices into 0, 1, 2, ... "
             "below their scales: as small as they can be, and not measured on a device"
         )
+    refused = [] if has_coremltools() else [f"coreml: {INSTALL}"]
+    refused += [f"coreml: {_first(names)}: {reason}" for reason, names in misfits.items()]
     return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
 
 
@@ -106,6 +108,11 @@ def form_bytes(
     if form.row_scales:
         count += _stored(rows * float_bytes)
     return count
+
+
+def _first(names: list[str]) -> str:
+    others = len(names) - 1
+    return f"{names[0]} and {others} more" if others else names[0]
 
 
 def _stored(count: int) -> int:
