@@ -203,7 +203,7 @@ $name_function            return try await MLModel.load(
         var rows: [Float] = []
         for start in stride(from: 0, to: tokens.count, by: Self.embedChunk) {
             let part = Array(tokens[start..<min(start + Self.embedChunk, tokens.count)])
-            let ids = part + [Int32](repeating: 0, count: Self.embedChunk - part.count)
+            let ids = part + Array(repeating: Int32(0), count: Self.embedChunk - part.count)
             let input = MLShapedArray<Int32>(scalars: ids, shape: [1, Self.embedChunk])
             let output = try await embedding.prediction(
                 from: MLDictionaryFeatureProvider(dictionary: ["input_ids": Self.value(input)]))
@@ -228,10 +228,10 @@ $name_function            return try await MLModel.load(
             let filler = size - count
             var inputs: [String: MLFeatureValue] = [
                 "embeds": Self.value(MLShapedArray<Float>(
-                    scalars: Array(own) + [Float](repeating: 0, count: filler * Self.width),
+                    scalars: Array(own) + Array(repeating: Float(0), count: filler * Self.width),
                     shape: [1, size, Self.width])),
                 "position_ids": Self.value(MLShapedArray<Int32>(
-                    scalars: Array(places) + [Int32](repeating: 0, count: filler),
+                    scalars: Array(places) + Array(repeating: Int32(0), count: filler),
                     shape: [1, size])),
                 "past_length": Self.value(MLShapedArray<Int32>(scalars: [Int32(past)], shape: [1])),
             ]
