@@ -44,9 +44,9 @@ for layer in checkpoint.history[-1].layers[:3]:
 
 folder = Path(tempfile.mkdtemp()) / "bundle"
 recipe = load_recipe("int4-balanced")
-bundle, parity = build_bundle(checkpoint, recipe, (ToOnnx(),), folder, tuple(calibration), ctx)
-print("parity", "passed" if parity.passed else parity.failures())
+built = build_bundle(checkpoint, recipe, (ToOnnx(),), folder, tuple(calibration), ctx)
+print("parity", "passed" if built.parity.passed else built.parity.failures())
 
 example = next(generate_examples(1, 1, split="evaluation"))
-answer = Conversation(bundle).ask(example.question, example.image)
+answer = Conversation(built.bundle).ask(example.question, example.image)
 print(example.question, "->", answer.text, f"(expected {example.answer})", file=sys.stderr)
