@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,8 @@ def test_zero_points_between_codes(bits: int) -> None:
     )
     assert form.has_float_zeros
     check(form)
+    row = quantize_affine(torch.randn(6, 32), 8, 32)
+    check(replace(row, zeros=row.zeros.to(torch.float16) + 0.25), "iOS17")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])

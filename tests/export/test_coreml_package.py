@@ -80,6 +80,23 @@ def test_the_manifest_says_what_the_packages_say(
     assert content.spec.description.defaultFunctionName == "decode"
 
 
+@pytest.mark.parametrize("deployment", ["iOS17", "iOS18"])
+def test_the_toolkit_reads_its_own_language_in_them(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, deployment: str
+) -> None:
+    """Every operator passes coremltools' type checks again, read from the file."""
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    bits = 4 if deployment == "iOS18" else 8
+    checkpoint = quantize_checkpoint(tiny_checkpoint, bits, 1024)
+    for package in sorted(export(checkpoint, tmp_path, deployment=deployment).iterdir()):
+        model = coremltools.models.MLModel(str(package), skip_model_load=True)
+        spec = model.get_spec()
+        program = load(spec, spec.specificationVersion, model.weights_dir)
+        assert set(program.functions) == set(spec.mlProgram.functions)
+        assert all(function.operations for function in program.functions.values())
+
+
 @pytest.mark.parametrize("name", get_args(ScoreName))
 def test_every_reducer_becomes_a_program(tiny_path: Path, tmp_path: Path, name: str) -> None:
     checkpoint = Checkpoint.load(tiny_path)
