@@ -14,7 +14,7 @@ from pocketvlm.export.torch_ops import DecoderGraph
 from pocketvlm.runtime.mil_package import MilPackage
 from pocketvlm.runtime.mil_program import MilProgram
 from tests.export.coreml_rig import Decoder, export, run_vision
-from tests.export.rig import ReceivedAttention, make_prompt, quantize_checkpoint
+from tests.export.rig import ReceivedAttention, make_prompt
 from tests.export.test_coreml_codes import mix_forms
 
 pytest.importorskip("coremltools", reason="the coreml extra is not installed")
@@ -48,14 +48,12 @@ class TorchDecoder:
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("forms", ["dense", "int4", "mixed"])
+@pytest.mark.parametrize("forms", ["dense", "mixed"])
 def test_both_packages(
     tiny_checkpoint: Checkpoint, tmp_path: Path, precision: str, forms: str
 ) -> None:
     checkpoint = tiny_checkpoint
-    if forms == "int4":
-        checkpoint = quantize_checkpoint(checkpoint, 4)
-    elif forms == "mixed":
+    if forms == "mixed":
         checkpoint = mix_forms(checkpoint)
     checkpoint = replace(checkpoint, reducer=ReceivedAttention(keep=5, positions="original"))
     folder = export(checkpoint, tmp_path, precision=precision)
