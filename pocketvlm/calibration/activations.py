@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -83,6 +83,11 @@ class ActivationStore:
         self._places.append((self._end, tuple(batch.shape)))
         self._write(self._end, batch)
         self._end += size
+
+    def extend(self, batches: Iterable[Tensor]) -> None:
+        """Adds batches at the end."""
+        for batch in batches:
+            self.append(batch)
 
     def copy(self) -> ActivationStore:
         """The same batches in a store of their own."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from pocketvlm.calibration.prompts import (
     encode_samples,
 )
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.statistics import SecondMoment
+from pocketvlm.calibration.statistics import CrossMoment, SecondMoment
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.forward import (
     DecoderInputs,
@@ -44,12 +45,27 @@ from pocketvlm.forward import (
     scoring_attention,
 )
 from pocketvlm.reduction import ReducerInputs
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.weights import WeightForm, cache_dense_weights
 
-__all__ = ["BlockWalk", "InputMoments", "SharedInput"]
+__all__ = ["BlockWalk", "Drift", "FinishedHalf", "InputMoments", "SharedInput"]
+
+_NOTHING = torch.zeros(0)
 
 # Tokens that run through a half block at once: enough for full speed, little enough memory.
 _BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drift:
+    """How far an input has moved from the float model's: d_t = x_t(float) - x_t(now).
+
+    Attributes:
+        cross: Mean of d x^T.
+        own: Mean of d d^T.
+    """
+
+    cross: CrossMoment
+    own: SecondMoment
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,10 +75,14 @@ class InputMoments:
     Attributes:
         calibration: Over the samples that a method may fit.
         held_out: Over the samples that only judge it; `None` where all samples are fitted.
+        drift: Of the former, where the walk carries the float path along.
+        held_out_drift: Of the latter, likewise.
     """
 
     calibration: SecondMoment
     held_out: SecondMoment | None
+    drift: Drift | None = None
+    held_out_drift: Drift | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +101,34 @@ class SharedInput:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class FinishedHalf:
+    """A half block whose layers have all been visited; what it holds may still be tuned.
+
+    Attributes:
+        half: The half block.
+        inputs: Hidden states in front of it as they are now, batch by batch.
+        targets: Hidden states behind it in the float model.
+        arguments: What its body takes beside the hidden state; repeated over the batches.
+        batches: Which samples a batch holds; `None` for batches outside of all moments.
+        weights_of: Weights of a batch's tokens, or `None` for all alike.
+    """
+
+    half: HalfBlock
+    inputs: ActivationStore
+    targets: ActivationStore
+    arguments: Sequence[Mapping[str, Any]]
+    batches: Sequence[PromptBatch | None]
+    weights_of: Callable[[int], Tensor | None]
+
+    def arguments_of(self, index: int) -> Mapping[str, Any]:
+        """What the body takes beside the hidden state of a batch."""
+        return self.arguments[index % len(self.arguments)]
+
+
+Step = SharedInput | FinishedHalf
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BlockWalk:
     """One pass over a checkpoint.
 
@@ -92,6 +140,9 @@ class BlockWalk:
         tower_tokens: The tower's moments stop at so many tokens; all images run through it
             nevertheless.
         spill_folder: Where activations go that do not fit into memory.
+        carry_float: Whether the float model runs along, so that moments know the drift and
+            finished halves their targets. Costs a second forward pass and the originals of one
+            half block.
     """
 
     checkpoint: Checkpoint
@@ -100,6 +151,7 @@ class BlockWalk:
     held_out: float = 0.125
     tower_tokens: int = 32768
     spill_folder: Path | None = None
+    carry_float: bool = False
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -130,7 +182,7 @@ class BlockWalk:
         per_image = _tower_tokens(self.checkpoint)
         return min(self.first_held_out, max(1, self.tower_tokens // per_image))
 
-    def __iter__(self) -> Iterator[SharedInput]:
+    def __iter__(self) -> Iterator[Step]:
         """Yields every step in order of execution.
 
         Raises:
@@ -147,30 +199,97 @@ class BlockWalk:
             fitted=self.tower_samples,
             judging=max(1, math.ceil(self.tower_samples * self.held_out)),
         )
-        visual = yield from self._tower(batches)
+        visual, ideal = yield from self._tower(batches)
         if not spec.decoder.tied_head:
             yield SharedInput(names=(spec.decoder.embedding,), moments=None)
-        yield from self._decoder(prompts, visual)
+        yield from self._decoder(prompts, visual, ideal)
 
-    def _tower(self, batches: Sequence[PromptBatch]) -> Generator[SharedInput, None, VisualTokens]:
+    def _store(self) -> ActivationStore:
+        return ActivationStore(self.spill_folder)
+
+    def _tower(
+        self, batches: Sequence[PromptBatch]
+    ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
-        with ActivationStore(self.spill_folder) as hidden:
-            entering: ActivationStore | None = None
-            for batch in batches:
-                hidden.append(self._embed(batch))
-            used = [batch if batch.in_tower_moments else None for batch in batches]
-            for block in range(spec.tower.feature_block + 1):
-                if block == spec.tower.feature_block and checkpoint.reducer is not None:
-                    entering = hidden.copy()
-                for half in tower_halves(checkpoint.model, spec, block):
-                    arguments = {"attention_mask": None} if half.kind == "attention" else {}
-                    yield from _half_steps(half, hidden, used, lambda _: None, [arguments])
-                    _advance(half, hidden, [arguments])
-            with ActivationStore(self.spill_folder) as features:
-                indices = self._keep_features(hidden, entering, features)
-                if entering is not None:
-                    entering.close()
-                return (yield from self._project(batches, features, indices))
+        path = _Path(now=self._store(), ideal=self._store() if self.carry_float else None)
+        for batch in batches:
+            path.append(self._embed(batch))
+        used = [batch if batch.in_tower_moments else None for batch in batches]
+        entering: _Path | None = None
+        for block in range(spec.tower.feature_block + 1):
+            if block == spec.tower.feature_block and checkpoint.reducer is not None:
+                entering = path.copy()
+            for half in tower_halves(checkpoint.model, spec, block):
+                arguments = {"attention_mask": None} if half.kind == "attention" else {}
+                yield from self._half(half, path, used, lambda _: None, [arguments])
+        features, indices = self._keep_features(path, entering)
+        path.close()
+        if entering is not None:
+            entering.close()
+        return (yield from self._project(batches, features, indices))
+
+    def _half(
+        self,
+        half: HalfBlock,
+        path: _Path,
+        batches: Sequence[PromptBatch | None],
+        weights_of: Callable[[int], Tensor | None],
+        arguments: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Step]:
+        """The steps of a half block; at the end the path stands behind it."""
+        checkpoint = self.checkpoint
+        originals = {
+            name: checkpoint.form(name)
+            for name in (*half.first, half.last)
+            if path.ideal is not None
+        }
+
+        def arguments_of(index: int) -> Mapping[str, Any]:
+            return arguments[index % len(arguments)]
+
+        def moments_of_first(block: int | None) -> InputMoments:
+            return _moments(
+                path,
+                batches,
+                lambda states, _: half.inputs_of_first(states),
+                weights_of=weights_of,
+                block=block,
+            )
+
+        def moments_of_last(block: int | None) -> InputMoments:
+            def inputs_of(states: Tensor, index: int) -> Tensor:
+                return half.inputs_of_last(states, arguments_of(index))
+
+            with self._store() as ideal:
+                if path.ideal is not None:
+                    # All at once: each pass wants the half's weights dense, in one of two forms.
+                    with _forms_in_place(checkpoint, originals), cache_dense_weights(half.body):
+                        for index, batch in enumerate(path.ideal):
+                            ideal.append(inputs_of(batch, index) if batches[index] else _NOTHING)
+                with cache_dense_weights(half.body):
+                    return _moments(
+                        path,
+                        batches,
+                        inputs_of,
+                        ideal_inputs=ideal if path.ideal is not None else None,
+                        weights_of=weights_of,
+                        block=block,
+                    )
+
+        yield SharedInput(names=half.first, moments=moments_of_first)
+        yield SharedInput(names=(half.last,), moments=moments_of_last)
+        if path.ideal is not None:
+            with _forms_in_place(checkpoint, originals):
+                _advance(half, path.ideal, arguments_of)
+            yield FinishedHalf(
+                half=half,
+                inputs=path.now,
+                targets=path.ideal,
+                arguments=arguments,
+                batches=batches,
+                weights_of=weights_of,
+            )
+        _advance(half, path.now, arguments_of)
 
     def _embed(self, batch: PromptBatch) -> Tensor:
         images = [self.samples.samples[index].open_image() for index in batch.samples]
@@ -179,98 +298,139 @@ class BlockWalk:
             return embed_patches(self.checkpoint.model, self.checkpoint.spec, pixels)
 
     @torch.no_grad()
-    def _keep_features(
-        self, hidden: ActivationStore, entering: ActivationStore | None, features: ActivationStore
-    ) -> list[Tensor]:
-        """Fills `features` with what enters the projector; returns which tokens were kept."""
-        checkpoint, spec = self.checkpoint, self.checkpoint.spec
-        model, reducer, factor = checkpoint.model, checkpoint.reducer, spec.projector.merge_factor
-        kept_indices = []
-        for number, batch in enumerate(hidden):
-            states = batch
-            if spec.tower.has_post_norm:
-                states = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")(states)
-            if spec.tower.has_cls:
-                states = states[:, 1:]
-            merged = merge_patches(states, factor)
-            if reducer is None or entering is None:
-                features.append(merged.contiguous())
-                kept_indices.append(torch.arange(merged.shape[1]).expand(merged.shape[0], -1))
+    def _keep_features(self, path: _Path, entering: _Path | None) -> tuple[_Path, list[Tensor]]:
+        """What enters the projector, and which tokens were kept."""
+        features = _Path(now=self._store(), ideal=self._store() if path.ideal is not None else None)
+        indices = []
+        for number, states in enumerate(path.now):
+            before = entering.now[number] if entering is not None else None
+            kept, chosen = self._reduce(states, before)
+            features.now.append(kept)
+            indices.append(chosen)
+            if path.ideal is None or features.ideal is None:
                 continue
-            queries, keys = scoring_attention(model, spec, entering[number])
-            kept, indices = reducer(
-                ReducerInputs(
-                    features=merged,
-                    queries=queries,
-                    keys=keys,
-                    has_cls=spec.tower.has_cls,
-                    merge_factor=factor,
-                )
+            merged = self._merge(path.ideal[number])
+            if entering is None or entering.ideal is None:
+                features.ideal.append(merged)
+                continue
+            ideal, wanted = self._reduce(path.ideal[number], entering.ideal[number])
+            if not torch.equal(wanted, chosen):
+                # The float tower would keep other tokens; what is compared are the same ones.
+                places = chosen[..., None].expand(-1, -1, merged.shape[-1])
+                ideal = merged.gather(1, places)
+            features.ideal.append(ideal)
+        return features, indices
+
+    def _merge(self, states: Tensor) -> Tensor:
+        """Tower states to what a projector without reduction reads."""
+        spec = self.checkpoint.spec
+        if spec.tower.has_post_norm:
+            norm = self.checkpoint.model.get_submodule(f"{spec.tower.prefix}.post_layernorm")
+            states = norm(states)
+        if spec.tower.has_cls:
+            states = states[:, 1:]
+        return merge_patches(states, spec.projector.merge_factor).contiguous()
+
+    def _reduce(self, states: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The features that are kept, and their indices."""
+        checkpoint, spec = self.checkpoint, self.checkpoint.spec
+        merged = self._merge(states)
+        if checkpoint.reducer is None or entering is None:
+            return merged, torch.arange(merged.shape[1]).expand(merged.shape[0], -1)
+        queries, keys = scoring_attention(checkpoint.model, spec, entering)
+        kept, indices = checkpoint.reducer(
+            ReducerInputs(
+                features=merged,
+                queries=queries,
+                keys=keys,
+                has_cls=spec.tower.has_cls,
+                merge_factor=spec.projector.merge_factor,
             )
-            features.append(kept.contiguous())
-            kept_indices.append(indices)
-        return kept_indices
+        )
+        return kept.contiguous(), indices
 
     def _project(
-        self,
-        batches: Sequence[PromptBatch],
-        features: ActivationStore,
-        indices: Sequence[Tensor],
-    ) -> Generator[SharedInput, None, VisualTokens]:
+        self, batches: Sequence[PromptBatch], features: _Path, indices: Sequence[Tensor]
+    ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
         from transformers.activations import ACT2FN
 
-        model, projector = self.checkpoint.model, self.checkpoint.spec.projector
-        used: list[PromptBatch | None] = list(batches)
-        states = features
+        checkpoint, projector = self.checkpoint, self.checkpoint.spec.projector
+        path = features
         for number, name in enumerate(projector.linears):
             if number:
-                activation = ACT2FN[projector.activation]
-                for index, batch in enumerate(states):
-                    states[index] = activation(batch)
-            yield SharedInput(names=(name,), moments=_moments_of(states, used, lambda x, _: x))
-            projected = ActivationStore(self.spill_folder)
-            linear = model.get_submodule(name)
-            with torch.no_grad(), cache_dense_weights(linear):
-                for batch in states:
-                    projected.append(linear(batch))
-            states.close()
-            states = projected
-        with states:
-            return VisualTokens(embeds=torch.cat(list(states)), indices=torch.cat(list(indices)))
+                path.apply(ACT2FN[projector.activation])
+            original = {name: checkpoint.form(name)} if path.ideal is not None else {}
+            yield SharedInput(names=(name,), moments=self._moments_in_front(path, batches))
+            linear = checkpoint.model.get_submodule(name)
+            with torch.no_grad():
+                projected = _Path(now=self._store(), ideal=self._store() if path.ideal is not None else None)
+                with cache_dense_weights(linear):
+                    projected.now.extend(linear(batch) for batch in path.now)
+                if path.ideal is not None and projected.ideal is not None:
+                    with _forms_in_place(checkpoint, original), cache_dense_weights(linear):
+                        projected.ideal.extend(linear(batch) for batch in path.ideal)
+            path.close()
+            path = projected
+        chosen = torch.cat(list(indices))
+        visual = VisualTokens(embeds=torch.cat(list(path.now)), indices=chosen)
+        ideal = None
+        if path.ideal is not None:
+            ideal = VisualTokens(embeds=torch.cat(list(path.ideal)), indices=chosen)
+        path.close()
+        return visual, ideal
 
-    def _decoder(self, prompts: Sequence[Prompt], visual: VisualTokens) -> Iterator[SharedInput]:
+    @staticmethod
+    def _moments_in_front(
+        path: _Path, batches: Sequence[PromptBatch]
+    ) -> Callable[[int | None], InputMoments]:
+        """Moments of a path's own states."""
+
+        def moments(block: int | None) -> InputMoments:
+            return _moments(path, batches, lambda states, _: states, block=block)
+
+        return moments
+
+    def _decoder(
+        self, prompts: Sequence[Prompt], visual: VisualTokens, ideal: VisualTokens | None
+    ) -> Iterator[Step]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
         batches = batch_prompts(prompts, self.first_held_out, _BATCH_TOKENS)
-        used: list[PromptBatch | None] = list(batches)
         rotary = cast("Any", checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
         is_visual: list[Tensor] = []
         attention: list[dict[str, Any]] = []
-        with ActivationStore(self.spill_folder) as hidden:
-            for batch in batches:
-                inputs = self._splice(batch, prompts, visual)
-                hidden.append(inputs.embeds)
-                is_visual.append(inputs.is_visual)
-                angles = rotary(inputs.embeds, position_ids=inputs.positions)
-                # No mask: causal attention within the sequence, whatever gaps its positions have.
-                attention.append({"attention_mask": None, "position_embeddings": angles})
-            weights = [token_weights(self.weighting, self.counts, flags) for flags in is_visual]
-            for block in range(spec.decoder.depth):
-                for half in decoder_halves(checkpoint.model, spec, block):
-                    arguments = attention if half.kind == "attention" else [{}]
-                    yield from _half_steps(half, hidden, used, weights.__getitem__, arguments)
-                    _advance(half, hidden, arguments)
-            norm = checkpoint.model.get_submodule(f"{spec.decoder.prefix}.norm")
-            decoder = spec.decoder
-            yield SharedInput(
-                names=(decoder.embedding if decoder.tied_head else decoder.head,),
-                moments=_moments_of(
-                    hidden,
-                    used,
-                    lambda states, _: norm(states),
-                    # No logits are ever read at the image's tokens.
-                    lambda index: (~is_visual[index]).to(torch.float32),
-                ),
+        path = _Path(now=self._store(), ideal=self._store() if ideal is not None else None)
+        for batch in batches:
+            inputs = self._splice(batch, prompts, visual)
+            path.now.append(inputs.embeds)
+            if path.ideal is not None and ideal is not None:
+                path.ideal.append(self._splice(batch, prompts, ideal).embeds)
+            is_visual.append(inputs.is_visual)
+            angles = rotary(inputs.embeds, position_ids=inputs.positions)
+            # No mask: causal attention within the sequence, whatever gaps its positions have.
+            attention.append({"attention_mask": None, "position_embeddings": angles})
+        weights = [token_weights(self.weighting, self.counts, flags) for flags in is_visual]
+        for block in range(spec.decoder.depth):
+            for half in decoder_halves(checkpoint.model, spec, block):
+                arguments = attention if half.kind == "attention" else [{}]
+                yield from self._half(half, path, batches, weights.__getitem__, arguments)
+        norm = checkpoint.model.get_submodule(f"{spec.decoder.prefix}.norm")
+        decoder = spec.decoder
+
+        def moments_of_head(block: int | None) -> InputMoments:
+            return _moments(
+                path,
+                batches,
+                lambda states, _: norm(states),
+                # No logits are ever read at the image's tokens.
+                weights_of=lambda index: (~is_visual[index]).to(torch.float32),
+                block=block,
             )
+
+        yield SharedInput(
+            names=(decoder.embedding if decoder.tied_head else decoder.head,),
+            moments=moments_of_head,
+        )
+        path.close()
 
     @torch.no_grad()
     def _splice(
@@ -287,55 +447,102 @@ def _tower_tokens(checkpoint: Checkpoint) -> int:
     return tower.patches_per_side**2 + int(tower.has_cls)
 
 
-def _half_steps(
-    half: HalfBlock,
-    hidden: ActivationStore,
-    batches: Sequence[PromptBatch | None],
-    weights_of: Callable[[int], Tensor | None],
-    arguments: Sequence[Mapping[str, Any]],
-) -> Iterator[SharedInput]:
-    """The two steps of a half block, from what enters it."""
-    yield SharedInput(
-        names=half.first,
-        moments=_moments_of(
-            hidden, batches, lambda states, _: half.inputs_of_first(states), weights_of
-        ),
-    )
+@dataclass(kw_only=True, eq=False)
+class _Path:
+    """States between two layers, of the model as it is now and, beside it, of the float model."""
 
-    def inputs_of_last(states: Tensor, index: int) -> Tensor:
-        return half.inputs_of_last(states, arguments[index % len(arguments)])
+    now: ActivationStore
+    ideal: ActivationStore | None
 
-    def moments(block: int | None) -> InputMoments:
-        with cache_dense_weights(half.body):
-            return _moments_of(hidden, batches, inputs_of_last, weights_of)(block)
+    def append(self, batch: Tensor) -> None:
+        """Adds a batch that both share."""
+        self.now.append(batch)
+        if self.ideal is not None:
+            self.ideal.append(batch)
 
-    yield SharedInput(names=(half.last,), moments=moments)
+    def copy(self) -> _Path:
+        """The same states in stores of their own."""
+        return _Path(now=self.now.copy(), ideal=None if self.ideal is None else self.ideal.copy())
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every batch."""
+        for store in (self.now, self.ideal):
+            for index, batch in enumerate(store or ()):
+                cast("ActivationStore", store)[index] = function(batch)
+
+    def close(self) -> None:
+        """Frees memory and disk."""
+        self.now.close()
+        if self.ideal is not None:
+            self.ideal.close()
+
+
+@contextmanager
+def _forms_in_place(checkpoint: Checkpoint, forms: Mapping[str, WeightForm]) -> Iterator[None]:
+    """Puts other forms into layers for a while."""
+    layers = {name: checkpoint.layer(name) for name in forms}
+    present = {name: layer.form for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.form = forms[name]
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.form = present[name]
 
 
 def _advance(
-    half: HalfBlock, hidden: ActivationStore, arguments: Sequence[Mapping[str, Any]]
+    half: HalfBlock,
+    hidden: ActivationStore,
+    arguments_of: Callable[[int], Mapping[str, Any]],
 ) -> None:
     with cache_dense_weights(half.body):
         for index in range(len(hidden)):
-            hidden[index] = half.run(hidden[index], arguments[index % len(arguments)])
+            hidden[index] = half.run(hidden[index], arguments_of(index))
 
 
-def _moments_of(
-    states: ActivationStore,
+@torch.no_grad()
+def _moments(
+    path: _Path,
     batches: Sequence[PromptBatch | None],
     inputs_of: Callable[[Tensor, int], Tensor],
+    *,
+    ideal_inputs: ActivationStore | None = None,
     weights_of: Callable[[int], Tensor | None] = lambda _: None,
-) -> Callable[[int | None], InputMoments]:
-    @torch.no_grad()
-    def moments(block: int | None) -> InputMoments:
-        found: dict[bool, SecondMoment] = {}
-        for index, batch in enumerate(batches):
-            if batch is None:
-                continue
-            inputs = inputs_of(states[index], index)
-            if batch.held_out not in found:
-                found[batch.held_out] = SecondMoment(inputs.shape[-1], block=block)
-            found[batch.held_out].add(inputs, weights_of(index))
-        return InputMoments(calibration=found[False], held_out=found.get(True))
+    block: int | None,
+) -> InputMoments:
+    """Moments of a layer's inputs.
 
-    return moments
+    Args:
+        path: States in front of the half block.
+        batches: Which samples a batch holds.
+        inputs_of: From a state to the layer's input.
+        ideal_inputs: The float model's inputs, where `inputs_of` would need its weights.
+        weights_of: Weights of a batch's tokens.
+        block: Width of diagonal blocks.
+    """
+    found: dict[bool, SecondMoment] = {}
+    drifts: dict[bool, Drift] = {}
+    for index, batch in enumerate(batches):
+        if batch is None:
+            continue
+        inputs, weights = inputs_of(path.now[index], index), weights_of(index)
+        width, side = inputs.shape[-1], batch.held_out
+        if side not in found:
+            found[side] = SecondMoment(width, block=block)
+        found[side].add(inputs, weights)
+        if path.ideal is None:
+            continue
+        if side not in drifts:
+            cross, own = CrossMoment(width, block=block), SecondMoment(width, block=block)
+            drifts[side] = Drift(cross=cross, own=own)
+        ideal = inputs_of(path.ideal[index], index) if ideal_inputs is None else ideal_inputs[index]
+        difference = ideal - inputs
+        drifts[side].cross.add_pairs(difference, inputs, weights)
+        drifts[side].own.add(difference, weights)
+    return InputMoments(
+        calibration=found[False],
+        held_out=found.get(True),
+        drift=drifts.get(False),
+        held_out_drift=drifts.get(True),
+    )

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from pocketvlm.errors import CalibrationError
 
-__all__ = ["SecondMoment"]
+__all__ = ["CrossMoment", "SecondMoment"]
 
 _CHUNK = 8192
 # Above this width a float64 accumulator would cost more memory than its digits are worth.
 _WIDE = 1024
 
 
-class SecondMoment:
-    """Accumulates H = sum_t w_t x_t x_t^T / sum_t w_t over tokens, batch by batch.
+class CrossMoment:
+    """Accumulates sum_t w_t a_t b_t^T / sum_t w_t over tokens, batch by batch.
 
     Products are float32, the sum over batches is float64 (float32 for wide layers). The result is
     a mean: it depends neither on the number of samples nor on how they were batched.
@@ -51,11 +51,12 @@ class SecondMoment:
         """Channels of each diagonal block; one slice where the matrix is full."""
         return self._slices
 
-    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+    def add_pairs(self, left: Tensor, right: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch.
 
         Args:
-            inputs: [..., width].
+            left: a_t, [..., width].
+            right: b_t, [..., width].
             weights: Not negative, [...]; `None` weighs every token one.
 
         Raises:
@@ -64,28 +65,33 @@ class SecondMoment:
         """
         if self._is_mean:
             raise ValueError("nothing can be added once the mean was taken")
-        flat = inputs.reshape(-1, self.width).to(torch.float32)
+        is_same = left is right
+        flat = left.reshape(-1, self.width).to(torch.float32)
+        other = flat if is_same else right.reshape(-1, self.width).to(torch.float32)
         shares = None if weights is None else weights.reshape(-1).to(torch.float32)
         for start in range(0, flat.shape[0], _CHUNK):
             rows = flat[start : start + _CHUNK]
+            pairs = rows if is_same else other[start : start + _CHUNK]
             if shares is None:
                 self.total_weight += rows.shape[0]
             else:
                 chosen = shares[start : start + _CHUNK]
                 self.total_weight += float(chosen.sum(dtype=torch.float64))
-                rows = rows * chosen.sqrt()[:, None]
+                # The root on either side keeps the second moment symmetric to the last bit.
+                roots = chosen.sqrt()[:, None]
+                rows = rows * roots
+                pairs = rows if is_same else pairs * roots
             for part, total in zip(self._slices, self._sums, strict=True):
-                columns = rows[:, part]
-                if total.dtype == columns.dtype:
-                    total.addmm_(columns.T, columns)
+                if total.dtype == rows.dtype:
+                    total.addmm_(rows[:, part].T, pairs[:, part])
                 else:
-                    total.add_(columns.T @ columns)
+                    total.add_(rows[:, part].T @ pairs[:, part])
         self.tokens += flat.shape[0]
         if not all(bool(torch.isfinite(total.diagonal()).all()) for total in self._sums):
             raise CalibrationError("an input is not finite on the calibration data")
 
     def blocks(self) -> tuple[Tensor, ...]:
-        """The diagonal blocks of the second moment, each symmetric.
+        """The diagonal blocks of the moment.
 
         The sums become means in place, so that no second copy is ever held.
 
@@ -99,3 +105,11 @@ class SecondMoment:
                 total.div_(self.total_weight)
             self._is_mean = True
         return tuple(self._sums)
+
+
+class SecondMoment(CrossMoment):
+    """Accumulates H = sum_t w_t x_t x_t^T / sum_t w_t: symmetric, and GPTQ's Hessian up to 2."""
+
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch of inputs [..., width]; see `add_pairs`."""
+        self.add_pairs(inputs, inputs, weights)

@@ -24,8 +24,9 @@ from pocketvlm.export.onnx_ops import OnnxOps
 from pocketvlm.export.onnx_packing import container_bits
 from pocketvlm.export.onnx_size import predict_onnx
 from pocketvlm.export.onnx_writer import GraphWriter, WeightFile
-from pocketvlm.export.prediction import PlannedGrid, Prediction
+from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
+from pocketvlm.planned import PlannedForm
 from pocketvlm.weights import AffineWeight, WeightForm
 
 __all__ = ["ToOnnx"]
@@ -67,7 +68,7 @@ class ToOnnx:
                 raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
 
     def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
     ) -> Prediction:
         """What the export of a model would weigh, and which layers no kernel can run."""
         return predict_onnx(spec, grids)

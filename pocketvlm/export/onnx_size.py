@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pocketvlm.export.onnx_packing import BLOCK_SIZES, container_bits
-from pocketvlm.export.prediction import PlannedGrid, Prediction
+from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedCodebook, PlannedForm
 
 __all__ = ["predict_onnx", "quantized_bytes"]
 
@@ -20,7 +21,7 @@ _DECODER_BLOCK_BYTES = 6_400
 _GRAPH_BYTES = 4_000
 
 
-def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]) -> Prediction:
+def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]) -> Prediction:
     """Bytes of the files by part, within 3 %, and the layers that no kernel can run.
 
     Args:
@@ -31,9 +32,13 @@ def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]
     refused: list[str] = []
     widened: list[str] = []
     narrow: list[str] = []
+    looked_up: list[str] = []
     for linear, grid in grids.items():
-        if grid is None or grid.bits is None:
+        if grid is None:
             count = linear.out_features * linear.in_features * _FLOAT_BYTES
+        elif isinstance(grid, PlannedCodebook):
+            looked_up.append(linear.name)
+            count = grid.stored_bytes(linear.out_features, linear.in_features)
         else:
             if grid.group_size not in BLOCK_SIZES:
                 refused.append(
@@ -58,6 +63,11 @@ def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]
     if narrow:
         warnings.append(
             f"onnx: {len(narrow)} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
+        )
+    if looked_up:
+        warnings.append(
+            f"onnx: {len(looked_up)} layers of codebooks are small on disk and dense float32 once "
+            "loaded: ONNX Runtime has no kernel for them"
         )
     return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
 

@@ -4,25 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-__all__ = ["PlannedGrid", "Prediction"]
-
-
-class PlannedGrid(Protocol):
-    """How a layer will be quantized."""
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of a code; `None` where the layer stays float."""
-
-    @property
-    def group_size(self) -> int:
-        """Columns that share a scale."""
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the zero point is fixed."""
+__all__ = ["Prediction"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
 from pocketvlm.pipeline.sources import read_model_spec
+from pocketvlm.planned import PlannedForm
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Stage, Target, check_order
-from pocketvlm.selection import assign_rules
 
 __all__ = ["Plan", "plan"]
 
@@ -108,13 +107,13 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     profile = load_device(device) if device is not None else None
     check_order(recipe.stages)
     kept = _kept_tokens(recipe.stages, spec)
-    forms = _planned_forms(recipe.stages, spec)
+    compressed, forms = _planned_forms(recipe.stages, spec)
     cache_bits = _cache_bits(recipe.stages)
     refused: list[str] = []
     warnings: list[str] = []
     part_bytes: dict[str, int] = {}
     for target in recipe.targets:
-        prediction = target.predict(spec, forms)
+        prediction = target.predict(compressed, forms)
         refused += prediction.refused
         warnings += prediction.warnings
         refused += _cache_refusals(target, cache_bits)
@@ -174,14 +173,21 @@ def _cache_refusals(target: Target, bits: int) -> list[str]:
 
 def _planned_forms(
     stages: tuple[Stage, ...], spec: ModelSpec
-) -> dict[LinearSpec, WeightRule | None]:
-    """The rule that each layer ends with; `None` for layers that stay float."""
-    forms: dict[LinearSpec, WeightRule | None] = dict.fromkeys(spec.linears())
+) -> tuple[ModelSpec, dict[LinearSpec, PlannedForm | None]]:
+    """The model behind all stages, and what each layer ends as; `None` for those that stay float.
+
+    A stage may change which layers there are, as one that unties the head does.
+    """
+    forms: dict[LinearSpec, PlannedForm | None] = {}
     for stage in stages:
-        rules: tuple[WeightRule, ...] = getattr(stage, "rules", ())
-        if rules:
-            forms.update(assign_rules(rules, spec.linears()))
-    return forms
+        spec_after = getattr(stage, "spec_after", None)
+        if spec_after is not None:
+            spec = spec_after(spec)
+        plan_forms = getattr(stage, "plan_forms", None)
+        if plan_forms is not None:
+            found: Mapping[LinearSpec, PlannedForm | None] = plan_forms(spec)
+            forms.update({linear: form for linear, form in found.items() if form is not None})
+    return spec, {linear: forms.get(linear) for linear in spec.linears()}
 
 
 def _activation_bytes(spec: ModelSpec) -> int:

@@ -14,15 +14,20 @@ from typing import Any, ClassVar, Protocol
 from pocketvlm.bundle import Component
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
+from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.rotation import Rotate
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
+from pocketvlm.export.coreml import ToCoreml
+from pocketvlm.export.executorch import ToExecutorch
 from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.prediction import PlannedGrid, Prediction
+from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedForm
 
 __all__ = [
     "INITIAL_FLAGS",
@@ -60,7 +65,7 @@ class Target(Protocol):
         """The tag that names the target in a recipe."""
 
     def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedGrid | None]
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
     ) -> Prediction:
         """What the export would weigh, and what the target cannot run, before any compute."""
 
@@ -70,8 +75,15 @@ class Target(Protocol):
         """Writes the target's graphs below `folder` and describes them."""
 
 
-STAGES: tuple[type[Stage], ...] = (ReduceTokens, RoundToNearest, Gptq, QuantizeCache)
-TARGETS: tuple[type[Target], ...] = (ToOnnx,)
+STAGES: tuple[type[Stage], ...] = (
+    ReduceTokens,
+    Rotate,
+    Awq,
+    RoundToNearest,
+    Gptq,
+    QuantizeCache,
+)
+TARGETS: tuple[type[Target], ...] = (ToOnnx, ToCoreml, ToExecutorch)
 
 INITIAL_FLAGS = frozenset({"float_weights", "all_tokens"})
 """What holds of a checkpoint before the first stage."""

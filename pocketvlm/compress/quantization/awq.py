@@ -37,10 +37,13 @@ from pocketvlm.compress.quantization.rules import (
     Assignment,
     WeightRule,
     assign_layers,
+    plan_forms,
 )
 from pocketvlm.compress.quantization.scale_search import choose_scale
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedForm
 from pocketvlm.report import peak_rss_bytes, read_json, write_json
 from pocketvlm.weights import WeightForm
 
@@ -85,6 +88,14 @@ class Awq:
         if self.tower_tokens < 1:
             raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
         check_weighting(self.modality_weights)
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, PlannedForm | None]:
+        """Checks the rules against a model; every layer stays float.
+
+        Raises:
+            RecipeError: A rule matches nothing, or does not fit a layer.
+        """
+        return dict.fromkeys(plan_forms(self.rules, spec.linears()))
 
     def apply(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext

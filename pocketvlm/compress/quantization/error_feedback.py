@@ -12,21 +12,23 @@ arXiv 2210.17323, algorithm 1, in float64 throughout. Three things differ from c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.quantization.affine import GRIDS, Grid, GridKind, group_columns
+from pocketvlm.compress.quantization.affine import GRIDS, AffineScheme, Grid, GridKind
 
 __all__ = [
     "ORDERS",
+    "AffineRounding",
     "ColumnOrder",
     "Factor",
     "Order",
+    "Rounding",
     "factorize",
     "order_columns",
     "quantize_with_feedback",
@@ -54,6 +56,15 @@ class ColumnOrder:
     columns: Tensor
     groups: tuple[int, ...]
     borders: tuple[int, ...]
+
+    def split(self, values: Tensor) -> dict[int, Tensor]:
+        """Values of columns, [columns], as each group sees them in processing order."""
+        placed = values[self.columns]
+        pieces = pairwise(self.borders)
+        return {
+            group: placed[start:end]
+            for group, (start, end) in zip(self.groups, pieces, strict=True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,69 +150,123 @@ def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order)
     return Factor(upper=damped, order=placed, damping=used, dead=dead)
 
 
-def quantize_with_feedback(
-    weights: Tensor,
-    factor: Factor,
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    grid: GridKind = "min_max",
-    static_groups: bool = False,
-) -> tuple[Tensor, Grid]:
+class Rounding(Protocol):
+    """Rounds one column at a time; whatever a target can store is one of these."""
+
+    def enter_group(self, group: int, weights: Tensor) -> None:
+        """A new group of columns begins.
+
+        Args:
+            group: Its number, from left to right.
+            weights: The group's weights with the errors of all columns before them,
+                [columns, rows], columns in processing order.
+        """
+
+    def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds a column of the current group.
+
+        Args:
+            weights: [rows].
+
+        Returns:
+            Codes, of any length, and what they stand for, [rows] in the type of the weights.
+        """
+
+
+class AffineRounding:
+    """Rounds to an affine grid a group.
+
+    Args:
+        scheme: The kind of grid.
+        kind: How a group's grid is found.
+        rows: Rows of the weight.
+        groups: Groups of its columns.
+        fixed: Grids [rows, groups] that were made beforehand; `None` makes each from weights that
+            carry the errors of the columns before.
+        importance: How much an error counts, a group's columns in processing order, for grids
+            that are searched; `None` weighs all columns alike.
+    """
+
+    def __init__(
+        self,
+        scheme: AffineScheme,
+        kind: GridKind,
+        *,
+        rows: int,
+        groups: int,
+        fixed: Grid | None = None,
+        importance: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self._scheme, self._find = scheme, GRIDS[kind]
+        self._is_fixed = fixed is not None
+        self._importance = importance
+        self._scale = torch.empty(groups, rows, dtype=torch.float64)
+        self._zero = torch.empty_like(self._scale)
+        if fixed is not None:
+            self._scale.copy_(fixed.scale.T)
+            self._zero.copy_(fixed.zero.T)
+        self._group = -1
+
+    @property
+    def grid(self) -> Grid:
+        """The grids of all groups, [rows, groups]."""
+        return Grid(
+            scale=self._scale.T.contiguous(), zero=self._zero.T.contiguous(), scheme=self._scheme
+        )
+
+    def enter_group(self, group: int, weights: Tensor) -> None:
+        """Finds the group's grid, unless all were made beforehand."""
+        self._group = group
+        if not self._is_fixed:
+            weighing = None if self._importance is None else self._importance[group]
+            made = self._find(weights.T, self._scheme, weighing)
+            self._scale[group], self._zero[group] = made.scale, made.zero
+
+    def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds a column to the group's grid."""
+        scale, zero, scheme = self._scale[self._group], self._zero[self._group], self._scheme
+        codes = weights / scale
+        codes = (codes + zero).round_() if scheme.float_zeros else codes.round_().add_(zero)
+        codes.clamp_(scheme.lowest, scheme.highest)
+        return codes, (codes - zero).mul_(scale)
+
+
+def quantize_with_feedback(weights: Tensor, factor: Factor, rounding: Rounding) -> Tensor:
     """Rounds rows of a weight against a Hessian.
 
     Args:
         weights: float64 [rows, columns].
         factor: Of the columns' Hessian.
-        bits: Width of a code.
-        group_size: Columns that share a scale.
-        symmetric: Whether the zero point is fixed.
-        grid: How a group's grid is found.
-        static_groups: Whether all grids are made from the weights as they were, rather than from
-            weights that carry the errors of the columns before.
+        rounding: What every column is rounded to.
 
     Returns:
-        Codes [rows, groups * group_size], padding included, in the type of the weights, and the
-        grid [rows, groups].
+        The codes of every column, columns in their natural order, [columns, codes a column].
 
     Raises:
         ValueError: A group's range is too large for a float16 scale.
     """
-    rows = weights.shape[0]
     order = factor.order
     # One column is one contiguous row from here on.
     W = weights[:, order.columns].T.contiguous()
-    codes = torch.empty_like(W)
-    scale = torch.empty(len(order.groups), rows, dtype=W.dtype)
-    zero = torch.empty_like(scale)
-    if static_groups:
-        fixed = GRIDS[grid](group_columns(weights, group_size), bits, symmetric=symmetric)
-        scale.copy_(fixed.scale.T)
-        zero.copy_(fixed.zero.T)
-    largest = (1 << bits) - 1
     group_at = dict(zip(order.borders[:-1], order.groups, strict=True))
     ends = dict(pairwise(order.borders))
-    group = -1
+    codes: list[Tensor] = []
     for start, end in _blocks(order.borders):
         U = factor.upper[start:end, start:end]
-        errors = torch.empty(end - start, rows, dtype=W.dtype)
+        errors = torch.empty(end - start, W.shape[1], dtype=W.dtype)
         for column in range(start, end):
             if column in ends:
-                group = group_at[column]
-                if not static_groups:
-                    current = W[column : ends[column]].T.unsqueeze(1)
-                    made = GRIDS[grid](current, bits, symmetric=symmetric)
-                    scale[group], zero[group] = made.scale[:, 0], made.zero[:, 0]
+                rounding.enter_group(group_at[column], W[column : ends[column]])
             place = column - start
-            code = torch.round(W[column] / scale[group]).add_(zero[group]).clamp_(0, largest)
-            error = (W[column] - (code - zero[group]) * scale[group]) / U[place, place]
+            chosen, decoded = rounding.round(W[column])
+            error = torch.sub(W[column], decoded, out=errors[place]).div_(U[place, place])
             W[column + 1 : end].addr_(U[place, place + 1 :], error, alpha=-1)
-            codes[column], errors[place] = code, error
+            codes.append(chosen)
         W[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
-    result = zero.T.repeat_interleave(group_size, dim=1)
-    result[:, order.columns] = codes.T
-    return result, Grid(scale=scale.T.contiguous(), zero=zero.T.contiguous(), bits=bits)
+    placed = torch.stack(codes)
+    natural = torch.empty_like(placed)
+    natural[order.columns] = placed
+    return natural
 
 
 # What follows works in place and in pieces: a wide Hessian in float64 is what bounds the stage's

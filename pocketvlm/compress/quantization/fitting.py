@@ -1,7 +1,7 @@
-"""One layer against its Hessian: error feedback, judged beside round-to-nearest.
+"""One layer against what is known of its input: a calibrated form, judged beside a plain one.
 
-Both results are compared by what they do to the layer's outputs on tokens that neither was fitted
-to. Round-to-nearest is kept where it is at least as good, and the layer's row says so.
+Both are compared by what they do to the layer's outputs on tokens that neither was fitted to. The
+plain form is kept where it is at least as good, and the layer's row says so.
 """
 
 from __future__ import annotations
@@ -9,64 +9,148 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.blocks import InputMoments
-from pocketvlm.compress.quantization.affine import (
-    GRIDS,
-    Grid,
-    GridKind,
-    affine_form,
-    decode,
-    encode,
-    group_columns,
-)
-from pocketvlm.compress.quantization.error_feedback import (
-    Factor,
-    Order,
-    factorize,
-    quantize_with_feedback,
-)
+from pocketvlm.calibration.blocks import Drift, InputMoments
+from pocketvlm.compress.quantization.error_feedback import Factor, Order, factorize
 from pocketvlm.compress.quantization.layers import FinishedLayer, describe_layer, row_chunks
-from pocketvlm.compress.quantization.rtn import round_layer
-from pocketvlm.compress.quantization.rules import Assignment, WeightRule
+from pocketvlm.compress.quantization.rules import Assignment, LayerRule
 from pocketvlm.errors import CalibrationError, CheckpointError
-from pocketvlm.weights import AffineWeight, WeightForm
+from pocketvlm.weights import WeightForm
 
-__all__ = ["Evidence", "fit_layer", "weigh_moments"]
+__all__ = [
+    "Evidence",
+    "Fitter",
+    "Weighed",
+    "align_to_float",
+    "fit_layer",
+    "round_layer",
+    "weigh_moments",
+]
 
 _NOT_POSITIVE = "the Cholesky factorization failed at every damping up to 1"
-_NOT_BETTER = "round-to-nearest is at least as good on held-out tokens"
+_NOT_BETTER = "plain rounding is at least as good on held-out tokens"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """What is known of one input.
+    """What is known of one input, in diagonal blocks; most inputs have a single one.
 
     Attributes:
-        slices: Columns of each diagonal block of the Hessian.
-        factors: The blocks' factors by group size; `None` for one that could not be factorized.
-        judge: The blocks of the Hessian that results are compared on.
+        slices: Columns of each block.
+        hessians: Blocks of the Hessian that methods fit.
+        factors: Their factors by grid width; `None` for one that could not be factorized.
+        drift: Means of d x^T with d the input's distance from the float model's; `None` where
+            that is not followed.
+        judge: Blocks of the Hessian that results are compared on.
+        judge_drift: Means of d x^T and of d d^T on the same tokens.
         judged_on: Whose tokens those are.
         tokens: Tokens behind the factors.
         damping: The damping that was asked for.
     """
 
     slices: tuple[slice, ...]
+    hessians: tuple[Tensor, ...]
     factors: Mapping[int, Sequence[Factor | None]]
+    drift: tuple[Tensor, ...] | None
     judge: tuple[Tensor, ...]
+    judge_drift: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None
     judged_on: str
     tokens: int
     damping: float
 
+    @property
+    def importance(self) -> Tensor:
+        """Diagonal of the Hessian: how much an error in each column counts, float64 [columns]."""
+        return torch.cat([H.diagonal().to(torch.float64) for H in self.hessians])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weighed:
+    """A layer's evidence for one width of grid.
+
+    Attributes:
+        evidence: Of its input.
+        factors: One a diagonal block.
+        drift_share: How much of the input's distance from the float model's is made up for.
+    """
+
+    evidence: Evidence
+    factors: tuple[Factor, ...]
+    drift_share: float
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """What rows of a weight should be rounded to, [rows, columns] in float64."""
+        drift = self.evidence.drift
+        if drift is None or self.drift_share == 0:
+            return rows
+        aligned = rows.clone()
+        for part, factor, cross in zip(self.evidence.slices, self.factors, drift, strict=True):
+            aligned[:, part] += self.drift_share * align_to_float(rows[:, part], factor, cross)
+        return aligned
+
+
+FitRuleT_contra = TypeVar("FitRuleT_contra", bound=LayerRule, contravariant=True)
+FitRuleT = TypeVar("FitRuleT", bound=LayerRule)
+
+
+class Fitter(Protocol[FitRuleT_contra]):
+    """How the layers of one kind of rule are quantized."""
+
+    @property
+    def label(self) -> str:
+        """Name of the calibrated method in reports."""
+
+    @property
+    def plain_label(self) -> str:
+        """Name of the plain one."""
+
+    def fit(self, rule: FitRuleT_contra, weight: WeightForm, weighed: Weighed) -> WeightForm:
+        """The calibrated form of a weight.
+
+        Raises:
+            ValueError: The weight is too large for float16 scales.
+        """
+
+    def round(self, rule: FitRuleT_contra, weight: WeightForm) -> WeightForm:
+        """The form of the same kind that needs no calibration.
+
+        Raises:
+            ValueError: The weight is too large for float16 scales.
+        """
+
+
+def align_to_float(rows: Tensor, factor: Factor, cross: Tensor) -> Tensor:
+    """What to add to a weight so that it makes up for the drift of its input.
+
+    GPTAQ (Li et al., arXiv 2504.02692) asks for min |W x_float - Q x_now|^2. With
+    C = E[(x_float - x_now) x_now^T] and H = E[x_now x_now^T] that is
+    min |(W + W C H^-1 - Q) x_now|^2 up to a constant, so error feedback on the moved target solves
+    it; the paper derives updates column by column for the same objective. H^-1 = U^T U is that of
+    the damped Hessian.
+
+    Args:
+        rows: W, float64 [rows, columns].
+        factor: Of the columns' Hessian.
+        cross: C, [columns, columns].
+
+    Returns:
+        W C H^-1, float64 [rows, columns].
+    """
+    columns = factor.order.columns
+    moved = (rows @ cross.to(rows.dtype))[:, columns]
+    solved = torch.empty_like(rows)
+    solved[:, columns] = (moved @ factor.upper.T) @ factor.upper
+    return solved
+
 
 def weigh_moments(
-    moments: InputMoments, group_sizes: Sequence[int], *, damping: float, order: Order
+    moments: InputMoments, grid_columns: Sequence[int], *, damping: float, order: Order
 ) -> Evidence:
-    """Factorizes an input's second moment once for each group size.
+    """Factorizes an input's second moment once for each width of grid.
 
     Raises:
         CalibrationError: It holds values that are not finite, or no token was seen.
@@ -75,15 +159,19 @@ def weigh_moments(
     blocks = fitted.blocks()
     if not all(bool(torch.isfinite(block).all()) for block in blocks):
         raise CalibrationError("the second moment of its inputs is not finite")
+    judging = moments.held_out_drift if held_out else moments.drift
     return Evidence(
         slices=fitted.slices,
+        hessians=blocks,
         factors={
-            size: [
-                factorize(block, group_size=size, damping=damping, order=order) for block in blocks
+            width: [
+                factorize(block, group_size=width, damping=damping, order=order) for block in blocks
             ]
-            for size in group_sizes
+            for width in grid_columns
         },
+        drift=None if moments.drift is None else moments.drift.cross.blocks(),
         judge=(held_out or fitted).blocks(),
+        judge_drift=None if judging is None else _means(judging),
         judged_on="held-out tokens" if held_out else "calibration tokens",
         tokens=fitted.tokens,
         damping=damping,
@@ -91,12 +179,12 @@ def weigh_moments(
 
 
 def fit_layer(
-    assignment: Assignment,
+    assignment: Assignment[FitRuleT],
     weight: WeightForm,
     evidence: Evidence,
+    fitter: Fitter[FitRuleT],
     *,
-    grid: GridKind,
-    static_groups: bool,
+    drift_share: float = 0.0,
     note: str = "",
 ) -> FinishedLayer:
     """Quantizes a layer, and describes what became of it.
@@ -105,8 +193,8 @@ def fit_layer(
         assignment: The layer and its rule.
         weight: Its weight.
         evidence: Of its input.
-        grid: How a group's grid is found.
-        static_groups: Whether grids are made before the first column is rounded.
+        fitter: How layers of this kind are quantized.
+        drift_share: How much of the input's distance from the float model's is made up for.
         note: The row's reason where nothing else has to be said.
 
     Raises:
@@ -116,121 +204,126 @@ def fit_layer(
     name, rule = assignment.linear.name, assignment.rule
     if rule is None:
         raise ValueError(f"{name} is not to be quantized")
-    factors = [factor for factor in evidence.factors[rule.group_size] if factor is not None]
-    if len(factors) < len(evidence.slices):
-        return round_layer(assignment, weight, grid, reason=_NOT_POSITIVE)
-    losses = _Losses()
+    found = evidence.factors[rule.grid_columns(assignment.linear)]
+    factors = tuple(factor for factor in found if factor is not None)
     try:
-        form = _feed_back(weight, factors, evidence, rule, grid, static_groups, losses)
+        plain = fitter.round(rule, weight)
+        form, method, reason = plain, fitter.plain_label, _NOT_POSITIVE
+        if len(factors) == len(evidence.slices):
+            weighed = Weighed(evidence=evidence, factors=factors, drift_share=drift_share)
+            form, method, reason = fitter.fit(rule, weight, weighed), fitter.label, note
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    figures: dict[str, Any] = {
-        "method": "gptq",
-        "reason": note,
-        "weight_error": _share(losses.weight_error, losses.weight),
-    }
-    if not losses.fitted < losses.rounded:
-        rounded = round_layer(assignment, weight, grid)
-        form = rounded.form
-        figures = {
-            "method": "rtn",
-            "reason": _NOT_BETTER,
-            "weight_error": rounded.row["weight_error"],
-        }
+    losses = _compare(weight, form, plain, evidence)
+    if form is not plain and not losses.fitted < losses.plain:
+        form, method, reason = plain, fitter.plain_label, _NOT_BETTER
+    lost = losses.plain_weight_error if form is plain else losses.fitted_weight_error
     row = describe_layer(
         assignment,
         form,
-        **figures,
+        method=method,
+        plain=form is plain,
+        reason=reason,
+        weight_error=_share(lost, losses.weight),
         loss=_share(losses.fitted, losses.output),
-        loss_rtn=_share(losses.rounded, losses.output),
+        loss_rtn=_share(losses.plain, losses.output),
         judged_on=evidence.judged_on,
         tokens=evidence.tokens,
-        damping=max(factor.damping for factor in factors),
+        damping=max((factor.damping for factor in factors), default=None),
         damping_raised=any(factor.damping > evidence.damping for factor in factors),
-        dead_columns=sum(factor.dead for factor in factors),
-        hessian_blocks=len(factors),
+        dead_columns=int((evidence.importance <= 0).sum()),
+        hessian_blocks=len(evidence.slices),
         seconds=time.perf_counter() - started,
     )
     return FinishedLayer(form=form, row=row)
 
 
-class _Losses:
-    """Sums over the rows of a layer, of squares of weights and of outputs a token.
+def round_layer(
+    assignment: Assignment[FitRuleT], weight: WeightForm, fitter: Fitter[FitRuleT], *, reason: str
+) -> FinishedLayer:
+    """Gives a layer its plain form, for want of an input to fit, and describes it.
 
-    With D the change of the weights, the mean squared change of the outputs is tr(D H D^T): exact
-    for the tokens that H was taken from.
+    Raises:
+        CheckpointError: The weight is too large for float16 scales.
     """
-
-    def __init__(self) -> None:
-        self.weight = self.weight_error = 0.0
-        self.output = self.fitted = self.rounded = 0.0
-
-    def add(self, rows: Tensor, fitted: Tensor, rounded: Tensor, evidence: Evidence) -> None:
-        self.weight += float(rows.square().sum())
-        self.weight_error += float((fitted - rows).square().sum())
-        for part, hessian in zip(evidence.slices, evidence.judge, strict=True):
-            H = hessian.to(torch.float32)
-            self.output += _quadratic(rows[:, part], H)
-            self.fitted += _quadratic((fitted - rows)[:, part], H)
-            self.rounded += _quadratic((rounded - rows)[:, part], H)
-
-
-def _feed_back(
-    weight: WeightForm,
-    factors: Sequence[Factor],
-    evidence: Evidence,
-    rule: WeightRule,
-    grid: GridKind,
-    static_groups: bool,
-    losses: _Losses,
-) -> AffineWeight:
-    """Rounds all rows, some at a time, and adds up what that and plain rounding would cost."""
-    if rule.bits is None:
-        raise ValueError("the rule has no bits")
-    codes, scales, zeros = [], [], []
-    for _, rows in row_chunks(weight):
-        pieces = [
-            quantize_with_feedback(
-                rows[:, part],
-                factor,
-                bits=rule.bits,
-                group_size=rule.group_size,
-                symmetric=rule.symmetric,
-                grid=grid,
-                static_groups=static_groups,
-            )
-            for part, factor in zip(evidence.slices, factors, strict=True)
-        ]
-        chosen = torch.cat([piece for piece, _ in pieces], dim=1)
-        found = Grid(
-            scale=torch.cat([piece.scale for _, piece in pieces], dim=1),
-            zero=torch.cat([piece.zero for _, piece in pieces], dim=1),
-            bits=rule.bits,
-        )
-        groups = group_columns(rows, rule.group_size)
-        nearest = GRIDS[grid](groups, rule.bits, symmetric=rule.symmetric)
-        fitted = decode(chosen.view(groups.shape), found)
-        rounded = decode(encode(groups, nearest), nearest)
-        losses.add(rows, _flat(fitted, rows), _flat(rounded, rows), evidence)
-        codes.append(chosen.to(torch.uint8))
-        scales.append(found.scale)
-        zeros.append(found.zero)
-    return affine_form(
-        torch.cat(codes),
-        Grid(scale=torch.cat(scales), zero=torch.cat(zeros), bits=rule.bits),
-        group_size=rule.group_size,
-        in_features=weight.shape[1],
-        symmetric=rule.symmetric,
+    started = time.perf_counter()
+    name, rule = assignment.linear.name, assignment.rule
+    if rule is None:
+        raise ValueError(f"{name} is not to be quantized")
+    try:
+        form = fitter.round(rule, weight)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    total = lost = 0.0
+    for chosen, rows in row_chunks(weight):
+        change = form.take_rows(torch.arange(chosen.start, chosen.stop)) - rows
+        total += float(rows.square().sum())
+        lost += float(change.square().sum())
+    row = describe_layer(
+        assignment,
+        form,
+        method=fitter.plain_label,
+        plain=True,
+        reason=reason,
+        weight_error=_share(lost, total),
+        seconds=time.perf_counter() - started,
     )
+    return FinishedLayer(form=form, row=row)
 
 
-def _quadratic(rows: Tensor, hessian: Tensor) -> float:
-    narrow = rows.to(torch.float32)
-    return float((narrow @ hessian).mul_(narrow).sum(dtype=torch.float64))
+@dataclass(kw_only=True)
+class _Losses:
+    """Sums over the rows of a layer, of squares of weights and of outputs a token."""
+
+    weight: float = 0.0
+    fitted_weight_error: float = 0.0
+    plain_weight_error: float = 0.0
+    output: float = 0.0
+    fitted: float = 0.0
+    plain: float = 0.0
 
 
-def _flat(groups: Tensor, rows: Tensor) -> Tensor:
-    return groups.reshape(rows.shape[0], -1)[:, : rows.shape[1]]
+def _compare(
+    weight: WeightForm, fitted: WeightForm, plain: WeightForm, evidence: Evidence
+) -> _Losses:
+    """What two forms do to a layer's outputs, exactly, for the tokens of the judging moments.
+
+    With D = Q - W, the mean squared change of the outputs is tr(D H D^T); where the input itself
+    has moved from the float model's by d, it is tr(D H D^T) - 2 tr(W C D^T) + tr(W E[d d^T] W^T).
+    """
+    losses = _Losses()
+    for chosen, rows in row_chunks(weight):
+        places = torch.arange(chosen.start, chosen.stop)
+        losses.weight += float(rows.square().sum())
+        narrow = rows.to(torch.float32)
+        changes = [form.take_rows(places) - narrow for form in (fitted, plain)]
+        losses.fitted_weight_error += float(changes[0].square().sum(dtype=torch.float64))
+        losses.plain_weight_error += float(changes[1].square().sum(dtype=torch.float64))
+        for number, part in enumerate(evidence.slices):
+            H = evidence.judge[number].to(torch.float32)
+            original = narrow[:, part]
+            losses.output += _inner(original @ H, original)
+            constant, moved = 0.0, None
+            if evidence.judge_drift is not None:
+                cross, own = (means[number].to(torch.float32) for means in evidence.judge_drift)
+                constant, moved = _inner(original @ own, original), original @ cross
+            fitted_loss, plain_loss = (
+                _inner(change[:, part] @ H, change[:, part])
+                - (0.0 if moved is None else 2 * _inner(moved, change[:, part]))
+                + constant
+                for change in changes
+            )
+            losses.fitted += fitted_loss
+            losses.plain += plain_loss
+    return losses
+
+
+def _means(drift: Drift) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return drift.cross.blocks(), drift.own.blocks()
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum(dtype=torch.float64))
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,263 +1,199 @@
 """GPTQ on image and text: rounds weights so that each layer's *output* changes least.
 
-The stage around `error_feedback`: walks the model in order of execution, so that every layer is
-calibrated on what the quantized layers before it produce, with the visual tokens that the phone
-will see; compares every layer with round-to-nearest on tokens that it was not fitted to, and keeps
-the better one; says what it did in one row a layer.
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv 2210.17323. The kernel is `error_feedback`, the walk `calibrated`.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.blocks import BlockWalk, SharedInput
-from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
-from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.quantization.affine import GRIDS, GridKind
-from pocketvlm.compress.quantization.error_feedback import ORDERS, Order
-from pocketvlm.compress.quantization.fitting import fit_layer, weigh_moments
-from pocketvlm.compress.quantization.layers import (
-    FinishedLayer,
-    LayerStore,
-    float_rows,
-    stage_version,
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.affine import (
+    GRIDS,
+    AffineScheme,
+    Grid,
+    GridKind,
+    affine_form,
+    group_columns,
 )
-from pocketvlm.compress.quantization.rtn import round_layer
-from pocketvlm.compress.quantization.rules import Assignment, WeightRule, assign_layers
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
+from pocketvlm.compress.quantization.error_feedback import (
+    AffineRounding,
+    Factor,
+    quantize_with_feedback,
+)
+from pocketvlm.compress.quantization.fitting import Weighed
+from pocketvlm.compress.quantization.layers import row_chunks
+from pocketvlm.compress.quantization.rtn import round_to_nearest
+from pocketvlm.compress.quantization.rules import Assignment, WeightRule
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CalibrationError
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.weights import AffineWeight, WeightForm
 
-__all__ = ["Gptq"]
+__all__ = ["AffineFitter", "Gptq", "fit_affine", "quantize_affine"]
 
-# Up to this width a Hessian is kept whole; wider inputs, such as those of a projector behind a
-# pixel shuffle, keep diagonal blocks of the smaller width.
-_WHOLE_WIDTH = 8192
-_BLOCK_WIDTH = 1024
-_TABLE = "a lookup has no inputs to fit: each row is rounded on its own grid"
-_TIED = "head and embedding are one weight; fitted to the head's inputs"
+
+def quantize_affine(
+    weights: Tensor,
+    factor: Factor,
+    scheme: AffineScheme,
+    *,
+    group_size: int,
+    grid: GridKind = "min_max",
+    static_groups: bool = False,
+    diagonal: Tensor | None = None,
+) -> tuple[Tensor, Grid]:
+    """Rounds rows of a weight to affine grids, with error feedback.
+
+    Args:
+        weights: float64 [rows, columns].
+        factor: Of the columns' Hessian.
+        scheme: The kind of grid.
+        group_size: Columns that share a scale.
+        grid: How a group's grid is found.
+        static_groups: Whether all grids are made from the weights as they were, rather than from
+            weights that carry the errors of the columns before.
+        diagonal: Of the Hessian, [columns]: how much an error counts where grids are searched.
+
+    Returns:
+        Codes [rows, groups * group_size], padding included, in the type of the weights, and the
+        grid [rows, groups].
+
+    Raises:
+        ValueError: A group's range is too large for a float16 scale.
+    """
+    fixed = None
+    if static_groups:
+        importance = None if diagonal is None else group_columns(diagonal[None], group_size)
+        fixed = GRIDS[grid](group_columns(weights, group_size), scheme, importance)
+    rounding = AffineRounding(
+        scheme,
+        grid,
+        rows=weights.shape[0],
+        groups=len(factor.order.groups),
+        fixed=fixed,
+        importance=None if diagonal is None else factor.order.split(diagonal),
+    )
+    chosen = quantize_with_feedback(weights, factor, rounding)
+    found = rounding.grid
+    # Padding stands for zero, or for what is nearest to it.
+    codes = found.zero.round().clamp(scheme.lowest, scheme.highest)
+    codes = codes.repeat_interleave(group_size, dim=1)
+    codes[:, : weights.shape[1]] = chosen.T
+    return codes, found
+
+
+def fit_affine(
+    rule: WeightRule,
+    weight: WeightForm,
+    weighed: Weighed,
+    *,
+    grid: GridKind = "min_max",
+    static_groups: bool = False,
+) -> AffineWeight:
+    """Quantizes a layer, some rows at a time; see `quantize_affine`."""
+    codes, scales, zeros = [], [], []
+    for _, rows in row_chunks(weight):
+        targets = weighed.targets(rows)
+        for part, factor, hessian in zip(
+            weighed.evidence.slices, weighed.factors, weighed.evidence.hessians, strict=True
+        ):
+            chosen, found = quantize_affine(
+                targets[:, part],
+                factor,
+                rule.scheme,
+                group_size=rule.group_size,
+                grid=grid,
+                static_groups=static_groups,
+                diagonal=hessian.diagonal().to(torch.float64),
+            )
+            codes.append(chosen.to(torch.uint8))
+            scales.append(found.scale)
+            zeros.append(found.zero)
+    return affine_form(
+        _join(codes, weighed),
+        Grid(scale=_join(scales, weighed), zero=_join(zeros, weighed), scheme=rule.scheme),
+        group_size=rule.group_size,
+        in_features=weight.shape[1],
+    )
+
+
+def _join(pieces: Sequence[Tensor], weighed: Weighed) -> Tensor:
+    """Puts together what was made chunk by chunk of rows, and block by block within each."""
+    blocks = len(weighed.factors)
+    rows = [
+        torch.cat(list(pieces[start : start + blocks]), dim=1)
+        for start in range(0, len(pieces), blocks)
+    ]
+    return torch.cat(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq:
+class AffineFitter:
+    """GPTQ beside round-to-nearest.
+
+    Attributes:
+        grid: How a group's grid is found.
+        static_groups: Whether grids are made before the first column is rounded.
+    """
+
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+    label: str = "gptq"
+    plain_label: str = "rtn"
+
+    def fit(self, rule: WeightRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
+        """GPTQ."""
+        return fit_affine(rule, weight, weighed, grid=self.grid, static_groups=self.static_groups)
+
+    def round(self, rule: WeightRule, weight: WeightForm) -> WeightForm:
+        """Round-to-nearest."""
+        form, _ = round_to_nearest(
+            weight, scheme=rule.scheme, group_size=rule.group_size, grid=self.grid
+        )
+        return form
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(CalibratedQuantizer[WeightRule]):
     """Quantizes with error feedback (arXiv 2210.17323), calibrated on images and text.
 
     Attributes:
-        rules: Ordered rules; the first that matches a layer wins.
-        damping: Share of a Hessian's mean diagonal that is added to it. Raised tenfold, and
-            reported, where the factorization fails.
-        order: `group_aware` rounds the most excited columns first without tearing groups apart.
-        static_groups: Whether grids are made from the weights as they were.
+        rules: Bits and groups; the first rule that matches a layer wins.
         grid: `min_max` spans each group's range, `mse` searches for the least squared error.
-        modality_weights: Weight of visual tokens in the decoder's Hessians: `uniform`, `balanced`
-            (both modalities weigh the same in total) or a number (text weighs one).
-        held_out: Share of the samples that only judge whether a layer gained.
-        tower_tokens: Tokens after which the tower's Hessians are taken to be known.
+        static_groups: Whether grids are made from the weights as they were.
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
-    forbids: ClassVar[frozenset[str]] = frozenset()
 
     method: Literal["gptq"] = "gptq"
     rules: tuple[WeightRule, ...]
-    damping: float = 0.01
-    order: Order = "group_aware"
-    static_groups: bool = False
     grid: GridKind = "min_max"
-    modality_weights: ModalityWeighting = "balanced"
-    held_out: float = 0.125
-    tower_tokens: int = 16384
+    static_groups: bool = False
 
     def __post_init__(self) -> None:
-        if not self.rules:
-            raise ValueError("rules must hold at least one rule")
-        if not 0 <= self.damping <= 1:
-            raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
-        if self.order not in ORDERS:
-            raise ValueError(f"order {self.order!r} is unknown; allowed are {', '.join(ORDERS)}")
+        super().__post_init__()
         if self.grid not in GRIDS:
             raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
-        if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
-            raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
-        if self.tower_tokens < 1:
-            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
-        check_weighting(self.modality_weights)
 
-    def apply(
-        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
-        """Quantizes the checkpoint in place.
-
-        Raises:
-            RecipeError: A rule does not fit the model, or a layer is quantized already.
-            CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
-            CheckpointError: A weight is too large for float16 scales.
-        """
-        started = time.perf_counter()
-        assignments = assign_layers(self.rules, checkpoint)
-        wanted = {item.linear.name: item for item in assignments if item.rule is not None}
-        store = LayerStore(ctx.scratch_dir)
-        walk = BlockWalk(
-            checkpoint=checkpoint,
-            samples=calibration,
-            weighting=self.modality_weights,
-            held_out=self.held_out,
-            tower_tokens=self.tower_tokens,
-            spill_folder=ctx.scratch_dir,
-        )
-        rows: dict[str, Mapping[str, Any]] = {}
-        restored = self._restore(wanted, store)
-        layers = self._walk(walk, wanted, store) if restored is None else restored
-        for name, layer in layers:
-            checkpoint.set_form(name, layer.form)
-            rows[name] = layer.row
-            ctx.report("gptq", len(rows), len(wanted), f"{name}: {_note(layer.row)}")
-        ordered = [rows[name] for name in wanted]
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=stage_version(),
-            calibration_sha256=calibration.sha256,
-            layers=(*ordered, *float_rows(assignments, checkpoint)),
-            metrics=_metrics(walk, ordered),
-            notes=_notes(walk, ordered),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-        return checkpoint.extend(record)
-
-    @staticmethod
-    def _restore(
-        wanted: Mapping[str, Assignment], store: LayerStore
-    ) -> list[tuple[str, FinishedLayer]] | None:
-        """All layers, where a run before this one finished them all."""
-        layers = []
-        for name in wanted:
-            layer = store.load(name)
-            if layer is None:
-                return None
-            layers.append((name, layer))
-        return layers
-
-    def _walk(
-        self, walk: BlockWalk, wanted: Mapping[str, Assignment], store: LayerStore
-    ) -> Iterator[tuple[str, FinishedLayer]]:
-        """Quantizes layer by layer, and goes on where a run before this one stopped.
-
-        Whoever iterates puts each layer into the checkpoint before asking for the next one.
-        """
-        left = set(wanted)
-        for step in walk:
-            names = [name for name in step.names if name in wanted]
-            found = {name: store.load(name) for name in names}
-            missing = [wanted[name] for name in names if found[name] is None]
-            # From all layers of the step, so that a run that goes on cuts as the first one did.
-            block = _block_width([wanted[name] for name in names])
-            made = self._quantize(walk.checkpoint, step, missing, block)
-            for name, layer in made.items():
-                store.save(name, layer)
-            for name, kept in found.items():
-                yield name, made[name] if kept is None else kept
-            left -= found.keys()
-            if not left:
-                return
-
-    def _quantize(
+    def begin(
         self,
         checkpoint: Checkpoint,
-        step: SharedInput,
-        assignments: Sequence[Assignment],
-        block: int | None,
-    ) -> dict[str, FinishedLayer]:
-        """Quantizes those layers of one step that are left; they share their input's Hessian."""
-        weights = {item: checkpoint.form(item.linear.name) for item in assignments}
-        if step.moments is None:
-            return {
-                item.linear.name: round_layer(item, weight, self.grid, reason=_TABLE)
-                for item, weight in weights.items()
-            }
-        if not weights:
-            return {}
-        sizes = sorted({item.rule.group_size for item in assignments if item.rule is not None})
-        try:
-            evidence = weigh_moments(
-                step.moments(block), sizes, damping=self.damping, order=self.order
-            )
-        except CalibrationError as error:
-            raise CalibrationError(f"{step.names[0]}: {error}") from error
-        return {
-            item.linear.name: fit_layer(
-                item,
-                weight,
-                evidence,
-                grid=self.grid,
-                static_groups=self.static_groups,
-                note=_TIED if _is_tied(checkpoint, item) else "",
-            )
-            for item, weight in weights.items()
-        }
+        assignments: Sequence[Assignment[WeightRule]],
+        calibration: CalibrationSet,
+        ctx: RunContext,
+    ) -> StepFitter[WeightRule]:
+        """Nothing has to be known beforehand."""
+        return _Affine(AffineFitter(grid=self.grid, static_groups=self.static_groups))
 
 
-def _block_width(assignments: Sequence[Assignment]) -> int | None:
-    """Width of a wide Hessian's diagonal blocks, a whole number of groups of every size."""
-    width = max((item.linear.in_features for item in assignments), default=0)
-    if width <= _WHOLE_WIDTH:
-        return None
-    step = math.lcm(*(item.rule.group_size for item in assignments if item.rule is not None))
-    return min(width, max(1, _BLOCK_WIDTH // step) * step)
+class _Affine(StepFitter[WeightRule]):
+    def __init__(self, fitter: AffineFitter) -> None:
+        self._fitter = fitter
 
-
-def _is_tied(checkpoint: Checkpoint, assignment: Assignment) -> bool:
-    return checkpoint.spec.decoder.tied_head and assignment.linear.part == "embedding"
-
-
-def _note(row: Mapping[str, Any]) -> str:
-    if "loss" not in row:
-        return f"rounded, weight error {row['weight_error']:.2e}"
-    return f"loss {row['loss']:.2e}, round-to-nearest {row['loss_rtn']:.2e}"
-
-
-def _metrics(walk: BlockWalk, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    counts = walk.counts
-    return {
-        "layers": len(rows),
-        "layers_rounded": sum(row["method"] == "rtn" for row in rows),
-        "calibration": {
-            **walk.samples.describe(),
-            "held_out_samples": len(walk.samples) - walk.first_held_out,
-            "visual_tokens": counts.visual,
-            "text_tokens": counts.text,
-            "visual_per_text_token": counts.ratio,
-            "truncated_samples": sum(prompt.is_truncated for prompt in walk.prompts),
-        },
-    }
-
-
-def _notes(walk: BlockWalk, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    notes = []
-    if walk.samples.is_synthetic:
-        notes.append("calibrated on synthetic pictures: give a folder of real ones for quality")
-    if walk.tower_samples < walk.first_held_out:
-        notes.append(
-            f"the tower's Hessians are those of {walk.tower_samples} of {walk.first_held_out} "
-            "images"
-        )
-    truncated = sum(prompt.is_truncated for prompt in walk.prompts)
-    if truncated:
-        notes.append(f"{truncated} calibration texts were cut off at the longest length used")
-    notes += [f"{row['name']}: {row['reason']}" for row in rows if row["reason"]]
-    for row in rows:
-        if row.get("damping_raised"):
-            notes.append(f"{row['name']}: damping was raised to {row['damping']:g}")
-        if row.get("hessian_blocks", 1) > 1:
-            notes.append(
-                f"{row['name']}: its Hessian is {row['hessian_blocks']} diagonal blocks; the "
-                "whole would not fit into memory"
-            )
-    return tuple(notes)
+    def fitter_of(self, assignment: Assignment[WeightRule]) -> AffineFitter:
+        return self._fitter

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rules import Assignment
-from pocketvlm.weights import AffineWeight, WeightForm
+from pocketvlm.weights import FORMS, WeightForm
 
 __all__ = [
     "FinishedLayer",
@@ -36,7 +36,7 @@ _CHUNK_ELEMENTS = 1024 * 1024
 class FinishedLayer:
     """A quantized weight and its line in the report."""
 
-    form: AffineWeight
+    form: WeightForm
     row: Mapping[str, Any]
 
 
@@ -49,6 +49,7 @@ class LayerStore:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._codebooks: dict[bytes, Tensor] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -63,12 +64,21 @@ class LayerStore:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
                 document = json.loads(file.metadata()["layer"])
-        except (SafetensorError, OSError, KeyError, ValueError):
+            kind = next(form for form in FORMS if form.kind == document["form"]["kind"])
+            shared = {name: self._share(name, tensor) for name, tensor in tensors.items()}
+            return FinishedLayer(
+                form=kind.from_tensors(shared, document["form"]), row=document["row"]
+            )
+        except (SafetensorError, OSError, KeyError, ValueError, StopIteration):
             # A disk that lost power keeps names without content: the layer is made again.
             return None
-        return FinishedLayer(
-            form=AffineWeight.from_tensors(tensors, document["form"]), row=document["row"]
-        )
+
+    def _share(self, name: str, tensor: Tensor) -> Tensor:
+        """Layers that shared a codebook when they were saved share one tensor again."""
+        if not name.endswith("codebooks"):
+            return tensor
+        digest = hashlib.sha256(tensor.numpy().tobytes()).digest()
+        return self._codebooks.setdefault(digest, tensor)
 
     def save(self, name: str, layer: FinishedLayer) -> None:
         """Writes a layer aside, flushes it and renames it into place."""
@@ -88,7 +98,7 @@ class LayerStore:
         return folder / f"{name[-80:]}-{digest}.safetensors"
 
 
-def describe_layer(assignment: Assignment, form: WeightForm, **figures: Any) -> dict[str, Any]:
+def describe_layer(assignment: Assignment[Any], form: WeightForm, **figures: Any) -> dict[str, Any]:
     """The line of a layer in the report, as JSON values."""
     linear, rule = assignment.linear, assignment.rule
     return {
@@ -97,9 +107,10 @@ def describe_layer(assignment: Assignment, form: WeightForm, **figures: Any) -> 
         "role": linear.role,
         "block": linear.block,
         "method": "none",
-        "bits": None if rule is None else rule.bits,
-        "group_size": None if rule is None else rule.group_size,
-        "symmetric": None if rule is None else rule.symmetric,
+        "bits": None,
+        "group_size": None,
+        "grid": "float",
+        **({} if rule is None else rule.describe()),
         "bits_per_weight": form.bits_per_weight,
         "stored_bytes": form.stored_bytes,
         "reason": assignment.reason,
@@ -122,7 +133,9 @@ def stage_version() -> str:
     return metadata.version("pocketvlm")
 
 
-def float_rows(assignments: tuple[Assignment, ...], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def float_rows(
+    assignments: tuple[Assignment[Any], ...], checkpoint: Checkpoint
+) -> list[dict[str, Any]]:
     """Lines of the layers that stay as they are, with why."""
     return [
         describe_layer(item, checkpoint.form(item.linear.name))

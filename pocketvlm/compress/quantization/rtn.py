@@ -6,6 +6,7 @@ The baseline that every calibrated method has to beat, and at 8 bits usually all
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -15,6 +16,7 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.quantization.affine import (
     GRIDS,
+    AffineScheme,
     Grid,
     GridKind,
     affine_form,
@@ -30,25 +32,31 @@ from pocketvlm.compress.quantization.layers import (
     row_chunks,
     stage_version,
 )
-from pocketvlm.compress.quantization.rules import Assignment, WeightRule, assign_layers
+from pocketvlm.compress.quantization.rules import (
+    Assignment,
+    WeightRule,
+    assign_layers,
+    plan_forms,
+)
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckpointError
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedForm
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.weights import AffineWeight, WeightForm
 
-__all__ = ["RoundToNearest", "round_layer", "round_to_nearest"]
+__all__ = ["RoundToNearest", "round_to_nearest"]
 
 
 def round_to_nearest(
-    weight: WeightForm, *, bits: int, group_size: int, symmetric: bool, grid: GridKind = "min_max"
+    weight: WeightForm, *, scheme: AffineScheme, group_size: int, grid: GridKind = "min_max"
 ) -> tuple[AffineWeight, float]:
     """Rounds a weight.
 
     Args:
         weight: The weight, float.
-        bits: Width of a code.
+        scheme: The kind of grid.
         group_size: Columns that share a scale.
-        symmetric: Whether the zero point is fixed.
         grid: How a group's grid is found.
 
     Returns:
@@ -61,7 +69,7 @@ def round_to_nearest(
     lost = total = 0.0
     for _, rows in row_chunks(weight):
         groups = group_columns(rows, group_size)
-        found = GRIDS[grid](groups, bits, symmetric=symmetric)
+        found = GRIDS[grid](groups, scheme)
         chosen = encode(groups, found)
         lost += float((decode(chosen, found) - groups).square_().sum())
         total += float(rows.square().sum())
@@ -70,45 +78,11 @@ def round_to_nearest(
         zeros.append(found.zero)
     form = affine_form(
         torch.cat(codes),
-        Grid(scale=torch.cat(scales), zero=torch.cat(zeros), bits=bits),
+        Grid(scale=torch.cat(scales), zero=torch.cat(zeros), scheme=scheme),
         group_size=group_size,
         in_features=weight.shape[1],
-        symmetric=symmetric,
     )
     return form, lost / total if total else 0.0
-
-
-def round_layer(
-    assignment: Assignment, weight: WeightForm, grid: GridKind, *, reason: str = ""
-) -> FinishedLayer:
-    """Rounds the layer of an assignment and describes it.
-
-    Raises:
-        CheckpointError: The weight is too large for float16 scales.
-    """
-    started = time.perf_counter()
-    rule = assignment.rule
-    if rule is None or rule.bits is None:
-        raise ValueError(f"{assignment.linear.name} is not to be quantized")
-    try:
-        form, weight_error = round_to_nearest(
-            weight,
-            bits=rule.bits,
-            group_size=rule.group_size,
-            symmetric=rule.symmetric,
-            grid=grid,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{assignment.linear.name}: {error}") from error
-    row = describe_layer(
-        assignment,
-        form,
-        method="rtn",
-        weight_error=weight_error,
-        reason=reason,
-        seconds=time.perf_counter() - started,
-    )
-    return FinishedLayer(form=form, row=row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +125,7 @@ class RoundToNearest:
             name = item.linear.name
             layer = store.load(name)
             if layer is None:
-                layer = round_layer(item, checkpoint.form(name), self.grid)
+                layer = self._round(item, checkpoint.form(name))
                 store.save(name, layer)
             checkpoint.set_form(name, layer.form)
             rows.append(layer.row)
@@ -167,3 +141,28 @@ class RoundToNearest:
             peak_rss_bytes=peak_rss_bytes(),
         )
         return checkpoint.extend(record)
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, PlannedForm | None]:
+        """What every layer will be stored as; `None` for those that stay as they are."""
+        return plan_forms(self.rules, spec.linears())
+
+    def _round(self, assignment: Assignment[WeightRule], weight: WeightForm) -> FinishedLayer:
+        started = time.perf_counter()
+        rule = assignment.rule
+        if rule is None:
+            raise ValueError(f"{assignment.linear.name} is not to be quantized")
+        try:
+            form, weight_error = round_to_nearest(
+                weight, scheme=rule.scheme, group_size=rule.group_size, grid=self.grid
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{assignment.linear.name}: {error}") from error
+        row = describe_layer(
+            assignment,
+            form,
+            method=self.method,
+            plain=True,
+            weight_error=weight_error,
+            seconds=time.perf_counter() - started,
+        )
+        return FinishedLayer(form=form, row=row)

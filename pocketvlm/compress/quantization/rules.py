@@ -1,43 +1,96 @@
-"""Which layer gets how many bits: the rules that every quantizer shares."""
+"""Which layer becomes what: the rules that every quantizer shares."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.affine import AffineScheme
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, Part
+from pocketvlm.planned import PlannedAffine, PlannedForm
 from pocketvlm.selection import assign_rules, check_rule
 from pocketvlm.weights import DenseWeight
 
-__all__ = ["BITS", "Assignment", "WeightRule", "assign_bits", "assign_layers"]
+__all__ = [
+    "BITS",
+    "Assignment",
+    "LayerRule",
+    "WeightRule",
+    "assign_layers",
+    "assign_rules_to",
+    "plan_forms",
+]
 
 BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightRule:
-    """How the layers that a rule matches are quantized; the first rule that matches a layer wins.
+class LayerRule(ABC):
+    """Which layers a rule is for; the first rule that matches a layer wins.
 
     Attributes:
         part: Only layers of this part, or `None` for any.
         match: A regular expression that a layer's whole name must match, or `None` for any.
         blocks: Only these block indices, or `None` for any.
-        bits: 2, 3, 4 or 8; `None` keeps the layer as it is.
-        group_size: Neighbouring columns that share a scale.
-        symmetric: Whether the zero point is fixed at half of the range.
     """
 
     part: Part | None = None
     match: str | None = None
     blocks: tuple[int, ...] | None = None
-    bits: int | None
-    group_size: int = 32
-    symmetric: bool = False
 
     def __post_init__(self) -> None:
         check_rule(self)
+
+    @property
+    @abstractmethod
+    def keeps_float(self) -> bool:
+        """Whether the layers stay as they are."""
+
+    @abstractmethod
+    def plan(self, linear: LinearSpec) -> PlannedForm:
+        """What a layer will be stored as.
+
+        Raises:
+            RecipeError: The rule does not fit the layer; the message says what would.
+        """
+
+    @abstractmethod
+    def grid_columns(self, linear: LinearSpec) -> int:
+        """Columns that share a grid, and so must be rounded one after another."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, object]:
+        """The rule's part of a layer's line in the report, as JSON values."""
+
+
+RuleT = TypeVar("RuleT", bound=LayerRule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRule(LayerRule):
+    """Integers on an affine grid.
+
+    Attributes:
+        bits: 2, 3, 4 or 8; `None` keeps the layer as it is.
+        group_size: Neighbouring columns that share a scale.
+        symmetric: Whether the zero point is fixed at half of the range.
+        restricted: Whether a symmetric grid leaves out its lowest code, such as [-7, 7] for 4
+            bits, so that it spans the largest weight on either side with a finer step.
+        zero_point: `integer` puts zero on a code, `float` puts the grid's ends on the group's.
+    """
+
+    bits: int | None
+    group_size: int = 32
+    symmetric: bool = False
+    restricted: bool = False
+    zero_point: Literal["integer", "float"] = "integer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits is not None and self.bits not in BITS:
             raise ValueError(
                 f"bits must be {', '.join(map(str, BITS))}, or null to keep a layer as it is, "
@@ -45,10 +98,60 @@ class WeightRule:
             )
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if self.restricted and not self.symmetric:
+            raise ValueError("restricted leaves out a code of a symmetric grid; set symmetric too")
+        if self.zero_point not in ("integer", "float"):
+            raise ValueError(f"zero_point must be integer or float, not {self.zero_point!r}")
+        if self.zero_point == "float" and self.symmetric:
+            raise ValueError("a symmetric grid has a fixed zero point; zero_point cannot be float")
+
+    @property
+    def keeps_float(self) -> bool:
+        """Whether the layers stay as they are."""
+        return self.bits is None
+
+    @property
+    def scheme(self) -> AffineScheme:
+        """The kind of grid."""
+        if self.bits is None:
+            raise ValueError("the rule has no bits")
+        return AffineScheme(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            restricted=self.restricted,
+            float_zeros=self.zero_point == "float",
+        )
+
+    def plan(self, linear: LinearSpec) -> PlannedAffine:
+        """What a layer will be stored as."""
+        if self.group_size > linear.in_features:
+            raise RecipeError(
+                f"group_size {self.group_size} does not fit {linear.name}, which has "
+                f"{linear.in_features} columns; allowed is 1 to {linear.in_features}"
+            )
+        return PlannedAffine(
+            bits=self.scheme.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            float_zeros=self.zero_point == "float",
+        )
+
+    def grid_columns(self, linear: LinearSpec) -> int:
+        """Columns that share a scale."""
+        return self.group_size
+
+    def describe(self) -> dict[str, object]:
+        """The rule's part of a layer's line in the report."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "grid": "affine" if self.bits is None else self.scheme.label,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignment:
+class Assignment(Generic[RuleT]):
     """What becomes of one layer.
 
     Attributes:
@@ -58,47 +161,59 @@ class Assignment:
     """
 
     linear: LinearSpec
-    rule: WeightRule | None
+    rule: RuleT | None
     reason: str = ""
 
 
-def assign_bits(
-    rules: Sequence[WeightRule], linears: Iterable[LinearSpec]
-) -> tuple[Assignment, ...]:
+def assign_rules_to(
+    rules: Sequence[RuleT], linears: Iterable[LinearSpec]
+) -> tuple[Assignment[RuleT], ...]:
     """Decides for every layer, from the specification alone.
 
     Raises:
-        RecipeError: A rule matches nothing, or its groups are wider than a layer.
+        RecipeError: A rule matches nothing, or does not fit a layer.
     """
     assignments = []
     for linear, rule in assign_rules(rules, linears).items():
-        if rule is None or rule.bits is None:
+        if rule is None or rule.keeps_float:
             reason = "no rule matches it" if rule is None else "its rule keeps it"
-            assignments.append(Assignment(linear=linear, rule=None, reason=reason))
+            assignments.append(Assignment[RuleT](linear=linear, rule=None, reason=reason))
             continue
-        if rule.group_size > linear.in_features:
-            raise RecipeError(
-                f"rules.{rules.index(rule)}: group_size {rule.group_size} does not fit "
-                f"{linear.name}, which has {linear.in_features} columns; allowed is 1 to "
-                f"{linear.in_features}"
-            )
+        try:
+            rule.plan(linear)
+        except RecipeError as error:
+            raise RecipeError(f"rules.{rules.index(rule)}: {error}") from error
         assignments.append(Assignment(linear=linear, rule=rule))
     return tuple(assignments)
 
 
-def assign_layers(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> tuple[Assignment, ...]:
+def assign_layers(rules: Sequence[RuleT], checkpoint: Checkpoint) -> tuple[Assignment[RuleT], ...]:
     """Decides for every layer of a checkpoint.
 
     Raises:
-        RecipeError: A rule matches nothing, its groups are wider than a layer, or a layer that it
-            quantizes is quantized already.
+        RecipeError: A rule matches nothing, does not fit a layer, or a layer that it quantizes is
+            quantized already.
     """
-    assignments = assign_bits(rules, checkpoint.spec.linears())
+    assignments = assign_rules_to(rules, checkpoint.spec.linears())
     for assignment in assignments:
         form = checkpoint.form(assignment.linear.name)
         if assignment.rule is not None and not isinstance(form, DenseWeight):
             raise RecipeError(
                 f"{assignment.linear.name}: is quantized already; quantize a layer once, or keep "
-                "it with a rule whose bits are null"
+                "it with a rule that leaves it as it is"
             )
     return assignments
+
+
+def plan_forms(
+    rules: Sequence[RuleT], linears: Iterable[LinearSpec]
+) -> dict[LinearSpec, PlannedForm | None]:
+    """What every layer will be stored as; `None` for those that stay as they are.
+
+    Raises:
+        RecipeError: A rule matches nothing, or does not fit a layer.
+    """
+    return {
+        item.linear: None if item.rule is None else item.rule.plan(item.linear)
+        for item in assign_rules_to(rules, linears)
+    }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pocketvlm.compress.quantization.affine import (
+    AffineScheme,
     decode,
     encode,
     group_columns,
@@ -19,8 +20,8 @@ from pocketvlm.compress.quantization.affine import (
 from pocketvlm.compress.quantization.error_feedback import (
     factorize,
     order_columns,
-    quantize_with_feedback,
 )
+from pocketvlm.compress.quantization.gptq import quantize_affine
 
 # Test folders are no packages, so a neighbour is loaded by its path.
 _SPEC = importlib.util.spec_from_file_location("textbook", Path(__file__).with_name("textbook.py"))
@@ -39,11 +40,14 @@ def problem(rows, columns, *, seed=0, dead=(), tokens=400):
     return W, X.T @ X / tokens
 
 
+def quantize(W, factor, *, bits, symmetric, **options):
+    scheme = AffineScheme(bits=bits, symmetric=symmetric)
+    return quantize_affine(torch.from_numpy(W), factor, scheme, **options)
+
+
 def ours(W, H, *, order="natural", damping=0.01, group_size, **options):
     factor = factorize(torch.from_numpy(H), group_size=group_size, damping=damping, order=order)
-    codes, grid = quantize_with_feedback(
-        torch.from_numpy(W), factor, group_size=group_size, **options
-    )
+    codes, grid = quantize(W, factor, group_size=group_size, **options)
     return codes.numpy(), grid.scale.numpy(), grid.zero.numpy()
 
 
@@ -95,7 +99,7 @@ def test_agrees_with_the_textbook_at_every_width(bits):
 def test_loses_less_output_than_rounding(bits, symmetric):
     W, H = problem(32, 128, seed=bits)
     groups = group_columns(torch.from_numpy(W), 32)
-    grid = min_max_grid(groups, bits, symmetric=symmetric)
+    grid = min_max_grid(groups, AffineScheme(bits=bits, symmetric=symmetric))
     rounded = encode(groups, grid).reshape(32, -1).numpy()
     loss_rounded = output_loss(W, H, rounded, grid.scale.numpy(), grid.zero.numpy(), 32)
     fitted = ours(W, H, bits=bits, group_size=32, symmetric=symmetric, order="group_aware")
@@ -120,7 +124,7 @@ def test_a_diagonal_hessian_is_rounding_to_nearest():
     W, _ = problem(4, 48, seed=1)
     codes, scales, zeros = ours(W, np.eye(48), bits=4, group_size=16, symmetric=False)
     groups = group_columns(torch.from_numpy(W), 16)
-    grid = min_max_grid(groups, 4, symmetric=False)
+    grid = min_max_grid(groups, AffineScheme(bits=4, symmetric=False))
     np.testing.assert_array_equal(codes, encode(groups, grid).reshape(4, -1).numpy())
     np.testing.assert_array_equal(scales, grid.scale.numpy())
     np.testing.assert_array_equal(zeros, grid.zero.numpy())
@@ -138,9 +142,7 @@ def test_dead_columns_are_rounded_and_counted():
     W, H = problem(4, 32, seed=3, dead=(0, 9, 31))
     factor = factorize(torch.from_numpy(H), group_size=16, damping=0.01, order="group_aware")
     assert factor.dead == 3
-    codes, grid = quantize_with_feedback(
-        torch.from_numpy(W), factor, bits=8, group_size=16, symmetric=False
-    )
+    codes, grid = quantize(W, factor, bits=8, group_size=16, symmetric=False)
     dense = decode(codes.view(4, 2, 16), grid).reshape(4, 32)
     assert np.abs(dense.numpy() - W)[:, [0, 9, 31]].max() < 0.02
 
@@ -148,7 +150,9 @@ def test_dead_columns_are_rounded_and_counted():
 def test_an_input_that_is_zero_everywhere_is_rounding():
     W, _ = problem(4, 32, seed=4)
     codes, scales, _ = ours(W, np.zeros((32, 32)), bits=4, group_size=16, symmetric=False)
-    grid = min_max_grid(group_columns(torch.from_numpy(W), 16), 4, symmetric=False)
+    grid = min_max_grid(
+        group_columns(torch.from_numpy(W), 16), AffineScheme(bits=4, symmetric=False)
+    )
     np.testing.assert_array_equal(scales, grid.scale.numpy())
     assert np.isfinite(codes).all()
 
@@ -164,9 +168,7 @@ def test_damping_rises_where_the_factorization_fails():
     expected = textbook.textbook_gptq(
         W, broken, bits=3, group_size=16, symmetric=False, damping=0.1
     )
-    found = quantize_with_feedback(
-        torch.from_numpy(W), factor, bits=3, group_size=16, symmetric=False
-    )
+    found = quantize(W, factor, bits=3, group_size=16, symmetric=False)
     np.testing.assert_array_equal(found[0].numpy(), expected[0])
 
 
@@ -204,8 +206,8 @@ def test_the_squared_error_grid_is_no_worse_on_weights():
         wide, narrow = (
             (decode(encode(weights, grid), grid) - weights).square().sum()
             for grid in (
-                min_max_grid(weights, bits, symmetric=False),
-                mse_grid(weights, bits, symmetric=False),
+                min_max_grid(weights, AffineScheme(bits=bits, symmetric=False)),
+                mse_grid(weights, AffineScheme(bits=bits, symmetric=False)),
             )
         )
         assert narrow < wide

@@ -10,9 +10,9 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization import calibrated as calibrated_module
 from pocketvlm.compress.quantization import fitting
-from pocketvlm.compress.quantization import gptq as gptq_module
-from pocketvlm.compress.quantization.affine import min_max_grid
+from pocketvlm.compress.quantization.affine import AffineScheme, min_max_grid
 from pocketvlm.compress.quantization.gptq import Gptq
 from pocketvlm.compress.quantization.rtn import RoundToNearest, round_to_nearest
 from pocketvlm.compress.quantization.rules import WeightRule
@@ -67,9 +67,8 @@ def test_rounding_quantizes_what_it_is_told_to(tiny_checkpoint, samples):
         assert row["bits_per_weight"] == form.bits_per_weight
         expected, _ = round_to_nearest(
             DenseWeight(values=dense[linear]),
-            bits=form.bits,
+            scheme=AffineScheme(bits=form.bits, symmetric=form.zeros is None),
             group_size=32,
-            symmetric=form.zeros is None,
         )
         assert torch.equal(form.dequantize(), expected.dequantize())
     json.dumps(done.history[-1].layers)
@@ -93,7 +92,7 @@ def test_gptq_loses_less_on_held_out_tokens_than_rounding(tiny_checkpoint):
     if tables:
         table = rows_of(done)[spec.decoder.embedding]
         assert table["method"] == "rtn"
-        assert "own grid" in table["reason"]
+        assert "by itself" in table["reason"]
     else:
         assert "one weight" in rows_of(done)[spec.decoder.embedding]["reason"]
         assert done.form(spec.decoder.head) is done.form(spec.decoder.embedding)
@@ -199,10 +198,10 @@ def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, 
         assert row["method"] == "rtn"
         assert row["loss"] >= row["loss_rtn"]
         expected, error = round_to_nearest(
-            dense[row["name"]], bits=4, group_size=16, symmetric=False
+            dense[row["name"]], scheme=AffineScheme(bits=4), group_size=16
         )
         assert torch.equal(done.form(row["name"]).dequantize(), expected.dequantize())
-        assert row["weight_error"] == error
+        assert row["weight_error"] == pytest.approx(error, rel=1e-5)
         assert any(note.startswith(row["name"]) for note in record.notes)
 
 
@@ -230,8 +229,8 @@ def test_raised_damping_is_said(tiny_checkpoint, samples, monkeypatch):
 
 
 def test_wide_hessians_are_cut_at_group_borders(tiny_checkpoint, samples, monkeypatch):
-    monkeypatch.setattr(gptq_module, "_WHOLE_WIDTH", 64)
-    monkeypatch.setattr(gptq_module, "_BLOCK_WIDTH", 50)
+    monkeypatch.setattr(calibrated_module, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(calibrated_module, "_BLOCK_WIDTH", 50)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     wide = [row for row in done.history[-1].layers if row.get("hessian_blocks", 1) > 1]
     # 96 columns and more, in blocks of 48.
@@ -376,7 +375,7 @@ def test_grids_are_the_ones_asked_for(tiny_path, samples):
         assert row["weight_error"] < rows_of(wide)[name]["weight_error"]
     form = wide.form(wide.spec.linears()[0].name)
     dense = Checkpoint.load(tiny_path).form(wide.spec.linears()[0].name).dequantize()
-    grid = min_max_grid(dense.double().view(dense.shape[0], -1, 32), 2, symmetric=False)
+    grid = min_max_grid(dense.double().view(dense.shape[0], -1, 32), AffineScheme(bits=2))
     assert torch.equal(form.scales, grid.scale.half())
 
 
