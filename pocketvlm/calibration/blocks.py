@@ -16,14 +16,15 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from pocketvlm.calibration.activations import ActivationStore
+from pocketvlm.calibration.gradients import gradient_weights
 from pocketvlm.calibration.halves import HalfBlock, decoder_halves, tower_halves
 from pocketvlm.calibration.modality import ModalityWeighting, TokenCounts, token_weights
 from pocketvlm.calibration.prompts import (
@@ -126,6 +127,9 @@ class FinishedHalf:
 
 
 Step = SharedInput | FinishedHalf
+HalfKind = Literal["attention", "ffn"]
+TokenWeights = Callable[[Literal["first", "last"], int], Tensor | None]
+"""Weights of a batch's tokens at the linears that start or end a half block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,7 +225,7 @@ class BlockWalk:
                 entering = path.copy()
             for half in tower_halves(checkpoint.model, spec, block):
                 arguments = {"attention_mask": None} if half.kind == "attention" else {}
-                yield from self._half(half, path, used, lambda _: None, [arguments])
+                yield from self._half(half, path, used, _alike, [arguments])
         features, indices = self._keep_features(path, entering)
         path.close()
         if entering is not None:
@@ -233,7 +237,7 @@ class BlockWalk:
         half: HalfBlock,
         path: _Path,
         batches: Sequence[PromptBatch | None],
-        weights_of: Callable[[int], Tensor | None],
+        weights_at: TokenWeights,
         arguments: Sequence[Mapping[str, Any]],
     ) -> Iterator[Step]:
         """The steps of a half block; at the end the path stands behind it."""
@@ -252,7 +256,7 @@ class BlockWalk:
                 path,
                 batches,
                 lambda states, _: half.inputs_of_first(states),
-                weights_of=weights_of,
+                weights_of=partial(weights_at, "first"),
                 block=block,
             )
 
@@ -272,7 +276,7 @@ class BlockWalk:
                         batches,
                         inputs_of,
                         ideal_inputs=ideal if path.ideal is not None else None,
-                        weights_of=weights_of,
+                        weights_of=partial(weights_at, "last"),
                         block=block,
                     )
 
@@ -287,7 +291,7 @@ class BlockWalk:
                 targets=path.ideal,
                 arguments=arguments,
                 batches=batches,
-                weights_of=weights_of,
+                weights_of=partial(weights_at, "last"),
             )
         _advance(half, path.now, arguments_of)
 
@@ -363,7 +367,8 @@ class BlockWalk:
             yield SharedInput(names=(name,), moments=self._moments_in_front(path, batches))
             linear = checkpoint.model.get_submodule(name)
             with torch.no_grad():
-                projected = _Path(now=self._store(), ideal=self._store() if path.ideal is not None else None)
+                ideal_store = self._store() if path.ideal is not None else None
+                projected = _Path(now=self._store(), ideal=ideal_store)
                 with cache_dense_weights(linear):
                     projected.now.extend(linear(batch) for batch in path.now)
                 if path.ideal is not None and projected.ideal is not None:
@@ -408,11 +413,12 @@ class BlockWalk:
             angles = rotary(inputs.embeds, position_ids=inputs.positions)
             # No mask: causal attention within the sequence, whatever gaps its positions have.
             attention.append({"attention_mask": None, "position_embeddings": angles})
-        weights = [token_weights(self.weighting, self.counts, flags) for flags in is_visual]
+        weights_by_half = self._weights_by_half(prompts, batches, visual, is_visual)
         for block in range(spec.decoder.depth):
             for half in decoder_halves(checkpoint.model, spec, block):
                 arguments = attention if half.kind == "attention" else [{}]
-                yield from self._half(half, path, batches, weights.__getitem__, arguments)
+                weights_at = weights_by_half(block, half.kind)
+                yield from self._half(half, path, batches, weights_at, arguments)
         norm = checkpoint.model.get_submodule(f"{spec.decoder.prefix}.norm")
         decoder = spec.decoder
 
@@ -432,6 +438,24 @@ class BlockWalk:
         )
         path.close()
 
+    def _weights_by_half(
+        self,
+        prompts: Sequence[Prompt],
+        batches: Sequence[PromptBatch],
+        visual: VisualTokens,
+        is_visual: Sequence[Tensor],
+    ) -> Callable[[int, HalfKind], TokenWeights]:
+        """How much tokens count, by block and half of the decoder."""
+        if self.weighting != "gradient":
+            fixed = [token_weights(self.weighting, self.counts, flags) for flags in is_visual]
+            return lambda _block, _kind: lambda _position, index: fixed[index]
+        importance = gradient_weights(
+            self.checkpoint, prompts, batches, visual, spill_folder=self.spill_folder
+        )
+        return lambda block, kind: (
+            lambda position, index: importance.weights(block, kind, index, position)
+        )
+
     @torch.no_grad()
     def _splice(
         self, batch: PromptBatch, prompts: Sequence[Prompt], visual: VisualTokens
@@ -440,6 +464,10 @@ class BlockWalk:
         token_ids = torch.tensor([prompts[index].token_ids for index in rows])
         tokens = VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows])
         return embed_prompts(self.checkpoint, token_ids, tokens)
+
+
+def _alike(_position: Literal["first", "last"], _index: int) -> None:
+    """All tokens of the tower weigh the same."""
 
 
 def _tower_tokens(checkpoint: Checkpoint) -> int:

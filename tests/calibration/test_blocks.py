@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pocketvlm.calibration import CalibrationSet, Sample
-from pocketvlm.calibration.blocks import BlockWalk
+from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf
 from pocketvlm.calibration.prompts import encode_samples
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import decode_logits, embed_prompts, encode_images
@@ -213,3 +213,60 @@ def test_long_texts_are_cut_and_said_to_be(tiny_checkpoint):
     late = Sample(image=good.image, question="?", answer="!", history=history)
     with pytest.raises(CalibrationError, match="beyond the"):
         encode_samples(tiny_checkpoint.processor, CalibrationSet(name="late", samples=(late,)))
+
+
+def test_the_float_path_runs_along(tiny_checkpoint):
+    """Drift and targets against forward passes of the float model, with a half that was spoilt."""
+    samples = CalibrationSet.from_reference(0, 4)
+    whole = BlockWalk(checkpoint=tiny_checkpoint, samples=samples, held_out=0.25)
+    clean: dict[str, torch.Tensor] = {}
+    for step in whole:
+        if step.moments is None:
+            continue
+        clean[step.names[0]] = step.moments(None).calibration.blocks()[0].clone()
+    walk = BlockWalk(checkpoint=tiny_checkpoint, samples=samples, held_out=0.25, carry_float=True)
+    halves = 0
+    spoilt = False
+    for step in walk:
+        if isinstance(step, FinishedHalf):
+            halves += 1
+            assert len(step.targets) == len(step.inputs)
+            continue
+        if step.moments is None:
+            continue
+        moments = step.moments(None)
+        assert moments.drift is not None
+        # E[x x^T] + C + C^T + E[d d^T] is the float model's own second moment.
+        now = moments.calibration.blocks()[0]
+        cross, own = moments.drift.cross.blocks()[0], moments.drift.own.blocks()[0]
+        if not spoilt:
+            assert float(own.abs().max()) == 0
+        ideal = now + cross + cross.T + own
+        expected = clean[step.names[0]]
+        assert torch.allclose(ideal, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        for name in step.names:
+            dense = tiny_checkpoint.form(name).dequantize()
+            tiny_checkpoint.set_form(name, DenseWeight(values=dense * 0.8))
+            spoilt = True
+    spec = tiny_checkpoint.spec
+    assert halves == 2 * (spec.tower.feature_block + 1 + spec.decoder.depth)
+
+
+def test_gradient_weights_enter_the_decoder_alone(tiny_checkpoint):
+    samples = CalibrationSet.from_reference(0, 4)
+    moments = []
+    for weighting in ("uniform", "gradient"):
+        walk = BlockWalk(checkpoint=tiny_checkpoint, samples=samples, weighting=weighting)
+        moments.append(
+            {
+                step.names[0]: step.moments(None).calibration.blocks()[0].clone()
+                for step in walk
+                if step.moments is not None
+            }
+        )
+    spec = tiny_checkpoint.spec
+    parts = {linear.name: linear.part for linear in spec.linears()}
+    changed = {
+        parts[name] for name in moments[0] if not torch.equal(moments[0][name], moments[1][name])
+    }
+    assert changed == {"decoder"}
