@@ -24,6 +24,7 @@ __all__ = [
     "decode_logits",
     "embed_patches",
     "embed_prompts",
+    "encode_features",
     "encode_images",
     "greedy_generate",
     "merge_patches",
@@ -137,8 +138,13 @@ def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
     hidden = embed_patches(model, spec, pixels)
     for block in range(spec.tower.feature_block):
         hidden = run_tower_block(model, spec, block, hidden)
-    entering = hidden
-    hidden = run_tower_block(model, spec, spec.tower.feature_block, hidden)
+    return encode_features(checkpoint, hidden)
+
+
+def encode_features(checkpoint: Checkpoint, entering: Tensor) -> VisualTokens:
+    """The rest of `encode_images`, from what enters the feature block, [images, tokens, hidden]."""
+    model, spec = checkpoint.model, checkpoint.spec
+    hidden = run_tower_block(model, spec, spec.tower.feature_block, entering)
     if spec.tower.has_post_norm:
         hidden = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")(hidden)
     if spec.tower.has_cls:
