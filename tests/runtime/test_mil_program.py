@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from pocketvlm.errors import BundleError
+from pocketvlm.runtime.mil_ops import OPERATORS
 from pocketvlm.runtime.mil_program import MilProgram
 from tests.runtime.mil_rig import open_program, toolkit, write_package
 
@@ -191,3 +192,23 @@ def test_an_operator_that_is_not_known_is_named(
         return
     with pytest.raises(BundleError, match=match.replace(r"\(y\)", r"\(.*\)")):
         open_program(path)
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (
+            lambda x, y: (x + y)[..., None],
+            r"operator add \(y\): the result has shape \[1, 4, 8, 1\]",
+        ),
+        (lambda x, y: (x, y), r"operator add \(y\): 2 results; 1 are declared"),
+    ],
+)
+def test_a_result_that_is_not_what_was_declared_is_refused(
+    found: Any, match: str, programs: dict[str, MilProgram], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check that finds both a wrong operator here and a wrong declaration there."""
+    monkeypatch.setitem(OPERATORS, "add", found)
+    program = MilProgram(programs["fp32"].package)
+    with pytest.raises(BundleError, match=match):
+        program.run("main", {"x": np.zeros((1, 4, WIDTH))})
