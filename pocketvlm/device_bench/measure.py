@@ -22,10 +22,10 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.workload import Workload, fit_prompt
-from pocketvlm.errors import InputError, UnsupportedError
+from pocketvlm.errors import InputError
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.runtime.detokenize import TextStream
-from pocketvlm.runtime.engines import EMULATED, choose_engine, open_engine
+from pocketvlm.runtime.engines import choose_engine, open_engine
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
@@ -258,13 +258,7 @@ def _require_positions(bundle: Bundle, workload: Workload) -> None:
 
 def _open(bundle: Bundle, threads: int, rows: int) -> Runner:
     """The engine that the bundle would be asked with; ONNX Runtime's cache is made to measure."""
-    name = choose_engine(bundle)
-    if name in EMULATED:
-        raise UnsupportedError(
-            f"{bundle.path}: has graphs for {name} alone, whose engine is not on this host; "
-            "`pocketvlm verify-coreml` times them on an Apple machine"
-        )
-    if name == "onnx":
+    if choose_engine(bundle) == "onnx":
         return OnnxRunner(bundle, threads=threads, capacity=rows)
     return open_engine(bundle, threads=threads)
 

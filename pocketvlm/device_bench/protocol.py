@@ -30,6 +30,7 @@ from pocketvlm.device_bench.plausibility import Physics, check_plausibility
 from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_blocks
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import PocketVLMError, UnsupportedError
+from pocketvlm.runtime.engines import EMULATED, choose_engine
 
 __all__ = ["Turn", "bench_bundle", "schedule"]
 
@@ -100,6 +101,8 @@ def bench_bundle(
     image = workload.image_bytes()
     arms = {} if baseline is None else {"baseline": _Arm(bundle=Bundle.open(baseline))}
     arms["candidate"] = _Arm(bundle=Bundle.open(bundle))
+    for arm in arms.values():
+        _require_engine(arm.bundle)
     transport = transport or _transport_to(device)
     environment = _describe_device(transport, threads, timeout_s)
     turns = schedule(workload.repeats, tuple(arms))
@@ -122,6 +125,16 @@ def bench_bundle(
             arm.blocks[turn.repeat] = outcome
     on_progress(Progress(task="bench", done=len(turns), total=len(turns)))
     return _assemble(arms, workload, image, environment, device, order)
+
+
+def _require_engine(bundle: Bundle) -> None:
+    """What computes a target in the place of its engine gives its answers, not its speed."""
+    name = choose_engine(bundle)
+    if name in EMULATED:
+        raise UnsupportedError(
+            f"{bundle.path}: has graphs for {name} alone, whose engine is not on this host; "
+            "`pocketvlm verify-coreml` times them on an Apple machine"
+        )
 
 
 def _transport_to(device: str) -> Transport:

@@ -12,7 +12,15 @@ import pytest
 from pocketvlm.bundle import Bundle, file_sha256
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import BundleError, CheckFailedError, RecipeError, UnsupportedError
+from pocketvlm.device_bench.protocol import bench_bundle
+from pocketvlm.device_bench.workload import load_workload
+from pocketvlm.errors import (
+    BundleError,
+    CheckFailedError,
+    CheckpointError,
+    RecipeError,
+    UnsupportedError,
+)
 from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml, verify_coreml
 from pocketvlm.runtime.coreml_session import RemoteRunner, measure_function
 from tests.pipeline.conftest import cli
@@ -196,9 +204,11 @@ def test_without_an_apple_machine_it_is_refused_in_one_line(made: Path) -> None:
 def test_wrong_input_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="units are 'NPU'; allowed are ALL"):
         verify(made, "answers", units="NPU")
-    copy = shutil.copytree(made / "bundle", tmp_path / "bundle")
-    finished = cli("inspect", copy, "--evaluate", check=2)
-    assert "no checkpoint here" in finished.stderr
+    copy = Path(shutil.copytree(made / "bundle", tmp_path / "bundle"))
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        evaluate_coreml(copy, ASKED, CTX)
+    with pytest.raises(UnsupportedError, match="has graphs for coreml alone"):
+        bench_bundle(copy, load_workload("short"))
     with pytest.raises(BundleError, match="no bundle here"):
         verify(tmp_path / "nothing", "answers")
 
