@@ -39,7 +39,7 @@ from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
 from pocketvlm.report import peak_rss_bytes
 
-__all__ = ["CalibratedQuantizer", "StepFitter"]
+__all__ = ["CalibratedQuantizer", "StepFitter", "block_width"]
 
 # Up to this width a Hessian is kept whole; wider inputs, such as those of a projector behind a
 # pixel shuffle, keep diagonal blocks of the smaller width.
@@ -218,7 +218,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
                 names = tuple(name for name in step.names if name in wanted)
                 missing = [wanted[name] for name in names if name not in finished]
                 # From all layers of the step, so that a run that goes on cuts as the first one did.
-                block = _block_width([wanted[name] for name in names])
+                block = block_width([wanted[name] for name in names])
                 fresh = self._quantize(walk.checkpoint, step, missing, block, fitter)
                 for name in names:
                     made[name] = fresh[name] if name in fresh else finished[name]
@@ -278,7 +278,7 @@ def _is_final(layer: FinishedLayer | None) -> bool:
     return layer is not None and layer.row.get("tuned") is not False
 
 
-def _block_width(assignments: Sequence[Assignment[RuleT]]) -> int | None:
+def block_width(assignments: Sequence[Assignment[RuleT]]) -> int | None:
     """Width of a wide Hessian's diagonal blocks, a whole number of groups of every size."""
     width = max((item.linear.in_features for item in assignments), default=0)
     if width <= _WHOLE_WIDTH:
