@@ -46,8 +46,11 @@ __all__ = ["CalibratedQuantizer", "StepFitter", "block_width"]
 _WHOLE_WIDTH = 8192
 _BLOCK_WIDTH = 1024
 _TUNED = ".tuned"
+# An element of a tied table is wrong twice: in the logits and in what enters the decoder. Chosen on
+# questions of its own; see docs/methods/gptq.md.
+_LOOKUP_SHARE = 0.3
 _TABLE = "a lookup has no inputs to fit: each row is rounded by itself"
-_TIED = "head and embedding are one weight; fitted to the head's inputs"
+_TIED = "head and embedding are one weight; fitted to the head's inputs and to being looked up"
 
 RuleT = TypeVar("RuleT", bound=LayerRule)
 
@@ -247,10 +250,15 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
                 )
                 for item in assignments
             }
+        is_tied = any(_is_tied(checkpoint, item) for item in assignments)
         widths = {item.rule.grid_columns(item.linear) for item in assignments if item.rule}
         try:
             evidence = weigh_moments(
-                step.moments(block), sorted(widths), damping=self.damping, order=self.order
+                step.moments(block),
+                sorted(widths),
+                damping=self.damping,
+                order=self.order,
+                lookup_share=_LOOKUP_SHARE if is_tied else 0.0,
             )
         except CalibrationError as error:
             raise CalibrationError(f"{step.names[0]}: {error}") from error

@@ -148,15 +148,29 @@ def align_to_float(rows: Tensor, factor: Factor, cross: Tensor) -> Tensor:
 
 
 def weigh_moments(
-    moments: InputMoments, grid_columns: Sequence[int], *, damping: float, order: Order
+    moments: InputMoments,
+    grid_columns: Sequence[int],
+    *,
+    damping: float,
+    order: Order,
+    lookup_share: float = 0.0,
 ) -> Evidence:
     """Factorizes an input's second moment once for each width of grid.
+
+    Args:
+        moments: The moments.
+        grid_columns: Widths of grid.
+        damping: Share of the mean diagonal that is added to a factorized Hessian.
+        order: Processing order.
+        lookup_share: For a weight whose rows are also looked up, as those of a tied head are: how
+            much an error of a looked-up element counts beside one of an output, whose Hessian is
+            scaled to a mean diagonal of one.
 
     Raises:
         CalibrationError: It holds values that are not finite, or no token was seen.
     """
     fitted, held_out = moments.calibration, moments.held_out
-    blocks = fitted.blocks()
+    blocks = _add_lookups(fitted.blocks(), lookup_share)
     if not all(bool(torch.isfinite(block).all()) for block in blocks):
         raise CalibrationError("the second moment of its inputs is not finite")
     judging = moments.held_out_drift if held_out else moments.drift
@@ -170,7 +184,7 @@ def weigh_moments(
             for width in grid_columns
         },
         drift=None if moments.drift is None else moments.drift.cross.blocks(),
-        judge=(held_out or fitted).blocks(),
+        judge=_add_lookups(held_out.blocks(), lookup_share) if held_out else blocks,
         judge_drift=None if judging is None else _means(judging),
         judged_on="held-out tokens" if held_out else "calibration tokens",
         tokens=fitted.tokens,
@@ -316,6 +330,16 @@ def _compare(
             losses.fitted += fitted_loss
             losses.plain += plain_loss
     return losses
+
+
+def _add_lookups(blocks: tuple[Tensor, ...], share: float) -> tuple[Tensor, ...]:
+    """Hessians of outputs and, beside them, of the rows themselves."""
+    if share == 0:
+        return blocks
+    mean = float(torch.cat([block.diagonal() for block in blocks]).mean())
+    return tuple(
+        block + share * mean * torch.eye(block.shape[0], dtype=block.dtype) for block in blocks
+    )
 
 
 def _means(drift: Drift) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
