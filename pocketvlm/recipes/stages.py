@@ -17,6 +17,7 @@ from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.mixed import MixedPrecision
 from pocketvlm.compress.quantization.rotation import Rotate
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens
@@ -81,6 +82,7 @@ STAGES: tuple[type[Stage], ...] = (
     Awq,
     RoundToNearest,
     Gptq,
+    MixedPrecision,
     QuantizeCache,
 )
 TARGETS: tuple[type[Target], ...] = (ToOnnx, ToCoreml, ToExecutorch)

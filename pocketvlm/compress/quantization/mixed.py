@@ -1,0 +1,512 @@
+"""Mixed precision: each layer gets the option that the whole model can best afford.
+
+Measures what every option costs every layer (`sensitivity`), solves for the choice of least total
+loss under a budget of bytes (`allocation`), and quantizes with it in the one walk that all
+calibrated quantizers share. Embedding, head, tower and projector take part like any other layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar, Literal
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.blocks import SharedInput
+from pocketvlm.calibration.divergence import DivergenceMeter
+from pocketvlm.calibration.modality import ModalityWeighting
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.quantization.affine import GRIDS, GridKind
+from pocketvlm.compress.quantization.allocation import Candidate, allocate, price_of_a_byte
+from pocketvlm.compress.quantization.calibrated import (
+    CalibratedQuantizer,
+    StepFitter,
+    block_width,
+)
+from pocketvlm.compress.quantization.error_feedback import Order
+from pocketvlm.compress.quantization.fitting import Fitter
+from pocketvlm.compress.quantization.layers import FinishedLayer
+from pocketvlm.compress.quantization.menu import (
+    CONTAINERS,
+    Container,
+    Option,
+    fitter_for,
+    label_of,
+    prior_loss,
+    stored_bytes,
+)
+from pocketvlm.compress.quantization.rules import Assignment
+from pocketvlm.compress.quantization.sensitivity import Sensitivity, measure_sensitivity
+from pocketvlm.context import RunContext
+from pocketvlm.errors import CalibrationError, RecipeError
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedForm
+from pocketvlm.report import peak_rss_bytes
+from pocketvlm.selection import assign_rules
+from pocketvlm.weights import DenseWeight
+
+__all__ = ["MixedPrecision"]
+
+_TABLE = "sensitivity.json"
+_FLOAT_BYTES = 2  # a checkpoint is published in bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision:
+    """Chooses an option for every layer by measured sensitivity, under a budget, and quantizes.
+
+    Attributes:
+        options: What a layer may become: rules without part, match or blocks. An option whose
+            groups are wider than a layer is not offered to it.
+        average_bits: The budget as bits a weight over all weight matrices of the model, scales,
+            zero points and layers that stay float included.
+        budget_bytes: The budget in bytes; exactly one of the two is given.
+        pins: Rules that fix layers; the first that matches a layer takes it off the menu.
+        stored_as: Whose bytes are counted: the checkpoint's own `codes`, or `onnx`, which stores
+            3 bits as 4.
+        samples: Held-out calibration samples that sensitivity is measured on.
+        sensitivity: A table that an earlier run measured; `None` measures.
+        grid: How a group's grid is found.
+        static_groups: Whether grids are made from the weights as they were.
+        damping: Share of a Hessian's mean diagonal that is added to it.
+        order: Order in which columns are rounded.
+        drift_share: How much of the inputs' distance from the float model's is made up for.
+        modality_weights: Weight of visual tokens in the decoder's Hessians.
+        held_out: Share of the samples that no Hessian sees.
+        tower_tokens: Tokens after which the tower's Hessians are taken to be known.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset()
+
+    method: Literal["mixed"] = "mixed"
+    options: tuple[Option, ...]
+    average_bits: float | None = None
+    budget_bytes: int | None = None
+    pins: tuple[Option, ...] = ()
+    stored_as: Container = "codes"
+    samples: int = 24
+    sensitivity: str | None = None
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+    damping: float = 0.01
+    order: Order = "group_aware"
+    drift_share: float = 0.0
+    modality_weights: ModalityWeighting = "balanced"
+    held_out: float = 0.1875
+    tower_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError("options must hold at least one option")
+        for number, option in enumerate(self.options):
+            if (option.part, option.match, option.blocks) != (None, None, None):
+                raise ValueError(
+                    f"options.{number}: an option is for every layer; name layers in pins"
+                )
+            if option.keeps_float:
+                raise ValueError(f"options.{number}: keeps a layer float; pins can do that")
+        if len({label_of(option) for option in self.options}) < len(self.options):
+            raise ValueError("options holds one option twice")
+        if (self.average_bits is None) == (self.budget_bytes is None):
+            raise ValueError("give either average_bits or budget_bytes")
+        budget = self.average_bits if self.budget_bytes is None else self.budget_bytes
+        if budget is None or not budget > 0:
+            raise ValueError(f"the budget must be more than 0, not {budget}")
+        if self.stored_as not in CONTAINERS:
+            raise ValueError(
+                f"stored_as {self.stored_as!r} is unknown; allowed are {', '.join(CONTAINERS)}"
+            )
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, not {self.samples}")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+        self._quantizer(self.options)  # which checks what both have
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, PlannedForm | None]:
+        """What every layer may be stored as, from a given table or else from a prior.
+
+        Raises:
+            RecipeError: The budget is below the smallest possible, or a rule matches nothing.
+        """
+        menu = self._menu(spec)
+        floats = {
+            linear: linear.out_features * linear.in_features * _FLOAT_BYTES
+            for linear in spec.linears()
+        }
+        table = None if self.sensitivity is None else Sensitivity.load(Path(self.sensitivity))
+        if table is not None:
+            self._require_complete(table, menu)
+        solved = _solve(self, menu, floats, table)
+        return {
+            linear: None if option.keeps_float else option.plan(linear)
+            for linear, option in solved.chosen.items()
+        }
+
+    def plan_notes(self) -> tuple[str, ...]:
+        """What `plan` says of its prediction."""
+        if self.sensitivity is not None:
+            return ()
+        return (
+            "mixed: bits by layer are solved from a prior without data; the run measures, and may "
+            "choose others within the same budget",
+        )
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Measures, solves and quantizes the checkpoint in place.
+
+        Raises:
+            RecipeError: The budget is below the smallest possible, a rule matches nothing, a layer
+                is quantized already, or a given table was measured on another model.
+            CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
+            CheckpointError: A weight is too large for float16 scales.
+        """
+        started = time.perf_counter()
+        menu = self._menu(checkpoint.spec)
+        for linear, form in checkpoint.forms().items():
+            if not isinstance(form, DenseWeight):
+                raise RecipeError(f"{linear.name}: is quantized already; quantize a layer once")
+        floats = {linear: form.stored_bytes for linear, form in checkpoint.forms().items()}
+        # Before hours of measuring: a budget that nothing fits into does not depend on losses.
+        _solve(self, menu, floats, None)
+        table = self._table(checkpoint, calibration, menu, ctx)
+        solved = _solve(self, menu, floats, table)
+        quantizer = self._quantizer(solved.rules())
+        scratch = None if ctx.scratch_dir is None else ctx.scratch_dir / solved.digest()
+        done = quantizer.apply(checkpoint, calibration, ctx.with_scratch(scratch))
+        record = self._record(done.history[-1], solved, table, done)
+        record = replace(
+            record, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes()
+        )
+        return replace(done, history=(*done.history[:-1], record))
+
+    def _quantizer(self, rules: tuple[Option, ...]) -> _Chosen:
+        return _Chosen(
+            rules=rules,
+            grid=self.grid,
+            static_groups=self.static_groups,
+            damping=self.damping,
+            order=self.order,
+            drift_share=self.drift_share,
+            modality_weights=self.modality_weights,
+            held_out=self.held_out,
+            tower_tokens=self.tower_tokens,
+        )
+
+    def _menu(self, spec: ModelSpec) -> dict[LinearSpec, tuple[Option, ...]]:
+        """What each layer may become; a pinned layer has no choice."""
+        linears = tuple(spec.linears())
+        try:
+            pinned = assign_rules(self.pins, linears)
+        except RecipeError as error:
+            raise RecipeError(f"pins: {error}") from error
+        menu: dict[LinearSpec, tuple[Option, ...]] = {}
+        for linear in linears:
+            pin = pinned[linear]
+            if pin is not None:
+                if not pin.keeps_float:
+                    pin.plan(linear)
+                menu[linear] = (pin,)
+                continue
+            fitting, refusals = [], []
+            for option in self.options:
+                try:
+                    option.plan(linear)
+                except RecipeError as error:
+                    refusals.append(str(error))
+                else:
+                    fitting.append(option)
+            if not fitting:
+                raise RecipeError(f"no option fits {linear.name}: {refusals[0]}")
+            menu[linear] = tuple(fitting)
+        return menu
+
+    def _table(
+        self,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSet,
+        menu: Mapping[LinearSpec, Sequence[Option]],
+        ctx: RunContext,
+    ) -> Sensitivity:
+        """The given table, the one of a run before this one, or what is measured now."""
+        table = Sensitivity(
+            model=checkpoint.source.sha256,
+            stages=tuple(record.method for record in checkpoint.history),
+            calibration=calibration.sha256,
+            tokens=0,
+        )
+        if self.sensitivity is not None:
+            given = Sensitivity.load(Path(self.sensitivity))
+            if not given.holds_for(table):
+                raise RecipeError(
+                    f"sensitivity {self.sensitivity!r}: was measured on another model or behind "
+                    "other stages; leave it out to measure again"
+                )
+            self._require_complete(given, menu)
+            return given
+        path = None if ctx.scratch_dir is None else ctx.scratch_dir / _TABLE
+        if path is not None and path.is_file():
+            table = Sensitivity.load(path)
+        wanted = _choices(menu)
+        if not table.missing(wanted):
+            return table
+        quantizer = self._quantizer(self.options)
+        walk = quantizer.walk(checkpoint, calibration, ctx)
+        judges = list(calibration.samples[walk.first_held_out :])
+        if not judges:
+            raise CalibrationError(
+                f"{calibration.name}: sensitivity is measured on held-out samples, and held_out "
+                f"{self.held_out:g} of {len(calibration)} samples are none"
+            )
+        if len(judges) > self.samples:
+            judges = Random(ctx.seed).sample(judges, self.samples)
+        meter = DivergenceMeter(checkpoint, replace(calibration, samples=tuple(judges)))
+        table.tokens = meter.tokens
+        fitter = quantizer.begin(checkpoint, (), calibration, ctx)
+
+        def quantize(
+            step: SharedInput, assignments: Sequence[Assignment[Option]]
+        ) -> Mapping[str, FinishedLayer]:
+            block = block_width(assignments)
+            return quantizer.quantize_step(checkpoint, step, assignments, block, fitter)
+
+        def save() -> None:
+            if path is not None:
+                table.save(path)
+
+        measure_sensitivity(table, wanted, walk, meter, quantize, ctx, save)
+        return table
+
+    def _require_complete(
+        self, table: Sensitivity, menu: Mapping[LinearSpec, Sequence[Option]]
+    ) -> None:
+        missing = table.missing(_choices(menu))
+        if missing:
+            raise RecipeError(
+                f"sensitivity {self.sensitivity!r}: lacks {missing} of the layers' options; leave "
+                "it out to measure them"
+            )
+
+    def _record(
+        self, record: StageRecord, solved: _Solution, table: Sensitivity, done: Checkpoint
+    ) -> StageRecord:
+        rows = tuple({**row, **solved.describe(row["name"])} for row in record.layers)
+        forms = done.forms()
+        weights = sum(linear.out_features * linear.in_features for linear in forms)
+        notes = list(record.notes)
+        fixed = [linear.name for linear, options in solved.menu.items() if len(options) == 1]
+        if fixed:
+            notes.append(
+                f"{len(fixed)} layers had no choice, by a pin or because a single option fits: "
+                f"{', '.join(fixed[:4])}{', …' if len(fixed) > len(fixed[:4]) else ''}"
+            )
+        if solved.price == 0:
+            notes.append("the budget binds nothing: every layer has the option of least loss")
+        if 0 < table.tokens < _FEW_TOKENS:
+            notes.append(f"sensitivity was measured on {table.tokens} answer tokens only")
+        return replace(
+            record,
+            method=self.method,
+            parameters=asdict(self),
+            layers=rows,
+            notes=tuple(notes),
+            metrics={
+                **record.metrics,
+                "budget_bytes": solved.budget,
+                "chosen_bytes": solved.size,
+                "chosen_average_bits": solved.size * 8 / weights,
+                "form_bytes": sum(form.stored_bytes for form in forms.values()),
+                "predicted_divergence": solved.loss,
+                "divergence_per_byte": solved.price,
+                "sensitivity": table.to_json(),
+            },
+        )
+
+
+_FEW_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Solution:
+    """What was chosen, and what else could have been.
+
+    Attributes:
+        menu: Options of each layer.
+        candidates: Loss and bytes of each option.
+        places: Index of the chosen one.
+        budget: Bytes that were allowed.
+        price: Loss that one more byte would save.
+    """
+
+    menu: Mapping[LinearSpec, Sequence[Option]]
+    candidates: Sequence[Sequence[Candidate]]
+    places: Sequence[int]
+    budget: int
+    price: float
+
+    @property
+    def chosen(self) -> dict[LinearSpec, Option]:
+        """The option of each layer."""
+        return {
+            linear: options[place]
+            for (linear, options), place in zip(self.menu.items(), self.places, strict=True)
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of all chosen options."""
+        return sum(row[place].size for row, place in zip(self.candidates, self.places, strict=True))
+
+    @property
+    def loss(self) -> float:
+        """Sum of the losses of all chosen options."""
+        return sum(row[place].loss for row, place in zip(self.candidates, self.places, strict=True))
+
+    def rules(self) -> tuple[Option, ...]:
+        """One rule a layer."""
+        return tuple(
+            replace(option, part=None, blocks=None, match=re.escape(linear.name))
+            for linear, option in self.chosen.items()
+        )
+
+    def digest(self) -> str:
+        """Names a folder for layers that were quantized so and not otherwise."""
+        content = json.dumps([asdict(rule) for rule in self.rules()])
+        return "solved-" + hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def describe(self, name: str) -> dict[str, object]:
+        """The solver's part of a layer's row.
+
+        The runner-up is the option that comes next when bytes have the solution's price.
+        """
+        number = next(i for i, linear in enumerate(self.menu) if linear.name == name)
+        options = tuple(self.menu.values())[number]
+        row, place = self.candidates[number], self.places[number]
+        others = [index for index in range(len(options)) if index != place]
+        described: dict[str, object] = {
+            "divergence": row[place].loss,
+            "chosen_bytes": row[place].size,
+            "runner_up": None,
+        }
+        if others:
+            second = min(others, key=lambda i: (row[i].loss + self.price * row[i].size, i))
+            described["runner_up"] = label_of(options[second])
+            described["runner_up_divergence"] = row[second].loss
+            described["runner_up_bytes"] = row[second].size
+        return described
+
+
+def _solve(
+    stage: MixedPrecision,
+    menu: Mapping[LinearSpec, Sequence[Option]],
+    floats: Mapping[LinearSpec, int],
+    table: Sensitivity | None,
+) -> _Solution:
+    """Solves with measured losses, or with the prior's."""
+    weights = sum(linear.out_features * linear.in_features for linear in menu)
+    budget = stage.budget_bytes
+    if stage.average_bits is not None:
+        budget = int(stage.average_bits * weights / 8)
+    if budget is None:
+        raise ValueError("a stage has one of its two budgets")
+    candidates = [
+        [
+            _candidate(linear, option, stage.stored_as, floats[linear], table)
+            if len(options) > 1
+            else replace(
+                _candidate(linear, option, stage.stored_as, floats[linear], None), loss=0.0
+            )
+            for option in options
+        ]
+        for linear, options in menu.items()
+    ]
+    smallest = sum(min(item.size for item in row) for row in candidates)
+    if smallest > budget:
+        raise RecipeError(
+            f"the budget of {budget} bytes, {budget * 8 / weights:.3f} bits a weight, is below the "
+            f"smallest that the options allow: {smallest} bytes, {smallest * 8 / weights:.3f} bits"
+        )
+    return _Solution(
+        menu=menu,
+        candidates=candidates,
+        places=allocate(candidates, budget),
+        budget=budget,
+        price=price_of_a_byte(candidates, budget),
+    )
+
+
+def _candidate(
+    linear: LinearSpec,
+    option: Option,
+    container: Container,
+    float_bytes: int,
+    table: Sensitivity | None,
+) -> Candidate:
+    if option.keeps_float:
+        return Candidate(loss=0.0, size=float_bytes)
+    form = option.plan(linear)
+    size = stored_bytes(form, linear, container)
+    if table is None:
+        return Candidate(loss=prior_loss(form, linear), size=size)
+    return Candidate(loss=table.layers[linear.name][label_of(option)].loss, size=size)
+
+
+def _choices(
+    menu: Mapping[LinearSpec, Sequence[Option]],
+) -> dict[LinearSpec, Sequence[Option]]:
+    """The layers that have a choice: nothing else has to be measured."""
+    return {linear: options for linear, options in menu.items() if len(options) > 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen(CalibratedQuantizer[Option]):
+    """Quantizes every layer by the one rule that was chosen for it."""
+
+    method: Literal["mixed"] = "mixed"
+    rules: tuple[Option, ...]
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+
+    def begin(
+        self,
+        checkpoint: Checkpoint,
+        assignments: Sequence[Assignment[Option]],
+        calibration: CalibrationSet,
+        ctx: RunContext,
+    ) -> StepFitter[Option]:
+        """Nothing has to be known beforehand."""
+        return _ByRule(self)
+
+    def quantize_step(
+        self,
+        checkpoint: Checkpoint,
+        step: SharedInput,
+        assignments: Sequence[Assignment[Option]],
+        block: int | None,
+        fitter: StepFitter[Option],
+    ) -> Mapping[str, FinishedLayer]:
+        """Quantizes layers of one step, and puts them nowhere."""
+        return self._quantize(checkpoint, step, assignments, block, fitter)
+
+
+class _ByRule(StepFitter[Option]):
+    """Each kind of rule has its own fitter."""
+
+    def __init__(self, stage: _Chosen) -> None:
+        self._stage = stage
+
+    def fitter_of(self, assignment: Assignment[Option]) -> Fitter[Any]:
+        if assignment.rule is None:
+            raise ValueError(f"{assignment.linear.name} is not to be quantized")
+        return fitter_for(
+            assignment.rule, grid=self._stage.grid, static_groups=self._stage.static_groups
+        )
