@@ -28,6 +28,9 @@ from pocketvlm.runtime.engines import EMULATED, choose_engine
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 
+_TIMED = "onnx"
+"""The engine that the bench knows how to time."""
+
 _BESIDE = "processor"
 """What a report calls the files of a bundle that belong to no target."""
 
@@ -96,7 +99,7 @@ def run(
     built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
     bundle, parity = built.bundle, built.parity
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
-    is_timed = choose_engine(bundle) not in EMULATED
+    is_timed = choose_engine(bundle) == _TIMED
     bench = (
         bench_bundle(
             bundle.path,
@@ -275,7 +278,10 @@ def _notes(
         notes.append(
             "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
         )
-    if choose_engine(bundle) in EMULATED:
+    engine = choose_engine(bundle)
+    if engine != _TIMED and engine not in EMULATED:
+        notes.append(f"nothing is timed: the bench times {_TIMED}, and the bundle has {engine}")
+    if engine in EMULATED:
         notes.append(
             "answers are of the reference evaluator, which is not Core ML, and nothing is timed: "
             "run `pocketvlm verify-coreml` on an Apple machine"
