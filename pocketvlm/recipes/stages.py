@@ -16,6 +16,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
+from pocketvlm.compress.quantization.codebook import Codebook
 from pocketvlm.compress.quantization.gptq import Gptq
 from pocketvlm.compress.quantization.mixed import MixedPrecision
 from pocketvlm.compress.quantization.rotation import Rotate
@@ -82,6 +83,7 @@ STAGES: tuple[type[Stage], ...] = (
     Awq,
     RoundToNearest,
     Gptq,
+    Codebook,
     MixedPrecision,
     QuantizeCache,
 )

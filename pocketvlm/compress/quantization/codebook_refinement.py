@@ -1,0 +1,159 @@
+"""Better tables for codes that are chosen: the least squares that k-means cannot see.
+
+With codes fixed, the weight is linear in the entries of its tables, and the change of the layer's
+output is a quadratic in them. GPTVQ (van Baalen et al., arXiv 2402.15319, section 3.3) descends its
+gradient; conjugate gradients find its minimum in a few steps and need no rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pocketvlm.compress.quantization.codebook_rounding import Table, decode_tables, flat_codes
+
+__all__ = ["Metric", "best_row_scales", "output_loss", "refine_tables"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Metric:
+    """How much errors of a weight count.
+
+    Attributes:
+        slices: Columns of each diagonal block.
+        hessians: Those blocks, float32.
+    """
+
+    slices: tuple[slice, ...]
+    hessians: tuple[Tensor, ...]
+
+    def times(self, values: Tensor) -> Tensor:
+        """H V for V [columns, rows]."""
+        parts = zip(self.slices, self.hessians, strict=True)
+        return torch.cat([hessian @ values[part] for part, hessian in parts])
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Diagonal of H, [columns]."""
+        return torch.cat([hessian.diagonal() for hessian in self.hessians])
+
+
+def output_loss(errors: Tensor, metric: Metric, importance: Tensor) -> float:
+    """tr(E^T H E) over rows weighted by their importance, for E [columns, rows]."""
+    return float((errors * importance * metric.times(errors)).sum(dtype=torch.float64))
+
+
+def refine_tables(
+    tables: Sequence[Table],
+    codes: Tensor,
+    targets: Tensor,
+    metric: Metric,
+    importance: Tensor,
+    *,
+    steps: int = 8,
+) -> tuple[Table, ...]:
+    """Moves all entries together towards the least change of the layer's output.
+
+    Args:
+        tables: Where the descent starts.
+        codes: What the columns were rounded to, [columns, codes a column].
+        targets: float32 [columns, rows].
+        metric: How much errors count across columns.
+        importance: How much errors in each row count, [rows].
+        steps: Of conjugate gradients, with the diagonal as preconditioner.
+
+    Returns:
+        Tables rounded to float16; entries that no code names stay as they are.
+    """
+    rows = targets.shape[1]
+    errors = decode_tables(tables, codes, rows) - targets
+    diagonal = _gather_sums(tables, codes, metric.diagonal[:, None] * importance, rows)
+    inverse = [torch.where(part > 0, 1 / part, 0.0) for part in diagonal]
+    residual = [
+        -part for part in _gather_sums(tables, codes, metric.times(errors) * importance, rows)
+    ]
+    moved = [torch.zeros_like(part) for part in residual]
+    scaled = [part * by for part, by in zip(residual, inverse, strict=True)]
+    direction = scaled
+    energy = _inner(residual, scaled)
+    for _ in range(steps):
+        if not energy > 0:
+            break
+        change = decode_tables(_with_books(tables, direction), codes, rows)
+        turned = _gather_sums(tables, codes, metric.times(change) * importance, rows)
+        curvature = _inner(direction, turned)
+        if not curvature > 0:
+            break
+        length = energy / curvature
+        moved = [a + length * b for a, b in zip(moved, direction, strict=True)]
+        residual = [a - length * b for a, b in zip(residual, turned, strict=True)]
+        scaled = [part * by for part, by in zip(residual, inverse, strict=True)]
+        energy, before = _inner(residual, scaled), energy
+        direction = [a + energy / before * b for a, b in zip(scaled, direction, strict=True)]
+    books = [
+        (book.reshape(-1, book.shape[2]) + step).to(torch.float16).to(torch.float32)
+        for book, step in zip(_books(tables), moved, strict=True)
+    ]
+    return _with_books(tables, books)
+
+
+def best_row_scales(decoded: Tensor, weights: Tensor, metric: Metric) -> Tensor:
+    """The scale of every row that changes the output least: q H w / q H q.
+
+    Args:
+        decoded: Q, before scales, [columns, rows].
+        weights: W, [columns, rows].
+        metric: How much errors count across columns.
+
+    Returns:
+        float32 [rows]; NaN where the row's codes stand for nothing.
+    """
+    turned = metric.times(decoded)
+    return (turned * weights).sum(0) / (turned * decoded).sum(0)
+
+
+def _books(tables: Sequence[Table]) -> list[Tensor]:
+    return [book for table in tables for book in table.books]
+
+
+def _with_books(tables: Sequence[Table], flat: Sequence[Tensor]) -> tuple[Table, ...]:
+    """The tables with other entries, given as [entries of all groups, d]."""
+    left = iter(flat)
+    changed = []
+    for table in tables:
+        first = next(left).view(table.first.shape).to(torch.float32)
+        second = None
+        if table.second is not None:
+            second = next(left).view(table.second.shape).to(torch.float32)
+        changed.append(replace(table, first=first, second=second))
+    return tuple(changed)
+
+
+def _gather_sums(tables: Sequence[Table], codes: Tensor, values: Tensor, rows: int) -> list[Tensor]:
+    """Sums of values [columns, rows] over the places of every entry, float64 [entries, d] a book.
+
+    `bincount` adds one after another: the order never depends on threads.
+    """
+    sums = []
+    for table in tables:
+        flat, books = flat_codes(table, codes, rows)
+        for index, book in zip(flat, books, strict=True):
+            length = book.shape[1]
+            own = values[table.columns].view(-1, length)
+            parts = [
+                torch.bincount(
+                    index.reshape(-1),
+                    weights=own[:, place].to(torch.float64),
+                    minlength=book.shape[0],
+                )
+                for place in range(length)
+            ]
+            sums.append(torch.stack(parts, dim=1))
+    return sums
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return float(sum((a * b).sum() for a, b in zip(left, right, strict=True)))
