@@ -6,8 +6,11 @@ minimize sum_i sum_j loss_ij x_ij with one x_ij = 1 a layer and sum bytes_ij x_i
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,16 +96,31 @@ def _solve(
         *(LinearConstraint(cut[None], -np.inf, len(layers) - 1) for cut in excluded),
     ]
     largest = float(losses.max())
-    solved = milp(
-        losses * (_SCALE / largest if largest > 0 else 1.0),
-        integrality=np.ones(len(pairs)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
+    with _native_output_to_stderr():
+        solved = milp(
+            losses * (_SCALE / largest if largest > 0 else 1.0),
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
     if solved.x is None:
         raise ArithmeticError(f"the integer programme was not solved: {solved.message}")
     return [place for place, value in enumerate(solved.x) if value > 0.5]  # noqa: PLR2004  (binary)
+
+
+@contextmanager
+def _native_output_to_stderr() -> Iterator[None]:
+    """Keeps standard output clean: HiGHS may print a line of its own whatever it is told."""
+    libc = ctypes.CDLL(None)
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _matrices(
