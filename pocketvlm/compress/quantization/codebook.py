@@ -30,7 +30,7 @@ from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedCodebook, PlannedForm
 from pocketvlm.weights import CodebookWeight, WeightForm
 
-__all__ = ["Codebook", "share_codebooks"]
+__all__ = ["Codebook", "CodebookRule", "share_codebooks"]
 
 _SHARED_SAMPLE = 1 << 16
 
