@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from pocketvlm.bundle import file_sha256, replace_directory
 from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.errors import CheckpointError
+from pocketvlm.layouts import StoredLayout, read_stored_layout
 from pocketvlm.modelspec import (
     LinearSpec,
     ModelSpec,
@@ -133,7 +134,9 @@ class Checkpoint:
     def load(
         cls, path: Path | str, *, reducers: Mapping[str, ReducerBuilder] | None = None
     ) -> Checkpoint:
-        """Loads a Hugging Face directory, or one that `save` wrote.
+        """Loads a Hugging Face directory, or one that `save` or `save_layout` wrote.
+
+        Layers in a layout of other tools (GPTQ, VPTQ) keep their codes.
 
         Args:
             path: The directory.
@@ -147,13 +150,16 @@ class Checkpoint:
         path = Path(path)
         config = read_config(path)
         spec = read_spec(config)
-        processor = Processor.load(path, spec)
         manifest = read_json(path / _MANIFEST) if (path / _MANIFEST).is_file() else None
+        layout = None if manifest else read_stored_layout(config)
+        processor = Processor.load(path, spec)
         files = _weight_files(path)
         digests = _verify_files(files, manifest)
         model = _build_model(config)
         forms = manifest["forms"] if manifest else {}
-        _load_weights(model, spec, files, forms)
+        _load_weights(model, spec, files, forms, layout)
+        # What the directory's layout was, the forms tell now; it is not how `save` will store them.
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
         if manifest is None:
             joined = hashlib.sha256("".join(digests).encode()).hexdigest()
             source = Source(
@@ -389,7 +395,11 @@ def _build_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _load_weights(
-    model: nn.Module, spec: ModelSpec, files: Sequence[Path], forms: Mapping[str, Any]
+    model: nn.Module,
+    spec: ModelSpec,
+    files: Sequence[Path],
+    forms: Mapping[str, Any],
+    layout: StoredLayout | None,
 ) -> None:
     stored = _index_tensors(files, spec)
     taken: set[str] = set()
@@ -433,6 +443,8 @@ def _load_weights(
                 f"{files[0].parent}: tensor {name}.weight is missing from the weights"
             )
         own = {key: take_shared(prefix + key) for key in keys}
+        if layout is not None and layout.holds(keys):
+            return layout.read(name, own)
         others = {key: take_shared(owner) for key, owner in shared_tensors.items()}
         return form_type.from_tensors(own | others, metadata)
 
