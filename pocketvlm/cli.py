@@ -371,6 +371,30 @@ def report(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint's folder.")
+    ],
+    layout: Annotated[str, typer.Option(help="gptq (v1), gptq_v2 or vptq.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint in a layout that other tools read, with the same codes."""
+    _quiet_libraries()
+    from pocketvlm.pipeline.sources import load_checkpoint, resolve_model
+    from pocketvlm.save_layout import save_layout
+
+    saved = save_layout(load_checkpoint(resolve_model(checkpoint)), out, layout=layout)
+    _say(f"{layout:<8} {len(saved.quantized)} layers quantized, {len(saved.dense)} float")
+    _say(f"size     {saved.weight_bytes / 1e6:.2f} MB")
+    for note in saved.notes:
+        _say(f"note     {note}")
+    _say(f"written  {out}")
+    if as_json:
+        _print_json(saved.to_json())
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this one, resolved.")] = None,
     as_json: JsonOption = False,
