@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PlannedAffine", "PlannedCodebook", "PlannedForm"]
+__all__ = ["PlannedAffine", "PlannedCodebook", "PlannedForm", "PlannedSparse"]
 
+_BYTE = 8
 _FLOAT16_BYTES = 2
 _ORDER_BYTES = 4
 
@@ -33,10 +34,15 @@ class PlannedAffine:
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of codes, scales and zero points of a matrix [rows, columns]."""
         groups = -(-columns // self.group_size)
-        row = -(-groups * self.group_size * self.bits // 8) + groups * _FLOAT16_BYTES
+        row = -(-groups * self.group_size * self.bits // 8)
+        return rows * row + self.grid_bytes(rows, columns)
+
+    def grid_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of scales and zero points alone."""
+        row = _FLOAT16_BYTES
         if not self.symmetric:
-            row += groups * (_FLOAT16_BYTES if self.float_zeros else 1)
-        return rows * row
+            row += _FLOAT16_BYTES if self.float_zeros else 1
+        return rows * -(-columns // self.group_size) * row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,4 +114,59 @@ class PlannedCodebook:
         return count
 
 
-PlannedForm = PlannedAffine | PlannedCodebook
+@dataclass(frozen=True, kw_only=True)
+class PlannedSparse:
+    """A `SparseWeight` to be.
+
+    Attributes:
+        density: Share of the elements that are kept, above 0 and up to 1.
+        values: What kept elements are stored as; `None` for float16. A codebook holds single
+            values in one group of columns, with indices of up to 8 bits, and has no extras but
+            scales of rows.
+    """
+
+    density: float
+    values: PlannedAffine | PlannedCodebook | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density is {self.density}; allowed are values above 0 and up to 1")
+        values = self.values
+        if isinstance(values, PlannedCodebook) and (
+            values.vector_length != 1
+            or values.column_groups != 1
+            or values.index_bits > _BYTE
+            or values.residual_bits is not None
+            or values.outlier_columns
+            or values.column_scales
+        ):
+            raise ValueError(
+                "a sparse codebook holds up to 256 single values a group of rows, and no extras"
+            )
+
+    def kept(self, rows: int, columns: int) -> int:
+        """Elements of a matrix [rows, columns] that are kept."""
+        return round(self.density * rows * columns)
+
+    @property
+    def value_bits(self) -> int:
+        """Bits that are stored of a kept element."""
+        if self.values is None:
+            return _FLOAT16_BYTES * _BYTE
+        if isinstance(self.values, PlannedAffine):
+            return self.values.bits
+        return self.values.index_bits
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of mask, values, scales and tables of a matrix [rows, columns]."""
+        count = rows * -(-columns // _BYTE)
+        count += -(-self.kept(rows, columns) * self.value_bits // _BYTE)
+        if isinstance(self.values, PlannedAffine):
+            count += self.values.grid_bytes(rows, columns)
+        elif self.values is not None:
+            count += self.values.codebook_bytes() if self.values.owns_codebooks else 0
+            count += rows * _FLOAT16_BYTES if self.values.row_scales else 0
+        return count
+
+
+PlannedForm = PlannedAffine | PlannedCodebook | PlannedSparse

@@ -10,8 +10,10 @@ from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm, total_stored_bytes
+from pocketvlm.weights.kept import KeptFloats, KeptIndices, KeptIntegers, KeptValues
 from pocketvlm.weights.modules import FormEmbedding, FormLinear, cache_dense_weights
 from pocketvlm.weights.packing import pack_codes, unpack_codes
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = [
     "FORMS",
@@ -20,7 +22,12 @@ __all__ = [
     "DenseWeight",
     "FormEmbedding",
     "FormLinear",
+    "KeptFloats",
+    "KeptIndices",
+    "KeptIntegers",
+    "KeptValues",
     "Lookup",
+    "SparseWeight",
     "WeightForm",
     "cache_dense_weights",
     "pack_codes",
@@ -28,4 +35,9 @@ __all__ = [
     "unpack_codes",
 ]
 
-FORMS: tuple[type[WeightForm], ...] = (DenseWeight, AffineWeight, CodebookWeight)
+FORMS: tuple[type[WeightForm], ...] = (
+    DenseWeight,
+    AffineWeight,
+    CodebookWeight,
+    SparseWeight,
+)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never, get_args
+from dataclasses import asdict
+from typing import Literal, get_args
 
 from pocketvlm.compress.quantization.affine import GridKind
+from pocketvlm.compress.quantization.codebook_fit import CodebookFitter
+from pocketvlm.compress.quantization.codebook_rules import CodebookRule
 from pocketvlm.compress.quantization.fitting import Fitter
 from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.modelspec import LinearSpec
-from pocketvlm.planned import PlannedAffine, PlannedForm
+from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse
 
 __all__ = [
     "CONTAINERS",
     "Container",
     "Option",
+    "check_option",
+    "check_separable",
     "fitter_for",
     "label_of",
     "prior_loss",
     "stored_bytes",
 ]
 
-Option = WeightRule
+Option = WeightRule | CodebookRule
 """Every kind of rule that a menu may hold."""
 
 Container = Literal["codes", "onnx"]
@@ -30,18 +35,58 @@ CONTAINERS: tuple[Container, ...] = get_args(Container)
 # No kernel of ONNX Runtime reads 3 bits.
 _ONNX_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _SCALE_BYTES = 2
+_ROUNDS = 2  # times that codes are chosen; tables are refined behind each
 
 
-def fitter_for(option: Option, *, grid: GridKind, static_groups: bool) -> Fitter[Option]:
+def check_option(option: Option) -> None:
+    """Checks that an option may be chosen for each layer by itself.
+
+    Raises:
+        ValueError: It names layers, keeps them float, or shares codebooks among layers.
+    """
+    if (option.part, option.match, option.blocks) != (None, None, None):
+        raise ValueError("an option is for every layer; name layers in pins")
+    if option.keeps_float:
+        raise ValueError("keeps a layer float; pins can do that")
+    check_separable(option)
+
+
+def check_separable(option: Option) -> None:
+    """Checks that a layer's bytes do not depend on what other layers become.
+
+    Raises:
+        ValueError: The option shares codebooks among layers.
+    """
+    if isinstance(option, CodebookRule) and not option.keeps_float and option.share != "layer":
+        raise ValueError("codebooks that layers share have no bytes a layer; set share: layer")
+
+
+def fitter_for(
+    option: Option, *, grid: GridKind, static_groups: bool, seed: int
+) -> Fitter[WeightRule] | Fitter[CodebookRule]:
     """How layers are quantized that take an option."""
     if isinstance(option, WeightRule):
         return AffineFitter(grid=grid, static_groups=static_groups)
-    assert_never(option)
+    return CodebookFitter(
+        shared=None,
+        seed=seed,
+        rounds=_ROUNDS,
+        error_feedback=True,
+        label="lut" if option.vector_length == 1 else "vptq",
+    )
 
 
 def label_of(option: Option) -> str:
-    """Names an option in tables, such as `bits=4 group_size=32 symmetric=False grid=asymmetric`."""
-    return " ".join(f"{key}={value}" for key, value in option.describe().items())
+    """Names an option in tables, such as `bits=4 group_size=32 symmetric=False restricted=False`.
+
+    Every setting is in it, so that a table which outlives a default still says what was measured.
+    """
+    settings = asdict(option)
+    return " ".join(
+        f"{key}={value}"
+        for key, value in settings.items()
+        if key not in ("part", "match", "blocks")
+    )
 
 
 def stored_bytes(form: PlannedForm, linear: LinearSpec, container: Container) -> int:
@@ -66,6 +111,10 @@ def stored_bytes(form: PlannedForm, linear: LinearSpec, container: Container) ->
 def prior_loss(form: PlannedForm, linear: LinearSpec) -> float:
     """A loss without data: the squared step of a grid falls by four with every bit."""
     elements = linear.out_features * linear.in_features
+    if isinstance(form, PlannedSparse):
+        # What is dropped loses its own square.
+        within = 0.0 if form.values is None else prior_loss(form.values, linear)
+        return elements * (1 - form.density) + form.density * within
     if isinstance(form, PlannedAffine):
         return elements * 4.0**-form.bits
     bits = (form.index_bits + (form.residual_bits or 0)) / form.vector_length

@@ -1,0 +1,185 @@
+"""SparseWeight: a mask of bits, and values for the elements that it keeps alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.codebook import CodebookWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.kept import KeptFloats, KeptIndices, KeptIntegers, KeptValues, pack_kept
+from pocketvlm.weights.packing import pack_codes, unpack_codes
+
+__all__ = ["SparseWeight"]
+
+_KINDS: tuple[type[KeptValues], ...] = (KeptFloats, KeptIntegers, KeptIndices)
+_MAX_INDEX_BITS = 8
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseWeight(WeightForm):
+    """A matrix of which a mask keeps some elements, one at least; all others are exactly 0.
+
+    Attributes:
+        mask: uint8 [out_features, ceil(in_features / 8)]: `pack_codes` of one bit an element, 1
+            where it is kept; bits behind the row are 0.
+        values: The kept elements, row by row.
+        in_features: Columns of the dense matrix.
+    """
+
+    kind: ClassVar[str] = "sparse"
+
+    mask: Tensor
+    values: KeptValues
+    in_features: int
+
+    def __post_init__(self) -> None:
+        width = -(-self.in_features // 8)
+        if self.mask.ndim != 2 or self.mask.shape[1] != width or self.mask.dtype != torch.uint8:  # noqa: PLR2004  (rank)
+            raise ValueError(
+                f"the mask is {tuple(self.mask.shape)} {self.mask.dtype}, not [rows, {width}] "
+                "torch.uint8"
+            )
+        unused = 8 * width - self.in_features
+        if unused and bool((self.mask[:, -1] >> (8 - unused)).any()):
+            raise ValueError(f"the mask keeps elements behind column {self.in_features}")
+        if not self.kept:
+            raise ValueError("the mask keeps no element; no runtime stores an empty weight")
+        self.values.check(*self.shape, self.kept)
+
+    @classmethod
+    def from_form(cls, form: WeightForm, mask: Tensor) -> SparseWeight:
+        """Keeps some elements of a weight, as they are; floats are rounded to float16.
+
+        Args:
+            form: A dense weight, integers, or a look-up of single values without extras.
+            mask: bool [out_features, in_features], true where an element is kept.
+
+        Raises:
+            ValueError: The mask is of another shape or type, or keeps nothing.
+            UnsupportedError: Elements of the form cannot be stored one by one.
+        """
+        if tuple(mask.shape) != form.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask is {tuple(mask.shape)} {mask.dtype}, not {form.shape} torch.bool"
+            )
+        return cls(
+            mask=torch.from_numpy(pack_codes(mask.to(torch.uint8).numpy(), 1)),
+            values=_keep(form, mask),
+            in_features=form.shape[1],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.mask.shape[0], self.in_features)
+
+    @cached_property
+    def kept(self) -> int:
+        """Elements that are kept."""
+        return int(self._row_counts.sum())
+
+    @property
+    def density(self) -> float:
+        """Share of elements that are kept."""
+        rows, columns = self.shape
+        return self.kept / (rows * columns)
+
+    def keeps(self, rows: Tensor | None = None) -> Tensor:
+        """Which elements are kept, of all or some rows: bool [rows, in_features]."""
+        packed = self.mask if rows is None else self.mask[rows]
+        bits = unpack_codes(packed.numpy(), 1, self.in_features)
+        return torch.from_numpy(bits.view(np.bool_))
+
+    def stored(self) -> Tensor:
+        """What is stored of each kept element, row by row: float16, or codes in uint8; [kept]."""
+        return self.values.read(self.kept)
+
+    def dequantize(self) -> Tensor:
+        return self._decode(self.keeps(), self.stored(), torch.arange(self.shape[0]))
+
+    def take_rows(self, rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1)
+        keeps = self.keeps(flat)
+        before = self._row_counts.cumsum(0) - self._row_counts
+        places = (before[flat][:, None] + keeps.cumsum(1) - 1)[keeps]
+        dense = self._decode(keeps, self.values.read(self.kept, places), flat)
+        return dense.reshape(*rows.shape, self.in_features)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"mask": self.mask, **self.values.to_tensors()}
+
+    def to_metadata(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "in_features": self.in_features,
+            "values": self.values.to_metadata(),
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> SparseWeight:
+        own = metadata["values"]
+        values = next(kind for kind in _KINDS if kind.kind == own["kind"])
+        return cls(
+            mask=tensors["mask"],
+            values=values.from_tensors(tensors, own),
+            in_features=metadata["in_features"],
+        )
+
+    @cached_property
+    def _row_counts(self) -> Tensor:
+        return torch.from_numpy(np.bitwise_count(self.mask.numpy()).sum(axis=1, dtype=np.int64))
+
+    def _decode(self, keeps: Tensor, stored: Tensor, rows: Tensor) -> Tensor:
+        spread = torch.zeros(keeps.shape, dtype=stored.dtype)
+        spread[keeps] = stored
+        # Where code 0 is no zero, what a grid makes of it is masked again.
+        return self.values.expand(spread, rows, self.shape[0]).masked_fill_(~keeps, 0.0)
+
+
+def _keep(form: WeightForm, mask: Tensor) -> KeptValues:
+    if isinstance(form, DenseWeight):
+        wide = form.values[mask].to(torch.float32)
+        largest = float(wide.abs().max()) if wide.numel() else 0.0
+        if largest > _FLOAT16_MAX:
+            raise UnsupportedError(
+                f"a weight has a value of {largest:.4g}, and sparse floats end at "
+                f"{_FLOAT16_MAX:.0f}; a dense weight would work"
+            )
+        return KeptFloats(values=wide.to(torch.float16))
+    if isinstance(form, AffineWeight):
+        return KeptIntegers(
+            packed=pack_kept(form.codes()[:, : form.in_features][mask], form.bits),
+            scales=form.scales,
+            zeros=form.zeros,
+            bits=form.bits,
+            group_size=form.group_size,
+        )
+    if isinstance(form, CodebookWeight) and _is_palette(form):
+        return KeptIndices(
+            packed=pack_kept(form.main.indices()[mask], form.main.index_bits),
+            codebooks=form.main.codebooks,
+            index_bits=form.main.index_bits,
+            row_scales=form.row_scales,
+        )
+    raise UnsupportedError(
+        f"a weight of kind {form.kind!r} with this layout cannot be masked element by element; "
+        "dense values, integers, and tables of up to 256 single values by groups of rows would work"
+    )
+
+
+def _is_palette(form: CodebookWeight) -> bool:
+    main = form.main
+    is_single = main.vector_length == 1 and main.codebooks.shape[1] == 1
+    return form.is_plain and is_single and main.index_bits <= _MAX_INDEX_BITS
