@@ -84,7 +84,8 @@ def measure(path: Path, arguments: argparse.Namespace, folder: Path) -> list[dic
 
     for average in arguments.average:
         add(f"mixed, {average:g} bits", mixed(average_bits=average))
-    for bits, group_size in ((2, 64), (2, 32), (3, 64), (3, 32), (4, 64)):
+    for text in arguments.uniform:
+        bits, group_size = map(int, text.split("x"))
         rule = WeightRule(bits=bits, group_size=group_size)
         size = add(f"uniform {bits}, groups of {group_size}", Gptq(rules=(rule,)))
         if rule != MENU[0]:  # of which nothing is smaller
@@ -101,6 +102,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
     parser.add_argument("--sensitivity-samples", type=int, default=24)
     parser.add_argument("--average", type=float, nargs="*", default=[2.5, 3.0])
+    parser.add_argument(
+        "--uniform", nargs="*", default=["2x64", "2x32", "3x64", "3x32"], help="Bits x group."
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -110,7 +110,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     compressed, forms = _planned_forms(recipe.stages, spec)
     cache_bits = _cache_bits(recipe.stages)
     refused: list[str] = []
-    warnings: list[str] = []
+    warnings = [note for stage in recipe.stages for note in _notes(stage)]
     part_bytes: dict[str, int] = {}
     for target in recipe.targets:
         prediction = target.predict(compressed, forms)
@@ -143,6 +143,12 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
         refused=tuple(refused),
         warnings=tuple(warnings),
     )
+
+
+def _notes(stage: Stage) -> tuple[str, ...]:
+    """What a stage says of its own prediction, where it has something to say."""
+    notes = getattr(stage, "plan_notes", None)
+    return () if notes is None else tuple(notes())
 
 
 def _kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:

@@ -36,6 +36,8 @@ from pocketvlm.compress.quantization.menu import (
     CONTAINERS,
     Container,
     Option,
+    check_option,
+    check_separable,
     fitter_for,
     label_of,
     prior_loss,
@@ -107,12 +109,15 @@ class MixedPrecision:
         if not self.options:
             raise ValueError("options must hold at least one option")
         for number, option in enumerate(self.options):
-            if (option.part, option.match, option.blocks) != (None, None, None):
-                raise ValueError(
-                    f"options.{number}: an option is for every layer; name layers in pins"
-                )
-            if option.keeps_float:
-                raise ValueError(f"options.{number}: keeps a layer float; pins can do that")
+            try:
+                check_option(option)
+            except ValueError as error:
+                raise ValueError(f"options.{number}: {error}") from error
+        for number, pin in enumerate(self.pins):
+            try:
+                check_separable(pin)
+            except ValueError as error:
+                raise ValueError(f"pins.{number}: {error}") from error
         if len({label_of(option) for option in self.options}) < len(self.options):
             raise ValueError("options holds one option twice")
         if (self.average_bits is None) == (self.budget_bytes is None):
@@ -484,7 +489,7 @@ class _Chosen(CalibratedQuantizer[Option]):
         ctx: RunContext,
     ) -> StepFitter[Option]:
         """Nothing has to be known beforehand."""
-        return _ByRule(self)
+        return _ByRule(self, ctx.seed)
 
     def quantize_step(
         self,
@@ -501,12 +506,15 @@ class _Chosen(CalibratedQuantizer[Option]):
 class _ByRule(StepFitter[Option]):
     """Each kind of rule has its own fitter."""
 
-    def __init__(self, stage: _Chosen) -> None:
-        self._stage = stage
+    def __init__(self, stage: _Chosen, seed: int) -> None:
+        self._stage, self._seed = stage, seed
 
     def fitter_of(self, assignment: Assignment[Option]) -> Fitter[Any]:
         if assignment.rule is None:
             raise ValueError(f"{assignment.linear.name} is not to be quantized")
         return fitter_for(
-            assignment.rule, grid=self._stage.grid, static_groups=self._stage.static_groups
+            assignment.rule,
+            grid=self._stage.grid,
+            static_groups=self._stage.static_groups,
+            seed=self._seed,
         )

@@ -18,6 +18,7 @@ from pocketvlm.calibration.divergence import DivergenceMeter, mean_divergence
 from pocketvlm.calibration.prompts import encode_samples
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.allocation import Candidate, allocate, price_of_a_byte
+from pocketvlm.compress.quantization.codebook_rules import CodebookRule
 from pocketvlm.compress.quantization.gptq import Gptq
 from pocketvlm.compress.quantization.menu import CONTAINERS, label_of, stored_bytes
 from pocketvlm.compress.quantization.mixed import MixedPrecision
@@ -294,24 +295,23 @@ def test_mixed_beats_uniform_at_its_own_size(tiny_paths):
 
 
 def test_standard_output_stays_clean(capfd):
-    """HiGHS prints on its own account when a solution has to be polished; some of these make it."""
-    rng = Random(0)
-    for _ in range(4):
-        layers = []
-        for _ in range(60):
-            scale = 10 ** rng.uniform(-7, -2)
-            layers.append(
-                [
-                    Candidate(
-                        loss=scale * 4**-bits * rng.uniform(0.7, 1.3),
-                        size=512 * (16 * bits + 128 // group * 3),
-                    )
-                    for bits in (2, 3, 4, 8)
-                    for group in (64, 32)
-                ]
-            )
-        smallest = sum(min(item.size for item in row) for row in layers)
-        allocate(layers, int(1.4 * smallest))
+    """HiGHS prints on its own account when a solution has to be polished, as this one has."""
+    rng = Random(45)
+    layers = []
+    for _ in range(40):
+        scale = 10 ** rng.uniform(-7, -2)
+        size = rng.choice((4096, 12288, 16384, 36864, 98304))
+        layers.append(
+            [
+                Candidate(
+                    loss=scale * 4**-bits * rng.uniform(0.7, 1.3),
+                    size=size * bits // 8 + size // group * 3,
+                )
+                for bits in (2, 3, 4, 8)
+                for group in (64, 32)
+            ]
+        )
+    allocate(layers, int(1.25 * sum(min(item.size for item in row) for row in layers)))
     os.write(1, b"kept\n")
     assert capfd.readouterr().out == "kept\n"
 
@@ -346,6 +346,22 @@ def test_pins_and_narrow_layers_have_no_choice(tiny_checkpoint, samples):
         assert row["name"] not in record.metrics["sensitivity"]["layers"]
     assert any("had no choice" in note for note in record.notes)
     assert any("binds nothing" in note for note in record.notes)
+
+
+def test_codebooks_are_on_the_menu(smol_path, samples):
+    table = CodebookRule(index_bits=2, vector_length=1, share="layer")
+    stage = MixedPrecision(options=(*MENU, table), average_bits=3.0)
+    done = stage.apply(Checkpoint.load(smol_path), samples, RunContext())
+    metrics = done.history[-1].metrics
+    kinds = {form.kind for form in done.forms().values()}
+    assert kinds == {"affine", "codebook"}
+    assert metrics["form_bytes"] == metrics["chosen_bytes"] <= metrics["budget_bytes"]
+    for layer in metrics["sensitivity"]["layers"].values():
+        assert 0 <= layer[label_of(table)]["loss"] < float("inf")
+    with pytest.raises(ValueError, match="options.0: codebooks that layers share"):
+        MixedPrecision(options=(replace(table, share="auto"),), average_bits=3.0)
+    with pytest.raises(ValueError, match="pins.0: codebooks that layers share"):
+        MixedPrecision(options=MENU, average_bits=3.0, pins=(replace(table, share="part"),))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
