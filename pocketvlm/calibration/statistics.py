@@ -12,6 +12,8 @@ __all__ = ["CrossMoment", "SecondMoment"]
 _CHUNK = 8192
 # Above this width a float64 accumulator would cost more memory than its digits are worth.
 _WIDE = 1024
+# Panels of a symmetric sum: narrow enough to save products, wide enough for full speed.
+_PANEL = 384
 
 
 class CrossMoment:
@@ -30,6 +32,8 @@ class CrossMoment:
         tokens: Tokens seen.
         total_weight: Sum of their weights.
     """
+
+    _is_symmetric = False
 
     def __init__(self, width: int, *, block: int | None = None) -> None:
         self.width = width
@@ -82,10 +86,14 @@ class CrossMoment:
                 rows = rows * roots
                 pairs = rows if is_same else pairs * roots
             for part, total in zip(self._slices, self._sums, strict=True):
-                if total.dtype == rows.dtype:
-                    total.addmm_(rows[:, part].T, pairs[:, part])
-                else:
-                    total.add_(rows[:, part].T @ pairs[:, part])
+                for panel in self._panels(total):
+                    target = total[panel, panel.start if self._is_symmetric else 0 :]
+                    first = rows[:, part][:, panel]
+                    second = pairs[:, part][:, -target.shape[1] :]
+                    if total.dtype == rows.dtype:
+                        target.addmm_(first.T, second)
+                    else:
+                        target.add_(first.T @ second)
         self.tokens += flat.shape[0]
         if not all(bool(torch.isfinite(total.diagonal()).all()) for total in self._sums):
             raise CalibrationError("an input is not finite on the calibration data")
@@ -103,12 +111,24 @@ class CrossMoment:
         if not self._is_mean:
             for total in self._sums:
                 total.div_(self.total_weight)
+                for panel in self._panels(total) if self._is_symmetric else ():
+                    total[panel.stop :, panel] = total[panel, panel.stop :].T
             self._is_mean = True
         return tuple(self._sums)
 
+    def _panels(self, total: Tensor) -> list[slice]:
+        """Rows that are summed together; of a symmetric matrix only what lies right of them."""
+        step = _PANEL if self._is_symmetric else total.shape[0]
+        return [slice(start, start + step) for start in range(0, total.shape[0], step)]
+
 
 class SecondMoment(CrossMoment):
-    """Accumulates H = sum_t w_t x_t x_t^T / sum_t w_t: symmetric, and GPTQ's Hessian up to 2."""
+    """Accumulates H = sum_t w_t x_t x_t^T / sum_t w_t: symmetric, and GPTQ's Hessian up to 2.
+
+    What lies below the panels of the diagonal is mirrored, not computed.
+    """
+
+    _is_symmetric = True
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of inputs [..., width]; see `add_pairs`."""
