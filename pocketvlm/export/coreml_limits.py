@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
 
 __all__ = ["DEPLOYMENTS", "Deployment", "container_bits", "explain_misfit"]
 
@@ -29,6 +29,8 @@ def explain_misfit(
     """Why Core ML cannot hold a matrix [rows, columns] in a form, and what would work."""
     if isinstance(form, PlannedAffine):
         return _explain_affine(form, columns, deployment)
+    if isinstance(form, PlannedSparse):
+        return _explain_sparse(form, rows, columns, deployment)
     return _explain_codebook(form, rows, columns, deployment)
 
 
@@ -41,6 +43,19 @@ def _explain_affine(form: PlannedAffine, columns: int, deployment: Deployment) -
         f"{form.bits} bits in groups of {form.group_size} need iOS 18; for iOS 17, 8 bits with "
         "group_size: row would work, one scale a row"
     )
+
+
+def _explain_sparse(
+    form: PlannedSparse, rows: int, columns: int, deployment: Deployment
+) -> str | None:
+    if form.values is None:
+        return None
+    if deployment == "iOS17":
+        return (
+            "sparse integers and tables need iOS 18; for iOS 17, sparse float16 values would "
+            "work, or the same weights without a mask where these do"
+        )
+    return explain_misfit(form.values, rows, columns, deployment)
 
 
 def _explain_codebook(

@@ -17,7 +17,8 @@ from torch import nn
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml_cache import DecoderCache
-from pocketvlm.export.coreml_forms import narrow_float, pack_form
+from pocketvlm.export.coreml_constexpr import narrow_float
+from pocketvlm.export.coreml_forms import pack_form
 from pocketvlm.export.coreml_positions import DecoderPositions
 from pocketvlm.export.coreml_program import FunctionWriter, identifier
 from pocketvlm.export.coreml_reducer import inline

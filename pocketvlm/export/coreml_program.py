@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.errors import ExportError
-from pocketvlm.export.coreml_forms import Codes, Constexpr, FloatArray
+from pocketvlm.export.coreml_constexpr import Codes, Constexpr, FloatArray
 from pocketvlm.export.coreml_limits import Deployment
 from pocketvlm.export.coreml_package import create_package, read_back, write_model
 
@@ -162,6 +162,9 @@ class FunctionWriter:
                 operands[parameter] = np.int32(operand)
             else:
                 operands[parameter] = self.constant(f"{label}_{parameter}", operand)
+        if packed.source is not None:
+            mask, values = self._expand(f"{label}_sparse", packed.source)
+            operands |= {_MASK_OF[packed.operator]: mask, "nonzero_data": values}
         return getattr(Builder, packed.operator)(**operands, name=label)
 
 
@@ -170,6 +173,10 @@ def identifier(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
+_MASK_OF = {
+    "constexpr_sparse_blockwise_shift_scale": "data_mask",
+    "constexpr_sparse_to_dense": "mask",
+}
 _SHORT = {"float16": "fp16", "float32": "fp32", "int32": "int32"}
 
 

@@ -9,7 +9,7 @@ from pocketvlm.export.coreml_positions import TABLE_ROWS
 from pocketvlm.export.coreml_toolkit import INSTALL, has_coremltools
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedAffine, PlannedForm
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
 
 __all__ = ["form_bytes", "predict_coreml"]
 
@@ -24,6 +24,7 @@ _VISION_BYTES = 8_000
 _FUNCTION_BYTES = 12_000
 _CONSTEXPR_BYTES = 180
 _LOOKUP_BYTES = 320
+_SPARSE_BYTES = 320
 
 
 def predict_coreml(
@@ -55,7 +56,8 @@ def predict_coreml(
             if reason is not None:
                 misfits.setdefault(reason, []).append(linear.name)
                 continue
-            if isinstance(form, PlannedAffine) and form.bits < _NIBBLE:
+            grid = form.values if isinstance(form, PlannedSparse) else form
+            if isinstance(grid, PlannedAffine) and grid.bits < _NIBBLE:
                 narrow.append(linear.name)
             count = form_bytes(form, rows, columns, deployment=deployment, float_bytes=float_bytes)
         parts[linear.part] = parts.get(linear.part, 0) + count
@@ -89,25 +91,58 @@ def form_bytes(
     form: PlannedForm, rows: int, columns: int, *, deployment: Deployment, float_bytes: int
 ) -> int:
     """Bytes of one matrix [rows, columns] in the weight file."""
+    if isinstance(form, PlannedSparse):
+        return _sparse_bytes(form, rows, columns, deployment, float_bytes)
     if isinstance(form, PlannedAffine):
-        groups = -(-columns // form.group_size)
-        stored = columns if groups == 1 else groups * form.group_size
-        count = _stored(-(-rows * stored * form.bits // 8))
-        count += _stored(rows * groups * float_bytes)
-        if form.symmetric:
-            return count
-        if form.float_zeros:
-            return count + _stored(rows * groups * float_bytes)
-        width = _NIBBLE if form.bits == _NIBBLE else _BYTE
-        return count + _stored(-(-rows * groups * width // 8))
+        count = _stored(-(-rows * _grid_columns(form, columns) * form.bits // _BYTE))
+        return count + _grid_bytes(form, rows, columns, float_bytes)
     bits = container_bits(form.index_bits, deployment)
-    count = _stored(-(-(rows // form.vector_length) * columns * bits // 8))
+    count = _stored(-(-(rows // form.vector_length) * columns * bits // _BYTE))
+    return count + _table_bytes(form, rows, bits, float_bytes)
+
+
+def _sparse_bytes(
+    form: PlannedSparse, rows: int, columns: int, deployment: Deployment, float_bytes: int
+) -> int:
+    kept, values = form.kept(rows, columns), form.values
+    if values is None:
+        return _stored(-(-rows * columns // _BYTE)) + _stored(kept * float_bytes)
+    if isinstance(values, PlannedAffine):
+        count = _stored(-(-rows * _grid_columns(values, columns) // _BYTE))
+        count += _stored(-(-kept * values.bits // _BYTE))
+        return count + _grid_bytes(values, rows, columns, float_bytes)
+    bits = container_bits(values.index_bits, deployment)
+    count = _stored(-(-rows * columns // _BYTE)) + _stored(-(-kept * bits // _BYTE))
+    return count + _table_bytes(values, rows, bits, float_bytes)
+
+
+def _grid_columns(form: PlannedAffine, columns: int) -> int:
+    """Columns that are stored: whole groups, or the row where one group spans it."""
+    groups = -(-columns // form.group_size)
+    return columns if groups == 1 else groups * form.group_size
+
+
+def _grid_bytes(form: PlannedAffine, rows: int, columns: int, float_bytes: int) -> int:
+    """Scales and zero points."""
+    count = rows * -(-columns // form.group_size)
+    stored = _stored(count * float_bytes)
+    if form.symmetric:
+        return stored
+    if form.float_zeros:
+        return stored + _stored(count * float_bytes)
+    width = _NIBBLE if form.bits == _NIBBLE else _BYTE
+    return stored + _stored(-(-count * width // _BYTE))
+
+
+def _table_bytes(form: PlannedCodebook, rows: int, bits: int, float_bytes: int) -> int:
+    """Codebooks with as many entries as `bits` can name, and scales of rows."""
+    stored = 0
     if form.owns_codebooks:
         values = form.row_groups * form.column_groups * form.vector_length << bits
-        count += _stored(values * float_bytes)
+        stored += _stored(values * float_bytes)
     if form.row_scales:
-        count += _stored(rows * float_bytes)
-    return count
+        stored += _stored(rows * float_bytes)
+    return stored
 
 
 def _first(names: list[str]) -> str:
@@ -124,6 +159,8 @@ def _operator_bytes(form: PlannedForm | None) -> int:
     """Bytes in the graph of what expands a weight."""
     if form is None:
         return 0
+    if isinstance(form, PlannedSparse):
+        return _SPARSE_BYTES + _operator_bytes(form.values)
     if isinstance(form, PlannedAffine):
         return _CONSTEXPR_BYTES + (_LOOKUP_BYTES if form.bits < _NIBBLE else 0)
     return _LOOKUP_BYTES + (_CONSTEXPR_BYTES if form.row_scales else 0)

@@ -38,12 +38,18 @@ class PackageContent:
         self.spec.ParseFromString((path / _ROOT / "model.mlmodel").read_bytes())
         self.weights = (path / _ROOT / "weights" / "weight.bin").read_bytes()
         self.functions: dict[str, dict[str, Any]] = {}
+        self._makers: dict[str, dict[str, Any]] = {}
         for name, function in self.spec.mlProgram.functions.items():
             block = function.block_specializations[function.opset]
             self.functions[name] = {
                 operation.outputs[0].name: operation
                 for operation in block.operations
                 if operation.outputs
+            }
+            self._makers[name] = {
+                output.name: operation
+                for operation in block.operations
+                for output in operation.outputs
             }
 
     def operand(self, function: str, operation: Any, parameter: str) -> Any:
@@ -54,7 +60,7 @@ class PackageContent:
         (binding,) = held[parameter].arguments
         if binding.HasField("value"):
             return self.array(binding.value)
-        made = self.functions[function][binding.name]
+        made = self._makers[function][binding.name]
         return self.array(made.attributes["val"]) if made.type == "const" else made
 
     def array(self, value: Any) -> np.ndarray:
