@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +34,16 @@ from pocketvlm.calibration.prompts import (
     encode_samples,
 )
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.statistics import CrossMoment, SecondMoment
+from pocketvlm.calibration.steps import (
+    Drift,
+    FinishedHalf,
+    HalfKind,
+    InputMoments,
+    SharedInput,
+    Step,
+    TokenWeights,
+)
+from pocketvlm.calibration.twins import TwinStates, advance, forms_in_place, measure_moments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.forward import (
     DecoderInputs,
@@ -46,7 +54,7 @@ from pocketvlm.forward import (
     scoring_attention,
 )
 from pocketvlm.reduction import ReducerInputs
-from pocketvlm.weights import WeightForm, cache_dense_weights
+from pocketvlm.weights import cache_dense_weights
 
 __all__ = ["BlockWalk", "Drift", "FinishedHalf", "InputMoments", "SharedInput"]
 
@@ -54,82 +62,6 @@ _NOTHING = torch.zeros(0)
 
 # Tokens that run through a half block at once: enough for full speed, little enough memory.
 _BATCH_TOKENS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Drift:
-    """How far an input has moved from the float model's: d_t = x_t(float) - x_t(now).
-
-    Attributes:
-        cross: Mean of d x^T.
-        own: Mean of d d^T.
-    """
-
-    cross: CrossMoment
-    own: SecondMoment
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InputMoments:
-    """Statistics of one input.
-
-    Attributes:
-        calibration: Over the samples that a method may fit.
-        held_out: Over the samples that only judge it; `None` where all samples are fitted.
-        drift: Of the former, where the walk carries the float path along.
-        held_out_drift: Of the latter, likewise.
-    """
-
-    calibration: SecondMoment
-    held_out: SecondMoment | None
-    drift: Drift | None = None
-    held_out_drift: Drift | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SharedInput:
-    """One step of the walk.
-
-    Attributes:
-        names: Linears that read this input, in order of execution.
-        moments: Computes the input's statistics from the model as it is now; its argument is the
-            width of diagonal blocks, for inputs too wide for a full matrix. `None` for a table
-            that is only looked up.
-    """
-
-    names: tuple[str, ...]
-    moments: Callable[[int | None], InputMoments] | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FinishedHalf:
-    """A half block whose layers have all been visited; what it holds may still be tuned.
-
-    Attributes:
-        half: The half block.
-        inputs: Hidden states in front of it as they are now, batch by batch.
-        targets: Hidden states behind it in the float model.
-        arguments: What its body takes beside the hidden state; repeated over the batches.
-        batches: Which samples a batch holds; `None` for batches outside of all moments.
-        weights_of: Weights of a batch's tokens, or `None` for all alike.
-    """
-
-    half: HalfBlock
-    inputs: ActivationStore
-    targets: ActivationStore
-    arguments: Sequence[Mapping[str, Any]]
-    batches: Sequence[PromptBatch | None]
-    weights_of: Callable[[int], Tensor | None]
-
-    def arguments_of(self, index: int) -> Mapping[str, Any]:
-        """What the body takes beside the hidden state of a batch."""
-        return self.arguments[index % len(self.arguments)]
-
-
-Step = SharedInput | FinishedHalf
-HalfKind = Literal["attention", "ffn"]
-TokenWeights = Callable[[Literal["first", "last"], int], Tensor | None]
-"""Weights of a batch's tokens at the linears that start or end a half block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,11 +147,11 @@ class BlockWalk:
         self, batches: Sequence[PromptBatch]
     ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
-        path = _Path(now=self._store(), ideal=self._store() if self.carry_float else None)
+        path = TwinStates(now=self._store(), ideal=self._store() if self.carry_float else None)
         for batch in batches:
             path.append(self._embed(batch))
         used = [batch if batch.in_tower_moments else None for batch in batches]
-        entering: _Path | None = None
+        entering: TwinStates | None = None
         for block in range(spec.tower.feature_block + 1):
             if block == spec.tower.feature_block and checkpoint.reducer is not None:
                 entering = path.copy()
@@ -235,7 +167,7 @@ class BlockWalk:
     def _half(
         self,
         half: HalfBlock,
-        path: _Path,
+        path: TwinStates,
         batches: Sequence[PromptBatch | None],
         weights_at: TokenWeights,
         arguments: Sequence[Mapping[str, Any]],
@@ -252,7 +184,7 @@ class BlockWalk:
             return arguments[index % len(arguments)]
 
         def moments_of_first(block: int | None) -> InputMoments:
-            return _moments(
+            return measure_moments(
                 path,
                 batches,
                 lambda states, _: half.inputs_of_first(states),
@@ -267,11 +199,11 @@ class BlockWalk:
             with self._store() as ideal:
                 if path.ideal is not None:
                     # All at once: each pass wants the half's weights dense, in one of two forms.
-                    with _forms_in_place(checkpoint, originals), cache_dense_weights(half.body):
+                    with forms_in_place(checkpoint, originals), cache_dense_weights(half.body):
                         for index, batch in enumerate(path.ideal):
                             ideal.append(inputs_of(batch, index) if batches[index] else _NOTHING)
                 with cache_dense_weights(half.body):
-                    return _moments(
+                    return measure_moments(
                         path,
                         batches,
                         inputs_of,
@@ -283,8 +215,8 @@ class BlockWalk:
         yield SharedInput(names=half.first, moments=moments_of_first)
         yield SharedInput(names=(half.last,), moments=moments_of_last)
         if path.ideal is not None:
-            with _forms_in_place(checkpoint, originals):
-                _advance(half, path.ideal, arguments_of)
+            with forms_in_place(checkpoint, originals):
+                advance(half, path.ideal, arguments_of)
             yield FinishedHalf(
                 half=half,
                 inputs=path.now,
@@ -293,7 +225,7 @@ class BlockWalk:
                 batches=batches,
                 weights_of=partial(weights_at, "last"),
             )
-        _advance(half, path.now, arguments_of)
+        advance(half, path.now, arguments_of)
 
     def _embed(self, batch: PromptBatch) -> Tensor:
         images = [self.samples.samples[index].open_image() for index in batch.samples]
@@ -302,9 +234,13 @@ class BlockWalk:
             return embed_patches(self.checkpoint.model, self.checkpoint.spec, pixels)
 
     @torch.no_grad()
-    def _keep_features(self, path: _Path, entering: _Path | None) -> tuple[_Path, list[Tensor]]:
+    def _keep_features(
+        self, path: TwinStates, entering: TwinStates | None
+    ) -> tuple[TwinStates, list[Tensor]]:
         """What enters the projector, and which tokens were kept."""
-        features = _Path(now=self._store(), ideal=self._store() if path.ideal is not None else None)
+        features = TwinStates(
+            now=self._store(), ideal=self._store() if path.ideal is not None else None
+        )
         indices = []
         for number, states in enumerate(path.now):
             before = entering.now[number] if entering is not None else None
@@ -354,7 +290,7 @@ class BlockWalk:
         return kept.contiguous(), indices
 
     def _project(
-        self, batches: Sequence[PromptBatch], features: _Path, indices: Sequence[Tensor]
+        self, batches: Sequence[PromptBatch], features: TwinStates, indices: Sequence[Tensor]
     ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
         from transformers.activations import ACT2FN
 
@@ -368,11 +304,11 @@ class BlockWalk:
             linear = checkpoint.model.get_submodule(name)
             with torch.no_grad():
                 ideal_store = self._store() if path.ideal is not None else None
-                projected = _Path(now=self._store(), ideal=ideal_store)
+                projected = TwinStates(now=self._store(), ideal=ideal_store)
                 with cache_dense_weights(linear):
                     projected.now.extend(linear(batch) for batch in path.now)
                 if path.ideal is not None and projected.ideal is not None:
-                    with _forms_in_place(checkpoint, original), cache_dense_weights(linear):
+                    with forms_in_place(checkpoint, original), cache_dense_weights(linear):
                         projected.ideal.extend(linear(batch) for batch in path.ideal)
             path.close()
             path = projected
@@ -386,12 +322,12 @@ class BlockWalk:
 
     @staticmethod
     def _moments_in_front(
-        path: _Path, batches: Sequence[PromptBatch]
+        path: TwinStates, batches: Sequence[PromptBatch]
     ) -> Callable[[int | None], InputMoments]:
         """Moments of a path's own states."""
 
         def moments(block: int | None) -> InputMoments:
-            return _moments(path, batches, lambda states, _: states, block=block)
+            return measure_moments(path, batches, lambda states, _: states, block=block)
 
         return moments
 
@@ -403,7 +339,7 @@ class BlockWalk:
         rotary = cast("Any", checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
         is_visual: list[Tensor] = []
         attention: list[dict[str, Any]] = []
-        path = _Path(now=self._store(), ideal=self._store() if ideal is not None else None)
+        path = TwinStates(now=self._store(), ideal=self._store() if ideal is not None else None)
         for batch in batches:
             inputs = self._splice(batch, prompts, visual)
             path.now.append(inputs.embeds)
@@ -423,7 +359,7 @@ class BlockWalk:
         decoder = spec.decoder
 
         def moments_of_head(block: int | None) -> InputMoments:
-            return _moments(
+            return measure_moments(
                 path,
                 batches,
                 lambda states, _: norm(states),
@@ -473,104 +409,3 @@ def _alike(_position: Literal["first", "last"], _index: int) -> None:
 def _tower_tokens(checkpoint: Checkpoint) -> int:
     tower = checkpoint.spec.tower
     return tower.patches_per_side**2 + int(tower.has_cls)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Path:
-    """States between two layers, of the model as it is now and, beside it, of the float model."""
-
-    now: ActivationStore
-    ideal: ActivationStore | None
-
-    def append(self, batch: Tensor) -> None:
-        """Adds a batch that both share."""
-        self.now.append(batch)
-        if self.ideal is not None:
-            self.ideal.append(batch)
-
-    def copy(self) -> _Path:
-        """The same states in stores of their own."""
-        return _Path(now=self.now.copy(), ideal=None if self.ideal is None else self.ideal.copy())
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replaces every batch."""
-        for store in (self.now, self.ideal):
-            for index, batch in enumerate(store or ()):
-                cast("ActivationStore", store)[index] = function(batch)
-
-    def close(self) -> None:
-        """Frees memory and disk."""
-        self.now.close()
-        if self.ideal is not None:
-            self.ideal.close()
-
-
-@contextmanager
-def _forms_in_place(checkpoint: Checkpoint, forms: Mapping[str, WeightForm]) -> Iterator[None]:
-    """Puts other forms into layers for a while."""
-    layers = {name: checkpoint.layer(name) for name in forms}
-    present = {name: layer.form for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.form = forms[name]
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.form = present[name]
-
-
-def _advance(
-    half: HalfBlock,
-    hidden: ActivationStore,
-    arguments_of: Callable[[int], Mapping[str, Any]],
-) -> None:
-    with cache_dense_weights(half.body):
-        for index in range(len(hidden)):
-            hidden[index] = half.run(hidden[index], arguments_of(index))
-
-
-@torch.no_grad()
-def _moments(
-    path: _Path,
-    batches: Sequence[PromptBatch | None],
-    inputs_of: Callable[[Tensor, int], Tensor],
-    *,
-    ideal_inputs: ActivationStore | None = None,
-    weights_of: Callable[[int], Tensor | None] = lambda _: None,
-    block: int | None,
-) -> InputMoments:
-    """Moments of a layer's inputs.
-
-    Args:
-        path: States in front of the half block.
-        batches: Which samples a batch holds.
-        inputs_of: From a state to the layer's input.
-        ideal_inputs: The float model's inputs, where `inputs_of` would need its weights.
-        weights_of: Weights of a batch's tokens.
-        block: Width of diagonal blocks.
-    """
-    found: dict[bool, SecondMoment] = {}
-    drifts: dict[bool, Drift] = {}
-    for index, batch in enumerate(batches):
-        if batch is None:
-            continue
-        inputs, weights = inputs_of(path.now[index], index), weights_of(index)
-        width, side = inputs.shape[-1], batch.held_out
-        if side not in found:
-            found[side] = SecondMoment(width, block=block)
-        found[side].add(inputs, weights)
-        if path.ideal is None:
-            continue
-        if side not in drifts:
-            cross, own = CrossMoment(width, block=block), SecondMoment(width, block=block)
-            drifts[side] = Drift(cross=cross, own=own)
-        ideal = inputs_of(path.ideal[index], index) if ideal_inputs is None else ideal_inputs[index]
-        difference = ideal - inputs
-        drifts[side].cross.add_pairs(difference, inputs, weights)
-        drifts[side].own.add(difference, weights)
-    return InputMoments(
-        calibration=found[False],
-        held_out=found.get(True),
-        drift=drifts.get(False),
-        held_out_drift=drifts.get(True),
-    )
