@@ -1,0 +1,184 @@
+"""Every quantizer at every size: accuracy of answers by method and effective bits.
+
+    python benchmarks/bits_table.py --n 500 --bits 2 2.25 3 4 8
+
+Every weight matrix is quantized: tower, projector, decoder, table and head. Effective bits count
+codes, scales, zero points and codebooks of all of them. Every row answers the same held-out
+questions in torch, so differences to the float model are paired. A row is printed as soon as it is
+known, with the seconds that compressing took; `--markdown FILE` keeps the table, and the last line
+is one JSON document with everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.awq import Awq
+from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
+from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.mixed import MixedPrecision
+from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.context import RunContext
+from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
+from pocketvlm.modelspec import ModelSpec
+from pocketvlm.recipes.stages import Stage
+from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.weights import total_stored_bytes
+
+# Bits of a code and columns that share a scale; 0 is one scale a row.
+SCALAR = {2.0: (2, 0), 2.25: (2, 96), 3.0: (3, 0), 4.0: (4, 0), 8.0: (8, 0)}
+# Bits of an index and rows that it stands for.
+VECTOR = {2.0: (8, 4), 2.25: (9, 4), 3.0: (6, 2), 4.0: (8, 2), 8.0: (8, 1)}
+
+
+def affine_rules(spec: ModelSpec, bits: float) -> tuple[WeightRule, ...]:
+    """One rule a layer, since a group may be no wider than its layer."""
+    width, size = SCALAR[bits]
+    return tuple(
+        WeightRule(
+            match=re.escape(linear.name),
+            bits=width,
+            group_size=min(size or linear.in_features, linear.in_features),
+        )
+        for linear in spec.linears()
+    )
+
+
+def palette_rules(bits: float) -> tuple[CodebookRule, ...]:
+    """Scalar palettes; a quarter of a bit more buys every 32 rows a palette of their own."""
+    rows = 32 if bits % 1 else None
+    return (CodebookRule(index_bits=int(bits), vector_length=1, rows_a_group=rows),)
+
+
+def vector_rules(bits: float) -> tuple[CodebookRule, ...]:
+    """Vector codebooks."""
+    index_bits, length = VECTOR[bits]
+    return (CodebookRule(index_bits=index_bits, vector_length=length),)
+
+
+def mixed_stage(bits: float) -> MixedPrecision:
+    """A solved mixture of that many bits a weight over all."""
+    return MixedPrecision(
+        average_bits=bits,
+        options=(
+            CodebookRule(index_bits=8, vector_length=4),
+            CodebookRule(index_bits=6, vector_length=2),
+            *(WeightRule(bits=width, group_size=64) for width in (3, 4, 8)),
+        ),
+    )
+
+
+METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
+    "RTN": lambda spec, bits: (RoundToNearest(rules=affine_rules(spec, bits)),),
+    "GPTQ": lambda spec, bits: (Gptq(rules=affine_rules(spec, bits)),),
+    "AWQ + GPTQ": lambda spec, bits: (
+        Awq(rules=affine_rules(spec, bits)),
+        Gptq(rules=affine_rules(spec, bits)),
+    ),
+    "LUT k-means": lambda _, bits: (
+        Codebook(rules=palette_rules(bits), error_feedback=False, tune_steps=0),
+    ),
+    "LUT + feedback": lambda _, bits: (Codebook(rules=palette_rules(bits)),),
+    "VPTQ": lambda _, bits: (Codebook(rules=vector_rules(bits)),),
+    "mixed": lambda _, bits: (mixed_stage(bits),),
+}
+
+
+def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a method and size of one model, the float model first."""
+    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
+    calibration = CalibrationSet.from_reference(0, arguments.samples)
+    ctx = RunContext(threads=arguments.threads)
+    whole = Checkpoint.load(path)
+    baseline = score_checkpoint(whole, samples, ctx=ctx)
+    rows = [_row(path.name, "float", 16.0, 16.0, 0.0, baseline, baseline)]
+    print(f"\n{path.name}: n={baseline.n}, blind {baseline.blind:.1%}\n", flush=True)
+    print("| Bits | Method | Effective bits | Accuracy [95 %] | Against float | Seconds |")
+    print("| ---: | --- | ---: | --- | --- | ---: |")
+    print(_spell(rows[0]), flush=True)
+    for bits in arguments.bits:
+        for label in arguments.method:
+            started = time.perf_counter()
+            done = Checkpoint.load(path)
+            for stage in METHODS[label](done.spec, bits):
+                done = stage.apply(done, calibration, ctx)
+            seconds = time.perf_counter() - started
+            score = score_checkpoint(done, samples, blind=False, ctx=ctx)
+            row = _row(path.name, label, bits, _effective_bits(done), seconds, score, baseline)
+            rows.append(row)
+            print(_spell(row), flush=True)
+    return rows
+
+
+def _effective_bits(checkpoint: Checkpoint) -> float:
+    forms = list(checkpoint.forms().values())
+    weights = sum(form.shape[0] * form.shape[1] for form in forms)
+    return 8 * total_stored_bytes(forms) / weights
+
+
+def _row(
+    model: str,
+    method: str,
+    bits: float,
+    effective: float,
+    seconds: float,
+    score: Score,
+    baseline: Score,
+) -> dict[str, Any]:
+    paired = compare_scores(baseline, score)
+    points = (paired.difference, paired.interval_low, paired.interval_high)
+    return {
+        "model": model,
+        "method": method,
+        "bits": bits,
+        "effective_bits": effective,
+        "seconds": seconds,
+        "n": score.n,
+        "accuracy": score.accuracy,
+        "interval": [score.interval_low, score.interval_high],
+        "points_gained": [100 * value for value in points],
+    }
+
+
+def _spell(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    gained, least, most = row["points_gained"]
+    return (
+        f"| {row['bits']:g} | {row['method']} | {row['effective_bits']:.2f} | "
+        f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] | "
+        f"{gained:+.1f} [{least:+.1f}, {most:+.1f}] | {row['seconds']:.0f} |"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
+    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
+    parser.add_argument("--bits", type=float, nargs="+", default=sorted(SCALAR), choices=SCALAR)
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for name in arguments.model or REFERENCE_MODELS:
+        path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+        rows += measure(path, arguments)
+    print(json.dumps({"seed": arguments.seed, "samples": arguments.samples, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
