@@ -23,11 +23,11 @@ from pocketvlm.compress.quantization.codebook_rules import CodebookRule
 from pocketvlm.compress.quantization.codebook_tuning import tune_codebooks
 from pocketvlm.compress.quantization.kmeans import cluster, sample_rows
 from pocketvlm.compress.quantization.layers import FinishedLayer
-from pocketvlm.compress.quantization.rules import Assignment
+from pocketvlm.compress.quantization.rules import Assignment, assign_rules_to
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedCodebook, PlannedForm
+from pocketvlm.planned import PlannedForm
 from pocketvlm.weights import CodebookWeight, WeightForm
 
 __all__ = ["Codebook", "CodebookRule", "share_codebooks"]
@@ -45,15 +45,15 @@ class Codebook(CalibratedQuantizer[CodebookRule]):
             from weighted k-means alone.
         rounds: Times that codes are chosen; tables are refined behind each.
         tune_steps: Steps of gradient descent on a finished half block's output, which train
-            tables and row scales; 0 leaves them as they are.
+            tables and row scales; 0 leaves them as they are and spares a second forward pass.
         tune_rate: Their rate, in units of each table's root mean square.
     """
 
     method: Literal["codebook"] = "codebook"
     rules: tuple[CodebookRule, ...]
     error_feedback: bool = True
-    rounds: int = 2
-    tune_steps: int = 60
+    rounds: int = 3
+    tune_steps: int = 0
     tune_rate: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -72,15 +72,15 @@ class Codebook(CalibratedQuantizer[CodebookRule]):
 
     def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, PlannedForm | None]:
         """What every layer will be stored as; shared codebooks belong to their first layer."""
-        owners: set[tuple[PlannedCodebook, str]] = set()
+        owners: set[tuple[CodebookRule, str]] = set()
         planned: dict[LinearSpec, PlannedForm | None] = {}
-        for linear, form in super().plan_forms(spec).items():
-            if isinstance(form, PlannedCodebook) and form.is_shared:
-                key = (form, linear.part)
-                planned[linear] = replace(form, owns_codebooks=key not in owners)
+        for item in assign_rules_to(self.rules, spec.linears()):
+            form = None if item.rule is None else item.rule.plan(item.linear)
+            if form is not None and form.is_shared and item.rule is not None:
+                key = (item.rule, item.linear.part)
+                form = replace(form, owns_codebooks=key not in owners)
                 owners.add(key)
-            else:
-                planned[linear] = form
+            planned[item.linear] = form
         return planned
 
     def begin(

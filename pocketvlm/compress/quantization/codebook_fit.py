@@ -73,7 +73,7 @@ def fit_codebooks(
     *,
     shared: Tensor | None = None,
     seed: int = 0,
-    rounds: int = 2,
+    rounds: int = 3,
     error_feedback: bool = True,
 ) -> CodebookWeight:
     """Quantizes a weight against the Hessian of its input.
@@ -172,7 +172,7 @@ class CodebookFitter:
 
     shared: Tensor | None = None
     seed: int = 0
-    rounds: int = 2
+    rounds: int = 3
     error_feedback: bool = True
     label: str = "vptq"
     plain_label: str = "k-means"

