@@ -134,6 +134,12 @@ def measure_sensitivity(
     by_name = {linear.name: linear for linear in wanted}
     total = sum(len(options) for options in wanted.values())
     done = total - table.missing(wanted)
+    forwards = sum(
+        meter.share_of_forward(linear.name)
+        for linear, options in wanted.items()
+        for _ in _open_options(options, table.layers.get(linear.name, {}))
+    )
+    ctx.report("sensitivity", done, total, f"costs {forwards:.0f} forward passes of the samples")
     for step in walk:
         if isinstance(step, FinishedHalf):
             continue
