@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,11 @@ from pocketvlm.export.onnx_ops import OnnxOps
 from pocketvlm.export.onnx_packing import container_bits
 from pocketvlm.export.onnx_size import predict_onnx
 from pocketvlm.export.onnx_writer import GraphWriter, WeightFile
+from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
-from pocketvlm.weights import AffineWeight, WeightForm
+from pocketvlm.weights import AffineWeight, CodebookWeight, WeightForm
 
 __all__ = ["ToOnnx"]
 
@@ -42,8 +42,9 @@ _ACCURACY_LEVELS = (0, 4)
 class ToOnnx:
     """Writes `onnx/vision.onnx`, `onnx/embedding.onnx`, `onnx/decoder.onnx` and their weights.
 
-    Quantized layers become `MatMulNBits` with the very codes of the checkpoint, layers that are
-    not quantized become float32 matrix products whose weights are stored as narrowly as is exact.
+    Quantized layers become `MatMulNBits` with the very codes of the checkpoint. Layers of codebooks
+    become float32 products whose weights are small in the file and are expanded when a session
+    starts. What is not quantized becomes float32 products, stored as narrowly as is exact.
 
     Attributes:
         accuracy_level: How the decoder's quantized products compute: 4 rounds activations to
@@ -102,7 +103,7 @@ class ToOnnx:
             parts: Iterable[Part],
         ) -> None:
             inputs, outputs = signatures
-            precision = _precisions(checkpoint.forms(), parts)
+            precision = part_precisions(checkpoint.forms(), parts, _precision)
             if role == "decoder" and checkpoint.cache_grid is not None:
                 precision["kv_cache"] = f"int{checkpoint.cache_grid.bits} a channel"
             graph.save(target / f"{role}.onnx", inputs, outputs)
@@ -141,23 +142,19 @@ class ToOnnx:
         return tuple(components)
 
 
-def _precisions(forms: dict[LinearSpec, WeightForm], parts: Iterable[Part]) -> dict[str, str]:
-    """How the layers of each part are stored, the most frequent first."""
-    precisions: dict[str, str] = {}
-    for part in parts:
-        counts = Counter(_precision(form) for linear, form in forms.items() if linear.part == part)
-        kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if len(kinds) == 1:
-            precisions[part] = kinds[0][0]
-        else:
-            precisions[part] = ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
-    return precisions
-
-
 def _precision(form: WeightForm) -> str:
+    if isinstance(form, CodebookWeight):
+        _, _, entries, length = form.main.codebooks.shape
+        bits = form.main.index_bits / length
+        if form.residual is not None:
+            bits += form.residual.index_bits / form.residual.vector_length
+        residual = "" if form.residual is None else " with residual"
+        return f"{bits:g}-bit codebook v{length} k{entries}{residual}, float32 in memory"
     if not isinstance(form, AffineWeight):
         return "float32"
     grid = "symmetric" if form.zeros is None else "asymmetric"
+    if form.has_float_zeros:
+        grid = "float zeros"
     label = f"int{form.bits} g{form.group_size} {grid}"
     container = container_bits(form.bits)
     return label if container == form.bits else f"{label} in {container}-bit containers"

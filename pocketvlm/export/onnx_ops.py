@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.onnx_codebook import affine_rows, codebook_matrix, codebook_rows
 from pocketvlm.export.onnx_packing import narrowest_float, pack_weight
 from pocketvlm.export.onnx_reducer import trace_reducer
 from pocketvlm.export.onnx_writer import CONTRIB, GraphWriter
 from pocketvlm.forward import embed_patches
-from pocketvlm.weights import AffineWeight, DenseWeight, WeightForm
+from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight, WeightForm
 
 __all__ = ["OnnxOps"]
 
@@ -77,7 +78,11 @@ class OnnxOps:
         name = self._spec.decoder.embedding
         form = self._checkpoint.form(name)
         if isinstance(form, AffineWeight):
+            if form.has_float_zeros:  # GatherBlockQuantized takes integers only
+                return affine_rows(self._graph, name, form, token_ids)
             return self._embed_quantized(token_ids, name, form)
+        if isinstance(form, CodebookWeight):
+            return codebook_rows(self._graph, name, form, token_ids)
         table, data_type = narrowest_float(_dense(name, form))
         rows = self._graph.node(
             "Gather",
@@ -236,14 +241,18 @@ class OnnxOps:
         bias = self._bias(names)
         if all(isinstance(form, AffineWeight) for form in forms):
             return self._linear_quantized(inputs, name, cast("list[AffineWeight]", forms), bias)
-        dense = torch.cat([_dense(name, form) for form in forms])
-        product = self._graph.node(
-            "FusedMatMul",
-            [inputs, self._float(f"{name}.weight", dense)],
-            name=name,
-            domain=CONTRIB,
-            transB=1,
-        )
+        if isinstance(forms[0], CodebookWeight):
+            expanded = codebook_matrix(self._graph, name, forms[0])
+            product = self._graph.node("MatMul", [inputs, expanded], name=name)
+        else:
+            dense = torch.cat([_dense(name, form) for form in forms])
+            product = self._graph.node(
+                "FusedMatMul",
+                [inputs, self._float(f"{name}.weight", dense)],
+                name=name,
+                domain=CONTRIB,
+                transB=1,
+            )
         if bias is None:
             return product
         return self._graph.node("Add", [product, bias], name=f"{name}.biased")
@@ -256,7 +265,7 @@ class OnnxOps:
             inputs,
             self._graph.constant(f"{name}.codes", packed.codes),
             self._scales(name, packed.scales),
-            "" if packed.zeros is None else self._graph.constant(f"{name}.zeros", packed.zeros),
+            self._zeros(name, packed.zeros),
             "",
             bias or "",
         ]
@@ -300,6 +309,16 @@ class OnnxOps:
         stored = self._graph.constant(f"{name}.scales", scales)
         return self._graph.node(
             "Cast", [stored], name=f"{name}.scales_float32", to=onnx.TensorProto.FLOAT
+        )
+
+    def _zeros(self, name: str, zeros: np.ndarray | None) -> str:
+        if zeros is None:
+            return ""
+        stored = self._graph.constant(f"{name}.zeros", zeros)
+        if zeros.dtype == np.uint8:
+            return stored
+        return self._graph.node(
+            "Cast", [stored], name=f"{name}.zeros_float32", to=onnx.TensorProto.FLOAT
         )
 
     def _float(self, name: str, values: Tensor, *, narrow: bool = True) -> str:
@@ -428,10 +447,13 @@ class OnnxOps:
 
 
 def _can_join(forms: list[WeightForm]) -> bool:
+    # Codebooks stay apart: to join what they expand to would hold all of it once more.
     if all(isinstance(form, DenseWeight) for form in forms):
         return True
     affine = [form for form in forms if isinstance(form, AffineWeight)]
-    grids = {(form.bits, form.group_size, form.zeros is None) for form in affine}
+    grids = {
+        (form.bits, form.group_size, form.zeros is None, form.has_float_zeros) for form in affine
+    }
     return len(affine) == len(forms) and len(grids) == 1
 
 
@@ -439,7 +461,7 @@ def _dense(name: str, form: WeightForm) -> Tensor:
     if not isinstance(form, DenseWeight):
         raise UnsupportedError(
             f"{name}: a weight of kind {form.kind!r} cannot be exported to ONNX; there are "
-            f"{AffineWeight.kind}, {DenseWeight.kind}"
+            f"{AffineWeight.kind}, {CodebookWeight.kind}, {DenseWeight.kind}"
         )
     return form.values
 

@@ -20,6 +20,8 @@ from pocketvlm.weights import AffineWeight, pack_codes, unpack_codes
 
 __all__ = [
     "BLOCK_SIZES",
+    "FLOAT_ZERO_BITS",
+    "FLOAT_ZERO_REFUSAL",
     "PackedWeight",
     "container_bits",
     "narrowest_float",
@@ -30,6 +32,14 @@ __all__ = [
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 """Group sizes that the kernels of ONNX Runtime take."""
 
+FLOAT_ZERO_BITS: tuple[int, ...] = (2, 4)
+"""Containers whose kernels take zero points that are floats."""
+
+FLOAT_ZERO_REFUSAL = (
+    "8-bit codes with float zero points have no ONNX Runtime kernel; integer zero points, a "
+    "symmetric grid, or 2, 3 or 4 bits have"
+)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedWeight:
@@ -38,8 +48,9 @@ class PackedWeight:
     Attributes:
         codes: uint8 [out_features, blocks, block_size * bits / 8].
         scales: float16 [out_features, blocks].
-        zeros: uint8 [out_features, ceil(blocks * bits / 8)], or `None` where every zero point is
-            2**(bits - 1), which is what the operator assumes.
+        zeros: uint8 [out_features, ceil(blocks * bits / 8)]; float16 [out_features, blocks] where
+            zero points lie between codes; `None` where every zero point is 2**(bits - 1), which is
+            what the operator assumes.
         bits: Width of the container of one code.
         block_size: Columns that share a scale.
         in_features: Columns without padding.
@@ -71,9 +82,11 @@ def pack_weight(name: str, forms: list[AffineWeight]) -> PackedWeight:
         forms: At least one weight; bits, group size and input width agree.
 
     Raises:
-        UnsupportedError: No kernel takes the group size.
+        UnsupportedError: No kernel takes the group size, or zero points of this type and width.
     """
     first = forms[0]
+    if first.has_float_zeros and container_bits(first.bits) not in FLOAT_ZERO_BITS:
+        raise UnsupportedError(f"{name}: {FLOAT_ZERO_REFUSAL}")
     if first.group_size not in BLOCK_SIZES:
         raise UnsupportedError(
             f"{name}: group size {first.group_size} has no ONNX Runtime kernel; allowed are "
@@ -90,7 +103,7 @@ def pack_weight(name: str, forms: list[AffineWeight]) -> PackedWeight:
     zeros = None
     if not is_default:
         points = np.concatenate([form.zero_points().numpy() for form in forms])
-        zeros = pack_codes(points, bits)
+        zeros = points if first.has_float_zeros else pack_codes(points, bits)
     return PackedWeight(
         codes=codes.reshape(rows, groups, first.group_size * bits // 8),
         scales=np.concatenate([form.scales.numpy() for form in forms]),
@@ -111,7 +124,9 @@ def unpack_weight(packed: PackedWeight, *, bits: int) -> AffineWeight:
     rows, blocks = packed.scales.shape
     flat = packed.codes.reshape(rows, -1)
     codes = unpack_codes(flat, packed.bits, blocks * packed.block_size)
-    zeros = None if packed.zeros is None else unpack_codes(packed.zeros, packed.bits, blocks)
+    zeros = packed.zeros
+    if zeros is not None and zeros.dtype == np.uint8:
+        zeros = unpack_codes(zeros, packed.bits, blocks)
     return AffineWeight.from_codes(
         torch.from_numpy(codes),
         torch.from_numpy(packed.scales),

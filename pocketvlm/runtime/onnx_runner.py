@@ -190,6 +190,8 @@ class OnnxRunner(Runner):
             first_line = str(error).strip().partition("\n")[0]
             raise BundleError(f"{file}: ONNX Runtime cannot load it: {first_line}") from error
         _require_signature(component, session, file)
+        # Weights that are expanded in steps leave several times their size behind.
+        _return_freed_memory()
         return session
 
 

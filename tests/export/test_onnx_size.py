@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,13 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx import ToOnnx
 from pocketvlm.export.onnx_size import predict_onnx
+from pocketvlm.planned import PlannedAffine
 from pocketvlm.testing import tiny_config, write_random_model
 from tests.export.rig import quantize_affine
 
 
-@dataclass(frozen=True)
-class Grid:
-    bits: int | None
-    group_size: int = 32
-    symmetric: bool = False
+def grid(bits: int, group_size: int = 32, *, symmetric: bool = False) -> PlannedAffine:
+    return PlannedAffine(bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 @pytest.fixture(scope="module", params=["llava", "smolvlm"])
@@ -36,22 +33,24 @@ def small_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     ("tower", "rest"),
     [
-        (Grid(None), Grid(None)),
-        (Grid(8), Grid(4)),
-        (Grid(4, 64), Grid(4, 128, symmetric=True)),
-        (Grid(3, 32, symmetric=True), Grid(2)),
+        (None, None),
+        (grid(8), grid(4)),
+        (grid(4, 64), grid(4, 128, symmetric=True)),
+        (grid(3, 32, symmetric=True), grid(2)),
     ],
     ids=str,
 )
-def test_prediction(small_path: Path, tmp_path: Path, tower: Grid, rest: Grid) -> None:
+def test_prediction(
+    small_path: Path, tmp_path: Path, tower: PlannedAffine | None, rest: PlannedAffine | None
+) -> None:
     checkpoint = Checkpoint.load(small_path)
     rules = {
         linear: tower if linear.part == "tower" else rest for linear in checkpoint.spec.linears()
     }
-    for linear, grid in rules.items():
-        if grid.bits is not None:
+    for linear, plan in rules.items():
+        if plan is not None:
             weight = checkpoint.form(linear.name).dequantize()
-            form = quantize_affine(weight, grid.bits, grid.group_size, symmetric=grid.symmetric)
+            form = quantize_affine(weight, plan.bits, plan.group_size, symmetric=plan.symmetric)
             checkpoint.set_form(linear.name, form)
     ToOnnx().export(checkpoint, tmp_path, RunContext())
     written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
@@ -59,25 +58,25 @@ def test_prediction(small_path: Path, tmp_path: Path, tower: Grid, rest: Grid) -
     assert sum(predicted.part_bytes.values()) == pytest.approx(written, rel=0.03)
     assert ("head" in predicted.part_bytes) == (not checkpoint.spec.decoder.tied_head)
     assert not predicted.refused
-    assert len(predicted.warnings) == (2 if tower.bits == 3 else 0)
+    assert len(predicted.warnings) == (2 if tower is not None and tower.bits == 3 else 0)
 
 
 def test_wider_groups_and_symmetric_grids_are_smaller(tiny_checkpoint: Checkpoint) -> None:
     spec = tiny_checkpoint.spec
 
-    def total(grid: Grid | None) -> int:
-        return sum(predict_onnx(spec, dict.fromkeys(spec.linears(), grid)).part_bytes.values())
+    def total(plan: PlannedAffine | None) -> int:
+        return sum(predict_onnx(spec, dict.fromkeys(spec.linears(), plan)).part_bytes.values())
 
-    assert total(Grid(4, 64)) < total(Grid(4, 32)) < total(Grid(8, 32)) < total(None)
-    assert total(Grid(4, symmetric=True)) < total(Grid(4))
+    assert total(grid(4, 64)) < total(grid(4, 32)) < total(grid(8, 32)) < total(None)
+    assert total(grid(4, symmetric=True)) < total(grid(4))
     # Both widths have a container of four bits, and only one of them the zero point it implies.
-    assert total(Grid(3)) == total(Grid(4))
-    assert total(Grid(3, symmetric=True)) > total(Grid(4, symmetric=True))
+    assert total(grid(3)) == total(grid(4))
+    assert total(grid(3, symmetric=True)) > total(grid(4, symmetric=True))
 
 
 def test_group_sizes_without_kernel_are_refused(tiny_checkpoint: Checkpoint) -> None:
     spec = tiny_checkpoint.spec
-    rules = dict.fromkeys(spec.linears()) | {spec.linears()[0]: Grid(4, 48)}
+    rules = dict.fromkeys(spec.linears()) | {spec.linears()[0]: grid(4, 48)}
     (refusal,) = predict_onnx(spec, rules).refused
     assert spec.linears()[0].name in refusal
     assert "group size 48" in refusal
