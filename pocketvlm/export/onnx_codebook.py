@@ -170,8 +170,8 @@ def _expand(graph: GraphWriter, name: str, form: CodebookWeight, ids: str | None
         order = graph.constant(f"{name}.order", inverse)
         dense = graph.node("Gather", [dense, order], name=f"{name}.ordered", axis=axis)
     if form.row_scales is not None:
-        scales = form.row_scales.numpy()
-        scales = graph.constant(f"{name}.row_scales", _along(scales, -1 - axis))
+        per_row = form.row_scales.numpy()
+        scales = graph.constant(f"{name}.row_scales", _along(per_row, -1 - axis))
         if ids is not None:
             scales = graph.node("Gather", [scales, ids], name=f"{name}.scales_of_rows")
         scales = _float32(graph, f"{name}.row_scales", scales)
