@@ -60,8 +60,8 @@ def predict_executorch(
         )
     if dense:
         warnings.append(
-            f"executorch: {len(dense)} layers of codebooks are stored as dense float32: XNNPACK "
-            "has no kernel for them"
+            f"executorch: {len(dense)} layers of codebooks or sparse weights are stored as dense "
+            "float32: XNNPACK has no kernel for them"
         )
     return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
 

@@ -27,7 +27,7 @@ from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
-from pocketvlm.weights import AffineWeight, CodebookWeight, WeightForm
+from pocketvlm.weights import AffineWeight, CodebookWeight, SparseWeight, WeightForm
 
 __all__ = ["ToOnnx"]
 
@@ -150,6 +150,8 @@ def _precision(form: WeightForm) -> str:
             bits += form.residual.index_bits / form.residual.vector_length
         residual = "" if form.residual is None else " with residual"
         return f"{bits:g}-bit codebook v{length} k{entries}{residual}, float32 in memory"
+    if isinstance(form, SparseWeight):
+        return f"float32, {form.density:.0%} kept, stored dense"
     if not isinstance(form, AffineWeight):
         return "float32"
     grid = "symmetric" if form.zeros is None else "asymmetric"

@@ -17,7 +17,13 @@ from pocketvlm.export.onnx_packing import narrowest_float, pack_weight
 from pocketvlm.export.onnx_reducer import trace_reducer
 from pocketvlm.export.onnx_writer import CONTRIB, GraphWriter
 from pocketvlm.forward import embed_patches
-from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight, WeightForm
+from pocketvlm.weights import (
+    AffineWeight,
+    CodebookWeight,
+    DenseWeight,
+    SparseWeight,
+    WeightForm,
+)
 
 __all__ = ["OnnxOps"]
 
@@ -448,7 +454,7 @@ class OnnxOps:
 
 def _can_join(forms: list[WeightForm]) -> bool:
     # Codebooks stay apart: to join what they expand to would hold all of it once more.
-    if all(isinstance(form, DenseWeight) for form in forms):
+    if all(isinstance(form, DenseWeight | SparseWeight) for form in forms):
         return True
     affine = [form for form in forms if isinstance(form, AffineWeight)]
     grids = {
@@ -458,10 +464,13 @@ def _can_join(forms: list[WeightForm]) -> bool:
 
 
 def _dense(name: str, form: WeightForm) -> Tensor:
+    if isinstance(form, SparseWeight):
+        return form.dequantize()
     if not isinstance(form, DenseWeight):
         raise UnsupportedError(
             f"{name}: a weight of kind {form.kind!r} cannot be exported to ONNX; there are "
-            f"{AffineWeight.kind}, {CodebookWeight.kind}, {DenseWeight.kind}"
+            f"{AffineWeight.kind}, {CodebookWeight.kind}, {DenseWeight.kind}, "
+            f"{SparseWeight.kind}"
         )
     return form.values
 

@@ -12,7 +12,7 @@ from pocketvlm.export.onnx_packing import (
 )
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedCodebook, PlannedForm
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
 
 __all__ = ["predict_onnx", "quantized_bytes"]
 
@@ -41,14 +41,24 @@ def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
     widened: list[str] = []
     narrow: list[str] = []
     looked_up: list[str] = []
+    dense: list[str] = []
     between: list[str] = []
     for linear, grid in grids.items():
         if grid is None:
             count = linear.out_features * linear.in_features * _FLOAT_BYTES
+        elif isinstance(grid, PlannedSparse):
+            dense.append(linear.name)
+            count = linear.out_features * linear.in_features * _dense_bytes(grid)
         elif isinstance(grid, PlannedCodebook):
             looked_up.append(linear.name)
             count = grid.stored_bytes(linear.out_features, linear.in_features)
             count += _expanding_nodes(grid) * _NODE_BYTES
+        elif isinstance(grid, PlannedSparse):
+            refused.append(
+                f"onnx: {linear.name}: a sparse weight cannot be exported yet; affine codes, "
+                "codebooks and floats can"
+            )
+            count = grid.stored_bytes(linear.out_features, linear.in_features)
         else:
             if grid.group_size not in BLOCK_SIZES:
                 refused.append(
@@ -87,12 +97,24 @@ def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
             f"onnx: {len(looked_up)} layers of codebooks are small on disk and dense float32 once "
             "loaded: ONNX Runtime has no kernel for them"
         )
+    if dense:
+        warnings.append(
+            f"onnx: {len(dense)} layers of sparse weights are stored dense, in the narrowest float "
+            "that is exact: ONNX Runtime has no kernel for them"
+        )
     if between:
         warnings.append(
             f"onnx: {len(between)} layers have float zero points, which ONNX Runtime multiplies in "
             "float32: slower than integer zero points"
         )
     return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+
+
+def _dense_bytes(form: PlannedSparse) -> int:
+    """Bytes of an element: a scaled value needs more digits than float16 has."""
+    values = form.values
+    is_scaled = isinstance(values, PlannedAffine) or (values is not None and values.row_scales)
+    return 2 * _FLOAT_BYTES if is_scaled else _FLOAT_BYTES
 
 
 def quantized_bytes(
