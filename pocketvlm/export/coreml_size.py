@@ -24,7 +24,8 @@ _VISION_BYTES = 8_000
 _FUNCTION_BYTES = 12_000
 _CONSTEXPR_BYTES = 180
 _LOOKUP_BYTES = 320
-_SPARSE_BYTES = 320
+_SPARSE_BYTES = 110
+_PAIR_BYTES = 560  # of an operator with two results, a mask and values
 
 
 def predict_coreml(
@@ -160,7 +161,12 @@ def _operator_bytes(form: PlannedForm | None) -> int:
     if form is None:
         return 0
     if isinstance(form, PlannedSparse):
-        return _SPARSE_BYTES + _operator_bytes(form.values)
+        below = 0
+        if isinstance(form.values, PlannedAffine):
+            below = 2 if form.values.bits < _NIBBLE else 1
+        elif form.values is not None:
+            below = 2 if form.values.row_scales else 1
+        return _SPARSE_BYTES + below * _PAIR_BYTES
     if isinstance(form, PlannedAffine):
         return _CONSTEXPR_BYTES + (_LOOKUP_BYTES if form.bits < _NIBBLE else 0)
     return _LOOKUP_BYTES + (_CONSTEXPR_BYTES if form.row_scales else 0)
