@@ -168,7 +168,6 @@ def test_a_checkpoint_of_codebooks_is_certified(
     built = build_bundle(
         checkpoint, load_recipe("float"), (ToOnnx(),), tmp_path / "bundle", SAMPLES, CONTEXT
     )
-    assert built.parity is not None
     assert built.parity.failures() == []
     said = {
         part: how

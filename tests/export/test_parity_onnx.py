@@ -70,8 +70,8 @@ def built(
         checkpoint = stage.apply(checkpoint, samples, CONTEXT)
     folder = tmp_path_factory.mktemp("parity") / "bundle"
     recipe = load_recipe("float")
-    bundle, parity = build_bundle(checkpoint, recipe, (ToOnnx(),), folder, SAMPLES, CONTEXT)
-    return Built(checkpoint=checkpoint, bundle=bundle, parity=parity)
+    built = build_bundle(checkpoint, recipe, (ToOnnx(),), folder, SAMPLES, CONTEXT)
+    return Built(checkpoint=checkpoint, bundle=built.bundle, parity=built.parity)
 
 
 def test_an_exported_bundle_passes(built: Built) -> None:
