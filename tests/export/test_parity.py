@@ -332,7 +332,8 @@ def test_the_documentation_has_every_bound() -> None:
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     assert rows.keys() == BOUNDS.keys()
     for metric, columns in BOUNDS.items():
-        cells = [cell.strip() for cell in rows[metric].split("|")[3:5]]
-        for bound, cell in zip((columns["float32"], columns["integer"]), cells, strict=True):
+        cells = [cell.strip() for cell in rows[metric].split("|")[3:6]]
+        bounds = (columns["float32"], columns["float16"], columns["integer"])
+        for bound, cell in zip(bounds, cells, strict=True):
             values = (bound.at_least, bound.at_most)
             assert all(f"{value:g}" in cell for value in values if value is not None), metric
