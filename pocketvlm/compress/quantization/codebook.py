@@ -176,6 +176,8 @@ class _Codebooks(StepFitter[CodebookRule]):
             seed=self._seed,
             rounds=stage.rounds,
             error_feedback=stage.error_feedback,
+            # A norm follows every lookup: a token of small rows bears no larger error than others.
+            rows_alike=linear.part == "embedding",
             label="lut" if rule.vector_length == 1 else "vptq",
         )
 

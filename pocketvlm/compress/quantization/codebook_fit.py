@@ -39,17 +39,19 @@ class _Normal:
         row_scales: float16 [rows], or `None`.
         column_scales: float16 [columns], or `None`.
         column_offsets: float16 [columns], or `None`.
+        rows_alike: Whether errors count in proportion to their row's scale.
     """
 
     values: Tensor
     row_scales: Tensor | None = None
     column_scales: Tensor | None = None
     column_offsets: Tensor | None = None
+    rows_alike: bool = False
 
     @property
     def importance(self) -> Tensor:
         """How much an error in each row counts, [rows]."""
-        if self.row_scales is None:
+        if self.row_scales is None or self.rows_alike:
             return torch.ones(self.values.shape[1])
         return self.row_scales.to(torch.float32).square()
 
@@ -75,6 +77,7 @@ def fit_codebooks(
     seed: int = 0,
     rounds: int = 3,
     error_feedback: bool = True,
+    rows_alike: bool = False,
 ) -> CodebookWeight:
     """Quantizes a weight against the Hessian of its input.
 
@@ -87,12 +90,14 @@ def fit_codebooks(
         rounds: Times that codes are chosen; tables are refined behind each. The best is kept.
         error_feedback: Whether columns make up for each other; without it, a vector takes its
             nearest entry and tables stay those of k-means.
+        rows_alike: Whether every row counts the same, whatever its scale: right for a table of
+            tokens, whose small rows are as good as large ones once a norm has seen them.
 
     Raises:
         ValueError: The weight is too large for float16.
     """
     original = targets.T.to(torch.float32).contiguous()
-    normal = _normalize(original, rule)
+    normal = _normalize(original, rule, rows_alike=rows_alike)
     evidence = weighed.evidence
     stretch = normal.stretch
     parts = list(zip(evidence.slices, evidence.hessians, weighed.factors, strict=True))
@@ -136,7 +141,12 @@ def fit_codebooks(
 
 
 def round_to_codebooks(
-    rule: CodebookRule, weight: Tensor, *, shared: Tensor | None = None, seed: int = 0
+    rule: CodebookRule,
+    weight: Tensor,
+    *,
+    shared: Tensor | None = None,
+    seed: int = 0,
+    rows_alike: bool = False,
 ) -> CodebookWeight:
     """The form that needs no calibration: k-means with all columns alike, nearest entries.
 
@@ -145,11 +155,12 @@ def round_to_codebooks(
         weight: [rows, columns].
         shared: float16 [1, 1, k, d] codebooks that are taken as they are.
         seed: Of k-means.
+        rows_alike: Whether every row counts the same, whatever its scale.
 
     Raises:
         ValueError: The weight is too large for float16.
     """
-    normal = _normalize(weight.T.to(torch.float32).contiguous(), rule)
+    normal = _normalize(weight.T.to(torch.float32).contiguous(), rule, rows_alike=rows_alike)
     diagonal = normal.stretch.square()
     layout = _Layout.of(rule, (weight.shape[0], weight.shape[1]), diagonal)
     tables = layout.make(normal, diagonal, seed, shared)
@@ -166,6 +177,7 @@ class CodebookFitter:
         seed: Of k-means.
         rounds: Times that codes are chosen.
         error_feedback: Whether columns make up for each other.
+        rows_alike: Whether every row counts the same, whatever its scale.
         label: Name of the calibrated method in reports.
         plain_label: Name of the plain one.
     """
@@ -174,6 +186,7 @@ class CodebookFitter:
     seed: int = 0
     rounds: int = 3
     error_feedback: bool = True
+    rows_alike: bool = False
     label: str = "vptq"
     plain_label: str = "k-means"
 
@@ -187,11 +200,18 @@ class CodebookFitter:
             seed=self.seed,
             rounds=self.rounds,
             error_feedback=self.error_feedback,
+            rows_alike=self.rows_alike,
         )
 
     def round(self, rule: CodebookRule, weight: WeightForm) -> WeightForm:
         """Plain k-means."""
-        return round_to_codebooks(rule, weight.dequantize(), shared=self.shared, seed=self.seed)
+        return round_to_codebooks(
+            rule,
+            weight.dequantize(),
+            shared=self.shared,
+            seed=self.seed,
+            rows_alike=self.rows_alike,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -283,11 +303,12 @@ class _Layout:
         )
 
 
-def _normalize(weights: Tensor, rule: CodebookRule) -> _Normal:
+def _normalize(weights: Tensor, rule: CodebookRule, *, rows_alike: bool) -> _Normal:
     """Divides scales out of [columns, rows]."""
     if rule.normalize == "rows":
         scales = row_scales_of(weights.T)
-        return _Normal(values=weights / scales.to(torch.float32), row_scales=scales)
+        values = weights / scales.to(torch.float32)
+        return _Normal(values=values, row_scales=scales, rows_alike=rows_alike)
     if rule.normalize == "columns":
         offsets = weights.mean(1).to(torch.float16)
         centred = weights - offsets.to(torch.float32)[:, None]
@@ -310,7 +331,7 @@ def _rescale(normal: _Normal, original: Tensor, decoded: Tensor, metric: Metric)
     # A scale far off belongs to a row whose codes say nothing about it.
     usable = torch.isfinite(found) & (found > before / 2) & (found < before * 2)
     scales = _as_scales(torch.where(usable, found, before))
-    return _Normal(values=original / scales.to(torch.float32), row_scales=scales)
+    return replace(normal, values=original / scales.to(torch.float32), row_scales=scales)
 
 
 def _as_scales(values: Tensor) -> Tensor:

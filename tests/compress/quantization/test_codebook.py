@@ -217,6 +217,20 @@ def test_codebooks_beat_a_scalar_grid_of_as_many_bits(name):
     assert output_error(form, weights, inputs) < 0.8 * output_error(affine, weights, inputs)
 
 
+def test_rows_of_a_table_count_alike():
+    """Small rows beside large ones in one vector keep their own directions."""
+    weights, inputs = problem()
+    weights[::4] *= 30
+    small = weights[1]
+    options = {"rule": RULES["vectors"], "weighed": weigh(inputs)}
+    errors = [
+        float((fit_codebooks(targets=weights.double(), rows_alike=alike, **options)
+               .dequantize()[1] - small).norm() / small.norm())
+        for alike in (True, False)
+    ]  # fmt: skip
+    assert errors[0] < 0.8 * errors[1]
+
+
 def test_two_runs_give_the_same_bytes():
     weights, inputs = problem()
     first, second = (
