@@ -10,10 +10,13 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -639,12 +642,36 @@ def _progress() -> Iterator[ProgressCallback]:
     tasks: dict[str, Any] = {}
 
     def on_progress(step: Progress) -> None:
+        raise_if_interrupted()
         if step.task not in tasks:
             tasks[step.task] = bars.add_task(step.task, total=step.total or None, note="")
         bars.update(tasks[step.task], completed=step.done, note=step.note)
 
-    with bars:
+    with bars, _noticed_interrupts() as raise_if_interrupted:
         yield on_progress
+
+
+@contextmanager
+def _noticed_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C that hits a finalizer is printed and forgotten by Python; here the next step stops."""
+    noticed: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noticed.append(number)
+        signal.default_int_handler(number, frame)
+
+    def raise_if_interrupted() -> None:
+        if noticed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield raise_if_interrupted
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _print_summary(document: Mapping[str, Any]) -> None:

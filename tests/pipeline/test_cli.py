@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 
 import pytest
@@ -173,3 +175,15 @@ def test_reports_of_runs_become_one_page(run_cli, finished_runs, tmp_path):
     page = tmp_path / "page.html"
     assert run_cli("report", *finished_runs.values(), "--out", page)[0] == 0
     assert "<html" in page.read_text()
+
+
+def test_an_interrupt_that_python_forgets_stops_the_next_step():
+    """A KeyboardInterrupt inside a finalizer is printed and dropped by the interpreter."""
+    before = signal.getsignal(signal.SIGINT)
+    with command_line._noticed_interrupts() as raise_if_interrupted:
+        raise_if_interrupted()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            raise_if_interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
