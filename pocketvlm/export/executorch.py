@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from pocketvlm.export.executorch_worker import (
     RESULT_FILE,
     ConversionJob,
 )
+from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
@@ -212,24 +212,11 @@ def _components(checkpoint: Checkpoint, notes: tuple[str, ...]) -> tuple[Compone
             file=f"{_FOLDER}/{PROGRAM_FILE}",
             inputs=inputs,
             outputs=outputs,
-            precision=_precisions(checkpoint.forms(), parts),
+            precision=part_precisions(checkpoint.forms(), parts, _precision),
             notes=notes if role == "decoder" else (),
         )
         for role, inputs, outputs, parts in roles
     )
-
-
-def _precisions(forms: Mapping[LinearSpec, WeightForm], parts: Iterable[Part]) -> dict[str, str]:
-    """How the layers of each part are stored, the most frequent first."""
-    precisions: dict[str, str] = {}
-    for part in parts:
-        counts = Counter(_precision(form) for linear, form in forms.items() if linear.part == part)
-        kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        several = len(kinds) > 1
-        precisions[part] = ", ".join(
-            f"{kind} ({count} layers)" if several else kind for kind, count in kinds
-        )
-    return precisions
 
 
 def _precision(form: WeightForm) -> str:

@@ -49,7 +49,6 @@ class LayerStore:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._codebooks: dict[bytes, Tensor] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -65,20 +64,12 @@ class LayerStore:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
                 document = json.loads(file.metadata()["layer"])
             kind = next(form for form in FORMS if form.kind == document["form"]["kind"])
-            shared = {name: self._share(name, tensor) for name, tensor in tensors.items()}
             return FinishedLayer(
-                form=kind.from_tensors(shared, document["form"]), row=document["row"]
+                form=kind.from_tensors(tensors, document["form"]), row=document["row"]
             )
         except (SafetensorError, OSError, KeyError, ValueError, StopIteration):
             # A disk that lost power keeps names without content: the layer is made again.
             return None
-
-    def _share(self, name: str, tensor: Tensor) -> Tensor:
-        """Layers that shared a codebook when they were saved share one tensor again."""
-        if not name.endswith("codebooks"):
-            return tensor
-        digest = hashlib.sha256(tensor.numpy().tobytes()).digest()
-        return self._codebooks.setdefault(digest, tensor)
 
     def save(self, name: str, layer: FinishedLayer) -> None:
         """Writes a layer aside, flushes it and renames it into place."""
