@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pocketvlm.export.executorch_forms import explain_misfit, kernel_bits, needs_offsets
-from pocketvlm.export.prediction import Prediction
+from pocketvlm.export.prediction import Prediction, other_elements
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedAffine, PlannedForm
 
@@ -96,18 +96,10 @@ def _table_scale_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
 def _other_bytes(spec: ModelSpec) -> int:
     """Everything but weight matrices: patches, positions, norms, biases, graphs."""
     tower, decoder = spec.tower, spec.decoder
-    patches = tower.patches_per_side**2 + int(tower.has_cls)
-    patch_weights = tower.channels * tower.patch_size**2
-    embeddings = (
-        patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
-    ) * tower.hidden_size
-    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
-    tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
-    decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
-    biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
+    embeddings, vectors = other_elements(spec)
     graphs = (
         _GRAPH_BYTES
         + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
         + _DECODER_BLOCK_BYTES * decoder.depth
     )
-    return (embeddings + tower_norms + decoder_norms + biases) * _FLOAT_BYTES + graphs
+    return (embeddings + vectors) * _FLOAT_BYTES + graphs

@@ -10,7 +10,7 @@ from pocketvlm.export.onnx_packing import (
     FLOAT_ZERO_REFUSAL,
     container_bits,
 )
-from pocketvlm.export.prediction import Prediction
+from pocketvlm.export.prediction import Prediction, other_elements
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
 
@@ -156,19 +156,10 @@ def _expanding_nodes(form: PlannedCodebook) -> int:
 def _other_bytes(spec: ModelSpec) -> int:
     """Bytes of everything but weight matrices: patches, positions, norms, biases, graphs."""
     tower, decoder = spec.tower, spec.decoder
-    patches = tower.patches_per_side**2 + int(tower.has_cls)
-    patch_weights = tower.channels * tower.patch_size**2
-    embeddings = (
-        patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
-    ) * tower.hidden_size
-    # A layer norm has a weight and a bias, an RMS norm a weight.
-    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
-    tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
-    decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
-    biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
+    embeddings, vectors = other_elements(spec)
     graphs = (
         _GRAPH_BYTES
         + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
         + _DECODER_BLOCK_BYTES * decoder.depth
     )
-    return embeddings * _FLOAT_BYTES + (tower_norms + decoder_norms + biases) * 4 + graphs
+    return embeddings * _FLOAT_BYTES + vectors * 4 + graphs

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Prediction"]
+from pocketvlm.modelspec import ModelSpec
+
+__all__ = ["Prediction", "other_elements"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +23,19 @@ class Prediction:
     part_bytes: Mapping[str, int]
     refused: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def other_elements(spec: ModelSpec) -> tuple[int, int]:
+    """Numbers outside of weight matrices: of patches and positions, and of norms and biases."""
+    tower, decoder = spec.tower, spec.decoder
+    patches = tower.patches_per_side**2 + int(tower.has_cls)
+    patch_weights = tower.channels * tower.patch_size**2
+    embeddings = (
+        patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
+    ) * tower.hidden_size
+    # A layer norm has a weight and a bias, an RMS norm a weight.
+    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
+    tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
+    decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
+    biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
+    return embeddings, tower_norms + decoder_norms + biases
