@@ -1,12 +1,13 @@
 """Every quantizer at every size: accuracy of answers by method and effective bits.
 
-    python benchmarks/bits_table.py --n 500 --bits 2 2.25 3 4 8
+    python benchmarks/bits_table.py --n 500 --bits 2 2.25 --calibration-seed 0 1 2
 
 Every weight matrix is quantized: tower, projector, decoder, table and head. Effective bits count
 codes, scales, zero points and codebooks of all of them. Every row answers the same held-out
-questions in torch, so differences to the float model are paired. A row is printed as soon as it is
-known, with the seconds that compressing took; `--markdown FILE` keeps the table, and the last line
-is one JSON document with everything.
+questions in torch, so differences to the float model and to GPTQ of the same bits are paired. Where
+there are several calibration sets, a row is their mean, with what each of them gave. A row is
+printed as soon as it is known, with the seconds that compressing took; the last line is one JSON
+document with everything.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ from pocketvlm.compress.quantization.mixed import MixedPrecision
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.context import RunContext
-from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
+from pocketvlm.evaluation.intervals import compare_paired, wilson_interval
+from pocketvlm.evaluation.score import Score, score_checkpoint
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
@@ -95,30 +99,69 @@ METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one size, over all calibration sets."""
+
+    model: str
+    method: str
+    bits: float
+    effective_bits: float
+    seconds: float
+    n: int
+    accuracy: float
+    interval: tuple[float, float]
+    accuracies: tuple[float, ...]
+    against_float: tuple[float, float, float]
+    against_gptq: tuple[float, float, float] | None
+    credits: tuple[float, ...]
+
+    def spell(self) -> str:
+        """The row in Markdown."""
+        low, high = self.interval
+        each = " / ".join(f"{100 * value:.1f}" for value in self.accuracies)
+        return (
+            f"| {self.bits:g} | {self.method} | {self.effective_bits:.2f} | "
+            f"{100 * self.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] | {each} | "
+            f"{_spell_points(self.against_float)} | {_spell_points(self.against_gptq)} | "
+            f"{self.seconds:.0f} |"
+        )
+
+
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a method and size of one model, the float model first."""
     samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
-    calibration = CalibrationSet.from_reference(0, arguments.samples)
+    sets = [
+        CalibrationSet.from_reference(seed, arguments.samples)
+        for seed in arguments.calibration_seed
+    ]
     ctx = RunContext(threads=arguments.threads)
-    whole = Checkpoint.load(path)
-    baseline = score_checkpoint(whole, samples, ctx=ctx)
-    rows = [_row(path.name, "float", 16.0, 16.0, 0.0, baseline, baseline)]
+    baseline = score_checkpoint(Checkpoint.load(path), samples, ctx=ctx)
+    rows = [_row(path.name, "float", (16.0, 16.0, 0.0), [baseline], baseline, None)]
     print(f"\n{path.name}: n={baseline.n}, blind {baseline.blind:.1%}\n", flush=True)
-    print("| Bits | Method | Effective bits | Accuracy [95 %] | Against float | Seconds |")
-    print("| ---: | --- | ---: | --- | --- | ---: |")
-    print(_spell(rows[0]), flush=True)
+    print(
+        "| Bits | Method | Effective bits | Accuracy [95 %] | Each set | Against float | "
+        "Against GPTQ | Seconds |"
+    )
+    print("| ---: | --- | ---: | --- | --- | --- | --- | ---: |")
+    print(rows[0].spell(), flush=True)
     for bits in arguments.bits:
+        gptq: Row | None = None
         for label in arguments.method:
-            started = time.perf_counter()
-            done = Checkpoint.load(path)
-            for stage in METHODS[label](done.spec, bits):
-                done = stage.apply(done, calibration, ctx)
-            seconds = time.perf_counter() - started
-            score = score_checkpoint(done, samples, blind=False, ctx=ctx)
-            row = _row(path.name, label, bits, _effective_bits(done), seconds, score, baseline)
+            scores, seconds = [], 0.0
+            for calibration in sets:
+                started = time.perf_counter()
+                done = Checkpoint.load(path)
+                for stage in METHODS[label](done.spec, bits):
+                    done = stage.apply(done, calibration, ctx)
+                seconds += (time.perf_counter() - started) / len(sets)
+                scores.append(score_checkpoint(done, samples, blind=False, ctx=ctx))
+            figures = (bits, _effective_bits(done), seconds)
+            row = _row(path.name, label, figures, scores, baseline, gptq)
+            gptq = row if label == "GPTQ" else gptq
             rows.append(row)
-            print(_spell(row), flush=True)
-    return rows
+            print(row.spell(), flush=True)
+    return [asdict(row) for row in rows]
 
 
 def _effective_bits(checkpoint: Checkpoint) -> float:
@@ -130,35 +173,41 @@ def _effective_bits(checkpoint: Checkpoint) -> float:
 def _row(
     model: str,
     method: str,
-    bits: float,
-    effective: float,
-    seconds: float,
-    score: Score,
+    figures: tuple[float, float, float],
+    scores: Sequence[Score],
     baseline: Score,
-) -> dict[str, Any]:
-    paired = compare_scores(baseline, score)
-    points = (paired.difference, paired.interval_low, paired.interval_high)
-    return {
-        "model": model,
-        "method": method,
-        "bits": bits,
-        "effective_bits": effective,
-        "seconds": seconds,
-        "n": score.n,
-        "accuracy": score.accuracy,
-        "interval": [score.interval_low, score.interval_high],
-        "points_gained": [100 * value for value in points],
-    }
-
-
-def _spell(row: dict[str, Any]) -> str:
-    low, high = row["interval"]
-    gained, least, most = row["points_gained"]
-    return (
-        f"| {row['bits']:g} | {row['method']} | {row['effective_bits']:.2f} | "
-        f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] | "
-        f"{gained:+.1f} [{least:+.1f}, {most:+.1f}] | {row['seconds']:.0f} |"
+    gptq: Row | None,
+) -> Row:
+    bits, effective, seconds = figures
+    # A question's credit is its mean over calibration sets: questions are what intervals are of.
+    per_set = zip(*(score.credits for score in scores), strict=True)
+    earned = tuple(statistics.fmean(each) for each in per_set)
+    accuracy = statistics.fmean(earned)
+    return Row(
+        model=model,
+        method=method,
+        bits=bits,
+        effective_bits=effective,
+        seconds=seconds,
+        n=baseline.n,
+        accuracy=accuracy,
+        interval=wilson_interval(sum(earned), len(earned)),
+        accuracies=tuple(score.accuracy for score in scores),
+        against_float=_points(baseline.credits, earned),
+        against_gptq=None if gptq is None else _points(gptq.credits, earned),
+        credits=earned,
     )
+
+
+def _points(baseline: Sequence[float], candidate: Sequence[float]) -> tuple[float, float, float]:
+    paired = compare_paired(baseline, candidate)
+    return (100 * paired.difference, 100 * paired.interval_low, 100 * paired.interval_high)
+
+
+def _spell_points(points: tuple[float, float, float] | None) -> str:
+    if points is None:
+        return ""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
 
 
 def main() -> None:
@@ -168,6 +217,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
     parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
+    parser.add_argument("--calibration-seed", type=int, nargs="+", default=[0])
     parser.add_argument("--bits", type=float, nargs="+", default=sorted(SCALAR), choices=SCALAR)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -177,7 +227,7 @@ def main() -> None:
     for name in arguments.model or REFERENCE_MODELS:
         path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
         rows += measure(path, arguments)
-    print(json.dumps({"seed": arguments.seed, "samples": arguments.samples, "rows": rows}))
+    print(json.dumps({**vars(arguments), "rows": rows}))
 
 
 if __name__ == "__main__":
