@@ -235,6 +235,50 @@ class Checkpoint:
         """Every weight matrix with its stored form, in order of execution."""
         return {linear: self.form(linear.name) for linear in self.spec.linears()}
 
+    def vectors(self) -> dict[str, Tensor]:
+        """Everything that is no weight matrix: biases, norms, position tables, by name."""
+        return {name: value.detach() for name, value in self.model.named_parameters()}
+
+    def rebuild(
+        self,
+        config: Mapping[str, Any],
+        forms: Mapping[str, WeightForm],
+        vectors: Mapping[str, Tensor],
+    ) -> Checkpoint:
+        """The checkpoint with other shapes: a new stock model for a changed config.json.
+
+        Args:
+            config: The changed content of config.json.
+            forms: Weight of every linear and of the embedding, by the new model's names, blocks
+                of the tower that are never run included; a tied head follows its embedding.
+            vectors: Everything else, as `vectors` names it.
+
+        Raises:
+            CheckpointError: The config cannot be understood, or a shape does not fit it.
+            UnsupportedError: The config asks for something that the family does not support.
+            KeyError: A weight or a vector is missing.
+        """
+        spec = read_spec(config)
+        model = _build_model(config)
+        decoder = spec.decoder
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                is_tied = decoder.tied_head and name == decoder.head
+                form = forms[decoder.embedding if is_tied else name]
+                _check_shape(name, form.shape, (module.out_features, module.in_features))
+                bias = vectors[name + ".bias"] if module.bias is not None else None
+                model.set_submodule(name, FormLinear(form, bias))
+            elif name == decoder.embedding:
+                form = forms[name]
+                _check_shape(name, form.shape, (decoder.vocab_size, decoder.hidden_size))
+                model.set_submodule(name, FormEmbedding(form))
+        for name, parameter in list(model.named_parameters()):
+            _check_shape(name, tuple(vectors[name].shape), tuple(parameter.shape))
+            owner = model.get_submodule(name.rpartition(".")[0])
+            value = nn.Parameter(vectors[name].to(torch.float32), requires_grad=False)
+            setattr(owner, name.rpartition(".")[2], value)
+        return replace(self, model=model, spec=spec, config=dict(config))
+
     def extend(self, record: StageRecord, **changes: Any) -> Checkpoint:
         """The checkpoint after a stage: one record more, and whatever else changed."""
         return replace(self, history=(*self.history, record), **changes)

@@ -44,12 +44,15 @@ class RunContext:
         scratch_dir: Where a stage may keep finished layers, so that a killed run resumes; `None`
             keeps nothing. The folder belongs to one stage of one run: its name holds a hash of
             everything that the stage's result depends on.
+        source_dir: Directory of the model that the run started from, for stages that learn from
+            it; `None` where it is not known.
         on_progress: Called from the working thread after each step.
     """
 
     seed: int = 0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     scratch_dir: Path | None = None
+    source_dir: Path | None = None
     on_progress: ProgressCallback = ignore_progress
 
     def report(self, task: str, done: int, total: int, note: str = "") -> None:

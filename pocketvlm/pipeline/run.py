@@ -83,6 +83,7 @@ def run(
         PocketVLMError: The input is wrong; nothing that was there before is lost.
     """
     checkpoint = load_checkpoint(model)
+    ctx = replace(ctx, source_dir=model)
     source_parts = _weight_bytes(checkpoint)
     keys = stage_keys(checkpoint.source.sha256, calibration.sha256, recipe.to_document()["stages"])
     run_key = stage_keys(

@@ -9,6 +9,7 @@ runtime which stores float16 loses nothing.
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.floats import is_float, keeps_of, with_values
 from pocketvlm.weights.form import WeightForm, total_stored_bytes
 from pocketvlm.weights.kept import KeptFloats, KeptIndices, KeptIntegers, KeptValues
 from pocketvlm.weights.modules import FormEmbedding, FormLinear, cache_dense_weights
@@ -30,9 +31,12 @@ __all__ = [
     "SparseWeight",
     "WeightForm",
     "cache_dense_weights",
+    "is_float",
+    "keeps_of",
     "pack_codes",
     "total_stored_bytes",
     "unpack_codes",
+    "with_values",
 ]
 
 FORMS: tuple[type[WeightForm], ...] = (
