@@ -32,6 +32,7 @@ __all__ = [
     "project",
     "run_tower_block",
     "scoring_attention",
+    "tower_features",
 ]
 
 
@@ -117,6 +118,24 @@ def merge_patches(features: Tensor, merge_factor: int) -> Tensor:
     return grid.transpose(2, 3).reshape(images, cells * cells, factor * factor * width)
 
 
+def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
+    """What the projector reads where no token is dropped, from what leaves the feature block.
+
+    Args:
+        model: The model.
+        spec: Where its parts are.
+        hidden: [images, tokens, hidden].
+
+    Returns:
+        [images, N, C], N the visual tokens of an image.
+    """
+    if spec.tower.has_post_norm:
+        hidden = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")(hidden)
+    if spec.tower.has_cls:
+        hidden = hidden[:, 1:]
+    return merge_patches(hidden, spec.projector.merge_factor)
+
+
 def project(model: nn.Module, spec: ModelSpec, features: Tensor) -> Tensor:
     """Tower features [..., C] to decoder embeddings [..., width]."""
     from transformers.activations import ACT2FN
@@ -144,12 +163,9 @@ def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
 def encode_features(checkpoint: Checkpoint, entering: Tensor) -> VisualTokens:
     """The rest of `encode_images`, from what enters the feature block, [images, tokens, hidden]."""
     model, spec = checkpoint.model, checkpoint.spec
-    hidden = run_tower_block(model, spec, spec.tower.feature_block, entering)
-    if spec.tower.has_post_norm:
-        hidden = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")(hidden)
-    if spec.tower.has_cls:
-        hidden = hidden[:, 1:]
-    features = merge_patches(hidden, spec.projector.merge_factor)
+    features = tower_features(
+        model, spec, run_tower_block(model, spec, spec.tower.feature_block, entering)
+    )
     if checkpoint.reducer is None:
         indices = torch.arange(features.shape[1]).expand(features.shape[0], -1)
         return VisualTokens(embeds=project(model, spec, features), indices=indices)

@@ -50,8 +50,8 @@ from pocketvlm.forward import (
     VisualTokens,
     embed_patches,
     embed_prompts,
-    merge_patches,
     scoring_attention,
+    tower_features,
 )
 from pocketvlm.reduction import ReducerInputs
 from pocketvlm.weights import cache_dense_weights
@@ -263,13 +263,7 @@ class BlockWalk:
 
     def _merge(self, states: Tensor) -> Tensor:
         """Tower states to what a projector without reduction reads."""
-        spec = self.checkpoint.spec
-        if spec.tower.has_post_norm:
-            norm = self.checkpoint.model.get_submodule(f"{spec.tower.prefix}.post_layernorm")
-            states = norm(states)
-        if spec.tower.has_cls:
-            states = states[:, 1:]
-        return merge_patches(states, spec.projector.merge_factor).contiguous()
+        return tower_features(self.checkpoint.model, self.checkpoint.spec, states).contiguous()
 
     def _reduce(self, states: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor]:
         """The features that are kept, and their indices."""
