@@ -39,7 +39,7 @@ from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
 from pocketvlm.report import peak_rss_bytes
 
-__all__ = ["CalibratedQuantizer", "StepFitter", "block_width"]
+__all__ = ["CalibratedQuantizer", "StepFitter", "block_width", "diagonal_block_width"]
 
 # Up to this width a Hessian is kept whole; wider inputs, such as those of a projector behind a
 # pixel shuffle, keep diagonal blocks of the smaller width.
@@ -289,9 +289,19 @@ def _is_final(layer: FinishedLayer | None) -> bool:
 def block_width(assignments: Sequence[Assignment[RuleT]]) -> int | None:
     """Width of a wide Hessian's diagonal blocks, a whole number of groups of every size."""
     width = max((item.linear.in_features for item in assignments), default=0)
+    columns = [item.rule.grid_columns(item.linear) for item in assignments if item.rule]
+    return diagonal_block_width(width, columns)
+
+
+def diagonal_block_width(width: int, columns: Sequence[int]) -> int | None:
+    """Width of the diagonal blocks that are kept of a wide Hessian; `None` keeps it whole.
+
+    Args:
+        width: Columns of the layer.
+        columns: Columns of groups that no border between blocks may cut.
+    """
     if width <= _WHOLE_WIDTH:
         return None
-    columns = (item.rule.grid_columns(item.linear) for item in assignments if item.rule)
     # A grid as wide as the layer has no borders that a block could cut.
     step = math.lcm(*(count for count in columns if count < width))
     return min(width, max(1, _BLOCK_WIDTH // step) * step)

@@ -24,8 +24,10 @@ from pocketvlm.weights import WeightForm
 __all__ = [
     "Evidence",
     "Fitter",
+    "OutputLosses",
     "Weighed",
     "align_to_float",
+    "compare_outputs",
     "fit_layer",
     "round_layer",
     "weigh_moments",
@@ -228,7 +230,7 @@ def fit_layer(
             form, method, reason = fitter.fit(rule, weight, weighed), fitter.label, note
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    losses = _compare(weight, form, plain, evidence)
+    losses = compare_outputs(weight, form, plain, evidence)
     if form is not plain and not losses.fitted < losses.plain:
         form, method, reason = plain, fitter.plain_label, _NOT_BETTER
     lost = losses.plain_weight_error if form is plain else losses.fitted_weight_error
@@ -286,7 +288,7 @@ def round_layer(
 
 
 @dataclass(kw_only=True)
-class _Losses:
+class OutputLosses:
     """Sums over the rows of a layer, of squares of weights and of outputs a token."""
 
     weight: float = 0.0
@@ -297,15 +299,15 @@ class _Losses:
     plain: float = 0.0
 
 
-def _compare(
+def compare_outputs(
     weight: WeightForm, fitted: WeightForm, plain: WeightForm, evidence: Evidence
-) -> _Losses:
+) -> OutputLosses:
     """What two forms do to a layer's outputs, exactly, for the tokens of the judging moments.
 
     With D = Q - W, the mean squared change of the outputs is tr(D H D^T); where the input itself
     has moved from the float model's by d, it is tr(D H D^T) - 2 tr(W C D^T) + tr(W E[d d^T] W^T).
     """
-    losses = _Losses()
+    losses = OutputLosses()
     for chosen, rows in row_chunks(weight):
         places = torch.arange(chosen.start, chosen.stop)
         losses.weight += float(rows.square().sum())
