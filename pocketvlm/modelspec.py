@@ -95,6 +95,11 @@ class TowerSpec:
         return self.image_size // self.patch_size
 
     @property
+    def tokens(self) -> int:
+        """Tokens that one image is inside the tower: its patches, and [CLS] where there is one."""
+        return self.patches_per_side**2 + int(self.has_cls)
+
+    @property
     def blocks(self) -> str:
         """Module name of the list of blocks."""
         return f"{self.prefix}.encoder.layers"

@@ -115,7 +115,7 @@ class BlockWalk:
     @property
     def tower_samples(self) -> int:
         """Samples whose images enter the tower's Hessians."""
-        per_image = _tower_tokens(self.checkpoint)
+        per_image = self.checkpoint.spec.tower.tokens
         return min(self.first_held_out, max(1, self.tower_tokens // per_image))
 
     def __iter__(self) -> Iterator[Step]:
@@ -127,7 +127,7 @@ class BlockWalk:
         spec = self.checkpoint.spec
         # Encoded first: a bad sample should fail before an hour of work, not after it.
         prompts = self.prompts
-        per_image = _tower_tokens(self.checkpoint)
+        per_image = spec.tower.tokens
         batches = batch_images(
             len(self.samples),
             self.first_held_out,
@@ -398,8 +398,3 @@ class BlockWalk:
 
 def _alike(_position: Literal["first", "last"], _index: int) -> None:
     """All tokens of the tower weigh the same."""
-
-
-def _tower_tokens(checkpoint: Checkpoint) -> int:
-    tower = checkpoint.spec.tower
-    return tower.patches_per_side**2 + int(tower.has_cls)

@@ -51,7 +51,7 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
         ExportError: An operator of the reducer cannot be converted; the message names it.
     """
     tower, factor = spec.tower, spec.projector.merge_factor
-    tokens = tower.patches_per_side**2 + tower.has_cls
+    tokens = tower.tokens
     example = (
         torch.zeros(1, spec.visual_tokens, tower.hidden_size * factor**2),
         torch.zeros(1, tokens, tower.hidden_size),

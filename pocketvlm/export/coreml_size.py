@@ -175,7 +175,7 @@ def _operator_bytes(form: PlannedForm | None) -> int:
 def _float_bytes(spec: ModelSpec, float_bytes: int, capacity: int) -> int:
     """Bytes of every array but weight matrices: patches, positions, norms, biases, angles."""
     tower, decoder = spec.tower, spec.decoder
-    patches = tower.patches_per_side**2 + int(tower.has_cls)
+    patches = tower.tokens
     patch_weights = tower.channels * tower.patch_size**2
     values = [patch_weights * tower.hidden_size, patches * tower.hidden_size]
     values += [tower.hidden_size] * (int(tower.has_cls) + int(tower.has_patch_bias))

@@ -57,7 +57,7 @@ def trace_reducer(reducer: TokenReducer, spec: ModelSpec, *, opset: int) -> onnx
         ExportError: An operator of the reducer cannot be converted; the message names it.
     """
     tower, factor = spec.tower, spec.projector.merge_factor
-    tokens = tower.patches_per_side**2 + tower.has_cls
+    tokens = tower.tokens
     generator = torch.Generator().manual_seed(0)
     example = tuple(
         torch.randn(shape, generator=generator)

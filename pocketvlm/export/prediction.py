@@ -28,7 +28,7 @@ class Prediction:
 def other_elements(spec: ModelSpec) -> tuple[int, int]:
     """Numbers outside of weight matrices: of patches and positions, and of norms and biases."""
     tower, decoder = spec.tower, spec.decoder
-    patches = tower.patches_per_side**2 + int(tower.has_cls)
+    patches = tower.tokens
     patch_weights = tower.channels * tower.patch_size**2
     embeddings = (
         patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)

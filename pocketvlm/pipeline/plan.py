@@ -199,7 +199,7 @@ def _planned_forms(
 def _activation_bytes(spec: ModelSpec) -> int:
     """The widest layer of the tower, twice, in float32: what the vision graph peaks at."""
     tower = spec.tower
-    tokens = tower.patches_per_side**2 + int(tower.has_cls)
+    tokens = tower.tokens
     return 2 * 4 * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
 
 
