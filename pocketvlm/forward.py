@@ -22,6 +22,7 @@ __all__ = [
     "DecoderInputs",
     "VisualTokens",
     "decode_logits",
+    "decoder_states",
     "embed_patches",
     "embed_prompts",
     "encode_features",
@@ -250,6 +251,30 @@ def new_cache(checkpoint: Checkpoint) -> Any:
     return DynamicCache()
 
 
+def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = None) -> Tensor:
+    """What the head reads, [batch, length, width]: hidden states behind the decoder's last norm.
+
+    Args:
+        checkpoint: The model.
+        inputs: The spliced prompt, or one step of generation.
+        cache: As `decode_logits` takes it.
+    """
+    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
+    if cache is None and checkpoint.cache_grid is not None:
+        cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
+    # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
+    # the positions for borders between packed sequences, and keep them from seeing each other.
+    whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
+    output = decoder(
+        inputs_embeds=inputs.embeds,
+        attention_mask=whole,
+        position_ids=inputs.positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return cast("Tensor", output.last_hidden_state)
+
+
 def decode_logits(
     checkpoint: Checkpoint,
     inputs: DecoderInputs,
@@ -269,20 +294,7 @@ def decode_logits(
         columns: int64 [batch, m]: which columns are needed; the head runs on these alone, so that
             prompts padded on the right can share a batch at no cost.
     """
-    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
-    if cache is None and checkpoint.cache_grid is not None:
-        cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
-    # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
-    # the positions for borders between packed sequences, and keep them from seeing each other.
-    whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
-    output = decoder(
-        inputs_embeds=inputs.embeds,
-        attention_mask=whole,
-        position_ids=inputs.positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    hidden = output.last_hidden_state
+    hidden = decoder_states(checkpoint, inputs, cache)
     if last_only:
         hidden = hidden[:, -1:]
     if columns is not None:
