@@ -35,6 +35,16 @@ class Prompt:
     answer_end: int
     where: str
 
+    def predicting(self, length: int) -> slice:
+        """Columns whose logits predict the answer: each token is predicted one column earlier.
+
+        Args:
+            length: Of the sequence that enters the decoder. The image stands before the answer, so
+                tokens that were removed from it move all of the answer.
+        """
+        shift = len(self.token_ids) - length + 1
+        return slice(self.answer_start - shift, self.answer_end - shift)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBatch:
