@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Protocol
 from pocketvlm.bundle import Component
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
+from pocketvlm.compress.pruning.magnitude import Magnitude
+from pocketvlm.compress.pruning.wanda import Wanda
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.codebook import Codebook
@@ -78,6 +80,8 @@ class Target(Protocol):
 
 
 STAGES: tuple[type[Stage], ...] = (
+    Magnitude,
+    Wanda,
     ReduceTokens,
     Rotate,
     Awq,
