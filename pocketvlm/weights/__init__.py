@@ -6,6 +6,7 @@ test unpacks them again. Scales and codebooks are rounded to float16 where they 
 runtime which stores float16 loses nothing.
 """
 
+from pocketvlm.packing import pack_codes, unpack_codes
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
@@ -13,7 +14,6 @@ from pocketvlm.weights.floats import is_float, keeps_of, with_values
 from pocketvlm.weights.form import WeightForm, total_stored_bytes
 from pocketvlm.weights.kept import KeptFloats, KeptIndices, KeptIntegers, KeptValues
 from pocketvlm.weights.modules import FormEmbedding, FormLinear, cache_dense_weights
-from pocketvlm.weights.packing import pack_codes, unpack_codes
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = [

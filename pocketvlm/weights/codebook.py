@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pocketvlm.packing import pack_codes, unpack_codes
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.packing import pack_codes, unpack_codes
 
 __all__ = ["CodebookWeight", "Lookup"]
 

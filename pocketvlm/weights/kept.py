@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pocketvlm.weights.packing import pack_codes, unpack_codes
+from pocketvlm.packing import pack_codes, unpack_codes
 
 __all__ = ["KeptFloats", "KeptIndices", "KeptIntegers", "KeptValues", "pack_kept"]
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.packing import pack_codes, unpack_codes
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.kept import KeptFloats, KeptIndices, KeptIntegers, KeptValues, pack_kept
-from pocketvlm.weights.packing import pack_codes, unpack_codes
 
 __all__ = ["SparseWeight"]
 
