@@ -5,6 +5,7 @@ Speed and size do not depend on the values of dense weights, so seeded random on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pocketvlm.bundle import Bundle, replace_directory
@@ -17,7 +18,7 @@ from pocketvlm.recipes.load import load_recipe
 from pocketvlm.selection import assign_rules
 from pocketvlm.testing import write_shape
 
-__all__ = ["write_bundle"]
+__all__ = ["bundle_of", "write_bundle"]
 
 _UNSIGNED = frozenset({"manifest.json"})
 
@@ -32,17 +33,21 @@ def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
         recipe: Name of a shipped recipe, of whose quantizing stage the rules are taken.
         folder: The bundle; the model is written to a folder beside it.
     """
+    return bundle_of(
+        lambda: Checkpoint.load(write_shape(shape, folder.parent / shape)), recipe, folder
+    )
+
+
+def bundle_of(make: Callable[[], Checkpoint], recipe: str, folder: Path) -> Bundle:
+    """The same of any float checkpoint, which is made only where the bundle is missing."""
     if (folder / "manifest.json").is_file():
         return Bundle.open(folder, verify=False)
-    checkpoint = Checkpoint.load(write_shape(shape, folder.parent / shape))
+    checkpoint = make()
     rules = [rule for stage in load_recipe(recipe).stages for rule in getattr(stage, "rules", ())]
     for linear, rule in assign_rules(rules, checkpoint.spec.linears()).items():
         if rule is not None and rule.bits is not None:
             codes, _ = round_to_nearest(
-                checkpoint.form(linear.name),
-                bits=rule.bits,
-                group_size=rule.group_size,
-                symmetric=rule.symmetric,
+                checkpoint.form(linear.name), scheme=rule.scheme, group_size=rule.group_size
             )
             checkpoint.set_form(linear.name, codes)
     with replace_directory(folder) as aside:

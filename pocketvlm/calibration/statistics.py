@@ -130,6 +130,23 @@ class SecondMoment(CrossMoment):
 
     _is_symmetric = True
 
+    def __init__(self, width: int, *, block: int | None = None) -> None:
+        super().__init__(width, block=block)
+        self._inputs = torch.zeros(width, dtype=torch.float64)
+
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of inputs [..., width]; see `add_pairs`."""
         self.add_pairs(inputs, inputs, weights)
+        flat = inputs.reshape(-1, self.width).to(torch.float32)
+        shares = torch.ones(flat.shape[0]) if weights is None else weights.reshape(-1)
+        self._inputs += shares.to(torch.float32) @ flat
+
+    def mean(self) -> Tensor:
+        """sum_t w_t x_t / sum_t w_t, float64 [width].
+
+        Raises:
+            CalibrationError: No token with a positive weight was added.
+        """
+        if self.total_weight <= 0:
+            raise CalibrationError("no calibration token with a positive weight was seen")
+        return self._inputs / self.total_weight

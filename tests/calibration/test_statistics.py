@@ -20,6 +20,8 @@ def test_the_second_moment_is_a_weighted_mean():
     X, w = inputs.reshape(-1, 12).double(), weights.reshape(-1).double()
     expected = (X * w[:, None]).T @ X / w.sum()
     torch.testing.assert_close(moment.blocks()[0], expected, rtol=1e-5, atol=1e-7)
+    mean = (X * w[:, None]).sum(0) / w.sum()
+    torch.testing.assert_close(moment.mean(), mean, rtol=1e-5, atol=1e-6)
     assert moment.tokens == 150
     assert moment.total_weight == pytest.approx(float(w.sum()))
 
@@ -49,6 +51,8 @@ def test_nothing_seen_and_values_that_are_not_finite_are_errors():
     moment = SecondMoment(4)
     with pytest.raises(CalibrationError, match="no calibration token"):
         moment.blocks()
+    with pytest.raises(CalibrationError, match="no calibration token"):
+        moment.mean()
     moment.add(torch.ones(3, 4), torch.zeros(3))
     with pytest.raises(CalibrationError, match="no calibration token"):
         moment.blocks()
