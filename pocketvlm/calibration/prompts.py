@@ -35,6 +35,11 @@ class Prompt:
     answer_end: int
     where: str
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer, and not all of it was cut off."""
+        return self.answer_end > self.answer_start
+
     def predicting(self, length: int) -> slice:
         """Columns whose logits predict the answer: each token is predicted one column earlier.
 
