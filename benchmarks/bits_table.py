@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from answer_rows import COLUMNS, RULE, Row
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
@@ -33,8 +33,7 @@ from pocketvlm.compress.quantization.mixed import MixedPrecision
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.context import RunContext
-from pocketvlm.evaluation.intervals import compare_paired, wilson_interval
-from pocketvlm.evaluation.score import Score, score_checkpoint
+from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
@@ -44,6 +43,9 @@ from pocketvlm.weights import total_stored_bytes
 SCALAR = {2.0: (2, 0), 2.25: (2, 96), 3.0: (3, 0), 4.0: (4, 0), 8.0: (8, 0)}
 # Bits of an index and rows that it stands for.
 VECTOR = {2.0: (8, 4), 2.25: (9, 4), 3.0: (6, 2), 4.0: (8, 2), 8.0: (8, 1)}
+
+# What a scale and a zero point a row add to every weight of these models, about.
+_SCALE_BITS = 0.12
 
 
 def affine_rules(spec: ModelSpec, bits: float) -> tuple[WeightRule, ...]:
@@ -72,14 +74,17 @@ def vector_rules(bits: float) -> tuple[CodebookRule, ...]:
 
 
 def mixed_stage(bits: float) -> MixedPrecision:
-    """A solved mixture of that many bits a weight over all."""
+    """A solved mixture, no larger over all than the scalar rows with their scales are."""
+    palettes = tuple(
+        CodebookRule(index_bits=width, vector_length=1, share="layer") for width in (2, 3, 4)
+    )
+    vectors = tuple(
+        CodebookRule(index_bits=width, vector_length=length, share="layer")
+        for width, length in ((8, 4), (5, 2), (6, 2))
+    )
     return MixedPrecision(
-        average_bits=bits,
-        options=(
-            CodebookRule(index_bits=8, vector_length=4),
-            CodebookRule(index_bits=6, vector_length=2),
-            *(WeightRule(bits=width, group_size=64) for width in (3, 4, 8)),
-        ),
+        average_bits=bits + _SCALE_BITS,
+        options=(*palettes, *vectors, *(WeightRule(bits=w, group_size=64) for w in (3, 4, 8))),
     )
 
 
@@ -99,35 +104,6 @@ METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One method at one size, over all calibration sets."""
-
-    model: str
-    method: str
-    bits: float
-    effective_bits: float
-    seconds: float
-    n: int
-    accuracy: float
-    interval: tuple[float, float]
-    accuracies: tuple[float, ...]
-    against_float: tuple[float, float, float]
-    against_gptq: tuple[float, float, float] | None
-    credits: tuple[float, ...]
-
-    def spell(self) -> str:
-        """The row in Markdown."""
-        low, high = self.interval
-        each = " / ".join(f"{100 * value:.1f}" for value in self.accuracies)
-        return (
-            f"| {self.bits:g} | {self.method} | {self.effective_bits:.2f} | "
-            f"{100 * self.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] | {each} | "
-            f"{_spell_points(self.against_float)} | {_spell_points(self.against_gptq)} | "
-            f"{self.seconds:.0f} |"
-        )
-
-
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a method and size of one model, the float model first."""
     samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
@@ -137,13 +113,19 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     ctx = RunContext(threads=arguments.threads)
     baseline = score_checkpoint(Checkpoint.load(path), samples, ctx=ctx)
-    rows = [_row(path.name, "float", (16.0, 16.0, 0.0), [baseline], baseline, None)]
+    rows = [
+        Row.of(
+            path.name,
+            ("16", "float", "16.00"),
+            [baseline],
+            floats=baseline,
+            baseline=None,
+            seconds=0,
+        )
+    ]
     print(f"\n{path.name}: n={baseline.n}, blind {baseline.blind:.1%}\n", flush=True)
-    print(
-        "| Bits | Method | Effective bits | Accuracy [95 %] | Each set | Against float | "
-        "Against GPTQ | Seconds |"
-    )
-    print("| ---: | --- | ---: | --- | --- | --- | --- | ---: |")
+    print(f"| Bits | Method | Effective bits | {COLUMNS.format(baseline='GPTQ')}")
+    print(f"| ---: | --- | ---: | {RULE}")
     print(rows[0].spell(), flush=True)
     for bits in arguments.bits:
         gptq: Row | None = None
@@ -156,8 +138,8 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     done = stage.apply(done, calibration, ctx)
                 seconds += (time.perf_counter() - started) / len(sets)
                 scores.append(score_checkpoint(done, samples, blind=False, ctx=ctx))
-            figures = (bits, _effective_bits(done), seconds)
-            row = _row(path.name, label, figures, scores, baseline, gptq)
+            keys = (f"{bits:g}", label, f"{_effective_bits(done):.2f}")
+            row = Row.of(path.name, keys, scores, floats=baseline, baseline=gptq, seconds=seconds)
             gptq = row if label == "GPTQ" else gptq
             rows.append(row)
             print(row.spell(), flush=True)
@@ -168,46 +150,6 @@ def _effective_bits(checkpoint: Checkpoint) -> float:
     forms = list(checkpoint.forms().values())
     weights = sum(form.shape[0] * form.shape[1] for form in forms)
     return 8 * total_stored_bytes(forms) / weights
-
-
-def _row(
-    model: str,
-    method: str,
-    figures: tuple[float, float, float],
-    scores: Sequence[Score],
-    baseline: Score,
-    gptq: Row | None,
-) -> Row:
-    bits, effective, seconds = figures
-    # A question's credit is its mean over calibration sets: questions are what intervals are of.
-    per_set = zip(*(score.credits for score in scores), strict=True)
-    earned = tuple(statistics.fmean(each) for each in per_set)
-    accuracy = statistics.fmean(earned)
-    return Row(
-        model=model,
-        method=method,
-        bits=bits,
-        effective_bits=effective,
-        seconds=seconds,
-        n=baseline.n,
-        accuracy=accuracy,
-        interval=wilson_interval(sum(earned), len(earned)),
-        accuracies=tuple(score.accuracy for score in scores),
-        against_float=_points(baseline.credits, earned),
-        against_gptq=None if gptq is None else _points(gptq.credits, earned),
-        credits=earned,
-    )
-
-
-def _points(baseline: Sequence[float], candidate: Sequence[float]) -> tuple[float, float, float]:
-    paired = compare_paired(baseline, candidate)
-    return (100 * paired.difference, 100 * paired.interval_low, 100 * paired.interval_high)
-
-
-def _spell_points(points: tuple[float, float, float] | None) -> str:
-    if points is None:
-        return ""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
 
 
 def main() -> None:
