@@ -1,0 +1,1 @@
+"""Recovery: a compressed model learns from the float model that it came from."""

@@ -1,0 +1,204 @@
+"""What is minimised: logits, answers and features of a batch against the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pocketvlm.calibration.activations import ActivationStore
+from pocketvlm.calibration.prompts import Prompt
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.distillation.answers import (
+    AnswerBatch,
+    answer_states,
+    make_batch,
+    ordered_batches,
+)
+from pocketvlm.compress.distillation.losses import (
+    answer_cross_entropy,
+    feature_distance,
+    logit_divergence,
+)
+from pocketvlm.compress.distillation.teacher import TeacherTargets
+from pocketvlm.forward import VisualTokens, encode_images
+
+__all__ = ["Figures", "LossWeights", "Objective", "VisualSource", "fresh_visual", "stored_visual"]
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """How the parts of the loss are mixed.
+
+    Attributes:
+        temperature: Of both models' logits.
+        answers: Share of the answers' own cross-entropy; the rest is the teacher's divergence.
+        features: Weight of the features' relative squared distance.
+    """
+
+    temperature: float
+    answers: float
+    features: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Means over samples, in nats where not said otherwise.
+
+    Attributes:
+        loss: What is minimised.
+        divergence: KL(teacher || student) at temperature 1.
+        cross_entropy: Of the answers' tokens.
+        state_distance: Relative squared distance of the states that the head reads, or `None`.
+        visual_distance: The same of visual tokens.
+        agreement: Share of the answers' tokens of which both models' first choice is the same.
+    """
+
+    loss: float
+    divergence: float
+    cross_entropy: float
+    state_distance: float | None
+    visual_distance: float | None
+    agreement: float
+
+
+class VisualSource(Protocol):
+    """Where the student's visual tokens of some samples come from."""
+
+    def __call__(self, samples: Sequence[int]) -> VisualTokens:
+        """Visual tokens of these samples, in order."""
+
+
+def fresh_visual(checkpoint: Checkpoint, samples: CalibrationSet) -> VisualSource:
+    """Runs the tower; what a student needs whose tower or projector is trained."""
+
+    def look(chosen: Sequence[int]) -> VisualTokens:
+        images = [samples.samples[index].open_image() for index in chosen]
+        return encode_images(checkpoint, checkpoint.processor.pixels(images))
+
+    return look
+
+
+@torch.no_grad()
+def stored_visual(
+    look: VisualSource, count: int, store: ActivationStore, on_step: Callable[[int, int], None]
+) -> VisualSource:
+    """Runs the tower once over all samples; right where nothing in front of the decoder is trained.
+
+    Args:
+        look: Runs the tower.
+        count: Samples in all.
+        store: An empty store, which the caller closes.
+        on_step: Told how many samples are done, and of how many.
+    """
+    indices: list[Tensor] = []
+    for start in range(0, count, _BATCH):
+        chosen = range(start, min(start + _BATCH, count))
+        seen = look(chosen)
+        store.extend(embeds.clone() for embeds in seen.embeds)
+        indices.extend(seen.indices)
+        on_step(chosen.stop, count)
+
+    def recall(chosen: Sequence[int]) -> VisualTokens:
+        return VisualTokens(
+            embeds=torch.stack([store[index] for index in chosen]),
+            indices=torch.stack([indices[index] for index in chosen]),
+        )
+
+    return recall
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Objective:
+    """The loss of a student.
+
+    Attributes:
+        checkpoint: The student's model.
+        prompts: All samples as token ids.
+        visual: Its visual tokens.
+        targets: What the teacher says.
+        weights: How the parts are mixed.
+    """
+
+    checkpoint: Checkpoint
+    prompts: Sequence[Prompt]
+    visual: VisualSource
+    targets: TeacherTargets
+    weights: LossWeights
+
+    def loss(self, samples: Sequence[int]) -> Tensor:
+        """The samples' losses, summed; autograd may record it."""
+        return self._parts(make_batch(self.prompts, samples)).loss
+
+    @torch.no_grad()
+    def figures(self, samples: Sequence[int]) -> Figures:
+        """Mean figures over some samples, with the weights that the layers have now."""
+        parts = [
+            self._parts(make_batch(self.prompts, chosen))
+            for chosen in ordered_batches(self.prompts, samples, _BATCH)
+        ]
+
+        def mean(values: Sequence[Tensor | None]) -> float | None:
+            known = [float(value) for value in values if value is not None]
+            return sum(known) / len(samples) if known else None
+
+        return Figures(
+            loss=mean([part.loss for part in parts]) or 0.0,
+            divergence=mean([part.divergence for part in parts]) or 0.0,
+            cross_entropy=mean([part.cross_entropy for part in parts]) or 0.0,
+            state_distance=mean([part.states for part in parts]),
+            visual_distance=mean([part.visual for part in parts]),
+            agreement=mean([part.agreement for part in parts]) or 0.0,
+        )
+
+    def _parts(self, batch: AnswerBatch) -> _Parts:
+        weights, targets = self.weights, self.targets
+        seen = self.visual(batch.samples)
+        found = answer_states(self.checkpoint, batch, seen)
+        head = self.checkpoint.layer(self.checkpoint.spec.decoder.head)
+        logits = head(found)
+        wanted = targets.states_of(batch.samples)
+        with torch.no_grad():
+            wanted_logits = targets.head(wanted)
+            agreement = (wanted_logits.argmax(-1) == logits.argmax(-1)) * batch.shares
+        divergence = logit_divergence(wanted_logits, logits, batch.shares, weights.temperature)
+        answers = answer_cross_entropy(logits, batch.labels, batch.shares)
+        loss = (1 - weights.answers) * divergence + weights.answers * answers
+        states = visual = None
+        if targets.compares_states:
+            states = feature_distance(wanted, found, batch.shares)
+            loss = loss + weights.features * states
+        if targets.compares_visual:
+            tokens = targets.visual_of(batch.samples)
+            share = torch.full(tokens.shape[:2], 1 / tokens.shape[1])
+            visual = feature_distance(tokens, seen.embeds, share)
+            loss = loss + weights.features * visual
+        if weights.temperature != 1:
+            with torch.no_grad():
+                divergence = logit_divergence(wanted_logits, logits, batch.shares)
+        return _Parts(
+            loss=loss,
+            divergence=divergence,
+            cross_entropy=answers,
+            states=states,
+            visual=visual,
+            agreement=agreement.sum(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Parts:
+    """A batch's sums over its samples."""
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    states: Tensor | None
+    visual: Tensor | None
+    agreement: Tensor
