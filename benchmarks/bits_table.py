@@ -39,8 +39,8 @@ from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.weights import total_stored_bytes
 
-# Bits of a code and columns that share a scale; 0 is one scale a row.
-SCALAR = {2.0: (2, 0), 2.25: (2, 96), 3.0: (3, 0), 4.0: (4, 0), 8.0: (8, 0)}
+# Bits of a code and most columns that may share a scale; 0 is one scale a row.
+SCALAR = {2.0: (2, 0), 2.25: (2, 128), 3.0: (3, 0), 4.0: (4, 0), 8.0: (8, 0)}
 # Bits of an index and rows that it stands for.
 VECTOR = {2.0: (8, 4), 2.25: (9, 4), 3.0: (6, 2), 4.0: (8, 2), 8.0: (8, 1)}
 
@@ -49,21 +49,25 @@ _SCALE_BITS = 0.12
 
 
 def affine_rules(spec: ModelSpec, bits: float) -> tuple[WeightRule, ...]:
-    """One rule a layer, since a group may be no wider than its layer."""
-    width, size = SCALAR[bits]
+    """One rule a layer: groups are the widest that divide it, since padding would be stored."""
+    width, most = SCALAR[bits]
     return tuple(
         WeightRule(
             match=re.escape(linear.name),
             bits=width,
-            group_size=min(size or linear.in_features, linear.in_features),
+            group_size=max(
+                size
+                for size in range(1, linear.in_features + 1)
+                if linear.in_features % size == 0 and (not most or size <= most)
+            ),
         )
         for linear in spec.linears()
     )
 
 
 def palette_rules(bits: float) -> tuple[CodebookRule, ...]:
-    """Scalar palettes; a quarter of a bit more buys every 32 rows a palette of their own."""
-    rows = 32 if bits % 1 else None
+    """Scalar palettes; a quarter of a bit more buys every two rows a palette of their own."""
+    rows = 2 if bits % 1 else None
     return (CodebookRule(index_bits=int(bits), vector_length=1, rows_a_group=rows),)
 
 
