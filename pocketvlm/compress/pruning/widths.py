@@ -1,0 +1,147 @@
+"""How wide the blocks become: what was asked for, as widths that kernels and stock classes take.
+
+Rounding always removes a little more than was asked for, never less.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pocketvlm.compress.pruning.channels import Widths
+from pocketvlm.errors import RecipeError
+from pocketvlm.modelspec import DecoderSpec, ModelSpec
+
+__all__ = ["MULTIPLES", "Multiple", "choose_widths", "decoder_share", "narrow_channels"]
+
+Multiple = Literal[32, 64]
+MULTIPLES: tuple[Multiple, ...] = (32, 64)
+"""Widths that int4 groups, SIMD kernels and Core ML like are multiples of these."""
+
+# A share such as 0.3 of 10 must not miss its whole number by a float's last digit.
+_SLACK = 1e-9
+
+
+def narrow_channels(count: int, ratio: float, multiple_of: int, field: str) -> int:
+    """Channels that are left when at least `ratio` of them goes.
+
+    Args:
+        count: Channels that there are.
+        ratio: Share to remove, at least 0 and below 1; 0 keeps all, whatever their number.
+        multiple_of: What the number left is a multiple of.
+        field: The option, for messages.
+
+    Raises:
+        RecipeError: Less than one multiple would be left.
+    """
+    if ratio == 0:
+        return count
+    return _whole_multiple(math.floor(count * (1 - ratio) + _SLACK), count, multiple_of, field)
+
+
+def choose_widths(
+    spec: ModelSpec,
+    *,
+    decoder_parameters: float | None,
+    ffn_ratio: float,
+    kv_groups: int | None,
+    tower_ffn_ratio: float,
+    multiple_of: int,
+) -> Widths:
+    """The widths of all blocks.
+
+    A share of the decoder's parameters is taken from attention first, in whole KV groups, but
+    never a larger share of attention than was asked for of the whole; the FFN gives the rest. A
+    model of few groups therefore keeps its attention at small shares and loses FFN channels alone,
+    which is what such models survive best.
+
+    Args:
+        spec: The model.
+        decoder_parameters: Share of the weights of the decoder's blocks that is removed, or
+            `None` where the next two say.
+        ffn_ratio: Share of the decoder's FFN channels that is removed.
+        kv_groups: KV groups that are kept; `None` for all, or for what `decoder_parameters` needs.
+        tower_ffn_ratio: Share of the tower's FFN channels that is removed.
+        multiple_of: What numbers of channels are multiples of.
+
+    Raises:
+        RecipeError: A width is not possible; the message says what is.
+    """
+    decoder = spec.decoder
+    if kv_groups is not None and not 1 <= kv_groups <= decoder.kv_heads:
+        raise RecipeError(
+            f"kv_groups: {kv_groups} cannot be kept of {decoder.kv_heads}; allowed are 1 to "
+            f"{decoder.kv_heads}"
+        )
+    if decoder_parameters is None:
+        groups = decoder.kv_heads if kv_groups is None else kv_groups
+        ffn = narrow_channels(decoder.ffn_size, ffn_ratio, multiple_of, "ffn_ratio")
+    else:
+        groups = _groups_for(decoder, decoder_parameters) if kv_groups is None else kv_groups
+        ffn = _ffn_for(decoder, decoder_parameters, groups, multiple_of)
+    tower = narrow_channels(spec.tower.ffn_size, tower_ffn_ratio, multiple_of, "tower_ffn_ratio")
+    return Widths(ffn=ffn, kv_groups=groups, tower_ffn=tower)
+
+
+def decoder_share(spec: ModelSpec, widths: Widths, *, with_tables: bool) -> float:
+    """Share of the decoder's weights that is removed, matrices alone.
+
+    Args:
+        spec: The model as it was.
+        widths: What is kept.
+        with_tables: Whether the embedding and the head count as the decoder's.
+    """
+    decoder = spec.decoder
+    whole = decoder.depth * (
+        decoder.kv_heads * _group_weights(decoder) + decoder.ffn_size * _channel_weights(decoder)
+    )
+    left = decoder.depth * (
+        widths.kv_groups * _group_weights(decoder) + widths.ffn * _channel_weights(decoder)
+    )
+    tables = (1 if decoder.tied_head else 2) * decoder.vocab_size * decoder.hidden_size
+    return (whole - left) / (whole + tables * with_tables)
+
+
+def _group_weights(decoder: DecoderSpec) -> int:
+    """Weights of one KV group in one block: its rows of q, k and v and its columns of o."""
+    queries = decoder.heads // decoder.kv_heads
+    return decoder.hidden_size * decoder.head_dim * (2 * queries + 2)
+
+
+def _channel_weights(decoder: DecoderSpec) -> int:
+    """Weights of one FFN channel in one block."""
+    return 3 * decoder.hidden_size
+
+
+def _groups_for(decoder: DecoderSpec, share: float) -> int:
+    """The fewest groups that keep attention's share at or below that of the whole."""
+    queries = decoder.heads // decoder.kv_heads
+    fewest = decoder.kv_heads - math.floor(decoder.kv_heads * share + _SLACK)
+    # The stock class wants as many heads as divide the hidden size.
+    possible = (
+        count
+        for count in range(max(1, fewest), decoder.kv_heads)
+        if decoder.hidden_size % (count * queries) == 0
+    )
+    return next(possible, decoder.kv_heads)
+
+
+def _ffn_for(decoder: DecoderSpec, share: float, groups: int, multiple_of: int) -> int:
+    """FFN channels that are left once attention has given what it gives."""
+    each = _channel_weights(decoder)
+    whole = decoder.kv_heads * _group_weights(decoder) + decoder.ffn_size * each
+    missing = share * whole - (decoder.kv_heads - groups) * _group_weights(decoder)
+    if missing <= 0:
+        return decoder.ffn_size
+    left = math.floor(decoder.ffn_size - missing / each + _SLACK)
+    return _whole_multiple(left, decoder.ffn_size, multiple_of, "decoder_parameters")
+
+
+def _whole_multiple(left: int, count: int, multiple_of: int, field: str) -> int:
+    width = left // multiple_of * multiple_of
+    if width < multiple_of:
+        raise RecipeError(
+            f"{field}: of {count} channels {max(0, left)} would be left, less than one multiple of "
+            f"{multiple_of}; allowed is to remove at most {1 - multiple_of / count:.3f} of them"
+        )
+    return width
