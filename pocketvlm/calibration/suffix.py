@@ -160,7 +160,9 @@ class SuffixRunner:
             current = self._run(segment, current)
         found: dict[int, Tensor] = {}
         for rows, state in zip(self._rows, current, strict=True):
-            lengths = [_answer_length(self.prompts[row]) for row in rows]
+            lengths = [
+                self.prompts[row].answer_end - self.prompts[row].answer_start for row in rows
+            ]
             found.update(zip(rows, state.hidden.split(lengths), strict=True))
         return tuple(found[row] for row in range(len(self.prompts)))
 
@@ -219,26 +221,15 @@ class SuffixRunner:
         """Logits that predict the answers' tokens, [tokens, vocabulary], sample after sample."""
         model, spec = self._checkpoint.model, self._checkpoint.spec
         rows = [
-            hidden[_predicting(self.prompts[row], hidden.shape[0])]
+            hidden[self.prompts[row].predicting(hidden.shape[0])]
             for row, hidden in zip(self._rows[number], state.hidden, strict=True)
         ]
         normed = model.get_submodule(f"{spec.decoder.prefix}.norm")(torch.cat(rows))
         return _State(hidden=model.get_submodule(spec.decoder.head)(normed))
 
 
-def _answer_length(prompt: Prompt) -> int:
-    return prompt.answer_end - prompt.answer_start
-
-
-def _predicting(prompt: Prompt, length: int) -> slice:
-    """Columns whose logits predict the answer, in a sequence of this length."""
-    # The image stands before the answer, so the tokens that were removed from it move all of it.
-    shift = len(prompt.token_ids) - length + 1
-    return slice(prompt.answer_start - shift, prompt.answer_end - shift)
-
-
 def _require_answer(prompt: Prompt) -> None:
-    if _answer_length(prompt) <= 0:
+    if not prompt.has_answer:
         raise CalibrationError(
             f"{prompt.where}: has no answer, or all of it was cut off; sensitivity is measured at "
             "the answers' tokens, so every sample needs one"
