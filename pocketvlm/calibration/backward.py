@@ -10,22 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.calibration.activations import ActivationStore
-from pocketvlm.calibration.halves import HalfBlock, decoder_halves
+from pocketvlm.calibration.block_graph import dense_weights, linears_of, record_block, run_halves
+from pocketvlm.calibration.halves import decoder_halves
 from pocketvlm.calibration.prompts import Prompt, PromptBatch
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
-from pocketvlm.forward import VisualTokens, embed_prompts
-from pocketvlm.weights import FormLinear, cache_dense_weights
+from pocketvlm.forward import DecoderInputs, VisualTokens, embed_prompts
+from pocketvlm.weights import cache_dense_weights
 
-__all__ = ["AnswerLoss", "LayerGradients", "answer_loss", "walk_back"]
+__all__ = [
+    "AnswerLoss",
+    "LayerGradients",
+    "answer_loss",
+    "enter_decoder",
+    "require_answers",
+    "walk_back",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +64,7 @@ class LayerGradients:
     Attributes:
         block: Which block.
         batch: Which batch.
+        inputs: What each linear read [batch, length, in_features], by name.
         outputs: Gradient at each linear's output [batch, length, out_features], by name.
         weights: Gradient of each linear's dense weight [out_features, in_features], by name;
             empty unless asked for.
@@ -62,6 +72,7 @@ class LayerGradients:
 
     block: int
     batch: int
+    inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
 
@@ -91,11 +102,8 @@ def answer_loss(
         CalibrationError: A sample has no answer, its answer was cut off, or its loss is not
             finite.
     """
-    for prompt in prompts:
-        _require_answer(prompt)
+    require_answers(prompts)
     model, spec = checkpoint.model, checkpoint.spec
-    rotary = cast("Any", model.get_submodule(spec.decoder.prefix)).rotary_emb
-    removed = spec.visual_tokens - visual.embeds.shape[1]
     arguments: list[Mapping[str, Any]] = []
     is_visual: list[Tensor] = []
     with ExitStack() as stack:
@@ -104,19 +112,13 @@ def answer_loss(
         states = stack.enter_context(ActivationStore(spill_folder))
         with torch.no_grad():
             for batch in batches:
-                rows = list(batch.samples)
-                inputs = embed_prompts(
-                    checkpoint,
-                    torch.tensor([prompts[index].token_ids for index in rows]),
-                    VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows]),
-                )
+                inputs, beside = enter_decoder(checkpoint, prompts, batch, visual)
                 states.append(inputs.embeds)
                 is_visual.append(inputs.is_visual)
-                angles = rotary(inputs.embeds, position_ids=inputs.positions)
-                arguments.append({"attention_mask": None, "position_embeddings": angles})
+                arguments.append(beside)
         for block in range(spec.decoder.depth):
             halves = decoder_halves(model, spec, block)
-            with _cached(halves):
+            with dense_weights([half.body for half in halves]):
                 for index, hidden in enumerate(states):
                     entering.append(hidden)
                     middle = halves[0].run(hidden, arguments[index])
@@ -129,13 +131,14 @@ def answer_loss(
                 leaf = states[index].detach().requires_grad_()
                 value = torch.zeros(())
                 for row, sample in enumerate(batch.samples):
-                    columns = _answer_columns(prompts[sample], removed)
+                    columns = prompts[sample].predicting(leaf.shape[1])
                     logits = head(norm(leaf[row, columns]))
-                    value = value + _cross_entropy(logits, prompts[sample])
-                if not bool(torch.isfinite(value)):
-                    raise CalibrationError(
-                        f"{prompts[batch.samples[0]].where}: the loss of its batch is not finite"
-                    )
+                    own = _cross_entropy(logits, prompts[sample])
+                    if not bool(torch.isfinite(own)):
+                        raise CalibrationError(
+                            f"{prompts[sample].where}: the loss of its answer is not finite"
+                        )
+                    value = value + own
                 (states[index],) = torch.autograd.grad(value, [leaf])
                 total += float(value.detach())
         yield AnswerLoss(
@@ -166,32 +169,58 @@ def walk_back(
     count = len(loss.arguments)
     for block in reversed(range(checkpoint.spec.decoder.depth)):
         halves = decoder_halves(checkpoint.model, checkpoint.spec, block)
-        with _cached(halves):
-            layers = _linears(halves)
+        with dense_weights([half.body for half in halves]):
+            layers = linears_of(halves)
             if weights:
                 for layer in layers.values():
                     layer.cached = layer.weight.detach().requires_grad_()
+            leaves = [layer.weight for layer in layers.values()] if weights else []
             for batch in range(count):
-                hidden = loss.entering[block * count + batch].detach().requires_grad_()
-                outputs: dict[str, Tensor] = {}
-                with torch.enable_grad(), _recorded(layers, outputs):
-                    middle = halves[0].output(hidden, loss.arguments[batch])
-                    behind = halves[1].output(middle, {})
-                leaves = [layer.weight for layer in layers.values()] if weights else []
-                entering, *found = torch.autograd.grad(
-                    behind, [hidden, *outputs.values(), *leaves], loss.gradient[batch]
+                graph = record_block(
+                    partial(run_halves, halves, loss.arguments[batch]),
+                    layers,
+                    loss.entering[block * count + batch],
                 )
+                entering, outputs, found = graph.pull(loss.gradient[batch], leaves)
                 loss.gradient[batch] = entering
                 yield LayerGradients(
                     block=block,
                     batch=batch,
-                    outputs=dict(zip(outputs, found, strict=False)),
-                    weights=dict(zip(layers, found[len(outputs) :], strict=False)),
+                    inputs=graph.inputs,
+                    outputs=outputs,
+                    weights=dict(zip(layers, found, strict=False)),
                 )
 
 
+@torch.no_grad()
+def enter_decoder(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
+) -> tuple[DecoderInputs, Mapping[str, Any]]:
+    """A batch of prompts in front of the first block, and what attention takes beside them."""
+    rows = list(batch.samples)
+    inputs = embed_prompts(
+        checkpoint,
+        torch.tensor([prompts[index].token_ids for index in rows]),
+        VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows]),
+    )
+    decoder = cast("Any", checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix))
+    angles = decoder.rotary_emb(inputs.embeds, position_ids=inputs.positions)
+    # No mask: causal attention within the sequence, whatever gaps its positions have.
+    return inputs, {"attention_mask": None, "position_embeddings": angles}
+
+
+def require_answers(prompts: Sequence[Prompt]) -> None:
+    """Checks that every prompt has an answer whose loss can be taken.
+
+    Raises:
+        CalibrationError: A sample has no answer, or its answer was cut off.
+    """
+    for prompt in prompts:
+        _require_answer(prompt)
+
+
 def _require_answer(prompt: Prompt) -> None:
-    if prompt.answer_end > prompt.answer_start:
+    if prompt.has_answer:
         return
     if prompt.is_truncated:
         raise CalibrationError(
@@ -204,49 +233,6 @@ def _require_answer(prompt: Prompt) -> None:
     )
 
 
-def _answer_columns(prompt: Prompt, removed: int) -> slice:
-    """Columns whose logits predict the answer: each token is predicted one column earlier."""
-    # The image stands before the answer, so the tokens that were removed from it move all of it.
-    return slice(prompt.answer_start - removed - 1, prompt.answer_end - removed - 1)
-
-
 def _cross_entropy(logits: Tensor, prompt: Prompt) -> Tensor:
     answer = prompt.token_ids[prompt.answer_start : prompt.answer_end]
     return functional.cross_entropy(logits, torch.tensor(answer))
-
-
-@contextmanager
-def _cached(halves: Sequence[HalfBlock]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for half in halves:
-            stack.enter_context(cache_dense_weights(half.body))
-        yield
-
-
-def _linears(halves: Sequence[HalfBlock]) -> dict[str, FormLinear]:
-    """The halves' linears by their full names, in order of execution."""
-    layers = {}
-    for half in halves:
-        prefix = half.last.rpartition(".")[0]
-        for name in (*half.first, half.last):
-            layer = half.body.get_submodule(name.removeprefix(f"{prefix}."))
-            layers[name] = cast("FormLinear", layer)
-    return layers
-
-
-@contextmanager
-def _recorded(layers: Mapping[str, nn.Module], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Puts every output into `outputs`, by the layer's name."""
-
-    def record(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[name] = output
-
-        return hook
-
-    handles = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
