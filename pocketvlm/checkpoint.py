@@ -118,6 +118,8 @@ class Checkpoint:
         source: Where the weights came from.
         reducer: The visual-token reduction, or `None` for all tokens.
         cache_grid: What the KV cache is rounded to, or `None` where it stays float32.
+        visual_layers: First layers of the decoder that visual tokens run through
+            (`pocketvlm.visual_depth`), or `None` for all of them.
         history: One record a stage, in order.
     """
 
@@ -128,6 +130,7 @@ class Checkpoint:
     source: Source
     reducer: TokenReducer | None = None
     cache_grid: CacheGrid | None = None
+    visual_layers: int | None = None
     history: tuple[StageRecord, ...] = ()
 
     @classmethod
@@ -176,6 +179,7 @@ class Checkpoint:
             source=Source(**manifest["source"]),
             reducer=_restore_reducer(manifest, spec, reducers or {}, path),
             cache_grid=_load_cache_grid(spec, files),
+            visual_layers=_read_visual_layers(manifest, spec, path),
             history=tuple(_record_from_json(record) for record in manifest["history"]),
         )
 
@@ -206,6 +210,7 @@ class Checkpoint:
                         if reducing
                         else None
                     ),
+                    "visual_layers": self.visual_layers,
                     "history": [_timeless(record) for record in self.history],
                 },
             )
@@ -586,6 +591,18 @@ def _restore_reducer(
             "load it with pocketvlm.load_checkpoint"
         )
     return reducers[stored["method"]](stored["parameters"], spec)
+
+
+def _read_visual_layers(manifest: Mapping[str, Any], spec: ModelSpec, path: Path) -> int | None:
+    stored = manifest.get("visual_layers")
+    if stored is None:
+        return None
+    if not isinstance(stored, int) or not 0 < stored < spec.decoder.depth:
+        raise CheckpointError(
+            f"{path / _MANIFEST}: visual_layers is {stored!r}; allowed are 1 to "
+            f"{spec.decoder.depth - 1}, or null"
+        )
+    return stored
 
 
 def _record_from_json(record: Mapping[str, Any]) -> StageRecord:

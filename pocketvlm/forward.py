@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import ReducerInputs
+from pocketvlm.visual_depth import run_decoder
 
 __all__ = [
     "DecoderInputs",
@@ -254,6 +255,8 @@ def new_cache(checkpoint: Checkpoint) -> Any:
 def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = None) -> Tensor:
     """What the head reads, [batch, length, width]: hidden states behind the decoder's last norm.
 
+    Where visual tokens end before the last layer, their columns are zero.
+
     Args:
         checkpoint: The model.
         inputs: The spliced prompt, or one step of generation.
@@ -262,6 +265,15 @@ def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = N
     decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
     if cache is None and checkpoint.cache_grid is not None:
         cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
+    if checkpoint.visual_layers is not None:
+        return run_decoder(
+            decoder,
+            inputs.embeds,
+            inputs.positions,
+            inputs.is_visual,
+            visual_layers=checkpoint.visual_layers,
+            cache=cache,
+        )
     # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
     # the positions for borders between packed sequences, and keep them from seeing each other.
     whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
@@ -293,7 +305,12 @@ def decode_logits(
         last_only: Whether only the last column is needed.
         columns: int64 [batch, m]: which columns are needed; the head runs on these alone, so that
             prompts padded on the right can share a batch at no cost.
+
+    Raises:
+        ValueError: Only the last column is needed, and it is visual where visual tokens end early.
     """
+    if last_only and checkpoint.visual_layers is not None and bool(inputs.is_visual[:, -1].any()):
+        raise ValueError("the last column is visual, and visual tokens end before the last layer")
     hidden = decoder_states(checkpoint, inputs, cache)
     if last_only:
         hidden = hidden[:, -1:]

@@ -37,3 +37,30 @@ def tiny_checkpoint(tiny_path: Path):
     from pocketvlm.checkpoint import Checkpoint
 
     return Checkpoint.load(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def deep_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of tiny models whose decoders have four layers, by family."""
+    from pocketvlm.testing import tiny_config, write_random_model
+
+    root = tmp_path_factory.mktemp("deep")
+    for family in FAMILIES:
+        config = tiny_config(family)
+        config["text_config"]["num_hidden_layers"] = 4
+        write_random_model(config, root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def deep_path(request: pytest.FixtureRequest, deep_paths: dict[str, Path]) -> Path:
+    """One directory of a tiny model with four decoder layers, each family in turn; read-only."""
+    return deep_paths[request.param]
+
+
+@pytest.fixture
+def deep_checkpoint(deep_path: Path):
+    """A fresh checkpoint of a tiny model with four decoder layers, each family in turn."""
+    from pocketvlm.checkpoint import Checkpoint
+
+    return Checkpoint.load(deep_path)
