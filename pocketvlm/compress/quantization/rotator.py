@@ -13,7 +13,6 @@ inverse may be inserted. Three places allow that:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from pocketvlm.compress.quantization.folding import (
     write_vector,
 )
 from pocketvlm.compress.quantization.orthogonal import fix_ones, random_rotation
+from pocketvlm.context import derive_seed
 
 __all__ = ["Rotator"]
 
@@ -194,5 +194,4 @@ class Rotator:
 
     def _generator(self, label: str) -> torch.Generator:
         # Each rotation has a stream of its own: leaving one out does not change the others.
-        digest = hashlib.sha256(f"{self._seed} {label}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.Generator().manual_seed(derive_seed(self._seed, label))
