@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.pruning.allocation import Allocation, Budget, Uniform, uniform_counts
 from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, select
+from pocketvlm.compress.pruning.regression import refit_half, refit_layer
 from pocketvlm.compress.pruning.rules import DEFAULT_RULES, PruneRule, Target, choose_layers
 from pocketvlm.compress.quantization.calibrated import diagonal_block_width
 from pocketvlm.compress.quantization.fitting import Evidence, compare_outputs, weigh_moments
@@ -33,10 +34,13 @@ from pocketvlm.planned import PlannedForm, PlannedSparse
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.weights import DenseWeight, SparseWeight, WeightForm
 
-__all__ = ["LayerPruner", "Pruned", "Pruner", "PruningTask"]
+__all__ = ["LayerPruner", "Pruned", "Pruner", "PruningTask", "Update"]
+
+Update = Literal["none", "regression"]
 
 _ONE_BY_ONE = Unstructured()
 _ALIKE = Uniform()
+_REFITTED = ".refitted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,8 @@ class Pruner(ABC):
         modality_weights: Weight of visual tokens in the decoder's statistics.
         held_out: Share of the samples that only judge.
         tower_tokens: Tokens after which the tower's statistics are taken to be known.
+        update: `regression` fits what every layer keeps, and then the last linear of every half
+            block, to the float model's outputs; costs a second forward pass.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
@@ -124,6 +130,7 @@ class Pruner(ABC):
     modality_weights: ModalityWeighting = "uniform"
     held_out: float = 0.125
     tower_tokens: int = 16384
+    update: Update = "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -140,6 +147,10 @@ class Pruner(ABC):
             raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
         if self.tower_tokens < 1:
             raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
+        if self.update not in get_args(Update):
+            raise ValueError(
+                f"update {self.update!r} is unknown; allowed are {', '.join(get_args(Update))}"
+            )
         check_weighting(self.modality_weights)
 
     @property
@@ -252,15 +263,21 @@ class Pruner(ABC):
         store: LayerStore,
         ctx: RunContext,
     ) -> Iterator[tuple[str, FinishedLayer]]:
-        """Pruned layers one by one, each to be put into the checkpoint before the next is asked."""
+        """Pruned layers one by one, each to be put into the checkpoint before the next is asked.
+
+        With an update, the last layer of a half block comes a second time when the half is done.
+        """
         finished = {name: layer for name in tasks if (layer := store.load(name)) is not None}
-        if len(finished) == len(tasks):
+        refits = self.update == "regression"
+        if len(finished) == len(tasks) and not refits:
             yield from finished.items()
             return
         pruner = self.begin(checkpoint, tuple(tasks.values()), calibration, ctx)
-        if not pruner.needs_inputs:
+        if not pruner.needs_inputs and not refits:
             for name, task in tasks.items():
-                layer = finished.get(name) or _prune(pruner, task, checkpoint.form(name), None)
+                layer = finished.get(name)
+                if layer is None:
+                    layer = _prune(pruner, task, checkpoint.form(name), None, refits=False)
                 store.save(name, layer)
                 yield name, layer
             return
@@ -271,10 +288,16 @@ class Pruner(ABC):
             held_out=self.held_out,
             tower_tokens=self.tower_tokens,
             spill_folder=ctx.scratch_dir,
+            carry_float=refits,
         )
-        left = set(tasks)
+        left, made = set(tasks), dict[str, FinishedLayer]()
         for step in walk:
             if isinstance(step, FinishedHalf):
+                name = step.half.last
+                if name in tasks:
+                    layer = store.load(name + _REFITTED) or _refit(step, made[name])
+                    store.save(name + _REFITTED, layer)
+                    yield name, layer
                 continue
             names = [name for name in step.names if name in left]
             evidence: Evidence | None = None
@@ -287,11 +310,13 @@ class Pruner(ABC):
             for name in names:
                 layer = finished.get(name)
                 if layer is None:
-                    layer = _prune(pruner, tasks[name], checkpoint.form(name), evidence)
+                    weight = checkpoint.form(name)
+                    layer = _prune(pruner, tasks[name], weight, evidence, refits=refits)
                     store.save(name, layer)
                 left.remove(name)
+                made[name] = layer
                 yield name, layer
-            if not left:
+            if not left and not refits:
                 return
 
 
@@ -306,13 +331,27 @@ def _require_dense(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
 
 
 def _prune(
-    pruner: LayerPruner, task: PruningTask, weight: WeightForm, evidence: Evidence | None
+    pruner: LayerPruner,
+    task: PruningTask,
+    weight: WeightForm,
+    evidence: Evidence | None,
+    *,
+    refits: bool,
 ) -> FinishedLayer:
     """Prunes a layer and describes what became of it, beside what magnitude would have kept."""
     started = time.perf_counter()
     name = task.linear.name
+    update: dict[str, Any] = {}
     try:
         pruned = pruner.prune(task, weight, evidence)
+        if refits and evidence is not None:
+            refitted = refit_layer(weight, pruned.form, evidence)
+            pruned = replace(pruned, form=refitted.form)
+            update = {
+                "update_kept": refitted.is_kept,
+                "loss_before_update": refitted.before,
+                "loss_after_update": refitted.after,
+            }
     except CalibrationError as error:
         raise CalibrationError(f"{name}: {error}") from error
     except PocketVLMError as error:
@@ -342,10 +381,29 @@ def _prune(
         "dead_rows": int((~rows).sum()),
         "reason": "all of its weights are zero" if not bool(dense.any()) else "",
         **figures,
+        **update,
         **pruned.figures,
         "seconds": time.perf_counter() - started,
     }
     return FinishedLayer(form=pruned.form, row=row)
+
+
+def _refit(half: FinishedHalf, layer: FinishedLayer) -> FinishedLayer:
+    """The last linear of a half block, fitted to the float model's state behind the half."""
+    name = half.half.last
+    try:
+        refitted = refit_half(half, layer.form)
+    except CalibrationError as error:
+        raise CalibrationError(f"{name}: {error}") from error
+    except PocketVLMError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    row = {
+        **layer.row,
+        "half_update_kept": refitted.is_kept,
+        "half_loss_before_update": refitted.before,
+        "half_loss_after_update": refitted.after,
+    }
+    return FinishedLayer(form=refitted.form, row=row)
 
 
 def _weight_error(dense: Tensor, form: WeightForm) -> float:

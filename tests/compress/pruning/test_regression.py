@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, SharedInput
 from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.regression import (
     aligned_targets,
     fit_kept,
@@ -19,6 +21,7 @@ from pocketvlm.compress.pruning.regression import (
     refit_layer,
 )
 from pocketvlm.compress.quantization.fitting import weigh_moments
+from pocketvlm.context import RunContext
 from pocketvlm.weights import SparseWeight
 
 
@@ -200,3 +203,31 @@ def _check_half(checkpoint, step: FinishedHalf) -> None:
         checkpoint.set_form(name, refitted.form)
         assert distance() == pytest.approx(refitted.after, rel=1e-3)
         assert refitted.after < refitted.before
+
+
+def test_update_of_a_stage_keeps_masks_and_comes_nearer(tiny_path, tmp_path) -> None:
+    """Same masks as without the update, every half no worse, and a killed run goes on alike."""
+    samples = CalibrationSet.from_reference(3, 12)
+    plain = Magnitude(ratio=0.5).apply(Checkpoint.load(tiny_path), samples, RunContext())
+    stage = Magnitude(ratio=0.5, update="regression")
+    fitted = stage.apply(Checkpoint.load(tiny_path), samples, RunContext(scratch_dir=tmp_path))
+    for linear, form in plain.forms().items():
+        if isinstance(form, SparseWeight):
+            assert torch.equal(form.mask, fitted.form(linear.name).mask)
+    halves = [row for row in fitted.history[-1].layers if "half_update_kept" in row]
+    assert len(halves) == 2 * (plain.spec.tower.feature_block + 1 + plain.spec.decoder.depth)
+    for row in halves:
+        better = row["half_loss_after_update"] < row["half_loss_before_update"]
+        assert row["half_update_kept"] == better
+    assert sum(row["half_update_kept"] for row in halves) > len(halves) / 2
+    for name in ("q_proj", "fc2.refitted", "down_proj"):
+        for file in tmp_path.glob(f"*{name}-*.safetensors"):
+            file.unlink()
+    again = stage.apply(Checkpoint.load(tiny_path), samples, RunContext(scratch_dir=tmp_path))
+    for linear, form in fitted.forms().items():
+        assert torch.equal(form.dequantize(), again.form(linear.name).dequantize())
+
+
+def test_an_unknown_update_is_refused() -> None:
+    with pytest.raises(ValueError, match="allowed are none, regression"):
+        Magnitude(update="ols")  # type: ignore[arg-type]
