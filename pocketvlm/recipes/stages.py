@@ -16,6 +16,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.wanda import Wanda
+from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.codebook import Codebook
@@ -80,6 +81,7 @@ class Target(Protocol):
 
 
 STAGES: tuple[type[Stage], ...] = (
+    PruneDepth,
     Magnitude,
     Wanda,
     ReduceTokens,
