@@ -34,7 +34,9 @@ Order = Literal["first", "second", "mix"]
 _ORDERS = ("first", "second", "mix")
 
 
-def taylor_elements(weight: Tensor, gradient: Tensor, fisher: Tensor, order: Order) -> Tensor:
+def taylor_elements(
+    weight: Tensor, gradient: Tensor, fisher: Tensor | None, order: Order
+) -> Tensor:
     """How much the loss changes with each element, of the shape of `weight`.
 
     Args:
@@ -42,9 +44,14 @@ def taylor_elements(weight: Tensor, gradient: Tensor, fisher: Tensor, order: Ord
         gradient: g, the mean of the samples' gradients.
         fisher: F, the mean of their squares; not read for `first`.
         order: Which terms are taken.
+
+    Raises:
+        ValueError: The order needs F.
     """
     if order == "first":
         return (weight * gradient).abs()
+    if fisher is None:
+        raise ValueError(f"order {order!r} needs the mean of squared gradients")
     if order == "second":
         return (weight * fisher * weight).abs()
     return (weight * gradient - 0.5 * weight * fisher * weight).abs()
@@ -53,14 +60,16 @@ def taylor_elements(weight: Tensor, gradient: Tensor, fisher: Tensor, order: Ord
 class GradientMeans:
     """Means over samples of one linear's gradients and of their squares.
 
-    Sums are float32 for the weight, as a gradient is, and hold one linear at a time.
+    Args:
+        squares: Whether squares are wanted, which doubles memory and work.
 
     Attributes:
         samples: How many were added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, squares: bool = True) -> None:
         self.samples = 0
+        self._squares = squares
         self._sums: dict[str, Tensor] = {}
 
     def add(self, step: LayerGradient) -> None:
@@ -69,13 +78,14 @@ class GradientMeans:
             own = {"weight": outputs.T @ inputs, "bias": outputs.sum(dim=0)}
             for name, gradient in own.items():
                 self._accumulate(f"{name}.gradient", gradient)
-                self._accumulate(f"{name}.fisher", gradient.square())
+                if self._squares:
+                    self._accumulate(f"{name}.fisher", gradient.square())
             self.samples += 1
 
-    def of(self, parameter: Literal["weight", "bias"]) -> tuple[Tensor, Tensor]:
-        """Mean gradient and mean squared gradient of the weight or of the bias."""
-        first, second = (self._sums[f"{parameter}.{kind}"] for kind in ("gradient", "fisher"))
-        return first / self.samples, second / self.samples
+    def of(self, parameter: Literal["weight", "bias"]) -> tuple[Tensor, Tensor | None]:
+        """Mean gradient of the weight or of the bias, and mean square where it is wanted."""
+        second = self._sums[f"{parameter}.fisher"] / self.samples if self._squares else None
+        return self._sums[f"{parameter}.gradient"] / self.samples, second
 
     def _accumulate(self, name: str, value: Tensor) -> None:
         if name in self._sums:
@@ -119,7 +129,9 @@ class Taylor:
             group = owners.get(step.name)
             if group is None:
                 continue
-            means.setdefault(step.name, GradientMeans()).add(step)
+            if step.name not in means:
+                means[step.name] = GradientMeans(squares=self.order != "first")
+            means[step.name].add(step)
             if not step.is_last:
                 continue
             mine = self._linear(group, step.name, checkpoint, means.pop(step.name))

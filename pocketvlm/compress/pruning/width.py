@@ -236,11 +236,11 @@ class PruneWidth:
             spill_folder=ctx.scratch_dir,
         )
         for step in walk if waiting else ():
-            if isinstance(step, FinishedHalf) or step.moments is None:
+            if isinstance(step, FinishedHalf) or step.names[0] not in waiting:
                 continue
-            group = waiting.pop(step.names[0], None)
-            if group is None:
-                continue
+            if step.moments is None:
+                raise AssertionError(f"{step.names[0]} is a linear, and has no inputs")
+            group = waiting.pop(step.names[0])
             columns = group.count * group.columns
             moments = step.moments(diagonal_block_width(columns, ()))
             try:
