@@ -37,7 +37,22 @@ Tone = Literal["good", "bad", "warn", "plain"]
 Row = Mapping[str, Any]
 
 _PARTS = ("tower", "projector", "decoder", "embedding", "head")
-_LAYER_COLUMNS = ("name", "part", "bits", "group_size", "symmetric", "bits_per_weight")
+# What a reader looks for first; whatever else a stage wrote down follows behind.
+_LAYER_COLUMNS = (
+    "name",
+    "method",
+    "grid",
+    "sparsity",
+    "bits",
+    "bits_per_weight",
+    "loss",
+    "loss_rtn",
+    "loss_magnitude",
+    "damping",
+    "dead_columns",
+    "seconds",
+    "reason",
+)
 _HIDDEN_COLUMNS = ("role", "block")
 
 
