@@ -51,6 +51,8 @@ class Component:
         function: Which function of the file it is, where a file holds several that share weights.
         states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
         notes: What the toolkit said while it converted the graph, and what is done at a price.
+        sparse_file: Path of the packed file that the graph's weights, or the graph itself, are
+            expanded from when it is loaded; `None` where nothing is packed.
     """
 
     target: str
@@ -62,6 +64,7 @@ class Component:
     function: str | None = None
     states: tuple[TensorSignature, ...] = ()
     notes: tuple[str, ...] = ()
+    sparse_file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,8 @@ class Manifest:
         positions: `original` or `consecutive`; see `reduction.TokenReducer`.
         prompt: `image_token`, `image_token_id`, `image_prefix` and `image_suffix`.
         generation: `eos_token_ids` and `max_positions`.
-        kv_cache: `layers`, `kv_heads`, `head_dim` and `dtype` of the decoder's cache.
+        kv_cache: `layers`, `kv_heads`, `head_dim` and `dtype` of the decoder's cache, and
+            `visual_layers` where later layers hold rows of text alone.
         components: The graphs.
         files: sha256 of every file of the bundle but the manifest, the report and the card.
         toolchain: Versions that produced the bundle.
@@ -100,8 +104,12 @@ class Manifest:
     schema: int = BUNDLE_SCHEMA
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values."""
-        return asdict(self)
+        """The manifest as JSON values; what was added later is left out where it says nothing."""
+        document = asdict(self)
+        for component in document["components"]:
+            if component["sparse_file"] is None:
+                del component["sparse_file"]
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: Path) -> Manifest:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PlannedAffine", "PlannedCodebook", "PlannedForm", "PlannedSparse"]
+from pocketvlm.errors import RecipeError
+
+__all__ = [
+    "PlannedAffine",
+    "PlannedCodebook",
+    "PlannedForm",
+    "PlannedSparse",
+    "plan_behind_mask",
+]
 
 _BYTE = 8
 _FLOAT16_BYTES = 2
@@ -123,10 +131,14 @@ class PlannedSparse:
         values: What kept elements are stored as; `None` for float16. A codebook holds single
             values in one group of columns, with indices of up to 8 bits, and has no extras but
             scales of rows.
+        block: Rows and columns that are kept or removed together.
+        choice: `(keep, of)` where every `of` neighbouring columns keep `keep`.
     """
 
     density: float
     values: PlannedAffine | PlannedCodebook | None = None
+    block: tuple[int, int] = (1, 1)
+    choice: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -170,3 +182,26 @@ class PlannedSparse:
 
 
 PlannedForm = PlannedAffine | PlannedCodebook | PlannedSparse
+
+
+def plan_behind_mask(name: str, density: float, values: PlannedForm) -> PlannedSparse:
+    """What a pruned layer will be stored as, once it is quantized too.
+
+    Args:
+        name: The layer.
+        density: Share of its elements that the mask keeps.
+        values: What a quantizer makes of a layer without a mask.
+
+    Raises:
+        RecipeError: Elements of such a form cannot be stored one by one.
+    """
+    if isinstance(values, PlannedSparse):
+        return values
+    try:
+        return PlannedSparse(density=density, values=values)
+    except ValueError as error:
+        raise RecipeError(
+            f"{name}: is pruned to {density:.0%} and its mask has to survive: {error}; allowed are "
+            "integers, or codebooks with vector_length 1, column_groups 1, at most 8 index_bits, "
+            "no residual_bits, no outliers, and normalize rows or none"
+        ) from error

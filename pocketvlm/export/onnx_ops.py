@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.onnx_codebook import affine_rows, codebook_matrix, codebook_rows
+from pocketvlm.export.onnx_masked import masked_codes, masked_floats
 from pocketvlm.export.onnx_packing import narrowest_float, pack_weight
 from pocketvlm.export.onnx_reducer import trace_reducer
 from pocketvlm.export.onnx_writer import CONTRIB, GraphWriter
+from pocketvlm.export.unmasked import has_zero_code, unmasked
 from pocketvlm.forward import embed_patches
 from pocketvlm.weights import (
     AffineWeight,
     CodebookWeight,
     DenseWeight,
+    KeptIntegers,
+    KeptValues,
     SparseWeight,
     WeightForm,
 )
@@ -34,6 +38,11 @@ _ACTIVATIONS: dict[str, tuple[str, float | None]] = {
     "quick_gelu": ("QuickGelu", 1.702),
     "silu": ("QuickGelu", 1.0),
 }
+
+# Which rows a layer computes, how its values are called, and the input that counts its past.
+_Rows = Literal["all", "text"]
+_LABELS: dict[_Rows, str] = {"all": "", "text": "text."}
+_PASTS: dict[_Rows, str] = {"all": "past_length", "text": "past_text_length"}
 
 
 class OnnxOps:
@@ -82,19 +91,18 @@ class OnnxOps:
 
     def embed_tokens(self, token_ids: str) -> str:
         name = self._spec.decoder.embedding
-        form = self._checkpoint.form(name)
+        masked = self._checkpoint.form(name)
+        form = unmasked(masked)
         if isinstance(form, AffineWeight):
             if form.has_float_zeros:  # GatherBlockQuantized takes integers only
                 return affine_rows(self._graph, name, form, token_ids)
-            return self._embed_quantized(token_ids, name, form)
+            return self._embed_quantized(token_ids, name, form, masked)
         if isinstance(form, CodebookWeight):
             return codebook_rows(self._graph, name, form, token_ids)
         table, data_type = narrowest_float(_dense(name, form))
-        rows = self._graph.node(
-            "Gather",
-            [self._graph.constant(f"{name}.weight", table, data_type=data_type), token_ids],
-            name=name,
-        )
+        places = masked_floats([masked], data_type)
+        stored = self._graph.constant(f"{name}.weight", table, data_type=data_type, masked=places)
+        rows = self._graph.node("Gather", [stored, token_ids], name=name)
         if data_type == onnx.TensorProto.FLOAT:
             return rows
         # Cast after the look-up, so that the table stays narrow in memory.
@@ -176,8 +184,10 @@ class OnnxOps:
 
     def cached_attention(self, joined: str, block: int, *names: str) -> str:
         decoder = self._spec.decoder
-        before, total = self._sequence_lengths()
-        cosine, sine = self._rotary_rows()
+        late = self._checkpoint.visual_layers
+        kept: _Rows = "text" if late is not None and block >= late else "all"
+        before, total = self._sequence_lengths(kept)
+        cosine, sine = self._rotary_rows(kept)
         label = f"{decoder.blocks}.{block}.self_attn"
         attended, _, _ = self._graph.nodes(
             "GroupQueryAttention",
@@ -203,6 +213,10 @@ class OnnxOps:
             **self._cache_attributes(),
         )
         return attended
+
+    def select_text(self, inputs: str) -> str:
+        """The rows that `text_rows` names."""
+        return self._graph.node("Gather", [inputs, "text_rows"], name=f"{inputs}.text", axis=1)
 
     def drop_first(self, inputs: str) -> str:
         return self._slice(inputs, 1, np.iinfo(np.int64).max, axis=1, name="drop_cls")
@@ -242,11 +256,13 @@ class OnnxOps:
         """Gives a value the name of a graph's output."""
         self._graph.node("Identity", [value], name=name, output=name)
 
-    def _linear(self, inputs: str, names: Sequence[str], forms: list[WeightForm]) -> str:
+    def _linear(self, inputs: str, names: Sequence[str], masked: list[WeightForm]) -> str:
         name = _joined(names)
         bias = self._bias(names)
+        forms = [unmasked(form) for form in masked]
         if all(isinstance(form, AffineWeight) for form in forms):
-            return self._linear_quantized(inputs, name, cast("list[AffineWeight]", forms), bias)
+            affine = cast("list[AffineWeight]", forms)
+            return self._linear_quantized(inputs, name, affine, masked, bias)
         if isinstance(forms[0], CodebookWeight):
             expanded = codebook_matrix(self._graph, name, forms[0])
             product = self._graph.node("MatMul", [inputs, expanded], name=name)
@@ -254,7 +270,7 @@ class OnnxOps:
             dense = torch.cat([_dense(name, form) for form in forms])
             product = self._graph.node(
                 "FusedMatMul",
-                [inputs, self._float(f"{name}.weight", dense)],
+                [inputs, self._float(f"{name}.weight", dense, masked=masked)],
                 name=name,
                 domain=CONTRIB,
                 transB=1,
@@ -264,12 +280,18 @@ class OnnxOps:
         return self._graph.node("Add", [product, bias], name=f"{name}.biased")
 
     def _linear_quantized(
-        self, inputs: str, name: str, forms: list[AffineWeight], bias: str | None
+        self,
+        inputs: str,
+        name: str,
+        forms: list[AffineWeight],
+        masked: list[WeightForm],
+        bias: str | None,
     ) -> str:
         packed = pack_weight(name, forms)
+        places = masked_codes(masked, packed)
         operands = [
             inputs,
-            self._graph.constant(f"{name}.codes", packed.codes),
+            self._graph.constant(f"{name}.codes", packed.codes, masked=places),
             self._scales(name, packed.scales),
             self._zeros(name, packed.zeros),
             "",
@@ -287,10 +309,14 @@ class OnnxOps:
             accuracy_level=self._accuracy_level,
         )
 
-    def _embed_quantized(self, token_ids: str, name: str, form: AffineWeight) -> str:
+    def _embed_quantized(
+        self, token_ids: str, name: str, form: AffineWeight, masked: WeightForm
+    ) -> str:
         packed = pack_weight(name, [form])
+        codes = packed.codes.reshape(packed.out_features, -1)
+        places = masked_codes([masked], packed)
         operands = [
-            self._graph.constant(f"{name}.codes", packed.codes.reshape(packed.out_features, -1)),
+            self._graph.constant(f"{name}.codes", codes, masked=places),
             token_ids,
             self._scales(name, packed.scales),
         ]
@@ -327,12 +353,27 @@ class OnnxOps:
             "Cast", [stored], name=f"{name}.zeros_float32", to=onnx.TensorProto.FLOAT
         )
 
-    def _float(self, name: str, values: Tensor, *, narrow: bool = True) -> str:
-        """A float32 constant, stored in the narrowest type that is exact."""
+    def _float(
+        self,
+        name: str,
+        values: Tensor,
+        *,
+        narrow: bool = True,
+        masked: Sequence[WeightForm] = (),
+    ) -> str:
+        """A float32 constant, stored in the narrowest type that is exact.
+
+        Args:
+            name: Its name.
+            values: Its content.
+            narrow: Whether a narrower type may be looked for.
+            masked: The weights whose rows it joins, where it is a weight matrix.
+        """
         if not narrow:
             return self._graph.constant(name, values.detach().to(torch.float32).numpy())
         array, data_type = narrowest_float(values)
-        stored = self._graph.constant(name, array, data_type=data_type)
+        places = masked_floats(masked, data_type)
+        stored = self._graph.constant(name, array, data_type=data_type, masked=places)
         if data_type == onnx.TensorProto.FLOAT:
             return stored
         return self._graph.node("Cast", [stored], name=f"{name}_float32", to=onnx.TensorProto.FLOAT)
@@ -400,36 +441,55 @@ class OnnxOps:
             "kv_cache_bit_width": grid.bits,
         }
 
-    def _sequence_lengths(self) -> tuple[str, str]:
+    def _sequence_lengths(self, rows: _Rows) -> tuple[str, str]:
         """`seqlens_k` (one less than the total) and the total, as the attention wants them."""
-        if "total" not in self._shared:
+        label = _LABELS[rows]
+        if f"{label}total" not in self._shared:
             graph = self._graph
-            length = graph.node("Shape", ["position_ids"], name="length", start=1, end=2)
-            total = graph.node("Add", ["past_length", length], name="total_length")
-            total = graph.node("Cast", [total], name="total_int32", to=onnx.TensorProto.INT32)
+            length = graph.node("Shape", [self._positions_of(rows)], name=f"{label}length", start=1)
+            total = graph.node("Add", [_PASTS[rows], length], name=f"{label}total_length")
+            total = graph.node(
+                "Cast", [total], name=f"{label}total_int32", to=onnx.TensorProto.INT32
+            )
             one = graph.constant("one", np.array([1], dtype=np.int32))
             scalar = graph.constant("scalar", np.zeros(0, dtype=np.int64))
-            self._shared["before"] = graph.node("Sub", [total, one], name="last_index")
-            self._shared["total"] = graph.node("Reshape", [total, scalar], name="total")
-        return self._shared["before"], self._shared["total"]
+            before = graph.node("Sub", [total, one], name=f"{label}last_index")
+            self._shared[f"{label}before"] = before
+            self._shared[f"{label}total"] = graph.node(
+                "Reshape", [total, scalar], name=f"{label}total"
+            )
+        return self._shared[f"{label}before"], self._shared[f"{label}total"]
 
-    def _rotary_rows(self) -> tuple[str, str]:
+    def _positions_of(self, rows: _Rows) -> str:
+        """Positions of the rows of this call that a layer computes, [1, rows]."""
+        if rows == "all":
+            return "position_ids"
+        if "text_position_ids" not in self._shared:
+            self._shared["text_position_ids"] = self.select_text("position_ids")
+        return self._shared["text_position_ids"]
+
+    def _rotary_rows(self, rows: _Rows) -> tuple[str, str]:
         """Cosines and sines by cache slot, [total, head_dim / 2].
 
         The attention rotates the token of slot i by row i of its table, and offers no other way
         to give a prompt positions with gaps (it reads the first of a prompt's position ids only).
         So it is given rows that were looked up by position; slots of the past are rotated already.
         """
-        if "cosine" not in self._shared:
-            graph = self._graph
+        label = _LABELS[rows]
+        if f"{label}cosine" not in self._shared:
+            graph, name = self._graph, f"{label}positions"
             flat = graph.constant("flat", np.array([-1], dtype=np.int64))
-            positions = graph.node("Reshape", ["position_ids", flat], name="positions")
+            positions = graph.node("Reshape", [self._positions_of(rows), flat], name=name)
             none = graph.constant("none", np.array([0], dtype=np.int64))
-            pads = graph.node("Concat", ["past_length", none], name="positions.pads", axis=0)
-            slots = graph.node("Pad", [positions, pads], name="positions.by_slot")
-            for kind, table in zip(("cosine", "sine"), self._rotary_tables(), strict=True):
-                self._shared[kind] = graph.node("Gather", [table, slots], name=f"rotary.{kind}")
-        return self._shared["cosine"], self._shared["sine"]
+            pads = graph.node("Concat", [_PASTS[rows], none], name=f"{name}.pads", axis=0)
+            slots = graph.node("Pad", [positions, pads], name=f"{name}.by_slot")
+            if "cosines" not in self._shared:
+                self._shared["cosines"], self._shared["sines"] = self._rotary_tables()
+            for kind in ("cosine", "sine"):
+                self._shared[f"{label}{kind}"] = graph.node(
+                    "Gather", [self._shared[f"{kind}s"], slots], name=f"{label}rotary.{kind}"
+                )
+        return self._shared[f"{label}cosine"], self._shared[f"{label}sine"]
 
     def _rotary_tables(self) -> tuple[str, str]:
         """Cosines and sines of every position; computed when the session starts, not stored."""
@@ -454,18 +514,21 @@ class OnnxOps:
 
 def _can_join(forms: list[WeightForm]) -> bool:
     # Codebooks stay apart: to join what they expand to would hold all of it once more.
-    if all(isinstance(form, DenseWeight | SparseWeight) for form in forms):
-        return True
-    affine = [form for form in forms if isinstance(form, AffineWeight)]
-    grids = {
-        (form.bits, form.group_size, form.zeros is None, form.has_float_zeros) for form in affine
-    }
-    return len(affine) == len(forms) and len(grids) == 1
+    products = {_product(form) for form in forms}
+    return len(products) == 1 and None not in products
+
+
+def _product(form: WeightForm) -> tuple[int | bool, ...] | None:
+    """What an operator has to know of a layer: of floats nothing; `None` for tables."""
+    grid: WeightForm | KeptValues = form
+    if isinstance(form, SparseWeight) and has_zero_code(form):
+        grid = form.values
+    if isinstance(grid, AffineWeight | KeptIntegers):
+        return (grid.bits, grid.group_size, grid.zeros is None, grid.has_float_zeros)
+    return None if isinstance(form, CodebookWeight) else ()
 
 
 def _dense(name: str, form: WeightForm) -> Tensor:
-    if isinstance(form, SparseWeight):
-        return form.dequantize()
     if not isinstance(form, DenseWeight):
         raise UnsupportedError(
             f"{name}: a weight of kind {form.kind!r} cannot be exported to ONNX; there are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from pocketvlm.export.onnx_packing import (
     BLOCK_SIZES,
@@ -11,6 +11,8 @@ from pocketvlm.export.onnx_packing import (
     container_bits,
 )
 from pocketvlm.export.prediction import Prediction, other_elements
+from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
+from pocketvlm.export.unmasked import planned_unmasked
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
 
@@ -29,85 +31,101 @@ _GRAPH_BYTES = 4_000
 _NODE_BYTES = 310
 
 
-def predict_onnx(spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]) -> Prediction:
+def predict_onnx(
+    spec: ModelSpec,
+    grids: Mapping[LinearSpec, PlannedForm | None],
+    *,
+    sparse_file: bool = False,
+) -> Prediction:
     """Bytes of the files by part, within 3 %, and the layers that no kernel can run.
 
     Args:
         spec: The model.
         grids: What each layer will be quantized to; `None` for layers that stay float.
+        sparse_file: Whether masked weights are packed in the file.
     """
     parts: dict[str, int] = {}
-    refused: list[str] = []
-    widened: list[str] = []
-    narrow: list[str] = []
-    looked_up: list[str] = []
-    dense: list[str] = []
-    between: list[str] = []
     for linear, grid in grids.items():
-        if grid is None:
-            count = linear.out_features * linear.in_features * _FLOAT_BYTES
-        elif isinstance(grid, PlannedSparse):
-            dense.append(linear.name)
-            count = linear.out_features * linear.in_features * _dense_bytes(grid)
-        elif isinstance(grid, PlannedCodebook):
-            looked_up.append(linear.name)
-            count = grid.stored_bytes(linear.out_features, linear.in_features)
-            count += _expanding_nodes(grid) * _NODE_BYTES
-        elif isinstance(grid, PlannedSparse):
-            refused.append(
-                f"onnx: {linear.name}: a sparse weight cannot be exported yet; affine codes, "
-                "codebooks and floats can"
-            )
-            count = grid.stored_bytes(linear.out_features, linear.in_features)
-        else:
-            if grid.group_size not in BLOCK_SIZES:
-                refused.append(
-                    f"onnx: {linear.name}: group size {grid.group_size} has no ONNX Runtime "
-                    f"kernel; allowed are {', '.join(map(str, BLOCK_SIZES))}"
-                )
-            if grid.float_zeros:
-                between.append(linear.name)
-                if container_bits(grid.bits) not in FLOAT_ZERO_BITS:
-                    refused.append(f"onnx: {linear.name}: {FLOAT_ZERO_REFUSAL}")
-            if container_bits(grid.bits) != grid.bits:
-                widened.append(linear.name)
-            if grid.bits == _NARROW_KERNEL_BITS:
-                narrow.append(linear.name)
-            count = quantized_bytes(
-                linear,
-                bits=grid.bits,
-                group_size=grid.group_size,
-                symmetric=grid.symmetric,
-                float_zeros=grid.float_zeros,
-            )
+        count = _layer_bytes(linear, grid, sparse_file=sparse_file)
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
-    warnings = []
-    if widened:
-        warnings.append(
-            f"onnx: {len(widened)} layers of 3 bits are stored in 4-bit containers: no kernel "
+    refused = [reason for linear, grid in grids.items() for reason in _refusals(linear, grid)]
+    return Prediction(
+        part_bytes=parts,
+        refused=tuple(refused),
+        warnings=tuple(_warnings(grids, sparse_file=sparse_file)),
+    )
+
+
+def _layer_bytes(linear: LinearSpec, grid: PlannedForm | None, *, sparse_file: bool) -> int:
+    if isinstance(grid, PlannedSparse):
+        plain = planned_unmasked(grid)
+        if isinstance(plain, PlannedAffine):
+            count = _affine_bytes(linear, plain)
+            bits, groups = container_bits(plain.bits), -(-linear.in_features // plain.group_size)
+            width, has_fills = groups * plain.group_size, not plain.symmetric
+        else:
+            element = _dense_bytes(grid)
+            count = linear.out_features * linear.in_features * element
+            bits, width, has_fills = element * _BYTE, linear.in_features, False
+        if sparse_file:
+            count -= saved_bytes(linear, grid, bits=bits, width=width, has_fills=has_fills)
+        return count
+    if isinstance(grid, PlannedCodebook):
+        count = grid.stored_bytes(linear.out_features, linear.in_features)
+        return count + _expanding_nodes(grid) * _NODE_BYTES
+    if isinstance(grid, PlannedAffine):
+        return _affine_bytes(linear, grid)
+    return linear.out_features * linear.in_features * _FLOAT_BYTES
+
+
+def _affine_bytes(linear: LinearSpec, grid: PlannedAffine) -> int:
+    return quantized_bytes(
+        linear,
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        float_zeros=grid.float_zeros,
+    )
+
+
+def _refusals(linear: LinearSpec, grid: PlannedForm | None) -> Iterator[str]:
+    plain = planned_unmasked(grid)
+    if not isinstance(plain, PlannedAffine):
+        return
+    if plain.group_size not in BLOCK_SIZES:
+        yield (
+            f"onnx: {linear.name}: group size {plain.group_size} has no ONNX Runtime "
+            f"kernel; allowed are {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    if plain.float_zeros and container_bits(plain.bits) not in FLOAT_ZERO_BITS:
+        yield f"onnx: {linear.name}: {FLOAT_ZERO_REFUSAL}"
+
+
+def _warnings(
+    grids: Mapping[LinearSpec, PlannedForm | None], *, sparse_file: bool
+) -> Iterator[str]:
+    affine = [
+        plain for plain in map(planned_unmasked, grids.values()) if isinstance(plain, PlannedAffine)
+    ]
+    if widened := sum(container_bits(grid.bits) != grid.bits for grid in affine):
+        yield (
+            f"onnx: {widened} layers of 3 bits are stored in 4-bit containers: no kernel "
             "reads 3 bits, so they cost what 4 bits cost"
         )
-    if narrow:
-        warnings.append(
-            f"onnx: {len(narrow)} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
-        )
-    if looked_up:
-        warnings.append(
-            f"onnx: {len(looked_up)} layers of codebooks are small on disk and dense float32 once "
+    if narrow := sum(grid.bits == _NARROW_KERNEL_BITS for grid in affine):
+        yield f"onnx: {narrow} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
+    if looked_up := sum(isinstance(grid, PlannedCodebook) for grid in grids.values()):
+        yield (
+            f"onnx: {looked_up} layers of codebooks are small on disk and dense float32 once "
             "loaded: ONNX Runtime has no kernel for them"
         )
-    if dense:
-        warnings.append(
-            f"onnx: {len(dense)} layers of sparse weights are stored dense, in the narrowest float "
-            "that is exact: ONNX Runtime has no kernel for them"
-        )
-    if between:
-        warnings.append(
-            f"onnx: {len(between)} layers have float zero points, which ONNX Runtime multiplies in "
+    if between := sum(grid.float_zeros for grid in affine):
+        yield (
+            f"onnx: {between} layers have float zero points, which ONNX Runtime multiplies in "
             "float32: slower than integer zero points"
         )
-    return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+    yield from masked_warnings("onnx", "ONNX Runtime", grids.values(), sparse_file=sparse_file)
 
 
 def _dense_bytes(form: PlannedSparse) -> int:

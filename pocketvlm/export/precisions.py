@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from pocketvlm.modelspec import LinearSpec, Part
-from pocketvlm.weights import WeightForm
+from pocketvlm.weights import SparseWeight, WeightForm
 
 __all__ = ["part_precisions"]
 
@@ -16,14 +15,33 @@ def part_precisions(
     parts: Iterable[Part],
     describe: Callable[[WeightForm], str],
 ) -> dict[str, str]:
-    """By part, what `describe` says of its layers, the most frequent first."""
+    """By part, what `describe` says of its layers, the most frequent first.
+
+    Masked layers that are told alike are one kind, whatever each of them keeps; their share of kept
+    elements is that of all together.
+    """
     precisions: dict[str, str] = {}
     for part in parts:
-        counts = Counter(describe(form) for linear, form in forms.items() if linear.part == part)
-        kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        kinds: dict[str, list[WeightForm]] = {}
+        for linear, form in forms.items():
+            if linear.part == part:
+                kinds.setdefault(describe(form), []).append(form)
+        ordered = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+        labels = [f"{label}{_kept_share(alike)}" for label, alike in ordered]
         precisions[part] = (
-            kinds[0][0]
-            if len(kinds) == 1
-            else ", ".join(f"{kind} ({count} layers)" for kind, count in kinds)
+            labels[0]
+            if len(labels) == 1
+            else ", ".join(
+                f"{label} ({len(alike)} layers)"
+                for label, (_, alike) in zip(labels, ordered, strict=True)
+            )
         )
     return precisions
+
+
+def _kept_share(forms: Iterable[WeightForm]) -> str:
+    masked = [form for form in forms if isinstance(form, SparseWeight)]
+    if not masked:
+        return ""
+    elements = sum(form.shape[0] * form.shape[1] for form in masked)
+    return f", {sum(form.kept for form in masked) / elements:.0%} kept"

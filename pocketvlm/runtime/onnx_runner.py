@@ -21,6 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.sparse_file import ExpandedFile, expand
 
 __all__ = ["DEFAULT_CAPACITY", "OnnxRunner"]
 
@@ -72,6 +73,8 @@ class OnnxRunner(Runner):
             cache = bundle.manifest.kv_cache
             layers, heads = int(cache["layers"]), int(cache["kv_heads"])
             head_dim, dtype = int(cache["head_dim"]), np.dtype(cache["dtype"])
+            late = cache.get("visual_layers")
+            self._visual_layers = None if late is None else int(late)
             positions = int(bundle.manifest.generation["max_positions"])
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
@@ -85,9 +88,14 @@ class OnnxRunner(Runner):
         self.threads = threads or 0
         self._bundle = bundle
         self._keep_vision = keep_vision
-        self._vision: ort.InferenceSession | None = self._load("vision") if keep_vision else None
-        self._embedding = self._load("embedding")
-        self._decoder = self._load("decoder")
+        packed = self._expand("vision")
+        self._vision = self._load("vision", packed) if keep_vision else None
+        self._embedding = self._load("embedding", packed)
+        self._decoder = self._load("decoder", packed)
+        if packed is not None:
+            self.expand_ms = packed.expand_ms
+            del packed  # every session has copied what it needs
+            _return_freed_memory()
         shape = (1, heads, self.capacity, head_dim)
         # np.zeros leaves fresh pages to the system, so unused capacity costs no memory.
         self._cache = {
@@ -100,6 +108,8 @@ class OnnxRunner(Runner):
         self._embeds = np.zeros((1, 1, width), np.float32)
         self._position = np.zeros((1, 1), np.int64)
         self._past_length = np.zeros(1, np.int64)
+        self._past_text_length = np.zeros(1, np.int64)
+        self._single_row = np.zeros(1, np.int64)
         self._logits = np.zeros((1, 1, vocabulary), np.float32)
         self._embed_step = self._embedding.io_binding()
         _bind_input(self._embed_step, "input_ids", self._token)
@@ -107,6 +117,8 @@ class OnnxRunner(Runner):
         self._decode_step = self._bind_decoder()
         _bind_input(self._decode_step, "embeds", self._embeds)
         _bind_input(self._decode_step, "position_ids", self._position)
+        if self._visual_layers is not None:
+            _bind_input(self._decode_step, "text_rows", self._single_row)
         self._decode_rows = self._bind_decoder()
 
     @property
@@ -114,11 +126,19 @@ class OnnxRunner(Runner):
         """Bytes of the KV cache at full capacity."""
         return sum(buffer.nbytes for buffer in self._cache.values())
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the cache's rows that are filled: fewer where layers hold text alone."""
+        layers = len(self._cache) // 2
+        whole = layers if self._visual_layers is None else self._visual_layers
+        rows = whole * self._length + (layers - whole) * self.text_length
+        return self.cache_bytes // (layers * self.capacity) * rows
+
     def encode_image(
         self, pixels: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        session = self._vision or self._load("vision")
+        session = self._vision or self._load("vision", self._expand("vision"))
         embeds, indices = session.run(["embeds", "indices"], {"pixel_values": pixels})
         if self._vision is None:
             del session
@@ -136,12 +156,19 @@ class OnnxRunner(Runner):
         return embeds
 
     def decode(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows, writes them to the cache, and returns the last one's logits."""
         rows = embeds.shape[1]
         self._require_room(rows)
         self._past_length[0] = self._length
+        text_rows: npt.NDArray[np.int64] | None = None
+        if self._visual_layers is not None:
+            self._past_text_length[0] = self.text_length
+            text_rows = self._text_rows(rows, is_visual)
         if rows == 1:
             if embeds is not self._embeds:
                 np.copyto(self._embeds, embeds)
@@ -153,6 +180,8 @@ class OnnxRunner(Runner):
             position_ids = np.ascontiguousarray(position_ids, np.int64)
             _bind_input(self._decode_rows, "embeds", embeds)
             _bind_input(self._decode_rows, "position_ids", position_ids)
+            if text_rows is not None:
+                _bind_input(self._decode_rows, "text_rows", text_rows)
             self._decoder.run_with_iobinding(self._decode_rows)
         self._length += rows
         return self._logits[0, 0]
@@ -161,6 +190,8 @@ class OnnxRunner(Runner):
         """A binding of everything that never moves: cache, length and logits."""
         binding = self._decoder.io_binding()
         _bind_input(binding, "past_length", self._past_length)
+        if self._visual_layers is not None:
+            _bind_input(binding, "past_text_length", self._past_text_length)
         _bind_output(binding, "logits", self._logits)
         for name, buffer in self._cache.items():
             value = ort.OrtValue.ortvalue_from_numpy(buffer)
@@ -168,7 +199,12 @@ class OnnxRunner(Runner):
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
 
-    def _load(self, role: str) -> ort.InferenceSession:
+    def _expand(self, role: str) -> ExpandedFile | None:
+        """The weight file of a graph, where the bundle holds it packed."""
+        packed = self._bundle.component("onnx", role).sparse_file
+        return None if packed is None else expand(self._bundle.path / packed)
+
+    def _load(self, role: str, weights: ExpandedFile | None) -> ort.InferenceSession:
         component = self._bundle.component("onnx", role)
         file = self._bundle.path / component.file
         options = ort.SessionOptions()
@@ -182,6 +218,10 @@ class OnnxRunner(Runner):
             # It runs once a picture: keeping its activations would cost memory, and save nothing.
             options.enable_cpu_mem_arena = False
             options.enable_mem_pattern = False
+        if weights is not None:
+            options.add_external_initializers_from_files_in_memory(
+                [weights.name], [weights.content], [weights.content.nbytes]
+            )
         try:
             session = ort.InferenceSession(
                 str(file), sess_options=options, providers=["CPUExecutionProvider"]

@@ -23,21 +23,33 @@ class Runner(ABC):
     Attributes:
         capacity: Rows that the KV cache can hold.
         engine: What computes, in words; a certificate says it.
+        expand_ms: Time that unpacking weights took while the bundle was loaded; `None` where
+            nothing is packed.
     """
 
     capacity: int
     engine: str = "not named"
+    expand_ms: float | None = None
 
     def __init__(self, *, capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a KV cache holds at least 1 row")
         self.capacity = capacity
         self._length = 0
+        self._is_text = np.zeros(capacity, np.bool_)
 
     @property
     def length(self) -> int:
         """Rows that the KV cache holds."""
         return self._length
+
+    @property
+    def text_length(self) -> int:
+        """Rows of text among them: what layers hold that visual rows do not reach.
+
+        Right in runners of such decoders; others do not tell rows apart.
+        """
+        return int(np.count_nonzero(self._is_text[: self._length]))
 
     @abstractmethod
     def encode_image(
@@ -51,19 +63,25 @@ class Runner(ABC):
 
     @abstractmethod
     def decode(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows behind those in the cache, which then holds them too.
 
         Args:
             embeds: float32 [1, L, width].
             position_ids: int64 [1, L].
+            is_visual: bool [L]: which rows come from a picture; `None` for none of them. Decoders
+                that run every row through every layer do not ask.
 
         Returns:
             Logits of the last row, float32 [vocabulary]; overwritten by the next call.
 
         Raises:
-            InputError: The cache has no room for L more rows; it is left as it was.
+            InputError: The cache has no room for L more rows, or the last row is visual where
+                visual rows end before the last layer; the cache is left as it was.
         """
 
     def truncate(self, length: int) -> None:
@@ -79,6 +97,23 @@ class Runner(ABC):
     def reset(self) -> None:
         """Forgets every row."""
         self._length = 0
+
+    def _text_rows(
+        self, rows: int, is_visual: npt.NDArray[np.bool_] | None
+    ) -> npt.NDArray[np.int64]:
+        """Notes which of the next rows are text, and returns their numbers.
+
+        Raises:
+            InputError: The last row is visual.
+        """
+        is_text = np.ones(rows, np.bool_) if is_visual is None else ~is_visual
+        if not is_text[-1]:
+            raise InputError(
+                "the last row of a call is visual, and visual rows end before the decoder's last "
+                "layer: send the text behind the picture with it"
+            )
+        self._is_text[self._length : self._length + rows] = is_text
+        return np.flatnonzero(is_text)
 
     def _require_room(self, rows: int) -> None:
         if self._length + rows > self.capacity:

@@ -1,0 +1,86 @@
+"""Predicts what packing a masked weight saves, by the very description that the file would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pocketvlm.export.unmasked import planned_unmasked
+from pocketvlm.modelspec import LinearSpec
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
+from pocketvlm.runtime.sparse_span import MaskedSpan
+
+__all__ = ["masked_warnings", "saved_bytes"]
+
+_WORD = 32
+_SPAN_BYTES = 150  # of the document, for a matrix and for what lies behind it; measured
+
+
+def saved_bytes(
+    linear: LinearSpec,
+    form: PlannedSparse,
+    *,
+    bits: int,
+    width: int | None = None,
+    copies: int = 1,
+    has_fills: bool = False,
+) -> int:
+    """Bytes that a packed file is smaller by.
+
+    Args:
+        linear: The layer.
+        form: What it will be.
+        bits: Width of an element in the file that is packed.
+        width: Elements that a row has there; `None` for the layer's columns.
+        copies: Matrices of these elements that share the mask, such as the digits of a code.
+        has_fills: Whether every row and group has a zero of its own.
+    """
+    layout: dict[str, Any] = {}
+    values = form.values
+    if isinstance(values, PlannedAffine) and has_fills:
+        layout["group"] = min(values.group_size, width or linear.in_features)
+    elif isinstance(values, PlannedCodebook) and (bits == _WORD or not values.row_scales):
+        layout["tables"] = (values.index_bits, values.row_groups, 1 << values.index_bits)
+        layout["row_scales"] = values.row_scales
+    elif values is None and bits == _WORD:
+        layout["is_half"] = True
+    span = MaskedSpan(
+        rows=linear.out_features,
+        columns=linear.in_features,
+        width=width or linear.in_features,
+        bits=bits,
+        kept=form.kept(linear.out_features, linear.in_features),
+        block=form.block,
+        choice=form.choice,
+        **layout,
+    )
+    packed = copies * (sum(span.sections) + _SPAN_BYTES) - (copies - 1) * span.mask_bytes
+    return copies * span.whole_bytes - packed
+
+
+def masked_warnings(
+    target: str, engine: str, forms: Iterable[PlannedForm | None], *, sparse_file: bool
+) -> Iterator[str]:
+    """What a target without kernels for masked weights says of them.
+
+    Args:
+        target: Its name.
+        engine: What runs its bundles.
+        forms: Every layer's.
+        sparse_file: Whether they are packed in the file.
+    """
+    masked = [form for form in forms if isinstance(form, PlannedSparse)]
+    where = (
+        "packed in the file and dense once loaded, which takes time at every start"
+        if sparse_file
+        else "stored dense; sparse_file: true would pack them in the file"
+    )
+    integers = sum(planned_unmasked(form) is not None for form in masked)
+    for count, kind in ((integers, "integers"), (len(masked) - integers, "floats")):
+        if count:
+            yield (
+                f"{target}: {count} masked layers are {kind} and {where}: {engine} has no kernel "
+                "that saves time by zeros"
+            )
+    if sparse_file and not masked:
+        yield f"{target}: sparse_file packs nothing: no stage masks weights"
