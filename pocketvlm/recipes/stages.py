@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Protocol
 from pocketvlm.bundle import Component
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
+from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.wanda import Wanda
-from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.codebook import Codebook
