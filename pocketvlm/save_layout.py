@@ -232,6 +232,11 @@ def _notes(
         notes.append("visual-token reduction stays behind: readers of the layout see every token")
     if checkpoint.cache_grid is not None:
         notes.append("the int8 grid of the KV cache stays behind: readers keep their own cache")
+    if checkpoint.visual_layers is not None:
+        notes.append(
+            f"visual tokens run through all decoder layers there, not the first "
+            f"{checkpoint.visual_layers} alone"
+        )
     embedding = checkpoint.spec.decoder.embedding
     if not isinstance(checkpoint.form(embedding), DenseWeight):
         notes.append(f"{embedding} is quantized here and dense there: the layout has no tables")

@@ -193,7 +193,7 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, list[int
     tokenize_ms = laps.lap()
     rows = embed_rows(layout, pictures, runner.embed)
     embed_ms = laps.lap()
-    logits = runner.decode(rows, layout.positions[None])
+    logits = runner.decode(rows, layout.positions[None], layout.is_visual)
     prefill_ms = laps.lap()
     token_ids = [GREEDY.choose(logits, generator)]
     sample_ms = [laps.lap()]

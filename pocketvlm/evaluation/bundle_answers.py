@@ -84,7 +84,8 @@ def _greedy(
 ) -> list[int]:
     runner.reset()
     tokens: list[int] = []
-    logits = runner.decode(embed_rows(layout, pictures, runner.embed), layout.positions[None])
+    rows = embed_rows(layout, pictures, runner.embed)
+    logits = runner.decode(rows, layout.positions[None], layout.is_visual)
     while (token := int(logits.argmax())) not in eos_token_ids:
         tokens.append(token)
         if len(tokens) == max_new_tokens:

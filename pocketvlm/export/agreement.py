@@ -71,11 +71,13 @@ class Rows:
     Attributes:
         embeds: float32 [1, rows, width].
         positions: int64 [1, rows].
+        is_visual: bool [rows]: which come from a picture.
         next_position: Rotary position of the first generated token.
     """
 
     embeds: Floats
     positions: npt.NDArray[np.int64]
+    is_visual: npt.NDArray[np.bool_]
     next_position: int
 
 
@@ -117,6 +119,7 @@ class CheckpointSide:
         return Rows(
             embeds=inputs.embeds.numpy(),
             positions=inputs.positions.numpy(),
+            is_visual=inputs.is_visual[0].numpy(),
             next_position=int(inputs.next_position[0]),
         )
 
@@ -137,11 +140,13 @@ class CheckpointSide:
         ends = [length + len(more) for length, more in zip(lengths, continuations, strict=True)]
         embeds = torch.zeros(len(prompts), max(ends), width)
         positions = torch.zeros(len(prompts), max(ends), dtype=torch.int64)
+        is_visual = torch.zeros(len(prompts), max(ends), dtype=torch.bool)
         columns = torch.zeros(len(prompts), 1 + max(map(len, continuations)), dtype=torch.int64)
         for row, (rows, more) in enumerate(zip(prompts, continuations, strict=True)):
             start, end = lengths[row], ends[row]
             embeds[row, :start] = torch.from_numpy(rows.embeds[0])
             positions[row, :start] = torch.from_numpy(rows.positions[0])
+            is_visual[row, :start] = torch.from_numpy(rows.is_visual)
             if more:
                 embeds[row, start:end] = torch.from_numpy(self.embed(more)[0])
             positions[row, start:] = rows.next_position + torch.arange(max(ends) - start)
@@ -149,7 +154,7 @@ class CheckpointSide:
         inputs = DecoderInputs(
             embeds=embeds,
             positions=positions,
-            is_visual=torch.zeros_like(positions, dtype=torch.bool),
+            is_visual=is_visual,
             next_position=positions[:, -1] + 1,
         )
         with torch.inference_mode():
@@ -182,13 +187,14 @@ class ArtifactSide:
         return Rows(
             embeds=embed_rows(layout, pictures, self.runner.embed),
             positions=layout.positions[None],
+            is_visual=layout.is_visual,
             next_position=layout.next_position,
         )
 
     def answer(self, rows: Rows) -> Floats:
         """Logits [vocabulary] behind rows that stand alone."""
         self.runner.reset()
-        return self.runner.decode(rows.embeds, rows.positions).copy()
+        return self.runner.decode(rows.embeds, rows.positions, rows.is_visual).copy()
 
     def generate(self, rows: Rows, *, tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
         """A greedy answer, token by token on the cache; its end token is part of it."""
@@ -211,9 +217,13 @@ class ArtifactSide:
         """
         self.runner.reset()
         for start, end in ((0, first), (first, first + 1), (first + 1, first + 2)):
-            self.runner.decode(rows.embeds[:, start:end], rows.positions[:, start:end])
-        last = slice(first + 2, None)
-        return self.runner.decode(rows.embeds[:, last], rows.positions[:, last]).copy()
+            self._decode(rows, slice(start, end))
+        return self._decode(rows, slice(first + 2, None)).copy()
+
+    def _decode(self, rows: Rows, part: slice) -> Floats:
+        return self.runner.decode(
+            rows.embeds[:, part], rows.positions[:, part], rows.is_visual[part]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

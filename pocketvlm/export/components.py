@@ -10,7 +10,9 @@ The signatures of the graphs are part of the bundle's contract and the same for 
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.modelspec import ModelSpec
@@ -18,6 +20,7 @@ from pocketvlm.modelspec import ModelSpec
 __all__ = [
     "GraphOps",
     "Signatures",
+    "TextRows",
     "build_decoder",
     "build_embedding",
     "build_vision",
@@ -102,6 +105,19 @@ class GraphOps(Protocol[ValueT]):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextRows(Generic[ValueT]):
+    """Where visual rows end, in a decoder that runs them through its first layers only.
+
+    Attributes:
+        layers: Layers that visual rows run through.
+        select: The rows of text of a hidden state.
+    """
+
+    layers: int
+    select: Callable[[ValueT], ValueT]
+
+
 def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tuple[ValueT, ValueT]:
     """Pixels to the embeddings and indices of the visual tokens that are kept."""
     tower = spec.tower
@@ -141,11 +157,17 @@ def build_embedding(ops: GraphOps[ValueT], token_ids: ValueT) -> ValueT:
     return ops.embed_tokens(token_ids)
 
 
-def build_decoder(ops: GraphOps[ValueT], spec: ModelSpec, embeds: ValueT) -> ValueT:
+def build_decoder(
+    ops: GraphOps[ValueT],
+    spec: ModelSpec,
+    embeds: ValueT,
+    text_rows: TextRows[ValueT] | None = None,
+) -> ValueT:
     """Embeddings to the logits of the last position, [1, 1, vocabulary].
 
     What follows the last block's attention is computed for the last position alone: no other
-    position reaches an output.
+    position reaches an output. What follows the attention of the last block that visual rows run
+    through is computed for rows of text alone, likewise.
     """
     decoder = spec.decoder
     hidden = embeds
@@ -157,6 +179,8 @@ def build_decoder(ops: GraphOps[ValueT], spec: ModelSpec, embeds: ValueT) -> Val
         attended = ops.cached_attention(ops.linear(normed, *names), block, *names)
         if is_last:
             attended, hidden = ops.last(attended), ops.last(hidden)
+        elif text_rows is not None and block == text_rows.layers - 1:
+            attended, hidden = text_rows.select(attended), text_rows.select(hidden)
         attended = ops.linear(attended, f"{layer}.self_attn.o_proj")
         normed, hidden = ops.add_norm(attended, hidden, f"{layer}.post_attention_layernorm")
         gate, up = f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"
@@ -195,30 +219,36 @@ def embedding_signatures(spec: ModelSpec) -> Signatures:
     )
 
 
-def decoder_signatures(spec: ModelSpec, cache_dtype: str = "float32") -> Signatures:
+def decoder_signatures(
+    spec: ModelSpec, cache_dtype: str = "float32", visual_layers: int | None = None
+) -> Signatures:
     """Inputs and outputs of the decoder graph.
 
-    `capacity` is chosen by the caller, who binds past and present to the same buffers.
+    `capacity` is chosen by the caller, who binds past and present to the same buffers. Where visual
+    rows end early, `text_rows` numbers the rows of text among those of the call, and the cache of
+    later layers has a length and a capacity of its own.
     """
     decoder = spec.decoder
-    cache = (1, decoder.kv_heads, "capacity", decoder.head_dim)
+
+    def cache(direction: str) -> tuple[TensorSignature, ...]:
+        signatures = []
+        for index, name in enumerate(cache_names(spec, direction)):
+            is_late = visual_layers is not None and index // 2 >= visual_layers
+            capacity = "text_capacity" if is_late else "capacity"
+            shape = (1, decoder.kv_heads, capacity, decoder.head_dim)
+            signatures.append(TensorSignature(name=name, dtype=cache_dtype, shape=shape))
+        return tuple(signatures)
+
+    late = () if visual_layers is None else (_int("text_rows", "text"), _int("past_text_length", 1))
     return (
         (
             _float("embeds", 1, "length", decoder.hidden_size),
             _int("position_ids", 1, "length"),
             _int("past_length", 1),
-            *(
-                TensorSignature(name=name, dtype=cache_dtype, shape=cache)
-                for name in cache_names(spec, "past")
-            ),
+            *late,
+            *cache("past"),
         ),
-        (
-            _float("logits", 1, 1, decoder.vocab_size),
-            *(
-                TensorSignature(name=name, dtype=cache_dtype, shape=cache)
-                for name in cache_names(spec, "present")
-            ),
-        ),
+        (_float("logits", 1, 1, decoder.vocab_size), *cache("present")),
     )
 
 

@@ -119,6 +119,12 @@ class ToCoreml:
                 "coreml: states hold float16 alone, so an int8 KV cache cannot be exported; leave "
                 "its stage out, or the target"
             )
+        if checkpoint.visual_layers is not None:
+            raise UnsupportedError(
+                f"coreml: visual tokens run through {checkpoint.visual_layers} of "
+                f"{checkpoint.spec.decoder.depth} decoder layers, and this target runs every row "
+                "through all of them; leave skip_visual out, or export to ONNX"
+            )
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         with listen() as said:
             vision = self._export_vision(checkpoint, folder)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError, PocketVLMError, UnsupportedError
 from pocketvlm.export.components import embedding_signatures, vision_signatures
+from pocketvlm.export.executorch_masked import find_masked
 from pocketvlm.export.executorch_schema import (
     POSITION_CHANNELS,
     constant_methods,
@@ -33,15 +35,18 @@ from pocketvlm.export.executorch_worker import (
 )
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
+from pocketvlm.export.sparse_file import pack_file
+from pocketvlm.export.unmasked import describe_unmasked, unmasked_notes
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
 from pocketvlm.report import read_json, write_json
 from pocketvlm.runtime.executorch_program import require_executorch
-from pocketvlm.weights import AffineWeight, WeightForm
+from pocketvlm.weights import AffineWeight, SparseWeight, WeightForm
 
 __all__ = ["ToExecutorch"]
 
 _FOLDER = "executorch"
+_PACKED = "model.sparse"
 _CONVERSION = "conversion.json"
 _STEPS = ("vision_encoder", "token_embedding", "text_decoder", "xnnpack", "load")
 
@@ -51,14 +56,20 @@ class ToExecutorch:
     """Writes `executorch/model.pte` and `executorch/conversion.json`.
 
     Quantized layers run on XNNPACK's dynamically quantized kernels with the codes of the
-    checkpoint: 4 bits in groups that are multiples of 32, 4 or 8 bits with one scale a row.
+    checkpoint: 4 bits in groups that are multiples of 32, 4 or 8 bits with one scale a row. Masked
+    layers are multiplied as dense ones: integers that have an exact zero as integers, all others
+    as float32.
 
     Attributes:
         context: Rows of KV cache, which is also the longest prompt.
+        sparse_file: Whether the bundle holds the program packed, as `model.sparse`, of whose masked
+            weights only what is kept is there. It has to be expanded before ExecuTorch reads it:
+            fewer bytes to ship, and a slower start.
     """
 
     method: Literal["executorch"] = "executorch"
     context: int = 2048
+    sparse_file: bool = False
 
     cache_bits: ClassVar[frozenset[int]] = frozenset()
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -73,7 +84,7 @@ class ToExecutorch:
         self, spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
     ) -> Prediction:
         """What the export of a model would weigh, and what stands in its way."""
-        prediction = predict_executorch(spec, forms)
+        prediction = predict_executorch(spec, forms, sparse_file=self.sparse_file)
         try:
             require_executorch()
         except MissingExtraError as error:
@@ -107,6 +118,12 @@ class ToExecutorch:
             raise UnsupportedError(
                 "executorch: an int8 KV cache has no kernel here; leave out the stage that makes it"
             )
+        if checkpoint.visual_layers is not None:
+            raise UnsupportedError(
+                f"executorch: visual tokens run through {checkpoint.visual_layers} of "
+                f"{checkpoint.spec.decoder.depth} decoder layers, and this target runs every row "
+                "through all of them; leave skip_visual out, or export to ONNX"
+            )
         spec, reducer = checkpoint.spec, checkpoint.reducer
         capacity = min(self.context, spec.decoder.max_positions)
         job = ConversionJob(
@@ -125,8 +142,21 @@ class ToExecutorch:
         target.mkdir(parents=True, exist_ok=True)
         result = _convert(job, target / PROGRAM_FILE, ctx)
         del result["peak_rss_bytes"]  # a signed file says nothing of the machine
+        notes = _notes(result, checkpoint)
+        if self.sparse_file:
+            notes += _pack(target, checkpoint)
         write_json(target / _CONVERSION, result)
-        return _components(checkpoint, _notes(result))
+        return _components(checkpoint, notes, is_packed=self.sparse_file)
+
+
+def _pack(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Packs the program of a folder; returns what could not be."""
+    forms = {linear.name: form for linear, form in checkpoint.forms().items()}
+    found = find_masked((folder / PROGRAM_FILE).read_bytes(), forms)
+    pack_file(folder / PROGRAM_FILE, folder / _PACKED, found.places)
+    if not found.missing:
+        return ()
+    return (f"{len(found.missing)} masked layers are stored dense in the packed file",)
 
 
 def _convert(job: ConversionJob, file: Path, ctx: RunContext) -> dict[str, Any]:
@@ -166,7 +196,7 @@ def _report_step(line: str, ctx: RunContext) -> None:
     ctx.report("executorch", _STEPS.index(step), len(_STEPS), step)
 
 
-def _notes(result: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(result: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str, ...]:
     """What a reader of the report must know."""
     notes = []
     for method, found in result["delegation"].items():
@@ -184,10 +214,12 @@ def _notes(result: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if result["dense"]:
         notes.append(f"{len(result['dense'])} compressed layers are stored as dense float32")
-    return tuple(notes)
+    return (*notes, *unmasked_notes(checkpoint.forms().values()))
 
 
-def _components(checkpoint: Checkpoint, notes: tuple[str, ...]) -> tuple[Component, ...]:
+def _components(
+    checkpoint: Checkpoint, notes: tuple[str, ...], *, is_packed: bool
+) -> tuple[Component, ...]:
     spec, reducer = checkpoint.spec, checkpoint.reducer
     kept = spec.visual_tokens if reducer is None else reducer.keep
     width = spec.decoder.hidden_size
@@ -205,21 +237,26 @@ def _components(checkpoint: Checkpoint, notes: tuple[str, ...]) -> tuple[Compone
         ("embedding", (ids,), (rows,), ("embedding",)),
         ("decoder", (rows, start), (logits,), ("decoder", head)),
     )
+    file = f"{_FOLDER}/{_PACKED if is_packed else PROGRAM_FILE}"
+    describe = partial(_precision, is_packed=is_packed)
     return tuple(
         Component(
             target="executorch",
             role=role,
-            file=f"{_FOLDER}/{PROGRAM_FILE}",
+            file=file,
+            sparse_file=file if is_packed else None,
             inputs=inputs,
             outputs=outputs,
-            precision=part_precisions(checkpoint.forms(), parts, _precision),
+            precision=part_precisions(checkpoint.forms(), parts, describe),
             notes=notes if role == "decoder" else (),
         )
         for role, inputs, outputs, parts in roles
     )
 
 
-def _precision(form: WeightForm) -> str:
+def _precision(form: WeightForm, *, is_packed: bool) -> str:
+    if isinstance(form, SparseWeight):
+        return describe_unmasked(form, wide="float32", is_packed=is_packed)
     if not isinstance(form, AffineWeight):
         return "float32"
     is_row = form.group_size >= form.in_features

@@ -79,16 +79,28 @@ def _all_logits(
         shape = (1, decoder.kv_heads, length, decoder.head_dim)
         dtype = np.float32 if checkpoint.cache_grid is None else np.int8
         cache = [np.zeros(shape, dtype) for _ in range(2 * decoder.depth)]
-        for step in range(length):
+        start = 0
+        for number, end in enumerate(_ends(checkpoint, prompt)):
             feed = dict(zip(cache_names(checkpoint.spec, "past"), cache, strict=True))
+            if checkpoint.visual_layers is not None:
+                feed["text_rows"] = np.array([end - start - 1], np.int64)
+                feed["past_text_length"] = np.array([number], np.int64)
             logits, *cache = session.run(
                 None,
                 {
-                    "embeds": prompt.embeds[:, step : step + 1].numpy(),
-                    "position_ids": prompt.positions[:, step : step + 1].numpy(),
-                    "past_length": np.array([step], np.int64),
+                    "embeds": prompt.embeds[:, start:end].numpy(),
+                    "position_ids": prompt.positions[:, start:end].numpy(),
+                    "past_length": np.array([start], np.int64),
                     **feed,
                 },
             )
             rows.append(logits[0, 0])
+            start = end
     return np.stack(rows)
+
+
+def _ends(checkpoint: Checkpoint, prompt: DecoderInputs) -> list[int]:
+    """Where calls end: behind each row, or behind each row of text where others say nothing."""
+    if checkpoint.visual_layers is None:
+        return list(range(1, prompt.embeds.shape[1] + 1))
+    return [int(row) + 1 for row in (~prompt.is_visual[0]).nonzero().flatten()]

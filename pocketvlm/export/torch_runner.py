@@ -51,21 +51,28 @@ class TorchRunner(Runner):
         return embeds
 
     def decode(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows behind those in the cache and returns the last one's logits."""
         rows = embeds.shape[1]
         self._require_room(rows)
+        flags = np.zeros(rows, np.bool_) if is_visual is None else is_visual
+        text = self.text_length
+        if self.checkpoint.visual_layers is not None:
+            self._text_rows(rows, flags)
         # The cache is cut back here, so that `truncate` and `reset` stay what they are elsewhere.
         if self._length == 0:
             self._cache = new_cache(self.checkpoint)
-        elif self._cache.get_seq_length() > self._length:
-            self._cache.crop(self._length - self._cache.get_seq_length())
+        else:
+            self._crop(text)
         positions = torch.from_numpy(position_ids)
         inputs = DecoderInputs(
             embeds=torch.from_numpy(embeds),
             positions=positions,
-            is_visual=torch.zeros_like(positions, dtype=torch.bool),
+            is_visual=torch.from_numpy(flags)[None],
             next_position=positions[:, -1] + 1,
         )
         with torch.inference_mode():
@@ -73,3 +80,10 @@ class TorchRunner(Runner):
         self._length += rows
         values: npt.NDArray[np.float32] = logits[0, -1].numpy()
         return values
+
+    def _crop(self, text: int) -> None:
+        """Cuts the cache back to the rows that count, late layers to `text` of them."""
+        late = self.checkpoint.visual_layers
+        for index, layer in enumerate(self._cache.layers):
+            wanted = self._length if late is None or index < late else text
+            layer.crop(min(0, wanted - layer.get_seq_length()))

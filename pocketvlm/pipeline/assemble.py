@@ -132,7 +132,7 @@ def _write_rest(
 
 def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manifest:
     spec, reducer = checkpoint.spec, checkpoint.reducer
-    decoder = spec.decoder
+    decoder, late = spec.decoder, checkpoint.visual_layers
     if not (folder / "generation_config.json").is_file():
         (folder / "generation_config.json").write_text(
             json.dumps({"eos_token_id": list(checkpoint.processor.eos_token_ids)}) + "\n",
@@ -161,6 +161,7 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
             "kv_heads": decoder.kv_heads,
             "head_dim": decoder.head_dim,
             "dtype": "float32" if checkpoint.cache_grid is None else "int8",
+            **({} if late is None else {"visual_layers": late}),
         },
         components=(),
         toolchain=toolchain_versions(),

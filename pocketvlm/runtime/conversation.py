@@ -148,7 +148,9 @@ class Conversation:
         stop_reason: StopReason = "max_new_tokens"
         generator = sampling.generator()
         embeds = embed_rows(layout, pictures, self._runner.embed, start=reused)
-        logits = self._runner.decode(embeds, layout.positions[None, reused:])
+        logits = self._runner.decode(
+            embeds, layout.positions[None, reused:], layout.is_visual[reused:]
+        )
         clock.lap("prefill")
         while True:
             token = sampling.choose(logits, generator)

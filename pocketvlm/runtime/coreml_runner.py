@@ -93,7 +93,10 @@ class CoremlRunner(Runner):
         return np.concatenate(parts, axis=1)[:, : ids.shape[1]]
 
     def decode(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows, writes them to the cache, and returns the last one's logits.
 

@@ -157,7 +157,10 @@ class RemoteRunner(Runner):
         return self._ask("embed", {"token_ids": np.array(token_ids, np.int64)}, "embeds")["embeds"]
 
     def decode(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows behind those in the cache and returns the last one's logits."""
         rows = embeds.shape[1]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.runtime.executorch_program import load_program
+from pocketvlm.runtime.executorch_program import load_program, open_program
 from pocketvlm.runtime.native_output import quiet_terminal
 from pocketvlm.runtime.runner import Runner
 
@@ -42,7 +42,8 @@ class ExecutorchRunner(Runner):
         """
         file = bundle.path / bundle.component("executorch", "decoder").file
         self._file = file
-        self._module = load_program(file)
+        with open_program(bundle) as (program, self.expand_ms):
+            self._module = load_program(program, file)
         missing = sorted(_METHODS - set(self._module.method_names()))
         if missing:
             raise BundleError(f"{file}: has no method {missing[0]}")
@@ -74,7 +75,10 @@ class ExecutorchRunner(Runner):
         return embeds
 
     def decode(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows behind those in the cache and returns the last one's logits.
 

@@ -117,9 +117,9 @@ class IgnoresImages(TorchRunner):
 
 
 class CountsPositionsAnew(TorchRunner):
-    def decode(self, embeds: Any, position_ids: Any) -> Any:
+    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
         consecutive = np.arange(self.length, self.length + embeds.shape[1])[None]
-        return super().decode(embeds, consecutive)
+        return super().decode(embeds, consecutive, is_visual)
 
 
 class KeepsItsCache(TorchRunner):
@@ -131,9 +131,9 @@ class KeepsItsCache(TorchRunner):
 
 
 class ForgetsItsCache(TorchRunner):
-    def decode(self, embeds: Any, position_ids: Any) -> Any:
+    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
         self.truncate(0)
-        return super().decode(embeds, position_ids)
+        return super().decode(embeds, position_ids, is_visual)
 
 
 class KeepsOtherTokens(TorchRunner):
@@ -151,8 +151,8 @@ class ConfusesChannels(TorchRunner):
 
 
 class ReturnsNothing(TorchRunner):
-    def decode(self, embeds: Any, position_ids: Any) -> Any:
-        return super().decode(embeds, position_ids) * np.float32("nan")
+    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
+        return super().decode(embeds, position_ids, is_visual) * np.float32("nan")
 
 
 class EmbedsTheNextToken(TorchRunner):
@@ -224,8 +224,8 @@ def test_other_pixels_are_caught(reduced: Checkpoint, tmp_path: Path) -> None:
 class SwapsItsFavourites(TorchRunner):
     """Exchanges the two best logits behind the prompt: a wrong token with hardly any error."""
 
-    def decode(self, embeds: Any, position_ids: Any) -> Any:
-        logits = super().decode(embeds, position_ids).copy()
+    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
+        logits = super().decode(embeds, position_ids, is_visual).copy()
         if embeds.shape[1] == 1:
             first, second = np.argsort(logits)[::-1][:2]
             logits[[first, second]] = logits[[second, first]]
@@ -235,8 +235,8 @@ class SwapsItsFavourites(TorchRunner):
 class Trembles(TorchRunner):
     """Adds the noise of a coarse kernel."""
 
-    def decode(self, embeds: Any, position_ids: Any) -> Any:
-        logits = super().decode(embeds, position_ids)
+    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
+        logits = super().decode(embeds, position_ids, is_visual)
         noise = np.random.default_rng(self.length).normal(size=logits.shape)
         return logits + (0.05 * logits.std() * noise).astype(np.float32)
 
