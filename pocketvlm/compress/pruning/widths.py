@@ -36,7 +36,13 @@ def narrow_channels(count: int, ratio: float, multiple_of: int, field: str) -> i
     """
     if ratio == 0:
         return count
-    return _whole_multiple(math.floor(count * (1 - ratio) + _SLACK), count, multiple_of, field)
+    width = _whole_multiple(count * (1 - ratio), multiple_of)
+    if width == 0:
+        raise RecipeError(
+            f"{field}: {ratio:g} of {count} channels leaves less than one multiple of "
+            f"{multiple_of}; allowed is at most {1 - multiple_of / count:.3f}"
+        )
+    return width
 
 
 def choose_widths(
@@ -133,15 +139,17 @@ def _ffn_for(decoder: DecoderSpec, share: float, groups: int, multiple_of: int) 
     missing = share * whole - (decoder.kv_heads - groups) * _group_weights(decoder)
     if missing <= 0:
         return decoder.ffn_size
-    left = math.floor(decoder.ffn_size - missing / each + _SLACK)
-    return _whole_multiple(left, decoder.ffn_size, multiple_of, "decoder_parameters")
-
-
-def _whole_multiple(left: int, count: int, multiple_of: int, field: str) -> int:
-    width = left // multiple_of * multiple_of
-    if width < multiple_of:
+    width = _whole_multiple(decoder.ffn_size - missing / each, multiple_of)
+    if width == 0:
+        most = 1 - (groups * _group_weights(decoder) + multiple_of * each) / whole
         raise RecipeError(
-            f"{field}: of {count} channels {max(0, left)} would be left, less than one multiple of "
-            f"{multiple_of}; allowed is to remove at most {1 - multiple_of / count:.3f} of them"
+            f"decoder_parameters: {share:g} cannot be removed with {groups} KV groups and FFN "
+            f"widths that are multiples of {multiple_of}; allowed is at most {most:.3f}, or fewer "
+            "kv_groups"
         )
     return width
+
+
+def _whole_multiple(left: float, multiple_of: int) -> int:
+    """The largest multiple that is not above `left`, at least 0."""
+    return max(0, math.floor(left + _SLACK) // multiple_of * multiple_of)
