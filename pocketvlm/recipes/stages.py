@@ -17,6 +17,7 @@ from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
 from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.wanda import Wanda
+from pocketvlm.compress.pruning.width import PruneWidth
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.codebook import Codebook
@@ -82,6 +83,7 @@ class Target(Protocol):
 
 STAGES: tuple[type[Stage], ...] = (
     PruneDepth,
+    PruneWidth,
     Magnitude,
     Wanda,
     ReduceTokens,
