@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pocketvlm.calibration.prompts import Prompt
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import derive_seed
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import VisualTokens, decoder_states, embed_prompts
 
@@ -92,7 +93,9 @@ def shuffled_batches(
     """Endless batches; every sample comes once an epoch, in an order of the seed and the epoch."""
     epoch = 0
     while True:
-        order = np.random.default_rng((seed, epoch)).permutation(len(samples))
+        order = np.random.default_rng(derive_seed(seed, f"distill epoch {epoch}")).permutation(
+            len(samples)
+        )
         yield from ordered_batches(prompts, [samples[place] for place in order], size)
         epoch += 1
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.masked_update import MaskedUpdate
+from pocketvlm.context import derive_seed
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
-from pocketvlm.weights import cache_dense_weights, is_float
+from pocketvlm.weights import WeightForm, cache_dense_weights, is_float
 
 __all__ = ["Student"]
 
@@ -46,10 +47,13 @@ class Student:
         seed: int,
     ) -> None:
         self.checkpoint = checkpoint
-        generator = torch.Generator().manual_seed(seed)
         self._linears = [item for item in checkpoint.spec.linears() if item.part in parts]
         self.updates = {
-            linear.name: MaskedUpdate(_float_form(checkpoint, linear), rank, generator)
+            linear.name: MaskedUpdate(
+                _float_form(checkpoint, linear),
+                rank,
+                torch.Generator().manual_seed(derive_seed(seed, f"distill {linear.name}")),
+            )
             for linear in self._linears
         }
         self.vectors: dict[str, nn.Parameter] = {}
@@ -166,7 +170,7 @@ class Student:
         return rows
 
 
-def _float_form(checkpoint: Checkpoint, linear: LinearSpec) -> Any:
+def _float_form(checkpoint: Checkpoint, linear: LinearSpec) -> WeightForm:
     form = checkpoint.form(linear.name)
     if not is_float(form):
         raise RecipeError(

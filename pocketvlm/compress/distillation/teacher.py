@@ -94,7 +94,7 @@ def record_targets(
         on_step: Told how many samples are done, and of how many.
 
     Raises:
-        RecipeError: The two models do not speak the same vocabulary about the same placeholders.
+        RecipeError: The two models differ in family, vocabulary or placeholders.
         CalibrationError: A sample cannot be used, or the teacher's states are not finite.
     """
     _check_same_language(teacher, student)
@@ -131,6 +131,7 @@ def record_targets(
 
 def _check_same_language(teacher: Checkpoint, student: Checkpoint) -> None:
     for what, theirs, own in (
+        ("family", teacher.spec.family, student.spec.family),
         ("vocabulary", teacher.spec.decoder.vocab_size, student.spec.decoder.vocab_size),
         ("image placeholder", teacher.spec.image_token_id, student.spec.image_token_id),
         ("number of placeholders", teacher.spec.visual_tokens, student.spec.visual_tokens),
