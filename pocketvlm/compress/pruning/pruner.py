@@ -21,6 +21,7 @@ from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, InputMoments
 from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.pruning.allocation import Allocation, Budget, Uniform, uniform_counts
+from pocketvlm.compress.pruning.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, select
 from pocketvlm.compress.pruning.regression import refit_half, refit_layer
 from pocketvlm.compress.pruning.rules import DEFAULT_RULES, PruneRule, Target, choose_layers
@@ -126,7 +127,7 @@ class Pruner(ABC):
     ratio: float = 0.5
     rules: tuple[PruneRule, ...] = DEFAULT_RULES
     pattern: Pattern = _ONE_BY_ONE
-    allocation: Uniform = _ALIKE
+    allocation: Uniform | Ecoflap = _ALIKE
     modality_weights: ModalityWeighting = "uniform"
     held_out: float = 0.125
     tower_tokens: int = 16384
