@@ -124,17 +124,13 @@ class PruneDepth:
         """Chooses blocks and rebuilds the model without them.
 
         Raises:
-            RecipeError: There are not so many blocks to remove, or the checkpoint reduces its
-                visual tokens or quantizes its cache already.
+            RecipeError: There are not so many blocks to remove, or the checkpoint holds what was
+                measured on the model with all its blocks.
             CalibrationError: A sample cannot be used or has no answer, or a loss is not finite.
         """
         started = time.perf_counter()
         spec = checkpoint.spec
-        if checkpoint.reducer is not None or checkpoint.cache_grid is not None:
-            raise RecipeError(
-                f"{self.method}: stands before reduce_tokens and quantize_cache, whose results "
-                "belong to the model with all its blocks"
-            )
+        _require_whole(checkpoint, self.method)
         after = self.spec_after(spec)
         walk = BlockWalk(checkpoint=checkpoint, samples=calibration, held_out=self.held_out)
         path = BlockPath(checkpoint, calibration, walk.prompts)
@@ -222,6 +218,21 @@ class PruneDepth:
         if self.importance == "block_influence":
             return choose_by_influence(walk, path, wanted, self.modality_weights, ctx)
         return choose_by_loss(walk, path, wanted, ctx)
+
+
+def _require_whole(checkpoint: Checkpoint, method: str) -> None:
+    """Refuses a checkpoint that something was measured on which belongs to all its blocks."""
+    found = {
+        "reduces its visual tokens": checkpoint.reducer,
+        "has a quantized KV cache": checkpoint.cache_grid,
+        "ends its visual tokens at a layer": checkpoint.visual_layers,
+    }
+    for what, present in found.items():
+        if present is not None:
+            raise RecipeError(
+                f"{method}: the checkpoint {what}, which belongs to the model with all its blocks; "
+                f"move {method} before that stage"
+            )
 
 
 def _held_out_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from pocketvlm.forward import (
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import recipe_from_document
-from pocketvlm.weights import DenseWeight
+from pocketvlm.weights import DenseWeight, SparseWeight
 from tests.compress.pruning.tall import DECODER, TOWER, silence, write_tall
 from tests.compress.quantization.functions import logits_of
 
@@ -221,8 +222,6 @@ def test_named_blocks_go_whatever_they_are_worth_and_without_a_measurement(check
 
 
 def test_masked_weights_stay_masked(paths):
-    from pocketvlm.weights import SparseWeight
-
     checkpoint = Checkpoint.load(paths["llava"])
     name = "model.language_model.layers.3.mlp.up_proj"
     form = checkpoint.form(name)
@@ -281,8 +280,11 @@ def test_more_than_there_is_is_refused_before_any_compute(checkpoint, samples, o
 def test_it_comes_before_what_belongs_to_the_whole_model(paths, samples):
     for stage in (ReduceTokens(keep=2), QuantizeCache()):
         later = stage.apply(Checkpoint.load(paths["llava"]), samples, CONTEXT)
-        with pytest.raises(RecipeError, match="stands before reduce_tokens and quantize_cache"):
+        with pytest.raises(RecipeError, match="move prune_depth before that stage"):
             PruneDepth(decoder_blocks=1).apply(later, samples, CONTEXT)
+    later = replace(Checkpoint.load(paths["llava"]), visual_layers=2)
+    with pytest.raises(RecipeError, match="ends its visual tokens at a layer"):
+        PruneDepth(decoder_blocks=1).apply(later, samples, CONTEXT)
     stages = [{"method": "reduce_tokens"}, {"method": "prune_depth", "decoder_blocks": 1}]
     with pytest.raises(RecipeError, match=r"stages\.1 \(prune_depth\): needs all_tokens"):
         recipe_from_document({"schema": 1, "stages": stages, "targets": []}, where="test")
