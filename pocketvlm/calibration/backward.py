@@ -22,6 +22,7 @@ from pocketvlm.calibration.activations import ActivationStore
 from pocketvlm.calibration.block_graph import dense_weights, linears_of, record_block, run_halves
 from pocketvlm.calibration.halves import decoder_halves
 from pocketvlm.calibration.prompts import Prompt, PromptBatch
+from pocketvlm.calibration.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import DecoderInputs, VisualTokens, embed_prompts
@@ -118,10 +119,14 @@ def answer_loss(
                 arguments.append(beside)
         for block in range(spec.decoder.depth):
             halves = decoder_halves(model, spec, block)
+            ends = ends_visual_rows(checkpoint, block, halves[0].kind)
             with dense_weights([half.body for half in halves]):
                 for index, hidden in enumerate(states):
                     entering.append(hidden)
-                    middle = halves[0].run(hidden, arguments[index])
+                    beside = _arguments_at(checkpoint, block, arguments[index], is_visual[index])
+                    middle = halves[0].run(hidden, beside)
+                    if ends:
+                        middle = keep_text(middle, is_visual[index])
                     states[index] = halves[1].run(middle, {})
         total = 0.0
         norm = model.get_submodule(f"{spec.decoder.prefix}.norm")
@@ -176,8 +181,12 @@ def walk_back(
                     layer.cached = layer.weight.detach().requires_grad_()
             leaves = [layer.weight for layer in layers.values()] if weights else []
             for batch in range(count):
+                flags = loss.is_visual[batch]
+                beside = _arguments_at(checkpoint, block, loss.arguments[batch], flags)
+                ends = ends_visual_rows(checkpoint, block, halves[0].kind)
+                between = partial(keep_text, is_visual=flags) if ends else None
                 graph = record_block(
-                    partial(run_halves, halves, loss.arguments[batch]),
+                    partial(run_halves, halves, beside, between=between),
                     layers,
                     loss.entering[block * count + batch],
                 )
@@ -190,6 +199,14 @@ def walk_back(
                     outputs=outputs,
                     weights=dict(zip(layers, found, strict=False)),
                 )
+
+
+def _arguments_at(
+    checkpoint: Checkpoint, block: int, arguments: Mapping[str, Any], is_visual: Tensor
+) -> Mapping[str, Any]:
+    """What a block's attention takes beside the hidden state."""
+    late = checkpoint.visual_layers
+    return arguments if late is None or block < late else text_arguments(arguments, is_visual)
 
 
 @torch.no_grad()

@@ -105,12 +105,19 @@ def linears_of(halves: Sequence[HalfBlock]) -> dict[str, FormLinear]:
     return layers
 
 
-def run_halves(halves: Sequence[HalfBlock], arguments: Mapping[str, Any], hidden: Tensor) -> Tensor:
+def run_halves(
+    halves: Sequence[HalfBlock],
+    arguments: Mapping[str, Any],
+    hidden: Tensor,
+    between: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The hidden state behind a block of two halves; autograd may record it.
 
     Args:
         halves: Attention and the feed-forward network.
         arguments: What attention takes beside the hidden state.
         hidden: The hidden state in front of the block.
+        between: What happens between the halves, such as rows that end there.
     """
-    return halves[1].output(halves[0].output(hidden, arguments), {})
+    middle = halves[0].output(hidden, arguments)
+    return halves[1].output(middle if between is None else between(middle), {})

@@ -43,6 +43,7 @@ from pocketvlm.calibration.steps import (
     Step,
     TokenWeights,
 )
+from pocketvlm.calibration.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.calibration.twins import TwinStates, advance, forms_in_place, measure_moments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.forward import (
@@ -343,12 +344,19 @@ class BlockWalk:
             angles = rotary(inputs.embeds, position_ids=inputs.positions)
             # No mask: causal attention within the sequence, whatever gaps its positions have.
             attention.append({"attention_mask": None, "position_embeddings": angles})
-        weights_by_half = self._weights_by_half(prompts, batches, visual, is_visual)
+        weights_by_half = self._weights_by_half(prompts, batches, visual, tuple(is_visual))
         for block in range(spec.decoder.depth):
             for half in decoder_halves(checkpoint.model, spec, block):
                 arguments = attention if half.kind == "attention" else [{}]
                 weights_at = weights_by_half(block, half.kind)
                 yield from self._half(half, path, batches, weights_at, arguments)
+                if ends_visual_rows(checkpoint, block, half.kind):
+                    for index, flags in enumerate(is_visual):
+                        attention[index] = text_arguments(attention[index], flags)
+                        path.now[index] = keep_text(path.now[index], flags)
+                        if path.ideal is not None:
+                            path.ideal[index] = keep_text(path.ideal[index], flags)
+                        is_visual[index] = _without_visual(flags)
         norm = checkpoint.model.get_submodule(f"{spec.decoder.prefix}.norm")
         decoder = spec.decoder
 
@@ -376,15 +384,55 @@ class BlockWalk:
         is_visual: Sequence[Tensor],
     ) -> Callable[[int, HalfKind], TokenWeights]:
         """How much tokens count, by block and half of the decoder."""
-        if self.weighting != "gradient":
-            fixed = [token_weights(self.weighting, self.counts, flags) for flags in is_visual]
-            return lambda _block, _kind: lambda _position, index: fixed[index]
+        checkpoint = self.checkpoint
+        if self.weighting == "gradient":
+            by_half = self._gradient_weights(prompts, batches, visual)
+        else:
+            by_half = self._fixed_weights(is_visual)
+
+        def without_ended(block: int, kind: HalfKind) -> TokenWeights:
+            weights_at = by_half(block, kind)
+            if not ends_visual_rows(checkpoint, block, kind):
+                return weights_at
+
+            def of_text(position: Literal["first", "last"], index: int) -> Tensor | None:
+                weights = weights_at(position, index)
+                if position == "first":
+                    return weights
+                own = (~is_visual[index]).to(torch.float32)
+                return own if weights is None else weights * own
+
+            return of_text
+
+        return without_ended
+
+    def _gradient_weights(
+        self, prompts: Sequence[Prompt], batches: Sequence[PromptBatch], visual: VisualTokens
+    ) -> Callable[[int, HalfKind], TokenWeights]:
         importance = gradient_weights(
             self.checkpoint, prompts, batches, visual, spill_folder=self.spill_folder
         )
         return lambda block, kind: (
             lambda position, index: importance.weights(block, kind, index, position)
         )
+
+    def _fixed_weights(
+        self, is_visual: Sequence[Tensor]
+    ) -> Callable[[int, HalfKind], TokenWeights]:
+        late = self.checkpoint.visual_layers
+
+        def weights(flags: Tensor) -> Tensor | None:
+            return token_weights(self.weighting, self.counts, flags)
+
+        whole = [weights(flags) for flags in is_visual]
+        text = [weights(_without_visual(flags)) for flags in is_visual]
+
+        def by_half(block: int, kind: HalfKind) -> TokenWeights:
+            # Visual rows end between the halves of block `late - 1`.
+            has_ended = late is not None and block + (kind == "ffn") >= late
+            return lambda _, index: (text if has_ended else whole)[index]
+
+        return by_half
 
     @torch.no_grad()
     def _splice(
@@ -394,6 +442,12 @@ class BlockWalk:
         token_ids = torch.tensor([prompts[index].token_ids for index in rows])
         tokens = VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows])
         return embed_prompts(self.checkpoint, token_ids, tokens)
+
+
+def _without_visual(is_visual: Tensor) -> Tensor:
+    """Flags of the columns that remain where visual ones end."""
+    count = int((~is_visual[0]).sum())
+    return torch.zeros(len(is_visual), count, dtype=torch.bool)
 
 
 def _alike(_position: Literal["first", "last"], _index: int) -> None:

@@ -77,10 +77,16 @@ class TokenImportance:
 
     def summary(self) -> list[dict[str, Any]]:
         """Mean weights of visual and of text tokens, a row a place, for a stage's record."""
-        flags = torch.cat([batch.flatten() for batch in self.is_visual])
         rows = []
         for place, batches in sorted(self.by_place.items()):
             weights = torch.cat([batch.flatten() for batch in batches]).double()
+            # Where visual rows have ended, what remains is text.
+            flags = torch.cat(
+                [
+                    (seen & (seen.shape == batch.shape)).flatten()[: batch.numel()]
+                    for seen, batch in zip(self.is_visual, batches, strict=True)
+                ]
+            )
             visual, text = weights[flags], weights[~flags]
             rows.append(
                 {

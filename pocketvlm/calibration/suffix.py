@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pocketvlm.calibration.halves import HalfBlock, decoder_halves, tower_halves
 from pocketvlm.calibration.prompts import Prompt, batch_prompts, encode_samples
 from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import VisualTokens, embed_patches, embed_prompts, encode_features
@@ -63,11 +64,13 @@ class _State:
         hidden: Hidden states, or visual tokens in front of the splice.
         indices: Which visual tokens these are, in front of the splice.
         angles: Rotary angles, in the decoder.
+        is_visual: Which columns came from an image, in the decoder.
     """
 
     hidden: Tensor
     indices: Tensor | None = None
     angles: Any = None
+    is_visual: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,7 +182,7 @@ class SuffixRunner:
         segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
         segments.append(_Segment(modules=None, run=self._embed_prompt))
         segments += [
-            self._half(half)
+            self._half(half, ends=ends_visual_rows(self._checkpoint, block, half.kind))
             for block in range(spec.decoder.depth)
             for half in decoder_halves(model, spec, block)
         ]
@@ -188,14 +191,20 @@ class SuffixRunner:
         return tuple(segments)
 
     @staticmethod
-    def _half(half: HalfBlock) -> _Segment:
+    def _half(half: HalfBlock, *, ends: bool = False) -> _Segment:
+        """One half of a block; visual rows may end behind it."""
+
         def run(_: int, state: _State) -> _State:
             arguments: dict[str, Any] = {}
             if half.kind == "attention":
                 arguments["attention_mask"] = None
                 if state.angles is not None:
                     arguments["position_embeddings"] = state.angles
-            return _State(hidden=half.run(state.hidden, arguments), angles=state.angles)
+            behind = replace(state, hidden=half.run(state.hidden, arguments))
+            if not ends or state.is_visual is None:
+                return behind
+            angles = text_arguments(arguments, state.is_visual)["position_embeddings"]
+            return _State(hidden=keep_text(behind.hidden, state.is_visual), angles=angles)
 
         return _Segment(modules=half.body, run=run)
 
@@ -215,7 +224,7 @@ class SuffixRunner:
         inputs = embed_prompts(self._checkpoint, token_ids, visual)
         rotary = cast("Any", self._checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
         angles = rotary(inputs.embeds, position_ids=inputs.positions)
-        return _State(hidden=inputs.embeds, angles=angles)
+        return _State(hidden=inputs.embeds, angles=angles, is_visual=inputs.is_visual)
 
     def _answer_logits(self, number: int, state: _State) -> _State:
         """Logits that predict the answers' tokens, [tokens, vocabulary], sample after sample."""
