@@ -18,6 +18,7 @@ from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.wanda import Wanda
 from pocketvlm.compress.pruning.width import PruneWidth
+from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.codebook import Codebook
@@ -87,6 +88,7 @@ STAGES: tuple[type[Stage], ...] = (
     Magnitude,
     Wanda,
     ReduceTokens,
+    Distill,
     Rotate,
     Awq,
     RoundToNearest,
