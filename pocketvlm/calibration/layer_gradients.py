@@ -36,7 +36,7 @@ from pocketvlm.calibration.prompts import (
 )
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.errors import CalibrationError
+from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.forward import VisualTokens, embed_patches, project, tower_features
 from pocketvlm.weights import FormLinear
 
@@ -96,7 +96,7 @@ def walk_gradients(
     Raises:
         CalibrationError: A sample has no answer, its loss or a gradient is not finite, or a layer
             has no gradient at all.
-        ValueError: The checkpoint drops visual tokens.
+        RecipeError: The checkpoint drops visual tokens.
     """
     _require_all_tokens(checkpoint)
     prompts = encode_samples(checkpoint.processor, samples)
@@ -158,7 +158,7 @@ def block_gradients(
 
     Raises:
         CalibrationError: A gradient is not finite, or a layer has no gradient at all.
-        ValueError: The checkpoint drops visual tokens.
+        RecipeError: The checkpoint drops visual tokens.
     """
     _require_all_tokens(checkpoint)
     model, spec = checkpoint.model, checkpoint.spec
@@ -250,8 +250,11 @@ class _Watch:
 
 
 def _require_all_tokens(checkpoint: Checkpoint) -> None:
-    if checkpoint.reducer is not None:
-        raise ValueError("gradients of the whole model are taken before visual tokens are dropped")
+    if checkpoint.reducer is not None or checkpoint.visual_layers is not None:
+        raise RecipeError(
+            "gradients of the whole model are taken before visual tokens are dropped; put the "
+            "stage that takes them in front of the one that drops tokens"
+        )
 
 
 def _image_batches(checkpoint: Checkpoint, samples: CalibrationSet) -> tuple[PromptBatch, ...]:

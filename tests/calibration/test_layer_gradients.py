@@ -11,7 +11,7 @@ from torch.nn import functional
 from pocketvlm.calibration import CalibrationSet, Sample, activations, layer_gradients
 from pocketvlm.calibration.layer_gradients import block_gradients, walk_gradients
 from pocketvlm.calibration.prompts import encode_samples
-from pocketvlm.errors import CalibrationError
+from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.reduction import TokenReducer
 from pocketvlm.weights import FormEmbedding, FormLinear
 
@@ -190,6 +190,8 @@ def test_visual_tokens_must_all_be_there(tiny_checkpoint, samples):
             return inputs.features[:, : self.keep], indices
 
     reduced = replace(tiny_checkpoint, reducer=First(keep=4, positions="original"))
+    early = replace(tiny_checkpoint, visual_layers=1)
     for walk in (walk_gradients, block_gradients):
-        with pytest.raises(ValueError, match="before visual tokens are dropped"):
-            next(walk(reduced, samples))
+        for other in (reduced, early):
+            with pytest.raises(RecipeError, match="before visual tokens are dropped"):
+                next(walk(other, samples))

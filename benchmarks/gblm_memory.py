@@ -1,0 +1,128 @@
+"""Peak resident memory of GBLM's gradients, and of the whole stage, above the loaded model.
+
+    python benchmarks/gblm_memory.py --samples 4
+
+Each kind of gradient runs in a process of its own: the model is loaded, then the kernel's record of
+the peak is reset. Random weights: memory does not depend on their values. Prints a table and one
+JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+LIMIT = 4.0  # bytes a parameter above the loaded model
+
+
+def run_child(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, Any]:
+    """Loads, prunes, and reads what either took; called in a process of its own."""
+    from pocketvlm.calibration import CalibrationSet
+    from pocketvlm.checkpoint import Checkpoint
+    from pocketvlm.compress.pruning.gblm import Gblm
+    from pocketvlm.context import RunContext
+
+    ctx = RunContext(scratch_dir=scratch)
+    calibration = CalibrationSet.synthetic(samples)
+    checkpoint = Checkpoint.load(model)
+    loaded = _resident("VmRSS")
+    # What torch and the image library keep once they have run at all is no part of a gradient,
+    # but it is no part of the loaded model either: it counts.
+    peaks: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    stage = Gblm(gradient=gradient, held_out=0.0)
+    started = time.perf_counter()
+    _forget_peak()
+
+    def on_progress(progress: Any) -> None:
+        if progress.task == "gradients":
+            peaks["gradients"] = _resident("VmHWM")
+            seconds["gradients"] = time.perf_counter() - started
+
+    pruned = stage.apply(checkpoint, calibration, replace(ctx, on_progress=on_progress))
+    peaks["stage"] = _resident("VmHWM")
+    seconds["stage"] = time.perf_counter() - started
+    spec = pruned.spec
+    linears = sum(one.out_features * one.in_features for one in spec.linears())
+    vectors = sum(value.numel() for value in pruned.model.parameters())
+    return {
+        "gradient": gradient,
+        "samples": samples,
+        "parameters": linears + vectors,
+        "loaded_bytes": loaded,
+        "peak_bytes": peaks,
+        "seconds": seconds,
+        "bytes_a_parameter": {
+            name: (peak - loaded) / (linears + vectors) for name, peak in peaks.items()
+        },
+        "scratch_bytes": sum(f.stat().st_size for f in (scratch / "gradients").iterdir()),
+    }
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("the kernel does not tell this process's memory; run on Linux")
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="A directory; by default the shape below.")
+    parser.add_argument("--shape", default="smolvlm-256m")
+    parser.add_argument("--gradient", action="append", choices=("answer", "block"))
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    kinds = arguments.gradient or ["answer", "block"]
+    if arguments.child:
+        with tempfile.TemporaryDirectory(prefix="pocketvlm-") as scratch:
+            row = run_child(arguments.model, kinds[0], arguments.samples, Path(scratch))
+        print(json.dumps(row))
+        return
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-") as folder:
+        model = arguments.model
+        if model is None:
+            from pocketvlm.testing import write_shape
+
+            model = write_shape(arguments.shape, Path(folder) / "model")
+        rows = []
+        for kind in kinds:
+            command = [sys.executable, __file__, "--child", "--model", str(model)]
+            command += ["--gradient", kind, "--samples", str(arguments.samples)]
+            finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(finished.stdout.splitlines()[-1]))
+    print(
+        f"{'gradient':<9} {'loaded MB':>9} {'peak MB':>8} {'B/param':>8} {'stage MB':>9} "
+        f"{'B/param':>8} {'disk MB':>8} {'s':>6} {'stage s':>8}"
+    )
+    for row in rows:
+        peak, above, seconds = row["peak_bytes"], row["bytes_a_parameter"], row["seconds"]
+        print(
+            f"{row['gradient']:<9} {row['loaded_bytes'] / 1e6:>9.0f} "
+            f"{peak['gradients'] / 1e6:>8.0f} {above['gradients']:>8.2f} "
+            f"{peak['stage'] / 1e6:>9.0f} {above['stage']:>8.2f} "
+            f"{row['scratch_bytes'] / 1e6:>8.0f} {seconds['gradients']:>6.0f} "
+            f"{seconds['stage']:>8.0f}"
+        )
+    print(json.dumps({"benchmark": "gblm_memory", "cpus": os.cpu_count(), "rows": rows}))
+    worst = max(max(row["bytes_a_parameter"].values()) for row in rows)
+    if worst > LIMIT:
+        raise SystemExit(f"{worst:.2f} bytes a parameter above the loaded model, not {LIMIT:g}")
+
+
+if __name__ == "__main__":
+    main()
