@@ -15,7 +15,7 @@ from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
 from pocketvlm.pipeline.sources import read_model_spec
-from pocketvlm.planned import PlannedForm
+from pocketvlm.planned import PlannedForm, PlannedSparse, plan_behind_mask
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Stage, Target, check_order
 
@@ -117,14 +117,17 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
         refused += prediction.refused
         warnings += prediction.warnings
         refused += _cache_refusals(target, cache_bits)
+        refused += _row_refusals(target, recipe.stages)
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
-    decoder = spec.decoder
-    row_bits = 2 * decoder.depth * decoder.kv_heads * decoder.head_dim * cache_bits
-    cache_bytes = row_bits // 8 * (kept + _TURN_TOKENS)
+    decoder = compressed.decoder
+    layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * cache_bits
+    visual_layers = _visual_layers(recipe.stages, compressed)
+    rows = visual_layers * kept + decoder.depth * _TURN_TOKENS
+    cache_bytes = layer_row_bits // 8 * rows
     files = sum(file.stat().st_size for file in model.glob("*.json"))
-    ram_bytes = weight_bytes + cache_bytes + _activation_bytes(spec)
+    ram_bytes = weight_bytes + cache_bytes + _activation_bytes(compressed)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
     source = sum(x.out_features * x.in_features for x in spec.linears()) * _SOURCE_BYTES_A_WEIGHT
@@ -177,6 +180,26 @@ def _cache_refusals(target: Target, bits: int) -> list[str]:
     ]
 
 
+def _visual_layers(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
+    """Layers whose cache holds visual rows; all of them where only calibration will tell."""
+    for stage in stages:
+        visual_layers = getattr(stage, "visual_layers", None)
+        if visual_layers is not None:
+            return visual_layers(spec) or spec.decoder.depth
+    return spec.decoder.depth
+
+
+def _row_refusals(target: Target, stages: tuple[Stage, ...]) -> list[str]:
+    """A target says itself whether visual rows may end before the last layer."""
+    ending = [stage.method for stage in stages if "ended_tokens" in stage.provides]
+    if not ending or getattr(target, "ends_visual_rows", False):
+        return []
+    return [
+        f"{target.method}: runs every row through every decoder layer; leave {ending[0]} out of the "
+        "stages for this target (reduce_tokens runs everywhere), or export to ONNX alone"
+    ]
+
+
 def _planned_forms(
     stages: tuple[Stage, ...], spec: ModelSpec
 ) -> tuple[ModelSpec, dict[LinearSpec, PlannedForm | None]]:
@@ -189,11 +212,36 @@ def _planned_forms(
         spec_after = getattr(stage, "spec_after", None)
         if spec_after is not None:
             spec = spec_after(spec)
-        plan_forms = getattr(stage, "plan_forms", None)
-        if plan_forms is not None:
-            found: Mapping[LinearSpec, PlannedForm | None] = plan_forms(spec)
-            forms.update({linear: form for linear, form in found.items() if form is not None})
+        found = _forms_after(stage, spec, forms)
+        forms.update(
+            {
+                linear: _keep_mask(linear, forms.get(linear), form)
+                for linear, form in found.items()
+                if form is not None
+            }
+        )
     return spec, {linear: forms.get(linear) for linear in spec.linears()}
+
+
+def _forms_after(
+    stage: Stage, spec: ModelSpec, planned: Mapping[LinearSpec, PlannedForm | None]
+) -> Mapping[LinearSpec, PlannedForm | None]:
+    """What a stage will make of layers; empty for one that changes no weights.
+
+    A stage that counts bytes has to know what it finds, others know a layer by its specification.
+    """
+    plan_forms_after = getattr(stage, "plan_forms_after", None)
+    if plan_forms_after is not None:
+        return dict(plan_forms_after(spec, planned))
+    plan_forms = getattr(stage, "plan_forms", None)
+    return {} if plan_forms is None else dict(plan_forms(spec))
+
+
+def _keep_mask(linear: LinearSpec, before: PlannedForm | None, found: PlannedForm) -> PlannedForm:
+    """A quantizer stores the elements that an earlier stage keeps, behind the same mask."""
+    if isinstance(before, PlannedSparse):
+        return plan_behind_mask(linear.name, before.density, found)
+    return found
 
 
 def _activation_bytes(spec: ModelSpec) -> int:

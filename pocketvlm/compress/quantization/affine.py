@@ -91,7 +91,11 @@ class GridFunction(Protocol):
     """How the grid of each group is found."""
 
     def __call__(
-        self, weights: Tensor, scheme: AffineScheme, importance: Tensor | None = None
+        self,
+        weights: Tensor,
+        scheme: AffineScheme,
+        importance: Tensor | None = None,
+        keeps: Tensor | None = None,
     ) -> Grid:
         """Finds the grids of weights [..., group].
 
@@ -100,6 +104,8 @@ class GridFunction(Protocol):
             scheme: The kind of grid.
             importance: How much an error of a column counts, broadcast to the weights; `None` for
                 all alike.
+            keeps: Which weights a mask keeps, bool [..., group]: the others take no code, so that
+                no grid reaches for them; `None` for all.
         """
 
 
@@ -107,6 +113,7 @@ def min_max_grid(
     weights: Tensor,
     scheme: AffineScheme,
     importance: Tensor | None = None,  # noqa: ARG001  (a `GridFunction`; nothing is weighed here)
+    keeps: Tensor | None = None,
 ) -> Grid:
     """The grid that spans a group's range, zero included unless zero points are floats.
 
@@ -116,10 +123,15 @@ def min_max_grid(
     Raises:
         ValueError: A range is too large for a float16 scale.
     """
-    return _grid(*_range(weights, scheme), scheme)
+    return _grid(*_range(weights, scheme, keeps), scheme)
 
 
-def mse_grid(weights: Tensor, scheme: AffineScheme, importance: Tensor | None = None) -> Grid:
+def mse_grid(
+    weights: Tensor,
+    scheme: AffineScheme,
+    importance: Tensor | None = None,
+    keeps: Tensor | None = None,
+) -> Grid:
     """The shrunk min-max grid with the smallest weighted squared error (GPTQ's `mse` option).
 
     Clips the few largest weights of a group where that serves the others better. Ties go to the
@@ -128,13 +140,13 @@ def mse_grid(weights: Tensor, scheme: AffineScheme, importance: Tensor | None = 
     Raises:
         ValueError: A range is too large for a float16 scale.
     """
-    low, high = _range(weights, scheme)
+    low, high = _range(weights, scheme, keeps)
     best = _grid(low, high, scheme)
-    least = _squared_error(weights, best, importance)
+    least = _squared_error(weights, best, importance, keeps)
     middle = (low + high) / 2 if scheme.float_zeros else torch.zeros_like(low)
     for share in _SHRINK[1:]:
         tried = _grid(middle + (low - middle) * share, middle + (high - middle) * share, scheme)
-        error = _squared_error(weights, tried, importance)
+        error = _squared_error(weights, tried, importance, keeps)
         better = error < least
         least = torch.where(better, error, least)
         best = Grid(
@@ -166,7 +178,8 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
 def group_columns(weights: Tensor, group_size: int) -> Tensor:
     """Splits [rows, columns] into [rows, groups, group_size]; the last group is padded with zero.
 
-    Zero is exact on every grid and inside every range, so padding changes no other code.
+    Zero is exact on every grid and inside every range, so padding changes no other code. A mask is
+    padded with false.
     """
     missing = -weights.shape[-1] % group_size
     return functional.pad(weights, (0, missing)).view(weights.shape[0], -1, group_size)
@@ -193,8 +206,15 @@ def affine_form(codes: Tensor, grid: Grid, *, group_size: int, in_features: int)
     )
 
 
-def _range(weights: Tensor, scheme: AffineScheme) -> tuple[Tensor, Tensor]:
-    low, high = weights.amin(dim=-1), weights.amax(dim=-1)
+def _range(
+    weights: Tensor, scheme: AffineScheme, keeps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if keeps is None:
+        low, high = weights.amin(dim=-1), weights.amax(dim=-1)
+    else:
+        is_empty = ~keeps.any(dim=-1)
+        low = weights.masked_fill(~keeps, torch.inf).amin(dim=-1).masked_fill(is_empty, 0.0)
+        high = weights.masked_fill(~keeps, -torch.inf).amax(dim=-1).masked_fill(is_empty, 0.0)
     below, above = low.clamp(max=0), high.clamp(min=0)
     if not scheme.float_zeros:
         return below, above  # zero stays exact on a grid whose zero point is a code
@@ -221,8 +241,12 @@ def _grid(low: Tensor, high: Tensor, scheme: AffineScheme) -> Grid:
     return Grid(scale=scale, zero=zero, scheme=scheme)
 
 
-def _squared_error(weights: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+def _squared_error(
+    weights: Tensor, grid: Grid, importance: Tensor | None, keeps: Tensor | None
+) -> Tensor:
     errors = (decode(encode(weights, grid), grid) - weights).square_()
     if importance is not None:
         errors *= importance
+    if keeps is not None:
+        errors.masked_fill_(~keeps, 0.0)
     return errors.sum(dim=-1)

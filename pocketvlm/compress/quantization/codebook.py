@@ -28,7 +28,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
-from pocketvlm.weights import CodebookWeight, WeightForm
+from pocketvlm.weights import CodebookWeight, KeptIndices, SparseWeight, WeightForm, keeps_of
 
 __all__ = ["Codebook", "CodebookRule", "share_codebooks"]
 
@@ -144,14 +144,29 @@ def share_codebooks(checkpoint: Checkpoint) -> None:
     """Lets layers with equal codebooks hold one tensor, which is then stored once."""
     known: dict[tuple[object, ...], Tensor] = {}
     for linear, form in checkpoint.forms().items():
-        if not isinstance(form, CodebookWeight):
+        books = _codebooks_of(form)
+        if books is None:
             continue
-        books = form.main.codebooks
         key = (tuple(books.shape), books.numpy().tobytes())
         kept = known.setdefault(key, books)
         if kept is not books:
-            main = replace(form.main, codebooks=kept)
-            checkpoint.set_form(linear.name, replace(form, main=main))
+            checkpoint.set_form(linear.name, _with_codebooks(form, kept))
+
+
+def _codebooks_of(form: WeightForm) -> Tensor | None:
+    if isinstance(form, CodebookWeight):
+        return form.main.codebooks
+    if isinstance(form, SparseWeight) and isinstance(form.values, KeptIndices):
+        return form.values.codebooks
+    return None
+
+
+def _with_codebooks(form: WeightForm, books: Tensor) -> WeightForm:
+    if isinstance(form, CodebookWeight):
+        return replace(form, main=replace(form.main, codebooks=books))
+    if isinstance(form, SparseWeight) and isinstance(form.values, KeptIndices):
+        return replace(form, values=replace(form.values, codebooks=books))
+    raise TypeError(f"a weight of kind {form.kind!r} has no codebooks")
 
 
 class _Codebooks(StepFitter[CodebookRule]):
@@ -197,11 +212,16 @@ def _fit_shared(rule: CodebookRule, forms: Sequence[WeightForm], seed: int) -> T
     length = rule.vector_length
     most = max(1, _SHARED_SAMPLE // len(forms))
     for form in forms:
-        dense = form.dequantize()
-        scales = row_scales_of(dense).to(torch.float32)
+        dense, keeps = form.dequantize(), keeps_of(form)
+        scales = row_scales_of(dense, keeps).to(torch.float32)
         columns = dense.shape[1]
         normal = (dense / scales[:, None]).view(-1, length, columns)
-        chosen = sample_rows(normal.shape[0] * columns, most, generator)
+        if keeps is None:
+            chosen = sample_rows(normal.shape[0] * columns, most, generator)
+        else:
+            # A vector behind a mask has one element.
+            places = keeps.flatten().nonzero()[:, 0]
+            chosen = places[sample_rows(places.shape[0], most, generator)]
         row, column = chosen // columns, chosen % columns
         energy = scales.square().view(-1, length).mean(1)
         vectors.append(normal[row, :, column])

@@ -23,7 +23,8 @@ from pocketvlm.compress.quantization.codebook_rules import CodebookRule
 from pocketvlm.compress.quantization.error_feedback import Factor, quantize_with_feedback
 from pocketvlm.compress.quantization.fitting import Weighed
 from pocketvlm.compress.quantization.kmeans import cluster
-from pocketvlm.weights import CodebookWeight, Lookup, WeightForm
+from pocketvlm.compress.quantization.layers import behind_mask
+from pocketvlm.weights import CodebookWeight, Lookup, WeightForm, keeps_of
 
 __all__ = ["CodebookFitter", "fit_codebooks", "round_to_codebooks", "row_scales_of"]
 
@@ -40,6 +41,7 @@ class _Normal:
         column_scales: float16 [columns], or `None`.
         column_offsets: float16 [columns], or `None`.
         rows_alike: Whether errors count in proportion to their row's scale.
+        keeps: Which elements a mask keeps, bool [columns, rows]; `None` for all.
     """
 
     values: Tensor
@@ -47,6 +49,7 @@ class _Normal:
     column_scales: Tensor | None = None
     column_offsets: Tensor | None = None
     rows_alike: bool = False
+    keeps: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -63,9 +66,16 @@ class _Normal:
         return self.column_scales.to(torch.float32)
 
 
-def row_scales_of(weights: Tensor) -> Tensor:
-    """Root mean square of every row of [rows, columns], float16; one for rows of zeros."""
-    return _as_scales(weights.to(torch.float64).square().mean(1).sqrt())
+def row_scales_of(weights: Tensor, keeps: Tensor | None = None) -> Tensor:
+    """Root mean square of every row of [rows, columns], float16; one for rows of zeros.
+
+    The mean is over those elements that a mask keeps, bool [rows, columns], where there is one.
+    """
+    squares = weights.to(torch.float64).square()
+    if keeps is None:
+        return _as_scales(squares.mean(1).sqrt())
+    kept = keeps.sum(1).clamp_min(1)
+    return _as_scales((squares.masked_fill_(~keeps, 0.0).sum(1) / kept).sqrt())
 
 
 def fit_codebooks(
@@ -78,6 +88,7 @@ def fit_codebooks(
     rounds: int = 3,
     error_feedback: bool = True,
     rows_alike: bool = False,
+    keeps: Tensor | None = None,
 ) -> CodebookWeight:
     """Quantizes a weight against the Hessian of its input.
 
@@ -92,12 +103,15 @@ def fit_codebooks(
             nearest entry and tables stay those of k-means.
         rows_alike: Whether every row counts the same, whatever its scale: right for a table of
             tokens, whose small rows are as good as large ones once a norm has seen them.
+        keeps: Which elements a mask keeps, bool [rows, columns]: tables are made for them alone,
+            and they make up for what is dropped. The others' indices stand for nothing. `None`
+            keeps all.
 
     Raises:
-        ValueError: The weight is too large for float16.
+        ValueError: The weight is too large for float16, or a table has fewer vectors than entries.
     """
     original = targets.T.to(torch.float32).contiguous()
-    normal = _normalize(original, rule, rows_alike=rows_alike)
+    normal = _normalize(original, rule, rows_alike=rows_alike, keeps=keeps)
     evidence = weighed.evidence
     stretch = normal.stretch
     parts = list(zip(evidence.slices, evidence.hessians, weighed.factors, strict=True))
@@ -127,8 +141,10 @@ def fit_codebooks(
     for _ in range(rounds):
         codes, _ = _feed_back(tables, factors, evidence.slices, normal)
         if shared is None:
-            tables = refine_tables(tables, codes, normal.values, metric, normal.importance)
-        decoded = decode_tables(tables, codes, targets.shape[0])
+            tables = refine_tables(
+                tables, codes, normal.values, metric, normal.importance, keeps=normal.keeps
+            )
+        decoded = decode_tables(tables, codes, targets.shape[0], normal.keeps)
         if normal.row_scales is not None:
             normal = _rescale(normal, original, decoded, metric)
         loss = output_loss(decoded - normal.values, metric, normal.importance)
@@ -147,6 +163,7 @@ def round_to_codebooks(
     shared: Tensor | None = None,
     seed: int = 0,
     rows_alike: bool = False,
+    keeps: Tensor | None = None,
 ) -> CodebookWeight:
     """The form that needs no calibration: k-means with all columns alike, nearest entries.
 
@@ -156,11 +173,13 @@ def round_to_codebooks(
         shared: float16 [1, 1, k, d] codebooks that are taken as they are.
         seed: Of k-means.
         rows_alike: Whether every row counts the same, whatever its scale.
+        keeps: Which elements a mask keeps, as in `fit_codebooks`.
 
     Raises:
-        ValueError: The weight is too large for float16.
+        ValueError: The weight is too large for float16, or a table has fewer vectors than entries.
     """
-    normal = _normalize(weight.T.to(torch.float32).contiguous(), rule, rows_alike=rows_alike)
+    values = weight.T.to(torch.float32).contiguous()
+    normal = _normalize(values, rule, rows_alike=rows_alike, keeps=keeps)
     diagonal = normal.stretch.square()
     layout = _Layout.of(rule, (weight.shape[0], weight.shape[1]), diagonal)
     tables = layout.make(normal, diagonal, seed, shared)
@@ -192,7 +211,7 @@ class CodebookFitter:
 
     def fit(self, rule: CodebookRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
         """Codebooks that the layer's inputs have shaped."""
-        return fit_codebooks(
+        form = fit_codebooks(
             rule,
             weighed.targets(weight.dequantize().to(torch.float64)),
             weighed,
@@ -201,17 +220,21 @@ class CodebookFitter:
             rounds=self.rounds,
             error_feedback=self.error_feedback,
             rows_alike=self.rows_alike,
+            keeps=keeps_of(weight),
         )
+        return behind_mask(form, weight)
 
     def round(self, rule: CodebookRule, weight: WeightForm) -> WeightForm:
         """Plain k-means."""
-        return round_to_codebooks(
+        form = round_to_codebooks(
             rule,
             weight.dequantize(),
             shared=self.shared,
             seed=self.seed,
             rows_alike=self.rows_alike,
+            keeps=keeps_of(weight),
         )
+        return behind_mask(form, weight)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -303,12 +326,15 @@ class _Layout:
         )
 
 
-def _normalize(weights: Tensor, rule: CodebookRule, *, rows_alike: bool) -> _Normal:
-    """Divides scales out of [columns, rows]."""
+def _normalize(
+    weights: Tensor, rule: CodebookRule, *, rows_alike: bool, keeps: Tensor | None
+) -> _Normal:
+    """Divides scales out of [columns, rows], for a mask [rows, columns]."""
+    turned = None if keeps is None else keeps.T.contiguous()
     if rule.normalize == "rows":
-        scales = row_scales_of(weights.T)
+        scales = row_scales_of(weights.T, keeps)
         values = weights / scales.to(torch.float32)
-        return _Normal(values=values, row_scales=scales, rows_alike=rows_alike)
+        return _Normal(values=values, row_scales=scales, rows_alike=rows_alike, keeps=turned)
     if rule.normalize == "columns":
         offsets = weights.mean(1).to(torch.float16)
         centred = weights - offsets.to(torch.float32)[:, None]
@@ -318,7 +344,7 @@ def _normalize(weights: Tensor, rule: CodebookRule, *, rows_alike: bool) -> _Nor
             column_scales=scales,
             column_offsets=offsets,
         )
-    return _Normal(values=weights)
+    return _Normal(values=weights, keeps=turned)
 
 
 def _rescale(normal: _Normal, original: Tensor, decoded: Tensor, metric: Metric) -> _Normal:
@@ -354,12 +380,16 @@ def _cluster_groups(
     """One k-means a group of rows; float32 [groups, k, d]."""
     vectors = values[columns].view(columns.shape[0], groups, -1, length)
     heights = normal.importance.view(groups, -1, length).mean(2)
+    keeps = None if normal.keeps is None else normal.keeps[columns].view(len(columns), groups, -1)
     books = []
     for group in range(groups):
-        mass = diagonal[columns][:, None] * heights[group]
-        books.append(
-            cluster(vectors[:, group].reshape(-1, length), mass.reshape(-1), 1 << bits, seed=seed)
-        )
+        own = vectors[:, group].reshape(-1, length)
+        mass = (diagonal[columns][:, None] * heights[group]).reshape(-1)
+        if keeps is not None:
+            # A vector behind a mask has one element.
+            places = keeps[:, group].reshape(-1)
+            own, mass = own[places], mass[places]
+        books.append(cluster(own, mass, 1 << bits, seed=seed))
     return torch.stack(books).to(torch.float32)
 
 
@@ -417,7 +447,8 @@ def _feed_back(
         rounding = _Recorder(
             CodebookRounding(tables, order + part.start, normal.importance), values.shape
         )
-        codes.append(quantize_with_feedback(values.T.to(torch.float64), factor, rounding))
+        kept = None if normal.keeps is None else normal.keeps[part].T
+        codes.append(quantize_with_feedback(values.T.to(torch.float64), factor, rounding, kept))
         seen[part.start + order] = rounding.seen
     return torch.cat(codes), seen
 
@@ -430,8 +461,8 @@ class _Recorder:
         self._next = 0
         self.seen = torch.empty(*shape)
 
-    def enter_group(self, group: int, weights: Tensor) -> None:
-        self._rounding.enter_group(group, weights)
+    def enter_group(self, group: int, weights: Tensor, keeps: Tensor | None = None) -> None:
+        self._rounding.enter_group(group, weights, keeps)
 
     def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         self.seen[self._next] = weights

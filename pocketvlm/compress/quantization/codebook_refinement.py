@@ -53,6 +53,7 @@ def refine_tables(
     metric: Metric,
     importance: Tensor,
     *,
+    keeps: Tensor | None = None,
     steps: int = 6,
 ) -> tuple[Table, ...]:
     """Moves all entries together towards the least change of the layer's output.
@@ -63,17 +64,20 @@ def refine_tables(
         targets: float32 [columns, rows].
         metric: How much errors count across columns.
         importance: How much errors in each row count, [rows].
+        keeps: Which elements a mask keeps, bool [columns, rows]: an entry has no part in the
+            others, whatever their codes; `None` for all.
         steps: Of conjugate gradients, with the diagonal as preconditioner.
 
     Returns:
         Tables rounded to float16; entries that no code names stay as they are.
     """
     rows = targets.shape[1]
-    errors = decode_tables(tables, codes, rows) - targets
-    diagonal = _gather_sums(tables, codes, metric.diagonal[:, None] * importance, rows)
+    errors = decode_tables(tables, codes, rows, keeps) - targets
+    diagonal = _gather_sums(tables, codes, metric.diagonal[:, None] * importance, rows, keeps)
     inverse = [torch.where(part > 0, 1 / part, 0.0) for part in diagonal]
     residual = [
-        -part for part in _gather_sums(tables, codes, metric.times(errors) * importance, rows)
+        -part
+        for part in _gather_sums(tables, codes, metric.times(errors) * importance, rows, keeps)
     ]
     moved = [torch.zeros_like(part) for part in residual]
     scaled = [part * by for part, by in zip(residual, inverse, strict=True)]
@@ -82,8 +86,8 @@ def refine_tables(
     for _ in range(steps):
         if not energy > 0:
             break
-        change = decode_tables(_with_books(tables, direction), codes, rows)
-        turned = _gather_sums(tables, codes, metric.times(change) * importance, rows)
+        change = decode_tables(_with_books(tables, direction), codes, rows, keeps)
+        turned = _gather_sums(tables, codes, metric.times(change) * importance, rows, keeps)
         curvature = _inner(direction, turned)
         if not curvature > 0:
             break
@@ -132,11 +136,16 @@ def _with_books(tables: Sequence[Table], flat: Sequence[Tensor]) -> tuple[Table,
     return tuple(changed)
 
 
-def _gather_sums(tables: Sequence[Table], codes: Tensor, values: Tensor, rows: int) -> list[Tensor]:
+def _gather_sums(
+    tables: Sequence[Table], codes: Tensor, values: Tensor, rows: int, keeps: Tensor | None
+) -> list[Tensor]:
     """Sums of values [columns, rows] over the places of every entry, float64 [entries, d] a book.
 
-    `bincount` adds one after another: the order never depends on threads.
+    What a mask drops is no place of any entry. `bincount` adds one after another: the order never
+    depends on threads.
     """
+    if keeps is not None:
+        values = values.masked_fill(~keeps, 0.0)
     sums = []
     for table in tables:
         flat, books = flat_codes(table, codes, rows)

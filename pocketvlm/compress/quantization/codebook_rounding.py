@@ -63,7 +63,7 @@ class CodebookRounding:
             owner[table.columns] = number
         self._turns = iter(owner[columns].tolist())
 
-    def enter_group(self, group: int, weights: Tensor) -> None:
+    def enter_group(self, group: int, weights: Tensor, keeps: Tensor | None = None) -> None:
         """Tables are made beforehand, from all columns."""
 
     def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,14 +127,19 @@ class _Search:
         ]
 
 
-def decode_tables(tables: Sequence[Table], codes: Tensor, rows: int) -> Tensor:
-    """What codes [columns, codes a column] stand for, float32 [columns, rows]."""
+def decode_tables(
+    tables: Sequence[Table], codes: Tensor, rows: int, keeps: Tensor | None = None
+) -> Tensor:
+    """What codes [columns, codes a column] stand for, float32 [columns, rows].
+
+    Zero wherever a mask, bool [columns, rows], does not keep an element.
+    """
     dense = torch.empty(codes.shape[0], rows)
     for table in tables:
         flat, entries = flat_codes(table, codes, rows)
         values = sum(book[index] for book, index in zip(entries, flat, strict=True))
         dense[table.columns] = torch.as_tensor(values).reshape(-1, rows)
-    return dense
+    return dense if keeps is None else dense.masked_fill_(~keeps, 0.0)
 
 
 def flat_codes(table: Table, codes: Tensor, rows: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,7 +16,14 @@ from torch import Tensor
 from pocketvlm.calibration.blocks import FinishedHalf
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.layers import FinishedLayer
-from pocketvlm.weights import CodebookWeight, Lookup, cache_dense_weights
+from pocketvlm.weights import (
+    CodebookWeight,
+    KeptIndices,
+    Lookup,
+    SparseWeight,
+    WeightForm,
+    cache_dense_weights,
+)
 
 __all__ = ["tune_codebooks"]
 
@@ -41,9 +48,7 @@ def tune_codebooks(
     Returns:
         All of the layers, with `tuned` in their rows: whether they were kept.
     """
-    forms = {
-        name: layer.form for name, layer in layers.items() if isinstance(layer.form, CodebookWeight)
-    }
+    forms = {name: layer.form for name, layer in layers.items()}
     fitted, judging = _split(half)
     trained = {
         name: _Trained(form, is_shared=bool(layers[name].row["is_shared"]))
@@ -59,7 +64,7 @@ def tune_codebooks(
     is_better = after < before
     return {
         name: FinishedLayer(
-            form=tuned[name] if is_better and name in tuned else layer.form,
+            form=tuned[name] if is_better else layer.form,
             row={
                 **layer.row,
                 "tuned": True,
@@ -99,9 +104,10 @@ def _descend(
 
 
 class _Trained:
-    """A layer's tables and row scales as parameters, beside its codes."""
+    """A layer's tables and row scales as parameters, beside its codes and its mask."""
 
-    def __init__(self, form: CodebookWeight, *, is_shared: bool) -> None:
+    def __init__(self, stored: WeightForm, *, is_shared: bool) -> None:
+        form, self._keeps = _without_mask(stored)
         self._form = form
         self._lookups = [
             _Differentiable(lookup, is_fixed=is_shared)
@@ -134,19 +140,33 @@ class _Trained:
             values = values * form.column_scales.to(torch.float32)
         if form.column_offsets is not None:
             values = values + form.column_offsets.to(torch.float32)
-        return values
+        return values if self._keeps is None else values.masked_fill(~self._keeps, 0.0)
 
-    def rounded(self) -> CodebookWeight:
+    def rounded(self) -> WeightForm:
         """The layer with its parameters as they are now, in float16."""
         made = {id(lookup.lookup): lookup.rounded() for lookup in self._lookups}
         form = self._form
-        return replace(
+        rounded = replace(
             form,
             main=made[id(form.main)],
             residual=None if form.residual is None else made[id(form.residual)],
             outliers=None if form.outliers is None else made[id(form.outliers)],
             row_scales=None if self._scales is None else self._scales.detach().to(torch.float16),
         )
+        return rounded if self._keeps is None else SparseWeight.from_form(rounded, self._keeps)
+
+
+def _without_mask(form: WeightForm) -> tuple[CodebookWeight, Tensor | None]:
+    """Codebooks with an index for every element, and the mask that was in front of them."""
+    if isinstance(form, CodebookWeight):
+        return form, None
+    if not (isinstance(form, SparseWeight) and isinstance(form.values, KeptIndices)):
+        raise TypeError(f"a weight of kind {form.kind!r} has no codebooks to tune")
+    keeps, values = form.keeps(), form.values
+    indices = torch.zeros(form.shape, dtype=torch.uint8)
+    indices[keeps] = form.stored()
+    main = Lookup.from_indices(indices, values.codebooks, index_bits=values.index_bits)
+    return CodebookWeight(main=main, row_scales=values.row_scales), keeps
 
 
 class _Differentiable:
@@ -199,7 +219,7 @@ def _held_out_loss(
     checkpoint: Checkpoint,
     half: FinishedHalf,
     judging: Sequence[int],
-    forms: Mapping[str, CodebookWeight],
+    forms: Mapping[str, WeightForm],
 ) -> float:
     dense = {name: form.dequantize() for name, form in forms.items()}
     lost = counted = 0.0

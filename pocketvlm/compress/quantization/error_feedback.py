@@ -153,13 +153,14 @@ def factorize(hessian: Tensor, *, group_size: int, damping: float, order: Order)
 class Rounding(Protocol):
     """Rounds one column at a time; whatever a target can store is one of these."""
 
-    def enter_group(self, group: int, weights: Tensor) -> None:
+    def enter_group(self, group: int, weights: Tensor, keeps: Tensor | None = None) -> None:
         """A new group of columns begins.
 
         Args:
             group: Its number, from left to right.
             weights: The group's weights with the errors of all columns before them,
                 [columns, rows], columns in processing order.
+            keeps: Which of them a mask keeps, bool [columns, rows]; `None` for all.
         """
 
     def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,12 +215,13 @@ class AffineRounding:
             scale=self._scale.T.contiguous(), zero=self._zero.T.contiguous(), scheme=self._scheme
         )
 
-    def enter_group(self, group: int, weights: Tensor) -> None:
+    def enter_group(self, group: int, weights: Tensor, keeps: Tensor | None = None) -> None:
         """Finds the group's grid, unless all were made beforehand."""
         self._group = group
         if not self._is_fixed:
             weighing = None if self._importance is None else self._importance[group]
-            made = self._find(weights.T, self._scheme, weighing)
+            kept = None if keeps is None else keeps.T
+            made = self._find(weights.T, self._scheme, weighing, kept)
             self._scale[group], self._zero[group] = made.scale, made.zero
 
     def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,13 +233,19 @@ class AffineRounding:
         return codes, (codes - zero).mul_(scale)
 
 
-def quantize_with_feedback(weights: Tensor, factor: Factor, rounding: Rounding) -> Tensor:
+def quantize_with_feedback(
+    weights: Tensor, factor: Factor, rounding: Rounding, keeps: Tensor | None = None
+) -> Tensor:
     """Rounds rows of a weight against a Hessian.
+
+    An element that a mask drops is rounded to exactly 0, whatever its code, and the columns to come
+    make up for that as for any other error.
 
     Args:
         weights: float64 [rows, columns].
         factor: Of the columns' Hessian.
         rounding: What every column is rounded to.
+        keeps: Which elements a mask keeps, bool [rows, columns]; `None` for all.
 
     Returns:
         The codes of every column, columns in their natural order, [columns, codes a column].
@@ -248,6 +256,7 @@ def quantize_with_feedback(weights: Tensor, factor: Factor, rounding: Rounding) 
     order = factor.order
     # One column is one contiguous row from here on.
     W = weights[:, order.columns].T.contiguous()
+    kept = None if keeps is None else keeps[:, order.columns].T.contiguous()
     group_at = dict(zip(order.borders[:-1], order.groups, strict=True))
     ends = dict(pairwise(order.borders))
     codes: list[Tensor] = []
@@ -256,9 +265,14 @@ def quantize_with_feedback(weights: Tensor, factor: Factor, rounding: Rounding) 
         errors = torch.empty(end - start, W.shape[1], dtype=W.dtype)
         for column in range(start, end):
             if column in ends:
-                rounding.enter_group(group_at[column], W[column : ends[column]])
+                group = slice(column, ends[column])
+                rounding.enter_group(
+                    group_at[column], W[group], None if kept is None else kept[group]
+                )
             place = column - start
             chosen, decoded = rounding.round(W[column])
+            if kept is not None:
+                decoded = decoded.masked_fill(~kept[column], 0.0)
             error = torch.sub(W[column], decoded, out=errors[place]).div_(U[place, place])
             W[column + 1 : end].addr_(U[place, place + 1 :], error, alpha=-1)
             codes.append(chosen)

@@ -1,7 +1,8 @@
 """Changes of float weights that cancel: what is done to a layer's inputs, its neighbour undoes.
 
 The stock classes of the model then still compute the same function. Products are formed in
-float64 and stored in float32: bf16 would round the function itself.
+float64 and stored in float32: bf16 would round the function itself. A masked weight keeps its mask,
+whose zeros any scale leaves alone, and its float16.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import DecoderSpec, LinearSpec, TowerSpec
-from pocketvlm.weights import DenseWeight, FormLinear
+from pocketvlm.weights import DenseWeight, FormLinear, SparseWeight, is_float, with_values
 
 __all__ = [
     "Fold",
@@ -51,7 +52,7 @@ def check_transformable(checkpoint: Checkpoint, method: str) -> None:
         RecipeError: A weight is quantized, or the KV cache has its grid; the message says which.
     """
     for linear, form in checkpoint.forms().items():
-        if not isinstance(form, DenseWeight):
+        if not is_float(form):
             raise RecipeError(
                 f"{method}: {linear.name} is quantized already; allowed are float weights, so "
                 f"{method} comes before every quantizer"
@@ -204,4 +205,6 @@ def _write_weight(checkpoint: Checkpoint, name: str, weight: Tensor) -> None:
     values = weight.to(torch.float32).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: the changed weight is not finite")
-    checkpoint.set_form(name, DenseWeight(values=values))
+    form = checkpoint.form(name)
+    masked = isinstance(form, SparseWeight)
+    checkpoint.set_form(name, with_values(form, values) if masked else DenseWeight(values=values))

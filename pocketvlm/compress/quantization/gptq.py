@@ -30,11 +30,11 @@ from pocketvlm.compress.quantization.error_feedback import (
     quantize_with_feedback,
 )
 from pocketvlm.compress.quantization.fitting import Weighed
-from pocketvlm.compress.quantization.layers import row_chunks
+from pocketvlm.compress.quantization.layers import behind_mask, keeps_in, row_chunks
 from pocketvlm.compress.quantization.rtn import round_to_nearest
 from pocketvlm.compress.quantization.rules import Assignment, WeightRule
 from pocketvlm.context import RunContext
-from pocketvlm.weights import AffineWeight, WeightForm
+from pocketvlm.weights import WeightForm
 
 __all__ = ["AffineFitter", "Gptq", "fit_affine", "quantize_affine"]
 
@@ -48,6 +48,7 @@ def quantize_affine(
     grid: GridKind = "min_max",
     static_groups: bool = False,
     diagonal: Tensor | None = None,
+    keeps: Tensor | None = None,
 ) -> tuple[Tensor, Grid]:
     """Rounds rows of a weight to affine grids, with error feedback.
 
@@ -60,10 +61,11 @@ def quantize_affine(
         static_groups: Whether all grids are made from the weights as they were, rather than from
             weights that carry the errors of the columns before.
         diagonal: Of the Hessian, [columns]: how much an error counts where grids are searched.
+        keeps: Which elements a mask keeps, bool [rows, columns]; `None` for all.
 
     Returns:
         Codes [rows, groups * group_size], padding included, in the type of the weights, and the
-        grid [rows, groups].
+        grid [rows, groups]. The code of an element that the mask drops stands for nothing.
 
     Raises:
         ValueError: A group's range is too large for a float16 scale.
@@ -71,7 +73,8 @@ def quantize_affine(
     fixed = None
     if static_groups:
         importance = None if diagonal is None else group_columns(diagonal[None], group_size)
-        fixed = GRIDS[grid](group_columns(weights, group_size), scheme, importance)
+        grouped = None if keeps is None else group_columns(keeps, group_size)
+        fixed = GRIDS[grid](group_columns(weights, group_size), scheme, importance, grouped)
     rounding = AffineRounding(
         scheme,
         grid,
@@ -80,7 +83,7 @@ def quantize_affine(
         fixed=fixed,
         importance=None if diagonal is None else factor.order.split(diagonal),
     )
-    chosen = quantize_with_feedback(weights, factor, rounding)
+    chosen = quantize_with_feedback(weights, factor, rounding, keeps)
     found = rounding.grid
     # Padding stands for zero, or for what is nearest to it.
     codes = found.zero.round().clamp(scheme.lowest, scheme.highest)
@@ -96,11 +99,12 @@ def fit_affine(
     *,
     grid: GridKind = "min_max",
     static_groups: bool = False,
-) -> AffineWeight:
-    """Quantizes a layer, some rows at a time; see `quantize_affine`."""
+) -> WeightForm:
+    """Quantizes a layer behind its mask, some rows at a time; see `quantize_affine`."""
     codes, scales, zeros = [], [], []
-    for _, rows in row_chunks(weight):
+    for span, rows in row_chunks(weight):
         targets = weighed.targets(rows)
+        keeps = keeps_in(weight, span)
         for part, factor, hessian in zip(
             weighed.evidence.slices, weighed.factors, weighed.evidence.hessians, strict=True
         ):
@@ -112,16 +116,18 @@ def fit_affine(
                 grid=grid,
                 static_groups=static_groups,
                 diagonal=hessian.diagonal().to(torch.float64),
+                keeps=None if keeps is None else keeps[:, part],
             )
             codes.append(chosen.to(torch.uint8))
             scales.append(found.scale)
             zeros.append(found.zero)
-    return affine_form(
+    form = affine_form(
         _join(codes, weighed),
         Grid(scale=_join(scales, weighed), zero=_join(zeros, weighed), scheme=rule.scheme),
         group_size=rule.group_size,
         in_features=weight.shape[1],
     )
+    return behind_mask(form, weight)
 
 
 def _join(pieces: Sequence[Tensor], weighed: Weighed) -> Tensor:

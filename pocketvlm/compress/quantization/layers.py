@@ -18,13 +18,15 @@ from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rules import Assignment
-from pocketvlm.weights import FORMS, WeightForm
+from pocketvlm.weights import FORMS, SparseWeight, WeightForm, keeps_of
 
 __all__ = [
     "FinishedLayer",
     "LayerStore",
+    "behind_mask",
     "describe_layer",
     "float_rows",
+    "keeps_in",
     "row_chunks",
     "stage_version",
 ]
@@ -104,6 +106,7 @@ def describe_layer(assignment: Assignment[Any], form: WeightForm, **figures: Any
         **({} if rule is None else rule.describe()),
         "bits_per_weight": form.bits_per_weight,
         "stored_bytes": form.stored_bytes,
+        "sparsity": 1 - form.density if isinstance(form, SparseWeight) else 0.0,
         "reason": assignment.reason,
         **figures,
     }
@@ -117,6 +120,23 @@ def row_chunks(form: WeightForm) -> Iterator[tuple[slice, Tensor]]:
         chosen = slice(start, min(start + step, rows))
         dense = form.take_rows(torch.arange(chosen.start, chosen.stop))
         yield chosen, dense.to(torch.float64)
+
+
+def keeps_in(form: WeightForm, rows: slice) -> Tensor | None:
+    """Which elements of some rows a mask keeps, bool [rows, columns]; `None` without a mask."""
+    if isinstance(form, SparseWeight):
+        return form.keeps(torch.arange(rows.start, rows.stop))
+    return None
+
+
+def behind_mask(form: WeightForm, weight: WeightForm) -> WeightForm:
+    """What was made of a weight, behind the weight's own mask where it has one.
+
+    Raises:
+        UnsupportedError: Elements of the form cannot be stored one by one.
+    """
+    keeps = keeps_of(weight)
+    return form if keeps is None else SparseWeight.from_form(form, keeps)
 
 
 def stage_version() -> str:

@@ -12,7 +12,7 @@ from pocketvlm.compress.quantization.fitting import Fitter
 from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.modelspec import LinearSpec
-from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse
+from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse, plan_behind_mask
 
 __all__ = [
     "CONTAINERS",
@@ -21,7 +21,9 @@ __all__ = [
     "check_option",
     "check_separable",
     "fitter_for",
+    "float_bytes",
     "label_of",
+    "plan_option",
     "prior_loss",
     "stored_bytes",
 ]
@@ -35,6 +37,7 @@ CONTAINERS: tuple[Container, ...] = get_args(Container)
 # No kernel of ONNX Runtime reads 3 bits.
 _ONNX_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _SCALE_BYTES = 2
+_FLOAT_BYTES = 2
 _ROUNDS = 2  # times that codes are chosen; tables are refined behind each
 
 
@@ -96,8 +99,13 @@ def stored_bytes(form: PlannedForm, linear: LinearSpec, container: Container) ->
         form: What it will be stored as.
         linear: The layer.
         container: `codes` counts the checkpoint's own form, `onnx` what `MatMulNBits` stores,
-            whose containers are wider than 3 bits and whose zero points are packed.
+            whose containers are wider than 3 bits, whose zero points are packed, and which knows
+            no mask.
     """
+    if container == "onnx" and isinstance(form, PlannedSparse):
+        if form.values is None:
+            return float_bytes(linear, None)
+        return stored_bytes(form.values, linear, container)
     if container == "codes" or not isinstance(form, PlannedAffine):
         return form.stored_bytes(linear.out_features, linear.in_features)
     bits = _ONNX_BITS[form.bits]
@@ -106,6 +114,33 @@ def stored_bytes(form: PlannedForm, linear: LinearSpec, container: Container) ->
     if not form.symmetric or bits != form.bits:
         row += -(-groups * bits // 8)
     return linear.out_features * row
+
+
+def float_bytes(linear: LinearSpec, density: float | None) -> int:
+    """Bytes of a layer that stays float, as published: bf16, or float16 behind a mask.
+
+    Args:
+        linear: The layer.
+        density: Share of its elements that a mask keeps; `None` without a mask.
+    """
+    if density is None:
+        return linear.out_features * linear.in_features * _FLOAT_BYTES
+    return PlannedSparse(density=density).stored_bytes(linear.out_features, linear.in_features)
+
+
+def plan_option(option: Option, linear: LinearSpec, density: float | None) -> PlannedForm:
+    """What a layer will be stored as, behind its mask where it has one.
+
+    Args:
+        option: What it becomes.
+        linear: The layer.
+        density: Share of its elements that a mask keeps; `None` without a mask.
+
+    Raises:
+        RecipeError: The option does not fit the layer or its mask.
+    """
+    planned = option.plan(linear)
+    return planned if density is None else plan_behind_mask(linear.name, density, planned)
 
 
 def prior_loss(form: PlannedForm, linear: LinearSpec) -> float:

@@ -39,7 +39,9 @@ from pocketvlm.compress.quantization.menu import (
     check_option,
     check_separable,
     fitter_for,
+    float_bytes,
     label_of,
+    plan_option,
     prior_loss,
     stored_bytes,
 )
@@ -48,20 +50,22 @@ from pocketvlm.compress.quantization.sensitivity import Sensitivity, measure_sen
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedForm
+from pocketvlm.planned import PlannedForm, PlannedSparse
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.selection import assign_rules
-from pocketvlm.weights import DenseWeight
+from pocketvlm.weights import SparseWeight, is_float
 
 __all__ = ["MixedPrecision"]
 
 _TABLE = "sensitivity.json"
-_FLOAT_BYTES = 2  # a checkpoint is published in bf16
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision:
     """Chooses an option for every layer by measured sensitivity, under a budget, and quantizes.
+
+    A pruned layer keeps its mask: options that cannot stand behind one are not offered to it, and
+    its bytes are those of mask and kept elements.
 
     Attributes:
         options: What a layer may become: rules without part, match or blocks. An option whose
@@ -141,17 +145,36 @@ class MixedPrecision:
         Raises:
             RecipeError: The budget is below the smallest possible, or a rule matches nothing.
         """
-        menu = self._menu(spec)
-        floats = {
-            linear: linear.out_features * linear.in_features * _FLOAT_BYTES
-            for linear in spec.linears()
+        return self.plan_forms_after(spec, {})
+
+    def plan_forms_after(
+        self, spec: ModelSpec, planned: Mapping[LinearSpec, PlannedForm | None]
+    ) -> Mapping[LinearSpec, PlannedForm | None]:
+        """The same behind stages that make some layers sparse: the budget counts masked bytes.
+
+        Args:
+            spec: The model.
+            planned: What earlier stages will have made of its layers.
+
+        Raises:
+            RecipeError: The budget is below the smallest possible, a rule matches nothing, or an
+                option cannot keep a layer's mask.
+        """
+        densities = {
+            linear.name: form.density
+            for linear, form in planned.items()
+            if isinstance(form, PlannedSparse)
         }
+        menu = self._menu(spec, densities)
+        floats = {linear: self._float_bytes(linear, densities.get(linear.name)) for linear in menu}
         table = None if self.sensitivity is None else Sensitivity.load(Path(self.sensitivity))
         if table is not None:
             self._require_complete(table, menu)
-        solved = _solve(self, menu, floats, table)
+        solved = _solve(self, menu, floats, densities, table)
         return {
-            linear: None if option.keeps_float else option.plan(linear)
+            linear: None
+            if option.keeps_float
+            else plan_option(option, linear, densities.get(linear.name))
             for linear, option in solved.chosen.items()
         }
 
@@ -176,19 +199,30 @@ class MixedPrecision:
             CheckpointError: A weight is too large for float16 scales.
         """
         started = time.perf_counter()
-        menu = self._menu(checkpoint.spec)
-        for linear, form in checkpoint.forms().items():
-            if not isinstance(form, DenseWeight):
+        forms = checkpoint.forms()
+        for linear, form in forms.items():
+            if not is_float(form):
                 raise RecipeError(f"{linear.name}: is quantized already; quantize a layer once")
-        floats = {linear: form.stored_bytes for linear, form in checkpoint.forms().items()}
+        densities = {
+            linear.name: form.density
+            for linear, form in forms.items()
+            if isinstance(form, SparseWeight)
+        }
+        menu = self._menu(checkpoint.spec, densities)
+        floats = {
+            linear: self._float_bytes(linear, densities[linear.name])
+            if linear.name in densities
+            else form.stored_bytes
+            for linear, form in forms.items()
+        }
         # Before hours of measuring: a budget that nothing fits into does not depend on losses.
-        _solve(self, menu, floats, None)
+        _solve(self, menu, floats, densities, None)
         table = self._table(checkpoint, calibration, menu, ctx)
-        solved = _solve(self, menu, floats, table)
+        solved = _solve(self, menu, floats, densities, table)
         quantizer = self._quantizer(solved.rules())
         scratch = None if ctx.scratch_dir is None else ctx.scratch_dir / solved.digest()
         done = quantizer.apply(checkpoint, calibration, ctx.with_scratch(scratch))
-        record = self._record(done.history[-1], solved, table, done)
+        record = self._record(done.history[-1], solved, table, done, densities)
         record = replace(
             record, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes()
         )
@@ -207,8 +241,14 @@ class MixedPrecision:
             tower_tokens=self.tower_tokens,
         )
 
-    def _menu(self, spec: ModelSpec) -> dict[LinearSpec, tuple[Option, ...]]:
-        """What each layer may become; a pinned layer has no choice."""
+    def _float_bytes(self, linear: LinearSpec, density: float | None) -> int:
+        """Bytes of a layer that stays float, in the container that is counted."""
+        return float_bytes(linear, density if self.stored_as == "codes" else None)
+
+    def _menu(
+        self, spec: ModelSpec, densities: Mapping[str, float]
+    ) -> dict[LinearSpec, tuple[Option, ...]]:
+        """What each layer may become, for densities of pruned ones; a pinned one has no choice."""
         linears = tuple(spec.linears())
         try:
             pinned = assign_rules(self.pins, linears)
@@ -219,13 +259,13 @@ class MixedPrecision:
             pin = pinned[linear]
             if pin is not None:
                 if not pin.keeps_float:
-                    pin.plan(linear)
+                    plan_option(pin, linear, densities.get(linear.name))
                 menu[linear] = (pin,)
                 continue
             fitting, refusals = [], []
             for option in self.options:
                 try:
-                    option.plan(linear)
+                    plan_option(option, linear, densities.get(linear.name))
                 except RecipeError as error:
                     refusals.append(str(error))
                 else:
@@ -302,7 +342,12 @@ class MixedPrecision:
             )
 
     def _record(
-        self, record: StageRecord, solved: _Solution, table: Sensitivity, done: Checkpoint
+        self,
+        record: StageRecord,
+        solved: _Solution,
+        table: Sensitivity,
+        done: Checkpoint,
+        densities: Mapping[str, float],
     ) -> StageRecord:
         rows = tuple({**row, **solved.describe(row["name"])} for row in record.layers)
         forms = done.forms()
@@ -314,6 +359,14 @@ class MixedPrecision:
                 f"{len(fixed)} layers had no choice, by a pin or because a single option fits: "
                 f"{', '.join(fixed[:4])}{', …' if len(fixed) > len(fixed[:4]) else ''}"
             )
+        masked = [linear for linear in solved.menu if linear.name in densities]
+        for option in self.options:
+            without = [linear for linear in masked if _loses_mask(option, linear)]
+            if without:
+                notes.append(
+                    f"{len(without)} pruned layers were not offered {label_of(option)}: its "
+                    "elements cannot be stored one by one behind a mask"
+                )
         if solved.price == 0:
             notes.append("the budget binds nothing: every layer has the option of least loss")
         if 0 < table.tokens < _FEW_TOKENS:
@@ -414,6 +467,7 @@ def _solve(
     stage: MixedPrecision,
     menu: Mapping[LinearSpec, Sequence[Option]],
     floats: Mapping[LinearSpec, int],
+    densities: Mapping[str, float],
     table: Sensitivity | None,
 ) -> _Solution:
     """Solves with measured losses, or with the prior's."""
@@ -423,17 +477,17 @@ def _solve(
         budget = int(stage.average_bits * weights / 8)
     if budget is None:
         raise ValueError("a stage has one of its two budgets")
-    candidates = [
-        [
-            _candidate(linear, option, stage.stored_as, floats[linear], table)
-            if len(options) > 1
-            else replace(
-                _candidate(linear, option, stage.stored_as, floats[linear], None), loss=0.0
+    candidates = []
+    for linear, options in menu.items():
+        is_free = len(options) > 1
+        density = densities.get(linear.name)
+        row = [
+            _candidate(
+                linear, option, stage.stored_as, floats[linear], density, table if is_free else None
             )
             for option in options
         ]
-        for linear, options in menu.items()
-    ]
+        candidates.append(row if is_free else [replace(item, loss=0.0) for item in row])
     smallest = sum(min(item.size for item in row) for row in candidates)
     if smallest > budget:
         raise RecipeError(
@@ -453,16 +507,30 @@ def _candidate(
     linear: LinearSpec,
     option: Option,
     container: Container,
-    float_bytes: int,
+    size_as_float: int,
+    density: float | None,
     table: Sensitivity | None,
 ) -> Candidate:
     if option.keeps_float:
-        return Candidate(loss=0.0, size=float_bytes)
-    form = option.plan(linear)
+        return Candidate(loss=0.0, size=size_as_float)
+    form = plan_option(option, linear, density)
     size = stored_bytes(form, linear, container)
     if table is None:
         return Candidate(loss=prior_loss(form, linear), size=size)
     return Candidate(loss=table.layers[linear.name][label_of(option)].loss, size=size)
+
+
+def _loses_mask(option: Option, linear: LinearSpec) -> bool:
+    """Whether an option fits a layer, but not behind a mask."""
+    try:
+        option.plan(linear)
+    except RecipeError:
+        return False
+    try:
+        plan_option(option, linear, 1.0)
+    except RecipeError:
+        return True
+    return False
 
 
 def _choices(

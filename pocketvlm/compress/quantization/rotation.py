@@ -8,6 +8,7 @@ multiplies by a rotation. Which weights those are is said in `rotator`.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
@@ -18,9 +19,10 @@ from pocketvlm.compress.quantization.layers import stage_version
 from pocketvlm.compress.quantization.rotator import Rotator
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedForm, PlannedSparse
 from pocketvlm.report import peak_rss_bytes
-from pocketvlm.weights import DenseWeight
+from pocketvlm.weights import DenseWeight, SparseWeight
 
 __all__ = ["Rotate"]
 
@@ -73,16 +75,34 @@ class Rotate:
             )
         return replace(spec, decoder=replace(spec.decoder, tied_head=False))
 
+    def plan_forms_after(
+        self, spec: ModelSpec, planned: Mapping[LinearSpec, PlannedForm | None]
+    ) -> Mapping[LinearSpec, PlannedForm | None]:
+        """Every layer stays float.
+
+        Args:
+            spec: The model.
+            planned: What earlier stages will have made of its layers.
+
+        Raises:
+            RecipeError: An earlier stage prunes a layer.
+        """
+        for linear, form in planned.items():
+            if isinstance(form, PlannedSparse):
+                raise _masked(linear)
+        return {}
+
     def apply(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
     ) -> Checkpoint:
         """Rotates the checkpoint's weights in place; `calibration` is not looked at.
 
         Raises:
-            RecipeError: A weight is quantized already, or the head is tied and has to stay so.
+            RecipeError: A weight is quantized or pruned, or the head is tied and has to stay so.
         """
         started = time.perf_counter()
         check_transformable(checkpoint, self.method)
+        _check_unmasked(checkpoint)
         spec = self.spec_after(checkpoint.spec)
         notes = []
         untied_bytes = 0
@@ -119,6 +139,19 @@ class Rotate:
             peak_rss_bytes=peak_rss_bytes(),
         )
         return checkpoint.extend(record)
+
+
+def _check_unmasked(checkpoint: Checkpoint) -> None:
+    for linear, form in checkpoint.forms().items():
+        if isinstance(form, SparseWeight):
+            raise _masked(linear)
+
+
+def _masked(linear: LinearSpec) -> RecipeError:
+    return RecipeError(
+        f"rotate: {linear.name} is pruned, and a rotation keeps no zero; allowed is rotate before "
+        "the stage that prunes, or awq, which keeps zeros"
+    )
 
 
 def _untie(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:

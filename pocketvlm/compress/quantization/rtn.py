@@ -27,8 +27,10 @@ from pocketvlm.compress.quantization.affine import (
 from pocketvlm.compress.quantization.layers import (
     FinishedLayer,
     LayerStore,
+    behind_mask,
     describe_layer,
     float_rows,
+    keeps_in,
     row_chunks,
     stage_version,
 )
@@ -43,35 +45,39 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
 from pocketvlm.report import peak_rss_bytes
-from pocketvlm.weights import AffineWeight, WeightForm
+from pocketvlm.weights import WeightForm
 
 __all__ = ["RoundToNearest", "round_to_nearest"]
 
 
 def round_to_nearest(
     weight: WeightForm, *, scheme: AffineScheme, group_size: int, grid: GridKind = "min_max"
-) -> tuple[AffineWeight, float]:
-    """Rounds a weight.
+) -> tuple[WeightForm, float]:
+    """Rounds a weight; grids behind a mask are those of the elements that it keeps.
 
     Args:
-        weight: The weight, float.
+        weight: The weight, float, dense or masked.
         scheme: The kind of grid.
         group_size: Columns that share a scale.
         grid: How a group's grid is found.
 
     Returns:
-        The quantized weight, and its squared error relative to the weight's own squares.
+        The quantized weight, an `AffineWeight` or the same integers behind the weight's mask, and
+        its squared error relative to the weight's own squares.
 
     Raises:
         ValueError: A group's range is too large for a float16 scale.
     """
     codes, scales, zeros = [], [], []
     lost = total = 0.0
-    for _, rows in row_chunks(weight):
+    for part, rows in row_chunks(weight):
         groups = group_columns(rows, group_size)
-        found = GRIDS[grid](groups, scheme)
+        mask = keeps_in(weight, part)
+        keeps = None if mask is None else group_columns(mask, group_size)
+        found = GRIDS[grid](groups, scheme, keeps=keeps)
         chosen = encode(groups, found)
-        lost += float((decode(chosen, found) - groups).square_().sum())
+        errors = (decode(chosen, found) - groups).square_()
+        lost += float((errors if keeps is None else errors[keeps]).sum())
         total += float(rows.square().sum())
         codes.append(chosen.view(rows.shape[0], -1).to(torch.uint8))
         scales.append(found.scale)
@@ -82,7 +88,7 @@ def round_to_nearest(
         group_size=group_size,
         in_features=weight.shape[1],
     )
-    return form, lost / total if total else 0.0
+    return behind_mask(form, weight), lost / total if total else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine import AffineScheme
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, Part
-from pocketvlm.planned import PlannedAffine, PlannedForm
+from pocketvlm.planned import PlannedAffine, PlannedForm, plan_behind_mask
 from pocketvlm.selection import assign_rules, check_rule
-from pocketvlm.weights import DenseWeight
+from pocketvlm.weights import SparseWeight, is_float
 
 __all__ = [
     "BITS",
@@ -191,17 +191,21 @@ def assign_layers(rules: Sequence[RuleT], checkpoint: Checkpoint) -> tuple[Assig
     """Decides for every layer of a checkpoint.
 
     Raises:
-        RecipeError: A rule matches nothing, does not fit a layer, or a layer that it quantizes is
-            quantized already.
+        RecipeError: A rule matches nothing, does not fit a layer or its mask, or a layer that it
+            quantizes is quantized already.
     """
     assignments = assign_rules_to(rules, checkpoint.spec.linears())
-    for assignment in assignments:
-        form = checkpoint.form(assignment.linear.name)
-        if assignment.rule is not None and not isinstance(form, DenseWeight):
+    for item in assignments:
+        form = checkpoint.form(item.linear.name)
+        if item.rule is None:
+            continue
+        if not is_float(form):
             raise RecipeError(
-                f"{assignment.linear.name}: is quantized already; quantize a layer once, or keep "
+                f"{item.linear.name}: is quantized already; quantize a layer once, or keep "
                 "it with a rule that leaves it as it is"
             )
+        if isinstance(form, SparseWeight):
+            plan_behind_mask(item.linear.name, form.density, item.rule.plan(item.linear))
     return assignments
 
 

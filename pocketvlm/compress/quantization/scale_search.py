@@ -17,7 +17,7 @@ from torch import Tensor
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.compress.quantization.affine import decode, encode, group_columns, min_max_grid
-from pocketvlm.compress.quantization.layers import row_chunks
+from pocketvlm.compress.quantization.layers import keeps_in, row_chunks
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.weights import WeightForm
 
@@ -83,10 +83,11 @@ def rounding_losses(
     """
     hessians = [block.to(torch.float32) for block in moment.blocks()]
     losses = torch.zeros(scales.shape[0], dtype=torch.float64)
-    for _, chunk in row_chunks(form):
+    for rows, chunk in row_chunks(form):
+        keeps = keeps_in(form, rows)
         for index, scale in enumerate(scales):
             scaled = (chunk * scale).to(torch.float32)
-            error = (_round(scaled, rule) - scaled) / scale.to(torch.float32)
+            error = (_round(scaled, rule, keeps) - scaled) / scale.to(torch.float32)
             losses[index] += _quadratic(error, moment, hessians)
     return losses
 
@@ -141,11 +142,13 @@ def _magnitudes(moment: SecondMoment, channels: Tensor) -> Tensor:
     return (sums / counts).sqrt()
 
 
-def _round(weight: Tensor, rule: WeightRule) -> Tensor:
-    """Round-to-nearest as the rule has it, [rows, columns]."""
+def _round(weight: Tensor, rule: WeightRule, keeps: Tensor | None) -> Tensor:
+    """Round-to-nearest as the rule has it, [rows, columns], behind a mask where there is one."""
     groups = group_columns(weight, rule.group_size)
-    grid = min_max_grid(groups, rule.scheme)
-    return decode(encode(groups, grid), grid).reshape(len(weight), -1)[:, : weight.shape[1]]
+    kept = None if keeps is None else group_columns(keeps, rule.group_size)
+    grid = min_max_grid(groups, rule.scheme, keeps=kept)
+    rounded = decode(encode(groups, grid), grid).reshape(len(weight), -1)[:, : weight.shape[1]]
+    return rounded if keeps is None else rounded.masked_fill(~keeps, 0.0)
 
 
 def _quadratic(rows: Tensor, moment: SecondMoment, hessians: Sequence[Tensor]) -> Tensor:

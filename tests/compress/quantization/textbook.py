@@ -11,7 +11,7 @@ import numpy as np
 def textbook_grid(group, bits, symmetric):
     """One row's group [g] to (scale, zero)."""
     top = 2**bits - 1
-    low, high = min(group.min(), 0.0), max(group.max(), 0.0)
+    low, high = min([0.0, *group]), max([0.0, *group])
     if symmetric:
         high = max(-low, high)
         low = -high
@@ -24,9 +24,22 @@ def textbook_grid(group, bits, symmetric):
 
 
 def textbook_gptq(
-    W, H, *, bits, group_size, symmetric, damping=0.01, order="natural", static_groups=False
+    W,
+    H,
+    *,
+    bits,
+    group_size,
+    symmetric,
+    damping=0.01,
+    order="natural",
+    static_groups=False,
+    keeps=None,
 ):
-    """Codes [rows, padded], scales and zeros [rows, groups]: one column at a time, no laziness."""
+    """Codes [rows, padded], scales and zeros [rows, groups]: one column at a time, no laziness.
+
+    What a mask `keeps` [rows, columns] drops is left out of every grid and stands for 0.
+    """
+    keeps = np.ones(W.shape, dtype=bool) if keeps is None else keeps
     W, H = W.astype(np.float64).copy(), H.astype(np.float64).copy()
     rows, columns = W.shape
     count = -(-columns // group_size)
@@ -55,12 +68,14 @@ def textbook_gptq(
         if place == 0 or permutation[place - 1] // group_size != group:
             source = original if static_groups else W
             for row in range(rows):
+                own = [c for c in sorted(members[group]) if keeps[row, c]]
                 scales[row, group], zeros[row, group] = textbook_grid(
-                    source[row, sorted(members[group])], bits, symmetric
+                    source[row, own], bits, symmetric
                 )
         scale, zero = scales[:, group], zeros[:, group]
         code = np.clip(np.round(W[:, column] / scale) + zero, 0, 2**bits - 1)
-        error = (W[:, column] - (code - zero) * scale) / U[place, place]
+        stands_for = np.where(keeps[:, column], (code - zero) * scale, 0.0)
+        error = (W[:, column] - stands_for) / U[place, place]
         W[:, permutation[place + 1 :]] -= np.outer(error, U[place, place + 1 :])
         codes[:, column] = code
     padded = np.repeat(zeros, group_size, axis=1)
