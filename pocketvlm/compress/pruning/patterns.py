@@ -11,7 +11,7 @@ from torch import Tensor
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec
 
-__all__ = ["Blocked", "Pattern", "SemiStructured", "Unstructured", "select"]
+__all__ = ["Blocked", "Pattern", "SemiStructured", "Unstructured", "keep_highest", "select"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +163,25 @@ def select(scores: Tensor, pattern: Pattern, kept: int) -> Tensor:
     return _select_in_rows(scores, kept)
 
 
+def keep_highest(scores: Tensor, counts: Tensor) -> Tensor:
+    """The highest scores of every row; of equals, what stands further left.
+
+    Args:
+        scores: [rows, columns], finite.
+        counts: How many of each row, int64 [rows].
+
+    Returns:
+        bool [rows, columns].
+    """
+    return _ranks(scores) < counts[:, None]
+
+
 def _select_in_rows(scores: Tensor, kept: int) -> Tensor:
     rows, columns = scores.shape
     if not 0 <= kept <= rows * columns:
         raise ValueError(f"{kept} of {rows} x {columns} cannot be kept")
     borders = torch.arange(rows + 1) * kept // rows
-    return _ranks(scores) < borders.diff()[:, None]
+    return keep_highest(scores, borders.diff())
 
 
 def _ranks(scores: Tensor) -> Tensor:
