@@ -260,8 +260,23 @@ def _tag(kind: type[Any]) -> str:
     return str(default)
 
 
+def _most_telling(problems: list[Any]) -> Any:
+    """The first problem, of values with a `kind` the first of the kind that was meant.
+
+    A value that may be one of several dataclasses is tried as each of them, and each complains.
+    """
+    kinds = [p for p in problems if p["type"] == "literal_error" and p["loc"][-1] == "kind"]
+    others = [place["loc"][:-1] for place in kinds]
+    meant = [p for p in problems if not any(p["loc"][: len(o)] == o for o in others)]
+    if meant or not kinds:
+        return (meant or problems)[0]
+    allowed = ", ".join(kind["ctx"]["expected"] for kind in kinds)
+    first = kinds[0]
+    return {**first, "loc": (*first["loc"][:-2], "kind"), "msg": f"allowed are {allowed}"}
+
+
 def _first_problem(error: ValidationError, path: str) -> str:
-    problem = error.errors(include_url=False)[0]
+    problem = _most_telling(error.errors(include_url=False))
     location = ".".join([path, *(str(step) for step in problem["loc"])])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "unexpected_keyword_argument":
