@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Protocol
 from pocketvlm.bundle import Component
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
+from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.pruning.magnitude import Magnitude
+from pocketvlm.compress.pruning.skip_visual import SkipVisual
 from pocketvlm.compress.pruning.wanda import Wanda
 from pocketvlm.compress.pruning.width import PruneWidth
-from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.cache import QuantizeCache
 from pocketvlm.compress.quantization.codebook import Codebook
@@ -88,6 +89,7 @@ STAGES: tuple[type[Stage], ...] = (
     Magnitude,
     Wanda,
     ReduceTokens,
+    SkipVisual,
     Distill,
     Rotate,
     Awq,
@@ -103,7 +105,11 @@ INITIAL_FLAGS = frozenset({"float_weights", "all_tokens"})
 """What holds of a checkpoint before the first stage."""
 
 # A stage that provides one of a pair takes the other away.
-_OPPOSITES = {"quantized_weights": "float_weights", "reduced_tokens": "all_tokens"}
+_OPPOSITES = {
+    "quantized_weights": "float_weights",
+    "reduced_tokens": "all_tokens",
+    "ended_tokens": "all_tokens",
+}
 
 
 @dataclass(frozen=True)
