@@ -114,7 +114,8 @@ def measure_block(
         threads: Threads of the heavy graphs.
 
     Returns:
-        JSON values: `load_ms`, `prompt`, `cold`, `answers`, `memory` and `token_ids`.
+        JSON values: `load_ms` and what of it unpacking weights took, `expand_ms`; `prompt`,
+        `cold`, `answers`, `memory` and `token_ids`.
 
     Raises:
         BundleError: The bundle cannot be loaded.
@@ -149,6 +150,7 @@ def measure_block(
     measured = [_answer(loaded, image) for _ in range(workload.answers)]
     return {
         "load_ms": load_ms,
+        "expand_ms": runner.expand_ms,
         "prompt": {
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "text_tokens": text_tokens,

@@ -64,6 +64,10 @@ def summarise_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "load_ms": summarise_samples([block["load_ms"] for block in blocks]),
         "cold_ttft_user_ms": summarise_samples([block["cold"]["ttft_user_ms"] for block in blocks]),
     }
+    # The share of loading that unpacked weights took, where the bundle holds them packed.
+    expanded = [block["expand_ms"] for block in blocks if block.get("expand_ms") is not None]
+    if expanded:
+        figures["expand_ms"] = summarise_samples(expanded)
     for name, samples_of in FIGURES.items():
         samples = [value for answer in answers for value in samples_of(answer)]
         figures[name] = summarise_samples(samples)
@@ -87,6 +91,8 @@ def paired_ratios(
     for repeat in both:
         first, second = summarise_blocks([candidate[repeat]]), summarise_blocks([baseline[repeat]])
         for name, figure in first.items():
+            if name not in second:  # only one of the two is packed
+                continue
             above, below = figure["median"], second[name]["median"]
             if above is not None and below:
                 ratios.setdefault(name, []).append(above / below)

@@ -73,8 +73,8 @@ def describe_sparse(form: SparseWeight) -> str:
         label = f"int{values.bits} g{values.group_size} {grid}"
     elif isinstance(values, KeptIndices):
         tables = values.codebooks.shape[0]
-        label = f"lut {values.index_bits}-bit indices of values, {tables} tables"
-    return f"sparse, {form.density:.0%} kept: {label}"
+        label = f"lut of {values.index_bits}-bit indices of values, {tables} tables"
+    return f"sparse {label}"
 
 
 def plan_of_sparse(form: SparseWeight) -> PlannedSparse:

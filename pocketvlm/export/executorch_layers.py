@@ -23,6 +23,7 @@ from pocketvlm.export.executorch_forms import (
     scale_rounding,
     signed_codes,
 )
+from pocketvlm.export.unmasked import unmasked
 from pocketvlm.weights import AffineWeight, DenseWeight, FormEmbedding, FormLinear, WeightForm
 
 __all__ = ["DenseLinear", "DynamicLinear", "Kernels", "TableDense", "TableInteger", "pack_nibbles"]
@@ -240,9 +241,10 @@ class Kernels(nn.Module):
         if not isinstance(layer, FormLinear):
             raise TypeError(f"{name} is a {type(layer).__name__}, not a linear layer")
         bias = None if layer.bias is None else layer.bias.detach()
-        if not isinstance(layer.form, AffineWeight):
+        form = unmasked(layer.form)
+        if not isinstance(form, AffineWeight):
             return DenseLinear(self._dense(name, layer.form), bias)
-        matrix = integer_matrix(name, layer.form)
+        matrix = integer_matrix(name, form)
         change = scale_rounding(matrix)
         if change:
             self.roundings[name] = change
@@ -252,10 +254,10 @@ class Kernels(nn.Module):
         layer = self.module(name)
         if not isinstance(layer, FormEmbedding):
             raise TypeError(f"{name} is a {type(layer).__name__}, not an embedding")
-        form = layer.form
+        form = unmasked(layer.form)
         if isinstance(form, AffineWeight) and not form.has_float_zeros:
             return TableInteger(form)
-        return TableDense(self._dense(name, form))
+        return TableDense(self._dense(name, layer.form))
 
     def _dense(self, name: str, form: WeightForm) -> Tensor:
         if not isinstance(form, DenseWeight):

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from pocketvlm.export.executorch_forms import explain_misfit, kernel_bits, needs_offsets
 from pocketvlm.export.prediction import Prediction, other_elements
+from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
+from pocketvlm.export.unmasked import planned_unmasked
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedAffine, PlannedForm
+from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse
 
 __all__ = ["predict_executorch"]
 
@@ -20,19 +22,24 @@ _GRAPH_BYTES = 30_000
 
 
 def predict_executorch(
-    spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
+    spec: ModelSpec,
+    forms: Mapping[LinearSpec, PlannedForm | None],
+    *,
+    sparse_file: bool = False,
 ) -> Prediction:
     """Bytes of the program by part, and the layers that no kernel can run.
 
     Args:
         spec: The model.
         forms: What each layer will be stored as; `None` for layers that stay float.
+        sparse_file: Whether masked weights are packed in the file.
     """
     parts: dict[str, int] = {}
     refused: list[str] = []
     dense: list[str] = []
     dearer: list[str] = []
-    for linear, form in forms.items():
+    for linear, planned in forms.items():
+        form = planned_unmasked(planned)
         count = linear.out_features * linear.in_features * _FLOAT_BYTES
         if isinstance(form, PlannedAffine):
             reason = _misfit(spec, linear, form)
@@ -49,6 +56,8 @@ def predict_executorch(
                     dearer.append(linear.name)
         elif form is not None:
             dense.append(linear.name)
+        if sparse_file and isinstance(planned, PlannedSparse):
+            count -= _saved_bytes(linear, planned)
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
     warnings = []
@@ -60,9 +69,10 @@ def predict_executorch(
         )
     if dense:
         warnings.append(
-            f"executorch: {len(dense)} layers of codebooks or sparse weights are stored as dense "
-            "float32: XNNPACK has no kernel for them"
+            f"executorch: {len(dense)} layers of codebooks are stored as dense float32: XNNPACK "
+            "has no kernel for them"
         )
+    warnings += masked_warnings("executorch", "XNNPACK", forms.values(), sparse_file=sparse_file)
     return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
 
 
@@ -85,6 +95,27 @@ def _stored_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
     if form.float_zeros or needs_offsets(bits=form.bits, is_row=is_row, symmetric=form.symmetric):
         row += groups * _FLOAT_BYTES
     return linear.out_features * row
+
+
+def _saved_bytes(linear: LinearSpec, form: PlannedSparse) -> int:
+    """What the packed file leaves out of a layer."""
+    plain = planned_unmasked(form)
+    if not isinstance(plain, PlannedAffine):
+        return saved_bytes(linear, form, bits=_FLOAT_BYTES * 8)
+    groups = -(-linear.in_features // plain.group_size)
+    bits = kernel_bits(plain.bits)
+    # Narrower codes are stored around their zero point, which then is the same everywhere.
+    has_fills = bits == plain.bits and not plain.symmetric
+    if groups == 1:
+        return saved_bytes(linear, form, bits=bits, has_fills=has_fills)
+    return saved_bytes(
+        linear,
+        form,
+        bits=_DIGIT_BITS,
+        width=groups * plain.group_size,
+        copies=bits // _DIGIT_BITS,
+        has_fills=has_fills,
+    )
 
 
 def _table_scale_bytes(linear: LinearSpec, form: PlannedAffine) -> int:

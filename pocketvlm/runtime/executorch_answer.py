@@ -20,7 +20,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.executorch_program import load_program
+from pocketvlm.runtime.executorch_program import load_program, open_program
 from pocketvlm.runtime.executorch_runner import ExecutorchRunner
 from pocketvlm.runtime.native_output import quiet_terminal
 from pocketvlm.runtime.preprocess import ImagePreprocessor
@@ -103,8 +103,8 @@ def answer_with_multimodal_runner(
     ids = codec.encode([user_message(prompt, images=int(image is not None))])
     ends = {codec.tokenizer.id_to_token(token) for token in codec.eos_token_ids}
     pieces: list[str] = []
-    with quiet_terminal() as heard:
-        load_program(file)  # registers the operators, and says what is wrong with the file
+    with open_program(bundle) as (program, _), quiet_terminal() as heard:
+        load_program(program, file)  # registers the operators, and says what is wrong with the file
         native = _native_runner()
         inputs = _inputs(native, codec, ids, _pixels(bundle, image))
 
@@ -118,7 +118,9 @@ def answer_with_multimodal_runner(
             echo=False, max_new_tokens=max_new_tokens, temperature=0.0, warming=True
         )
         try:
-            runner = native.MultimodalRunner(str(file), str(bundle.path / "tokenizer.json"), None)
+            runner = native.MultimodalRunner(
+                str(program), str(bundle.path / "tokenizer.json"), None
+            )
             runner.generate(inputs, config, take)
         except UnicodeDecodeError as error:
             raise UnspeakablePieceError(str(error)) from error

@@ -10,16 +10,20 @@ from __future__ import annotations
 import importlib.util
 import struct
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, MissingExtraError
 from pocketvlm.runtime.native_output import quiet_terminal
+from pocketvlm.runtime.sparse_file import expanded_path, plain_path
 
 __all__ = [
     "PROGRAM_HEADER",
     "PROGRAM_HEADER_START",
     "load_program",
+    "open_program",
     "register_operators",
     "require_executorch",
 ]
@@ -58,14 +62,33 @@ def register_operators() -> None:
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::*)
 
 
-def load_program(file: Path) -> Any:
+def open_program(bundle: Bundle) -> AbstractContextManager[tuple[Path, float | None]]:
+    """The `.pte` file of a bundle for as long as the block lasts, expanded where it is packed.
+
+    What was loaded in the block stays. The number is the milliseconds that expanding took.
+
+    Raises:
+        BundleError: There is none, or its packed file is damaged.
+    """
+    component = bundle.component("executorch", "decoder")
+    if component.sparse_file is None:
+        return plain_path(bundle.path / component.file)
+    return expanded_path(bundle.path / component.sparse_file)
+
+
+def load_program(file: Path, name: Path | None = None) -> Any:
     """Loads a `.pte` file; its methods are run by `run_method(name, inputs)`.
+
+    Args:
+        file: The file.
+        name: What messages call it, where its bytes were expanded from another one.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
         BundleError: The file is missing, damaged, or needs what this runtime lacks.
     """
-    _require_whole(file)
+    name = name or file
+    _require_whole(file, name)
     register_operators()
     from executorch.extension.pybindings import portable_lib
 
@@ -76,22 +99,22 @@ def load_program(file: Path) -> Any:
             return portable_lib._load_for_executorch(str(file))  # noqa: SLF001
         except RuntimeError as error:
             first_line = str(error).strip().partition("\n")[0]
-            raise BundleError(f"{file}: ExecuTorch cannot load it: {first_line}") from error
+            raise BundleError(f"{name}: ExecuTorch cannot load it: {first_line}") from error
 
 
-def _require_whole(file: Path) -> None:
+def _require_whole(file: Path, name: Path) -> None:
     """Refuses what the runtime would read beyond its end, which can end the process.
 
     Raises:
         BundleError: The file is missing, cut off, or no program.
     """
     if not file.is_file():
-        raise BundleError(f"{file}: is missing")
+        raise BundleError(f"{name}: is missing")
     with file.open("rb") as stream:
         start = stream.read(PROGRAM_HEADER_START + PROGRAM_HEADER.size)
     if len(start) < PROGRAM_HEADER_START + PROGRAM_HEADER.size or start[4:6] != b"ET":
-        raise BundleError(f"{file}: is no ExecuTorch program")
+        raise BundleError(f"{name}: is no ExecuTorch program")
     magic, _, _, base, size = PROGRAM_HEADER.unpack_from(start, PROGRAM_HEADER_START)
     found = file.stat().st_size
     if magic == _MAGIC and found < base + size:
-        raise BundleError(f"{file}: is cut off: {found} bytes of {base + size}")
+        raise BundleError(f"{name}: is cut off: {found} bytes of {base + size}")

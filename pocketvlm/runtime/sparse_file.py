@@ -107,9 +107,9 @@ def expanded_path(path: Path) -> Iterator[tuple[Path, float]]:
 
 
 @contextmanager
-def plain_path(path: Path) -> Iterator[tuple[Path, float]]:
+def plain_path(path: Path) -> Iterator[tuple[Path, None]]:
     """A file that needs no expanding, told as `expanded_path` tells one that does."""
-    yield path, 0.0
+    yield path, None
 
 
 def _read_document(packed: Bytes) -> tuple[dict[str, Any], Bytes]:

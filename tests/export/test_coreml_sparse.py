@@ -306,9 +306,9 @@ def test_descriptions() -> None:
     dense = torch.randn(4, 64)
     described = [describe_form(make_sparse(dense, plan, 0.5, 0)) for plan in (None, *PLANS[5:7])]
     assert described == [
-        "sparse, 50% kept: float16",
-        "sparse, 50% kept: int4 g40 asymmetric",
-        "sparse, 50% kept: int4 g40 symmetric",
+        "sparse float16",
+        "sparse int4 g40 asymmetric",
+        "sparse int4 g40 symmetric",
     ]
     lut = describe_form(make_sparse(dense, PLANS[-1], 0.25, 0))
-    assert lut == "sparse, 25% kept: lut 8-bit indices of values, 2 tables"
+    assert lut == "sparse lut of 8-bit indices of values, 2 tables"
