@@ -195,8 +195,8 @@ def _row_refusals(target: Target, stages: tuple[Stage, ...]) -> list[str]:
     if not ending or getattr(target, "ends_visual_rows", False):
         return []
     return [
-        f"{target.method}: runs every row through every decoder layer; leave {ending[0]} out of the "
-        "stages for this target (reduce_tokens runs everywhere), or export to ONNX alone"
+        f"{target.method}: runs every row through every decoder layer; leave {ending[0]} out of "
+        "the stages for this target (reduce_tokens runs everywhere), or export to ONNX alone"
     ]
 
 
