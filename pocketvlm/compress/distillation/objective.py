@@ -144,17 +144,20 @@ class Objective:
             for chosen in ordered_batches(self.prompts, samples, _BATCH)
         ]
 
-        def mean(values: Sequence[Tensor | None]) -> float | None:
-            known = [float(value) for value in values if value is not None]
-            return sum(known) / len(samples) if known else None
+        def mean(values: Sequence[Tensor]) -> float:
+            return sum(float(value) for value in values) / len(samples)
+
+        def mean_if_known(values: Sequence[Tensor | None]) -> float | None:
+            known = [value for value in values if value is not None]
+            return mean(known) if known else None
 
         return Figures(
-            loss=mean([part.loss for part in parts]) or 0.0,
-            divergence=mean([part.divergence for part in parts]) or 0.0,
-            cross_entropy=mean([part.cross_entropy for part in parts]) or 0.0,
-            state_distance=mean([part.states for part in parts]),
-            visual_distance=mean([part.visual for part in parts]),
-            agreement=mean([part.agreement for part in parts]) or 0.0,
+            loss=mean([part.loss for part in parts]),
+            divergence=mean([part.divergence for part in parts]),
+            cross_entropy=mean([part.cross_entropy for part in parts]),
+            state_distance=mean_if_known([part.states for part in parts]),
+            visual_distance=mean_if_known([part.visual for part in parts]),
+            agreement=mean([part.agreement for part in parts]),
         )
 
     def _parts(self, batch: AnswerBatch) -> _Parts:

@@ -67,7 +67,7 @@ class Distill:
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["distill"] = "distill"
     parts: tuple[TrainedPart, ...] = _PARTS
