@@ -6,7 +6,7 @@ compares the two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pocketvlm.errors import RecipeError
 
@@ -184,24 +184,23 @@ class PlannedSparse:
 PlannedForm = PlannedAffine | PlannedCodebook | PlannedSparse
 
 
-def plan_behind_mask(name: str, density: float, values: PlannedForm) -> PlannedSparse:
+def plan_behind_mask(name: str, mask: PlannedSparse, values: PlannedForm) -> PlannedSparse:
     """What a pruned layer will be stored as, once it is quantized too.
 
     Args:
         name: The layer.
-        density: Share of its elements that the mask keeps.
-        values: What a quantizer makes of a layer without a mask.
+        mask: What it is before.
+        values: What a quantizer makes of it, told of the mask or not.
 
     Raises:
         RecipeError: Elements of such a form cannot be stored one by one.
     """
-    if isinstance(values, PlannedSparse):
-        return values
+    found = values.values if isinstance(values, PlannedSparse) else values
     try:
-        return PlannedSparse(density=density, values=values)
+        return replace(mask, values=found)
     except ValueError as error:
         raise RecipeError(
-            f"{name}: is pruned to {density:.0%} and its mask has to survive: {error}; allowed are "
-            "integers, or codebooks with vector_length 1, column_groups 1, at most 8 index_bits, "
-            "no residual_bits, no outliers, and normalize rows or none"
+            f"{name}: is pruned to {mask.density:.0%} and its mask has to survive: {error}; "
+            "allowed are integers, or codebooks with vector_length 1, column_groups 1, at most 8 "
+            "index_bits, no residual_bits, no outliers, and normalize rows or none"
         ) from error

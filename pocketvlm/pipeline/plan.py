@@ -240,7 +240,7 @@ def _forms_after(
 def _keep_mask(linear: LinearSpec, before: PlannedForm | None, found: PlannedForm) -> PlannedForm:
     """A quantizer stores the elements that an earlier stage keeps, behind the same mask."""
     if isinstance(before, PlannedSparse):
-        return plan_behind_mask(linear.name, before.density, found)
+        return plan_behind_mask(linear.name, before, found)
     return found
 
 

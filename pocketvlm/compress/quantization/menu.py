@@ -100,12 +100,15 @@ def stored_bytes(form: PlannedForm, linear: LinearSpec, container: Container) ->
         linear: The layer.
         container: `codes` counts the checkpoint's own form, `onnx` what `MatMulNBits` stores,
             whose containers are wider than 3 bits, whose zero points are packed, and which knows
-            no mask.
+            no mask: a matrix without a code of zero is floats there, of 32 bits where a scale
+            gives them more digits than float16 has.
     """
     if container == "onnx" and isinstance(form, PlannedSparse):
-        if form.values is None:
-            return float_bytes(linear, None)
-        return stored_bytes(form.values, linear, container)
+        values = form.values
+        if isinstance(values, PlannedAffine) and not values.float_zeros:
+            return stored_bytes(values, linear, container)  # dropped elements take the code of zero
+        is_scaled = isinstance(values, PlannedAffine) or bool(values and values.row_scales)
+        return float_bytes(linear, None) * (2 if is_scaled else 1)
     if container == "codes" or not isinstance(form, PlannedAffine):
         return form.stored_bytes(linear.out_features, linear.in_features)
     bits = _ONNX_BITS[form.bits]
@@ -140,7 +143,9 @@ def plan_option(option: Option, linear: LinearSpec, density: float | None) -> Pl
         RecipeError: The option does not fit the layer or its mask.
     """
     planned = option.plan(linear)
-    return planned if density is None else plan_behind_mask(linear.name, density, planned)
+    if density is None:
+        return planned
+    return plan_behind_mask(linear.name, PlannedSparse(density=density), planned)
 
 
 def prior_loss(form: PlannedForm, linear: LinearSpec) -> float:

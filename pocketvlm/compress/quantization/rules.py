@@ -11,7 +11,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine import AffineScheme
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, Part
-from pocketvlm.planned import PlannedAffine, PlannedForm, plan_behind_mask
+from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse, plan_behind_mask
 from pocketvlm.selection import assign_rules, check_rule
 from pocketvlm.weights import SparseWeight, is_float
 
@@ -205,7 +205,8 @@ def assign_layers(rules: Sequence[RuleT], checkpoint: Checkpoint) -> tuple[Assig
                 "it with a rule that leaves it as it is"
             )
         if isinstance(form, SparseWeight):
-            plan_behind_mask(item.linear.name, form.density, item.rule.plan(item.linear))
+            mask = PlannedSparse(density=form.density)
+            plan_behind_mask(item.linear.name, mask, item.rule.plan(item.linear))
     return assignments
 
 
