@@ -190,16 +190,8 @@ class Pruner(ABC):
         """
         started = time.perf_counter()
         targets = choose_layers(self.rules, self.pattern, checkpoint.spec.linears())
-        _require_dense(checkpoint, targets)
         store = LayerStore(ctx.scratch_dir)
-        budget = self._budget(checkpoint, targets, calibration, ctx)
-        tasks = {
-            target.linear.name: PruningTask(
-                linear=target.linear, pattern=self.pattern, kept=budget.kept[target.linear.name]
-            )
-            for target in targets
-            if not target.reason
-        }
+        tasks, budget = self.share_out(checkpoint, targets, calibration, ctx)
         rows: dict[str, Mapping[str, Any]] = {}
         for name, layer in self._layers(checkpoint, tasks, calibration, store, ctx):
             checkpoint.set_form(name, layer.form)
@@ -229,6 +221,29 @@ class Pruner(ABC):
             peak_rss_bytes=peak_rss_bytes(),
         )
         return checkpoint.extend(record)
+
+    def share_out(
+        self,
+        checkpoint: Checkpoint,
+        targets: Sequence[Target],
+        calibration: CalibrationSet,
+        ctx: RunContext,
+    ) -> tuple[dict[str, PruningTask], Budget]:
+        """What is to become of every layer that is pruned, by its name.
+
+        Raises:
+            RecipeError: A layer is pruned or quantized already.
+        """
+        _require_dense(checkpoint, targets)
+        budget = self._budget(checkpoint, targets, calibration, ctx)
+        tasks = {
+            target.linear.name: PruningTask(
+                linear=target.linear, pattern=self.pattern, kept=budget.kept[target.linear.name]
+            )
+            for target in targets
+            if not target.reason
+        }
+        return tasks, budget
 
     def _budget(
         self,
