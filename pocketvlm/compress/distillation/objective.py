@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,11 +67,8 @@ class Figures:
     agreement: float
 
 
-class VisualSource(Protocol):
-    """Where the student's visual tokens of some samples come from."""
-
-    def __call__(self, samples: Sequence[int]) -> VisualTokens:
-        """Visual tokens of these samples, in order."""
+VisualSource = Callable[[Sequence[int]], VisualTokens]
+"""The student's visual tokens of some samples, in order."""
 
 
 def fresh_visual(checkpoint: Checkpoint, samples: CalibrationSet) -> VisualSource:

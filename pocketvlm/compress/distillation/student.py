@@ -86,7 +86,7 @@ class Student:
                 yield
         finally:
             for vector in self.vectors.values():
-                vector.requires_grad_(requires_grad=False)
+                vector.requires_grad = False
 
     @contextmanager
     def updated_weights(self) -> Iterator[None]:

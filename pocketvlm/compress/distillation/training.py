@@ -168,7 +168,7 @@ def _step(
         chosen = samples[start : start + schedule.pass_size]
         with torch.enable_grad(), student.updated_weights():
             loss = objective.loss(chosen) / len(samples)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         total += float(loss.detach())
     student.keep_zeros()
     norm = float(torch.nn.utils.clip_grad_norm_(student.parameters().values(), schedule.clip_norm))
