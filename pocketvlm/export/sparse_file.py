@@ -28,11 +28,13 @@ from pocketvlm.runtime.sparse_file import MAGIC, PREFIX, VERSION, expand
 from pocketvlm.runtime.sparse_span import Bytes, MaskedSpan
 from pocketvlm.weights import KeptFloats, KeptIndices, SparseWeight
 
-__all__ = ["MaskedPlace", "pack_file"]
+__all__ = ["CHOICES", "MaskedPlace", "pack_file"]
 
 _BYTE = 8
 _HALF, _WORD = 16, 32
-_CHOICES = (2, 4, 8)  # widths of the pieces of a row that may all keep equally many
+
+CHOICES = (2, 4, 8)
+"""Widths of the pieces of a row that may all keep equally many."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,10 +111,12 @@ def _cut(places: Sequence[MaskedPlace], size: int) -> Iterator[_Piece]:
     for place in sorted(places, key=lambda place: place.start):
         if place.start < end:  # the same bytes again
             continue
+        span = _span(place)
+        if sum(span.sections) >= span.whole_bytes:  # a mask can cost more than it leaves out
+            continue
         if place.start > end:
             yield end, place.start, None, None
             number += 1
-        span = _span(place)
         bits = place.form.mask.numpy()
         mask = hashlib.sha256(f"{place.form.shape}".encode() + bits.tobytes()).digest()
         if mask in masks:
@@ -159,7 +163,7 @@ def _mask_layout(keeps: npt.NDArray[np.bool_]) -> dict[str, Any]:
     wide = _steps((keeps[:, 1:] != keeps[:, :-1]).any(axis=0), columns)
     if high * wide > 1:
         return {"block": (high, wide)}
-    for of in _CHOICES:
+    for of in CHOICES:
         if columns % of == 0:
             counts = np.count_nonzero(keeps.reshape(rows, -1, of), axis=-1)
             keep = int(counts.flat[0])

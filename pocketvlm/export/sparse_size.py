@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from pocketvlm.export.sparse_file import CHOICES
 from pocketvlm.export.unmasked import planned_unmasked
 from pocketvlm.modelspec import LinearSpec
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
@@ -50,12 +51,21 @@ def saved_bytes(
         width=width or linear.in_features,
         bits=bits,
         kept=form.kept(linear.out_features, linear.in_features),
-        block=form.block,
-        choice=form.choice,
         **layout,
+        **_mask_layout(linear, form),
     )
     packed = copies * (sum(span.sections) + _SPAN_BYTES) - (copies - 1) * span.mask_bytes
-    return copies * span.whole_bytes - packed
+    return max(0, copies * span.whole_bytes - packed)
+
+
+def _mask_layout(linear: LinearSpec, form: PlannedSparse) -> dict[str, Any]:
+    """How `sparse_file.pack_file` will find the mask to be."""
+    high, wide = form.block
+    if high * wide > 1 and linear.out_features % high == 0 and linear.in_features % wide == 0:
+        return {"block": form.block}
+    if form.choice is not None and form.choice[1] in CHOICES:
+        return {"choice": form.choice}
+    return {}
 
 
 def masked_warnings(
