@@ -16,6 +16,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.pruning.depth import PruneDepth
+from pocketvlm.compress.pruning.gblm import Gblm
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.skip_visual import SkipVisual
 from pocketvlm.compress.pruning.wanda import Wanda
@@ -88,6 +89,7 @@ STAGES: tuple[type[Stage], ...] = (
     PruneWidth,
     Magnitude,
     Wanda,
+    Gblm,
     ReduceTokens,
     SkipVisual,
     Distill,
