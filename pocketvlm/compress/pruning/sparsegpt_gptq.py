@@ -1,0 +1,323 @@
+"""SparseGPT and GPTQ in one pass: what stays makes up for what is dropped and for its own rounding.
+
+Frantar and Alistarh, arXiv 2301.00774, section 3.5: the pass that drops weights rounds those that
+stay to their grid, so that one error is fed on where a stage after another feeds on two. A group
+of the grid is what chooses its mask together, for its grid is made of what it keeps. Layers that
+are not pruned, such as the tables, are quantized by GPTQ in the same walk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.modality import ModalityWeighting
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.pruning.allocation import Uniform
+from pocketvlm.compress.pruning.ecoflap import Ecoflap
+from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, select
+from pocketvlm.compress.pruning.pruner import PruningTask
+from pocketvlm.compress.pruning.rules import DEFAULT_RULES, PruneRule, choose_layers
+from pocketvlm.compress.pruning.sparsegpt import (
+    Compare,
+    MaskedRounding,
+    SparseGpt,
+    columns_together,
+    count_groups,
+    layer_scores,
+)
+from pocketvlm.compress.quantization.affine import GRIDS, Grid, GridKind, affine_form
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
+from pocketvlm.compress.quantization.error_feedback import (
+    AffineRounding,
+    Order,
+    quantize_with_feedback,
+)
+from pocketvlm.compress.quantization.fitting import Fitter, Weighed
+from pocketvlm.compress.quantization.gptq import AffineFitter
+from pocketvlm.compress.quantization.rtn import round_to_nearest
+from pocketvlm.compress.quantization.rules import Assignment, WeightRule
+from pocketvlm.context import RunContext
+from pocketvlm.errors import RecipeError
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedForm, PlannedSparse, plan_behind_mask
+from pocketvlm.report import peak_rss_bytes
+from pocketvlm.weights import DenseWeight, SparseWeight, WeightForm
+
+__all__ = ["SparseGptGptq", "prune_and_quantize"]
+
+_ONE_BY_ONE = Unstructured()
+_ALIKE = Uniform()
+
+
+def prune_and_quantize(
+    weights: Tensor,
+    weighed: Weighed,
+    rule: WeightRule,
+    task: PruningTask,
+    *,
+    compare: Compare = "rows",
+    grid: GridKind = "min_max",
+) -> SparseWeight:
+    """Prunes and rounds a weight against the Hessian of its input, in one pass.
+
+    Args:
+        weights: float64 [rows, columns].
+        weighed: What is known of the layer's input, in groups of the rule's width.
+        rule: Of the grid.
+        task: The pattern, and how many elements are kept.
+        compare: Within an output row, or over the whole layer.
+        grid: How a group's grid is found, from the weights that it keeps.
+
+    Raises:
+        CalibrationError: A score is not finite.
+        ValueError: A group's range is too large for a float16 scale.
+    """
+    evidence, width, scheme = weighed.evidence, rule.group_size, rule.scheme
+    alive = evidence.importance > 0
+    scores = layer_scores(weights, evidence, weighed.factors)
+    counts = count_groups(scores, task.pattern, task.kept, compare, width)
+    mask = torch.empty(weights.shape, dtype=torch.bool)
+    codes = torch.zeros(len(weights), len(counts) * width)
+    grids: list[Grid] = []
+    for part, factor, hessian in zip(
+        evidence.slices, weighed.factors, evidence.hessians, strict=True
+    ):
+        first, groups = part.start // width, len(factor.order.groups)
+        diagonal = hessian.diagonal().to(torch.float64)
+        values = AffineRounding(
+            scheme,
+            grid,
+            rows=len(weights),
+            groups=groups,
+            importance=factor.order.split(diagonal),
+        )
+        rounding = MaskedRounding(
+            factor,
+            alive[part],
+            task.pattern,
+            compare,
+            dict(enumerate(counts[first : first + groups])),
+            values,
+        )
+        codes[:, part] = quantize_with_feedback(weights[:, part], factor, rounding).T.to(
+            codes.dtype
+        )
+        mask[:, part] = rounding.mask
+        grids.append(values.grid)
+    found = Grid(
+        scale=torch.cat([part.scale for part in grids], dim=1),
+        zero=torch.cat([part.zero for part in grids], dim=1),
+        scheme=scheme,
+    )
+    form = affine_form(codes, found, group_size=width, in_features=weights.shape[1])
+    return SparseWeight.from_form(form, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PruningFitter:
+    """SparseGPT with GPTQ beside rounding what is largest.
+
+    Attributes:
+        task: The layer's pattern and count.
+        compare: Within an output row, or over the whole layer.
+        grid: How a group's grid is found.
+    """
+
+    task: PruningTask
+    compare: Compare
+    grid: GridKind
+    label: str = "sparsegpt_gptq"
+    plain_label: str = "magnitude_rtn"
+
+    def fit(self, rule: WeightRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
+        """Both in one pass."""
+        targets = weighed.targets(weight.dequantize().to(torch.float64))
+        return prune_and_quantize(
+            targets, weighed, rule, self.task, compare=self.compare, grid=self.grid
+        )
+
+    def round(self, rule: WeightRule, weight: WeightForm) -> WeightForm:
+        """The largest elements, rounded to nearest."""
+        dense = weight.dequantize()
+        mask = select(dense.abs(), self.task.pattern, self.task.kept)
+        kept = SparseWeight.from_form(DenseWeight(values=dense), mask)
+        form, _ = round_to_nearest(
+            kept, scheme=rule.scheme, group_size=rule.group_size, grid=self.grid
+        )
+        return form
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGptGptq:
+    """Prunes by SparseGPT and quantizes by GPTQ in one pass, calibrated on images and text.
+
+    Attributes:
+        rules: Bits and groups; every layer that is pruned needs one.
+        ratio: Share of the weights that is removed, over all layers that `prune_rules` leave to
+            the allocation.
+        prune_rules: Which layers are pruned, and by how much.
+        pattern: Which elements may be removed together; groups are whole numbers of it.
+        allocation: How the budget is shared out among layers.
+        compare: `rows` keeps as much of every output row, `layer` compares all rows of a layer.
+        grid: `min_max` spans what a group keeps, `mse` searches for the least squared error.
+        damping: Share of a Hessian's mean diagonal that is added to it.
+        order: Order in which columns are visited.
+        drift_share: How much of the inputs' distance from the float model's is made up for.
+        modality_weights: Weight of visual tokens in the decoder's Hessians.
+        held_out: Share of the samples that only judge.
+        tower_tokens: Tokens after which the tower's Hessians are taken to be known.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset()
+
+    method: Literal["sparsegpt_gptq"] = "sparsegpt_gptq"
+    rules: tuple[WeightRule, ...]
+    ratio: float = 0.5
+    prune_rules: tuple[PruneRule, ...] = DEFAULT_RULES
+    pattern: Pattern = _ONE_BY_ONE
+    allocation: Uniform | Ecoflap = _ALIKE
+    compare: Compare = "rows"
+    grid: GridKind = "min_max"
+    damping: float = 0.01
+    order: Order = "group_aware"
+    drift_share: float = 0.0
+    modality_weights: ModalityWeighting = "balanced"
+    held_out: float = 0.125
+    tower_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+        self._pruning()  # which checks ratio, pattern and comparison
+        self._quantizing({})  # and this all that a calibrated quantizer has
+        wide = columns_together(self.pattern)
+        for number, rule in enumerate(self.rules):
+            if not rule.keeps_float and rule.group_size % wide:
+                raise ValueError(
+                    f"rules.{number}: group_size {rule.group_size} is no multiple of the {wide} "
+                    f"columns of {self.pattern.label}"
+                )
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, PlannedForm | None]:
+        """What every layer will be stored as; an allocation moves weights between layers.
+
+        Raises:
+            RecipeError: A rule or the pattern does not fit the model, or a layer that is pruned
+                has no rule.
+        """
+        planned = dict(self._quantizing({}).plan_forms(spec))
+        for linear, mask in self._pruning().plan_forms(spec).items():
+            if not isinstance(mask, PlannedSparse):
+                continue
+            values = planned[linear]
+            if values is None:
+                raise RecipeError(
+                    f"{self.method}: {linear.name} is pruned and no rule gives it bits; allowed "
+                    "are a rule for it, or a prune rule of ratio 0"
+                )
+            planned[linear] = plan_behind_mask(linear.name, mask, values)
+        return planned
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Prunes and quantizes the checkpoint in place.
+
+        Raises:
+            RecipeError: A rule or the pattern does not fit the model, a layer is pruned or
+                quantized already, or one that is pruned has no rule.
+            CalibrationError: A sample cannot be used, or what is measured is not finite.
+            CheckpointError: A weight is too large for float16 scales.
+        """
+        started = time.perf_counter()
+        self.plan_forms(checkpoint.spec)  # which refuses what does not fit
+        targets = choose_layers(self.prune_rules, self.pattern, checkpoint.spec.linears())
+        tasks, budget = self._pruning().share_out(checkpoint, targets, calibration, ctx)
+        done = self._quantizing(tasks).apply(checkpoint, calibration, ctx)
+        record = done.history[-1]
+        whole = sum(task.linear.out_features * task.linear.in_features for task in tasks.values())
+        kept = sum(task.kept for task in tasks.values())
+        record = replace(
+            record,
+            method=self.method,
+            parameters=asdict(self),
+            metrics={
+                **record.metrics,
+                "weights": whole,
+                "weights_kept": kept,
+                "sparsity": 1 - kept / whole,
+                "groups": [dict(row) for row in budget.rows],
+                **budget.metrics,
+            },
+            notes=(*budget.notes, *record.notes),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        return replace(done, history=(*done.history[:-1], record))
+
+    def _pruning(self) -> SparseGpt:
+        """The stage that would prune alone."""
+        return SparseGpt(
+            ratio=self.ratio,
+            rules=self.prune_rules,
+            pattern=self.pattern,
+            allocation=self.allocation,
+            compare=self.compare,
+        )
+
+    def _quantizing(self, tasks: Mapping[str, PruningTask]) -> _Joint:
+        """The walk over all layers, some of which have something to drop."""
+        return _Joint(
+            rules=self.rules,
+            tasks=tasks,
+            compare=self.compare,
+            grid=self.grid,
+            damping=self.damping,
+            order=self.order,
+            drift_share=self.drift_share,
+            modality_weights=self.modality_weights,
+            held_out=self.held_out,
+            tower_tokens=self.tower_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Joint(CalibratedQuantizer[WeightRule]):
+    """GPTQ that drops weights of those layers that have a task."""
+
+    method: Literal["sparsegpt_gptq"] = "sparsegpt_gptq"
+    rules: tuple[WeightRule, ...]
+    tasks: Mapping[str, PruningTask]
+    compare: Compare
+    grid: GridKind
+
+    def begin(
+        self,
+        checkpoint: Checkpoint,
+        assignments: Sequence[Assignment[WeightRule]],
+        calibration: CalibrationSet,
+        ctx: RunContext,
+    ) -> StepFitter[WeightRule]:
+        """Budgets are shared out beforehand."""
+        return _ByTask(self)
+
+
+class _ByTask(StepFitter[WeightRule]):
+    def __init__(self, stage: _Joint) -> None:
+        self._stage = stage
+
+    def fitter_of(self, assignment: Assignment[WeightRule]) -> Fitter[WeightRule]:
+        stage = self._stage
+        task = stage.tasks.get(assignment.linear.name)
+        if task is None:
+            return AffineFitter(grid=stage.grid)
+        return _PruningFitter(task=task, compare=stage.compare, grid=stage.grid)
