@@ -19,6 +19,8 @@ from pocketvlm.compress.pruning.depth import PruneDepth
 from pocketvlm.compress.pruning.gblm import Gblm
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.skip_visual import SkipVisual
+from pocketvlm.compress.pruning.sparsegpt import SparseGpt
+from pocketvlm.compress.pruning.sparsegpt_gptq import SparseGptGptq
 from pocketvlm.compress.pruning.wanda import Wanda
 from pocketvlm.compress.pruning.width import PruneWidth
 from pocketvlm.compress.quantization.awq import Awq
@@ -90,6 +92,7 @@ STAGES: tuple[type[Stage], ...] = (
     Magnitude,
     Wanda,
     Gblm,
+    SparseGpt,
     ReduceTokens,
     SkipVisual,
     Distill,
@@ -97,6 +100,7 @@ STAGES: tuple[type[Stage], ...] = (
     Awq,
     RoundToNearest,
     Gptq,
+    SparseGptGptq,
     Codebook,
     MixedPrecision,
     QuantizeCache,
