@@ -56,10 +56,9 @@ def choose_widths(
 ) -> Widths:
     """The widths of all blocks.
 
-    A share of the decoder's parameters is taken from attention first, in whole KV groups, but
-    never a larger share of attention than was asked for of the whole; the FFN gives the rest. A
-    model of few groups therefore keeps its attention at small shares and loses FFN channels alone,
-    which is what such models survive best.
+    A share of the decoder's parameters is taken from the FFN. KV groups go only where that cannot
+    give enough, and then as few as possible: a decoder misses whole groups far more than FFN
+    channels of the same weight (docs/methods/structured_width.md).
 
     Args:
         spec: The model.
@@ -83,8 +82,7 @@ def choose_widths(
         groups = decoder.kv_heads if kv_groups is None else kv_groups
         ffn = narrow_channels(decoder.ffn_size, ffn_ratio, multiple_of, "ffn_ratio")
     else:
-        groups = _groups_for(decoder, decoder_parameters) if kv_groups is None else kv_groups
-        ffn = _ffn_for(decoder, decoder_parameters, groups, multiple_of)
+        groups, ffn = _split(decoder, decoder_parameters, kv_groups, multiple_of)
     tower = narrow_channels(spec.tower.ffn_size, tower_ffn_ratio, multiple_of, "tower_ffn_ratio")
     return Widths(ffn=ffn, kv_groups=groups, tower_ffn=tower)
 
@@ -119,35 +117,30 @@ def _channel_weights(decoder: DecoderSpec) -> int:
     return 3 * decoder.hidden_size
 
 
-def _groups_for(decoder: DecoderSpec, share: float) -> int:
-    """The fewest groups that keep attention's share at or below that of the whole."""
+def _split(
+    decoder: DecoderSpec, share: float, kv_groups: int | None, multiple_of: int
+) -> tuple[int, int]:
+    """KV groups and FFN channels that are left once a share of a block's weights is gone."""
     queries = decoder.heads // decoder.kv_heads
-    fewest = decoder.kv_heads - math.floor(decoder.kv_heads * share + _SLACK)
-    # The stock class wants as many heads as divide the hidden size.
-    possible = (
-        count
-        for count in range(max(1, fewest), decoder.kv_heads)
-        if decoder.hidden_size % (count * queries) == 0
+    group, channel = _group_weights(decoder), _channel_weights(decoder)
+    whole = decoder.kv_heads * group + decoder.ffn_size * channel
+    choices = [] if kv_groups is None else [kv_groups]
+    if not choices:
+        # The stock class wants as many heads as divide the hidden size.
+        counts = reversed(range(1, decoder.kv_heads + 1))
+        choices = [count for count in counts if decoder.hidden_size % (count * queries) == 0]
+    for groups in choices:
+        missing = share * whole - (decoder.kv_heads - groups) * group
+        if missing <= 0:
+            return groups, decoder.ffn_size
+        ffn = _whole_multiple(decoder.ffn_size - missing / channel, multiple_of)
+        if ffn:
+            return groups, ffn
+    most = 1 - (choices[-1] * group + multiple_of * channel) / whole
+    raise RecipeError(
+        f"decoder_parameters: {share:g} cannot be removed with {choices[-1]} KV groups and an FFN "
+        f"of {multiple_of} channels; allowed is at most {most:.3f}"
     )
-    return next(possible, decoder.kv_heads)
-
-
-def _ffn_for(decoder: DecoderSpec, share: float, groups: int, multiple_of: int) -> int:
-    """FFN channels that are left once attention has given what it gives."""
-    each = _channel_weights(decoder)
-    whole = decoder.kv_heads * _group_weights(decoder) + decoder.ffn_size * each
-    missing = share * whole - (decoder.kv_heads - groups) * _group_weights(decoder)
-    if missing <= 0:
-        return decoder.ffn_size
-    width = _whole_multiple(decoder.ffn_size - missing / each, multiple_of)
-    if width == 0:
-        most = 1 - (groups * _group_weights(decoder) + multiple_of * each) / whole
-        raise RecipeError(
-            f"decoder_parameters: {share:g} cannot be removed with {groups} KV groups and FFN "
-            f"widths that are multiples of {multiple_of}; allowed is at most {most:.3f}, or fewer "
-            "kv_groups"
-        )
-    return width
 
 
 def _whole_multiple(left: float, multiple_of: int) -> int:
