@@ -10,8 +10,17 @@ from torch import Tensor
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec
+from pocketvlm.planned import PlannedSparse
 
-__all__ = ["Blocked", "Pattern", "SemiStructured", "Unstructured", "keep_highest", "select"]
+__all__ = [
+    "Blocked",
+    "Pattern",
+    "SemiStructured",
+    "Unstructured",
+    "keep_highest",
+    "plan_mask",
+    "select",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +139,15 @@ class Blocked:
 
 
 Pattern = Unstructured | SemiStructured | Blocked
+
+
+def plan_mask(pattern: Pattern, density: float) -> PlannedSparse:
+    """A layer pruned by a pattern as it will be stored, before anything is quantized."""
+    if isinstance(pattern, SemiStructured):
+        return PlannedSparse(density=density, choice=(pattern.keep, pattern.of))
+    if isinstance(pattern, Blocked):
+        return PlannedSparse(density=density, block=(pattern.rows, pattern.columns))
+    return PlannedSparse(density=density)
 
 
 def select(scores: Tensor, pattern: Pattern, kept: int) -> Tensor:

@@ -22,7 +22,7 @@ from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.pruning.allocation import Allocation, Budget, Uniform, uniform_counts
 from pocketvlm.compress.pruning.ecoflap import Ecoflap
-from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, select
+from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, plan_mask, select
 from pocketvlm.compress.pruning.regression import refit_half, refit_layer
 from pocketvlm.compress.pruning.rules import DEFAULT_RULES, PruneRule, Target, choose_layers
 from pocketvlm.compress.quantization.calibrated import diagonal_block_width
@@ -31,7 +31,7 @@ from pocketvlm.compress.quantization.layers import FinishedLayer, LayerStore, st
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, PocketVLMError, RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedForm, PlannedSparse
+from pocketvlm.planned import PlannedForm
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.weights import DenseWeight, SparseWeight, WeightForm
 
@@ -174,7 +174,7 @@ class Pruner(ABC):
         return {
             target.linear: None
             if target.reason
-            else PlannedSparse(density=1 - (self.ratio if target.ratio is None else target.ratio))
+            else plan_mask(self.pattern, 1 - (self.ratio if target.ratio is None else target.ratio))
             for target in choose_layers(self.rules, self.pattern, spec.linears())
         }
 
