@@ -141,6 +141,8 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
                 done = Checkpoint.load(path)
                 # What options cost does not depend on the budget: it is measured once a set.
                 own = scratch / f"{path.name}-{number}" if label == "mixed" else None
+                if own is not None:
+                    own.mkdir(exist_ok=True)
                 for stage in METHODS[label](done.spec, bits):
                     done = stage.apply(done, calibration, ctx.with_scratch(own))
                 seconds += (time.perf_counter() - started) / len(sets)
