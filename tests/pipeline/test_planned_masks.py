@@ -1,0 +1,108 @@
+"""plan: what a stage prunes and another quantizes is planned as both, and weighs what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.pruning.magnitude import Magnitude
+from pocketvlm.compress.pruning.patterns import SemiStructured
+from pocketvlm.compress.pruning.rules import PruneRule
+from pocketvlm.compress.quantization.codebook import Codebook
+from pocketvlm.compress.quantization.codebook_rules import CodebookRule
+from pocketvlm.compress.quantization.mixed import MixedPrecision
+from pocketvlm.compress.quantization.rotation import Rotate
+from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.context import RunContext
+from pocketvlm.errors import RecipeError
+from pocketvlm.pipeline.plan import _planned_forms, plan
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedSparse
+from pocketvlm.recipes.load import load_recipe
+
+PRUNE = Magnitude(rules=(PruneRule(part="decoder"),), pattern=SemiStructured())
+RULES = (WeightRule(bits=4, group_size=16, symmetric=True),)
+PALETTE = CodebookRule(part="decoder", index_bits=3, vector_length=1, share="layer")
+
+
+@pytest.fixture
+def path(tiny_paths):
+    """One family is enough: nothing here depends on it."""
+    return tiny_paths["smolvlm"]
+
+
+def planned(path, *stages):
+    spec = Checkpoint.load(path).spec
+    return _planned_forms(stages, spec)[1]
+
+
+def test_a_mask_alone_holds_floats(path):
+    for linear, form in planned(path, PRUNE).items():
+        if linear.part == "decoder":
+            assert (form.density, form.values) == (0.5, None)
+        else:
+            assert form is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        (RoundToNearest(rules=RULES), PlannedAffine),
+        (Codebook(rules=(PALETTE,), rounds=1, error_feedback=False), PlannedCodebook),
+    ],
+)
+def test_a_quantizer_behind_a_mask_weighs_what_was_planned(path, stage, kind):
+    forms = planned(path, PRUNE, stage)
+    alone = planned(path, stage)
+    checkpoint = Checkpoint.load(path)
+    samples = CalibrationSet.from_reference(0, 3)
+    for each in (PRUNE, stage):
+        checkpoint = each.apply(checkpoint, samples, RunContext())
+    for linear, form in checkpoint.forms().items():
+        expected = forms[linear]
+        if linear.part == "decoder":
+            assert isinstance(expected, PlannedSparse)
+            assert isinstance(expected.values, kind)
+            assert expected.values == alone[linear]
+            assert (expected.block, expected.choice) == (
+                planned(path, PRUNE)[linear].block,
+                planned(path, PRUNE)[linear].choice,
+            )
+        else:
+            assert expected == alone[linear]
+        if expected is not None:
+            assert expected.stored_bytes(*form.shape) == form.stored_bytes
+
+
+def test_mixed_precision_plans_with_masked_bytes(path):
+    """A budget that dense weights do not fit into is enough where a mask halves some of them."""
+    options = tuple(WeightRule(bits=bits, group_size=16, symmetric=True) for bits in (4, 8))
+    stage = MixedPrecision(options=options, average_bits=4.9)
+    with pytest.raises(RecipeError, match="below the smallest"):
+        planned(path, stage)
+    forms = planned(path, PRUNE, stage)
+    size = sum(form.stored_bytes(i.out_features, i.in_features) for i, form in forms.items())
+    weights = sum(linear.out_features * linear.in_features for linear in forms)
+    assert size <= 4.9 * weights / 8
+    assert {form.values.bits for form in forms.values() if isinstance(form, PlannedSparse)} <= {
+        4,
+        8,
+    }
+
+
+def test_what_would_lose_a_mask_is_refused_before_any_compute(path):
+    vectors = Codebook(rules=(replace(PALETTE, vector_length=4),))
+    with pytest.raises(RecipeError, match=r"pruned to 50%.*vector_length 1"):
+        planned(path, PRUNE, vectors)
+    with pytest.raises(RecipeError, match=r"rotate: .* is pruned"):
+        planned(path, PRUNE, Rotate(residual=False))
+
+
+def test_a_recipe_of_both_is_planned(path):
+    recipe = replace(load_recipe("float"), stages=(PRUNE, RoundToNearest(rules=RULES)))
+    found = plan(path, recipe)
+    assert not found.refused
+    assert found.weight_bytes > 0
