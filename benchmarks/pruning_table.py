@@ -59,6 +59,10 @@ class Remembered:
     allocation: Uniform | Ecoflap
     folder: Path
 
+    def check(self, ratio: float, pattern: Pattern) -> None:
+        """What the allocation refuses."""
+        self.allocation.check(ratio, pattern)
+
     def allocate(
         self,
         checkpoint: Checkpoint,

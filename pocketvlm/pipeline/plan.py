@@ -6,7 +6,7 @@ work. Predictions are labelled predictions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     compressed, forms = _planned_forms(recipe.stages, spec)
     cache_bits = _cache_bits(recipe.stages)
     refused: list[str] = []
-    warnings = [note for stage in recipe.stages for note in _notes(stage)]
+    warnings = _notes(recipe.stages, spec)
     part_bytes: dict[str, int] = {}
     for target in recipe.targets:
         prediction = target.predict(compressed, forms)
@@ -148,10 +148,17 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     )
 
 
-def _notes(stage: Stage) -> tuple[str, ...]:
-    """What a stage says of its own prediction, where it has something to say."""
-    notes = getattr(stage, "plan_notes", None)
-    return () if notes is None else tuple(notes())
+def _notes(stages: Sequence[Stage], spec: ModelSpec) -> list[str]:
+    """What stages say of their own predictions and of their costs, where they have to."""
+    notes: list[str] = []
+    for stage in stages:
+        plan_notes = getattr(stage, "plan_notes", None)
+        plan_costs = getattr(stage, "plan_costs", None)
+        spec_after = getattr(stage, "spec_after", None)
+        notes += () if plan_notes is None else plan_notes()
+        notes += () if plan_costs is None else plan_costs(spec)
+        spec = spec if spec_after is None else spec_after(spec)
+    return notes
 
 
 def _kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:

@@ -35,6 +35,9 @@ class Budget:
 class Allocation(Protocol):
     """A way to share out: a frozen dataclass that is its own configuration."""
 
+    def check(self, ratio: float, pattern: Pattern) -> None:
+        """Refuses what leaves nothing to share out, or no room; a `ValueError` says why."""
+
     def allocate(
         self,
         checkpoint: Checkpoint,
@@ -66,6 +69,9 @@ class Uniform:
     """Every layer loses the same share."""
 
     kind: Literal["uniform"] = "uniform"
+
+    def check(self, ratio: float, pattern: Pattern) -> None:
+        """Every ratio and pattern will do."""
 
     def allocate(
         self,

@@ -72,6 +72,27 @@ class Ecoflap:
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, not {self.samples}")
 
+    def check(self, ratio: float, pattern: Pattern) -> None:
+        """Refuses what leaves nothing to share out, or no room.
+
+        Raises:
+            ValueError: The pattern fixes every layer's ratio, or a group could lose everything.
+        """
+        if pattern.fixed_ratio is not None:
+            raise ValueError(
+                f"allocation ecoflap: {pattern.label} removes the same share of every layer, so "
+                "there is nothing to share out; allowed is kind uniform"
+            )
+        if self._limit(ratio) >= 1:
+            raise ValueError(
+                f"allocation ecoflap: max_excess {self.max_excess:g} on top of ratio {ratio:g} "
+                f"would let a group lose everything; allowed is less than {1 - ratio:g}"
+            )
+
+    def _limit(self, ratio: float) -> Fraction:
+        """What a group may lose at most, as the decimal numbers say, not as floats add up."""
+        return Fraction(str(ratio)) + Fraction(str(self.max_excess))
+
     def cost(self, spec: ModelSpec, layers: Sequence[LinearSpec]) -> float:
         """Forward passes of the samples that the scores take, a backward pass counted as two."""
         if self.order == "first":
@@ -106,17 +127,11 @@ class Ecoflap:
             RecipeError: The pattern leaves nothing to share out, or the bounds no room.
             CalibrationError: A sample has no image or no answer, or a loss is not finite.
         """
-        if pattern.fixed_ratio is not None:
-            raise RecipeError(
-                f"allocation ecoflap: {pattern.label} removes the same share of every layer, so "
-                "there is nothing to share out; allowed is kind uniform"
-            )
-        limit = Fraction(str(ratio)) + Fraction(str(self.max_excess))
-        if limit >= 1:
-            raise RecipeError(
-                f"allocation ecoflap: max_excess {self.max_excess:g} on top of ratio {ratio:g} "
-                f"would let a group lose everything; allowed is less than {1 - ratio:g}"
-            )
+        try:
+            self.check(ratio, pattern)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        limit = self._limit(ratio)
         samples = calibration.take(self.samples)
         scores = self._scores(checkpoint, layers, samples, ctx)
         groups: dict[str, list[LinearSpec]] = {}

@@ -144,6 +144,7 @@ class Pruner(ABC):
                 f"{self.pattern.label} removes {fixed:g} of every layer; ratio must be {fixed:g}, "
                 f"not {self.ratio:g}"
             )
+        self.allocation.check(self.ratio, self.pattern)
         if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
             raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
         if self.tower_tokens < 1:
@@ -177,6 +178,12 @@ class Pruner(ABC):
             else plan_mask(self.pattern, 1 - (self.ratio if target.ratio is None else target.ratio))
             for target in choose_layers(self.rules, self.pattern, spec.linears())
         }
+
+    def plan_costs(self, spec: ModelSpec) -> tuple[str, ...]:
+        """What sharing out the budget will cost on a model."""
+        targets = choose_layers(self.rules, self.pattern, spec.linears())
+        allocation: Allocation = self.allocation
+        return allocation.plan_notes(spec, _free_layers(targets))
 
     def apply(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -259,7 +266,7 @@ class Pruner(ABC):
             if target.ratio is not None
             for name, count in uniform_counts([target.linear], target.ratio, self.pattern).items()
         }
-        free = [t.linear for t in targets if not t.reason and t.ratio is None]
+        free = _free_layers(targets)
         if not free:
             return Budget(kept=fixed)
         allocation: Allocation = self.allocation
@@ -344,6 +351,11 @@ def _require_dense(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
                 f"{target.linear.name}: is pruned or quantized already ({form.kind}); prune a "
                 "dense layer, once, or keep it with a rule of ratio 0"
             )
+
+
+def _free_layers(targets: Sequence[Target]) -> list[LinearSpec]:
+    """Layers that the allocation shares the budget out among."""
+    return [target.linear for target in targets if not target.reason and target.ratio is None]
 
 
 def _prune(

@@ -227,6 +227,10 @@ class SparseGptGptq:
             planned[linear] = plan_behind_mask(linear.name, mask, values)
         return planned
 
+    def plan_costs(self, spec: ModelSpec) -> tuple[str, ...]:
+        """What sharing out the budget will cost on a model."""
+        return self._pruning().plan_costs(spec)
+
     def apply(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
     ) -> Checkpoint:

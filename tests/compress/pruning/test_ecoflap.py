@@ -300,6 +300,8 @@ def test_the_cost_is_known_beforehand(smol, samples):
     (note,) = Ecoflap(draws=3, samples=5).plan_notes(smol.spec, layers)
     assert f"{6 * count} forward passes of 5 samples" in note
     assert f"as much as {cost:.0f} whole ones" in note
+    (told,) = Magnitude(allocation=Ecoflap(draws=3, samples=5)).plan_costs(smol.spec)
+    assert told == note
     (note,) = Ecoflap(order="first", samples=5).plan_notes(smol.spec, layers)
     assert "one forward and one backward pass of 5 samples" in note
 
@@ -352,6 +354,8 @@ def test_what_cannot_be_shared_out_is_refused(smol, samples):
         allocate(Ecoflap(), 0.5, SemiStructured())
     with pytest.raises(RecipeError, match="on top of ratio 0.95 .* allowed is less than 0.05"):
         allocate(Ecoflap(), 0.95, FREE)
+    with pytest.raises(ValueError, match="nothing to share out; allowed is kind uniform"):
+        Magnitude(pattern=SemiStructured(), allocation=Ecoflap())
     with pytest.raises(RecipeError, match=r"give a larger max_excess or wider groups"):
         narrow = Ecoflap(samples=1, group="layer", max_excess=0.001)
         allocate(narrow, 0.6, Blocked(rows=16, columns=16))
