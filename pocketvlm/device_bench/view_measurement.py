@@ -44,6 +44,7 @@ _CHARTS = (
 )
 _STAGES = (
     ("load_ms", "load"),
+    ("expand_ms", "unpack weights, in load"),
     ("preprocess_ms", "preprocess"),
     ("vision_ms", "vision encode + token reduce"),
     ("tokenize_ms", "tokenise"),
@@ -148,7 +149,10 @@ def _target(
         first_token=draw_bars([(role, parts) for role, parts in bars if parts]),
         timeline=_timeline(measured, order),
         table=tuple(
-            _stage_row(name, label, candidate, baseline, ratios) for name, label in _STAGES
+            _stage_row(name, label, candidate, baseline, ratios)
+            for name, label in _STAGES
+            # Bundles without packed weights have nothing to unpack.
+            if name != "expand_ms" or name in candidate or name in baseline
         ),
         has_baseline=bool(baseline),
     )

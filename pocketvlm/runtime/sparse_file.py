@@ -115,7 +115,7 @@ def plain_path(path: Path) -> Iterator[tuple[Path, None]]:
 def _read_document(packed: Bytes) -> tuple[dict[str, Any], Bytes]:
     if packed.size < PREFIX.size:
         raise ValueError("it is cut off")
-    magic, version, length = PREFIX.unpack_from(packed)
+    magic, version, length = PREFIX.unpack(packed[: PREFIX.size].tobytes())
     if magic != MAGIC:
         raise ValueError("it does not begin as one")
     if version != VERSION:

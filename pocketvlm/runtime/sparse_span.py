@@ -33,7 +33,7 @@ Bytes = npt.NDArray[np.uint8]
 _BYTE = 8
 _HALF, _WORD = 16, 32
 _WIDTHS = (2, 4, _BYTE, _HALF, _WORD)
-_WIDE = {_HALF: np.dtype("<u2"), _WORD: np.dtype("<u4")}
+_WIDE: Mapping[int, np.dtype[Any]] = {_HALF: np.dtype("<u2"), _WORD: np.dtype("<u4")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,9 @@ class MaskedSpan:
         Raises:
             ValueError, TypeError: It is not what `to_json` wrote.
         """
-        plain = {name: tuple(v) if isinstance(v, list) else v for name, v in document.items()}
+        plain: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in document.items()
+        }
         flat = [x for v in plain.values() for x in (v if isinstance(v, tuple) else (v,))]
         if not all(isinstance(value, int) for value in flat):
             raise TypeError("a masked matrix is described by whole numbers")
