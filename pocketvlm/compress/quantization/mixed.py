@@ -285,7 +285,7 @@ class MixedPrecision:
         """The given table, the one of a run before this one, or what is measured now."""
         table = Sensitivity(
             model=checkpoint.source.sha256,
-            stages=tuple(record.method for record in checkpoint.history),
+            stages=tuple(map(_settings_of, checkpoint.history)),
             calibration=calibration.sha256,
             tokens=0,
         )
@@ -518,6 +518,12 @@ def _candidate(
     if table is None:
         return Candidate(loss=prior_loss(form, linear), size=size)
     return Candidate(loss=table.layers[linear.name][label_of(option)].loss, size=size)
+
+
+def _settings_of(record: StageRecord) -> str:
+    """Names a stage and all its settings: how much was pruned changes what a bit is worth."""
+    content = json.dumps(record.parameters, sort_keys=True)
+    return f"{record.method} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def _loses_mask(option: Option, linear: LinearSpec) -> bool:

@@ -50,7 +50,7 @@ class Sensitivity:
 
     Attributes:
         model: Digest of the model's weight files.
-        stages: Tags of the stages before.
+        stages: Tags of the stages before, with digests of their settings.
         calibration: Digest of the calibration set.
         tokens: Answer tokens behind each figure.
         layers: By layer's name and option's label.
