@@ -16,7 +16,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.onnx import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 
-KINDS = ("llava", "smolvlm", "llava-original", "smolvlm-consecutive")
+KINDS = ("llava", "smolvlm", "llava-original", "smolvlm-consecutive", "smolvlm-ended")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +35,18 @@ def write_bundle(checkpoint: Checkpoint, path: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def pairs(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    """Both families, with all of their tokens and with five of sixteen under each policy."""
+    """Both families, with all of their tokens and with five of sixteen under each policy; and a
+    decoder in which visual rows end before the last layer."""
     root = tmp_path_factory.mktemp("bundles")
     made = {}
     for kind in KINDS:
         family, _, policy = kind.partition("-")
         checkpoint = Checkpoint.load(tiny_paths[family])
-        if policy:
+        if policy == "ended":
+            # Fewer visual rows as well, behind the first layer none.
+            reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
+            checkpoint = replace(checkpoint, reducer=reducer, visual_layers=1)
+        elif policy:
             reducer = FixedReducer((1, 4, 6, 11, 14), positions=policy)
             checkpoint = replace(checkpoint, reducer=reducer)
         made[kind] = Pair(checkpoint, write_bundle(checkpoint, root / kind))
