@@ -75,7 +75,7 @@ class Distill:
     vectors: bool = True
     steps: int = 300
     batch_size: int = 16
-    rate: float = 2e-3
+    rate: float = 6e-3
     vector_rate: float = 5e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
