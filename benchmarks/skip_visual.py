@@ -115,6 +115,7 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     uses = measure_visual_use(Checkpoint.load(path), calibration)
     whole = score_checkpoint(Checkpoint.load(path), held_out, blind=False, ctx=ctx)
     rows = [_quality_row(len(uses), 0, whole, whole)]
+    print_quality(rows)
     for layers in options.layers:
         for steps in (0, *options.distill):
             checkpoint = SkipVisual(first_layers=layers).apply(
@@ -191,7 +192,6 @@ def main() -> None:
         depth = Checkpoint.load(resolve_model(options.quality)).spec.decoder.depth
         options.layers = options.layers or list(range(1, depth))
         quality = measure_quality(options)
-        print_quality(quality)
         print(
             json.dumps(
                 {"benchmark": "skip_visual_quality", "model": options.quality, "rows": quality}
