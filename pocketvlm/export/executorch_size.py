@@ -35,6 +35,7 @@ def predict_executorch(
         sparse_file: Whether masked weights are packed in the file.
     """
     parts: dict[str, int] = {}
+    unpacked = 0
     refused: list[str] = []
     dense: list[str] = []
     dearer: list[str] = []
@@ -57,7 +58,9 @@ def predict_executorch(
         elif form is not None:
             dense.append(linear.name)
         if sparse_file and isinstance(planned, PlannedSparse):
-            count -= _saved_bytes(linear, planned)
+            saved = _saved_bytes(linear, planned)
+            count -= saved
+            unpacked += saved
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
     warnings = []
@@ -73,7 +76,12 @@ def predict_executorch(
             "has no kernel for them"
         )
     warnings += masked_warnings("executorch", "XNNPACK", forms.values(), sparse_file=sparse_file)
-    return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+    return Prediction(
+        part_bytes=parts,
+        refused=tuple(refused),
+        warnings=tuple(warnings),
+        unpacked_bytes=unpacked,
+    )
 
 
 def _misfit(spec: ModelSpec, linear: LinearSpec, form: PlannedAffine) -> str | None:

@@ -49,11 +49,14 @@ def predict_onnx(
         count = _layer_bytes(linear, grid, sparse_file=sparse_file)
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
+    dense = sum(_layer_bytes(*item, sparse_file=False) for item in grids.items())
+    unpacked = dense + parts["other"] - sum(parts.values())
     refused = [reason for linear, grid in grids.items() for reason in _refusals(linear, grid)]
     return Prediction(
         part_bytes=parts,
         refused=tuple(refused),
         warnings=tuple(_warnings(grids, sparse_file=sparse_file)),
+        unpacked_bytes=unpacked,
     )
 
 

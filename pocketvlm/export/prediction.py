@@ -18,11 +18,13 @@ class Prediction:
         part_bytes: Bytes by part of the model, and `other` for what is no weight matrix.
         refused: What it cannot run, each with what would work.
         warnings: What it can run at a price.
+        unpacked_bytes: What weights grow by when they are loaded, where the file holds them packed.
     """
 
     part_bytes: Mapping[str, int]
     refused: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unpacked_bytes: int = 0
 
 
 def other_elements(spec: ModelSpec) -> tuple[int, int]:

@@ -112,6 +112,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     refused: list[str] = []
     warnings = _notes(recipe.stages, spec)
     part_bytes: dict[str, int] = {}
+    loaded_bytes = 0
     for target in recipe.targets:
         prediction = target.predict(compressed, forms)
         refused += prediction.refused
@@ -120,6 +121,8 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
         refused += _row_refusals(target, recipe.stages)
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
+        loaded = sum(prediction.part_bytes.values()) + prediction.unpacked_bytes
+        loaded_bytes = max(loaded_bytes, loaded)
     weight_bytes = sum(part_bytes.values())
     decoder = compressed.decoder
     layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * cache_bits
@@ -127,7 +130,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     rows = visual_layers * kept + decoder.depth * _TURN_TOKENS
     cache_bytes = layer_row_bits // 8 * rows
     files = sum(file.stat().st_size for file in model.glob("*.json"))
-    ram_bytes = weight_bytes + cache_bytes + _activation_bytes(compressed)
+    ram_bytes = loaded_bytes + cache_bytes + _activation_bytes(compressed)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
     source = sum(x.out_features * x.in_features for x in spec.linears()) * _SOURCE_BYTES_A_WEIGHT

@@ -276,3 +276,6 @@ def test_prediction(
     assert sum(prediction.part_bytes.values()) == pytest.approx(written, rel=0.03)
     assert not prediction.refused
     assert sum("masked" in warning for warning in prediction.warnings) == 1
+    if sparse_file:
+        dense = sum(ToOnnx().predict(checkpoint.spec, plans).part_bytes.values())  # type: ignore[arg-type]
+        assert sum(prediction.part_bytes.values()) + prediction.unpacked_bytes == dense
