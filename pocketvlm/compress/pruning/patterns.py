@@ -22,6 +22,8 @@ __all__ = [
     "select",
 ]
 
+_SORTED_AT_ONCE = 1024 * 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unstructured:
@@ -171,8 +173,9 @@ def select(scores: Tensor, pattern: Pattern, kept: int) -> Tensor:
     if isinstance(pattern, SemiStructured):
         if kept != rows * columns * pattern.keep // pattern.of:
             raise ValueError(f"{pattern.label} of {rows} x {columns} does not keep {kept}")
-        groups = scores.reshape(rows, columns // pattern.of, pattern.of)
-        return (_ranks(groups) < pattern.keep).reshape(rows, columns)
+        groups = scores.reshape(-1, pattern.of)
+        counts = torch.full((len(groups),), pattern.keep)
+        return keep_highest(groups, counts).reshape(rows, columns)
     if isinstance(pattern, Blocked):
         high, wide = pattern.rows, pattern.columns
         cells = scores.reshape(rows // high, high, columns // wide, wide).sum(dim=(1, 3))
@@ -191,7 +194,10 @@ def keep_highest(scores: Tensor, counts: Tensor) -> Tensor:
     Returns:
         bool [rows, columns].
     """
-    return _ranks(scores) < counts[:, None]
+    # A few rows at a time: sorting takes many times the memory of what is sorted.
+    step = max(1, _SORTED_AT_ONCE // scores.shape[1])
+    parts = zip(scores.split(step), counts.split(step), strict=True)
+    return torch.cat([_ranks(part) < kept[:, None] for part, kept in parts])
 
 
 def _select_in_rows(scores: Tensor, kept: int) -> Tensor:
