@@ -58,8 +58,10 @@ def gradient_scale(weights: Tensor, mean_squares: Tensor, norms: Tensor) -> floa
         sum |W| ||X|| / sum |W| ||G||, in units of the layer's outputs a unit of loss; zero where
         no weight that is not zero has a gradient.
     """
-    second = float((weights.to(torch.float64).abs() * norms.to(torch.float64)).sum())
-    return float(score_wanda(weights, mean_squares).sum()) / second if second > 0 else 0.0
+    sizes = weights.abs().to(torch.float64)
+    first = float(sizes.sum(dim=0) @ mean_squares.to(torch.float64).sqrt())
+    second = float(torch.dot(sizes.flatten(), norms.to(torch.float64).flatten()))
+    return first / second if second > 0 else 0.0
 
 
 def score_gblm(weights: Tensor, mean_squares: Tensor, norms: Tensor, alpha: float) -> Tensor:
@@ -73,11 +75,9 @@ def score_gblm(weights: Tensor, mean_squares: Tensor, norms: Tensor, alpha: floa
         norms: ||G_ij|| over calibration samples, [rows, columns].
         alpha: Weight of the second term, whose mean over the layer is alpha times the first's.
     """
-    scores = score_wanda(weights, mean_squares)
-    if alpha == 0:
-        return scores
-    scale = alpha * gradient_scale(weights, mean_squares, norms)
-    return scores + weights.to(torch.float64).abs() * norms.to(torch.float64) * scale
+    scale = alpha * gradient_scale(weights, mean_squares, norms) if alpha else 0.0
+    importance = torch.add(mean_squares.to(torch.float64).sqrt(), norms, alpha=scale)
+    return weights.abs().to(torch.float64).mul_(importance)
 
 
 @dataclass(frozen=True, kw_only=True)
