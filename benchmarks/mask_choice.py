@@ -44,12 +44,9 @@ def published(dense: Tensor, evidence: Evidence, factors: Sequence[Factor], rati
     values = torch.empty_like(dense)
     for part, factor in zip(evidence.slices, factors, strict=True):
         widths = [end - start for start, end in pairwise(factor.order.borders)]
-        counts = {
-            group: torch.tensor([round((1 - ratio) * len(dense) * width)])
-            for group, width in zip(factor.order.groups, widths, strict=True)
-        }
+        counts = [torch.tensor([round((1 - ratio) * len(dense) * width)]) for width in widths]
         alive = evidence.importance[part] > 0
-        rounding = MaskedRounding(factor, alive, PATTERN, "layer", counts)
+        rounding = MaskedRounding(factor, alive, PATTERN, "layer", PUBLISHED, counts)
         values[:, part] = quantize_with_feedback(dense[:, part], factor, rounding).T
     return values
 

@@ -20,7 +20,7 @@ w^2 / U_jj^2 of its weights as they then are. What differs from the paper and it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -96,12 +96,21 @@ def columns_together(pattern: Pattern) -> int:
     return pattern.columns if isinstance(pattern, Blocked) else 1
 
 
-def mask_columns(pattern: Pattern) -> int:
-    """Columns whose mask is chosen at a time: those of N:M, or whole blocks of about 32 columns."""
+def mask_columns(pattern: Pattern, group_size: int | None = None) -> int:
+    """Columns whose mask is chosen at a time: those of N:M, or whole blocks of about 32 columns.
+
+    Args:
+        pattern: Which elements may be dropped together.
+        group_size: Columns of a group that they must divide; `None` for no groups.
+    """
     together = columns_together(pattern)
     if isinstance(pattern, SemiStructured):
         return together
-    return math.ceil(_GROUP_COLUMNS / together) * together
+    count = math.ceil(_GROUP_COLUMNS / together)
+    if group_size is None:
+        return count * together
+    whole = group_size // together
+    return max(part for part in range(1, min(count, whole) + 1) if whole % part == 0) * together
 
 
 def count_groups(
@@ -132,14 +141,19 @@ def count_groups(
 
 
 class MaskedRounding:
-    """A rounding that chooses what each group of columns keeps; the rest stands for exactly 0.
+    """A rounding that chooses what every few columns keep; the rest stands for exactly 0.
+
+    Columns choose when the first of them is reached. What kept elements are rounded to has to be
+    known for a whole group of the factor: it is found for a mask that the group would choose when
+    it begins.
 
     Args:
-        factor: Of the columns' Hessian; its groups are those that choose.
+        factor: Of the columns' Hessian.
         alive: Whether calibration excites a column, bool [columns].
         pattern: Which elements may be dropped together.
-        compare: Within an output row, or over the whole group.
-        counts: What each group keeps, by its number.
+        compare: Within an output row, or over all rows.
+        width: Columns that choose together; no group of the factor parts them.
+        counts: What each `width` columns keep, from left to right.
         values: What kept elements are rounded to; `None` leaves them as they are.
     """
 
@@ -149,38 +163,37 @@ class MaskedRounding:
         alive: Tensor,
         pattern: Pattern,
         compare: Compare,
-        counts: Mapping[int, Tensor],
+        width: int,
+        counts: Sequence[Tensor],
         values: Rounding | None = None,
     ) -> None:
         order = factor.order
         self._spans = dict(zip(order.groups, pairwise(order.borders), strict=True))
         self._pivots, self._alive = factor.upper.diagonal(), alive[order.columns]
-        self._columns = order.columns
+        self._columns, self._owners = order.columns, order.columns // width
         self._pattern, self._compare, self._counts = pattern, compare, counts
         self._values = values
-        self._next = 0
+        self._start = self._next = 0
+        self._weights = torch.empty(0)
         self._keeps: dict[int, Tensor] = {}
 
     def enter_group(self, group: int, weights: Tensor, keeps: Tensor | None = None) -> None:
-        """Chooses what the group keeps, from weights that carry all errors before it."""
+        """Remembers the group's weights, and lets grids be found for what it would keep now."""
         start, end = self._spans[group]
-        scores = score_removal(weights.T, self._pivots[start:end], self._alive[start:end])
-        # A pattern means neighbours, whatever the order in which they are processed.
-        places = self._columns[start:end] - self._columns[start:end].min()
-        natural = torch.empty_like(scores)
-        natural[:, places] = scores
-        sets = _candidates(natural, self._pattern, self._compare)
-        chosen = keep_highest(sets, self._counts[group])
-        mask = _as_mask(chosen, self._pattern, natural.shape)
-        own = mask[:, places].T.contiguous()
-        for column, kept in zip(range(start, end), own, strict=True):
-            self._keeps[column] = kept
-        self._next = start
-        if self._values is not None:
-            self._values.enter_group(group, weights, own)
+        self._weights, self._start = weights, start
+        if self._values is None:
+            return
+        provisional = torch.empty(weights.shape, dtype=torch.bool)
+        for owner in self._owners[start:end].unique().tolist():
+            places, mask = self._choose(owner)
+            provisional[places] = mask
+        self._values.enter_group(group, weights, provisional)
 
     def round(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rounds what the next column keeps; without anything to round to, codes are values."""
+        if self._next not in self._keeps:
+            places, mask = self._choose(int(self._owners[self._next]))
+            self._keeps |= dict(zip((places + self._start).tolist(), mask, strict=True))
         keeps = self._keeps[self._next]
         self._next += 1
         if self._values is None:
@@ -188,6 +201,24 @@ class MaskedRounding:
             return kept, kept
         codes, decoded = self._values.round(weights)
         return codes, decoded.masked_fill(~keeps, 0.0)
+
+    def _choose(self, owner: int) -> tuple[Tensor, Tensor]:
+        """Places in the group of columns that choose together, and what they keep [columns, rows].
+
+        A pattern means neighbours, so that columns are from left to right here, whatever the order
+        in which they are rounded.
+        """
+        end = self._start + len(self._weights)
+        places = (self._owners[self._start : end] == owner).nonzero()[:, 0]
+        places = places[self._columns[self._start + places].argsort()]
+        scores = score_removal(
+            self._weights[places].T,
+            self._pivots[self._start + places],
+            self._alive[self._start + places],
+        )
+        sets = _candidates(scores, self._pattern, self._compare)
+        chosen = keep_highest(sets, self._counts[owner])
+        return places, _as_mask(chosen, self._pattern, scores.shape).T.contiguous()
 
     @property
     def mask(self) -> Tensor:
@@ -231,8 +262,7 @@ def prune_with_feedback(
     values, mask = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.bool)
     for part, factor in zip(evidence.slices, factors, strict=True):
         first = part.start // width
-        own = dict(enumerate(counts[first : first + len(factor.order.groups)]))
-        rounding = MaskedRounding(factor, alive[part], pattern, compare, own)
+        rounding = MaskedRounding(factor, alive[part], pattern, compare, width, counts[first:])
         values[:, part] = quantize_with_feedback(weights[:, part], factor, rounding).T
         mask[:, part] = rounding.mask
     return mask, values

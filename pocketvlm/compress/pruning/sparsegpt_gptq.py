@@ -1,9 +1,9 @@
 """SparseGPT and GPTQ in one pass: what stays makes up for what is dropped and for its own rounding.
 
 Frantar and Alistarh, arXiv 2301.00774, section 3.5: the pass that drops weights rounds those that
-stay to their grid, so that one error is fed on where a stage after another feeds on two. A group
-of the grid is what chooses its mask together, for its grid is made of what it keeps. Layers that
-are not pruned, such as the tables, are quantized by GPTQ in the same walk.
+stay to their grid, so that one error is fed on where a stage after another feeds on two. A group's
+grid spans what it would keep when it begins; its columns choose as they do without a grid. Layers
+that are not pruned, such as the tables, are quantized by GPTQ in the same walk.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pocketvlm.compress.pruning.sparsegpt import (
     columns_together,
     count_groups,
     layer_scores,
+    mask_columns,
 )
 from pocketvlm.compress.quantization.affine import GRIDS, Grid, GridKind, affine_form
 from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
@@ -79,23 +80,23 @@ def prune_and_quantize(
         CalibrationError: A score is not finite.
         ValueError: A group's range is too large for a float16 scale.
     """
-    evidence, width, scheme = weighed.evidence, rule.group_size, rule.scheme
+    evidence, group_size, scheme = weighed.evidence, rule.group_size, rule.scheme
+    width = mask_columns(task.pattern, group_size)
     alive = evidence.importance > 0
     scores = layer_scores(weights, evidence, weighed.factors)
     counts = count_groups(scores, task.pattern, task.kept, compare, width)
     mask = torch.empty(weights.shape, dtype=torch.bool)
-    codes = torch.zeros(len(weights), len(counts) * width)
+    codes = torch.zeros(len(weights), -(-weights.shape[1] // group_size) * group_size)
     grids: list[Grid] = []
     for part, factor, hessian in zip(
         evidence.slices, weighed.factors, evidence.hessians, strict=True
     ):
-        first, groups = part.start // width, len(factor.order.groups)
         diagonal = hessian.diagonal().to(torch.float64)
         values = AffineRounding(
             scheme,
             grid,
             rows=len(weights),
-            groups=groups,
+            groups=len(factor.order.groups),
             importance=factor.order.split(diagonal),
         )
         rounding = MaskedRounding(
@@ -103,7 +104,8 @@ def prune_and_quantize(
             alive[part],
             task.pattern,
             compare,
-            dict(enumerate(counts[first : first + groups])),
+            width,
+            counts[part.start // width :],
             values,
         )
         codes[:, part] = quantize_with_feedback(weights[:, part], factor, rounding).T.to(
@@ -116,7 +118,7 @@ def prune_and_quantize(
         zero=torch.cat([part.zero for part in grids], dim=1),
         scheme=scheme,
     )
-    form = affine_form(codes, found, group_size=width, in_features=weights.shape[1])
+    form = affine_form(codes, found, group_size=group_size, in_features=weights.shape[1])
     return SparseWeight.from_form(form, mask)
 
 
@@ -168,7 +170,8 @@ class SparseGptGptq:
         compare: `rows` keeps as much of every output row, `layer` compares all rows of a layer.
         grid: `min_max` spans what a group keeps, `mse` searches for the least squared error.
         damping: Share of a Hessian's mean diagonal that is added to it.
-        order: Order in which columns are visited.
+        order: Order in which columns are visited; `group_aware` starts with those that are excited
+            most, which suits rounding and leaves nobody to make up for dropping the others.
         drift_share: How much of the inputs' distance from the float model's is made up for.
         modality_weights: Weight of visual tokens in the decoder's Hessians.
         held_out: Share of the samples that only judge.
@@ -188,7 +191,7 @@ class SparseGptGptq:
     compare: Compare = "rows"
     grid: GridKind = "min_max"
     damping: float = 0.01
-    order: Order = "group_aware"
+    order: Order = "natural"
     drift_share: float = 0.0
     modality_weights: ModalityWeighting = "balanced"
     held_out: float = 0.125

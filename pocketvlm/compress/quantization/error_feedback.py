@@ -159,7 +159,8 @@ class Rounding(Protocol):
         Args:
             group: Its number, from left to right.
             weights: The group's weights with the errors of all columns before them,
-                [columns, rows], columns in processing order.
+                [columns, rows], columns in processing order. A view, to which the errors of the
+                group's own columns are added as they are rounded.
             keeps: Which of them a mask keeps, bool [columns, rows]; `None` for all.
         """
 
