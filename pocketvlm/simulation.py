@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.weights import AffineWeight, FormLinear
+from pocketvlm.weights import AffineWeight, FormLinear, KeptIntegers, SparseWeight
 
 __all__ = [
     "ARITHMETICS",
@@ -137,16 +137,19 @@ def simulate_arithmetic(checkpoint: Checkpoint, arithmetic: Arithmetic) -> Itera
 
 def _rounding(layer: FormLinear, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
     """How a layer's inputs are rounded; `None` for a layer that its kernel runs in float32."""
-    form = layer.form
-    if not isinstance(form, AffineWeight):
+    form = layer.form.values if isinstance(layer.form, SparseWeight) else layer.form
+    if not isinstance(form, AffineWeight | KeptIntegers):
         return None
+    if isinstance(form, KeptIntegers) and not form.has_zero_code:
+        return None  # such a layer is exported as floats
     if scheme == "per_token_asymmetric":
         return round_per_token
     # ONNX Runtime has no integer kernel for these: it widens the weights and stays in float32.
     has_float_zeros = form.zeros is not None and form.zeros.is_floating_point()
     if has_float_zeros or (form.bits, form.group_size) == (2, 16):
         return None
-    return lambda inputs: round_per_block(inputs, form.group_size)
+    group_size = form.group_size
+    return lambda inputs: round_per_block(inputs, group_size)
 
 
 def _before(

@@ -34,12 +34,11 @@ __all__ = [
 
 def has_zero_code(form: WeightForm) -> bool:
     """Whether a masked weight is stored as integers of which one means exactly zero."""
-    if not isinstance(form, SparseWeight) or not isinstance(form.values, KeptIntegers):
-        return False
-    zeros = form.values.zeros
-    if zeros is None:
-        return True
-    return zeros.dtype == torch.uint8 and int(zeros.max()) < 1 << form.values.bits
+    return (
+        isinstance(form, SparseWeight)
+        and isinstance(form.values, KeptIntegers)
+        and form.values.has_zero_code
+    )
 
 
 def unmasked(form: WeightForm) -> WeightForm:

@@ -139,6 +139,13 @@ class KeptIntegers(KeptValues):
         """Whether zero points lie between codes."""
         return self.zeros is not None and self.zeros.dtype == torch.float16
 
+    @property
+    def has_zero_code(self) -> bool:
+        """Whether a code of every group means exactly zero, as kernels for dense integers need."""
+        if self.zeros is None:
+            return True
+        return not self.has_float_zeros and int(self.zeros.max()) < 1 << self.bits
+
     def check(self, rows: int, columns: int, kept: int) -> None:
         groups = -(-columns // self.group_size)
         if tuple(self.scales.shape) != (rows, groups):
