@@ -259,11 +259,18 @@ class Checkpoint:
             vectors: Everything else, as `vectors` names it.
 
         Raises:
-            CheckpointError: The config cannot be understood, or a shape does not fit it.
+            CheckpointError: The config cannot be understood, a shape does not fit it, or layers
+                would be counted anew where visual tokens end behind one of them.
             UnsupportedError: The config asks for something that the family does not support.
             KeyError: A weight or a vector is missing.
         """
         spec = read_spec(config)
+        if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:
+            raise CheckpointError(
+                f"visual tokens end behind {self.visual_layers} of {self.spec.decoder.depth} "
+                f"decoder layers, and {spec.decoder.depth} would be left; remove layers before "
+                "skip_visual"
+            )
         model = _build_model(config)
         decoder = spec.decoder
         for name, module in list(model.named_modules()):

@@ -256,3 +256,10 @@ def test_a_checkpoint_saves_and_loads_how_deep_visual_tokens_run(deep_checkpoint
         manifest.write_text(json.dumps({**document, "visual_layers": wrong}))
         with pytest.raises(CheckpointError, match=r"visual_layers is .*; allowed are 1 to"):
             Checkpoint.load(tmp_path / "saved")
+
+
+def test_layers_are_removed_before_visual_tokens_are_cut(deep_checkpoint):
+    fewer = json.loads(json.dumps(deep_checkpoint.config))
+    fewer["text_config"]["num_hidden_layers"] = 3
+    with pytest.raises(CheckpointError, match="remove layers before skip_visual"):
+        replace(deep_checkpoint, visual_layers=2).rebuild(fewer, {}, {})
