@@ -39,10 +39,13 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """
     if _BYTE % bits == 0:
         return _unpack_whole(packed, bits, count)
-    places = np.arange(bits).astype(_code_type(bits))
+    code_type = _code_type(bits)
     planes: np.ndarray = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
-    planes = planes.reshape(*packed.shape[:-1], count, bits).astype(places.dtype, copy=False)
-    return np.left_shift(planes, places).sum(axis=-1, dtype=places.dtype)
+    planes = planes.reshape(*packed.shape[:-1], count, bits).astype(code_type, copy=False)
+    codes = planes[..., 0].copy()
+    for place in range(1, bits):
+        codes |= planes[..., place] << place
+    return codes
 
 
 def _code_type(bits: int) -> type[np.uint8 | np.uint16]:
