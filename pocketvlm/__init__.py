@@ -22,12 +22,31 @@ if TYPE_CHECKING:
     from pocketvlm.bundle import Bundle
     from pocketvlm.calibration.source import CalibrationSet, Sample
     from pocketvlm.checkpoint import Checkpoint, StageRecord
+    from pocketvlm.compress.distillation.stage import Distill
+    from pocketvlm.compress.pruning.depth import PruneDepth
+    from pocketvlm.compress.pruning.ecoflap import Ecoflap
+    from pocketvlm.compress.pruning.gblm import Gblm
+    from pocketvlm.compress.pruning.magnitude import Magnitude
+    from pocketvlm.compress.pruning.rules import PruneRule
+    from pocketvlm.compress.pruning.skip_visual import SkipVisual
+    from pocketvlm.compress.pruning.sparsegpt import SparseGpt
+    from pocketvlm.compress.pruning.sparsegpt_gptq import SparseGptGptq
+    from pocketvlm.compress.pruning.wanda import Wanda
+    from pocketvlm.compress.pruning.width import PruneWidth
+    from pocketvlm.compress.quantization.awq import Awq
+    from pocketvlm.compress.quantization.cache import QuantizeCache
+    from pocketvlm.compress.quantization.codebook import Codebook
+    from pocketvlm.compress.quantization.codebook_rules import CodebookRule
     from pocketvlm.compress.quantization.gptq import Gptq
+    from pocketvlm.compress.quantization.mixed import MixedPrecision
+    from pocketvlm.compress.quantization.rotation import Rotate
     from pocketvlm.compress.quantization.rtn import RoundToNearest
     from pocketvlm.compress.quantization.rules import WeightRule
     from pocketvlm.compress.tokens.stage import ReduceTokens
     from pocketvlm.context import Progress, RunContext
     from pocketvlm.errors import PocketVLMError
+    from pocketvlm.export.coreml import ToCoreml
+    from pocketvlm.export.executorch import ToExecutorch
     from pocketvlm.export.onnx import ToOnnx
     from pocketvlm.modelspec import ModelSpec
     from pocketvlm.pipeline.plan import plan
@@ -37,22 +56,41 @@ if TYPE_CHECKING:
     from pocketvlm.runtime.conversation import Conversation
 
 __all__ = [
+    "Awq",
     "Bundle",
     "CalibrationSet",
     "Checkpoint",
+    "Codebook",
+    "CodebookRule",
     "Conversation",
+    "Distill",
+    "Ecoflap",
+    "Gblm",
     "Gptq",
+    "Magnitude",
+    "MixedPrecision",
     "ModelSpec",
     "PocketVLMError",
     "Progress",
+    "PruneDepth",
+    "PruneRule",
+    "PruneWidth",
+    "QuantizeCache",
     "Recipe",
     "ReduceTokens",
+    "Rotate",
     "RoundToNearest",
     "RunContext",
     "RunResult",
     "Sample",
+    "SkipVisual",
+    "SparseGpt",
+    "SparseGptGptq",
     "StageRecord",
+    "ToCoreml",
+    "ToExecutorch",
     "ToOnnx",
+    "Wanda",
     "WeightRule",
     "__version__",
     "compress_checkpoint",
@@ -65,22 +103,41 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Awq": "compress.quantization.awq",
     "Bundle": "bundle",
     "CalibrationSet": "calibration.source",
     "Checkpoint": "checkpoint",
+    "Codebook": "compress.quantization.codebook",
+    "CodebookRule": "compress.quantization.codebook_rules",
     "Conversation": "runtime.conversation",
+    "Distill": "compress.distillation.stage",
+    "Ecoflap": "compress.pruning.ecoflap",
+    "Gblm": "compress.pruning.gblm",
     "Gptq": "compress.quantization.gptq",
+    "Magnitude": "compress.pruning.magnitude",
+    "MixedPrecision": "compress.quantization.mixed",
     "ModelSpec": "modelspec",
     "PocketVLMError": "errors",
     "Progress": "context",
+    "PruneDepth": "compress.pruning.depth",
+    "PruneRule": "compress.pruning.rules",
+    "PruneWidth": "compress.pruning.width",
+    "QuantizeCache": "compress.quantization.cache",
     "Recipe": "recipes.load",
     "ReduceTokens": "compress.tokens.stage",
+    "Rotate": "compress.quantization.rotation",
     "RoundToNearest": "compress.quantization.rtn",
     "RunContext": "context",
     "RunResult": "pipeline.run",
     "Sample": "calibration.source",
+    "SkipVisual": "compress.pruning.skip_visual",
+    "SparseGpt": "compress.pruning.sparsegpt",
+    "SparseGptGptq": "compress.pruning.sparsegpt_gptq",
     "StageRecord": "checkpoint",
+    "ToCoreml": "export.coreml",
+    "ToExecutorch": "export.executorch",
     "ToOnnx": "export.onnx",
+    "Wanda": "compress.pruning.wanda",
     "WeightRule": "compress.quantization.rules",
     "compress_checkpoint": "pipeline.run",
     "load_checkpoint": "pipeline.sources",
