@@ -101,7 +101,9 @@ def test_norms_depend_on_neither_batches_nor_signs_nor_repetition(seed, sizes, n
     )
     torch.testing.assert_close(norms_of(twice, norm), whole)
     scaled = norms_of(replace(step, outputs=step.outputs * factor), norm)
-    torch.testing.assert_close(scaled, whole * factor, rtol=1e-5, atol=0)
+    # Where terms of a gradient cancel, float32 is as exact as its largest term allows.
+    atol = 1e-5 * factor * float(whole.max())
+    torch.testing.assert_close(scaled, whole * factor, rtol=1e-5, atol=atol)
     assert bool((norms_of(step, "l2") >= norms_of(step, "l1") * (1 - 1e-5)).all())
 
 

@@ -152,7 +152,8 @@ def test_float_zeros_round_no_worse_than_half_a_step(weights, bits):
     grid = min_max_grid(weights, AffineScheme(bits=bits, float_zeros=True))
     assert torch.equal(grid.zero, grid.zero.to(torch.float16).to(grid.zero.dtype))
     error = (decode(encode(weights, grid), grid) - weights).abs()
-    slack = weights.abs().amax(dim=-1, keepdim=True) * 0.02 + 1e-6
+    # A scale in float16's subnormal range is off by up to 2**-25, and so is every step of a code.
+    slack = weights.abs().amax(dim=-1, keepdim=True) * 0.02 + (1 << bits) * 2.0**-25 + 1e-6
     assert bool((error <= grid.scale[..., None] / 2 + slack).all())
 
 
