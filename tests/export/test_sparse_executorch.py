@@ -130,9 +130,15 @@ def test_it_runs_as_torch_does(masked: tuple[Checkpoint, Bundle, dict]) -> None:
 
 def test_multimodal_runner_reads_it_too(masked: tuple[Checkpoint, Bundle, dict]) -> None:
     _, bundle, _ = masked
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
-    talk = Conversation(bundle, runner=ExecutorchRunner(bundle, threads=1))
-    expected = talk.ask("What?", picture, max_new_tokens=3).text
+    rng = np.random.default_rng(0)
+    runner = ExecutorchRunner(bundle, threads=1)
+    for _ in range(10):
+        picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        expected = Conversation(bundle, runner=runner).ask("What?", picture, max_new_tokens=3).text
+        # Special tokens, which a random model may say, are words to MultimodalRunner alone.
+        if expected:
+            break
+    assert expected
     assert answer_once(bundle, "What?", picture, max_new_tokens=3, threads=1) == expected
 
 
