@@ -80,16 +80,13 @@ def vector_rules(bits: float) -> tuple[CodebookRule, ...]:
 
 def mixed_stage(bits: float) -> MixedPrecision:
     """A solved mixture, no larger over all than the scalar rows with their scales are."""
-    palettes = tuple(
-        CodebookRule(index_bits=width, vector_length=1, share="layer") for width in (2, 3, 4)
-    )
-    vectors = tuple(
-        CodebookRule(index_bits=width, vector_length=length, share="layer")
-        for width, length in ((8, 4), (5, 2), (6, 2))
+    books = tuple(
+        CodebookRule(index_bits=width, vector_length=length)
+        for width, length in ((4, 4), (6, 4), (8, 4), (9, 4), (6, 2), (8, 2), (2, 1), (4, 1))
     )
     return MixedPrecision(
         average_bits=bits + _SCALE_BITS,
-        options=(*palettes, *vectors, *(WeightRule(bits=w, group_size=64) for w in (3, 4, 8))),
+        options=(*books, *(WeightRule(bits=width, group_size=64) for width in (4, 8))),
     )
 
 

@@ -1,7 +1,9 @@
 """Which option each layer takes: an integer programme under a budget of bytes.
 
-The multiple-choice knapsack problem, solved exactly by HiGHS through `scipy.optimize.milp`:
-minimize sum_i sum_j loss_ij x_ij with one x_ij = 1 a layer and sum bytes_ij x_ij <= budget.
+The multiple-choice knapsack problem with fixed charges, solved exactly by HiGHS through
+`scipy.optimize.milp`: minimize sum_i sum_j loss_ij x_ij with one x_ij = 1 a layer and
+sum_ij size_ij x_ij + sum_t size_t y_t <= budget, where x_ij <= y_t for every option that reads the
+shared table t: what several layers share is paid once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Candidate", "allocate", "price_of_a_byte"]
+__all__ = ["Candidate", "allocate", "least_bytes", "price_of_a_byte", "total_bytes"]
 
 # HiGHS stops at an absolute gap of 1e-6, which cannot be set: losses are scaled far above it.
 _SCALE = 1e6
@@ -28,50 +30,84 @@ class Candidate:
 
     Attributes:
         loss: What it costs in quality; losses of different layers are added up.
-        size: What it costs in bytes.
+        size: What it costs in bytes, without the shared table.
+        table: Number of the shared table that it reads; `None` where it shares nothing.
     """
 
     loss: float
     size: int
+    table: int | None = None
 
 
-def allocate(layers: Sequence[Sequence[Candidate]], budget: int) -> tuple[int, ...]:
+def allocate(
+    layers: Sequence[Sequence[Candidate]], budget: int, tables: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Index of the chosen candidate of every layer; the least sum of losses within the budget.
 
-    Deterministic. A candidate that another one of its layer equals or beats in both respects is
-    never chosen; of equal ones the first stands.
+    Deterministic. A candidate that another one of its layer equals or beats in both respects,
+    without a table that it does not read itself, is never chosen; of equal ones the first stands.
+
+    Args:
+        layers: Candidates of each layer.
+        budget: Bytes that may be used.
+        tables: Bytes of each shared table, paid once if any chosen candidate reads it.
 
     Raises:
-        ValueError: The smallest candidates together exceed the budget.
+        ValueError: The smallest choice exceeds the budget.
     """
-    kept = [_undominated(candidates) for candidates in layers]
-    pairs = [(row, index) for row, indices in enumerate(kept) for index in indices]
-    smallest = sum(min(item.size for item in candidates) for candidates in layers)
+    smallest = least_bytes(layers, tables)
     if smallest > budget:
         raise ValueError(f"the smallest candidates take {smallest} bytes, the budget is {budget}")
+    programme = _Programme(layers, tables)
     excluded: list[NDArray[np.float64]] = []
     while True:
-        chosen = _solve(layers, pairs, budget, excluded)
-        found = tuple(pairs[place][1] for place in chosen)
-        if sum(layers[row][index].size for row, index in enumerate(found)) <= budget:
+        found = programme.solve(programme.losses, budget, excluded)
+        if total_bytes(layers, found, tables) <= budget:
             return found
         # Bytes are whole and the solver's tolerance is not: such a point is cut off.
-        cut = np.zeros(len(pairs))
-        cut[chosen] = 1
-        excluded.append(cut)
+        excluded.append(programme.point(found))
 
 
-def price_of_a_byte(layers: Sequence[Sequence[Candidate]], budget: int) -> float:
-    """Loss that one more byte would save, from the relaxation of the same programme."""
+def least_bytes(layers: Sequence[Sequence[Candidate]], tables: Sequence[int] = ()) -> int:
+    """Bytes of the smallest choice, tables included."""
+    if all(item.table is None for row in layers for item in row):
+        return sum(min(item.size for item in row) for row in layers)
+    programme = _Programme(layers, tables)
+    return total_bytes(layers, programme.solve(programme.sizes, None, ()), tables)
+
+
+def total_bytes(
+    layers: Sequence[Sequence[Candidate]], chosen: Sequence[int], tables: Sequence[int] = ()
+) -> int:
+    """Bytes of a choice; every table that it reads counts once."""
+    items = [row[index] for row, index in zip(layers, chosen, strict=True)]
+    read = {item.table for item in items if item.table is not None}
+    return sum(item.size for item in items) + sum(tables[table] for table in read)
+
+
+def price_of_a_byte(
+    layers: Sequence[Sequence[Candidate]],
+    budget: int,
+    tables: Sequence[int] = (),
+    read: Sequence[int] = (),
+) -> float:
+    """Loss that one more byte would save, from the relaxation of the same programme.
+
+    Args:
+        layers: Candidates of each layer.
+        budget: Bytes that may be used.
+        tables: Bytes of each shared table.
+        read: Tables that are paid for; candidates that read another one are left aside.
+    """
     from scipy.optimize import linprog
 
-    pairs = [(row, index) for row, found in enumerate(layers) for index in range(len(found))]
-    losses, sizes, once = _matrices(layers, pairs)
+    usable = [[item for item in row if item.table is None or item.table in read] for row in layers]
+    programme = _Programme(usable, ())
     solved = linprog(
-        losses,
-        A_ub=sizes[None],
-        b_ub=[float(budget)],
-        A_eq=once,
+        programme.losses,
+        A_ub=programme.sizes[None],
+        b_ub=[float(budget - sum(tables[table] for table in read))],
+        A_eq=programme.once,
         b_eq=np.ones(len(layers)),
         bounds=(0, 1),
         method="highs",
@@ -79,34 +115,71 @@ def price_of_a_byte(layers: Sequence[Sequence[Candidate]], budget: int) -> float
     return max(0.0, -float(solved.ineqlin.marginals[0]))
 
 
-def _solve(
-    layers: Sequence[Sequence[Candidate]],
-    pairs: Sequence[tuple[int, int]],
-    budget: int,
-    excluded: Sequence[NDArray[np.float64]],
-) -> list[int]:
-    """Places in `pairs` of the best choice, layer by layer."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+class _Programme:
+    """The programme's matrices, over one variable for each candidate and each table.
 
-    losses, sizes, once = _matrices(layers, pairs)
-    unit = math.gcd(*(int(size) for size in sizes)) or 1
-    constraints = [
-        LinearConstraint(once, 1, 1),
-        LinearConstraint(sizes[None] / unit, -np.inf, budget // unit),
-        *(LinearConstraint(cut[None], -np.inf, len(layers) - 1) for cut in excluded),
-    ]
-    largest = float(losses.max())
-    with _native_output_to_stderr():
-        solved = milp(
-            losses * (_SCALE / largest if largest > 0 else 1.0),
-            integrality=np.ones(len(pairs)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
+    Attributes:
+        losses: Of candidates; tables lose nothing.
+        sizes: Bytes of candidates and tables.
+        once: Which candidates belong to a layer, [layers, variables].
+        links: One row for each candidate that reads a table: 1 for it, -1 for the table.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Candidate]], tables: Sequence[int]) -> None:
+        from scipy.sparse import coo_array
+
+        pairs = [(row, index) for row, items in enumerate(layers) for index in _undominated(items)]
+        items = [layers[row][index] for row, index in pairs]
+        readers = [place for place, item in enumerate(items) if tables and item.table is not None]
+        count = len(pairs) + len(tables)
+        links, ones = np.arange(len(readers)), np.ones(len(readers))
+        read = [len(pairs) + (items[place].table or 0) for place in readers]
+        self._pairs = pairs
+        self.losses = np.array([item.loss for item in items] + [0.0] * len(tables))
+        self.sizes = np.array([item.size for item in items] + list(tables), dtype=np.float64)
+        self.once = coo_array(
+            (np.ones(len(pairs)), ([row for row, _ in pairs], np.arange(len(pairs)))),
+            shape=(len(layers), count),
         )
-    if solved.x is None:
-        raise ArithmeticError(f"the integer programme was not solved: {solved.message}")
-    return [place for place, value in enumerate(solved.x) if value > 0.5]  # noqa: PLR2004  (binary)
+        self.links = coo_array(
+            (np.concatenate([ones, -ones]), (np.tile(links, 2), readers + read)),
+            shape=(len(readers), count),
+        )
+
+    def solve(
+        self, cost: NDArray[np.float64], budget: int | None, excluded: Sequence[NDArray[np.float64]]
+    ) -> tuple[int, ...]:
+        """Index of the candidate of every layer that together cost least."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        layers = self.once.shape[0]
+        constraints = [LinearConstraint(self.once, 1, 1)]
+        if self.links.shape[0]:
+            constraints.append(LinearConstraint(self.links, -np.inf, 0))
+        if budget is not None:
+            unit = math.gcd(*(int(size) for size in self.sizes)) or 1
+            constraints.append(LinearConstraint(self.sizes[None] / unit, -np.inf, budget // unit))
+        constraints += [LinearConstraint(cut[None], -np.inf, layers - 1) for cut in excluded]
+        largest = float(cost.max())
+        with _native_output_to_stderr():
+            solved = milp(
+                cost * (_SCALE / largest if largest > 0 else 1.0),
+                integrality=np.ones(len(cost)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0},
+            )
+        if solved.x is None:
+            raise ArithmeticError(f"the integer programme was not solved: {solved.message}")
+        chosen = zip(self._pairs, solved.x, strict=False)  # tables follow the candidates
+        return tuple(index for (_, index), value in chosen if value > 0.5)  # noqa: PLR2004  (binary)
+
+    def point(self, chosen: Sequence[int]) -> NDArray[np.float64]:
+        """The candidates of a choice as ones, [variables]."""
+        made = np.zeros(len(self.losses))
+        for place, (row, index) in enumerate(self._pairs):
+            made[place] = chosen[row] == index
+        return made
 
 
 @contextmanager
@@ -123,26 +196,18 @@ def _native_output_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _matrices(
-    layers: Sequence[Sequence[Candidate]], pairs: Sequence[tuple[int, int]]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Losses and sizes [pairs], and which pairs belong to a layer [layers, pairs]."""
-    losses = np.array([layers[row][index].loss for row, index in pairs])
-    sizes = np.array([float(layers[row][index].size) for row, index in pairs])
-    once = np.zeros((len(layers), len(pairs)))
-    for place, (row, _) in enumerate(pairs):
-        once[row, place] = 1
-    return losses, sizes, once
-
-
 def _undominated(candidates: Sequence[Candidate]) -> list[int]:
-    """Indices of the candidates that no other one equals or beats in both respects."""
+    """Indices of candidates that no other one equals or beats with the same table or without."""
+
+    def rank(index: int) -> tuple[int, float, bool, int]:
+        item = candidates[index]
+        return item.size, item.loss, item.table is not None, index
+
     kept: list[int] = []
-    best = math.inf
-    for index in sorted(
-        range(len(candidates)), key=lambda i: (candidates[i].size, candidates[i].loss, i)
-    ):
-        if candidates[index].loss < best:
+    least: dict[int | None, float] = {}
+    for index in sorted(range(len(candidates)), key=rank):
+        item = candidates[index]
+        if item.loss < min(least.get(None, math.inf), least.get(item.table, math.inf)):
             kept.append(index)
-            best = candidates[index].loss
+            least[item.table] = item.loss
     return kept

@@ -33,6 +33,7 @@ from pocketvlm.compress.quantization.rules import (
     assign_layers,
     plan_forms,
 )
+from pocketvlm.compress.quantization.shared_codebooks import count_shared_once, share_codebooks
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
@@ -90,7 +91,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
-    forbids: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     rules: tuple[RuleT, ...]
     damping: float = 0.01
@@ -160,7 +161,9 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
             rows[name] = layer.row
             if is_new:
                 ctx.report(self.method, len(rows), len(wanted), f"{name}: {_note(layer.row)}")
-        ordered = [rows[name] for name in wanted]
+        # A run that went on took some layers from disk and made the others.
+        share_codebooks(checkpoint)
+        ordered = count_shared_once(checkpoint, [rows[name] for name in wanted])
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),

@@ -145,9 +145,13 @@ class CodebookRule(LayerRule):
         """All of them: codes have no scale that a group of columns would share."""
         return linear.in_features
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, linear: LinearSpec) -> dict[str, object]:
         """The rule's part of a layer's line in the report."""
-        return {"bits": self.bits, "group_size": None, "grid": self.label}
+        row: dict[str, object] = {"bits": self.bits, "group_size": None, "grid": self.label}
+        if self.index_bits is None:
+            return row
+        planned = self.plan(linear)
+        return {**row, "codebook_bytes": planned.codebook_bytes(), "is_shared": planned.is_shared}
 
     @property
     def _can_share(self) -> bool:

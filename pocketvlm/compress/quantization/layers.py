@@ -103,7 +103,7 @@ def describe_layer(assignment: Assignment[Any], form: WeightForm, **figures: Any
         "bits": None,
         "group_size": None,
         "grid": "float",
-        **({} if rule is None else rule.describe()),
+        **({} if rule is None else rule.describe(linear)),
         "bits_per_weight": form.bits_per_weight,
         "stored_bytes": form.stored_bytes,
         "sparsity": 1 - form.density if isinstance(form, SparseWeight) else 0.0,

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Literal, get_args
 
-from pocketvlm.compress.quantization.affine import GridKind
-from pocketvlm.compress.quantization.codebook_fit import CodebookFitter
 from pocketvlm.compress.quantization.codebook_rules import CodebookRule
-from pocketvlm.compress.quantization.fitting import Fitter
-from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.modelspec import LinearSpec
 from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse, plan_behind_mask
@@ -19,8 +15,6 @@ __all__ = [
     "Container",
     "Option",
     "check_option",
-    "check_separable",
-    "fitter_for",
     "float_bytes",
     "label_of",
     "plan_option",
@@ -38,45 +32,18 @@ CONTAINERS: tuple[Container, ...] = get_args(Container)
 _ONNX_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _SCALE_BYTES = 2
 _FLOAT_BYTES = 2
-_ROUNDS = 2  # times that codes are chosen; tables are refined behind each
 
 
 def check_option(option: Option) -> None:
     """Checks that an option may be chosen for each layer by itself.
 
     Raises:
-        ValueError: It names layers, keeps them float, or shares codebooks among layers.
+        ValueError: It names layers or keeps them float.
     """
     if (option.part, option.match, option.blocks) != (None, None, None):
         raise ValueError("an option is for every layer; name layers in pins")
     if option.keeps_float:
         raise ValueError("keeps a layer float; pins can do that")
-    check_separable(option)
-
-
-def check_separable(option: Option) -> None:
-    """Checks that a layer's bytes do not depend on what other layers become.
-
-    Raises:
-        ValueError: The option shares codebooks among layers.
-    """
-    if isinstance(option, CodebookRule) and not option.keeps_float and option.share != "layer":
-        raise ValueError("codebooks that layers share have no bytes a layer; set share: layer")
-
-
-def fitter_for(
-    option: Option, *, grid: GridKind, static_groups: bool, seed: int
-) -> Fitter[WeightRule] | Fitter[CodebookRule]:
-    """How layers are quantized that take an option."""
-    if isinstance(option, WeightRule):
-        return AffineFitter(grid=grid, static_groups=static_groups)
-    return CodebookFitter(
-        shared=None,
-        seed=seed,
-        rounds=_ROUNDS,
-        error_feedback=True,
-        label="lut" if option.vector_length == 1 else "vptq",
-    )
 
 
 def label_of(option: Option) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import SharedInput
@@ -23,37 +22,30 @@ from pocketvlm.calibration.divergence import DivergenceMeter
 from pocketvlm.calibration.modality import ModalityWeighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.quantization.affine import GRIDS, GridKind
-from pocketvlm.compress.quantization.allocation import Candidate, allocate, price_of_a_byte
-from pocketvlm.compress.quantization.calibrated import (
-    CalibratedQuantizer,
-    StepFitter,
-    block_width,
-)
+from pocketvlm.compress.quantization.calibrated import block_width
+from pocketvlm.compress.quantization.chosen import ChosenQuantizer
 from pocketvlm.compress.quantization.error_feedback import Order
-from pocketvlm.compress.quantization.fitting import Fitter
 from pocketvlm.compress.quantization.layers import FinishedLayer
 from pocketvlm.compress.quantization.menu import (
     CONTAINERS,
     Container,
     Option,
     check_option,
-    check_separable,
-    fitter_for,
     float_bytes,
     label_of,
     plan_option,
-    prior_loss,
-    stored_bytes,
 )
 from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.compress.quantization.sensitivity import Sensitivity, measure_sensitivity
+from pocketvlm.compress.quantization.shared_codebooks import assign_owners
+from pocketvlm.compress.quantization.solution import Menu, Solution, solve_menu
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm, PlannedSparse
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.selection import assign_rules
-from pocketvlm.weights import SparseWeight, is_float
+from pocketvlm.weights import SparseWeight, is_float, total_stored_bytes
 
 __all__ = ["MixedPrecision"]
 
@@ -69,7 +61,8 @@ class MixedPrecision:
 
     Attributes:
         options: What a layer may become: rules without part, match or blocks. An option whose
-            groups are wider than a layer is not offered to it.
+            groups are wider than a layer is not offered to it. Codebooks that layers share are
+            paid once, by whatever layers of a part take them.
         average_bits: The budget as bits a weight over all weight matrices of the model, scales,
             zero points and layers that stay float included.
         budget_bytes: The budget in bytes; exactly one of the two is given.
@@ -90,7 +83,7 @@ class MixedPrecision:
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
-    forbids: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     method: Literal["mixed"] = "mixed"
     options: tuple[Option, ...]
@@ -117,11 +110,6 @@ class MixedPrecision:
                 check_option(option)
             except ValueError as error:
                 raise ValueError(f"options.{number}: {error}") from error
-        for number, pin in enumerate(self.pins):
-            try:
-                check_separable(pin)
-            except ValueError as error:
-                raise ValueError(f"pins.{number}: {error}") from error
         if len({label_of(option) for option in self.options}) < len(self.options):
             raise ValueError("options holds one option twice")
         if (self.average_bits is None) == (self.budget_bytes is None):
@@ -165,18 +153,29 @@ class MixedPrecision:
             for linear, form in planned.items()
             if isinstance(form, PlannedSparse)
         }
-        menu = self._menu(spec, densities)
-        floats = {linear: self._float_bytes(linear, densities.get(linear.name)) for linear in menu}
+        menu = self._menu(
+            spec,
+            {
+                linear: self._float_bytes(linear, densities.get(linear.name))
+                for linear in spec.linears()
+            },
+            densities,
+        )
         table = None if self.sensitivity is None else Sensitivity.load(Path(self.sensitivity))
         if table is not None:
             self._require_complete(table, menu)
-        solved = _solve(self, menu, floats, densities, table)
-        return {
-            linear: None
-            if option.keeps_float
-            else plan_option(option, linear, densities.get(linear.name))
-            for linear, option in solved.chosen.items()
-        }
+        solved = solve_menu(menu, self._budget(menu), table)
+        return assign_owners(
+            {
+                linear: (
+                    option,
+                    None
+                    if option.keeps_float
+                    else plan_option(option, linear, densities.get(linear.name)),
+                )
+                for linear, option in solved.chosen.items()
+            }
+        )
 
     def plan_notes(self) -> tuple[str, ...]:
         """What `plan` says of its prediction."""
@@ -208,28 +207,29 @@ class MixedPrecision:
             for linear, form in forms.items()
             if isinstance(form, SparseWeight)
         }
-        menu = self._menu(checkpoint.spec, densities)
         floats = {
             linear: self._float_bytes(linear, densities[linear.name])
             if linear.name in densities
             else form.stored_bytes
             for linear, form in forms.items()
         }
+        menu = self._menu(checkpoint.spec, floats, densities)
+        budget = self._budget(menu)
         # Before hours of measuring: a budget that nothing fits into does not depend on losses.
-        _solve(self, menu, floats, densities, None)
+        solve_menu(menu, budget, None)
         table = self._table(checkpoint, calibration, menu, ctx)
-        solved = _solve(self, menu, floats, densities, table)
+        solved = solve_menu(menu, budget, table)
         quantizer = self._quantizer(solved.rules())
         scratch = None if ctx.scratch_dir is None else ctx.scratch_dir / solved.digest()
         done = quantizer.apply(checkpoint, calibration, ctx.with_scratch(scratch))
-        record = self._record(done.history[-1], solved, table, done, densities)
+        record = self._record(done.history[-1], solved, table, done)
         record = replace(
             record, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes()
         )
         return replace(done, history=(*done.history[:-1], record))
 
-    def _quantizer(self, rules: tuple[Option, ...]) -> _Chosen:
-        return _Chosen(
+    def _quantizer(self, rules: tuple[Option, ...]) -> ChosenQuantizer:
+        return ChosenQuantizer(
             rules=rules,
             grid=self.grid,
             static_groups=self.static_groups,
@@ -245,22 +245,33 @@ class MixedPrecision:
         """Bytes of a layer that stays float, in the container that is counted."""
         return float_bytes(linear, density if self.stored_as == "codes" else None)
 
+    def _budget(self, menu: Menu) -> int:
+        """Bytes that all layers may take."""
+        if self.average_bits is not None:
+            return int(self.average_bits * menu.weights / 8)
+        if self.budget_bytes is None:
+            raise ValueError("a stage has one of its two budgets")
+        return self.budget_bytes
+
     def _menu(
-        self, spec: ModelSpec, densities: Mapping[str, float]
-    ) -> dict[LinearSpec, tuple[Option, ...]]:
+        self,
+        spec: ModelSpec,
+        float_bytes: Mapping[LinearSpec, int],
+        densities: Mapping[str, float],
+    ) -> Menu:
         """What each layer may become, for densities of pruned ones; a pinned one has no choice."""
         linears = tuple(spec.linears())
         try:
             pinned = assign_rules(self.pins, linears)
         except RecipeError as error:
             raise RecipeError(f"pins: {error}") from error
-        menu: dict[LinearSpec, tuple[Option, ...]] = {}
+        offered: dict[LinearSpec, tuple[Option, ...]] = {}
         for linear in linears:
             pin = pinned[linear]
             if pin is not None:
                 if not pin.keeps_float:
                     plan_option(pin, linear, densities.get(linear.name))
-                menu[linear] = (pin,)
+                offered[linear] = (pin,)
                 continue
             fitting, refusals = [], []
             for option in self.options:
@@ -272,14 +283,19 @@ class MixedPrecision:
                     fitting.append(option)
             if not fitting:
                 raise RecipeError(f"no option fits {linear.name}: {refusals[0]}")
-            menu[linear] = tuple(fitting)
-        return menu
+            offered[linear] = tuple(fitting)
+        return Menu(
+            options=offered,
+            float_bytes=float_bytes,
+            densities=densities,
+            container=self.stored_as,
+        )
 
     def _table(
         self,
         checkpoint: Checkpoint,
         calibration: CalibrationSet,
-        menu: Mapping[LinearSpec, Sequence[Option]],
+        menu: Menu,
         ctx: RunContext,
     ) -> Sensitivity:
         """The given table, the one of a run before this one, or what is measured now."""
@@ -301,7 +317,7 @@ class MixedPrecision:
         path = None if ctx.scratch_dir is None else ctx.scratch_dir / _TABLE
         if path is not None and path.is_file():
             table = Sensitivity.load(path)
-        wanted = _choices(menu)
+        wanted = menu.choices
         if not table.missing(wanted):
             return table
         quantizer = self._quantizer(self.options)
@@ -316,7 +332,7 @@ class MixedPrecision:
             judges = Random(ctx.seed).sample(judges, self.samples)
         meter = DivergenceMeter(checkpoint, replace(calibration, samples=tuple(judges)))
         table.tokens = meter.tokens
-        fitter = quantizer.begin(checkpoint, (), calibration, ctx)
+        fitter = quantizer.begin_with(checkpoint, menu.readers(), ctx.seed)
 
         def quantize(
             step: SharedInput, assignments: Sequence[Assignment[Option]]
@@ -331,10 +347,8 @@ class MixedPrecision:
         measure_sensitivity(table, wanted, walk, meter, quantize, ctx, save)
         return table
 
-    def _require_complete(
-        self, table: Sensitivity, menu: Mapping[LinearSpec, Sequence[Option]]
-    ) -> None:
-        missing = table.missing(_choices(menu))
+    def _require_complete(self, table: Sensitivity, menu: Menu) -> None:
+        missing = table.missing(menu.choices)
         if missing:
             raise RecipeError(
                 f"sensitivity {self.sensitivity!r}: lacks {missing} of the layers' options; leave "
@@ -344,22 +358,20 @@ class MixedPrecision:
     def _record(
         self,
         record: StageRecord,
-        solved: _Solution,
+        solved: Solution,
         table: Sensitivity,
         done: Checkpoint,
-        densities: Mapping[str, float],
     ) -> StageRecord:
         rows = tuple({**row, **solved.describe(row["name"])} for row in record.layers)
-        forms = done.forms()
-        weights = sum(linear.out_features * linear.in_features for linear in forms)
         notes = list(record.notes)
-        fixed = [linear.name for linear, options in solved.menu.items() if len(options) == 1]
+        offered, densities = solved.menu.options, solved.menu.densities
+        fixed = [linear.name for linear, options in offered.items() if len(options) == 1]
         if fixed:
             notes.append(
                 f"{len(fixed)} layers had no choice, by a pin or because a single option fits: "
                 f"{', '.join(fixed[:4])}{', …' if len(fixed) > len(fixed[:4]) else ''}"
             )
-        masked = [linear for linear in solved.menu if linear.name in densities]
+        masked = [linear for linear in offered if linear.name in densities]
         for option in self.options:
             without = [linear for linear in masked if _loses_mask(option, linear)]
             if without:
@@ -381,8 +393,8 @@ class MixedPrecision:
                 **record.metrics,
                 "budget_bytes": solved.budget,
                 "chosen_bytes": solved.size,
-                "chosen_average_bits": solved.size * 8 / weights,
-                "form_bytes": sum(form.stored_bytes for form in forms.values()),
+                "chosen_average_bits": solved.size * 8 / solved.menu.weights,
+                "form_bytes": total_stored_bytes(done.forms().values()),
                 "predicted_divergence": solved.loss,
                 "divergence_per_byte": solved.price,
                 "sensitivity": table.to_json(),
@@ -391,133 +403,6 @@ class MixedPrecision:
 
 
 _FEW_TOKENS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Solution:
-    """What was chosen, and what else could have been.
-
-    Attributes:
-        menu: Options of each layer.
-        candidates: Loss and bytes of each option.
-        places: Index of the chosen one.
-        budget: Bytes that were allowed.
-        price: Loss that one more byte would save.
-    """
-
-    menu: Mapping[LinearSpec, Sequence[Option]]
-    candidates: Sequence[Sequence[Candidate]]
-    places: Sequence[int]
-    budget: int
-    price: float
-
-    @property
-    def chosen(self) -> dict[LinearSpec, Option]:
-        """The option of each layer."""
-        return {
-            linear: options[place]
-            for (linear, options), place in zip(self.menu.items(), self.places, strict=True)
-        }
-
-    @property
-    def size(self) -> int:
-        """Bytes of all chosen options."""
-        return sum(row[place].size for row, place in zip(self.candidates, self.places, strict=True))
-
-    @property
-    def loss(self) -> float:
-        """Sum of the losses of all chosen options."""
-        return sum(row[place].loss for row, place in zip(self.candidates, self.places, strict=True))
-
-    def rules(self) -> tuple[Option, ...]:
-        """One rule a layer."""
-        return tuple(
-            replace(option, part=None, blocks=None, match=re.escape(linear.name))
-            for linear, option in self.chosen.items()
-        )
-
-    def digest(self) -> str:
-        """Names a folder for layers that were quantized so and not otherwise."""
-        content = json.dumps([asdict(rule) for rule in self.rules()])
-        return "solved-" + hashlib.sha256(content.encode()).hexdigest()[:12]
-
-    def describe(self, name: str) -> dict[str, object]:
-        """The solver's part of a layer's row.
-
-        The runner-up is the option that comes next when bytes have the solution's price.
-        """
-        number = next(i for i, linear in enumerate(self.menu) if linear.name == name)
-        options = tuple(self.menu.values())[number]
-        row, place = self.candidates[number], self.places[number]
-        others = [index for index in range(len(options)) if index != place]
-        described: dict[str, object] = {
-            "divergence": row[place].loss,
-            "chosen_bytes": row[place].size,
-            "runner_up": None,
-        }
-        if others:
-            second = min(others, key=lambda i: (row[i].loss + self.price * row[i].size, i))
-            described["runner_up"] = label_of(options[second])
-            described["runner_up_divergence"] = row[second].loss
-            described["runner_up_bytes"] = row[second].size
-        return described
-
-
-def _solve(
-    stage: MixedPrecision,
-    menu: Mapping[LinearSpec, Sequence[Option]],
-    floats: Mapping[LinearSpec, int],
-    densities: Mapping[str, float],
-    table: Sensitivity | None,
-) -> _Solution:
-    """Solves with measured losses, or with the prior's."""
-    weights = sum(linear.out_features * linear.in_features for linear in menu)
-    budget = stage.budget_bytes
-    if stage.average_bits is not None:
-        budget = int(stage.average_bits * weights / 8)
-    if budget is None:
-        raise ValueError("a stage has one of its two budgets")
-    candidates = []
-    for linear, options in menu.items():
-        is_free = len(options) > 1
-        density = densities.get(linear.name)
-        row = [
-            _candidate(
-                linear, option, stage.stored_as, floats[linear], density, table if is_free else None
-            )
-            for option in options
-        ]
-        candidates.append(row if is_free else [replace(item, loss=0.0) for item in row])
-    smallest = sum(min(item.size for item in row) for row in candidates)
-    if smallest > budget:
-        raise RecipeError(
-            f"the budget of {budget} bytes, {budget * 8 / weights:.3f} bits a weight, is below the "
-            f"smallest that the options allow: {smallest} bytes, {smallest * 8 / weights:.3f} bits"
-        )
-    return _Solution(
-        menu=menu,
-        candidates=candidates,
-        places=allocate(candidates, budget),
-        budget=budget,
-        price=price_of_a_byte(candidates, budget),
-    )
-
-
-def _candidate(
-    linear: LinearSpec,
-    option: Option,
-    container: Container,
-    size_as_float: int,
-    density: float | None,
-    table: Sensitivity | None,
-) -> Candidate:
-    if option.keeps_float:
-        return Candidate(loss=0.0, size=size_as_float)
-    form = plan_option(option, linear, density)
-    size = stored_bytes(form, linear, container)
-    if table is None:
-        return Candidate(loss=prior_loss(form, linear), size=size)
-    return Candidate(loss=table.layers[linear.name][label_of(option)].loss, size=size)
 
 
 def _settings_of(record: StageRecord) -> str:
@@ -537,58 +422,3 @@ def _loses_mask(option: Option, linear: LinearSpec) -> bool:
     except RecipeError:
         return True
     return False
-
-
-def _choices(
-    menu: Mapping[LinearSpec, Sequence[Option]],
-) -> dict[LinearSpec, Sequence[Option]]:
-    """The layers that have a choice: nothing else has to be measured."""
-    return {linear: options for linear, options in menu.items() if len(options) > 1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Chosen(CalibratedQuantizer[Option]):
-    """Quantizes every layer by the one rule that was chosen for it."""
-
-    method: Literal["mixed"] = "mixed"
-    rules: tuple[Option, ...]
-    grid: GridKind = "min_max"
-    static_groups: bool = False
-
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        assignments: Sequence[Assignment[Option]],
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> StepFitter[Option]:
-        """Nothing has to be known beforehand."""
-        return _ByRule(self, ctx.seed)
-
-    def quantize_step(
-        self,
-        checkpoint: Checkpoint,
-        step: SharedInput,
-        assignments: Sequence[Assignment[Option]],
-        block: int | None,
-        fitter: StepFitter[Option],
-    ) -> Mapping[str, FinishedLayer]:
-        """Quantizes layers of one step, and puts them nowhere."""
-        return self._quantize(checkpoint, step, assignments, block, fitter)
-
-
-class _ByRule(StepFitter[Option]):
-    """Each kind of rule has its own fitter."""
-
-    def __init__(self, stage: _Chosen, seed: int) -> None:
-        self._stage, self._seed = stage, seed
-
-    def fitter_of(self, assignment: Assignment[Option]) -> Fitter[Any]:
-        if assignment.rule is None:
-            raise ValueError(f"{assignment.linear.name} is not to be quantized")
-        return fitter_for(
-            assignment.rule,
-            grid=self._stage.grid,
-            static_groups=self._stage.static_groups,
-            seed=self._seed,
-        )

@@ -63,7 +63,7 @@ class LayerRule(ABC):
         """Columns that share a grid, and so must be rounded one after another."""
 
     @abstractmethod
-    def describe(self) -> dict[str, object]:
+    def describe(self, linear: LinearSpec) -> dict[str, object]:
         """The rule's part of a layer's line in the report, as JSON values."""
 
 
@@ -140,7 +140,7 @@ class WeightRule(LayerRule):
         """Columns that share a scale."""
         return self.group_size
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, linear: LinearSpec) -> dict[str, object]:
         """The rule's part of a layer's line in the report."""
         return {
             "bits": self.bits,

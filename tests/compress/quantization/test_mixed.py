@@ -1,24 +1,18 @@
-"""Mixed precision: the solver, what it is told, and what becomes of the model."""
+"""Mixed precision: what the solver is told, and what becomes of the model."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 from dataclasses import replace
-from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.calibration.divergence import DivergenceMeter, mean_divergence
 from pocketvlm.calibration.prompts import encode_samples
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.allocation import Candidate, allocate, price_of_a_byte
-from pocketvlm.compress.quantization.codebook_rules import CodebookRule
+from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
 from pocketvlm.compress.quantization.gptq import Gptq
 from pocketvlm.compress.quantization.menu import CONTAINERS, label_of, stored_bytes
 from pocketvlm.compress.quantization.mixed import MixedPrecision
@@ -30,6 +24,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.export.onnx_size import quantized_bytes
 from pocketvlm.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.weights import total_stored_bytes
 
 MENU = tuple(WeightRule(bits=bits, group_size=32) for bits in (2, 4, 8))
 
@@ -53,62 +48,6 @@ def stored(checkpoint):
         }
         for linear, form in checkpoint.forms().items()
     }
-
-
-def total(choice, layers, field):
-    return sum(getattr(row[index], field) for row, index in zip(layers, choice, strict=True))
-
-
-LAYERS = st.lists(
-    st.lists(
-        st.builds(
-            Candidate,
-            # Whole numbers add up exactly, so that equal sums are equal.
-            loss=st.integers(0, 1000).map(float),
-            size=st.integers(1, 60),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    min_size=1,
-    max_size=5,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(layers=LAYERS, slack=st.integers(0, 120))
-def test_the_solver_equals_brute_force(layers, slack):
-    budget = sum(min(item.size for item in row) for row in layers) + slack
-    choice = allocate(layers, budget)
-    assert total(choice, layers, "size") <= budget
-    best = min(
-        total(other, layers, "loss")
-        for other in itertools.product(*(range(len(row)) for row in layers))
-        if total(other, layers, "size") <= budget
-    )
-    assert total(choice, layers, "loss") == best
-    assert allocate(layers, budget) == choice
-    # Weak duality: no choice is better than what the price of bytes allows.
-    price = price_of_a_byte(layers, budget)
-    bound = sum(min(item.loss + price * item.size for item in row) for row in layers)
-    assert bound - price * budget <= best + 1e-6 * max(1.0, best)
-
-
-def test_losses_of_any_magnitude_are_told_apart():
-    """Divergences of 8-bit layers are 1e-8: the solver's own tolerance would call them equal."""
-    layers = [
-        [Candidate(loss=3e-9, size=2), Candidate(loss=1e-9, size=4)],
-        [Candidate(loss=9e-9, size=2), Candidate(loss=1e-9, size=4)],
-    ]
-    assert allocate(layers, 6) == (0, 1)
-    assert allocate(layers, 4) == (0, 0)
-    with pytest.raises(ValueError, match="take 4 bytes, the budget is 3"):
-        allocate(layers, 3)
-
-
-def test_of_equal_options_the_first_is_taken():
-    same = Candidate(loss=1.0, size=8)
-    assert allocate([[same, same, Candidate(loss=1.0, size=9)]] * 3, 40) == (0, 0, 0)
 
 
 def whole_divergence(checkpoint, changed, samples):
@@ -296,28 +235,6 @@ def test_mixed_beats_uniform_at_its_own_size(tiny_paths):
     assert mixed < 0.9 * uniform
 
 
-def test_standard_output_stays_clean(capfd):
-    """HiGHS prints on its own account when a solution has to be polished, as this one has."""
-    rng = Random(45)
-    layers = []
-    for _ in range(40):
-        scale = 10 ** rng.uniform(-7, -2)
-        size = rng.choice((4096, 12288, 16384, 36864, 98304))
-        layers.append(
-            [
-                Candidate(
-                    loss=scale * 4**-bits * rng.uniform(0.7, 1.3),
-                    size=size * bits // 8 + size // group * 3,
-                )
-                for bits in (2, 3, 4, 8)
-                for group in (64, 32)
-            ]
-        )
-    allocate(layers, int(1.25 * sum(min(item.size for item in row) for row in layers)))
-    os.write(1, b"kept\n")
-    assert capfd.readouterr().out == "kept\n"
-
-
 def test_pins_and_narrow_layers_have_no_choice(tiny_checkpoint, samples):
     stage = MixedPrecision(
         options=(WeightRule(bits=2, group_size=32), WeightRule(bits=4, group_size=96)),
@@ -364,10 +281,61 @@ def test_codebooks_are_on_the_menu(smol_path, samples):
     assert metrics["form_bytes"] == metrics["chosen_bytes"] <= metrics["budget_bytes"]
     for layer in metrics["sensitivity"]["layers"].values():
         assert 0 <= layer[label_of(table)]["loss"] < float("inf")
-    with pytest.raises(ValueError, match="options.0: codebooks that layers share"):
-        MixedPrecision(options=(replace(table, share="auto"),), average_bits=3.0)
-    with pytest.raises(ValueError, match="pins.0: codebooks that layers share"):
-        MixedPrecision(options=MENU, average_bits=3.0, pins=(replace(table, share="part"),))
+
+
+def test_a_shared_codebook_is_paid_once(tiny_path, samples):
+    """Vectors of four at 4 bits: alone, no layer of these could pay for a table."""
+    shared = CodebookRule(index_bits=4, share="part")
+    pin = CodebookRule(part="projector", index_bits=4, share="part")
+    stage = MixedPrecision(
+        options=(WeightRule(bits=2, group_size=16), shared), average_bits=1.9, pins=(pin,)
+    )
+    checkpoint = Checkpoint.load(tiny_path)
+    planned = stage.plan_forms(checkpoint.spec)
+    done = stage.apply(checkpoint, samples, RunContext())
+    record = done.history[-1]
+    actual = total_stored_bytes(done.forms().values())
+    assert actual == record.metrics["chosen_bytes"] == record.metrics["form_bytes"]
+    assert actual <= record.metrics["budget_bytes"]
+    size = sum(
+        form.stored_bytes(linear.out_features, linear.in_features)
+        for linear, form in planned.items()
+    )
+    assert size <= record.metrics["budget_bytes"]
+    # All layers of a part read one tensor, and the rows of the report add up to what is stored.
+    books = {}
+    for linear, form in done.forms().items():
+        if form.kind == "codebook":
+            books.setdefault(linear.part, []).append(form.main.codebooks)
+    assert len(books["decoder"]) > 1
+    assert all(book is parts[0] for parts in books.values() for book in parts)
+    assert sum(row["stored_bytes"] for row in record.layers) == actual
+    weights = {linear.name: linear.out_features * linear.in_features for linear in done.forms()}
+    spread = sum(row["bits_per_weight"] * weights[row["name"]] for row in record.layers) / 8
+    assert spread == pytest.approx(actual)
+    assert {row["is_shared"] for row in record.layers if "is_shared" in row} == {True}
+    assert {row["grid"] for row in record.layers if row["part"] == "projector"} == {pin.label}
+
+
+def test_sharing_is_never_worse_than_its_uniform_row(smol_path, samples):
+    """Every layer may do what the uniform stage does, at the same bytes: nothing predicts worse."""
+    rule = CodebookRule(index_bits=4, share="part")
+    checkpoint = Checkpoint.load(smol_path)
+    uniform = Codebook(rules=(rule,)).apply(checkpoint, samples, RunContext())
+    size = total_stored_bytes(uniform.forms().values())
+    menu = (rule, WeightRule(bits=2, group_size=16), WeightRule(bits=4, group_size=32))
+    done = MixedPrecision(options=menu, budget_bytes=size).apply(
+        Checkpoint.load(smol_path), samples, RunContext()
+    )
+    metrics = done.history[-1].metrics
+    assert metrics["chosen_bytes"] <= size
+    table = metrics["sensitivity"]["layers"]
+    assert metrics["predicted_divergence"] <= sum(
+        row[label_of(rule)]["loss"] for row in table.values()
+    )
+    alone = MixedPrecision(options=(replace(rule, share="layer"),), budget_bytes=size)
+    with pytest.raises(RecipeError, match="below the smallest that the options allow"):
+        alone.plan_forms(checkpoint.spec)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
