@@ -15,7 +15,13 @@ from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.prompts import encode_samples
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.quantization.cache import QuantizeCache
+from pocketvlm.compress.quantization.gptq import Gptq
+from pocketvlm.compress.quantization.mixed import MixedPrecision
+from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
 from pocketvlm.export.onnx import ToOnnx
@@ -30,7 +36,7 @@ from pocketvlm.forward import (
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.recipes.stages import Stage, Target
+from pocketvlm.recipes.stages import Stage, Target, check_order
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.weights import DenseWeight
 from tests.export.rig import Decoder, make_prompt, open_session
@@ -224,6 +230,23 @@ def test_plan_counts_a_quarter_and_refuses_targets_without_the_kernel(tiny_path:
     )
     with pytest.raises(RecipeError, match="quantize_cache"):
         plan(tiny_path, recipe_of((QuantizeCache(), QuantizeCache()), (ToOnnx(),)))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        RoundToNearest(rules=(WeightRule(bits=8),)),
+        Gptq(rules=(WeightRule(bits=4),)),
+        MixedPrecision(options=(WeightRule(bits=4),), average_bits=5),
+        Magnitude(),
+        ReduceTokens(keep=0.5),
+    ],
+    ids=lambda stage: stage.method,
+)
+def test_ranges_are_those_of_the_last_weights(later: Stage) -> None:
+    check_order((later, QuantizeCache()))
+    with pytest.raises(RecipeError, match=r"cannot follow a stage that leaves .*quantized_cache"):
+        check_order((QuantizeCache(), later))
 
 
 class WithoutTheKernel(ToOnnx):

@@ -122,7 +122,7 @@ class Pruner(ABC):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     ratio: float = 0.5
     rules: tuple[PruneRule, ...] = DEFAULT_RULES

@@ -180,7 +180,7 @@ class SparseGptGptq:
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
-    forbids: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     method: Literal["sparsegpt_gptq"] = "sparsegpt_gptq"
     rules: tuple[WeightRule, ...]

@@ -102,7 +102,7 @@ class RoundToNearest:
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
-    forbids: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     method: Literal["rtn"] = "rtn"
     rules: tuple[WeightRule, ...]

@@ -73,7 +73,9 @@ class ReduceTokens:
     requires: ClassVar[frozenset[str]] = frozenset({"all_tokens"})
     provides: ClassVar[frozenset[str]] = frozenset({"reduced_tokens"})
     # A quantizer must see the sequence that the phone will run, so it comes later.
-    forbids: ClassVar[frozenset[str]] = frozenset({"reduced_tokens", "quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset(
+        {"reduced_tokens", "quantized_weights", "quantized_cache"}
+    )
 
     method: Literal["reduce_tokens"] = "reduce_tokens"
     score: ScoreName = "auto"
