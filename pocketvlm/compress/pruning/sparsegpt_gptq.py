@@ -34,7 +34,11 @@ from pocketvlm.compress.pruning.sparsegpt import (
     mask_columns,
 )
 from pocketvlm.compress.quantization.affine import GRIDS, Grid, GridKind, affine_form
-from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
+from pocketvlm.compress.quantization.calibrated import (
+    CalibratedQuantizer,
+    StepFitter,
+    diagonal_block_width,
+)
 from pocketvlm.compress.quantization.error_feedback import (
     AffineRounding,
     Order,
@@ -47,7 +51,7 @@ from pocketvlm.compress.quantization.rules import Assignment, WeightRule
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedForm, PlannedSparse, plan_behind_mask
+from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse, plan_behind_mask
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.weights import DenseWeight, SparseWeight, WeightForm
 
@@ -80,7 +84,8 @@ def prune_and_quantize(
         CalibrationError: A score is not finite.
         ValueError: A group's range is too large for a float16 scale.
     """
-    evidence, group_size, scheme = weighed.evidence, rule.group_size, rule.scheme
+    evidence, scheme = weighed.evidence, rule.scheme
+    group_size = rule.columns_a_group(weights.shape[1])
     width = mask_columns(task.pattern, group_size)
     alive = evidence.importance > 0
     scores = layer_scores(weights, evidence, weighed.factors)
@@ -151,7 +156,10 @@ class _PruningFitter:
         mask = select(dense.abs(), self.task.pattern, self.task.kept)
         kept = SparseWeight.from_form(DenseWeight(values=dense), mask)
         form, _ = round_to_nearest(
-            kept, scheme=rule.scheme, group_size=rule.group_size, grid=self.grid
+            kept,
+            scheme=rule.scheme,
+            group_size=rule.columns_a_group(weight.shape[1]),
+            grid=self.grid,
         )
         return form
 
@@ -204,7 +212,7 @@ class SparseGptGptq:
         self._quantizing({})  # and this all that a calibrated quantizer has
         wide = columns_together(self.pattern)
         for number, rule in enumerate(self.rules):
-            if not rule.keeps_float and rule.group_size % wide:
+            if not rule.keeps_float and (rule.group_size or 0) % wide:
                 raise ValueError(
                     f"rules.{number}: group_size {rule.group_size} is no multiple of the {wide} "
                     f"columns of {self.pattern.label}"
@@ -227,6 +235,7 @@ class SparseGptGptq:
                     f"{self.method}: {linear.name} is pruned and no rule gives it bits; allowed "
                     "are a rule for it, or a prune rule of ratio 0"
                 )
+            _check_group(linear, values)
             planned[linear] = plan_behind_mask(linear.name, mask, values)
         return planned
 
@@ -328,3 +337,15 @@ class _ByTask(StepFitter[WeightRule]):
         if task is None:
             return AffineFitter(grid=stage.grid)
         return _PruningFitter(task=task, compare=stage.compare, grid=stage.grid)
+
+
+def _check_group(linear: LinearSpec, values: PlannedForm) -> None:
+    """Refuses a scale that spans blocks of a Hessian: it is made as each block is pruned."""
+    if not isinstance(values, PlannedAffine):
+        return
+    block = diagonal_block_width(linear.in_features, [values.group_size])
+    if block is not None and values.group_size > block:
+        raise RecipeError(
+            f"{linear.name}: one scale for all {values.group_size} columns of a row needs their "
+            f"whole Hessian, of which blocks are kept; give a group_size of at most {block}"
+        )

@@ -49,6 +49,7 @@ def quantize_affine(
     static_groups: bool = False,
     diagonal: Tensor | None = None,
     keeps: Tensor | None = None,
+    fixed: Grid | None = None,
 ) -> tuple[Tensor, Grid]:
     """Rounds rows of a weight to affine grids, with error feedback.
 
@@ -62,6 +63,7 @@ def quantize_affine(
             weights that carry the errors of the columns before.
         diagonal: Of the Hessian, [columns]: how much an error counts where grids are searched.
         keeps: Which elements a mask keeps, bool [rows, columns]; `None` for all.
+        fixed: Grids [rows, groups] that are known; `None` makes them.
 
     Returns:
         Codes [rows, groups * group_size], padding included, in the type of the weights, and the
@@ -70,8 +72,7 @@ def quantize_affine(
     Raises:
         ValueError: A group's range is too large for a float16 scale.
     """
-    fixed = None
-    if static_groups:
+    if static_groups and fixed is None:
         importance = None if diagonal is None else group_columns(diagonal[None], group_size)
         grouped = None if keeps is None else group_columns(keeps, group_size)
         fixed = GRIDS[grid](group_columns(weights, group_size), scheme, importance, grouped)
@@ -100,11 +101,24 @@ def fit_affine(
     grid: GridKind = "min_max",
     static_groups: bool = False,
 ) -> WeightForm:
-    """Quantizes a layer behind its mask, some rows at a time; see `quantize_affine`."""
+    """Quantizes a layer behind its mask, some rows at a time; see `quantize_affine`.
+
+    A row that shares one scale and is wider than a block of the Hessian has its grid made from the
+    weights as they were: errors are not fed on from block to block, and every block needs it.
+    """
+    group_size = rule.columns_a_group(weight.shape[1])
+    is_split = group_size > weighed.evidence.slices[0].stop
     codes, scales, zeros = [], [], []
     for span, rows in row_chunks(weight):
         targets = weighed.targets(rows)
         keeps = keeps_in(weight, span)
+        fixed = None
+        if is_split:
+            importance = weighed.evidence.importance[None, None]
+            grouped = None if keeps is None else keeps[:, None]
+            fixed = GRIDS[grid](targets[:, None], rule.scheme, importance, grouped)
+            scales.append(fixed.scale)
+            zeros.append(fixed.zero)
         for part, factor, hessian in zip(
             weighed.evidence.slices, weighed.factors, weighed.evidence.hessians, strict=True
         ):
@@ -112,27 +126,29 @@ def fit_affine(
                 targets[:, part],
                 factor,
                 rule.scheme,
-                group_size=rule.group_size,
+                group_size=min(group_size, part.stop - part.start),
                 grid=grid,
                 static_groups=static_groups,
                 diagonal=hessian.diagonal().to(torch.float64),
                 keeps=None if keeps is None else keeps[:, part],
+                fixed=fixed,
             )
             codes.append(chosen.to(torch.uint8))
-            scales.append(found.scale)
-            zeros.append(found.zero)
+            if not is_split:
+                scales.append(found.scale)
+                zeros.append(found.zero)
+    grids = 1 if is_split else len(weighed.factors)
     form = affine_form(
-        _join(codes, weighed),
-        Grid(scale=_join(scales, weighed), zero=_join(zeros, weighed), scheme=rule.scheme),
-        group_size=rule.group_size,
+        _join(codes, len(weighed.factors)),
+        Grid(scale=_join(scales, grids), zero=_join(zeros, grids), scheme=rule.scheme),
+        group_size=group_size,
         in_features=weight.shape[1],
     )
     return behind_mask(form, weight)
 
 
-def _join(pieces: Sequence[Tensor], weighed: Weighed) -> Tensor:
+def _join(pieces: Sequence[Tensor], blocks: int) -> Tensor:
     """Puts together what was made chunk by chunk of rows, and block by block within each."""
-    blocks = len(weighed.factors)
     rows = [
         torch.cat(list(pieces[start : start + blocks]), dim=1)
         for start in range(0, len(pieces), blocks)
@@ -161,7 +177,10 @@ class AffineFitter:
     def round(self, rule: WeightRule, weight: WeightForm) -> WeightForm:
         """Round-to-nearest."""
         form, _ = round_to_nearest(
-            weight, scheme=rule.scheme, group_size=rule.group_size, grid=self.grid
+            weight,
+            scheme=rule.scheme,
+            group_size=rule.columns_a_group(weight.shape[1]),
+            grid=self.grid,
         )
         return form
 

@@ -159,7 +159,10 @@ class RoundToNearest:
             raise ValueError(f"{assignment.linear.name} is not to be quantized")
         try:
             form, weight_error = round_to_nearest(
-                weight, scheme=rule.scheme, group_size=rule.group_size, grid=self.grid
+                weight,
+                scheme=rule.scheme,
+                group_size=rule.columns_a_group(weight.shape[1]),
+                grid=self.grid,
             )
         except ValueError as error:
             raise CheckpointError(f"{assignment.linear.name}: {error}") from error

@@ -76,7 +76,7 @@ class WeightRule(LayerRule):
 
     Attributes:
         bits: 2, 3, 4 or 8; `None` keeps the layer as it is.
-        group_size: Neighbouring columns that share a scale.
+        group_size: Neighbouring columns that share a scale; `None` for all columns of a row.
         symmetric: Whether the zero point is fixed at half of the range.
         restricted: Whether a symmetric grid leaves out its lowest code, such as [-7, 7] for 4
             bits, so that it spans the largest weight on either side with a finer step.
@@ -84,7 +84,7 @@ class WeightRule(LayerRule):
     """
 
     bits: int | None
-    group_size: int = 32
+    group_size: int | None = 32
     symmetric: bool = False
     restricted: bool = False
     zero_point: Literal["integer", "float"] = "integer"
@@ -96,8 +96,10 @@ class WeightRule(LayerRule):
                 f"bits must be {', '.join(map(str, BITS))}, or null to keep a layer as it is, "
                 f"not {self.bits}"
             )
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                f"group_size must be at least 1, or null for a whole row, not {self.group_size}"
+            )
         if self.restricted and not self.symmetric:
             raise ValueError("restricted leaves out a code of a symmetric grid; set symmetric too")
         if self.zero_point not in ("integer", "float"):
@@ -124,27 +126,31 @@ class WeightRule(LayerRule):
 
     def plan(self, linear: LinearSpec) -> PlannedAffine:
         """What a layer will be stored as."""
-        if self.group_size > linear.in_features:
+        if self.group_size is not None and self.group_size > linear.in_features:
             raise RecipeError(
                 f"group_size {self.group_size} does not fit {linear.name}, which has "
                 f"{linear.in_features} columns; allowed is 1 to {linear.in_features}"
             )
         return PlannedAffine(
             bits=self.scheme.bits,
-            group_size=self.group_size,
+            group_size=self.columns_a_group(linear.in_features),
             symmetric=self.symmetric,
             float_zeros=self.zero_point == "float",
         )
 
+    def columns_a_group(self, columns: int) -> int:
+        """Columns that share a scale in a row of so many."""
+        return self.group_size or columns
+
     def grid_columns(self, linear: LinearSpec) -> int:
         """Columns that share a scale."""
-        return self.group_size
+        return self.columns_a_group(linear.in_features)
 
     def describe(self, linear: LinearSpec) -> dict[str, object]:
         """The rule's part of a layer's line in the report."""
         return {
             "bits": self.bits,
-            "group_size": self.group_size,
+            "group_size": self.columns_a_group(linear.in_features),
             "symmetric": self.symmetric,
             "grid": "affine" if self.bits is None else self.scheme.label,
         }

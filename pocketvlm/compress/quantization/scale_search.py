@@ -144,8 +144,9 @@ def _magnitudes(moment: SecondMoment, channels: Tensor) -> Tensor:
 
 def _round(weight: Tensor, rule: WeightRule, keeps: Tensor | None) -> Tensor:
     """Round-to-nearest as the rule has it, [rows, columns], behind a mask where there is one."""
-    groups = group_columns(weight, rule.group_size)
-    kept = None if keeps is None else group_columns(keeps, rule.group_size)
+    size = rule.columns_a_group(weight.shape[1])
+    groups = group_columns(weight, size)
+    kept = None if keeps is None else group_columns(keeps, size)
     grid = min_max_grid(groups, rule.scheme, keeps=kept)
     rounded = decode(encode(groups, grid), grid).reshape(len(weight), -1)[:, : weight.shape[1]]
     return rounded if keeps is None else rounded.masked_fill(~keeps, 0.0)

@@ -21,6 +21,7 @@ from pocketvlm.compress.pruning.rules import PruneRule
 from pocketvlm.compress.pruning.sparsegpt import SparseGpt, mask_columns, prune_with_feedback
 from pocketvlm.compress.pruning.sparsegpt_gptq import SparseGptGptq, prune_and_quantize
 from pocketvlm.compress.pruning.wanda import score_wanda
+from pocketvlm.compress.quantization import calibrated as calibrated_module
 from pocketvlm.compress.quantization.fitting import Weighed, weigh_moments
 from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rtn import RoundToNearest, round_to_nearest
@@ -413,6 +414,18 @@ def test_the_joint_stage_prunes_and_quantizes_the_model(tiny_paths, samples, tmp
         assert torch.equal(resumed.form(linear.name).dequantize(), form.dequantize())
     with pytest.raises(RecipeError, match="quantized already"):
         RoundToNearest(rules=(RULE,)).apply(done, samples, RunContext())
+
+
+def test_a_row_may_have_one_scale_where_its_hessian_is_whole(tiny_paths, samples, monkeypatch):
+    stage = replace(JOINT, rules=(WeightRule(bits=4, group_size=None),))
+    done = stage.apply(Checkpoint.load(tiny_paths["smolvlm"]), samples, RunContext())
+    pruned = [form for form in done.forms().values() if isinstance(form, SparseWeight)]
+    assert pruned
+    assert all(form.values.scales.shape == (form.shape[0], 1) for form in pruned)
+    monkeypatch.setattr(calibrated_module, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(calibrated_module, "_BLOCK_WIDTH", 40)
+    with pytest.raises(RecipeError, match="whole Hessian.* give a group_size of at most 40"):
+        stage.plan_forms(done.spec)
 
 
 def test_a_pruned_layer_without_bits_is_refused(tiny_paths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -239,6 +240,38 @@ def test_wide_hessians_are_cut_at_group_borders(tiny_checkpoint, samples, monkey
     assert any("diagonal blocks" in note for note in done.history[-1].notes)
 
 
+@pytest.mark.parametrize("grid", ["min_max", "mse"])
+@pytest.mark.parametrize("stage", [Gptq, RoundToNearest])
+def test_a_row_may_have_one_scale(tiny_path, samples, stage, grid, monkeypatch):
+    rule = WeightRule(bits=4, group_size=None)
+    spec = Checkpoint.load(tiny_path).spec
+    widths = {linear.name: linear.in_features for linear in spec.linears()}
+    assert len(set(widths.values())) > 1
+
+    def run(rules):
+        done = stage(rules=rules, grid=grid).apply(
+            Checkpoint.load(tiny_path), samples, RunContext()
+        )
+        for linear, form in done.forms().items():
+            assert form.group_size == linear.in_features
+            assert form.scales.shape == (linear.out_features, 1)
+            assert rows_of(done)[linear.name]["group_size"] == linear.in_features
+        return done
+
+    by_width = tuple(
+        WeightRule(match=re.escape(name), bits=4, group_size=width)
+        for name, width in widths.items()
+    )
+    assert stored(run((rule,))) == stored(run(by_width))
+    # Blocks of a Hessian share the row's scale too, and still gain by error feedback.
+    monkeypatch.setattr(calibrated_module, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(calibrated_module, "_BLOCK_WIDTH", 40)
+    wide = [row for row in run((rule,)).history[-1].layers if row.get("hessian_blocks", 1) > 1]
+    assert bool(wide) == (stage is Gptq)
+    assert all(row["loss"] < row["loss_rtn"] for row in wide if row["method"] == "gptq")
+    assert sum(row["method"] == "gptq" for row in wide) >= len(wide) // 2
+
+
 def test_layers_that_share_an_input_may_have_different_groups(tiny_checkpoint, samples):
     rules = (
         WeightRule(match=r".*\.q_proj", bits=4, group_size=16),
@@ -279,7 +312,9 @@ def test_bad_rules_are_refused(stage, tiny_checkpoint, samples):
     for bits in (1, 5, 16, 0):
         with pytest.raises(ValueError, match=f"bits must be 2, 3, 4, 8, .*not {bits}"):
             stage(rules=(WeightRule(bits=bits),))
-    with pytest.raises(ValueError, match="group_size must be at least 1, not 0"):
+    with pytest.raises(
+        ValueError, match="group_size must be at least 1, or null for a whole row, not 0"
+    ):
         WeightRule(bits=4, group_size=0)
     with pytest.raises(ValueError, match="at least one rule"):
         stage(rules=())
