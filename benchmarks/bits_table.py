@@ -4,10 +4,12 @@
 
 Every weight matrix is quantized: tower, projector, decoder, table and head. Effective bits count
 codes, scales, zero points and codebooks of all of them. Every row answers the same held-out
-questions in torch, so differences to the float model and to GPTQ of the same bits are paired. Where
-there are several calibration sets, a row is their mean, with what each of them gave. A row is
-printed as soon as it is known, with the seconds that compressing took; the last line is one JSON
-document with everything.
+questions in torch, so differences to the float model and to GPTQ of the same bits are paired.
+Beside answers stands the divergence at the tokens of right answers, KL(float || quantized) in
+nats, which still tells methods apart where all of them answer as the float model does. Where there
+are several calibration sets, a row is their mean, with what each of them gave. A row is printed as
+soon as it is known, with the seconds that compressing took; the last line is one JSON document
+with everything.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +27,11 @@ from typing import Any
 
 import torch
 from answer_rows import COLUMNS, RULE, Row
+from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.divergence import mean_divergence
+from pocketvlm.calibration.suffix import SuffixRunner
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
@@ -40,13 +46,10 @@ from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.weights import total_stored_bytes
 
-# Bits of a code and most columns that may share a scale; 0 is one scale a row.
-SCALAR = {2.0: (2, 0), 2.25: (2, 128), 3.0: (3, 0), 4.0: (4, 0), 8.0: (8, 0)}
+# Bits of a code and most columns that may share a scale; None is one scale a row.
+SCALAR = {2.0: (2, None), 2.25: (2, 128), 3.0: (3, None), 4.0: (4, None), 8.0: (8, None)}
 # Bits of an index and rows that it stands for.
 VECTOR = {2.0: (8, 4), 2.25: (9, 4), 3.0: (6, 2), 4.0: (8, 2), 8.0: (8, 1)}
-
-# What a scale and a zero point a row add to every weight of these models, about.
-_SCALE_BITS = 0.12
 
 
 def affine_rules(spec: ModelSpec, bits: float) -> tuple[WeightRule, ...]:
@@ -56,11 +59,8 @@ def affine_rules(spec: ModelSpec, bits: float) -> tuple[WeightRule, ...]:
         WeightRule(
             match=re.escape(linear.name),
             bits=width,
-            group_size=max(
-                size
-                for size in range(1, linear.in_features + 1)
-                if linear.in_features % size == 0 and (not most or size <= most)
-            ),
+            group_size=most
+            and max(size for size in range(1, most + 1) if linear.in_features % size == 0),
         )
         for linear in spec.linears()
     )
@@ -78,19 +78,26 @@ def vector_rules(bits: float) -> tuple[CodebookRule, ...]:
     return (CodebookRule(index_bits=index_bits, vector_length=length),)
 
 
-def mixed_stage(bits: float) -> MixedPrecision:
-    """A solved mixture, no larger over all than the scalar rows with their scales are."""
-    books = tuple(
-        CodebookRule(index_bits=width, vector_length=length)
-        for width, length in ((4, 4), (6, 4), (8, 4), (9, 4), (6, 2), (8, 2), (2, 1), (4, 1))
-    )
+def mixed_stage(spec: ModelSpec, bits: float) -> MixedPrecision:
+    """A solved mixture, no larger over all than the smallest of the uniform rows."""
+    books = ((4, 4), (6, 4), (8, 4), (9, 4), (6, 2), (8, 2), (2, 1), (4, 1))
     return MixedPrecision(
-        average_bits=bits + _SCALE_BITS,
-        options=(*books, *(WeightRule(bits=width, group_size=64) for width in (4, 8))),
+        budget_bytes=min(_planned_bytes(build(spec, bits), spec) for build in UNIFORM.values()),
+        options=(
+            *(CodebookRule(index_bits=width, vector_length=length) for width, length in books),
+            *(WeightRule(bits=width, group_size=None) for width in (4, 8)),
+        ),
     )
 
 
-METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
+def _planned_bytes(stages: Sequence[Stage], spec: ModelSpec) -> int:
+    forms = stages[-1].plan_forms(spec)
+    return sum(
+        form.stored_bytes(linear.out_features, linear.in_features) for linear, form in forms.items()
+    )
+
+
+UNIFORM: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
     "RTN": lambda spec, bits: (RoundToNearest(rules=affine_rules(spec, bits)),),
     "GPTQ": lambda spec, bits: (Gptq(rules=affine_rules(spec, bits)),),
     "AWQ + GPTQ": lambda spec, bits: (
@@ -102,8 +109,8 @@ METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
     ),
     "LUT + feedback": lambda _, bits: (Codebook(rules=palette_rules(bits)),),
     "VPTQ": lambda _, bits: (Codebook(rules=vector_rules(bits)),),
-    "mixed": lambda _, bits: (mixed_stage(bits),),
 }
+METHODS = {**UNIFORM, "mixed": lambda spec, bits: (mixed_stage(spec, bits),)}
 
 
 def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
@@ -114,25 +121,26 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
         for seed in arguments.calibration_seed
     ]
     ctx = RunContext(threads=arguments.threads)
-    baseline = score_checkpoint(Checkpoint.load(path), samples, ctx=ctx)
-    rows = [
-        Row.of(
-            path.name,
-            ("16", "float", "16.00"),
-            [baseline],
-            floats=baseline,
-            baseline=None,
-            seconds=0,
-        )
-    ]
+    whole = Checkpoint.load(path)
+    baseline = score_checkpoint(whole, samples, ctx=ctx)
+    reference = _log_probabilities(whole, samples)
+    row = Row.of(
+        path.name,
+        ("16", "float", "16.00", "0"),
+        [baseline],
+        floats=baseline,
+        baseline=None,
+        seconds=0,
+    )
     print(f"\n{path.name}: n={baseline.n}, blind {baseline.blind:.1%}\n", flush=True)
-    print(f"| Bits | Method | Effective bits | {COLUMNS.format(baseline='GPTQ')}")
-    print(f"| ---: | --- | ---: | {RULE}")
-    print(rows[0].spell(), flush=True)
+    print(f"| Bits | Method | Effective bits | KL | {COLUMNS.format(baseline='GPTQ')}")
+    print(f"| ---: | --- | ---: | ---: | {RULE}")
+    print(row.spell(), flush=True)
+    documents = [{**asdict(row), "divergences": [0.0]}]
     for bits in arguments.bits:
         gptq: Row | None = None
         for label in arguments.method:
-            scores, seconds = [], 0.0
+            scores, divergences, seconds = [], [], 0.0
             for number, calibration in enumerate(sets):
                 started = time.perf_counter()
                 done = Checkpoint.load(path)
@@ -144,12 +152,21 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
                     done = stage.apply(done, calibration, ctx.with_scratch(own))
                 seconds += (time.perf_counter() - started) / len(sets)
                 scores.append(score_checkpoint(done, samples, blind=False, ctx=ctx))
-            keys = (f"{bits:g}", label, f"{_effective_bits(done):.2f}")
+                divergences.append(mean_divergence(reference, _log_probabilities(done, samples)))
+            divergence = statistics.fmean(divergences)
+            keys = (f"{bits:g}", label, f"{_effective_bits(done):.2f}", f"{divergence:.2g}")
             row = Row.of(path.name, keys, scores, floats=baseline, baseline=gptq, seconds=seconds)
             gptq = row if label == "GPTQ" else gptq
-            rows.append(row)
+            documents.append({**asdict(row), "divergences": divergences})
             print(row.spell(), flush=True)
-    return [asdict(row) for row in rows]
+    return documents
+
+
+@torch.no_grad()
+def _log_probabilities(checkpoint: Checkpoint, samples: CalibrationSet) -> Tensor:
+    """Of all tokens of the right answers, float64 [tokens, vocabulary]."""
+    logits = torch.cat(list(SuffixRunner(checkpoint, samples).logits))
+    return logits.to(torch.float64).log_softmax(dim=-1)
 
 
 def _effective_bits(checkpoint: Checkpoint) -> float:
