@@ -136,10 +136,11 @@ def fit_codebooks(
         return layout.assemble(tables, codes, normal, shared)
     best: tuple[float, tuple[Table, ...], Tensor, _Normal] | None = None
     if rule.residual_bits is not None:
-        _, seen = _feed_back(tables, factors, evidence.slices, normal)
+        seen = torch.empty_like(normal.values)
+        _feed_back(tables, factors, evidence.slices, normal, seen)
         tables, _ = _add_residual(layout, tables, normal, seen, diagonal, seed)
     for _ in range(rounds):
-        codes, _ = _feed_back(tables, factors, evidence.slices, normal)
+        codes = _feed_back(tables, factors, evidence.slices, normal)
         if shared is None:
             tables = refine_tables(
                 tables, codes, normal.values, metric, normal.importance, keeps=normal.keeps
@@ -436,21 +437,26 @@ def _round_nearest(tables: Sequence[Table], values: Tensor, normal: _Normal) -> 
 
 
 def _feed_back(
-    tables: Sequence[Table], factors: Sequence[Factor], slices: Sequence[slice], normal: _Normal
-) -> tuple[Tensor, Tensor]:
-    """Codes with error feedback, [columns, codes], and the targets that were rounded."""
+    tables: Sequence[Table],
+    factors: Sequence[Factor],
+    slices: Sequence[slice],
+    normal: _Normal,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Codes with error feedback, [columns, codes]; the targets that were rounded go to `seen`."""
     codes: list[Tensor] = []
-    seen = torch.empty_like(normal.values)
     for factor, part in zip(factors, slices, strict=True):
-        values = normal.values[part]
-        order = factor.order.columns
-        rounding = _Recorder(
-            CodebookRounding(tables, order + part.start, normal.importance), values.shape
-        )
+        targets = normal.values[part].T.to(torch.float64)
+        own = part.start + factor.order.columns
         kept = None if normal.keeps is None else normal.keeps[part].T
-        codes.append(quantize_with_feedback(values.T.to(torch.float64), factor, rounding, kept))
-        seen[part.start + order] = rounding.seen
-    return torch.cat(codes), seen
+        rounding = CodebookRounding(tables, own, normal.importance)
+        if seen is None:
+            codes.append(quantize_with_feedback(targets, factor, rounding, kept))
+            continue
+        recorder = _Recorder(rounding, normal.values[part].shape)
+        codes.append(quantize_with_feedback(targets, factor, recorder, kept))
+        seen[own] = recorder.seen
+    return torch.cat(codes)
 
 
 class _Recorder:

@@ -55,6 +55,7 @@ def refine_tables(
     *,
     keeps: Tensor | None = None,
     steps: int = 6,
+    tolerance: float = 1e-4,
 ) -> tuple[Table, ...]:
     """Moves all entries together towards the least change of the layer's output.
 
@@ -66,7 +67,10 @@ def refine_tables(
         importance: How much errors in each row count, [rows].
         keeps: Which elements a mask keeps, bool [columns, rows]: an entry has no part in the
             others, whatever their codes; `None` for all.
-        steps: Of conjugate gradients, with the diagonal as preconditioner.
+        steps: Of conjugate gradients at most, with the diagonal as preconditioner.
+        tolerance: Stops behind a step that gains less than this share of the loss: vectors mostly
+            need two or three steps, sums of two tables all, and products with the Hessian are
+            most of the cost.
 
     Returns:
         Tables rounded to float16; entries that no code names stay as they are.
@@ -75,10 +79,9 @@ def refine_tables(
     errors = decode_tables(tables, codes, rows, keeps) - targets
     diagonal = _gather_sums(tables, codes, metric.diagonal[:, None] * importance, rows, keeps)
     inverse = [torch.where(part > 0, 1 / part, 0.0) for part in diagonal]
-    residual = [
-        -part
-        for part in _gather_sums(tables, codes, metric.times(errors) * importance, rows, keeps)
-    ]
+    pulled = metric.times(errors) * importance
+    loss = float((errors * pulled).sum(dtype=torch.float64))
+    residual = [-part for part in _gather_sums(tables, codes, pulled, rows, keeps)]
     moved = [torch.zeros_like(part) for part in residual]
     scaled = [part * by for part, by in zip(residual, inverse, strict=True)]
     direction = scaled
@@ -93,6 +96,10 @@ def refine_tables(
             break
         length = energy / curvature
         moved = [a + length * b for a, b in zip(moved, direction, strict=True)]
+        gain = length * energy
+        loss -= gain
+        if gain < tolerance * loss:
+            break
         residual = [a - length * b for a, b in zip(residual, turned, strict=True)]
         scaled = [part * by for part, by in zip(residual, inverse, strict=True)]
         energy, before = _inner(residual, scaled), energy

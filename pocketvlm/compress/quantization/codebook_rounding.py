@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.quantization.kmeans import least_places
+from pocketvlm.compress.quantization.kmeans import LeastProducts
 
 __all__ = ["CodebookRounding", "Table", "decode_tables", "flat_codes"]
 
@@ -75,56 +75,62 @@ class CodebookRounding:
 
 
 class _Search:
-    """Nearest entries of one table, for rows that differ in importance."""
+    """Nearest entries of one table, for rows that differ in importance.
+
+    |w - c|^2 = |w|^2 - 2 (m w) c + m c^2, of which the first does not depend on the entry: half of
+    the rest is one product of [m w, m] and [-c, c^2 / 2].
+    """
 
     def __init__(self, table: Table, importance: Tensor) -> None:
         groups, _, length = table.first.shape
-        self._books = table.books
         self._flat = [book.reshape(-1, length).to(torch.float64) for book in table.books]
         self._weights = importance.to(torch.float32).view(groups, -1, length)
-        self._turned = [book.transpose(1, 2).contiguous() for book in table.books]
-        # |w - c|^2 = |w|^2 - 2 (m w) c + m c^2, of which the last does not depend on the column.
-        self._halves = [
-            torch.bmm(self._weights, book.transpose(1, 2).square()) / 2 for book in table.books
-        ]
+        self._left = torch.cat([self._weights, self._weights], dim=2)
+        self._weighed = self._left[..., :length]
+        turned = [book.transpose(1, 2) for book in table.books]
+        self._right = [torch.cat([-book, book.square() / 2], dim=1) for book in turned]
+        self._least = [LeastProducts(right, self._weights.shape[1]) for right in self._right]
         self._starts = [torch.arange(groups)[:, None] * book.shape[1] for book in table.books]
 
     def nearest(self, column: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of one column, those of the second codebook behind all of the first."""
-        vectors = column.to(torch.float32).view(self._weights.shape)
-        scores = torch.baddbmm(self._halves[0], self._weights * vectors, self._turned[0], alpha=-1)
-        if len(self._books) == 1:
-            chosen = [least_places(scores)]
+        vectors = column.view(self._weights.shape)
+        if len(self._flat) == 1:
+            chosen = self._least[0].find(self._weigh(vectors))
+            codes, decoded = chosen.view(-1), self._entries(0, chosen)
         else:
-            chosen = self._nearest_sums(vectors, scores)
-        parts = [
-            flat[index + start]
-            for flat, index, start in zip(self._flat, chosen, self._starts, strict=True)
-        ]
-        decoded = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        codes = torch.cat([index.reshape(-1) for index in chosen])
-        return codes, decoded.reshape(-1).to(column.dtype)
+            first, second = self._nearest_sums(vectors.to(torch.float32))
+            codes = torch.cat([first.reshape(-1), second.reshape(-1)])
+            decoded = self._entries(0, first) + self._entries(1, second)
+        return codes, decoded.view(-1).to(column.dtype)
 
-    def _nearest_sums(self, vectors: Tensor, scores: Tensor) -> list[Tensor]:
+    def _weigh(self, vectors: Tensor) -> Tensor:
+        """The product's left side, in a buffer that the next call overwrites."""
+        self._weighed.copy_(vectors).mul_(self._weights)
+        return self._left
+
+    def _entries(self, number: int, chosen: Tensor) -> Tensor:
+        """What a book's indices [groups, vectors] stand for, float64 [all vectors, d]."""
+        places = chosen if chosen.shape[0] == 1 else chosen + self._starts[number]
+        return self._flat[number].index_select(0, places.reshape(-1))
+
+    def _nearest_sums(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the sums of a few near first entries and any second one."""
+        scores = torch.bmm(self._weigh(vectors), self._right[0])
         most = min(_BEAM, scores.shape[2])
         tried = scores.topk(most, dim=2, largest=False).indices
         found: list[tuple[Tensor, Tensor]] = []
         for place in range(most):
-            first = tried[..., place]
-            entry = self._flat[0][first + self._starts[0]].to(torch.float32)
-            rest = vectors - entry
-            second_scores = torch.baddbmm(
-                self._halves[1], self._weights * rest, self._turned[1], alpha=-1
-            )
-            least, second = second_scores.min(2)
-            found.append((least + (self._weights * rest.square()).sum(2) / 2, second))
+            rest = vectors - self._entries(0, tried[..., place]).to(torch.float32).view_as(vectors)
+            second = self._least[1].find(self._weigh(rest))
+            left = rest - self._entries(1, second).to(torch.float32).view_as(vectors)
+            found.append(((self._weights * left.square()).sum(2), second))
         best = torch.stack([loss for loss, _ in found]).argmin(0)
         seconds = torch.stack([second for _, second in found], dim=2)
-        return [
+        return (
             tried.gather(2, best[..., None])[..., 0],
             seconds.gather(2, best[..., None])[..., 0],
-        ]
+        )
 
 
 def decode_tables(

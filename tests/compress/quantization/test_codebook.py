@@ -165,6 +165,42 @@ def test_refined_tables_are_least_squares():
         assert torch.allclose(found.first[0, :, place].double(), expected, atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.parametrize("name", ["lut", "residual"])
+def test_a_descent_that_stops_early_loses_little(name):
+    weights, inputs = problem()
+    targets = weights.T.contiguous()
+    metric = Metric(slices=(slice(0, 96),), hessians=(inputs.T @ inputs,))
+    generator = torch.Generator().manual_seed(0)
+    length = RULES[name].vector_length
+    books = [0.7 * torch.randn(1, 16, length, generator=generator) for _ in range(2)]
+    second = None if name == "lut" else books[1] / 4
+    table = Table(columns=torch.arange(96), first=books[0], second=second)
+    rounding = CodebookRounding([table], torch.arange(96), torch.ones(64))
+    codes = torch.stack([rounding.round(column)[0] for column in targets])
+    losses = []
+    for options in ({}, {"steps": 40, "tolerance": 0.0}):
+        tables = refine_tables([table], codes, targets, metric, torch.ones(64), **options)
+        errors = decode_tables(tables, codes, 64) - targets
+        losses.append(output_loss(errors, metric, torch.ones(64)))
+    assert losses[0] < 1.001 * losses[1]
+
+
+def test_threads_show_in_no_code():
+    generator = torch.Generator().manual_seed(0)
+    table = Table(columns=torch.arange(20), first=torch.randn(1, 256, 4, generator=generator))
+    columns = torch.randn(20, 4096, generator=generator)
+    importance = torch.rand(4096, generator=generator)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rounding = CodebookRounding([table], torch.arange(20), importance)
+            found.append(torch.stack([rounding.round(column)[0] for column in columns]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_row_scales_are_least_squares():
     weights, inputs = problem(rows=6, columns=10)
     metric = Metric(slices=(slice(0, 10),), hessians=(inputs.T @ inputs,))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.compress.quantization.kmeans import cluster, nearest_centroids
+from pocketvlm.compress.quantization.kmeans import LeastProducts, cluster, nearest_centroids
 
 
 def blobs(count, k, d, seed=0, spread=0.05):
@@ -41,6 +41,24 @@ def test_the_nearest_is_the_nearest(n, k, d, seed):
     chosen = nearest_centroids(points, table)
     reached = distances[torch.arange(n), chosen]
     assert torch.allclose(reached, distances.min(1).values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "n", "k"), [(1, 1025, 256), (3, 700, 256), (2, 5, 3), (1, 0, 4)]
+)
+def test_the_least_product_is_found_in_whole_and_broken_pieces(groups, n, k):
+    generator = torch.Generator().manual_seed(n)
+    left = torch.randn(groups, n, 5, generator=generator)
+    right = torch.randn(groups, 5, k, generator=generator)
+    products = left.double() @ right.double()
+    search, before = LeastProducts(right, n), torch.get_num_threads()
+    for turned in (left, left.flip(1)):
+        expected = products if turned is left else products.flip(1)
+        found = search.find(turned)
+        assert found.shape == (groups, n)
+        reached = expected.gather(2, found[..., None])[..., 0]
+        assert torch.allclose(reached, expected.amin(2), rtol=1e-5, atol=1e-5)
+    assert torch.get_num_threads() == before
 
 
 def test_clusters_far_apart_are_found():
