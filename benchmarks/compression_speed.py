@@ -24,9 +24,10 @@ from torch import Tensor
 
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
+from pocketvlm.compress.evidence import weigh_moments
 from pocketvlm.compress.quantization.codebook import CodebookRule
 from pocketvlm.compress.quantization.codebook_fit import CodebookFitter
-from pocketvlm.compress.quantization.fitting import Fitter, fit_layer, weigh_moments
+from pocketvlm.compress.quantization.fitting import Fitter, fit_layer
 from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rules import Assignment, LayerRule, WeightRule
 from pocketvlm.modelspec import LinearSpec

@@ -24,13 +24,17 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import BlockWalk, SharedInput
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.error_feedback import Factor, quantize_with_feedback
+from pocketvlm.compress.evidence import (
+    Evidence,
+    compare_outputs,
+    diagonal_block_width,
+    weigh_moments,
+)
 from pocketvlm.compress.pruning.patterns import Unstructured, select
 from pocketvlm.compress.pruning.rules import DEFAULT_RULES, choose_layers
 from pocketvlm.compress.pruning.sparsegpt import MaskedRounding, prune_with_feedback
 from pocketvlm.compress.pruning.wanda import score_wanda
-from pocketvlm.compress.quantization.calibrated import diagonal_block_width
-from pocketvlm.compress.quantization.error_feedback import Factor, quantize_with_feedback
-from pocketvlm.compress.quantization.fitting import Evidence, compare_outputs, weigh_moments
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.weights import DenseWeight, WeightForm
 

@@ -21,6 +21,7 @@ __all__ = [
     "REPORT_SCHEMA",
     "Samples",
     "describe_environment",
+    "package_version",
     "peak_rss_bytes",
     "read_json",
     "toolchain_versions",
@@ -83,6 +84,11 @@ def describe_environment(threads: int) -> dict[str, Any]:
         "threads": threads,
         "toolchain": toolchain_versions(),
     }
+
+
+def package_version() -> str:
+    """Version of pocketvlm, for stage records."""
+    return metadata.version("pocketvlm")
 
 
 def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | None]:

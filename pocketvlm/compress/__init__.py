@@ -1,1 +1,1 @@
-"""Compression methods, one file each."""
+"""Compression methods, one file each, and what several kinds of them stand on."""

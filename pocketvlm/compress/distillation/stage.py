@@ -31,7 +31,7 @@ from pocketvlm.compress.distillation.teacher import TeacherTargets, record_targe
 from pocketvlm.compress.distillation.training import Schedule, Training, train
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.report import peak_rss_bytes, toolchain_versions
+from pocketvlm.report import package_version, peak_rss_bytes
 from pocketvlm.weights import cache_dense_weights
 
 __all__ = ["Distill", "TrainedPart"]
@@ -159,7 +159,7 @@ class Distill:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=toolchain_versions(("pocketvlm",))["pocketvlm"] or "unknown",
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             layers=tuple(rows),
             metrics=self._metrics(training, student, calibration, len(prompts) - first_held_out),

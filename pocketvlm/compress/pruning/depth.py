@@ -31,11 +31,10 @@ from pocketvlm.compress.pruning.blocks import (
     remove_blocks,
     spec_without,
 )
-from pocketvlm.compress.quantization.layers import stage_version
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import ModelSpec
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.report import package_version, peak_rss_bytes
 
 __all__ = ["BlockImportance", "PruneDepth"]
 
@@ -141,7 +140,7 @@ class PruneDepth:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             layers=tuple(choice.row(block, spec) for block in path.blocks),
             metrics={

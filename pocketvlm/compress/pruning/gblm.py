@@ -31,11 +31,11 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import BlockWalk
 from pocketvlm.calibration.layer_gradients import block_gradients, walk_gradients
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.evidence import Evidence
 from pocketvlm.compress.pruning.gradient_norms import GradientNorm, GradientNorms
 from pocketvlm.compress.pruning.patterns import select
 from pocketvlm.compress.pruning.pruner import LayerPruner, Pruned, Pruner, PruningTask
 from pocketvlm.compress.pruning.wanda import score_wanda
-from pocketvlm.compress.quantization.fitting import Evidence
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.weights import WeightForm

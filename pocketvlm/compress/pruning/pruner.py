@@ -20,19 +20,23 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, InputMoments
 from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.evidence import (
+    Evidence,
+    compare_outputs,
+    diagonal_block_width,
+    weigh_moments,
+)
+from pocketvlm.compress.layer_store import FinishedLayer, LayerStore
 from pocketvlm.compress.pruning.allocation import Allocation, Budget, Uniform, uniform_counts
 from pocketvlm.compress.pruning.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, plan_mask, select
 from pocketvlm.compress.pruning.regression import refit_half, refit_layer
 from pocketvlm.compress.pruning.rules import DEFAULT_RULES, PruneRule, Target, choose_layers
-from pocketvlm.compress.quantization.calibrated import diagonal_block_width
-from pocketvlm.compress.quantization.fitting import Evidence, compare_outputs, weigh_moments
-from pocketvlm.compress.quantization.layers import FinishedLayer, LayerStore, stage_version
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, PocketVLMError, RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.report import package_version, peak_rss_bytes
 from pocketvlm.weights import DenseWeight, SparseWeight, WeightForm
 
 __all__ = ["LayerPruner", "Pruned", "Pruner", "PruningTask", "Update"]
@@ -209,7 +213,7 @@ class Pruner(ABC):
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             layers=tuple(
                 rows.get(target.linear.name) or _kept_row(target, checkpoint) for target in targets

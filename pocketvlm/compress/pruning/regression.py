@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.calibration.steps import FinishedHalf
-from pocketvlm.compress.quantization.fitting import Evidence, compare_outputs
+from pocketvlm.compress.evidence import Evidence, compare_outputs
 from pocketvlm.errors import CalibrationError
 from pocketvlm.weights import (
     FormLinear,

@@ -23,7 +23,7 @@ from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import ModelSpec
-from pocketvlm.report import peak_rss_bytes, toolchain_versions
+from pocketvlm.report import package_version, peak_rss_bytes
 
 __all__ = ["InactiveGroups", "LowDivergence", "SkipVisual"]
 
@@ -205,7 +205,7 @@ class SkipVisual:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=toolchain_versions(("pocketvlm",))["pocketvlm"] or "unknown",
+            version=package_version(),
             calibration_sha256=calibration.sha256 if rows else None,
             layers=rows,
             metrics={

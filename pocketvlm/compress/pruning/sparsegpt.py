@@ -31,6 +31,12 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.error_feedback import (
+    Factor,
+    Rounding,
+    quantize_with_feedback,
+)
+from pocketvlm.compress.evidence import Evidence, weigh_moments
 from pocketvlm.compress.pruning.patterns import (
     Blocked,
     Pattern,
@@ -40,12 +46,6 @@ from pocketvlm.compress.pruning.patterns import (
 )
 from pocketvlm.compress.pruning.pruner import LayerPruner, Pruned, Pruner, PruningTask
 from pocketvlm.compress.pruning.wanda import score_wanda
-from pocketvlm.compress.quantization.error_feedback import (
-    Factor,
-    Rounding,
-    quantize_with_feedback,
-)
-from pocketvlm.compress.quantization.fitting import Evidence, weigh_moments
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.weights import DenseWeight, SparseWeight, WeightForm

@@ -19,6 +19,11 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.modality import ModalityWeighting
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.error_feedback import (
+    Order,
+    quantize_with_feedback,
+)
+from pocketvlm.compress.evidence import diagonal_block_width
 from pocketvlm.compress.pruning.allocation import Uniform
 from pocketvlm.compress.pruning.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.patterns import Pattern, Unstructured, select
@@ -34,16 +39,8 @@ from pocketvlm.compress.pruning.sparsegpt import (
     mask_columns,
 )
 from pocketvlm.compress.quantization.affine import GRIDS, Grid, GridKind, affine_form
-from pocketvlm.compress.quantization.calibrated import (
-    CalibratedQuantizer,
-    StepFitter,
-    diagonal_block_width,
-)
-from pocketvlm.compress.quantization.error_feedback import (
-    AffineRounding,
-    Order,
-    quantize_with_feedback,
-)
+from pocketvlm.compress.quantization.affine_rounding import AffineRounding
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
 from pocketvlm.compress.quantization.fitting import Fitter, Weighed
 from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rtn import round_to_nearest

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.evidence import Evidence
 from pocketvlm.compress.pruning.patterns import select
 from pocketvlm.compress.pruning.pruner import LayerPruner, Pruned, Pruner, PruningTask
-from pocketvlm.compress.quantization.fitting import Evidence
 from pocketvlm.context import RunContext
 from pocketvlm.weights import WeightForm
 

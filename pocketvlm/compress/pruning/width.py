@@ -20,6 +20,7 @@ from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf
 from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.calibration.steps import InputMoments
 from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.evidence import diagonal_block_width
 from pocketvlm.compress.pruning.channels import (
     DecoderBiases,
     UnitGroup,
@@ -42,12 +43,10 @@ from pocketvlm.compress.pruning.flap import Flap
 from pocketvlm.compress.pruning.taylor import Taylor
 from pocketvlm.compress.pruning.unit_scores import UnitMagnitude, UnitScorer, group_magnitude
 from pocketvlm.compress.pruning.widths import MULTIPLES, Multiple, choose_widths, decoder_share
-from pocketvlm.compress.quantization.calibrated import diagonal_block_width
-from pocketvlm.compress.quantization.layers import stage_version
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.modelspec import ModelSpec
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.report import package_version, peak_rss_bytes
 from pocketvlm.weights import FormLinear, with_values
 
 __all__ = ["PruneWidth"]
@@ -196,7 +195,7 @@ class PruneWidth:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             layers=tuple(rows),
             metrics={

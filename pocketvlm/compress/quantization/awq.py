@@ -32,7 +32,7 @@ from pocketvlm.compress.quantization.folding import (
     find_fold,
     multiply_inputs,
 )
-from pocketvlm.compress.quantization.layers import describe_layer, stage_version
+from pocketvlm.compress.quantization.layers import describe_layer
 from pocketvlm.compress.quantization.rules import (
     Assignment,
     WeightRule,
@@ -44,7 +44,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
-from pocketvlm.report import peak_rss_bytes, read_json, write_json
+from pocketvlm.report import package_version, peak_rss_bytes, read_json, write_json
 from pocketvlm.weights import WeightForm
 
 __all__ = ["Awq"]
@@ -131,7 +131,7 @@ class Awq:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             layers=tuple(ordered),
             metrics={

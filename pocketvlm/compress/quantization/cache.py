@@ -23,7 +23,7 @@ from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.forward import decode_logits, embed_prompts, encode_images, new_cache
-from pocketvlm.report import peak_rss_bytes, toolchain_versions
+from pocketvlm.report import package_version, peak_rss_bytes
 
 __all__ = ["QuantizeCache"]
 
@@ -86,7 +86,7 @@ class QuantizeCache:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=toolchain_versions(("pocketvlm",))["pocketvlm"] or "unknown",
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             metrics={
                 "bits": self.bits,

@@ -8,7 +8,6 @@ one row a layer. A run that was killed goes on at the first layer that is missin
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,14 +18,11 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, SharedInput
 from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.quantization.error_feedback import ORDERS, Order
-from pocketvlm.compress.quantization.fitting import Fitter, fit_layer, round_layer, weigh_moments
-from pocketvlm.compress.quantization.layers import (
-    FinishedLayer,
-    LayerStore,
-    float_rows,
-    stage_version,
-)
+from pocketvlm.compress.error_feedback import ORDERS, Order
+from pocketvlm.compress.evidence import diagonal_block_width, weigh_moments
+from pocketvlm.compress.layer_store import FinishedLayer, LayerStore
+from pocketvlm.compress.quantization.fitting import Fitter, fit_layer, round_layer
+from pocketvlm.compress.quantization.layers import float_rows
 from pocketvlm.compress.quantization.rules import (
     Assignment,
     LayerRule,
@@ -38,14 +34,10 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.report import package_version, peak_rss_bytes
 
-__all__ = ["CalibratedQuantizer", "StepFitter", "block_width", "diagonal_block_width"]
+__all__ = ["CalibratedQuantizer", "StepFitter", "block_width"]
 
-# Up to this width a Hessian is kept whole; wider inputs, such as those of a projector behind a
-# pixel shuffle, keep diagonal blocks of the smaller width.
-_WHOLE_WIDTH = 8192
-_BLOCK_WIDTH = 1024
 _TUNED = ".tuned"
 # An element of a tied table is wrong twice: in the logits and in what enters the decoder. Chosen on
 # questions of its own; see docs/methods/gptq.md.
@@ -167,7 +159,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=calibration.sha256,
             layers=(*ordered, *float_rows(assignments, checkpoint)),
             metrics=_metrics(walk, ordered),
@@ -294,20 +286,6 @@ def block_width(assignments: Sequence[Assignment[RuleT]]) -> int | None:
     width = max((item.linear.in_features for item in assignments), default=0)
     columns = [item.rule.grid_columns(item.linear) for item in assignments if item.rule]
     return diagonal_block_width(width, columns)
-
-
-def diagonal_block_width(width: int, columns: Sequence[int]) -> int | None:
-    """Width of the diagonal blocks that are kept of a wide Hessian; `None` keeps it whole.
-
-    Args:
-        width: Columns of the layer.
-        columns: Columns of groups that no border between blocks may cut.
-    """
-    if width <= _WHOLE_WIDTH:
-        return None
-    # A grid as wide as the layer has no borders that a block could cut.
-    step = math.lcm(*(count for count in columns if count < width))
-    return min(width, max(1, _BLOCK_WIDTH // step) * step)
 
 
 def _is_tied(checkpoint: Checkpoint, assignment: Assignment[RuleT]) -> bool:

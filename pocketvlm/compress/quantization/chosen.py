@@ -11,11 +11,11 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import SharedInput
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.layer_store import FinishedLayer
 from pocketvlm.compress.quantization.affine import GridKind
 from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
 from pocketvlm.compress.quantization.fitting import Fitter
 from pocketvlm.compress.quantization.gptq import AffineFitter
-from pocketvlm.compress.quantization.layers import FinishedLayer
 from pocketvlm.compress.quantization.menu import Option
 from pocketvlm.compress.quantization.rules import Assignment, WeightRule
 from pocketvlm.compress.quantization.shared_codebooks import (

@@ -16,11 +16,11 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import FinishedHalf, SharedInput
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.layer_store import FinishedLayer
 from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
 from pocketvlm.compress.quantization.codebook_fit import CodebookFitter
 from pocketvlm.compress.quantization.codebook_rules import CodebookRule
 from pocketvlm.compress.quantization.codebook_tuning import tune_codebooks
-from pocketvlm.compress.quantization.layers import FinishedLayer
 from pocketvlm.compress.quantization.rules import Assignment, assign_rules_to
 from pocketvlm.compress.quantization.shared_codebooks import (
     SharedKey,

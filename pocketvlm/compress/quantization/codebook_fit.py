@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pocketvlm.compress.error_feedback import Factor, quantize_with_feedback
 from pocketvlm.compress.quantization.codebook_refinement import (
     Metric,
     best_row_scales,
@@ -20,7 +21,6 @@ from pocketvlm.compress.quantization.codebook_rounding import (
     decode_tables,
 )
 from pocketvlm.compress.quantization.codebook_rules import CodebookRule
-from pocketvlm.compress.quantization.error_feedback import Factor, quantize_with_feedback
 from pocketvlm.compress.quantization.fitting import Weighed
 from pocketvlm.compress.quantization.kmeans import cluster
 from pocketvlm.compress.quantization.layers import behind_mask

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pocketvlm.calibration.blocks import FinishedHalf
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.layers import FinishedLayer
+from pocketvlm.compress.layer_store import FinishedLayer
 from pocketvlm.weights import (
     CodebookWeight,
     KeptIndices,

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.error_feedback import (
+    Factor,
+    quantize_with_feedback,
+)
 from pocketvlm.compress.quantization.affine import (
     GRIDS,
     AffineScheme,
@@ -23,16 +27,13 @@ from pocketvlm.compress.quantization.affine import (
     affine_form,
     group_columns,
 )
+from pocketvlm.compress.quantization.affine_rounding import AffineRounding
 from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, StepFitter
-from pocketvlm.compress.quantization.error_feedback import (
-    AffineRounding,
-    Factor,
-    quantize_with_feedback,
-)
 from pocketvlm.compress.quantization.fitting import Weighed
-from pocketvlm.compress.quantization.layers import behind_mask, keeps_in, row_chunks
+from pocketvlm.compress.quantization.layers import behind_mask
 from pocketvlm.compress.quantization.rtn import round_to_nearest
 from pocketvlm.compress.quantization.rules import Assignment, WeightRule
+from pocketvlm.compress.rows import keeps_in, row_chunks
 from pocketvlm.context import RunContext
 from pocketvlm.weights import WeightForm
 

@@ -21,11 +21,11 @@ from pocketvlm.calibration.blocks import SharedInput
 from pocketvlm.calibration.divergence import DivergenceMeter
 from pocketvlm.calibration.modality import ModalityWeighting
 from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.error_feedback import Order
+from pocketvlm.compress.layer_store import FinishedLayer
 from pocketvlm.compress.quantization.affine import GRIDS, GridKind
 from pocketvlm.compress.quantization.calibrated import block_width
 from pocketvlm.compress.quantization.chosen import ChosenQuantizer
-from pocketvlm.compress.quantization.error_feedback import Order
-from pocketvlm.compress.quantization.layers import FinishedLayer
 from pocketvlm.compress.quantization.menu import (
     CONTAINERS,
     Container,

@@ -15,13 +15,12 @@ from typing import ClassVar, Literal
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.quantization.folding import check_transformable
-from pocketvlm.compress.quantization.layers import stage_version
 from pocketvlm.compress.quantization.rotator import Rotator
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm, PlannedSparse
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.report import package_version, peak_rss_bytes
 from pocketvlm.weights import DenseWeight, SparseWeight
 
 __all__ = ["Rotate"]
@@ -125,7 +124,7 @@ class Rotate:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=None,
             layers=work.rows(),
             metrics={

@@ -14,6 +14,7 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.layer_store import FinishedLayer, LayerStore
 from pocketvlm.compress.quantization.affine import (
     GRIDS,
     AffineScheme,
@@ -24,27 +25,19 @@ from pocketvlm.compress.quantization.affine import (
     encode,
     group_columns,
 )
-from pocketvlm.compress.quantization.layers import (
-    FinishedLayer,
-    LayerStore,
-    behind_mask,
-    describe_layer,
-    float_rows,
-    keeps_in,
-    row_chunks,
-    stage_version,
-)
+from pocketvlm.compress.quantization.layers import behind_mask, describe_layer, float_rows
 from pocketvlm.compress.quantization.rules import (
     Assignment,
     WeightRule,
     assign_layers,
     plan_forms,
 )
+from pocketvlm.compress.rows import keeps_in, row_chunks
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckpointError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.report import package_version, peak_rss_bytes
 from pocketvlm.weights import WeightForm
 
 __all__ = ["RoundToNearest", "round_to_nearest"]
@@ -139,7 +132,7 @@ class RoundToNearest:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=stage_version(),
+            version=package_version(),
             calibration_sha256=None,
             layers=(*rows, *float_rows(assignments, checkpoint)),
             metrics={"layers": len(wanted)},

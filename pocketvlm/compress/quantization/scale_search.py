@@ -17,8 +17,8 @@ from torch import Tensor
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.compress.quantization.affine import decode, encode, group_columns, min_max_grid
-from pocketvlm.compress.quantization.layers import keeps_in, row_chunks
 from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.rows import keeps_in, row_chunks
 from pocketvlm.weights import WeightForm
 
 __all__ = ["ScaleChoice", "candidate_scales", "choose_scale", "rounding_losses"]

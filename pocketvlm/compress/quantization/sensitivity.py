@@ -16,7 +16,7 @@ from typing import Any
 
 from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, SharedInput
 from pocketvlm.calibration.divergence import DivergenceMeter
-from pocketvlm.compress.quantization.layers import FinishedLayer
+from pocketvlm.compress.layer_store import FinishedLayer
 from pocketvlm.compress.quantization.menu import Option, label_of
 from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.context import RunContext

@@ -26,7 +26,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import POSITION_POLICIES, PositionPolicy, TokenReducer
-from pocketvlm.report import peak_rss_bytes, toolchain_versions
+from pocketvlm.report import package_version, peak_rss_bytes
 
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import CalibrationSet
@@ -163,7 +163,7 @@ class ReduceTokens:
         record = StageRecord(
             method=self.method,
             parameters=asdict(self),
-            version=toolchain_versions(("pocketvlm",))["pocketvlm"] or "unknown",
+            version=package_version(),
             calibration_sha256=None,
             metrics={
                 "score": self.resolved_score(spec),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, SharedInput
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.evidence import weigh_moments
 from pocketvlm.compress.pruning.magnitude import Magnitude
 from pocketvlm.compress.pruning.regression import (
     aligned_targets,
@@ -20,7 +21,6 @@ from pocketvlm.compress.pruning.regression import (
     refit_half,
     refit_layer,
 )
-from pocketvlm.compress.quantization.fitting import weigh_moments
 from pocketvlm.context import RunContext
 from pocketvlm.weights import SparseWeight
 

@@ -15,14 +15,15 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress import evidence as evidence_module
+from pocketvlm.compress.evidence import weigh_moments
 from pocketvlm.compress.pruning.patterns import Blocked, SemiStructured, Unstructured, select
 from pocketvlm.compress.pruning.pruner import PruningTask
 from pocketvlm.compress.pruning.rules import PruneRule
 from pocketvlm.compress.pruning.sparsegpt import SparseGpt, mask_columns, prune_with_feedback
 from pocketvlm.compress.pruning.sparsegpt_gptq import SparseGptGptq, prune_and_quantize
 from pocketvlm.compress.pruning.wanda import score_wanda
-from pocketvlm.compress.quantization import calibrated as calibrated_module
-from pocketvlm.compress.quantization.fitting import Weighed, weigh_moments
+from pocketvlm.compress.quantization.fitting import Weighed
 from pocketvlm.compress.quantization.gptq import AffineFitter
 from pocketvlm.compress.quantization.rtn import RoundToNearest, round_to_nearest
 from pocketvlm.compress.quantization.rules import WeightRule
@@ -422,8 +423,8 @@ def test_a_row_may_have_one_scale_where_its_hessian_is_whole(tiny_paths, samples
     pruned = [form for form in done.forms().values() if isinstance(form, SparseWeight)]
     assert pruned
     assert all(form.values.scales.shape == (form.shape[0], 1) for form in pruned)
-    monkeypatch.setattr(calibrated_module, "_WHOLE_WIDTH", 64)
-    monkeypatch.setattr(calibrated_module, "_BLOCK_WIDTH", 40)
+    monkeypatch.setattr(evidence_module, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(evidence_module, "_BLOCK_WIDTH", 40)
     with pytest.raises(RecipeError, match="whole Hessian.* give a group_size of at most 40"):
         stage.plan_forms(done.spec)
 

@@ -13,6 +13,8 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.error_feedback import factorize, quantize_with_feedback
+from pocketvlm.compress.evidence import weigh_moments
 from pocketvlm.compress.quantization.codebook import Codebook
 from pocketvlm.compress.quantization.codebook_fit import fit_codebooks, round_to_codebooks
 from pocketvlm.compress.quantization.codebook_refinement import (
@@ -27,8 +29,7 @@ from pocketvlm.compress.quantization.codebook_rounding import (
     decode_tables,
 )
 from pocketvlm.compress.quantization.codebook_rules import CodebookRule
-from pocketvlm.compress.quantization.error_feedback import factorize, quantize_with_feedback
-from pocketvlm.compress.quantization.fitting import Weighed, weigh_moments
+from pocketvlm.compress.quantization.fitting import Weighed
 from pocketvlm.compress.quantization.gptq import fit_affine
 from pocketvlm.compress.quantization.kmeans import nearest_centroids
 from pocketvlm.compress.quantization.rules import WeightRule

@@ -9,8 +9,9 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import Drift, InputMoments
 from pocketvlm.calibration.statistics import CrossMoment, SecondMoment
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.error_feedback import factorize
-from pocketvlm.compress.quantization.fitting import align_to_float, fit_layer, weigh_moments
+from pocketvlm.compress.error_feedback import factorize
+from pocketvlm.compress.evidence import weigh_moments
+from pocketvlm.compress.quantization.fitting import align_to_float, fit_layer
 from pocketvlm.compress.quantization.gptq import AffineFitter, Gptq
 from pocketvlm.compress.quantization.rules import Assignment, WeightRule
 from pocketvlm.context import RunContext

@@ -16,6 +16,8 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.blocks import InputMoments
 from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.error_feedback import factorize
+from pocketvlm.compress.evidence import weigh_moments
 from pocketvlm.compress.quantization.affine import GRIDS, AffineScheme
 from pocketvlm.compress.quantization.awq import Awq
 from pocketvlm.compress.quantization.codebook import Codebook
@@ -23,8 +25,7 @@ from pocketvlm.compress.quantization.codebook_fit import CodebookFitter, row_sca
 from pocketvlm.compress.quantization.codebook_refinement import Metric, refine_tables
 from pocketvlm.compress.quantization.codebook_rounding import Table, decode_tables
 from pocketvlm.compress.quantization.codebook_rules import CodebookRule
-from pocketvlm.compress.quantization.error_feedback import factorize
-from pocketvlm.compress.quantization.fitting import Weighed, fit_layer, weigh_moments
+from pocketvlm.compress.quantization.fitting import Weighed, fit_layer
 from pocketvlm.compress.quantization.gptq import AffineFitter, Gptq, quantize_affine
 from pocketvlm.compress.quantization.mixed import MixedPrecision
 from pocketvlm.compress.quantization.rotation import Rotate
@@ -47,15 +48,15 @@ from pocketvlm.weights import (
 _FOLDER = Path(__file__).parent
 
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-textbook = _load("textbook")
-functions = _load("functions")
+textbook = _load(_FOLDER.parent / "textbook.py")
+functions = _load(_FOLDER / "functions.py")
 
 SCHEMES = {
     "asymmetric": AffineScheme(bits=3),

@@ -11,8 +11,7 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization import calibrated as calibrated_module
-from pocketvlm.compress.quantization import fitting
+from pocketvlm.compress import evidence
 from pocketvlm.compress.quantization.affine import AffineScheme, min_max_grid
 from pocketvlm.compress.quantization.gptq import Gptq
 from pocketvlm.compress.quantization.rtn import RoundToNearest, round_to_nearest
@@ -183,12 +182,12 @@ def test_a_damaged_layer_file_is_made_again(tiny_path, samples, tmp_path):
 
 def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, monkeypatch):
     """Error feedback that was led astray: codes from a Hessian that is not the layer's."""
-    real = fitting.factorize
+    real = evidence.factorize
 
     def astray(hessian, **options):
         return real(torch.flip(hessian, (0, 1)), **options)
 
-    monkeypatch.setattr(fitting, "factorize", astray)
+    monkeypatch.setattr(evidence, "factorize", astray)
     dense = {linear.name: form for linear, form in tiny_checkpoint.forms().items()}
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     record = done.history[-1]
@@ -207,21 +206,21 @@ def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, 
 
 
 def test_a_hessian_without_factor_is_rounded_and_said(tiny_checkpoint, samples, monkeypatch):
-    monkeypatch.setattr(fitting, "factorize", lambda *_, **__: None)
+    monkeypatch.setattr(evidence, "factorize", lambda *_, **__: None)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     assert all(row["method"] == "rtn" for row in done.history[-1].layers)
     assert sum("Cholesky" in note for note in done.history[-1].notes) > 10
 
 
 def test_raised_damping_is_said(tiny_checkpoint, samples, monkeypatch):
-    real = fitting.factorize
+    real = evidence.factorize
 
     def weaker(hessian, **options):
         values, vectors = torch.linalg.eigh(hessian.double())
         values[0] = -0.02 * hessian.diagonal().mean()
         return real((vectors * values) @ vectors.T, **options)
 
-    monkeypatch.setattr(fitting, "factorize", weaker)
+    monkeypatch.setattr(evidence, "factorize", weaker)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     raised = [row for row in done.history[-1].layers if row.get("damping_raised")]
     assert raised
@@ -230,8 +229,8 @@ def test_raised_damping_is_said(tiny_checkpoint, samples, monkeypatch):
 
 
 def test_wide_hessians_are_cut_at_group_borders(tiny_checkpoint, samples, monkeypatch):
-    monkeypatch.setattr(calibrated_module, "_WHOLE_WIDTH", 64)
-    monkeypatch.setattr(calibrated_module, "_BLOCK_WIDTH", 50)
+    monkeypatch.setattr(evidence, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(evidence, "_BLOCK_WIDTH", 50)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     wide = [row for row in done.history[-1].layers if row.get("hessian_blocks", 1) > 1]
     # 96 columns and more, in blocks of 48.
@@ -264,8 +263,8 @@ def test_a_row_may_have_one_scale(tiny_path, samples, stage, grid, monkeypatch):
     )
     assert stored(run((rule,))) == stored(run(by_width))
     # Blocks of a Hessian share the row's scale too, and still gain by error feedback.
-    monkeypatch.setattr(calibrated_module, "_WHOLE_WIDTH", 64)
-    monkeypatch.setattr(calibrated_module, "_BLOCK_WIDTH", 40)
+    monkeypatch.setattr(evidence, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(evidence, "_BLOCK_WIDTH", 40)
     wide = [row for row in run((rule,)).history[-1].layers if row.get("hessian_blocks", 1) > 1]
     assert bool(wide) == (stage is Gptq)
     assert all(row["loss"] < row["loss_rtn"] for row in wide if row["method"] == "gptq")

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pocketvlm.compress.error_feedback import (
+    factorize,
+    order_columns,
+)
 from pocketvlm.compress.quantization.affine import (
     AffineScheme,
     decode,
@@ -16,10 +20,6 @@ from pocketvlm.compress.quantization.affine import (
     group_columns,
     min_max_grid,
     mse_grid,
-)
-from pocketvlm.compress.quantization.error_feedback import (
-    factorize,
-    order_columns,
 )
 from pocketvlm.compress.quantization.gptq import quantize_affine
 
