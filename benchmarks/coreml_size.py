@@ -25,8 +25,8 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.context import RunContext
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.export.coreml_toolkit import listen
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.coreml.toolkit import listen
 from pocketvlm.modelspec import LinearSpec, Part
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.planned import PlannedCodebook, PlannedForm

@@ -24,12 +24,12 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
-from pocketvlm.export.executorch import ToExecutorch
+from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.run import compress_checkpoint
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import load_recipe
-from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.testing import write_shape
 
 _PROMPT = 128

@@ -12,7 +12,7 @@ from pocketvlm.bundle import Bundle, replace_directory
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rtn import round_to_nearest
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.selection import assign_rules

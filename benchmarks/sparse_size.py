@@ -37,9 +37,9 @@ from pocketvlm.compress.pruning.patterns import (
 from pocketvlm.compress.quantization.affine import AffineScheme
 from pocketvlm.compress.quantization.rtn import round_to_nearest
 from pocketvlm.context import RunContext
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.executorch.target import ToExecutorch
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.modelspec import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.planned import PlannedAffine, PlannedForm, plan_behind_mask

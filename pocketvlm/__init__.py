@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from pocketvlm.compress.tokens.stage import ReduceTokens
     from pocketvlm.context import Progress, RunContext
     from pocketvlm.errors import PocketVLMError
-    from pocketvlm.export.coreml import ToCoreml
-    from pocketvlm.export.executorch import ToExecutorch
-    from pocketvlm.export.onnx import ToOnnx
+    from pocketvlm.export.coreml.target import ToCoreml
+    from pocketvlm.export.executorch.target import ToExecutorch
+    from pocketvlm.export.onnx.target import ToOnnx
     from pocketvlm.modelspec import ModelSpec
     from pocketvlm.pipeline.plan import plan
     from pocketvlm.pipeline.run import RunResult, compress_checkpoint, run
@@ -134,9 +134,9 @@ _HOMES = {
     "SparseGpt": "compress.pruning.sparsegpt",
     "SparseGptGptq": "compress.pruning.sparsegpt_gptq",
     "StageRecord": "checkpoint",
-    "ToCoreml": "export.coreml",
-    "ToExecutorch": "export.executorch",
-    "ToOnnx": "export.onnx",
+    "ToCoreml": "export.coreml.target",
+    "ToExecutorch": "export.executorch.target",
+    "ToOnnx": "export.onnx.target",
     "Wanda": "compress.pruning.wanda",
     "WeightRule": "compress.quantization.rules",
     "compress_checkpoint": "pipeline.run",

@@ -230,7 +230,7 @@ def ask(
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
     from pocketvlm.runtime.engines import choose_engine, open_engine
-    from pocketvlm.runtime.executorch_answer import answer_once
+    from pocketvlm.runtime.executorch.answer import answer_once
 
     def show(piece: str) -> None:
         if not as_json:
@@ -473,7 +473,7 @@ def inspect(
 
     opened = Bundle.open(bundle)
     if swift:
-        from pocketvlm.export.coreml_swift import render_swift
+        from pocketvlm.export.coreml.swift import render_swift
 
         print(render_swift(opened), end="")
         return

@@ -27,8 +27,8 @@ from pocketvlm.export.agreement import (
 from pocketvlm.export.certificate import ParityReport, Precision, TargetParity, judge
 from pocketvlm.export.closeness import Floats, cosine, relative_error, sqnr_db, total_variation
 from pocketvlm.export.questions import Questions, read_questions
-from pocketvlm.runtime.coreml_runner import CoremlRunner
-from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.coreml.runner import CoremlRunner
+from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.runner import Runner
 

@@ -25,8 +25,8 @@ from pocketvlm.pipeline.assemble import PARITY_FILE
 from pocketvlm.pipeline.sources import load_checkpoint, load_evaluation
 from pocketvlm.reference import REFERENCE_MODELS
 from pocketvlm.report import Samples, read_json, write_json
-from pocketvlm.runtime.coreml_apple import COMPUTE_UNITS
-from pocketvlm.runtime.coreml_session import WORKER, RemoteRunner, measure_function
+from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS
+from pocketvlm.runtime.coreml.session import WORKER, RemoteRunner, measure_function
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["FunctionMeasurement", "Questions", "Verification", "evaluate_coreml", "verify_coreml"]

@@ -33,9 +33,9 @@ from pocketvlm.compress.quantization.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.executorch.target import ToExecutorch
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.runtime.coreml_runner import CoremlRunner
-from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.coreml.runner import CoremlRunner
+from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.runner import Runner
 

@@ -15,7 +15,7 @@ import yaml
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.cli import app
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import list_recipes, load_recipe, recipe_from_document

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import numpy as np
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.runtime.mil_package import MilPackage
-from pocketvlm.runtime.mil_program import MilProgram
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.runtime.mil.package import MilPackage
+from pocketvlm.runtime.mil.program import MilProgram
 
 _ROOT = Path("Data") / "com.apple.CoreML"
 _PACKED_BITS = {"UINT1": 1, "UINT2": 2, "UINT3": 3, "UINT4": 4, "INT4": 4, "UINT6": 6}

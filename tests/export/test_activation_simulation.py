@@ -18,8 +18,8 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import InputError
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_packing import pack_weight
+from pocketvlm.export.onnx.packing import pack_weight
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.forward import DecoderInputs, decode_logits, encode_images
 from pocketvlm.pipeline.sources import score_subject
 from pocketvlm.simulation import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.export.coreml_program import identifier
+from pocketvlm.export.coreml.program import identifier
 from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight
 from tests.export.coreml_rig import PackageContent, export
 from tests.export.rig import quantize_affine, quantize_checkpoint

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.coreml_constexpr import Codes, Constexpr, narrow_float
-from pocketvlm.export.coreml_forms import describe_form, pack_form
-from pocketvlm.export.coreml_limits import container_bits
+from pocketvlm.export.coreml.constexpr import Codes, Constexpr, narrow_float
+from pocketvlm.export.coreml.forms import describe_form, pack_form
+from pocketvlm.export.coreml.limits import container_bits
 from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight, Lookup, WeightForm
 from tests.export.rig import quantize_affine
 

@@ -11,8 +11,8 @@ import torch
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.torch_ops import DecoderGraph
-from pocketvlm.runtime.mil_package import MilPackage
-from pocketvlm.runtime.mil_program import MilProgram
+from pocketvlm.runtime.mil.package import MilPackage
+from pocketvlm.runtime.mil.program import MilProgram
 from tests.export.coreml_rig import Decoder, export, run_vision
 from tests.export.rig import ReceivedAttention, make_prompt
 from tests.export.test_coreml_codes import mix_forms

@@ -16,8 +16,8 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.stage import ReduceTokens, ScoreName
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError, UnsupportedError
-from pocketvlm.export import coreml_toolkit
-from pocketvlm.export.coreml import ToCoreml
+from pocketvlm.export.coreml import toolkit as coreml_toolkit
+from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.forward import encode_images
 from pocketvlm.reduction import ReducerInputs, TokenReducer
 from tests.export.coreml_rig import PackageContent, export, run_vision

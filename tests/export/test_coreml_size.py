@@ -9,8 +9,8 @@ import pytest
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export import coreml_size
-from pocketvlm.export.coreml import ToCoreml
+from pocketvlm.export.coreml import size as coreml_size
+from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm
 from pocketvlm.testing import tiny_config, write_random_model
 from tests.export.rig import quantize_affine

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.export.coreml_constexpr import Codes, Constexpr
-from pocketvlm.export.coreml_forms import describe_form, pack_form
-from pocketvlm.export.coreml_program import identifier
+from pocketvlm.export.coreml.constexpr import Codes, Constexpr
+from pocketvlm.export.coreml.forms import describe_form, pack_form
+from pocketvlm.export.coreml.program import identifier
+from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedSparse
 from pocketvlm.testing import tiny_config, write_random_model
 from pocketvlm.weights import (

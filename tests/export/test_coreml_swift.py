@@ -13,11 +13,11 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.export.coreml_swift import render_swift
+from pocketvlm.export.coreml.swift import render_swift
+from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference import reference_model_path
-from pocketvlm.runtime.mil_package import MilPackage
+from pocketvlm.runtime.mil.package import MilPackage
 from tests.runtime.coreml_rig import CHUNK, CONTEXT, reduced, write_coreml_bundle
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets" / "coreml_verify.md"

@@ -12,7 +12,7 @@ import torch
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CheckpointError, ExportError
-from pocketvlm.runtime.mil_package import MilPackage
+from pocketvlm.runtime.mil.package import MilPackage
 from tests.export.coreml_rig import Decoder, export
 
 pytest.importorskip("coremltools", reason="the coreml extra is not installed")
@@ -30,7 +30,7 @@ def quiet() -> Iterator[None]:
 def exporter() -> Iterator[Any]:
     from transformers.exporters.auto import EXPORT_BACKENDS, AutoHfExporter
 
-    from pocketvlm.export.coreml_transformers import register
+    from pocketvlm.export.coreml.transformers_backend import register
 
     register()
     yield AutoHfExporter.from_config({"export_format": "coreml"})

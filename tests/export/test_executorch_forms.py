@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.executorch_forms import (
+from pocketvlm.export.executorch.forms import (
     explain_misfit,
     integer_matrix,
     needs_offsets,
     scale_rounding,
     signed_codes,
 )
-from pocketvlm.export.executorch_layers import DynamicLinear, TableInteger, pack_nibbles
+from pocketvlm.export.executorch.layers import DynamicLinear, TableInteger, pack_nibbles
 from pocketvlm.weights import AffineWeight
 from tests.export.rig import quantize_affine
 

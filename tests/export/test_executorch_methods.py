@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
-from pocketvlm.export.executorch_layers import Kernels
-from pocketvlm.export.executorch_methods import DecoderMethod, EmbeddingMethod, VisionMethod
+from pocketvlm.export.executorch.layers import Kernels
+from pocketvlm.export.executorch.methods import DecoderMethod, EmbeddingMethod, VisionMethod
 from pocketvlm.forward import DecoderInputs, decode_logits
-from pocketvlm.runtime.executorch_program import register_operators
+from pocketvlm.runtime.executorch.program import register_operators
 from tests.export.rig import make_prompt
 
 KEPT = (1, 4, 6, 11, 14)

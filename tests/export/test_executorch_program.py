@@ -16,12 +16,12 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import BundleError, ExportError, UnsupportedError
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.executorch_file import read_layout
-from pocketvlm.export.executorch_sharing import share_constants
+from pocketvlm.export.executorch.file import read_layout
+from pocketvlm.export.executorch.sharing import share_constants
+from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.forward import decode_logits
 from pocketvlm.report import read_json
-from pocketvlm.runtime.executorch_program import load_program
+from pocketvlm.runtime.executorch.program import load_program
 from pocketvlm.weights import AffineWeight
 from tests.export.rig import make_prompt, quantize_affine
 

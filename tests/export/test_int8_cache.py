@@ -24,7 +24,7 @@ from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.forward import (
     DecoderInputs,
     decode_logits,

@@ -17,11 +17,11 @@ from pocketvlm.bundle import TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_codebook import affine_rows, codebook_matrix, codebook_rows
-from pocketvlm.export.onnx_packing import pack_weight, unpack_weight
-from pocketvlm.export.onnx_size import predict_onnx
-from pocketvlm.export.onnx_writer import GraphWriter, WeightFile
+from pocketvlm.export.onnx.codebook import affine_rows, codebook_matrix, codebook_rows
+from pocketvlm.export.onnx.packing import pack_weight, unpack_weight
+from pocketvlm.export.onnx.size import predict_onnx
+from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.planned import PlannedAffine, PlannedCodebook
 from pocketvlm.recipes.load import load_recipe

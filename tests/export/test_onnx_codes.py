@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_packing import (
+from pocketvlm.export.onnx.packing import (
     BLOCK_SIZES,
     container_bits,
     narrowest_float,
     pack_weight,
     unpack_weight,
 )
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.weights import AffineWeight
 from tests.export.rig import quantize_affine, quantize_checkpoint
 

@@ -16,7 +16,7 @@ from pocketvlm.bundle import sign_files
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import ExportError, UnsupportedError
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.reduction import ReducerInputs, TokenReducer
 from tests.export.rig import ReceivedAttention, quantize_affine, quantize_checkpoint
 

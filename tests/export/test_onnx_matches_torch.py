@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_accuracy import agreement_of_levels
+from pocketvlm.export.onnx.accuracy import agreement_of_levels
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.forward import DecoderInputs, decode_logits, greedy_generate
 from tests.export.rig import (
     Decoder,

@@ -8,8 +8,8 @@ import pytest
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_size import predict_onnx
+from pocketvlm.export.onnx.size import predict_onnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.planned import PlannedAffine
 from pocketvlm.testing import tiny_config, write_random_model
 from tests.export.rig import quantize_affine

@@ -18,10 +18,10 @@ from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import InputError, UnsupportedError
-from pocketvlm.export.coreml import ToCoreml
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_accuracy import agreement_of_levels
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.executorch.target import ToExecutorch
+from pocketvlm.export.onnx.accuracy import agreement_of_levels
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.parity import certify
 from pocketvlm.export.torch_runner import TorchRunner
 from pocketvlm.pipeline.assemble import write_graphs

@@ -21,7 +21,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.evaluation.bundle_answers import answer_with_bundle
 from pocketvlm.evaluation.score import score_bundle, score_checkpoint
 from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.parity import ParityReport, certify
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.recipes.load import load_recipe

@@ -13,18 +13,18 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.executorch_forms import integer_matrix
-from pocketvlm.export.executorch_masked import find_masked
-from pocketvlm.export.executorch_size import predict_executorch
+from pocketvlm.export.executorch.forms import integer_matrix
+from pocketvlm.export.executorch.masked import find_masked
+from pocketvlm.export.executorch.size import predict_executorch
+from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.unmasked import unmasked
 from pocketvlm.forward import decode_logits
 from pocketvlm.modelspec import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.planned import PlannedAffine, PlannedForm
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.executorch_answer import answer_once
-from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.executorch.answer import answer_once
+from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.sparse_file import expand
 from pocketvlm.weights import AffineWeight, DenseWeight, KeptIntegers, SparseWeight
 from tests.export.rig import make_prompt

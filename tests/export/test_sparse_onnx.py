@@ -13,7 +13,7 @@ from pocketvlm.bundle import Bundle, Manifest
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.forward import decode_logits
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse

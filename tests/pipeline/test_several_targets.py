@@ -14,15 +14,15 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.executorch.target import ToExecutorch
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import run
 from pocketvlm.planned import PlannedForm
 from pocketvlm.recipes.load import Recipe, load_recipe
-from pocketvlm.runtime import executorch_program
+from pocketvlm.runtime.executorch import program as executorch_program
 
 REASON = "a toolkit ended in the middle of a graph"
 

@@ -22,7 +22,7 @@ from pocketvlm.errors import (
     UnsupportedError,
 )
 from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml, verify_coreml
-from pocketvlm.runtime.coreml_session import RemoteRunner, measure_function
+from pocketvlm.runtime.coreml.session import RemoteRunner, measure_function
 from tests.pipeline.conftest import cli
 from tests.runtime.coreml_rig import stand_in, write_coreml_bundle
 

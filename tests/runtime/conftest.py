@@ -13,7 +13,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 
 KINDS = ("llava", "smolvlm", "llava-original", "smolvlm-consecutive", "smolvlm-ended")

@@ -11,7 +11,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import RunContext
-from pocketvlm.export.coreml import ToCoreml
+from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.pipeline.assemble import write_graphs
 
 CHUNK, CONTEXT = 8, 256

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketvlm.runtime.coreml_apple import Toolkit
-from pocketvlm.runtime.coreml_worker import main
-from pocketvlm.runtime.mil_package import MilPackage
-from pocketvlm.runtime.mil_program import MilProgram
+from pocketvlm.runtime.coreml.apple import Toolkit
+from pocketvlm.runtime.coreml.worker import main
+from pocketvlm.runtime.mil.package import MilPackage
+from pocketvlm.runtime.mil.program import MilProgram
 
 
 class StandInModel:

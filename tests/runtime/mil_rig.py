@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pocketvlm.runtime.mil_package import MilPackage
-from pocketvlm.runtime.mil_program import MilProgram
+from pocketvlm.runtime.mil.package import MilPackage
+from pocketvlm.runtime.mil.program import MilProgram
 
 Build = Callable[..., Any]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.runtime.coreml_apple import COMPUTE_UNITS, AppleToolkit, DevicePackage
+from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS, AppleToolkit, DevicePackage
 from tests.runtime.mil_rig import toolkit, write_package
 
 PACKAGE = Path("model.mlpackage")

@@ -16,7 +16,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.export.torch_runner import TorchRunner
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.coreml_runner import CoremlRunner
+from pocketvlm.runtime.coreml.runner import CoremlRunner
 from pocketvlm.runtime.engines import choose_engine, open_engine
 from pocketvlm.weights import CodebookWeight, Lookup
 from tests.runtime.coreml_rig import CHUNK, CONTEXT, reduced, write_coreml_bundle

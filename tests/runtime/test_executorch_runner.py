@@ -17,17 +17,17 @@ from pocketvlm.cli import main
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.export.executorch import ToExecutorch
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.executorch.target import ToExecutorch
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.engines import choose_engine, open_engine
-from pocketvlm.runtime.executorch_answer import (
+from pocketvlm.runtime.executorch.answer import (
     UnspeakablePieceError,
     answer_once,
     answer_with_multimodal_runner,
 )
-from pocketvlm.runtime.executorch_runner import ExecutorchRunner
+from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.text import TextCodec
 
 CAPACITY = 96

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pocketvlm.runtime.mil_constexpr import CONSTEXPR
-from pocketvlm.runtime.mil_types import unpack_bits
+from pocketvlm.runtime.mil.constexpr import CONSTEXPR
+from pocketvlm.runtime.mil.types import unpack_bits
 from tests.runtime.mil_rig import open_program, toolkit, write_package
 
 RANDOM = np.random.default_rng(3)

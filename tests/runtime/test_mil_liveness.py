@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pocketvlm.runtime import mil_program
-from pocketvlm.runtime.mil_layout import slice_update_in_place
-from pocketvlm.runtime.mil_program import MilProgram
+from pocketvlm.runtime.mil import program as mil_program
+from pocketvlm.runtime.mil.layout import slice_update_in_place
+from pocketvlm.runtime.mil.program import MilProgram
 from tests.runtime.mil_rig import open_program, toolkit, write_package
 
 SHAPE = (4, 3)

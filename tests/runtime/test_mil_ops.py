@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pocketvlm.runtime.mil_elementwise import erf
-from pocketvlm.runtime.mil_ops import OPERATORS
+from pocketvlm.runtime.mil.elementwise import erf
+from pocketvlm.runtime.mil.ops import OPERATORS
 
 RANDOM = np.random.default_rng(7)
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketvlm.errors import BundleError
-from pocketvlm.runtime.mil_blobs import WeightFile
-from pocketvlm.runtime.mil_package import Literal, MilPackage
-from pocketvlm.runtime.mil_program import MilProgram
-from pocketvlm.runtime.mil_types import ELEMENTS
-from pocketvlm.runtime.mil_wire import Message
+from pocketvlm.runtime.mil.blobs import WeightFile
+from pocketvlm.runtime.mil.package import Literal, MilPackage
+from pocketvlm.runtime.mil.program import MilProgram
+from pocketvlm.runtime.mil.types import ELEMENTS
+from pocketvlm.runtime.mil.wire import Message
 from tests.runtime.mil_rig import toolkit, write_package
 
 PACKED = {name for name, element in ELEMENTS.items() if element.is_packed}

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from pocketvlm.errors import BundleError
-from pocketvlm.runtime.mil_ops import OPERATORS
-from pocketvlm.runtime.mil_program import MilProgram
+from pocketvlm.runtime.mil.ops import OPERATORS
+from pocketvlm.runtime.mil.program import MilProgram
 from tests.runtime.mil_rig import open_program, toolkit, write_package
 
 WIDTH, CAPACITY = 8, 32

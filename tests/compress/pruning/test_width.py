@@ -21,8 +21,8 @@ from pocketvlm.compress.pruning.width import PruneWidth
 from pocketvlm.compress.pruning.widths import choose_widths, decoder_share, narrow_channels
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.export.onnx import ToOnnx
-from pocketvlm.export.onnx_size import predict_onnx
+from pocketvlm.export.onnx.size import predict_onnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.testing import SHAPES
 from pocketvlm.weights import AffineWeight, DenseWeight

@@ -28,7 +28,7 @@ from pocketvlm.compress.quantization.scale_search import (
 from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.weights import DenseWeight

@@ -22,7 +22,7 @@ from pocketvlm.compress.quantization.sensitivity import Sensitivity
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.export.onnx_size import quantized_bytes
+from pocketvlm.export.onnx.size import quantized_bytes
 from pocketvlm.forward import decode_logits, embed_prompts, encode_images
 from pocketvlm.weights import total_stored_bytes
 

@@ -25,7 +25,7 @@ from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.export.onnx import ToOnnx
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import load_recipe, recipe_from_document

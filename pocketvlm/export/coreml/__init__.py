@@ -1,0 +1,1 @@
+"""Core ML packages: `target` is the stage, the others are what it is made of."""

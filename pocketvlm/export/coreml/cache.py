@@ -1,0 +1,227 @@
+"""The decoder's cache in Core ML: kept by the runtime (iOS 18), or passed in and out (iOS 17).
+
+Either way there are two tensors, [blocks, kv_heads, capacity, width]. The width is the head's,
+rounded up to a multiple of 32: states of other widths fail on the Neural Engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from pocketvlm.bundle import TensorSignature
+from pocketvlm.export.coreml.program import FunctionWriter
+from pocketvlm.modelspec import ModelSpec
+
+__all__ = [
+    "CACHE_DTYPE",
+    "DecoderCache",
+    "PassedCache",
+    "StatefulCache",
+    "cache_signatures",
+    "round_up",
+]
+
+CACHE_DTYPE = "float16"
+_NAMES = ("key_cache", "value_cache")
+_PASSED = ("key_cache_out", "value_cache_out")
+_MULTIPLE = 32
+
+
+def round_up(count: int, multiple: int = _MULTIPLE) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
+
+
+def cache_signatures(
+    spec: ModelSpec, capacity: int, *, is_output: bool = False
+) -> tuple[TensorSignature, ...]:
+    """Keys and values: states of iOS 18, inputs or outputs of iOS 17."""
+    decoder = spec.decoder
+    shape = (decoder.depth, decoder.kv_heads, capacity, round_up(decoder.head_dim))
+    return tuple(
+        TensorSignature(name=name, dtype=CACHE_DTYPE, shape=shape)
+        for name in (_PASSED if is_output else _NAMES)
+    )
+
+
+class DecoderCache(Protocol):
+    """The cache while one function is written; new rows lie behind the past."""
+
+    def extend(self, block: int, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Writes new rows [kv_heads, length, head_dim], returns all [kv_heads, capacity, same]."""
+        ...
+
+
+class StatefulCache:
+    """Two states of the runtime.
+
+    Every block reads back what it has written: that is how the runtime knows that it may write in
+    place.
+
+    Args:
+        function: What is written; it has the states.
+        spec: The model.
+        capacity: Rows of the cache.
+        length: New rows of a call.
+    """
+
+    def __init__(
+        self, function: FunctionWriter, spec: ModelSpec, capacity: int, length: int
+    ) -> None:
+        from coremltools.converters.mil.mil import Builder
+
+        self._function = function
+        self._decoder = spec.decoder
+        self._capacity = capacity
+        self._start = function.inputs["past_length"]
+        self._end = Builder.add(x=self._start, y=np.array([length], np.int32), name="cache_end")
+        self._current = {
+            name: Builder.read_state(input=function.inputs[name], name=f"{name}_before")
+            for name in _NAMES
+        }
+
+    def extend(self, block: int, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Writes new rows of a block, returns all of its rows."""
+        from coremltools.converters.mil.mil import Builder
+
+        heads, width = self._decoder.kv_heads, round_up(self._decoder.head_dim)
+        bounds = [
+            Builder.concat(
+                values=[
+                    np.array(front, np.int32),
+                    place,
+                    np.array(back, np.int32),
+                ],
+                axis=0,
+                name=f"cache_{block}_{label}",
+            )
+            for label, front, place, back in (
+                ("begin", [block, 0], self._start, [0]),
+                ("end", [block + 1, heads], self._end, [width]),
+            )
+        ]
+        rows = []
+        for name, new in zip(_NAMES, (keys, values), strict=True):
+            label = f"{name}_{block}"
+            update = Builder.expand_dims(
+                x=_stored(new, self._decoder.head_dim, label), axes=[0], name=f"{label}_new"
+            )
+            written = Builder.slice_update(
+                x=self._current[name],
+                update=update,
+                begin=bounds[0],
+                end=bounds[1],
+                name=f"{label}_written",
+            )
+            self._current[name] = Builder.coreml_update_state(
+                state=self._function.inputs[name], value=written, name=label
+            )
+            row = _block_of(self._current[name], block, self._capacity, self._decoder, label)
+            rows.append(_computed(self._function, row, label))
+        return rows[0], rows[1]
+
+
+class PassedCache:
+    """Two inputs and two outputs; new rows get into place by a product with ones and zeros.
+
+    iOS 17 has no operator that writes a slice whose place is computed.
+
+    Args:
+        function: What is written; it has the inputs.
+        spec: The model.
+        capacity: Rows of the cache.
+        slots: int32 [length]: where the new rows of a call go.
+    """
+
+    def __init__(
+        self, function: FunctionWriter, spec: ModelSpec, capacity: int, slots: Any
+    ) -> None:
+        from coremltools.converters.mil.mil import Builder
+
+        self._function = function
+        self._decoder = spec.decoder
+        self._capacity = capacity
+        self._new: dict[str, list[Any]] = {name: [] for name in _NAMES}
+        every = np.arange(capacity, dtype=np.int32)[None, :, None]
+        place = Builder.expand_dims(x=slots, axes=[0, 1], name="slots_wide")
+        is_here = Builder.equal(x=every, y=place, name="slots_equal")
+        kind = _short(function.package.float_type)
+        self._places = Builder.cast(x=is_here, dtype=kind, name="slots_one_hot")
+        taken = Builder.reduce_sum(x=self._places, axes=[2], keep_dims=True, name="slots_taken")
+        one = function.package.float_type(1)
+        self._kept = Builder.sub(x=one, y=taken, name="slots_kept")
+
+    def extend(self, block: int, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Writes new rows of a block, returns all of its rows."""
+        from coremltools.converters.mil.mil import Builder
+
+        rows = []
+        for name, new in zip(_NAMES, (keys, values), strict=True):
+            label = f"{name}_{block}"
+            before = _computed(
+                self._function,
+                _block_of(
+                    self._function.inputs[name],
+                    block,
+                    self._capacity,
+                    self._decoder,
+                    f"{label}_before",
+                ),
+                f"{label}_before",
+            )
+            placed = Builder.matmul(x=self._places, y=new, name=f"{label}_placed")
+            kept = Builder.mul(x=before, y=self._kept, name=f"{label}_kept")
+            row = Builder.add(x=kept, y=placed, name=label)
+            self._new[name].append(_stored(row, self._decoder.head_dim, f"{label}_stored"))
+            rows.append(row)
+        return rows[0], rows[1]
+
+    def finish(self) -> None:
+        """Makes the extended cache an output of the function."""
+        from coremltools.converters.mil.mil import Builder
+
+        for name, output in zip(_NAMES, _PASSED, strict=True):
+            joined = Builder.stack(values=self._new[name], axis=0, name=f"{name}_joined")
+            self._function.output(joined, output, CACHE_DTYPE)
+
+
+def _block_of(cache: Any, block: int, capacity: int, decoder: Any, label: str) -> Any:
+    from coremltools.converters.mil.mil import Builder
+
+    return Builder.slice_by_index(
+        x=cache,
+        begin=[block, 0, 0, 0],
+        end=[block + 1, decoder.kv_heads, capacity, decoder.head_dim],
+        squeeze_mask=[True, False, False, False],
+        name=f"{label}_rows",
+    )
+
+
+def _stored(rows: Any, width: int, label: str) -> Any:
+    """Rows as the cache holds them: float16, filled up with zeros."""
+    from coremltools.converters.mil.mil import Builder
+
+    rows = Builder.cast(x=rows, dtype="fp16", name=f"{label}_float16")
+    missing = round_up(width) - width
+    if not missing:
+        return rows
+    return Builder.pad(
+        x=rows,
+        pad=[0, missing],
+        mode="constant",
+        constant_val=np.float16(0),
+        name=f"{label}_padded",
+    )
+
+
+def _computed(function: FunctionWriter, rows: Any, label: str) -> Any:
+    from coremltools.converters.mil.mil import Builder
+
+    kind = _short(function.package.float_type)
+    return rows if kind == "fp16" else Builder.cast(x=rows, dtype=kind, name=f"{label}_{kind}")
+
+
+def _short(float_type: type[np.floating]) -> str:
+    return "fp16" if float_type is np.float16 else "fp32"

@@ -1,0 +1,313 @@
+"""The phone graphs' operators in MIL, as float16 hardware computes them safely.
+
+What would go wrong in float16 is written so that it cannot: root mean squares are computed by the
+layer norm operator, which does not leave squares of large activations in float16; queries are
+scaled before their product with the keys; what is masked gets a large finite number instead of
+infinity; cosines and sines come from a table, since angles of thousands have no digits left.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.coreml.cache import DecoderCache
+from pocketvlm.export.coreml.constexpr import narrow_float
+from pocketvlm.export.coreml.forms import pack_form
+from pocketvlm.export.coreml.positions import DecoderPositions
+from pocketvlm.export.coreml.program import FunctionWriter, identifier
+from pocketvlm.export.coreml.reducer import inline
+
+__all__ = ["MilOps"]
+
+# Operator and its options by the name that Hugging Face gives the activation.
+_ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "gelu": ("gelu", {"mode": "EXACT"}),
+    "gelu_pytorch_tanh": ("gelu", {"mode": "TANH_APPROXIMATION"}),
+    "quick_gelu": ("gelu", {"mode": "SIGMOID_APPROXIMATION"}),
+    "relu": ("relu", {}),
+    "silu": ("silu", {}),
+}
+
+
+class MilOps:
+    """`GraphOps` over values of a function under construction.
+
+    Layers that share their input stay apart, one operator a layer: their joined outputs are a
+    tuple.
+
+    Args:
+        function: Where operators go.
+        checkpoint: Where weights come from.
+        reducer: The token reducer as a program, or `None`.
+        positions: For the decoder: which rows a call has, and where they are.
+        cache: For the decoder: its cache.
+    """
+
+    def __init__(
+        self,
+        function: FunctionWriter,
+        checkpoint: Checkpoint,
+        *,
+        reducer: Any = None,
+        positions: DecoderPositions | None = None,
+        cache: DecoderCache | None = None,
+    ) -> None:
+        from coremltools.converters.mil.mil import Builder
+
+        self._mb = Builder
+        self._function = function
+        self._checkpoint = checkpoint
+        self._spec = checkpoint.spec
+        self._reducer = reducer
+        self._positions = positions
+        self._cache = cache
+        self._float_type = function.package.float_type
+        self._short = "fp16" if self._float_type is np.float16 else "fp32"
+        self._names: dict[str, int] = {}
+
+    def embed_patches(self, pixels: Any) -> Any:
+        tower = self._spec.tower
+        name = f"{tower.prefix}.embeddings"
+        module = cast("Any", self._checkpoint.model.get_submodule(name))
+        convolution = module.patch_embedding
+        operands = {"weight": self._float(f"{name}.patch_embedding.weight", convolution.weight)}
+        if convolution.bias is not None:
+            operands["bias"] = self._float(f"{name}.patch_embedding.bias", convolution.bias)
+        size = [tower.patch_size, tower.patch_size]
+        pixels = self._mb.cast(x=pixels, dtype=self._short, name="pixels")
+        patches = self._mb.conv(
+            x=pixels, strides=size, pad_type="valid", **operands, name="patches"
+        )
+        count = tower.patches_per_side**2
+        patches = self._reshape(patches, [1, tower.hidden_size, count], "patches_flat")
+        patches = self._transpose(patches, [0, 2, 1], "patches_tokens")
+        if tower.has_cls:
+            cls = self._float(f"{name}.class_embedding", module.class_embedding.view(1, 1, -1))
+            patches = self._mb.concat(values=[cls, patches], axis=1, name="patches_cls")
+        # Row by row: the patches of one whole image are in raster order.
+        table = self._float(f"{name}.positions", module.position_embedding.weight[None])
+        return self._mb.add(x=patches, y=table, name="patches_positions")
+
+    def embed_tokens(self, token_ids: Any) -> Any:
+        name = self._spec.decoder.embedding
+        table = self._weight(name)
+        rows = self._mb.gather(x=table, indices=token_ids, axis=0, name="embedding_rows")
+        width = self._spec.decoder.hidden_size
+        return self._first_columns(rows, width, "embedding_row")
+
+    def linear(self, inputs: Any, *names: str) -> Any:
+        outputs = tuple(self._linear(inputs, name) for name in names)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def split(self, joined: Any, *names: str) -> tuple[Any, ...]:
+        if not isinstance(joined, tuple) or len(joined) != len(names):
+            raise TypeError(f"{', '.join(names)}: not what `linear` has joined")
+        return joined
+
+    def norm(self, inputs: Any, name: str) -> Any:
+        module = cast("Any", self._checkpoint.model.get_submodule(name))
+        if isinstance(module, nn.LayerNorm):
+            return self._mb.layer_norm(
+                x=inputs,
+                axes=[-1],
+                gamma=self._float(f"{name}.weight", module.weight),
+                beta=self._float(f"{name}.bias", module.bias),
+                epsilon=self._float_type(module.eps),
+                name=self._label(name),
+            )
+        return self._rms_norm(inputs, name, module)
+
+    def add_norm(self, inputs: Any, residual: Any, name: str) -> tuple[Any, Any]:
+        total = self._mb.add(x=inputs, y=residual, name=self._label(f"{name}.sum"))
+        return self.norm(total, name), total
+
+    def add(self, left: Any, right: Any) -> Any:
+        return self._mb.add(x=left, y=right, name=self._label("sum"))
+
+    def activation(self, inputs: Any, kind: str) -> Any:
+        if kind not in _ACTIVATIONS:
+            raise UnsupportedError(
+                f"activation {kind!r} has no Core ML operator; there are {', '.join(_ACTIVATIONS)}"
+            )
+        operator, options = _ACTIVATIONS[kind]
+        label = self._label(f"{inputs.name}.{kind}")
+        return getattr(self._mb, operator)(x=inputs, **options, name=label)
+
+    def gated(self, joined: Any, gate: str, up: str, kind: str) -> Any:
+        opened, values = self.split(joined, gate, up)
+        opened = self.activation(opened, kind)
+        return self._mb.mul(x=opened, y=values, name=self._label(f"{gate}.gated"))
+
+    def attention(self, queries: Any, keys: Any, values: Any) -> Any:
+        tower = self._spec.tower
+        label, tokens = queries.name, queries.shape[1]
+        heads = [1, tokens, tower.heads, tower.head_dim]
+        query, key, value = (
+            self._transpose(
+                self._reshape(part, heads, f"{part.name}_split"), [0, 2, 1, 3], f"{part.name}_heads"
+            )
+            for part in (queries, keys, values)
+        )
+        attended = self._attend(query, key, value, tower.head_dim, label)
+        attended = self._transpose(attended, [0, 2, 1, 3], f"{label}_tokens")
+        return self._reshape(attended, [1, tokens, tower.hidden_size], f"{label}_joined")
+
+    def cached_attention(self, joined: Any, block: int, *names: str) -> Any:
+        if self._positions is None or self._cache is None:
+            raise TypeError("the decoder needs positions and a cache")
+        decoder, length = self._spec.decoder, self._positions.length
+        queries, keys, values = self.split(joined, *names)
+        query = self._positions.rotate(self._heads(queries, decoder.heads))
+        key = self._positions.rotate(self._heads(keys, decoder.kv_heads))
+        value = self._heads(values, decoder.kv_heads)
+        every_key, every_value = self._cache.extend(block, key, value)
+        # Heads that share keys lie one below the other: nothing is repeated.
+        shared = decoder.heads // decoder.kv_heads
+        label = queries.name
+        query = self._reshape(
+            query, [decoder.kv_heads, shared * length, decoder.head_dim], f"{label}_shared"
+        )
+        mask = self._positions.mask(shared)
+        attended = self._attend(query, every_key, every_value, decoder.head_dim, label, mask)
+        attended = self._reshape(
+            attended, [decoder.heads, length, decoder.head_dim], f"{label}_unshared"
+        )
+        attended = self._transpose(attended, [1, 0, 2], f"{label}_tokens")
+        width = decoder.heads * decoder.head_dim
+        return self._reshape(attended, [1, length, width], f"{label}_joined")
+
+    def drop_first(self, inputs: Any) -> Any:
+        _, count, width = inputs.shape
+        return self._mb.slice_by_index(
+            x=inputs, begin=[0, 1, 0], end=[1, count, width], name="drop_cls"
+        )
+
+    def last(self, inputs: Any) -> Any:
+        if self._positions is None:
+            raise TypeError("the decoder needs positions")
+        return self._positions.last(inputs, self._label(f"{inputs.name}.last"))
+
+    def merge_patches(self, features: Any, factor: int) -> Any:
+        if factor == 1:
+            return features
+        tower = self._spec.tower
+        cells, width = tower.patches_per_side // factor, tower.hidden_size
+        grid = self._reshape(features, [cells, factor, cells, factor * width], "merge_cells")
+        grid = self._transpose(grid, [0, 2, 1, 3], "merge_transpose")
+        return self._reshape(grid, [1, cells * cells, factor * factor * width], "merge")
+
+    def reduce(self, features: Any, queries: Any, keys: Any) -> tuple[Any, Any]:
+        if self._reducer is None:
+            every = np.arange(self._spec.visual_tokens, dtype=np.int32)[None]
+            return features, self._function.constant("reducer_all", every)
+        wide = {
+            name: self._mb.cast(x=value, dtype="fp32", name=f"reducer_{name}")
+            for name, value in (("features", features), ("queries", queries), ("keys", keys))
+        }
+        kept, indices = inline(self._reducer, wide, "reducer")
+        return self._mb.cast(x=kept, dtype=self._short, name="reducer_kept"), indices
+
+    def enter(self, embeds: Any) -> Any:
+        """Embeddings as the decoder's first block takes them."""
+        embeds = self._mb.cast(x=embeds, dtype=self._short, name="embeds_in")
+        return embeds if self._positions is None else self._positions.clean(embeds)
+
+    def _linear(self, inputs: Any, name: str) -> Any:
+        module = cast("Any", self._checkpoint.layer(name))
+        weight = self._weight(name)
+        rows, columns = weight.shape
+        missing = columns - inputs.shape[-1]
+        label = self._label(name)
+        if missing:
+            # Weights of the padding meet zeros.
+            inputs = self._mb.pad(
+                x=inputs,
+                pad=[0, missing],
+                mode="constant",
+                constant_val=self._float_type(0),
+                name=f"{label}_padded",
+            )
+        bias = getattr(module, "bias", None)
+        # A missing bias would be stored as zeros of each function of its own.
+        stored = (
+            self._function.constant(f"no_bias_{rows}", np.zeros(rows, self._float_type))
+            if bias is None
+            else self._float(f"{name}.bias", bias)
+        )
+        return self._mb.linear(x=inputs, weight=weight, bias=stored, name=label)
+
+    def _weight(self, name: str) -> Any:
+        decoder = self._spec.decoder
+        if name == decoder.head and decoder.tied_head:
+            name = decoder.embedding
+        package = self._function.package
+        return self._function.weight(
+            name,
+            lambda: pack_form(
+                name,
+                self._checkpoint.form(name),
+                deployment=package.deployment,
+                float_type=package.float_type,
+            ),
+        )
+
+    def _rms_norm(self, inputs: Any, name: str, module: Any) -> Any:
+        """RMSNorm by the layer norm of (x, -x): its mean is 0, its variance the mean square."""
+        label, width = self._label(name), inputs.shape[-1]
+        negative = self._mb.mul(x=inputs, y=self._float_type(-1), name=f"{label}_negative")
+        both = self._mb.concat(values=[inputs, negative], axis=-1, name=f"{label}_both")
+        weight = module.weight.detach().to(torch.float32)
+        normed = self._mb.layer_norm(
+            x=both,
+            axes=[-1],
+            gamma=self._float(f"{name}.weight_twice", torch.cat([weight, weight])),
+            epsilon=self._float_type(module.variance_epsilon),
+            name=f"{label}_wide",
+        )
+        return self._first_columns(normed, width, label)
+
+    def _heads(self, joined: Any, heads: int) -> Any:
+        """[1, length, heads * d] as [heads, length, d]."""
+        length, width = joined.shape[1], joined.shape[2] // heads
+        split = self._reshape(joined, [length, heads, width], f"{joined.name}_split")
+        return self._transpose(split, [1, 0, 2], f"{joined.name}_heads")
+
+    def _attend(
+        self, query: Any, key: Any, value: Any, width: int, label: str, mask: Any = None
+    ) -> Any:
+        scale = self._float_type(width**-0.5)
+        query = self._mb.mul(x=query, y=scale, name=f"{label}_scaled")
+        scores = self._mb.matmul(x=query, y=key, transpose_y=True, name=f"{label}_scores")
+        if mask is not None:
+            scores = self._mb.add(x=scores, y=mask, name=f"{label}_masked")
+        weights = self._mb.softmax(x=scores, axis=-1, name=f"{label}_weights")
+        return self._mb.matmul(x=weights, y=value, name=f"{label}_attended")
+
+    def _first_columns(self, values: Any, width: int, label: str) -> Any:
+        if values.shape[-1] == width:
+            return values
+        return self._mb.slice_by_index(
+            x=values, begin=[0, 0, 0], end=[*values.shape[:2], width], name=label
+        )
+
+    def _reshape(self, values: Any, shape: list[int], name: str) -> Any:
+        return self._mb.reshape(x=values, shape=shape, name=name)
+
+    def _transpose(self, values: Any, order: list[int], name: str) -> Any:
+        return self._mb.transpose(x=values, perm=order, name=name)
+
+    def _float(self, name: str, values: Any) -> Any:
+        return self._function.constant(name, narrow_float(name, values, self._float_type))
+
+    def _label(self, name: str) -> str:
+        """The name as the format allows it, numbered if it was given before."""
+        label = identifier(name)
+        count = self._names.get(label, 0)
+        self._names[label] = count + 1
+        return f"{label}_again_{count}" if count else label

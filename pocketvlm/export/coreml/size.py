@@ -1,0 +1,191 @@
+"""Predicts the Core ML target's bytes, and what it cannot hold, from the specification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
+from pocketvlm.export.coreml.positions import TABLE_ROWS
+from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools
+from pocketvlm.export.prediction import Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
+
+__all__ = ["form_bytes", "predict_coreml"]
+
+_RECORD = 64  # each array of the weight file has a record of this size and starts at a multiple
+_BYTE = 8
+_NIBBLE = 4
+
+# An operator takes 200 bytes with its names and types: measured, not derived.
+_TOWER_BLOCK_BYTES = 12_000
+_DECODER_BLOCK_BYTES = 19_700
+_VISION_BYTES = 8_000
+_FUNCTION_BYTES = 12_000
+_CONSTEXPR_BYTES = 180
+_LOOKUP_BYTES = 320
+_SPARSE_BYTES = 110
+_PAIR_BYTES = 560  # of an operator with two results, a mask and values
+
+
+def predict_coreml(
+    spec: ModelSpec,
+    forms: Mapping[LinearSpec, PlannedForm | None],
+    *,
+    deployment: Deployment,
+    float_bytes: int,
+    capacity: int,
+) -> Prediction:
+    """Bytes of the packages by part, within 3 %, and the layers that no operator can hold.
+
+    Args:
+        spec: The model.
+        forms: What each layer will be stored as; `None` for layers that stay float.
+        deployment: The oldest system that has to read the packages.
+        float_bytes: Of what the graphs compute in.
+        capacity: Rows of the cache.
+    """
+    parts: dict[str, int] = {}
+    misfits: dict[str, list[str]] = {}
+    narrow: list[str] = []
+    for linear, form in forms.items():
+        rows, columns = linear.out_features, linear.in_features
+        if form is None:
+            count = _stored(rows * columns * float_bytes)
+        else:
+            reason = explain_misfit(form, rows, columns, deployment)
+            if reason is not None:
+                misfits.setdefault(reason, []).append(linear.name)
+                continue
+            grid = form.values if isinstance(form, PlannedSparse) else form
+            if isinstance(grid, PlannedAffine) and grid.bits < _NIBBLE:
+                narrow.append(linear.name)
+            count = form_bytes(form, rows, columns, deployment=deployment, float_bytes=float_bytes)
+        parts[linear.part] = parts.get(linear.part, 0) + count
+        # Without functions that share weights, a tied head is stored with the decoder again.
+        if deployment == "iOS17" and linear.part == "embedding" and spec.decoder.tied_head:
+            parts["embedding"] += count
+    functions = 2 if deployment == "iOS18" else 1
+    parts["other"] = (
+        _float_bytes(spec, float_bytes, capacity)
+        + _VISION_BYTES
+        + _TOWER_BLOCK_BYTES * (spec.tower.feature_block + 1)
+        + _FUNCTION_BYTES * functions
+        + _DECODER_BLOCK_BYTES * functions * spec.decoder.depth
+        + sum(
+            _operator_bytes(form) * (functions if linear.part == "decoder" else 1)
+            for linear, form in forms.items()
+        )
+    )
+    warnings = []
+    if narrow:
+        warnings.append(
+            f"coreml: {len(narrow)} layers of 2 or 3 bits are stored as indices into 0, 1, 2, ... "
+            "below their scales: as small as they can be, and not measured on a device"
+        )
+    refused = [] if has_coremltools() else [f"coreml: {INSTALL}"]
+    refused += [f"coreml: {_first(names)}: {reason}" for reason, names in misfits.items()]
+    return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+
+
+def form_bytes(
+    form: PlannedForm, rows: int, columns: int, *, deployment: Deployment, float_bytes: int
+) -> int:
+    """Bytes of one matrix [rows, columns] in the weight file."""
+    if isinstance(form, PlannedSparse):
+        return _sparse_bytes(form, rows, columns, deployment, float_bytes)
+    if isinstance(form, PlannedAffine):
+        count = _stored(-(-rows * _grid_columns(form, columns) * form.bits // _BYTE))
+        return count + _grid_bytes(form, rows, columns, float_bytes)
+    bits = container_bits(form.index_bits, deployment)
+    count = _stored(-(-(rows // form.vector_length) * columns * bits // _BYTE))
+    return count + _table_bytes(form, rows, bits, float_bytes)
+
+
+def _sparse_bytes(
+    form: PlannedSparse, rows: int, columns: int, deployment: Deployment, float_bytes: int
+) -> int:
+    kept, values = form.kept(rows, columns), form.values
+    if values is None:
+        return _stored(-(-rows * columns // _BYTE)) + _stored(kept * float_bytes)
+    if isinstance(values, PlannedAffine):
+        count = _stored(-(-rows * _grid_columns(values, columns) // _BYTE))
+        count += _stored(-(-kept * values.bits // _BYTE))
+        return count + _grid_bytes(values, rows, columns, float_bytes)
+    bits = container_bits(values.index_bits, deployment)
+    count = _stored(-(-rows * columns // _BYTE)) + _stored(-(-kept * bits // _BYTE))
+    return count + _table_bytes(values, rows, bits, float_bytes)
+
+
+def _grid_columns(form: PlannedAffine, columns: int) -> int:
+    """Columns that are stored: whole groups, or the row where one group spans it."""
+    groups = -(-columns // form.group_size)
+    return columns if groups == 1 else groups * form.group_size
+
+
+def _grid_bytes(form: PlannedAffine, rows: int, columns: int, float_bytes: int) -> int:
+    """Scales and zero points."""
+    count = rows * -(-columns // form.group_size)
+    stored = _stored(count * float_bytes)
+    if form.symmetric:
+        return stored
+    if form.float_zeros:
+        return stored + _stored(count * float_bytes)
+    width = _NIBBLE if form.bits == _NIBBLE else _BYTE
+    return stored + _stored(-(-count * width // _BYTE))
+
+
+def _table_bytes(form: PlannedCodebook, rows: int, bits: int, float_bytes: int) -> int:
+    """Codebooks with as many entries as `bits` can name, and scales of rows."""
+    stored = 0
+    if form.owns_codebooks:
+        values = form.row_groups * form.column_groups * form.vector_length << bits
+        stored += _stored(values * float_bytes)
+    if form.row_scales:
+        stored += _stored(rows * float_bytes)
+    return stored
+
+
+def _first(names: list[str]) -> str:
+    others = len(names) - 1
+    return f"{names[0]} and {others} more" if others else names[0]
+
+
+def _stored(count: int) -> int:
+    """Bytes of an array with its record and padding."""
+    return _RECORD + -(-count // _RECORD) * _RECORD
+
+
+def _operator_bytes(form: PlannedForm | None) -> int:
+    """Bytes in the graph of what expands a weight."""
+    if form is None:
+        return 0
+    if isinstance(form, PlannedSparse):
+        below = 0
+        if isinstance(form.values, PlannedAffine):
+            below = 2 if form.values.bits < _NIBBLE else 1
+        elif form.values is not None:
+            below = 2 if form.values.row_scales else 1
+        return _SPARSE_BYTES + below * _PAIR_BYTES
+    if isinstance(form, PlannedAffine):
+        return _CONSTEXPR_BYTES + (_LOOKUP_BYTES if form.bits < _NIBBLE else 0)
+    return _LOOKUP_BYTES + (_CONSTEXPR_BYTES if form.row_scales else 0)
+
+
+def _float_bytes(spec: ModelSpec, float_bytes: int, capacity: int) -> int:
+    """Bytes of every array but weight matrices: patches, positions, norms, biases, angles."""
+    tower, decoder = spec.tower, spec.decoder
+    patches = tower.tokens
+    patch_weights = tower.channels * tower.patch_size**2
+    values = [patch_weights * tower.hidden_size, patches * tower.hidden_size]
+    values += [tower.hidden_size] * (int(tower.has_cls) + int(tower.has_patch_bias))
+    # A layer norm has a weight and a bias; an RMS norm's weight is stored twice over.
+    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
+    values += [tower.hidden_size] * (2 * (2 * (tower.feature_block + 1) + outer_norms))
+    values += [2 * decoder.hidden_size] * (2 * decoder.depth + 1)
+    values += [linear.out_features for linear in spec.linears() if linear.has_bias]
+    # Layers without a bias share zeros by width; a tied head is one of them.
+    values += {x.out_features for x in spec.linears() if not x.has_bias} | {decoder.vocab_size}
+    angles = min(decoder.max_positions, max(TABLE_ROWS, capacity)) * decoder.head_dim // 2
+    values += [angles, angles]
+    return sum(_stored(count * float_bytes) for count in values)

@@ -1,0 +1,283 @@
+"""The Core ML target: packages for the Neural Engine, GPU and CPU of Apple devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from pocketvlm.bundle import Component, TensorSignature
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.components import (
+    Signatures,
+    build_decoder,
+    build_embedding,
+    build_vision,
+    vision_signatures,
+)
+from pocketvlm.export.coreml.cache import (
+    PassedCache,
+    StatefulCache,
+    cache_signatures,
+    round_up,
+)
+from pocketvlm.export.coreml.forms import describe_form
+from pocketvlm.export.coreml.limits import DEPLOYMENTS
+from pocketvlm.export.coreml.ops import MilOps
+from pocketvlm.export.coreml.positions import DecoderPositions
+from pocketvlm.export.coreml.program import PackageWriter
+from pocketvlm.export.coreml.reducer import convert_reducer
+from pocketvlm.export.coreml.size import predict_coreml
+from pocketvlm.export.coreml.toolkit import listen
+from pocketvlm.export.precisions import part_precisions
+from pocketvlm.export.prediction import Prediction
+from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
+from pocketvlm.planned import PlannedForm
+from pocketvlm.weights import WeightForm
+
+__all__ = ["ToCoreml"]
+
+_FOLDER = "coreml"
+_PRECISIONS = ("float16", "float32")
+_MAIN = "main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToCoreml:
+    """Writes `coreml/vision.mlpackage` and `coreml/decoder.mlpackage`.
+
+    For iOS 18 the decoder keeps its cache itself and has three functions over one set of weights,
+    `embedding`, `prefill` and `decode`. For iOS 17, which has neither states nor functions, the
+    cache goes in and out of one function, and the embedding is a package of its own.
+
+    Attributes:
+        deployment: The oldest system that has to run it: `iOS18` or `iOS17`.
+        precision: What the graphs compute in.
+        chunk: Rows of one call of `prefill` and `embedding`.
+        context: Rows of the cache, rounded up to a multiple of 32.
+    """
+
+    method: Literal["coreml"] = "coreml"
+    deployment: Literal["iOS17", "iOS18"] = "iOS18"
+    precision: Literal["float16", "float32"] = "float16"
+    chunk: int = 32
+    context: int = 2048
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("deployment", DEPLOYMENTS), ("precision", _PRECISIONS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+        if self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; allowed are 1 and more")
+        if self.context < self.chunk:
+            raise ValueError(
+                f"context is {self.context}; allowed are {self.chunk} (chunk) and more"
+            )
+
+    def predict(
+        self, spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
+    ) -> Prediction:
+        """What the export of a model would weigh, and which layers no operator can hold."""
+        return predict_coreml(
+            spec,
+            forms,
+            deployment=self.deployment,
+            float_bytes=2 if self.precision == "float16" else 4,
+            capacity=self.capacity(spec),
+        )
+
+    def export(
+        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
+    ) -> tuple[Component, ...]:
+        """Writes the packages of a checkpoint below `folder`.
+
+        Args:
+            checkpoint: What to export.
+            folder: The bundle; `folder/coreml` is created.
+            ctx: Told about each package.
+
+        Returns:
+            Vision, embedding and decoder, with paths relative to `folder`; each names its function.
+
+        Raises:
+            MissingExtraError: coremltools is not installed.
+            UnsupportedError: A layer has a form or activation without an operator.
+            ExportError: The token reducer cannot be converted, or a package cannot be read back.
+        """
+        if checkpoint.cache_grid is not None:
+            raise UnsupportedError(
+                "coreml: states hold float16 alone, so an int8 KV cache cannot be exported; leave "
+                "its stage out, or the target"
+            )
+        if checkpoint.visual_layers is not None:
+            raise UnsupportedError(
+                f"coreml: visual tokens run through {checkpoint.visual_layers} of "
+                f"{checkpoint.spec.decoder.depth} decoder layers, and this target runs every row "
+                "through all of them; leave skip_visual out, or export to ONNX"
+            )
+        (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+        with listen() as said:
+            vision = self._export_vision(checkpoint, folder)
+            ctx.report("coreml", 1, 2, "vision")
+            write = self._export_stateful if self.deployment == "iOS18" else self._export_passed
+            rest = write(checkpoint, folder)
+            ctx.report("coreml", 2, 2, "decoder")
+        return (replace(vision, notes=tuple(said)), *rest)
+
+    def capacity(self, spec: ModelSpec) -> int:
+        """Rows of the cache."""
+        return round_up(min(self.context, spec.decoder.max_positions))
+
+    def _export_vision(self, checkpoint: Checkpoint, folder: Path) -> Component:
+        spec, reducer = checkpoint.spec, checkpoint.reducer
+        program = None
+        kept = spec.visual_tokens
+        if reducer is not None:
+            program, kept = convert_reducer(reducer, spec, self.deployment), reducer.keep
+        package = self._package()
+        inputs, outputs = _as_int32(vision_signatures(spec, kept))
+        with package.function(_MAIN, inputs) as function:
+            ops = MilOps(function, checkpoint, reducer=program)
+            embeds, indices = build_vision(ops, spec, function.inputs["pixel_values"])
+            function.output(embeds, "embeds", "float32")
+            function.output(indices, "indices", "int32")
+        file = f"{_FOLDER}/vision.mlpackage"
+        package.save(folder / file)
+        return Component(
+            target="coreml",
+            role="vision",
+            file=file,
+            inputs=inputs,
+            outputs=outputs,
+            precision=self._precisions(checkpoint, ("tower", "projector")),
+        )
+
+    def _export_stateful(self, checkpoint: Checkpoint, folder: Path) -> tuple[Component, ...]:
+        spec = checkpoint.spec
+        file = f"{_FOLDER}/decoder.mlpackage"
+        package = self._package()
+        capacity = self.capacity(spec)
+        states = cache_signatures(spec, capacity)
+        components = [self._write_embedding(package, checkpoint, file, "embedding")]
+        for name, length in (("prefill", self.chunk), ("decode", 1)):
+            inputs, outputs = _decoder_signatures(spec, length, is_padded=length > 1)
+            with package.function(name, inputs, states) as function:
+                positions = DecoderPositions(function, spec, capacity, length)
+                cache = StatefulCache(function, spec, capacity, length)
+                ops = MilOps(function, checkpoint, positions=positions, cache=cache)
+                logits = build_decoder(ops, spec, ops.enter(function.inputs["embeds"]))
+                function.output(logits, "logits", "float32")
+            components.append(
+                Component(
+                    target="coreml",
+                    role="decoder",
+                    file=file,
+                    inputs=inputs,
+                    outputs=outputs,
+                    precision=self._precisions(checkpoint, _decoder_parts(spec)),
+                    function=name,
+                    states=states,
+                )
+            )
+        package.save(folder / file, default="decode")
+        return tuple(components)
+
+    def _export_passed(self, checkpoint: Checkpoint, folder: Path) -> tuple[Component, ...]:
+        spec = checkpoint.spec
+        package = self._package()
+        file = f"{_FOLDER}/embedding.mlpackage"
+        embedding = self._write_embedding(package, checkpoint, file, None)
+        package.save(folder / file)
+        package = self._package()
+        file = f"{_FOLDER}/decoder.mlpackage"
+        capacity = self.capacity(spec)
+        inputs, outputs = _decoder_signatures(spec, self.chunk, is_padded=True)
+        inputs = (*inputs, *cache_signatures(spec, capacity))
+        outputs = (*outputs, *cache_signatures(spec, capacity, is_output=True))
+        with package.function(_MAIN, inputs) as function:
+            positions = DecoderPositions(function, spec, capacity, self.chunk)
+            cache = PassedCache(function, spec, capacity, positions.slots)
+            ops = MilOps(function, checkpoint, positions=positions, cache=cache)
+            logits = build_decoder(ops, spec, ops.enter(function.inputs["embeds"]))
+            function.output(logits, "logits", "float32")
+            cache.finish()
+        package.save(folder / file)
+        decoder = Component(
+            target="coreml",
+            role="decoder",
+            file=file,
+            inputs=inputs,
+            outputs=outputs,
+            precision=self._precisions(checkpoint, _decoder_parts(spec)),
+        )
+        return (embedding, decoder)
+
+    def _write_embedding(
+        self, package: PackageWriter, checkpoint: Checkpoint, file: str, name: str | None
+    ) -> Component:
+        spec = checkpoint.spec
+        width = spec.decoder.hidden_size
+        inputs = (TensorSignature(name="input_ids", dtype="int32", shape=(1, self.chunk)),)
+        outputs = (TensorSignature(name="embeds", dtype="float32", shape=(1, self.chunk, width)),)
+        with package.function(name or _MAIN, inputs) as function:
+            ops = MilOps(function, checkpoint)
+            embeds = build_embedding(ops, function.inputs["input_ids"])
+            function.output(embeds, "embeds", "float32")
+        return Component(
+            target="coreml",
+            role="embedding",
+            file=file,
+            inputs=inputs,
+            outputs=outputs,
+            precision=self._precisions(checkpoint, ("embedding",)),
+            function=name,
+        )
+
+    def _package(self) -> PackageWriter:
+        wide: dict[str, type[np.floating[Any]]] = {"float16": np.float16, "float32": np.float32}
+        return PackageWriter(self.deployment, wide[self.precision])
+
+    def _precisions(self, checkpoint: Checkpoint, parts: Iterable[Part]) -> dict[str, str]:
+        return part_precisions(checkpoint.forms(), parts, self._describe)
+
+    def _describe(self, form: WeightForm) -> str:
+        described = describe_form(form)
+        return self.precision if described == "float" else described
+
+
+def _decoder_parts(spec: ModelSpec) -> tuple[Part, ...]:
+    return ("decoder", "embedding" if spec.decoder.tied_head else "head")
+
+
+def _decoder_signatures(spec: ModelSpec, length: int, *, is_padded: bool) -> Signatures:
+    decoder = spec.decoder
+    shapes: list[tuple[str, str, tuple[int, ...]]] = [
+        ("embeds", "float32", (1, length, decoder.hidden_size)),
+        ("position_ids", "int32", (1, length)),
+        ("past_length", "int32", (1,)),
+    ]
+    if is_padded:
+        shapes.append(("length", "int32", (1,)))
+    return (
+        tuple(TensorSignature(name=name, dtype=kind, shape=shape) for name, kind, shape in shapes),
+        (TensorSignature(name="logits", dtype="float32", shape=(1, 1, decoder.vocab_size)),),
+    )
+
+
+def _as_int32(signatures: Signatures) -> Signatures:
+    """Core ML has no int64 at its borders."""
+    inputs, outputs = signatures
+    return (
+        inputs,
+        tuple(replace(item, dtype=item.dtype.replace("int64", "int32")) for item in outputs),
+    )

@@ -1,0 +1,151 @@
+"""The three methods of an ExecuTorch program as modules to trace, and the rows between them.
+
+Methods hand each other *rows*. Where rotary positions are counted row by row, a row is an
+embedding. Where kept visual tokens keep the positions they had among all N, positions have gaps
+that a runner, which knows only how many rows the cache holds, cannot tell; so a row then carries
+two channels more, and the decoder keeps count itself:
+
+- `offset`: how far the row lies behind the running position,
+- `advance`: how much the running position grows behind it.
+
+A text row is (0, 1); the visual token that was the i-th of N is (i, 0), and (i, N) when it is the
+picture's last. Position = running + offset. The running position behind every cached row stays in
+the program, so a conversation can be cut back anywhere and continued.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.export.components import build_decoder, build_embedding, build_vision
+from pocketvlm.export.executorch.layers import Kernels
+from pocketvlm.export.executorch.ops import ExecutorchOps
+from pocketvlm.export.executorch.schema import has_position_channels
+from pocketvlm.modelspec import ModelSpec
+from pocketvlm.reduction import TokenReducer
+
+__all__ = ["DecoderMethod", "EmbeddingMethod", "VisionMethod"]
+
+
+class VisionMethod(nn.Module):
+    """`vision_encoder`: pixels to the picture's rows, and the indices of the tokens kept."""
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, reducer: TokenReducer | None) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.reducer = reducer
+        self._spec = spec
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, C, S, S] to rows [1, k, width] and int64 [1, k]."""
+        ops = ExecutorchOps(self.kernels, self._spec, reducer=self.reducer)
+        embeds, indices = build_vision(ops, self._spec, pixel_values)
+        if not has_position_channels(self.reducer):
+            return embeds, indices
+        count = embeds.shape[1]
+        offset = indices[..., None].to(torch.float32)
+        advance = torch.tensor([0.0] * (count - 1) + [float(self._spec.visual_tokens)])
+        return torch.cat([embeds, offset, advance[None, :, None]], dim=-1), indices
+
+
+class EmbeddingMethod(nn.Module):
+    """`token_embedding`: token ids to rows."""
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, reducer: TokenReducer | None) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self._spec = spec
+        self._adds_channels = has_position_channels(reducer)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[1, length] to [1, length, width]."""
+        embeds = build_embedding(ExecutorchOps(self.kernels, self._spec), input_ids)
+        if not self._adds_channels:
+            return embeds
+        advance = torch.ones_like(embeds[..., :1])
+        return torch.cat([embeds, torch.zeros_like(advance), advance], dim=-1)
+
+
+class DecoderMethod(nn.Module):
+    """`text_decoder`: rows and the number of rows before them to the last row's logits.
+
+    Args:
+        kernels: Its layers.
+        spec: The model.
+        reducer: The token reduction, or `None`.
+        capacity: Rows of KV cache.
+    """
+
+    frequencies: Tensor
+    running: Tensor
+
+    def __init__(
+        self, kernels: Kernels, spec: ModelSpec, reducer: TokenReducer | None, *, capacity: int
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.capacity = capacity
+        self._spec = spec
+        self._reads_channels = has_position_channels(reducer)
+        decoder = spec.decoder
+        shape = (1, capacity, decoder.kv_heads, decoder.head_dim)
+        for block in range(decoder.depth):
+            self.register_buffer(f"key_{block}", torch.zeros(shape))
+            self.register_buffer(f"value_{block}", torch.zeros(shape))
+        if self._reads_channels:
+            # Entry i is the running position behind the first i rows.
+            self.register_buffer("running", torch.zeros(1, capacity + 1, 1, 1))
+        exponents = torch.arange(0, decoder.head_dim, 2).to(torch.float32) / decoder.head_dim
+        self.register_buffer("frequencies", 1.0 / decoder.rope_theta**exponents)
+        self._start = 0
+
+    def forward(self, rows: Tensor, input_pos: Tensor) -> Tensor:
+        """[1, length, width] and int64 [1] to [1, 1, vocabulary]."""
+        start = cast("int", input_pos[0].item())
+        torch._check(start >= 0)  # noqa: SLF001  (how torch.export is told a bound)
+        torch._check(start + rows.shape[1] <= self.capacity)  # noqa: SLF001
+        self._start = start
+        width = self._spec.decoder.hidden_size
+        embeds = rows[..., :width] if self._reads_channels else rows
+        positions = self._positions(rows, input_pos, start)
+        angles = positions[..., None] * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+        self._cosine, self._sine = angles.cos(), angles.sin()
+        ops = ExecutorchOps(self.kernels, self._spec, cache=self)
+        return build_decoder(ops, self._spec, embeds)
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotary embedding of [1, length, heads, head_dim] (arXiv 2104.09864, eq. 34)."""
+        return heads * self._cosine + self.kernels.rotate_half(heads) * self._sine
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Extends the cache of a block and attends to all of it."""
+        keys, values = getattr(self, f"key_{block}"), getattr(self, f"value_{block}")
+        torch.ops.llama.update_cache(key, keys, self._start)
+        torch.ops.llama.update_cache(value, values, self._start)
+        attended = torch.ops.llama.custom_sdpa(
+            query,
+            keys,
+            values,
+            self._start,
+            None,
+            0.0,
+            True,  # noqa: FBT003  (is_causal; the operator takes no names)
+        )
+        return cast("Tensor", attended)
+
+    def _positions(self, rows: Tensor, input_pos: Tensor, start: int) -> Tensor:
+        """Rotary positions, float32 [1, length]."""
+        if not self._reads_channels:
+            return (input_pos + torch.arange(rows.shape[1]))[None].to(torch.float32)
+        width = self._spec.decoder.hidden_size
+        offset, advance = rows[..., width], rows[..., width + 1]
+        before = self.running[:, start, 0, 0][None]
+        # An empty cache begins at 0, whatever the last conversation left.
+        before = torch.where(input_pos > 0, before, torch.zeros_like(before))
+        behind = before + advance.cumsum(dim=-1)
+        torch.ops.llama.update_cache(behind[..., None, None], self.running, start + 1)
+        return behind - advance + offset

@@ -1,0 +1,156 @@
+"""The phone graphs in operators that ExecuTorch runs well: `GraphOps` of this target.
+
+Everything between two KV-cache updates is spelled so that XNNPACK takes it whole: the mean of
+squares of an RMS norm is a matrix product, heads are split without moving memory. Cosine and sine
+stay outside, in float32 kernels that are exact for large angles.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from pocketvlm.export.executorch.layers import Kernels
+from pocketvlm.forward import merge_patches
+from pocketvlm.modelspec import ModelSpec
+from pocketvlm.reduction import ReducerInputs, TokenReducer
+
+__all__ = ["AttentionCache", "ExecutorchOps"]
+
+
+class AttentionCache(Protocol):
+    """What the decoder's attention needs beside its inputs; heads are [1, length, heads, dim]."""
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotary embedding at the positions of this call."""
+        ...
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Extends the cache of a block and attends to all of it."""
+        ...
+
+
+class ExecutorchOps:
+    """`GraphOps` over tensors, for tracing.
+
+    Args:
+        kernels: Where layers come from.
+        spec: What the model is.
+        reducer: The token reduction, or `None`.
+        cache: For the decoder.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        spec: ModelSpec,
+        *,
+        reducer: TokenReducer | None = None,
+        cache: AttentionCache | None = None,
+    ) -> None:
+        self._kernels = kernels
+        self._spec = spec
+        self._reducer = reducer
+        self._cache = cache
+
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        tower = self._spec.tower
+        embeddings = cast("Any", self._kernels.module(f"{tower.prefix}.embeddings"))
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if tower.has_cls:
+            patches = torch.cat([embeddings.class_embedding.view(1, 1, -1), patches], dim=1)
+        # Row by row: the patches of one whole image are in raster order.
+        return cast("Tensor", patches + embeddings.position_embedding.weight[None])
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        return self._kernels.embed(token_ids, self._spec.decoder.embedding)
+
+    # No kernel cuts what has no fixed size, so layers that share an input stay apart: what stands
+    # for their joined outputs is the input, and each is applied where the outputs are split.
+    def linear(self, inputs: Tensor, *names: str) -> Tensor:
+        return self._kernels.linear(inputs, names[0]) if len(names) == 1 else inputs
+
+    def split(self, joined: Tensor, *names: str) -> tuple[Tensor, ...]:
+        return tuple(self._kernels.linear(joined, name) for name in names)
+
+    def norm(self, inputs: Tensor, name: str) -> Tensor:
+        layer = cast("Any", self._kernels.module(name))
+        if isinstance(layer, torch.nn.LayerNorm):
+            return cast("Tensor", layer(inputs))
+        mean = self._kernels.mean(inputs * inputs)
+        scale = torch.rsqrt(mean + self._spec.decoder.norm_eps)
+        return cast("Tensor", inputs * scale * layer.weight)
+
+    def add_norm(self, inputs: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        total = inputs + residual
+        return self.norm(total, name), total
+
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+    def activation(self, inputs: Tensor, kind: str) -> Tensor:
+        from transformers.activations import ACT2FN
+
+        if kind == "gelu_pytorch_tanh":
+            # XNNPACK computes the exact GELU whichever is asked for, so this one is spelled out.
+            cubic = inputs + 0.044715 * inputs * inputs * inputs
+            return 0.5 * inputs * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * cubic))
+        return cast("Tensor", ACT2FN[kind](inputs))
+
+    def gated(self, joined: Tensor, gate: str, up: str, kind: str) -> Tensor:
+        opened, values = self.split(joined, gate, up)
+        return self.activation(opened, kind) * values
+
+    def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        tower = self._spec.tower
+        query, key, value = (
+            self._heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)
+        )
+        attended = torch.ops.llama.custom_sdpa(query, key, value, 0)
+        return cast("Tensor", attended.view(1, -1, tower.hidden_size))
+
+    def cached_attention(self, joined: Tensor, block: int, *names: str) -> Tensor:
+        if self._cache is None:
+            raise TypeError("the decoder needs a cache")
+        decoder = self._spec.decoder
+        queries, keys, values = self.split(joined, *names)
+        query = self._cache.rotate(self._heads(queries, decoder.heads, decoder.head_dim))
+        key = self._cache.rotate(self._heads(keys, decoder.kv_heads, decoder.head_dim))
+        value = self._heads(values, decoder.kv_heads, decoder.head_dim)
+        attended = self._cache.attend(block, query, key, value)
+        return attended.view(1, -1, decoder.heads * decoder.head_dim)
+
+    def drop_first(self, inputs: Tensor) -> Tensor:
+        return inputs[:, 1:]
+
+    def last(self, inputs: Tensor) -> Tensor:
+        return inputs[:, -1:]
+
+    def merge_patches(self, features: Tensor, factor: int) -> Tensor:
+        return merge_patches(features, factor)
+
+    def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        if self._reducer is None:
+            return features, torch.arange(features.shape[1])[None]
+        tower = self._spec.tower
+        query, key = (
+            self._heads(part, tower.heads, tower.head_dim).transpose(1, 2)
+            for part in (queries, keys)
+        )
+        kept, indices = self._reducer(
+            ReducerInputs(
+                features=features,
+                queries=query * tower.head_dim**-0.5,
+                keys=key,
+                has_cls=tower.has_cls,
+                merge_factor=self._spec.projector.merge_factor,
+            )
+        )
+        return kept, indices
+
+    @staticmethod
+    def _heads(joined: Tensor, heads: int, width: int) -> Tensor:
+        return joined.view(1, -1, heads, width)

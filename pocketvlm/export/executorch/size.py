@@ -1,0 +1,144 @@
+"""Predicts the ExecuTorch program's bytes, and what it cannot run, from the specification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pocketvlm.export.executorch.forms import explain_misfit, kernel_bits, needs_offsets
+from pocketvlm.export.prediction import Prediction, other_elements
+from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
+from pocketvlm.export.unmasked import planned_unmasked
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse
+
+__all__ = ["predict_executorch"]
+
+_FLOAT_BYTES = 4  # XNNPACK computes in float32 and stores what it computes with
+_GROUP_SCALE_BYTES = 2  # of a blockwise kernel; one a row is float32
+_DIGIT_BITS = 4
+_TOWER_BLOCK_BYTES = 9_000
+_DECODER_BLOCK_BYTES = 9_500
+_GRAPH_BYTES = 30_000
+
+
+def predict_executorch(
+    spec: ModelSpec,
+    forms: Mapping[LinearSpec, PlannedForm | None],
+    *,
+    sparse_file: bool = False,
+) -> Prediction:
+    """Bytes of the program by part, and the layers that no kernel can run.
+
+    Args:
+        spec: The model.
+        forms: What each layer will be stored as; `None` for layers that stay float.
+        sparse_file: Whether masked weights are packed in the file.
+    """
+    parts: dict[str, int] = {}
+    unpacked = 0
+    refused: list[str] = []
+    dense: list[str] = []
+    dearer: list[str] = []
+    for linear, planned in forms.items():
+        form = planned_unmasked(planned)
+        count = linear.out_features * linear.in_features * _FLOAT_BYTES
+        if isinstance(form, PlannedAffine):
+            reason = _misfit(spec, linear, form)
+            if reason is not None:
+                refused.append(f"executorch: {linear.name}: {reason}")
+            count = _stored_bytes(linear, form)
+            if linear.part == "embedding":
+                count += _table_scale_bytes(linear, form) if spec.decoder.tied_head else 0
+            if linear.part != "embedding" or spec.decoder.tied_head:
+                is_row = form.group_size >= linear.in_features
+                if form.float_zeros or needs_offsets(
+                    bits=form.bits, is_row=is_row, symmetric=form.symmetric
+                ):
+                    dearer.append(linear.name)
+        elif form is not None:
+            dense.append(linear.name)
+        if sparse_file and isinstance(planned, PlannedSparse):
+            saved = _saved_bytes(linear, planned)
+            count -= saved
+            unpacked += saved
+        parts[linear.part] = parts.get(linear.part, 0) + count
+    parts["other"] = _other_bytes(spec)
+    warnings = []
+    if dearer:
+        warnings.append(
+            f"executorch: {len(dearer)} layers have free zero points, or 8 bits in groups: XNNPACK "
+            "runs them exactly, at the price of a second product; symmetric: true, and 8 bits with "
+            "one scale a row, would do without"
+        )
+    if dense:
+        warnings.append(
+            f"executorch: {len(dense)} layers of codebooks are stored as dense float32: XNNPACK "
+            "has no kernel for them"
+        )
+    warnings += masked_warnings("executorch", "XNNPACK", forms.values(), sparse_file=sparse_file)
+    return Prediction(
+        part_bytes=parts,
+        refused=tuple(refused),
+        warnings=tuple(warnings),
+        unpacked_bytes=unpacked,
+    )
+
+
+def _misfit(spec: ModelSpec, linear: LinearSpec, form: PlannedAffine) -> str | None:
+    if linear.part == "embedding" and not spec.decoder.tied_head:
+        return None  # a lookup takes any grid
+    return explain_misfit(group_size=form.group_size, in_features=linear.in_features)
+
+
+def _stored_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
+    """Codes and scales as a kernel stores them."""
+    groups = -(-linear.in_features // form.group_size)
+    bits = kernel_bits(form.bits)
+    is_row = groups == 1
+    if is_row:
+        row = -(-linear.in_features * bits // 8) + _FLOAT_BYTES
+    else:
+        digits = bits // _DIGIT_BITS
+        row = groups * form.group_size * bits // 8 + groups * digits * _GROUP_SCALE_BYTES
+    if form.float_zeros or needs_offsets(bits=form.bits, is_row=is_row, symmetric=form.symmetric):
+        row += groups * _FLOAT_BYTES
+    return linear.out_features * row
+
+
+def _saved_bytes(linear: LinearSpec, form: PlannedSparse) -> int:
+    """What the packed file leaves out of a layer."""
+    plain = planned_unmasked(form)
+    if not isinstance(plain, PlannedAffine):
+        return saved_bytes(linear, form, bits=_FLOAT_BYTES * 8)
+    groups = -(-linear.in_features // plain.group_size)
+    bits = kernel_bits(plain.bits)
+    # Narrower codes are stored around their zero point, which then is the same everywhere.
+    has_fills = bits == plain.bits and not plain.symmetric
+    if groups == 1:
+        return saved_bytes(linear, form, bits=bits, has_fills=has_fills)
+    return saved_bytes(
+        linear,
+        form,
+        bits=_DIGIT_BITS,
+        width=groups * plain.group_size,
+        copies=bits // _DIGIT_BITS,
+        has_fills=has_fills,
+    )
+
+
+def _table_scale_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
+    """A tied table's codes are stored once; the lookup has scales of its own."""
+    groups = -(-linear.in_features // form.group_size)
+    return linear.out_features * groups * _FLOAT_BYTES
+
+
+def _other_bytes(spec: ModelSpec) -> int:
+    """Everything but weight matrices: patches, positions, norms, biases, graphs."""
+    tower, decoder = spec.tower, spec.decoder
+    embeddings, vectors = other_elements(spec)
+    graphs = (
+        _GRAPH_BYTES
+        + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
+        + _DECODER_BLOCK_BYTES * decoder.depth
+    )
+    return (embeddings + vectors) * _FLOAT_BYTES + graphs

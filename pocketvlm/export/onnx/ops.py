@@ -1,0 +1,549 @@
+"""The phone graphs' operators in ONNX, as ONNX Runtime's CPU kernels run them best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.onnx.codebook import affine_rows, codebook_matrix, codebook_rows
+from pocketvlm.export.onnx.masked import masked_codes, masked_floats
+from pocketvlm.export.onnx.packing import narrowest_float, pack_weight
+from pocketvlm.export.onnx.reducer import trace_reducer
+from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
+from pocketvlm.export.unmasked import has_zero_code, unmasked
+from pocketvlm.forward import embed_patches
+from pocketvlm.weights import (
+    AffineWeight,
+    CodebookWeight,
+    DenseWeight,
+    KeptIntegers,
+    KeptValues,
+    SparseWeight,
+    WeightForm,
+)
+
+__all__ = ["OnnxOps"]
+
+# Operator and its `alpha` by the name that Hugging Face gives the activation.
+_ACTIVATIONS: dict[str, tuple[str, float | None]] = {
+    "gelu": ("Gelu", None),
+    "gelu_pytorch_tanh": ("FastGelu", None),
+    "quick_gelu": ("QuickGelu", 1.702),
+    "silu": ("QuickGelu", 1.0),
+}
+
+# Which rows a layer computes, how its values are called, and the input that counts its past.
+_Rows = Literal["all", "text"]
+_LABELS: dict[_Rows, str] = {"all": "", "text": "text."}
+_PASTS: dict[_Rows, str] = {"all": "past_length", "text": "past_text_length"}
+
+
+class OnnxOps:
+    """`GraphOps` over names of values in a graph under construction.
+
+    Args:
+        graph: Where nodes go.
+        checkpoint: Where weights come from.
+        accuracy_level: How `MatMulNBits` computes: 0 in float32, 4 with activations rounded to
+            int8 a block.
+    """
+
+    def __init__(self, graph: GraphWriter, checkpoint: Checkpoint, *, accuracy_level: int) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._spec = checkpoint.spec
+        self._accuracy_level = accuracy_level
+        self._widths = {
+            linear.name: linear.out_features for linear in checkpoint.spec.linears()
+        } | {checkpoint.spec.decoder.head: checkpoint.spec.decoder.vocab_size}
+        self._shared: dict[str, str] = {}
+
+    def embed_patches(self, pixels: str) -> str:
+        tower = self._spec.tower
+        module = cast("Any", self._checkpoint.model.get_submodule(f"{tower.prefix}.embeddings"))
+        name = f"{tower.prefix}.embeddings"
+        convolution = module.patch_embedding
+        inputs = [pixels, self._float(f"{name}.patch_embedding.weight", convolution.weight)]
+        if convolution.bias is not None:
+            inputs.append(self._float(f"{name}.patch_embedding.bias", convolution.bias))
+        size = [tower.patch_size, tower.patch_size]
+        patches = self._graph.node(
+            "Conv", inputs, name=f"{name}.patch_embedding", kernel_shape=size, strides=size
+        )
+        shape = self._graph.constant(
+            f"{name}.shape", np.array([1, tower.hidden_size, -1], dtype=np.int64)
+        )
+        patches = self._graph.node("Reshape", [patches, shape], name=f"{name}.flatten")
+        patches = self._graph.node("Transpose", [patches], name=f"{name}.tokens", perm=[0, 2, 1])
+        if tower.has_cls:
+            cls = module.class_embedding.view(1, 1, -1)
+            token = self._float(f"{name}.class_embedding", cls)
+            patches = self._graph.node("Concat", [token, patches], name=f"{name}.cls", axis=1)
+        positions = self._float(f"{name}.positions", self._positions()[None])
+        return self._graph.node("Add", [patches, positions], name=f"{name}.add_positions")
+
+    def embed_tokens(self, token_ids: str) -> str:
+        name = self._spec.decoder.embedding
+        masked = self._checkpoint.form(name)
+        form = unmasked(masked)
+        if isinstance(form, AffineWeight):
+            if form.has_float_zeros:  # GatherBlockQuantized takes integers only
+                return affine_rows(self._graph, name, form, token_ids)
+            return self._embed_quantized(token_ids, name, form, masked)
+        if isinstance(form, CodebookWeight):
+            return codebook_rows(self._graph, name, form, token_ids)
+        table, data_type = narrowest_float(_dense(name, form))
+        places = masked_floats([masked], data_type)
+        stored = self._graph.constant(f"{name}.weight", table, data_type=data_type, masked=places)
+        rows = self._graph.node("Gather", [stored, token_ids], name=name)
+        if data_type == onnx.TensorProto.FLOAT:
+            return rows
+        # Cast after the look-up, so that the table stays narrow in memory.
+        return self._graph.node("Cast", [rows], name=f"{name}.float32", to=onnx.TensorProto.FLOAT)
+
+    def linear(self, inputs: str, *names: str) -> str:
+        forms = [self._checkpoint.form(name) for name in names]
+        if _can_join(forms):
+            return self._linear(inputs, names, forms)
+        parts = [
+            self._linear(inputs, [name], [form]) for name, form in zip(names, forms, strict=True)
+        ]
+        return self._graph.node("Concat", parts, name=_joined(names), axis=-1)
+
+    def split(self, joined: str, *names: str) -> tuple[str, ...]:
+        widths = np.array([self._widths[name] for name in names], dtype=np.int64)
+        sizes = self._graph.constant(f"{_joined(names)}.widths", widths)
+        label = self._graph.unique(f"{_joined(names)}.split")
+        outputs = [f"{label}.{index}" for index in range(len(names))]
+        return self._graph.nodes("Split", [joined, sizes], outputs, name=label, axis=-1)
+
+    def norm(self, inputs: str, name: str) -> str:
+        module = self._norm_module(name)
+        weight = self._float(f"{name}.weight", module.weight, narrow=False)
+        if not _is_layer_norm(module):
+            return self._graph.node(
+                "RMSNormalization", [inputs, weight], name=name, epsilon=self._epsilon(module)
+            )
+        bias = self._float(f"{name}.bias", module.bias, narrow=False)
+        return self._graph.node(
+            "LayerNormalization", [inputs, weight, bias], name=name, epsilon=self._epsilon(module)
+        )
+
+    def add_norm(self, inputs: str, residual: str, name: str) -> tuple[str, str]:
+        module = self._norm_module(name)
+        operands = [inputs, residual, self._float(f"{name}.weight", module.weight, narrow=False)]
+        operator = "SkipSimplifiedLayerNormalization"
+        if _is_layer_norm(module):
+            operator = "SkipLayerNormalization"
+            operands.append(self._float(f"{name}.bias", module.bias, narrow=False))
+        label = self._graph.unique(name)
+        normed, _, _, total = self._graph.nodes(
+            operator,
+            operands,
+            [label, "", "", f"{label}.sum"],
+            name=label,
+            domain=CONTRIB,
+            epsilon=self._epsilon(module),
+        )
+        return normed, total
+
+    def add(self, left: str, right: str) -> str:
+        return self._graph.node("Add", [left, right], name="add")
+
+    def activation(self, inputs: str, kind: str) -> str:
+        if kind not in _ACTIVATIONS:
+            raise UnsupportedError(
+                f"activation {kind!r} has no ONNX Runtime kernel; there are "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        operator, alpha = _ACTIVATIONS[kind]
+        return self._graph.node(
+            operator, [inputs], name=f"{inputs}.{kind}", domain=CONTRIB, alpha=alpha
+        )
+
+    def gated(self, joined: str, gate: str, up: str, kind: str) -> str:
+        opened, values = self.split(joined, gate, up)
+        opened = self.activation(opened, kind)
+        return self._graph.node("Mul", [opened, values], name=f"{joined}.gated")
+
+    def attention(self, queries: str, keys: str, values: str) -> str:
+        return self._graph.node(
+            "MultiHeadAttention",
+            [queries, keys, values],
+            name=f"{queries}.attention",
+            domain=CONTRIB,
+            num_heads=self._spec.tower.heads,
+        )
+
+    def cached_attention(self, joined: str, block: int, *names: str) -> str:
+        decoder = self._spec.decoder
+        late = self._checkpoint.visual_layers
+        kept: _Rows = "text" if late is not None and block >= late else "all"
+        before, total = self._sequence_lengths(kept)
+        cosine, sine = self._rotary_rows(kept)
+        label = f"{decoder.blocks}.{block}.self_attn"
+        attended, _, _ = self._graph.nodes(
+            "GroupQueryAttention",
+            [
+                joined,
+                "",
+                "",
+                f"past.{block}.key",
+                f"past.{block}.value",
+                before,
+                total,
+                cosine,
+                sine,
+                *self._cache_scales(label, block),
+            ],
+            [label, f"present.{block}.key", f"present.{block}.value"],
+            name=label,
+            domain=CONTRIB,
+            num_heads=decoder.heads,
+            kv_num_heads=decoder.kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+            **self._cache_attributes(),
+        )
+        return attended
+
+    def select_text(self, inputs: str) -> str:
+        """The rows that `text_rows` names."""
+        return self._graph.node("Gather", [inputs, "text_rows"], name=f"{inputs}.text", axis=1)
+
+    def drop_first(self, inputs: str) -> str:
+        return self._slice(inputs, 1, np.iinfo(np.int64).max, axis=1, name="drop_cls")
+
+    def last(self, inputs: str) -> str:
+        return self._slice(inputs, -1, np.iinfo(np.int64).max, axis=1, name=f"{inputs}.last")
+
+    def merge_patches(self, features: str, factor: int) -> str:
+        if factor == 1:
+            return features
+        tower = self._spec.tower
+        cells, width = tower.patches_per_side // factor, tower.hidden_size
+        grid = np.array([cells, factor, cells, factor * width], dtype=np.int64)
+        merged = np.array([1, cells * cells, factor * factor * width], dtype=np.int64)
+        features = self._graph.node(
+            "Reshape", [features, self._graph.constant("merge.grid", grid)], name="merge.cells"
+        )
+        features = self._graph.node(
+            "Transpose", [features], name="merge.transpose", perm=[0, 2, 1, 3]
+        )
+        return self._graph.node(
+            "Reshape", [features, self._graph.constant("merge.shape", merged)], name="merge"
+        )
+
+    def reduce(self, features: str, queries: str, keys: str) -> tuple[str, str]:
+        reducer = self._checkpoint.reducer
+        if reducer is None:
+            every = np.arange(self._spec.visual_tokens, dtype=np.int64)[None]
+            return features, self._graph.constant("reducer.all", every)
+        traced = trace_reducer(reducer, self._spec, opset=self._graph.opset)
+        kept, indices = self._graph.inline(
+            traced, {"features": features, "queries": queries, "keys": keys}, "reducer"
+        )
+        return kept, indices
+
+    def output(self, value: str, name: str) -> None:
+        """Gives a value the name of a graph's output."""
+        self._graph.node("Identity", [value], name=name, output=name)
+
+    def _linear(self, inputs: str, names: Sequence[str], masked: list[WeightForm]) -> str:
+        name = _joined(names)
+        bias = self._bias(names)
+        forms = [unmasked(form) for form in masked]
+        if all(isinstance(form, AffineWeight) for form in forms):
+            affine = cast("list[AffineWeight]", forms)
+            return self._linear_quantized(inputs, name, affine, masked, bias)
+        if isinstance(forms[0], CodebookWeight):
+            expanded = codebook_matrix(self._graph, name, forms[0])
+            product = self._graph.node("MatMul", [inputs, expanded], name=name)
+        else:
+            dense = torch.cat([_dense(name, form) for form in forms])
+            product = self._graph.node(
+                "FusedMatMul",
+                [inputs, self._float(f"{name}.weight", dense, masked=masked)],
+                name=name,
+                domain=CONTRIB,
+                transB=1,
+            )
+        if bias is None:
+            return product
+        return self._graph.node("Add", [product, bias], name=f"{name}.biased")
+
+    def _linear_quantized(
+        self,
+        inputs: str,
+        name: str,
+        forms: list[AffineWeight],
+        masked: list[WeightForm],
+        bias: str | None,
+    ) -> str:
+        packed = pack_weight(name, forms)
+        places = masked_codes(masked, packed)
+        operands = [
+            inputs,
+            self._graph.constant(f"{name}.codes", packed.codes, masked=places),
+            self._scales(name, packed.scales),
+            self._zeros(name, packed.zeros),
+            "",
+            bias or "",
+        ]
+        return self._graph.node(
+            "MatMulNBits",
+            operands,
+            name=name,
+            domain=CONTRIB,
+            K=packed.in_features,
+            N=packed.out_features,
+            bits=packed.bits,
+            block_size=packed.block_size,
+            accuracy_level=self._accuracy_level,
+        )
+
+    def _embed_quantized(
+        self, token_ids: str, name: str, form: AffineWeight, masked: WeightForm
+    ) -> str:
+        packed = pack_weight(name, [form])
+        codes = packed.codes.reshape(packed.out_features, -1)
+        places = masked_codes([masked], packed)
+        operands = [
+            self._graph.constant(f"{name}.codes", codes, masked=places),
+            token_ids,
+            self._scales(name, packed.scales),
+        ]
+        if packed.zeros is not None:
+            operands.append(self._graph.constant(f"{name}.zeros", packed.zeros))
+        rows = self._graph.node(
+            "GatherBlockQuantized",
+            operands,
+            name=name,
+            domain=CONTRIB,
+            bits=packed.bits,
+            block_size=packed.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if form.groups * form.group_size == form.in_features:
+            return rows
+        return self._slice(rows, 0, form.in_features, axis=2, name=f"{name}.unpad")
+
+    def _scales(self, name: str, scales: np.ndarray) -> str:
+        # Stored as float16, cast once: ONNX Runtime folds the cast when the session starts.
+        stored = self._graph.constant(f"{name}.scales", scales)
+        return self._graph.node(
+            "Cast", [stored], name=f"{name}.scales_float32", to=onnx.TensorProto.FLOAT
+        )
+
+    def _zeros(self, name: str, zeros: np.ndarray | None) -> str:
+        if zeros is None:
+            return ""
+        stored = self._graph.constant(f"{name}.zeros", zeros)
+        if zeros.dtype == np.uint8:
+            return stored
+        return self._graph.node(
+            "Cast", [stored], name=f"{name}.zeros_float32", to=onnx.TensorProto.FLOAT
+        )
+
+    def _float(
+        self,
+        name: str,
+        values: Tensor,
+        *,
+        narrow: bool = True,
+        masked: Sequence[WeightForm] = (),
+    ) -> str:
+        """A float32 constant, stored in the narrowest type that is exact.
+
+        Args:
+            name: Its name.
+            values: Its content.
+            narrow: Whether a narrower type may be looked for.
+            masked: The weights whose rows it joins, where it is a weight matrix.
+        """
+        if not narrow:
+            return self._graph.constant(name, values.detach().to(torch.float32).numpy())
+        array, data_type = narrowest_float(values)
+        places = masked_floats(masked, data_type)
+        stored = self._graph.constant(name, array, data_type=data_type, masked=places)
+        if data_type == onnx.TensorProto.FLOAT:
+            return stored
+        return self._graph.node("Cast", [stored], name=f"{name}_float32", to=onnx.TensorProto.FLOAT)
+
+    def _bias(self, names: Sequence[str]) -> str | None:
+        layers = [self._checkpoint.layer(name) for name in names]
+        biases = [getattr(layer, "bias", None) for layer in layers]
+        if all(bias is None for bias in biases):
+            return None
+        filled = [
+            torch.zeros(self._widths[name]) if bias is None else bias
+            for name, bias in zip(names, biases, strict=True)
+        ]
+        return self._float(f"{_joined(names)}.bias", torch.cat(filled), narrow=False)
+
+    def _slice(self, inputs: str, start: int, end: int, *, axis: int, name: str) -> str:
+        bounds = [
+            self._graph.constant(f"slice.{value}", np.array([value], dtype=np.int64))
+            for value in (start, end, axis)
+        ]
+        return self._graph.node("Slice", [inputs, *bounds], name=name)
+
+    def _norm_module(self, name: str) -> Any:
+        return self._checkpoint.model.get_submodule(name)
+
+    @staticmethod
+    def _epsilon(module: Any) -> float:
+        return float(module.eps if _is_layer_norm(module) else module.variance_epsilon)
+
+    def _positions(self) -> Tensor:
+        """The position embedding of every token of a whole image, [tokens, hidden].
+
+        The tower is asked instead of its rule repeated: which row a patch takes is read off a
+        forward pass over an empty image.
+        """
+        tower = self._spec.tower
+        name = f"{tower.prefix}.embeddings.position_embedding"
+        module = self._checkpoint.model.get_submodule(name)
+        seen: list[Tensor] = []
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            blank = torch.zeros(1, tower.channels, tower.image_size, tower.image_size)
+            with torch.inference_mode():
+                embed_patches(self._checkpoint.model, self._spec, blank)
+        finally:
+            handle.remove()
+        return seen[0].reshape(-1, tower.hidden_size)
+
+    def _cache_scales(self, name: str, block: int) -> tuple[str, ...]:
+        """Scales of an int8 cache behind three inputs that are left out; nothing for float32."""
+        grid = self._checkpoint.cache_grid
+        if grid is None:
+            return ()
+        keys = self._graph.constant(f"{name}.key_scales", grid.keys[block].numpy())
+        values = self._graph.constant(f"{name}.value_scales", grid.values[block].numpy())
+        return ("", "", "", keys, values)
+
+    def _cache_attributes(self) -> dict[str, Any]:
+        grid = self._checkpoint.cache_grid
+        if grid is None:
+            return {}
+        return {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": grid.bits,
+        }
+
+    def _sequence_lengths(self, rows: _Rows) -> tuple[str, str]:
+        """`seqlens_k` (one less than the total) and the total, as the attention wants them."""
+        label = _LABELS[rows]
+        if f"{label}total" not in self._shared:
+            graph = self._graph
+            length = graph.node("Shape", [self._positions_of(rows)], name=f"{label}length", start=1)
+            total = graph.node("Add", [_PASTS[rows], length], name=f"{label}total_length")
+            total = graph.node(
+                "Cast", [total], name=f"{label}total_int32", to=onnx.TensorProto.INT32
+            )
+            one = graph.constant("one", np.array([1], dtype=np.int32))
+            scalar = graph.constant("scalar", np.zeros(0, dtype=np.int64))
+            before = graph.node("Sub", [total, one], name=f"{label}last_index")
+            self._shared[f"{label}before"] = before
+            self._shared[f"{label}total"] = graph.node(
+                "Reshape", [total, scalar], name=f"{label}total"
+            )
+        return self._shared[f"{label}before"], self._shared[f"{label}total"]
+
+    def _positions_of(self, rows: _Rows) -> str:
+        """Positions of the rows of this call that a layer computes, [1, rows]."""
+        if rows == "all":
+            return "position_ids"
+        if "text_position_ids" not in self._shared:
+            self._shared["text_position_ids"] = self.select_text("position_ids")
+        return self._shared["text_position_ids"]
+
+    def _rotary_rows(self, rows: _Rows) -> tuple[str, str]:
+        """Cosines and sines by cache slot, [total, head_dim / 2].
+
+        The attention rotates the token of slot i by row i of its table, and offers no other way
+        to give a prompt positions with gaps (it reads the first of a prompt's position ids only).
+        So it is given rows that were looked up by position; slots of the past are rotated already.
+        """
+        label = _LABELS[rows]
+        if f"{label}cosine" not in self._shared:
+            graph, name = self._graph, f"{label}positions"
+            flat = graph.constant("flat", np.array([-1], dtype=np.int64))
+            positions = graph.node("Reshape", [self._positions_of(rows), flat], name=name)
+            none = graph.constant("none", np.array([0], dtype=np.int64))
+            pads = graph.node("Concat", [_PASTS[rows], none], name=f"{name}.pads", axis=0)
+            slots = graph.node("Pad", [positions, pads], name=f"{name}.by_slot")
+            if "cosines" not in self._shared:
+                self._shared["cosines"], self._shared["sines"] = self._rotary_tables()
+            for kind in ("cosine", "sine"):
+                self._shared[f"{label}{kind}"] = graph.node(
+                    "Gather", [self._shared[f"{kind}s"], slots], name=f"{label}rotary.{kind}"
+                )
+        return self._shared[f"{label}cosine"], self._shared[f"{label}sine"]
+
+    def _rotary_tables(self) -> tuple[str, str]:
+        """Cosines and sines of every position; computed when the session starts, not stored."""
+        decoder, graph = self._spec.decoder, self._graph
+        exponents = torch.arange(0, decoder.head_dim, 2).to(torch.float32) / decoder.head_dim
+        frequencies = 1.0 / decoder.rope_theta**exponents
+        bounds = [
+            graph.constant(f"rotary.{name}", np.array(value, dtype=np.int64))
+            for name, value in (("start", 0), ("limit", decoder.max_positions), ("delta", 1))
+        ]
+        positions = graph.node("Range", bounds, name="rotary.range")
+        positions = graph.node(
+            "Cast", [positions], name="rotary.float32", to=onnx.TensorProto.FLOAT
+        )
+        column = graph.constant("rotary.column", np.array([-1, 1], dtype=np.int64))
+        positions = graph.node("Reshape", [positions, column], name="rotary.rows")
+        row = graph.constant("rotary.frequencies", frequencies[None].numpy())
+        angles = graph.node("Mul", [positions, row], name="rotary.angles")
+        cosines = graph.node("Cos", [angles], name="rotary.cosines")
+        return cosines, graph.node("Sin", [angles], name="rotary.sines")
+
+
+def _can_join(forms: list[WeightForm]) -> bool:
+    # Codebooks stay apart: to join what they expand to would hold all of it once more.
+    products = {_product(form) for form in forms}
+    return len(products) == 1 and None not in products
+
+
+def _product(form: WeightForm) -> tuple[int | bool, ...] | None:
+    """What an operator has to know of a layer: of floats nothing; `None` for tables."""
+    grid: WeightForm | KeptValues = form
+    if isinstance(form, SparseWeight) and has_zero_code(form):
+        grid = form.values
+    if isinstance(grid, AffineWeight | KeptIntegers):
+        return (grid.bits, grid.group_size, grid.zeros is None, grid.has_float_zeros)
+    return None if isinstance(form, CodebookWeight) else ()
+
+
+def _dense(name: str, form: WeightForm) -> Tensor:
+    if not isinstance(form, DenseWeight):
+        raise UnsupportedError(
+            f"{name}: a weight of kind {form.kind!r} cannot be exported to ONNX; there are "
+            f"{AffineWeight.kind}, {CodebookWeight.kind}, {DenseWeight.kind}, "
+            f"{SparseWeight.kind}"
+        )
+    return form.values
+
+
+def _is_layer_norm(module: Any) -> bool:
+    return isinstance(module, nn.LayerNorm)
+
+
+def _joined(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    prefix = names[0].rpartition(".")[0]
+    return f"{prefix}.{'_'.join(name.rpartition('.')[2] for name in names)}"

@@ -1,0 +1,186 @@
+"""Predicts the ONNX target's bytes, and what it cannot run, from the specification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pocketvlm.export.onnx.packing import (
+    BLOCK_SIZES,
+    FLOAT_ZERO_BITS,
+    FLOAT_ZERO_REFUSAL,
+    container_bits,
+)
+from pocketvlm.export.prediction import Prediction, other_elements
+from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
+from pocketvlm.export.unmasked import planned_unmasked
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
+
+__all__ = ["predict_onnx", "quantized_bytes"]
+
+_FLOAT_BYTES = 2  # a published checkpoint is bf16, which is stored exactly
+_SCALE_BYTES = 2
+_NARROW_KERNEL_BITS = 2
+_BYTE = 8
+
+# A node takes 160 bytes with its names, a block has a fixed set of nodes; a node that expands has
+# longer names, and constants: measured, not derived.
+_TOWER_BLOCK_BYTES = 7_900
+_DECODER_BLOCK_BYTES = 6_400
+_GRAPH_BYTES = 4_000
+_NODE_BYTES = 310
+
+
+def predict_onnx(
+    spec: ModelSpec,
+    grids: Mapping[LinearSpec, PlannedForm | None],
+    *,
+    sparse_file: bool = False,
+) -> Prediction:
+    """Bytes of the files by part, within 3 %, and the layers that no kernel can run.
+
+    Args:
+        spec: The model.
+        grids: What each layer will be quantized to; `None` for layers that stay float.
+        sparse_file: Whether masked weights are packed in the file.
+    """
+    parts: dict[str, int] = {}
+    for linear, grid in grids.items():
+        count = _layer_bytes(linear, grid, sparse_file=sparse_file)
+        parts[linear.part] = parts.get(linear.part, 0) + count
+    parts["other"] = _other_bytes(spec)
+    dense = sum(_layer_bytes(*item, sparse_file=False) for item in grids.items())
+    unpacked = dense + parts["other"] - sum(parts.values())
+    refused = [reason for linear, grid in grids.items() for reason in _refusals(linear, grid)]
+    return Prediction(
+        part_bytes=parts,
+        refused=tuple(refused),
+        warnings=tuple(_warnings(grids, sparse_file=sparse_file)),
+        unpacked_bytes=unpacked,
+    )
+
+
+def _layer_bytes(linear: LinearSpec, grid: PlannedForm | None, *, sparse_file: bool) -> int:
+    if isinstance(grid, PlannedSparse):
+        plain = planned_unmasked(grid)
+        if isinstance(plain, PlannedAffine):
+            count = _affine_bytes(linear, plain)
+            bits, groups = container_bits(plain.bits), -(-linear.in_features // plain.group_size)
+            width, has_fills = groups * plain.group_size, not plain.symmetric
+        else:
+            element = _dense_bytes(grid)
+            count = linear.out_features * linear.in_features * element
+            bits, width, has_fills = element * _BYTE, linear.in_features, False
+        if sparse_file:
+            count -= saved_bytes(linear, grid, bits=bits, width=width, has_fills=has_fills)
+        return count
+    if isinstance(grid, PlannedCodebook):
+        count = grid.stored_bytes(linear.out_features, linear.in_features)
+        return count + _expanding_nodes(grid) * _NODE_BYTES
+    if isinstance(grid, PlannedAffine):
+        return _affine_bytes(linear, grid)
+    return linear.out_features * linear.in_features * _FLOAT_BYTES
+
+
+def _affine_bytes(linear: LinearSpec, grid: PlannedAffine) -> int:
+    return quantized_bytes(
+        linear,
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        float_zeros=grid.float_zeros,
+    )
+
+
+def _refusals(linear: LinearSpec, grid: PlannedForm | None) -> Iterator[str]:
+    plain = planned_unmasked(grid)
+    if not isinstance(plain, PlannedAffine):
+        return
+    if plain.group_size not in BLOCK_SIZES:
+        yield (
+            f"onnx: {linear.name}: group size {plain.group_size} has no ONNX Runtime "
+            f"kernel; allowed are {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    if plain.float_zeros and container_bits(plain.bits) not in FLOAT_ZERO_BITS:
+        yield f"onnx: {linear.name}: {FLOAT_ZERO_REFUSAL}"
+
+
+def _warnings(
+    grids: Mapping[LinearSpec, PlannedForm | None], *, sparse_file: bool
+) -> Iterator[str]:
+    affine = [
+        plain for plain in map(planned_unmasked, grids.values()) if isinstance(plain, PlannedAffine)
+    ]
+    if widened := sum(container_bits(grid.bits) != grid.bits for grid in affine):
+        yield (
+            f"onnx: {widened} layers of 3 bits are stored in 4-bit containers: no kernel "
+            "reads 3 bits, so they cost what 4 bits cost"
+        )
+    if narrow := sum(grid.bits == _NARROW_KERNEL_BITS for grid in affine):
+        yield f"onnx: {narrow} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
+    if looked_up := sum(isinstance(grid, PlannedCodebook) for grid in grids.values()):
+        yield (
+            f"onnx: {looked_up} layers of codebooks are small on disk and dense float32 once "
+            "loaded: ONNX Runtime has no kernel for them"
+        )
+    if between := sum(grid.float_zeros for grid in affine):
+        yield (
+            f"onnx: {between} layers have float zero points, which ONNX Runtime multiplies in "
+            "float32: slower than integer zero points"
+        )
+    yield from masked_warnings("onnx", "ONNX Runtime", grids.values(), sparse_file=sparse_file)
+
+
+def _dense_bytes(form: PlannedSparse) -> int:
+    """Bytes of an element: a scaled value needs more digits than float16 has."""
+    values = form.values
+    is_scaled = isinstance(values, PlannedAffine) or (values is not None and values.row_scales)
+    return 2 * _FLOAT_BYTES if is_scaled else _FLOAT_BYTES
+
+
+def quantized_bytes(
+    linear: LinearSpec, *, bits: int, group_size: int, symmetric: bool, float_zeros: bool = False
+) -> int:
+    """Bytes of one layer's codes, scales and zero points as `MatMulNBits` stores them."""
+    stored = container_bits(bits)
+    groups = -(-linear.in_features // group_size)
+    row = groups * group_size * stored // 8 + groups * _SCALE_BYTES
+    # The zero point that the operator assumes is the container's, not that of a narrower code.
+    if float_zeros:
+        row += groups * _SCALE_BYTES
+    elif not symmetric or stored != bits:
+        row += -(-groups * stored // 8)
+    return linear.out_features * row
+
+
+def _expanding_nodes(form: PlannedCodebook) -> int:
+    """Nodes that `codebook` expands a weight with."""
+    grouped = [form.index_bits]
+    nodes = 2 * form.row_scales + 4 * form.column_scales
+    if form.residual_bits is not None:
+        grouped.append(form.residual_bits)
+        nodes += 1
+    nodes += len(grouped) * (int(form.row_groups > 1) + int(form.column_groups > 1))
+    lookups = grouped
+    if form.outlier_columns:
+        lookups = [*grouped, form.outlier_bits]
+        nodes += 1
+    if form.outlier_columns or form.column_groups > 1:
+        nodes += 1
+    for bits in lookups:
+        # What turns, finds, reshapes and casts; then what takes codes out of their bytes.
+        nodes += 4
+        nodes += 1 if bits == _BYTE else 4 if _BYTE % bits == 0 else 8
+    return nodes
+
+
+def _other_bytes(spec: ModelSpec) -> int:
+    """Bytes of everything but weight matrices: patches, positions, norms, biases, graphs."""
+    tower, decoder = spec.tower, spec.decoder
+    embeddings, vectors = other_elements(spec)
+    graphs = (
+        _GRAPH_BYTES
+        + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
+        + _DECODER_BLOCK_BYTES * decoder.depth
+    )
+    return embeddings * _FLOAT_BYTES + vectors * 4 + graphs

@@ -1,0 +1,190 @@
+"""Runs a bundle's Core ML packages as an app does: a padded prefill in chunks, then row by row.
+
+By default the packages are computed by the project's reference evaluator, which is not Core ML;
+on an Apple machine the same runner drives the real runtime (`pocketvlm verify-coreml`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketvlm.bundle import Bundle, Component
+from pocketvlm.errors import BundleError
+from pocketvlm.runtime.coreml.package import ComputedPackage, OpenPackage, ReferencePackage
+from pocketvlm.runtime.mil.package import Function
+from pocketvlm.runtime.mil.types import Array
+from pocketvlm.runtime.runner import Runner
+
+__all__ = ["CoremlRunner"]
+
+_TARGET = "coreml"
+_CACHES = ("key_cache", "value_cache")
+_ROWS = {"embeds", "position_ids", "past_length"}
+_COUNT = "length"
+
+
+class CoremlRunner(Runner):
+    """A bundle's Core ML packages, with the KV cache inside.
+
+    The cache is a state of the decoder (iOS 18), or goes in and out of every call (iOS 17).
+
+    Attributes:
+        chunk: Rows of one prefill.
+    """
+
+    def __init__(self, bundle: Bundle, *, open_package: OpenPackage = ReferencePackage) -> None:
+        """Opens the packages.
+
+        Args:
+            bundle: An opened bundle.
+            open_package: What computes them: the reference evaluator, unless told otherwise.
+
+        Raises:
+            BundleError: The bundle has no Core ML packages, or one is damaged or does not match.
+        """
+        opened: dict[str, ComputedPackage] = {}
+
+        def entries(role: str) -> list[_Entry]:
+            found = []
+            bundle.component(_TARGET, role)  # says what there is, if there is none
+            for component in bundle.manifest.components:
+                if (component.target, component.role) == (_TARGET, role):
+                    if component.file not in opened:
+                        opened[component.file] = open_package(bundle.path / component.file)
+                    found.append(_Entry.open(component, opened[component.file]))
+            return found
+
+        (self._vision, *_), (self._embedding, *_) = entries("vision"), entries("embedding")
+        by_length = sorted(entries("decoder"), key=lambda entry: entry.size("embeds", 1))
+        self._step, self._prefill = by_length[0], by_length[-1]
+        for entry in by_length:
+            names = {parameter.name for parameter in entry.function.inputs}
+            if names - {_COUNT} != _ROWS | set(_CACHES):
+                raise BundleError(f"{entry.where} takes {', '.join(sorted(names))}: no decoder")
+        self.engine = self._step.package.engine
+        super().__init__(capacity=self._step.size(_CACHES[0], -2))
+        self.chunk = self._prefill.size("embeds", 1)
+        self._carried: dict[str, Array] = {
+            parameter.name: np.zeros(parameter.type.sizes, np.float32)
+            for parameter in self._step.function.inputs
+            if parameter.name in _CACHES and not parameter.is_state
+        }
+
+    def encode_image(
+        self, pixels: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
+        outputs = self._vision.predict({"pixel_values": pixels})
+        return outputs["embeds"], outputs["indices"].astype(np.int64)
+
+    def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Token ids to embeddings [1, L, width]."""
+        ids = np.asarray(token_ids, np.int32)[None]
+        size = self._embedding.size("input_ids", 1)
+        parts = []
+        for start in range(0, ids.shape[1], size):
+            part = ids[:, start : start + size]
+            padded = np.pad(part, ((0, 0), (0, size - part.shape[1])))
+            parts.append(self._embedding.predict({"input_ids": padded})["embeds"])
+        return np.concatenate(parts, axis=1)[:, : ids.shape[1]]
+
+    def decode(
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        is_visual: npt.NDArray[np.bool_] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Runs L rows, writes them to the cache, and returns the last one's logits.
+
+        A prefill writes a whole chunk of rows, padding included; what stands behind the real ones
+        is overwritten by the next call. Where a chunk no longer fits into a cache that is a state,
+        rows go one by one.
+        """
+        rows = embeds.shape[1]
+        self._require_room(rows)
+        logits = np.zeros(0, np.float32)
+        done = 0
+        while done < rows:
+            fits = bool(self._carried) or self._length + self.chunk <= self.capacity
+            count = min(self.chunk, rows - done) if fits else 1
+            part = slice(done, done + count)
+            logits = self._run(embeds[:, part], position_ids[:, part])
+            self._length += count
+            done += count
+        return logits
+
+    def _run(
+        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        rows = embeds.shape[1]
+        entry = self._step if rows == 1 else self._prefill
+        padding = entry.size("embeds", 1) - rows
+        inputs: dict[str, Array] = {
+            "embeds": np.pad(embeds, ((0, 0), (0, padding), (0, 0))),
+            "position_ids": np.pad(position_ids, ((0, 0), (0, padding))).astype(np.int32),
+            "past_length": np.array([self._length], np.int32),
+            **self._carried,
+        }
+        if any(parameter.name == _COUNT for parameter in entry.function.inputs):
+            inputs[_COUNT] = np.array([rows], np.int32)
+        outputs = entry.predict(inputs)
+        for name in self._carried:
+            self._carried[name] = outputs[f"{name}_out"]
+        logits: npt.NDArray[np.float32] = outputs["logits"][0, -1]
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One function of an opened package."""
+
+    package: ComputedPackage
+    function: Function
+
+    @classmethod
+    def open(cls, component: Component, package: ComputedPackage) -> _Entry:
+        """The function that a component names.
+
+        Raises:
+            BundleError: Its inputs, states or outputs are not those that the manifest names.
+        """
+        function = package.described.function(component.function or "main")
+        entry = cls(package=package, function=function)
+        for kind, said, found in (
+            ("inputs", component.inputs, {p.name for p in function.inputs if not p.is_state}),
+            ("states", component.states, {p.name for p in function.inputs if p.is_state}),
+            ("outputs", component.outputs, set(function.outputs)),
+        ):
+            odd = {signature.name for signature in said} ^ found
+            if odd:
+                raise BundleError(
+                    f"{entry.where}: has the {kind} {', '.join(sorted(odd))} that only one of "
+                    f"package and manifest knows"
+                )
+        return entry
+
+    @property
+    def where(self) -> str:
+        """The function, for a message."""
+        return f"{self.package.described.path}, function {self.function.name}"
+
+    def size(self, name: str, axis: int) -> int:
+        """Length of an input along an axis.
+
+        Raises:
+            BundleError: It has no such input, or its length varies.
+        """
+        for parameter in self.function.inputs:
+            if parameter.name == name:
+                size = parameter.type.shape[axis]
+                if size is not None:
+                    return size
+        raise BundleError(f"{self.where}: has no input {name!r} of fixed length")
+
+    def predict(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Computes the function."""
+        return self.package.predict(self.function.name, inputs)

@@ -1,0 +1,104 @@
+"""The process that Core ML runs in: a compile that fails there ends this process and no other.
+
+    python -m pocketvlm.runtime.coreml.worker REQUEST.json
+
+A request names a job. `measure` times one function and reads its compute plan, and writes what it
+found to a result file. `serve` answers the calls of a `coreml_session.RemoteRunner` over two pipes
+whose numbers the request has. Whoever started the process believes only a complete answer: neither
+an exit code nor the lack of a message.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.errors import PocketVLMError
+from pocketvlm.report import read_json, write_json
+from pocketvlm.runtime.coreml.apple import AppleToolkit, DevicePackage, Toolkit
+from pocketvlm.runtime.coreml.frames import read_frame, write_frame
+from pocketvlm.runtime.coreml.runner import CoremlRunner
+from pocketvlm.runtime.mil.package import MilPackage
+from pocketvlm.runtime.mil.types import Array
+
+__all__ = ["main"]
+
+MakeToolkit = Callable[[str], Toolkit]
+
+
+def main(arguments: list[str], make_toolkit: MakeToolkit = AppleToolkit) -> int:
+    """Does one job.
+
+    Args:
+        arguments: The request's file.
+        make_toolkit: Makes Core ML, or what stands in for it, from the compute units.
+
+    Returns:
+        The exit code.
+    """
+    request = read_json(Path(arguments[0]))
+    try:
+        toolkit = make_toolkit(request["units"])
+        if request["job"] == "serve":
+            _serve(request, toolkit)
+        else:
+            write_json(Path(request["result"]), _measure(request, toolkit))
+    except PocketVLMError as error:
+        print(error, file=sys.stderr)  # noqa: T201  (the parent shows the last line)
+        return error.exit_code
+    return 0
+
+
+def _measure(request: Mapping[str, Any], toolkit: Toolkit) -> dict[str, Any]:
+    package, function = Path(request["package"]), request["function"]
+    described = MilPackage.open(package).function(function or "main")
+    # Zeros of the declared shapes: a whole chunk of rows behind an empty cache, or one row.
+    inputs: dict[str, Array] = {
+        parameter.name: np.zeros(parameter.type.sizes, parameter.type.element.stored)
+        for parameter in described.inputs
+        if not parameter.is_state
+    }
+    if "length" in inputs:
+        inputs["length"][...] = inputs["embeds"].shape[1]
+    samples = toolkit.benchmark(package, function, inputs, int(request["iterations"]))
+    return {
+        "engine": toolkit.engine,
+        **samples,
+        "plan": toolkit.plan(package, function),
+    }
+
+
+def _serve(request: Mapping[str, Any], toolkit: Toolkit) -> None:
+    bundle = Bundle.open(Path(request["bundle"]), verify=False)
+    runner = CoremlRunner(bundle, open_package=lambda path: DevicePackage(path, toolkit))
+    with (
+        os.fdopen(int(request["calls"]), "rb") as calls,
+        os.fdopen(int(request["answers"]), "wb") as answers,
+    ):
+        write_frame(
+            answers,
+            {"capacity": np.array(runner.capacity), "engine": np.array(runner.engine)},
+        )
+        while (call := read_frame(calls)) is not None:
+            write_frame(answers, _answer(runner, call))
+
+
+def _answer(runner: CoremlRunner, call: Mapping[str, Array]) -> dict[str, Array]:
+    kind = str(call["call"])
+    if kind == "encode_image":
+        embeds, indices = runner.encode_image(call["pixels"])
+        return {"embeds": embeds, "indices": indices}
+    if kind == "embed":
+        return {"embeds": runner.embed(call["token_ids"].tolist())}
+    runner.truncate(int(call["length"]))
+    return {"logits": runner.decode(call["embeds"], call["position_ids"])}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

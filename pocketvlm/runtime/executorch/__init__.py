@@ -1,0 +1,1 @@
+"""Answers from an ExecuTorch program, through ExecuTorch's Python runtime."""

@@ -1,0 +1,1 @@
+"""Core ML's file format and operators without Core ML: packages read and computed in numpy."""
