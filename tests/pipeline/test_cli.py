@@ -10,7 +10,8 @@ import sys
 import pytest
 from PIL import Image
 
-from pocketvlm import cli as command_line
+from pocketvlm.cli import main
+from pocketvlm.cli.progress import noticed_interrupts
 
 from .conftest import RECIPE
 
@@ -22,7 +23,7 @@ def run_cli(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["pocketvlm", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            command_line.main()
+            main()
         captured = capsys.readouterr()
         return stop.value.code, captured.out, captured.err
 
@@ -180,7 +181,7 @@ def test_reports_of_runs_become_one_page(run_cli, finished_runs, tmp_path):
 def test_an_interrupt_that_python_forgets_stops_the_next_step():
     """A KeyboardInterrupt inside a finalizer is printed and dropped by the interpreter."""
     before = signal.getsignal(signal.SIGINT)
-    with command_line._noticed_interrupts() as raise_if_interrupted:
+    with noticed_interrupts() as raise_if_interrupted:
         raise_if_interrupted()
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

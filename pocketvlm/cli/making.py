@@ -1,0 +1,177 @@
+"""Commands that make something of a checkpoint: plans, bundles, layouts of other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketvlm.cli.console import command_line, print_json, print_summary, quiet_libraries, say
+from pocketvlm.cli.options import (
+    JsonOption,
+    ModelArgument,
+    RecipeOption,
+    SeedOption,
+    SetOption,
+    TargetOption,
+    ThreadsOption,
+)
+from pocketvlm.cli.progress import show_progress
+from pocketvlm.errors import CheckFailedError
+
+__all__ = ["compress", "convert", "demo", "plan", "recipes"]
+
+
+def compress(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    recipe: RecipeOption = "int4-balanced",
+    target: TargetOption = None,
+    settings: SetOption = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of pictures and questions, `reference` or `synthetic`. Default: the "
+            "recipe's."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions to score: a folder, reference:SEED, or none. Default: reference:1 for "
+            "a reference model, else none."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Questions to score.")] = 200,
+    bench: Annotated[bool, typer.Option(help="Time the bundle on this host.")] = True,
+    baseline: Annotated[
+        bool, typer.Option(help="Time it interleaved with the float32 ONNX export.")
+    ] = True,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a checkpoint, export it, prove it equal, score and time it. Resumable."""
+    quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+
+    job = Job(
+        model=model,
+        recipe=recipe,
+        targets=tuple(target or ()),
+        settings=tuple(settings or ()),
+        calibration=calibration,
+        data=data,
+        n=n,
+        bench=bench,
+        baseline=baseline,
+        seed=seed,
+        threads=threads or os.cpu_count() or 1,
+        command=command_line(),
+    )
+    with show_progress() as on_progress:
+        result = job.run(out, on_progress=on_progress)
+    print_summary(result.report)
+    say(f"report   {result.out / 'report.html'}")
+    say(f"bundle   {result.out / 'bundle'}")
+    if as_json:
+        print_json(result.report)
+    if result.failures:
+        raise CheckFailedError("; ".join(result.failures))
+
+
+def plan(
+    model: ModelArgument,
+    recipe: RecipeOption = "int4-balanced",
+    target: TargetOption = None,
+    settings: SetOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="Check against a device of `pocketvlm devices`.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights."""
+    quiet_libraries()
+    from pocketvlm.pipeline.plan import plan as make_plan
+    from pocketvlm.pipeline.sources import resolve_model, select_targets
+    from pocketvlm.recipes.load import load_recipe
+
+    loaded = select_targets(load_recipe(recipe, settings or ()), target or ())
+    made = make_plan(resolve_model(model), loaded, device=device)
+    for line in made.lines():
+        say(line)
+    if as_json:
+        print_json(made.to_json())
+    made.raise_if_refused()
+
+
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint's folder.")
+    ],
+    layout: Annotated[str, typer.Option(help="gptq (v1), gptq_v2 or vptq.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint in a layout that other tools read, with the same codes."""
+    quiet_libraries()
+    from pocketvlm.pipeline.sources import load_checkpoint, resolve_model
+    from pocketvlm.save_layout import save_layout
+
+    saved = save_layout(load_checkpoint(resolve_model(checkpoint)), out, layout=layout)
+    say(f"{layout:<8} {len(saved.quantized)} layers quantized, {len(saved.dense)} float")
+    say(f"size     {saved.weight_bytes / 1e6:.2f} MB")
+    for note in saved.notes:
+        say(f"note     {note}")
+    say(f"written  {out}")
+    if as_json:
+        print_json(saved.to_json())
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one, resolved.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or show one."""
+    quiet_libraries()
+    import yaml
+
+    from pocketvlm.recipes.load import list_recipes, load_recipe
+
+    if name is not None:
+        document = load_recipe(name).to_document()
+        print(json.dumps(document) if as_json else yaml.safe_dump(document, sort_keys=False))
+        return
+    loaded = [load_recipe(shipped) for shipped in list_recipes()]
+    for one in loaded:
+        say(f"{one.name:<16} {one.description}")
+    if as_json:
+        print_json({"recipes": [one.to_document() for one in loaded]})
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="A reference model.")] = "reference:pocket-llava",
+    as_json: JsonOption = False,
+) -> None:
+    """Run the main job on a shipped reference model and ask the result about a picture."""
+    quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+
+    job = Job(model=model, command=command_line())
+    with show_progress() as on_progress:
+        result = job.run(out, on_progress=on_progress)
+        shown = job.ask_about_a_scene(result)
+    print_summary(result.report)
+    say(f"picture  {shown.image}")
+    say(f"asked    {shown.question}")
+    say(f"answer   {shown.answer}   (expected: {shown.expected})")
+    say(f"bundle   {result.out / 'bundle'}")
+    say(f"report   {result.out / 'report.html'}")
+    if as_json:
+        print_json(result.report)
+    if result.failures:
+        raise CheckFailedError("; ".join(result.failures))

@@ -1,0 +1,68 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "BundleArgument",
+    "CheckpointOption",
+    "JsonOption",
+    "ModelArgument",
+    "QuestionsOption",
+    "RecipeOption",
+    "RuntimeOption",
+    "SeedOption",
+    "SetOption",
+    "TargetOption",
+    "ThreadsOption",
+]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local directory, a hub id, reference:pocket-llava, reference:pocket-smol, or "
+        "shape:smolvlm-256m (random weights, for speed alone).",
+    ),
+]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The checkpoint that the bundle was made from. Default: the one beside the bundle."
+    ),
+]
+QuestionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="A folder of pictures and questions, or reference:SEED. Default: generated ones.",
+    ),
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a YAML file.")
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="Export format; repeat for several. Default: the recipe's."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Changes the recipe, e.g. stages.0.keep=0.25."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads. Default: all cores.")
+]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        help="onnx, executorch, or coreml: the reference evaluator. Default: what the bundle has.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
