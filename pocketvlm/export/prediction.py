@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pocketvlm.modelspec import ModelSpec
 
-__all__ = ["Prediction", "other_elements"]
+__all__ = ["Prediction", "join_refusals", "other_elements"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,22 @@ class Prediction:
     refused: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     unpacked_bytes: int = 0
+
+
+def join_refusals(target: str, misfits: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """One line for each reason, with the first layer that it is about and how many others.
+
+    Args:
+        target: The target's name.
+        misfits: Names of layers, each with its reason.
+    """
+    layers: dict[str, list[str]] = {}
+    for name, reason in misfits:
+        layers.setdefault(reason, []).append(name)
+    return tuple(
+        f"{target}: {names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}: {reason}"
+        for reason, names in layers.items()
+    )
 
 
 def other_elements(spec: ModelSpec) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
 from pocketvlm.export.coreml.positions import TABLE_ROWS
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools
-from pocketvlm.export.prediction import Prediction
+from pocketvlm.export.prediction import Prediction, join_refusals
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
 
@@ -46,7 +46,7 @@ def predict_coreml(
         capacity: Rows of the cache.
     """
     parts: dict[str, int] = {}
-    misfits: dict[str, list[str]] = {}
+    misfits: list[tuple[str, str]] = []
     narrow: list[str] = []
     for linear, form in forms.items():
         rows, columns = linear.out_features, linear.in_features
@@ -55,7 +55,7 @@ def predict_coreml(
         else:
             reason = explain_misfit(form, rows, columns, deployment)
             if reason is not None:
-                misfits.setdefault(reason, []).append(linear.name)
+                misfits.append((linear.name, reason))
                 continue
             grid = form.values if isinstance(form, PlannedSparse) else form
             if isinstance(grid, PlannedAffine) and grid.bits < _NIBBLE:
@@ -83,9 +83,12 @@ def predict_coreml(
             f"coreml: {len(narrow)} layers of 2 or 3 bits are stored as indices into 0, 1, 2, ... "
             "below their scales: as small as they can be, and not measured on a device"
         )
-    refused = [] if has_coremltools() else [f"coreml: {INSTALL}"]
-    refused += [f"coreml: {_first(names)}: {reason}" for reason, names in misfits.items()]
-    return Prediction(part_bytes=parts, refused=tuple(refused), warnings=tuple(warnings))
+    missing = () if has_coremltools() else (f"coreml: {INSTALL}",)
+    return Prediction(
+        part_bytes=parts,
+        refused=(*missing, *join_refusals("coreml", misfits)),
+        warnings=tuple(warnings),
+    )
 
 
 def form_bytes(
@@ -144,11 +147,6 @@ def _table_bytes(form: PlannedCodebook, rows: int, bits: int, float_bytes: int) 
     if form.row_scales:
         stored += _stored(rows * float_bytes)
     return stored
-
-
-def _first(names: list[str]) -> str:
-    others = len(names) - 1
-    return f"{names[0]} and {others} more" if others else names[0]
 
 
 def _stored(count: int) -> int:

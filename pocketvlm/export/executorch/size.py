@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pocketvlm.export.executorch.forms import explain_misfit, kernel_bits, needs_offsets
-from pocketvlm.export.prediction import Prediction, other_elements
+from pocketvlm.export.prediction import Prediction, join_refusals, other_elements
 from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
 from pocketvlm.export.unmasked import planned_unmasked
 from pocketvlm.modelspec import LinearSpec, ModelSpec
@@ -36,7 +36,7 @@ def predict_executorch(
     """
     parts: dict[str, int] = {}
     unpacked = 0
-    refused: list[str] = []
+    misfits: list[tuple[str, str]] = []
     dense: list[str] = []
     dearer: list[str] = []
     for linear, planned in forms.items():
@@ -45,7 +45,7 @@ def predict_executorch(
         if isinstance(form, PlannedAffine):
             reason = _misfit(spec, linear, form)
             if reason is not None:
-                refused.append(f"executorch: {linear.name}: {reason}")
+                misfits.append((linear.name, reason))
             count = _stored_bytes(linear, form)
             if linear.part == "embedding":
                 count += _table_scale_bytes(linear, form) if spec.decoder.tied_head else 0
@@ -78,7 +78,7 @@ def predict_executorch(
     warnings += masked_warnings("executorch", "XNNPACK", forms.values(), sparse_file=sparse_file)
     return Prediction(
         part_bytes=parts,
-        refused=tuple(refused),
+        refused=join_refusals("executorch", misfits),
         warnings=tuple(warnings),
         unpacked_bytes=unpacked,
     )

@@ -10,7 +10,7 @@ from pocketvlm.export.onnx.packing import (
     FLOAT_ZERO_REFUSAL,
     container_bits,
 )
-from pocketvlm.export.prediction import Prediction, other_elements
+from pocketvlm.export.prediction import Prediction, join_refusals, other_elements
 from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
 from pocketvlm.export.unmasked import planned_unmasked
 from pocketvlm.modelspec import LinearSpec, ModelSpec
@@ -51,10 +51,12 @@ def predict_onnx(
     parts["other"] = _other_bytes(spec)
     dense = sum(_layer_bytes(*item, sparse_file=False) for item in grids.items())
     unpacked = dense + parts["other"] - sum(parts.values())
-    refused = [reason for linear, grid in grids.items() for reason in _refusals(linear, grid)]
+    misfits = [
+        (linear.name, reason) for linear, grid in grids.items() for reason in _refusals(grid)
+    ]
     return Prediction(
         part_bytes=parts,
-        refused=tuple(refused),
+        refused=join_refusals("onnx", misfits),
         warnings=tuple(_warnings(grids, sparse_file=sparse_file)),
         unpacked_bytes=unpacked,
     )
@@ -92,17 +94,18 @@ def _affine_bytes(linear: LinearSpec, grid: PlannedAffine) -> int:
     )
 
 
-def _refusals(linear: LinearSpec, grid: PlannedForm | None) -> Iterator[str]:
+def _refusals(grid: PlannedForm | None) -> Iterator[str]:
+    """Why no kernel runs a layer, with what would work."""
     plain = planned_unmasked(grid)
     if not isinstance(plain, PlannedAffine):
         return
     if plain.group_size not in BLOCK_SIZES:
         yield (
-            f"onnx: {linear.name}: group size {plain.group_size} has no ONNX Runtime "
-            f"kernel; allowed are {', '.join(map(str, BLOCK_SIZES))}"
+            f"group size {plain.group_size} has no ONNX Runtime kernel; allowed are "
+            f"{', '.join(map(str, BLOCK_SIZES))}"
         )
     if plain.float_zeros and container_bits(plain.bits) not in FLOAT_ZERO_BITS:
-        yield f"onnx: {linear.name}: {FLOAT_ZERO_REFUSAL}"
+        yield FLOAT_ZERO_REFUSAL
 
 
 def _warnings(
