@@ -145,9 +145,10 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
                 started = time.perf_counter()
                 done = Checkpoint.load(path)
                 # What options cost does not depend on the budget: it is measured once a set.
-                own = scratch / f"{path.name}-{number}" if label == "mixed" else None
-                if own is not None:
-                    own.mkdir(exist_ok=True)
+                own = None
+                if label == "mixed":
+                    own = scratch / f"{path.name}-{arguments.calibration_seed[number]}"
+                    own.mkdir(parents=True, exist_ok=True)
                 for stage in METHODS[label](done.spec, bits):
                     done = stage.apply(done, calibration, ctx.with_scratch(own))
                 seconds += (time.perf_counter() - started) / len(sets)
@@ -186,14 +187,16 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=sorted(SCALAR), choices=SCALAR)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, help="Measured sensitivity is kept and found here.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as folder:
+        scratch = arguments.work or Path(folder)
         for name in arguments.model or REFERENCE_MODELS:
             path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
-            rows += measure(path, arguments, Path(scratch))
-    print(json.dumps({**vars(arguments), "rows": rows}))
+            rows += measure(path, arguments, scratch)
+    print(json.dumps({**vars(arguments), "work": str(arguments.work), "rows": rows}))
 
 
 if __name__ == "__main__":
