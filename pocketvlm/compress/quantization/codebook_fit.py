@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.error_feedback import Factor, quantize_with_feedback
+from pocketvlm.compress.error_feedback import Factor, Rounding, quantize_with_feedback
 from pocketvlm.compress.quantization.codebook_refinement import (
     Metric,
     best_row_scales,
@@ -19,16 +19,19 @@ from pocketvlm.compress.quantization.codebook_rounding import (
     CodebookRounding,
     Table,
     decode_tables,
+    row_pieces,
 )
 from pocketvlm.compress.quantization.codebook_rules import CodebookRule
 from pocketvlm.compress.quantization.fitting import Weighed
 from pocketvlm.compress.quantization.kmeans import cluster
 from pocketvlm.compress.quantization.layers import behind_mask
+from pocketvlm.compress.rows import row_chunks
 from pocketvlm.weights import CodebookWeight, Lookup, WeightForm, keeps_of
 
 __all__ = ["CodebookFitter", "fit_codebooks", "round_to_codebooks", "row_scales_of"]
 
 _LEAST_SCALE = 2.0**-14
+_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,11 +74,16 @@ def row_scales_of(weights: Tensor, keeps: Tensor | None = None) -> Tensor:
 
     The mean is over those elements that a mask keeps, bool [rows, columns], where there is one.
     """
-    squares = weights.to(torch.float64).square()
-    if keeps is None:
-        return _as_scales(squares.mean(1).sqrt())
-    kept = keeps.sum(1).clamp_min(1)
-    return _as_scales((squares.masked_fill_(~keeps, 0.0).sum(1) / kept).sqrt())
+    found = []
+    step = max(1, _CHUNK_ELEMENTS // weights.shape[1])
+    for start in range(0, weights.shape[0], step):
+        squares = weights[start : start + step].to(torch.float64).square_()
+        if keeps is None:
+            found.append(squares.mean(1))
+            continue
+        kept = keeps[start : start + step]
+        found.append(squares.masked_fill_(~kept, 0.0).sum(1) / kept.sum(1).clamp_min(1))
+    return _as_scales(torch.cat(found).sqrt())
 
 
 def fit_codebooks(
@@ -94,7 +102,7 @@ def fit_codebooks(
 
     Args:
         rule: What is wanted.
-        targets: float64 [rows, columns].
+        targets: [rows, columns].
         weighed: What is known of the layer's input.
         shared: float16 [1, 1, k, d] codebooks that are taken as they are.
         seed: Of k-means.
@@ -145,10 +153,16 @@ def fit_codebooks(
             tables = refine_tables(
                 tables, codes, normal.values, metric, normal.importance, keeps=normal.keeps
             )
-        decoded = decode_tables(tables, codes, targets.shape[0], normal.keeps)
         if normal.row_scales is not None:
-            normal = _rescale(normal, original, decoded, metric)
-        loss = output_loss(decoded - normal.values, metric, normal.importance)
+            found = [
+                best_row_scales(decoded, original[:, rows], metric)
+                for rows, decoded in _decode_pieces(tables, codes, normal)
+            ]
+            normal = _rescale(normal, original, torch.cat(found))
+        loss = sum(
+            output_loss(decoded - normal.values[:, rows], metric, normal.importance[rows])
+            for rows, decoded in _decode_pieces(tables, codes, normal)
+        )
         if best is None or loss < best[0]:
             best = (loss, tables, codes, normal)
     if best is None:
@@ -212,9 +226,12 @@ class CodebookFitter:
 
     def fit(self, rule: CodebookRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
         """Codebooks that the layer's inputs have shaped."""
+        turned = torch.empty(weight.shape[1], weight.shape[0])
+        for span, rows in row_chunks(weight):
+            turned[:, span] = weighed.targets(rows).T
         form = fit_codebooks(
             rule,
-            weighed.targets(weight.dequantize().to(torch.float64)),
+            turned.T,
             weighed,
             shared=self.shared,
             seed=self.seed,
@@ -348,9 +365,17 @@ def _normalize(
     return _Normal(values=weights, keeps=turned)
 
 
-def _rescale(normal: _Normal, original: Tensor, decoded: Tensor, metric: Metric) -> _Normal:
-    """The weight over row scales that suit what its rows were rounded to."""
-    found = best_row_scales(decoded, original, metric)
+def _decode_pieces(
+    tables: Sequence[Table], codes: Tensor, normal: _Normal
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after others, with what their codes stand for, [columns, rows]."""
+    for rows, cut in row_pieces(tables, *normal.values.shape):
+        keeps = None if normal.keeps is None else normal.keeps[:, rows]
+        yield rows, decode_tables(tables, codes[:, cut], rows.stop - rows.start, keeps)
+
+
+def _rescale(normal: _Normal, original: Tensor, found: Tensor) -> _Normal:
+    """The weight over row scales that suit what its rows were rounded to, where those are sane."""
     scales = normal.row_scales
     if scales is None:
         return normal
@@ -446,23 +471,26 @@ def _feed_back(
     """Codes with error feedback, [columns, codes]; the targets that were rounded go to `seen`."""
     codes: list[Tensor] = []
     for factor, part in zip(factors, slices, strict=True):
-        targets = normal.values[part].T.to(torch.float64)
         own = part.start + factor.order.columns
-        kept = None if normal.keeps is None else normal.keeps[part].T
-        rounding = CodebookRounding(tables, own, normal.importance)
-        if seen is None:
-            codes.append(quantize_with_feedback(targets, factor, rounding, kept))
-            continue
-        recorder = _Recorder(rounding, normal.values[part].shape)
-        codes.append(quantize_with_feedback(targets, factor, recorder, kept))
-        seen[own] = recorder.seen
+        pieces: list[Tensor] = []
+        for rows, _ in row_pieces(tables, *normal.values.shape):
+            values = normal.values[part, rows]
+            kept = None if normal.keeps is None else normal.keeps[part, rows].T
+            rounding: Rounding = CodebookRounding(tables, own, normal.importance[rows])
+            if seen is not None:
+                rounding = _Recorder(rounding, values.shape)
+            targets = values.T.to(torch.float64)
+            pieces.append(quantize_with_feedback(targets, factor, rounding, kept))
+            if seen is not None and isinstance(rounding, _Recorder):
+                seen[own, rows] = rounding.seen
+        codes.append(torch.cat(pieces, dim=1))
     return torch.cat(codes)
 
 
 class _Recorder:
     """A rounding that remembers what it was asked to round."""
 
-    def __init__(self, rounding: CodebookRounding, shape: Sequence[int]) -> None:
+    def __init__(self, rounding: Rounding, shape: Sequence[int]) -> None:
         self._rounding = rounding
         self._next = 0
         self.seen = torch.empty(*shape)

@@ -7,13 +7,18 @@ gradient; conjugate gradients find its minimum in a few steps and need no rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.quantization.codebook_rounding import Table, decode_tables, flat_codes
+from pocketvlm.compress.quantization.codebook_rounding import (
+    Table,
+    decode_tables,
+    flat_codes,
+    row_pieces,
+)
 
 __all__ = ["Metric", "best_row_scales", "output_loss", "refine_tables"]
 
@@ -75,13 +80,24 @@ def refine_tables(
     Returns:
         Tables rounded to float16; entries that no code names stay as they are.
     """
-    rows = targets.shape[1]
-    errors = decode_tables(tables, codes, rows, keeps) - targets
-    diagonal = _gather_sums(tables, codes, metric.diagonal[:, None] * importance, rows, keeps)
-    inverse = [torch.where(part > 0, 1 / part, 0.0) for part in diagonal]
-    pulled = metric.times(errors) * importance
-    loss = float((errors * pulled).sum(dtype=torch.float64))
-    residual = [-part for part in _gather_sums(tables, codes, pulled, rows, keeps)]
+    losses: list[float] = []
+
+    def weigh_errors(rows: slice, decoded: Tensor) -> Tensor:
+        errors = decoded - targets[:, rows]
+        pulled = metric.times(errors) * importance[rows]
+        losses.append(float((errors * pulled).sum(dtype=torch.float64)))
+        return pulled
+
+    def weigh_change(rows: slice, decoded: Tensor) -> Tensor:
+        return metric.times(decoded) * importance[rows]
+
+    def weigh_places(rows: slice, _: Tensor) -> Tensor:
+        return metric.diagonal[:, None] * importance[rows]
+
+    places = _Places(tables, codes, targets.shape[1], keeps)
+    inverse = [torch.where(part > 0, 1 / part, 0.0) for part in places.sums(tables, weigh_places)]
+    residual = [-part for part in places.sums(tables, weigh_errors)]
+    loss = sum(losses)
     moved = [torch.zeros_like(part) for part in residual]
     scaled = [part * by for part, by in zip(residual, inverse, strict=True)]
     direction = scaled
@@ -89,8 +105,7 @@ def refine_tables(
     for _ in range(steps):
         if not energy > 0:
             break
-        change = decode_tables(_with_books(tables, direction), codes, rows, keeps)
-        turned = _gather_sums(tables, codes, metric.times(change) * importance, rows, keeps)
+        turned = places.sums(_with_books(tables, direction), weigh_change)
         curvature = _inner(direction, turned)
         if not curvature > 0:
             break
@@ -141,6 +156,35 @@ def _with_books(tables: Sequence[Table], flat: Sequence[Tensor]) -> tuple[Table,
             second = next(left).view(table.second.shape).to(torch.float32)
         changed.append(replace(table, first=first, second=second))
     return tuple(changed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where the entries of tables stand in a weight, which is gone through in pieces of rows."""
+
+    tables: Sequence[Table]
+    codes: Tensor
+    rows: int
+    keeps: Tensor | None
+
+    def sums(
+        self, tables: Sequence[Table], weigh: Callable[[slice, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Sums, over the places of every entry, of what is made of some rows as tables have them.
+
+        Args:
+            tables: Of the same codes, perhaps with other entries.
+            weigh: Makes [columns, rows] of the rows and of what their codes stand for.
+        """
+        totals: list[Tensor] = []
+        for rows, cut in row_pieces(self.tables, self.codes.shape[0], self.rows):
+            codes = self.codes[:, cut]
+            keeps = None if self.keeps is None else self.keeps[:, rows]
+            count = rows.stop - rows.start
+            values = weigh(rows, decode_tables(tables, codes, count, keeps))
+            sums = _gather_sums(tables, codes, values, count, keeps)
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+        return totals
 
 
 def _gather_sums(

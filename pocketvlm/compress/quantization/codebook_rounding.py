@@ -7,7 +7,7 @@ that were divided by scales count with the squares of those scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pocketvlm.compress.quantization.kmeans import LeastProducts
 
-__all__ = ["CodebookRounding", "Table", "decode_tables", "flat_codes"]
+__all__ = ["CodebookRounding", "Table", "decode_tables", "flat_codes", "row_pieces"]
 
 # How many entries of the first codebook are tried with all of the second.
 _BEAM = 4
+_PIECE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +132,23 @@ class _Search:
             tried.gather(2, best[..., None])[..., 0],
             seconds.gather(2, best[..., None])[..., 0],
         )
+
+
+def row_pieces(tables: Sequence[Table], columns: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Rows that may be rounded, decoded and judged apart, each with its codes of a column.
+
+    Tables are given, so no row knows of another, and a token table of millions of weights need not
+    be in float64 at once. Where a column's codes are not one a vector (groups of rows, a residual,
+    vectors of two lengths), all rows are one piece.
+    """
+    length = tables[0].first.shape[2]
+    if any(t.second is not None or t.first.shape[::2] != (1, length) for t in tables):
+        yield slice(0, rows), slice(None)
+        return
+    step = max(1, _PIECE_ELEMENTS // (columns * length))
+    for start in range(0, rows // length, step):
+        end = min(start + step, rows // length)
+        yield slice(start * length, end * length), slice(start, end)
 
 
 def decode_tables(

@@ -15,6 +15,7 @@ from pocketvlm.calibration.statistics import SecondMoment
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.error_feedback import factorize, quantize_with_feedback
 from pocketvlm.compress.evidence import weigh_moments
+from pocketvlm.compress.quantization import codebook_fit, codebook_rounding
 from pocketvlm.compress.quantization.codebook import Codebook
 from pocketvlm.compress.quantization.codebook_fit import fit_codebooks, round_to_codebooks
 from pocketvlm.compress.quantization.codebook_refinement import (
@@ -266,6 +267,44 @@ def test_rows_of_a_table_count_alike():
         for alike in (True, False)
     ]  # fmt: skip
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        CodebookRule(index_bits=4, vector_length=2),
+        CodebookRule(index_bits=3, vector_length=1),
+        CodebookRule(index_bits=4, vector_length=2, residual_bits=3),
+        CodebookRule(index_bits=3, vector_length=1, rows_a_group=16),
+    ],
+)
+def test_pieces_of_rows_do_not_show(rule, monkeypatch):
+    """Wide tables are gone through in pieces; tables that tie rows together stay whole."""
+    weights, inputs = problem(rows=128)
+    weighed = weigh(inputs)
+    whole = fit_codebooks(rule, weights.double(), weighed)
+    monkeypatch.setattr(codebook_rounding, "_PIECE_ELEMENTS", 96 * 10)
+    monkeypatch.setattr(codebook_fit, "_CHUNK_ELEMENTS", 96 * 10)
+    pieces = fit_codebooks(rule, weights.double(), weighed)
+    # Sums of pieces differ in their last bits, and seldom a near tie with them.
+    same = (whole.main.indices() == pieces.main.indices()).double().mean()
+    assert same > 0.98
+    lost = output_error(pieces, weights, inputs)
+    assert lost == pytest.approx(output_error(whole, weights, inputs), rel=0.01)
+
+
+def test_pieces_cover_all_rows_once(monkeypatch):
+    monkeypatch.setattr(codebook_rounding, "_PIECE_ELEMENTS", 100)
+    book = torch.zeros(1, 4, 2)
+    plain = Table(columns=torch.arange(10), first=book)
+    found = list(codebook_rounding.row_pieces([plain], 10, 24))
+    assert [rows for rows, _ in found] == [slice(0, 10), slice(10, 20), slice(20, 24)]
+    assert [codes for _, codes in found] == [slice(0, 5), slice(5, 10), slice(10, 12)]
+    for tied in (
+        Table(columns=torch.arange(10), first=book, second=book),
+        Table(columns=torch.arange(10), first=book.expand(2, 4, 2)),
+    ):
+        assert list(codebook_rounding.row_pieces([tied], 10, 24)) == [(slice(0, 24), slice(None))]
 
 
 def test_two_runs_give_the_same_bytes():

@@ -283,7 +283,7 @@ def test_codebooks_are_on_the_menu(smol_path, samples):
         assert 0 <= layer[label_of(table)]["loss"] < float("inf")
 
 
-def test_a_shared_codebook_is_paid_once(tiny_path, samples):
+def test_a_shared_codebook_is_paid_once(tiny_path, samples, tmp_path):
     """Vectors of four at 4 bits: alone, no layer of these could pay for a table."""
     shared = CodebookRule(index_bits=4, share="part")
     pin = CodebookRule(part="projector", index_bits=4, share="part")
@@ -292,7 +292,8 @@ def test_a_shared_codebook_is_paid_once(tiny_path, samples):
     )
     checkpoint = Checkpoint.load(tiny_path)
     planned = stage.plan_forms(checkpoint.spec)
-    done = stage.apply(checkpoint, samples, RunContext())
+    ctx = RunContext(scratch_dir=tmp_path)
+    done = stage.apply(checkpoint, samples, ctx)
     record = done.history[-1]
     actual = total_stored_bytes(done.forms().values())
     assert actual == record.metrics["chosen_bytes"] == record.metrics["form_bytes"]
@@ -315,6 +316,10 @@ def test_a_shared_codebook_is_paid_once(tiny_path, samples):
     assert spread == pytest.approx(actual)
     assert {row["is_shared"] for row in record.layers if "is_shared" in row} == {True}
     assert {row["grid"] for row in record.layers if row["part"] == "projector"} == {pin.label}
+    # Layers that a run finds on disk share again.
+    again = stage.apply(Checkpoint.load(tiny_path), samples, ctx)
+    assert total_stored_bytes(again.forms().values()) == actual
+    assert again.history[-1].layers == record.layers
 
 
 def test_sharing_is_never_worse_than_its_uniform_row(smol_path, samples):
