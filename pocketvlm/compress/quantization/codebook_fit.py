@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,7 +142,7 @@ def fit_codebooks(
     if not error_feedback:
         tables, codes = _add_residual(layout, tables, normal, normal.values, diagonal, seed)
         return layout.assemble(tables, codes, normal, shared)
-    best: tuple[float, tuple[Table, ...], Tensor, _Normal] | None = None
+    best: tuple[float, tuple[Table, ...], Tensor, Tensor | None] | None = None
     if rule.residual_bits is not None:
         seen = torch.empty_like(normal.values)
         _feed_back(tables, factors, evidence.slices, normal, seen)
@@ -164,11 +164,11 @@ def fit_codebooks(
             for rows, decoded in _decode_pieces(tables, codes, normal)
         )
         if best is None or loss < best[0]:
-            best = (loss, tables, codes, normal)
+            best = (loss, tables, codes, normal.row_scales)
     if best is None:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
-    _, tables, codes, normal = best
-    return layout.assemble(tables, codes, normal, shared)
+    _, tables, codes, scales = best
+    return layout.assemble(tables, codes, replace(normal, row_scales=scales), shared)
 
 
 def round_to_codebooks(
@@ -226,12 +226,9 @@ class CodebookFitter:
 
     def fit(self, rule: CodebookRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
         """Codebooks that the layer's inputs have shaped."""
-        turned = torch.empty(weight.shape[1], weight.shape[0])
-        for span, rows in row_chunks(weight):
-            turned[:, span] = weighed.targets(rows).T
         form = fit_codebooks(
             rule,
-            turned.T,
+            _turned(weight, weighed.targets).T,
             weighed,
             shared=self.shared,
             seed=self.seed,
@@ -246,13 +243,21 @@ class CodebookFitter:
         """Plain k-means."""
         form = round_to_codebooks(
             rule,
-            weight.dequantize(),
+            _turned(weight, lambda rows: rows).T,
             shared=self.shared,
             seed=self.seed,
             rows_alike=self.rows_alike,
             keeps=keeps_of(weight),
         )
         return behind_mask(form, weight)
+
+
+def _turned(weight: WeightForm, targets: Callable[[Tensor], Tensor]) -> Tensor:
+    """What rows of a weight should become, float32 [columns, rows], without a copy in between."""
+    turned = torch.empty(weight.shape[1], weight.shape[0])
+    for span, rows in row_chunks(weight):
+        turned[:, span] = targets(rows).T
+    return turned
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -404,7 +409,10 @@ def _cluster_groups(
     seed: int,
 ) -> Tensor:
     """One k-means a group of rows; float32 [groups, k, d]."""
-    vectors = values[columns].view(columns.shape[0], groups, -1, length)
+    # A natural order needs no copy.
+    is_whole = columns.shape[0] == values.shape[0] and bool((columns[1:] > columns[:-1]).all())
+    chosen = values if is_whole else values[columns]
+    vectors = chosen.view(columns.shape[0], groups, -1, length)
     heights = normal.importance.view(groups, -1, length).mean(2)
     keeps = None if normal.keeps is None else normal.keeps[columns].view(len(columns), groups, -1)
     books = []
@@ -458,7 +466,12 @@ def _round_nearest(tables: Sequence[Table], values: Tensor, normal: _Normal) -> 
     """Nearest codes of [columns, rows], without feedback."""
     columns = torch.arange(values.shape[0])
     rounding = CodebookRounding(tables, columns, normal.importance)
-    return torch.stack([rounding.round(column)[0] for column in values])
+    first = rounding.round(values[0])[0]
+    codes = torch.empty(values.shape[0], first.shape[0], dtype=torch.int32)
+    codes[0] = first
+    for place, column in enumerate(values[1:], start=1):
+        codes[place] = rounding.round(column)[0]
+    return codes
 
 
 def _feed_back(
@@ -469,22 +482,26 @@ def _feed_back(
     seen: Tensor | None = None,
 ) -> Tensor:
     """Codes with error feedback, [columns, codes]; the targets that were rounded go to `seen`."""
-    codes: list[Tensor] = []
+    codes: Tensor | None = None
     for factor, part in zip(factors, slices, strict=True):
         own = part.start + factor.order.columns
-        pieces: list[Tensor] = []
-        for rows, _ in row_pieces(tables, *normal.values.shape):
+        for rows, cut in row_pieces(tables, *normal.values.shape):
             values = normal.values[part, rows]
             kept = None if normal.keeps is None else normal.keeps[part, rows].T
             rounding: Rounding = CodebookRounding(tables, own, normal.importance[rows])
             if seen is not None:
                 rounding = _Recorder(rounding, values.shape)
             targets = values.T.to(torch.float64)
-            pieces.append(quantize_with_feedback(targets, factor, rounding, kept))
+            found = quantize_with_feedback(targets, factor, rounding, kept)
+            if codes is None:
+                count = found.shape[1] * normal.values.shape[1] // values.shape[1]
+                codes = torch.empty(normal.values.shape[0], count, dtype=torch.int32)
+            codes[part, cut] = found.to(torch.int32)
             if seen is not None and isinstance(rounding, _Recorder):
                 seen[own, rows] = rounding.seen
-        codes.append(torch.cat(pieces, dim=1))
-    return torch.cat(codes)
+    if codes is None:
+        raise ValueError("a weight has no columns")
+    return codes
 
 
 class _Recorder:
