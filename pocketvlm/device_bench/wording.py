@@ -23,6 +23,7 @@ __all__ = [
 NOT_MEASURED = "not measured"
 
 _MANY = 1000
+_LONG = 1000  # characters of a block that a page still shows
 _UNITS = {"_ms": "ms", "_tok_s": "tokens/s", "_bytes": "bytes", "_s": "s"}
 
 
@@ -52,7 +53,8 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         return format_number(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {text_of(item)}" for key, item in value.items()) or "–"
+        said = {key: item for key, item in value.items() if item is not None}
+        return ", ".join(f"{key} {text_of(item)}" for key, item in said.items()) or "–"
     if isinstance(value, list | tuple):
         return "; ".join(text_of(item) for item in value) or "–"
     return str(value)
@@ -112,8 +114,20 @@ def facts_of(value: Any) -> tuple[tuple[str, str], ...]:
         elif name.endswith("_bytes") and number_of(item) is not None:
             facts.append((name.removesuffix("_bytes"), format_bytes(number_of(item))))
         else:
-            facts.append((name, text_of(item)))
+            facts.append((name, _short_text_of(item)))
     return tuple((name.replace("_", " "), text) for name, text in facts)
+
+
+def _short_text_of(item: Any) -> str:
+    """The same, with the large parts of a block counted: report.json has them whole."""
+    if not isinstance(item, Mapping) or len(text_of(item)) <= _LONG:
+        return text_of(item)
+    return ", ".join(
+        f"{len(part)} {key}, see report.json"
+        if isinstance(part, Mapping | list) and len(text_of(part)) > _LONG
+        else f"{key} {text_of(part)}"
+        for key, part in item.items()
+    )
 
 
 def texts_of(value: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pocketvlm.device_bench.html import render_html, render_markdown
 from pocketvlm.device_bench.summary import paired_ratios, summarise_blocks
-from pocketvlm.device_bench.wording import format_number
+from pocketvlm.device_bench.wording import facts_of, format_number
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = '</style></title><script>alert("x")</script><img src=x onerror=alert(1)>&\'"'
@@ -276,3 +276,19 @@ def test_a_damaged_block_never_breaks_the_page(report, data):
     target[block] = data.draw(JSON)
     assert Page(render_html(damaged)).open == []
     render_markdown(damaged)
+
+
+def test_large_blocks_are_counted_and_small_ones_shown():
+    layers = {f"layer.{number}": {"bits=4": {"loss": 1e-5, "bytes": 64}} for number in range(80)}
+    facts = dict(
+        facts_of(
+            {
+                "sensitivity": {"tokens": 51, "layers": layers},
+                "calibration": {"samples": 128, "seed": None},
+                "nothing": None,
+            }
+        )
+    )
+    assert facts["sensitivity"] == "tokens 51, 80 layers, see report.json"
+    assert facts["calibration"] == "samples 128"
+    assert facts["nothing"] == "–"

@@ -47,15 +47,20 @@ def check_option(option: Option) -> None:
 
 
 def label_of(option: Option) -> str:
-    """Names an option in tables, such as `bits=4 group_size=32 symmetric=False restricted=False`.
+    """Names an option in tables, such as `bits=4 group_size=32 zero_point=integer`.
 
-    Every setting is in it, so that a table which outlives a default still says what was measured.
+    Every setting that does something is in it, defaults too, so that a table which outlives a
+    default still says what was measured.
     """
     settings = asdict(option)
+    if isinstance(option, WeightRule):
+        settings["group_size"] = option.group_size or "row"
+    elif not option.outliers:
+        del settings["outlier_bits"], settings["outlier_length"]
     return " ".join(
         f"{key}={value}"
         for key, value in settings.items()
-        if key not in ("part", "match", "blocks")
+        if key not in ("part", "match", "blocks") and value not in (None, False)
     )
 
 

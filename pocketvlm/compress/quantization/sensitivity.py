@@ -26,7 +26,7 @@ from pocketvlm.report import write_json
 
 __all__ = ["Measurement", "Sensitivity", "measure_sensitivity"]
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 QuantizeStep = Callable[[SharedInput, Sequence[Assignment[Option]]], Mapping[str, FinishedLayer]]
 
