@@ -1,0 +1,137 @@
+"""Peak resident memory of the quantizers at a published shape, beside the largest block's bytes.
+
+    python benchmarks/quantization_memory.py --blocks 1
+
+Each method runs in a process of its own, reading the model included. The first blocks of tower and
+decoder are quantized, and token table, head and projector; all other blocks are walked through and
+kept, since a later block takes what the first one takes. Random weights: memory does not depend on
+their values. Prints a table and one JSON line; exits with 1 where a peak is more than 2 GB above
+the largest block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+LIMIT_BYTES = 2_000_000_000
+METHODS = ("gptq", "vptq", "mixed")
+
+
+def stages_for(blocks: int, depth: int) -> Mapping[str, Callable[[], Any]]:
+    """The stages, which leave blocks from `blocks` on as they are."""
+    from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
+    from pocketvlm.compress.quantization.gptq import Gptq
+    from pocketvlm.compress.quantization.mixed import MixedPrecision
+    from pocketvlm.compress.quantization.rules import WeightRule
+
+    rest = tuple(range(blocks, depth))
+    kept = WeightRule(blocks=rest, bits=None)
+    table = CodebookRule(part="embedding", index_bits=8, vector_length=2)
+    options = (
+        CodebookRule(index_bits=8, vector_length=4),
+        WeightRule(bits=4, group_size=64),
+    )
+    return {
+        "gptq": lambda: Gptq(rules=(kept, WeightRule(bits=4, group_size=64))),
+        "vptq": lambda: Codebook(
+            rules=(CodebookRule(blocks=rest, index_bits=None), table, CodebookRule(index_bits=8)),
+        ),
+        "mixed": lambda: MixedPrecision(
+            options=options, average_bits=14.0, pins=(kept,), held_out=0.5, samples=2
+        ),
+    }
+
+
+def run_child(model: Path, method: str, blocks: int, samples: int, scratch: Path) -> dict[str, Any]:
+    """Loads and quantizes; called in a process of its own."""
+    from pocketvlm.calibration import CalibrationSet
+    from pocketvlm.checkpoint import Checkpoint
+    from pocketvlm.context import RunContext
+
+    started = time.perf_counter()
+    checkpoint = Checkpoint.load(model)
+    loaded = resident_bytes("VmRSS")
+    spec = checkpoint.spec
+    depth = max(linear.block for linear in spec.linears() if linear.block is not None) + 1
+    sizes = Counter[tuple[str, int | str]]()
+    for linear in spec.linears():
+        place = linear.name if linear.block is None else linear.block
+        sizes[linear.part, place] += checkpoint.form(linear.name).stored_bytes
+    stage = stages_for(blocks, depth)[method]()
+    calibration = CalibrationSet.from_reference(0, samples)
+    done = stage.apply(checkpoint, calibration, RunContext(scratch_dir=scratch))
+    return {
+        "method": method,
+        "layers": sum(row["bits"] is not None for row in done.history[-1].layers),
+        "loaded_bytes": loaded,
+        "largest_block_bytes": max(sizes.values()),
+        "peak_bytes": resident_bytes("VmHWM"),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def resident_bytes(field: str) -> int:
+    """A figure of the kernel's own accounting."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("the kernel does not tell this process's memory; run on Linux")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="A directory; by default the shape below.")
+    parser.add_argument("--shape", default="smolvlm-256m")
+    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    methods = arguments.method or list(METHODS)
+    if arguments.child:
+        with tempfile.TemporaryDirectory(prefix="pocketvlm-") as scratch:
+            row = run_child(
+                arguments.model, methods[0], arguments.blocks, arguments.samples, Path(scratch)
+            )
+        print(json.dumps(row))
+        return
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-") as folder:
+        model = arguments.model
+        if model is None:
+            from pocketvlm.testing import write_shape
+
+            model = write_shape(arguments.shape, Path(folder) / "model")
+        rows = []
+        for method in methods:
+            command = [sys.executable, __file__, "--child", "--model", str(model)]
+            command += ["--method", method, "--blocks", str(arguments.blocks)]
+            command += ["--samples", str(arguments.samples)]
+            finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(finished.stdout.splitlines()[-1]))
+    print(
+        f"{'method':<7} {'layers':>6} {'loaded MB':>9} {'peak MB':>8} {'above block':>12} {'s':>6}"
+    )
+    for row in rows:
+        above = row["peak_bytes"] - row["largest_block_bytes"]
+        print(
+            f"{row['method']:<7} {row['layers']:>6} {row['loaded_bytes'] / 1e6:>9.0f} "
+            f"{row['peak_bytes'] / 1e6:>8.0f} {above / 1e6:>12.0f} {row['seconds']:>6.0f}"
+        )
+    print(json.dumps({"benchmark": "quantization_memory", "cpus": os.cpu_count(), "rows": rows}))
+    if any(row["peak_bytes"] - row["largest_block_bytes"] > LIMIT_BYTES for row in rows):
+        raise SystemExit("a peak is more than 2 GB above the largest block")
+
+
+if __name__ == "__main__":
+    main()
