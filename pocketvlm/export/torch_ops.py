@@ -7,7 +7,7 @@ cache or attention machinery of transformers, whose data-dependent branches no t
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.components import build_decoder, build_embedding, build_vision
-from pocketvlm.forward import merge_patches
+from pocketvlm.export.tensor_ops import TensorOps
 from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import ReducerInputs, TokenReducer
+from pocketvlm.reduction import TokenReducer
 
 __all__ = ["DecoderGraph", "EmbeddingGraph", "TorchOps", "VisionGraph"]
 
 
-class TorchOps:
+class TorchOps(TensorOps):
     """`GraphOps` over tensors.
 
     Args:
@@ -41,20 +41,10 @@ class TorchOps:
         reducer: TokenReducer | None = None,
         cache: DecoderCache | None = None,
     ) -> None:
+        super().__init__(spec, reducer)
         self._model = model
-        self._spec = spec
-        self._reducer = reducer
         self._cache = cache
         self._widths = {linear.name: linear.out_features for linear in spec.linears()}
-
-    def embed_patches(self, pixels: Tensor) -> Tensor:
-        tower = self._spec.tower
-        embeddings = cast("Any", self._model.get_submodule(f"{tower.prefix}.embeddings"))
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        if tower.has_cls:
-            patches = torch.cat([embeddings.class_embedding.view(1, 1, -1), patches], dim=1)
-        # Row by row: the patches of one whole image are in raster order.
-        return cast("Tensor", patches + embeddings.position_embedding.weight[None])
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         return self._call(self._spec.decoder.embedding, token_ids)
@@ -68,22 +58,6 @@ class TorchOps:
 
     def norm(self, inputs: Tensor, name: str) -> Tensor:
         return self._call(name, inputs)
-
-    def add_norm(self, inputs: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        total = inputs + residual
-        return self._call(name, total), total
-
-    def add(self, left: Tensor, right: Tensor) -> Tensor:
-        return left + right
-
-    def activation(self, inputs: Tensor, kind: str) -> Tensor:
-        from transformers.activations import ACT2FN
-
-        return cast("Tensor", ACT2FN[kind](inputs))
-
-    def gated(self, joined: Tensor, gate: str, up: str, kind: str) -> Tensor:
-        opened, values = self.split(joined, gate, up)
-        return self.activation(opened, kind) * values
 
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tower = self._spec.tower
@@ -110,32 +84,11 @@ class TorchOps:
         )
         return _join_heads(attended)
 
-    def drop_first(self, inputs: Tensor) -> Tensor:
-        return inputs[:, 1:]
-
-    def last(self, inputs: Tensor) -> Tensor:
-        return inputs[:, -1:]
-
-    def merge_patches(self, features: Tensor, factor: int) -> Tensor:
-        return merge_patches(features, factor)
-
-    def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        if self._reducer is None:
-            return features, torch.arange(features.shape[1])[None]
-        tower = self._spec.tower
-        kept, indices = self._reducer(
-            ReducerInputs(
-                features=features,
-                queries=_heads(queries, tower.heads, tower.head_dim) * tower.head_dim**-0.5,
-                keys=_heads(keys, tower.heads, tower.head_dim),
-                has_cls=tower.has_cls,
-                merge_factor=self._spec.projector.merge_factor,
-            )
-        )
-        return kept, indices
+    def _module(self, name: str) -> nn.Module:
+        return self._model.get_submodule(name)
 
     def _call(self, name: str, inputs: Tensor) -> Tensor:
-        return cast("Tensor", self._model.get_submodule(name)(inputs))
+        return cast("Tensor", self._module(name)(inputs))
 
 
 class DecoderCache:

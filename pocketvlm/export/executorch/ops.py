@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pocketvlm.export.executorch.layers import Kernels
-from pocketvlm.forward import merge_patches
+from pocketvlm.export.tensor_ops import TensorOps
 from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import ReducerInputs, TokenReducer
+from pocketvlm.reduction import TokenReducer
 
 __all__ = ["AttentionCache", "ExecutorchOps"]
 
@@ -33,7 +33,7 @@ class AttentionCache(Protocol):
         ...
 
 
-class ExecutorchOps:
+class ExecutorchOps(TensorOps):
     """`GraphOps` over tensors, for tracing.
 
     Args:
@@ -51,19 +51,9 @@ class ExecutorchOps:
         reducer: TokenReducer | None = None,
         cache: AttentionCache | None = None,
     ) -> None:
+        super().__init__(spec, reducer)
         self._kernels = kernels
-        self._spec = spec
-        self._reducer = reducer
         self._cache = cache
-
-    def embed_patches(self, pixels: Tensor) -> Tensor:
-        tower = self._spec.tower
-        embeddings = cast("Any", self._kernels.module(f"{tower.prefix}.embeddings"))
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        if tower.has_cls:
-            patches = torch.cat([embeddings.class_embedding.view(1, 1, -1), patches], dim=1)
-        # Row by row: the patches of one whole image are in raster order.
-        return cast("Tensor", patches + embeddings.position_embedding.weight[None])
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         return self._kernels.embed(token_ids, self._spec.decoder.embedding)
@@ -84,25 +74,12 @@ class ExecutorchOps:
         scale = torch.rsqrt(mean + self._spec.decoder.norm_eps)
         return cast("Tensor", inputs * scale * layer.weight)
 
-    def add_norm(self, inputs: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        total = inputs + residual
-        return self.norm(total, name), total
-
-    def add(self, left: Tensor, right: Tensor) -> Tensor:
-        return left + right
-
     def activation(self, inputs: Tensor, kind: str) -> Tensor:
-        from transformers.activations import ACT2FN
-
         if kind == "gelu_pytorch_tanh":
             # XNNPACK computes the exact GELU whichever is asked for, so this one is spelled out.
             cubic = inputs + 0.044715 * inputs * inputs * inputs
             return 0.5 * inputs * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * cubic))
-        return cast("Tensor", ACT2FN[kind](inputs))
-
-    def gated(self, joined: Tensor, gate: str, up: str, kind: str) -> Tensor:
-        opened, values = self.split(joined, gate, up)
-        return self.activation(opened, kind) * values
+        return super().activation(inputs, kind)
 
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tower = self._spec.tower
@@ -123,33 +100,8 @@ class ExecutorchOps:
         attended = self._cache.attend(block, query, key, value)
         return attended.view(1, -1, decoder.heads * decoder.head_dim)
 
-    def drop_first(self, inputs: Tensor) -> Tensor:
-        return inputs[:, 1:]
-
-    def last(self, inputs: Tensor) -> Tensor:
-        return inputs[:, -1:]
-
-    def merge_patches(self, features: Tensor, factor: int) -> Tensor:
-        return merge_patches(features, factor)
-
-    def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        if self._reducer is None:
-            return features, torch.arange(features.shape[1])[None]
-        tower = self._spec.tower
-        query, key = (
-            self._heads(part, tower.heads, tower.head_dim).transpose(1, 2)
-            for part in (queries, keys)
-        )
-        kept, indices = self._reducer(
-            ReducerInputs(
-                features=features,
-                queries=query * tower.head_dim**-0.5,
-                keys=key,
-                has_cls=tower.has_cls,
-                merge_factor=self._spec.projector.merge_factor,
-            )
-        )
-        return kept, indices
+    def _module(self, name: str) -> torch.nn.Module:
+        return self._kernels.module(name)
 
     @staticmethod
     def _heads(joined: Tensor, heads: int, width: int) -> Tensor:
