@@ -12,28 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from child_process import resident_bytes, run_child
+
 LIMIT = 4.0  # bytes a parameter above the loaded model
 
 
-def run_child(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, Any]:
+def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, Any]:
     """Loads, prunes, and reads what either took; called in a process of its own."""
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.compress.pruning.gblm import Gblm
     from pocketvlm.context import RunContext
+    from pocketvlm.report import peak_rss_bytes
 
     ctx = RunContext(scratch_dir=scratch)
     calibration = CalibrationSet.synthetic(samples)
     checkpoint = Checkpoint.load(model)
-    loaded = _resident("VmRSS")
+    loaded = resident_bytes()
     # What torch and the image library keep once they have run at all is no part of a gradient,
     # but it is no part of the loaded model either: it counts.
     peaks: dict[str, int] = {}
@@ -44,11 +45,11 @@ def run_child(model: Path, gradient: str, samples: int, scratch: Path) -> dict[s
 
     def on_progress(progress: Any) -> None:
         if progress.task == "gradients":
-            peaks["gradients"] = _resident("VmHWM")
+            peaks["gradients"] = peak_rss_bytes()
             seconds["gradients"] = time.perf_counter() - started
 
     pruned = stage.apply(checkpoint, calibration, replace(ctx, on_progress=on_progress))
-    peaks["stage"] = _resident("VmHWM")
+    peaks["stage"] = peak_rss_bytes()
     seconds["stage"] = time.perf_counter() - started
     spec = pruned.spec
     linears = sum(one.out_features * one.in_features for one in spec.linears())
@@ -67,13 +68,6 @@ def run_child(model: Path, gradient: str, samples: int, scratch: Path) -> dict[s
     }
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("the kernel does not tell this process's memory; run on Linux")
-
-
 def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -90,7 +84,7 @@ def main() -> None:
     kinds = arguments.gradient or ["answer", "block"]
     if arguments.child:
         with tempfile.TemporaryDirectory(prefix="pocketvlm-") as scratch:
-            row = run_child(arguments.model, kinds[0], arguments.samples, Path(scratch))
+            row = prune(arguments.model, kinds[0], arguments.samples, Path(scratch))
         print(json.dumps(row))
         return
     with tempfile.TemporaryDirectory(prefix="pocketvlm-") as folder:
@@ -101,10 +95,8 @@ def main() -> None:
             model = write_shape(arguments.shape, Path(folder) / "model")
         rows = []
         for kind in kinds:
-            command = [sys.executable, __file__, "--child", "--model", str(model)]
-            command += ["--gradient", kind, "--samples", str(arguments.samples)]
-            finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(finished.stdout.splitlines()[-1]))
+            options = ["--gradient", kind, "--samples", str(arguments.samples)]
+            rows.append(run_child(__file__, model, options))
     print(
         f"{'gradient':<9} {'loaded MB':>9} {'peak MB':>8} {'B/param':>8} {'stage MB':>9} "
         f"{'B/param':>8} {'disk MB':>8} {'s':>6} {'stage s':>8}"

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from child_process import resident_bytes, run_child
 
 LIMIT_BYTES = 2_000_000_000
 METHODS = ("gptq", "vptq", "mixed")
@@ -52,15 +52,16 @@ def stages_for(blocks: int, depth: int) -> Mapping[str, Callable[[], Any]]:
     }
 
 
-def run_child(model: Path, method: str, blocks: int, samples: int, scratch: Path) -> dict[str, Any]:
+def quantize(model: Path, method: str, blocks: int, samples: int, scratch: Path) -> dict[str, Any]:
     """Loads and quantizes; called in a process of its own."""
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.context import RunContext
+    from pocketvlm.report import peak_rss_bytes
 
     started = time.perf_counter()
     checkpoint = Checkpoint.load(model)
-    loaded = resident_bytes("VmRSS")
+    loaded = resident_bytes()
     spec = checkpoint.spec
     depth = max(linear.block for linear in spec.linears() if linear.block is not None) + 1
     sizes = Counter[tuple[str, int | str]]()
@@ -75,17 +76,9 @@ def run_child(model: Path, method: str, blocks: int, samples: int, scratch: Path
         "layers": sum(row["bits"] is not None for row in done.history[-1].layers),
         "loaded_bytes": loaded,
         "largest_block_bytes": max(sizes.values()),
-        "peak_bytes": resident_bytes("VmHWM"),
+        "peak_bytes": peak_rss_bytes(),
         "seconds": time.perf_counter() - started,
     }
-
-
-def resident_bytes(field: str) -> int:
-    """A figure of the kernel's own accounting."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("the kernel does not tell this process's memory; run on Linux")
 
 
 def main() -> None:
@@ -101,7 +94,7 @@ def main() -> None:
     methods = arguments.method or list(METHODS)
     if arguments.child:
         with tempfile.TemporaryDirectory(prefix="pocketvlm-") as scratch:
-            row = run_child(
+            row = quantize(
                 arguments.model, methods[0], arguments.blocks, arguments.samples, Path(scratch)
             )
         print(json.dumps(row))
@@ -114,11 +107,9 @@ def main() -> None:
             model = write_shape(arguments.shape, Path(folder) / "model")
         rows = []
         for method in methods:
-            command = [sys.executable, __file__, "--child", "--model", str(model)]
-            command += ["--method", method, "--blocks", str(arguments.blocks)]
-            command += ["--samples", str(arguments.samples)]
-            finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(finished.stdout.splitlines()[-1]))
+            options = ["--method", method, "--blocks", str(arguments.blocks)]
+            options += ["--samples", str(arguments.samples)]
+            rows.append(run_child(__file__, model, options))
     print(
         f"{'method':<7} {'layers':>6} {'loaded MB':>9} {'peak MB':>8} {'above block':>12} {'s':>6}"
     )

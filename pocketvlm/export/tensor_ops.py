@@ -12,7 +12,7 @@ from pocketvlm.forward import merge_patches
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import ReducerInputs, TokenReducer
 
-__all__ = ["TensorOps"]
+__all__ = ["TensorOps", "split_heads"]
 
 
 class TensorOps(ABC):
@@ -78,8 +78,8 @@ class TensorOps(ABC):
         kept, indices = self._reducer(
             ReducerInputs(
                 features=features,
-                queries=_split_heads(queries, tower.heads, tower.head_dim) * tower.head_dim**-0.5,
-                keys=_split_heads(keys, tower.heads, tower.head_dim),
+                queries=split_heads(queries, tower.heads, tower.head_dim) * tower.head_dim**-0.5,
+                keys=split_heads(keys, tower.heads, tower.head_dim),
                 has_cls=tower.has_cls,
                 merge_factor=self._spec.projector.merge_factor,
             )
@@ -87,6 +87,6 @@ class TensorOps(ABC):
         return kept, indices
 
 
-def _split_heads(joined: Tensor, heads: int, width: int) -> Tensor:
+def split_heads(joined: Tensor, heads: int, width: int) -> Tensor:
     """[1, rows, heads * width] as [1, heads, rows, width]."""
     return joined.view(1, joined.shape[1], heads, width).transpose(1, 2)

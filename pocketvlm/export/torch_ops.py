@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.components import build_decoder, build_embedding, build_vision
-from pocketvlm.export.tensor_ops import TensorOps
+from pocketvlm.export.tensor_ops import TensorOps, split_heads
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
 
@@ -62,7 +62,7 @@ class TorchOps(TensorOps):
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tower = self._spec.tower
         query, key, value = (
-            _heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)
+            split_heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)
         )
         return _join_heads(functional.scaled_dot_product_attention(query, key, value))
 
@@ -71,9 +71,9 @@ class TorchOps(TensorOps):
             raise TypeError("the decoder needs a cache")
         decoder = self._spec.decoder
         queries, keys, values = self.split(joined, *names)
-        query = self._cache.rotate(_heads(queries, decoder.heads, decoder.head_dim))
-        key = self._cache.rotate(_heads(keys, decoder.kv_heads, decoder.head_dim))
-        value = _heads(values, decoder.kv_heads, decoder.head_dim)
+        query = self._cache.rotate(split_heads(queries, decoder.heads, decoder.head_dim))
+        key = self._cache.rotate(split_heads(keys, decoder.kv_heads, decoder.head_dim))
+        value = split_heads(values, decoder.kv_heads, decoder.head_dim)
         every_key, every_value = self._cache.extend(block, key, value)
         attended = functional.scaled_dot_product_attention(
             query,
@@ -171,10 +171,6 @@ class DecoderGraph(nn.Module):
         ops = TorchOps(self.model, self._spec, cache=cache)
         logits = build_decoder(ops, self._spec, embeds)
         return logits, *cache.tensors
-
-
-def _heads(joined: Tensor, heads: int, width: int) -> Tensor:
-    return joined.view(1, joined.shape[1], heads, width).transpose(1, 2)
 
 
 def _join_heads(heads: Tensor) -> Tensor:
