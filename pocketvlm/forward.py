@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.kv_cache import cache_argument
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import ReducerInputs
 from pocketvlm.visual_depth import run_decoder
@@ -281,8 +282,8 @@ def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = N
         inputs_embeds=inputs.embeds,
         attention_mask=whole,
         position_ids=inputs.positions,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **cache_argument(decoder, cache),
     )
     return cast("Tensor", output.last_hidden_state)
 

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pocketvlm.kv_cache import cache_argument
+
 __all__ = ["run_decoder", "take_columns", "text_columns"]
 
 
@@ -65,7 +67,7 @@ def run_decoder(
             hidden_states=layer.input_layernorm(hidden),
             position_embeddings=angles,
             attention_mask=_causal_mask(hidden.shape[1], _held_rows(cache, index)),
-            past_key_values=cache,
+            **cache_argument(layer.self_attn, cache),
         )
         hidden = hidden + attended
         if hides_rows and index == visual_layers - 1:
