@@ -26,8 +26,8 @@ from pocketvlm.compress.quantization.mixed import MixedPrecision
 from pocketvlm.compress.quantization.rules import WeightRule
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import compare_scores, score_checkpoint
+from pocketvlm.json_io import write_json
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
-from pocketvlm.report import write_json
 
 MENU = tuple(
     WeightRule(bits=bits, group_size=group_size) for bits in (2, 3, 4, 8) for group_size in (64, 32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.errors import BundleError
-from pocketvlm.report import read_json, write_json
+from pocketvlm.files import file_sha256
+from pocketvlm.json_io import read_json, write_json
 
 __all__ = [
     "BUNDLE_SCHEMA",
@@ -20,7 +20,6 @@ __all__ = [
     "Component",
     "Manifest",
     "TensorSignature",
-    "file_sha256",
     "replace_directory",
     "sign_files",
     "write_manifest",
@@ -216,12 +215,6 @@ def sign_files(path: Path, unsigned: frozenset[str]) -> dict[str, str]:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes the manifest of a bundle folder."""
     write_json(path / _MANIFEST, manifest.to_json())
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pocketvlm.bundle import file_sha256, replace_directory
+from pocketvlm.bundle import replace_directory
 from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.errors import CheckpointError
+from pocketvlm.files import file_sha256
+from pocketvlm.json_io import read_json, write_json
 from pocketvlm.layouts import StoredLayout, read_stored_layout
 from pocketvlm.modelspec import (
     LinearSpec,
@@ -32,7 +34,6 @@ from pocketvlm.modelspec import (
 )
 from pocketvlm.processor import Processor
 from pocketvlm.reduction import TokenReducer
-from pocketvlm.report import read_json, write_json
 from pocketvlm.weights import (
     FORMS,
     DenseWeight,

@@ -5,17 +5,14 @@ Units are part of a field's name, raw samples are kept, and statistics are deriv
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from pocketvlm.errors import BundleError
 
 __all__ = [
     "REPORT_SCHEMA",
@@ -23,9 +20,7 @@ __all__ = [
     "describe_environment",
     "package_version",
     "peak_rss_bytes",
-    "read_json",
     "toolchain_versions",
-    "write_json",
 ]
 
 REPORT_SCHEMA = 1
@@ -117,29 +112,6 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, the others kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes a document aside and renames it into place; same content, same bytes."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a document that `write_json` wrote.
-
-    Raises:
-        BundleError: The file is missing or no JSON object.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise BundleError(f"{path}: holds a JSON {type(document).__name__}, not an object")
-    return document
 
 
 def _processor_name() -> str:

@@ -77,7 +77,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from pocketvlm.device_bench.html import render_html
-    from pocketvlm.report import read_json
+    from pocketvlm.json_io import read_json
 
     documents = [read_json(run / "report.json" if run.is_dir() else run) for run in runs]
     out.write_text(render_html(*documents), encoding="utf-8")

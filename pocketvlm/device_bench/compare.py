@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.errors import InputError
-from pocketvlm.report import read_json
+from pocketvlm.json_io import read_json
 
 __all__ = ["DEFAULT_BOUNDS", "Comparison", "compare_documents", "compare_reports", "parse_bounds"]
 

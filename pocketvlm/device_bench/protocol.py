@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pocketvlm.bundle import Bundle, file_sha256
+from pocketvlm.bundle import Bundle
 from pocketvlm.context import Progress, ProgressCallback, ignore_progress
 from pocketvlm.device_bench.devices import load_device
 from pocketvlm.device_bench.graph_bytes import decoder_weight_bytes, graph_file_bytes
@@ -30,6 +30,7 @@ from pocketvlm.device_bench.plausibility import Physics, check_plausibility
 from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_blocks
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import PocketVLMError, UnsupportedError
+from pocketvlm.files import file_sha256
 from pocketvlm.runtime.engines import EMULATED, choose_engine
 
 __all__ = ["Turn", "bench_bundle", "schedule"]

@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pocketvlm.bundle import file_sha256
 from pocketvlm.errors import ExportError
+from pocketvlm.files import file_sha256
 from pocketvlm.packing import pack_codes
 from pocketvlm.runtime.sparse_file import MAGIC, PREFIX, VERSION, expand
 from pocketvlm.runtime.sparse_span import Bytes, MaskedSpan

@@ -21,9 +21,10 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import PocketVLMError
 from pocketvlm.export.parity import ParityReport, certify
+from pocketvlm.json_io import write_json
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Target
-from pocketvlm.report import toolchain_versions, write_json
+from pocketvlm.report import toolchain_versions
 
 __all__ = ["PARITY_FILE", "UNSIGNED", "BuiltBundle", "build_bundle", "write_graphs"]
 

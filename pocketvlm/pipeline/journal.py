@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.errors import RecipeError
-from pocketvlm.report import read_json, write_json
+from pocketvlm.json_io import read_json, write_json
 
 __all__ = ["Journal", "stage_keys"]
 

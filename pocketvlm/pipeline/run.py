@@ -18,12 +18,13 @@ from pocketvlm.device_bench.html import render_html, render_markdown
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
+from pocketvlm.json_io import write_json
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.journal import Journal, stage_keys
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Bound, Recipe
 from pocketvlm.recipes.stages import Stage, check_order
-from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes, write_json
+from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes
 from pocketvlm.runtime.engines import EMULATED, choose_engine
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]

@@ -21,7 +21,7 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import MAX_PIXELS
-from pocketvlm.report import read_json
+from pocketvlm.json_io import read_json
 
 __all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "TwoStepSquare", "to_rgb"]
 

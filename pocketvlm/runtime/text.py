@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.report import read_json
+from pocketvlm.json_io import read_json
 
 __all__ = ["Message", "TextCodec", "assistant_message", "user_message"]
 

@@ -80,7 +80,7 @@ def test_an_unsigned_file_may_change(bundle_path):
     ("text", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "holds a JSON list"),
+        ("[]", "holds a JSON array"),
         ('{"schema": 9}', "bundle schema 9"),
         ('{"schema": 1}', "not a manifest"),
         ('{"schema": 1, "components": [{"x": 1}]}', "not a manifest"),

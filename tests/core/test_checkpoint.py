@@ -233,7 +233,7 @@ def test_a_flipped_bit_in_our_own_checkpoint_is_noticed(tiny_checkpoint, tmp_pat
 
 def test_a_flipped_bit_in_a_hub_cache_is_noticed(tiny_path, tmp_path):
     """A hub cache names each blob by its digest."""
-    from pocketvlm.bundle import file_sha256
+    from pocketvlm.files import file_sha256
 
     model = shutil.copytree(tiny_path, tmp_path / "model")
     blob = tmp_path / file_sha256(model / "model.safetensors")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketvlm.bundle import file_sha256
 from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.stage import ReduceTokens, ScoreName
@@ -18,6 +17,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError, UnsupportedError
 from pocketvlm.export.coreml import toolkit as coreml_toolkit
 from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.files import file_sha256
 from pocketvlm.forward import encode_images
 from pocketvlm.reduction import ReducerInputs, TokenReducer
 from tests.export.coreml_rig import PackageContent, export, run_vision

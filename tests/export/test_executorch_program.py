@@ -20,7 +20,7 @@ from pocketvlm.export.executorch.file import read_layout
 from pocketvlm.export.executorch.sharing import share_constants
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.forward import decode_logits
-from pocketvlm.report import read_json
+from pocketvlm.json_io import read_json
 from pocketvlm.runtime.executorch.program import load_program
 from pocketvlm.weights import AffineWeight
 from tests.export.rig import make_prompt, quantize_affine

@@ -23,9 +23,9 @@ from pocketvlm.evaluation.score import score_bundle, score_checkpoint
 from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.parity import ParityReport, certify
+from pocketvlm.json_io import write_json
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.recipes.load import load_recipe
-from pocketvlm.report import write_json
 from pocketvlm.weights import DenseWeight
 
 CONTEXT = RunContext(threads=1)

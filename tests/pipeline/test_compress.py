@@ -15,7 +15,7 @@ import pytest
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
-from pocketvlm.report import read_json
+from pocketvlm.json_io import read_json
 
 from .conftest import cli
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketvlm.bundle import Bundle, file_sha256
+from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.protocol import bench_bundle
@@ -21,6 +21,7 @@ from pocketvlm.errors import (
     RecipeError,
     UnsupportedError,
 )
+from pocketvlm.files import file_sha256
 from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml, verify_coreml
 from pocketvlm.runtime.coreml.session import RemoteRunner, measure_function
 from tests.pipeline.conftest import cli

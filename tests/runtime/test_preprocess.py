@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.report import write_json
+from pocketvlm.json_io import write_json
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 
 from .conftest import noise

@@ -19,7 +19,7 @@ from torch import Tensor
 from pocketvlm.compress.pruning.block_path import BlockPath, PathState
 from pocketvlm.compress.pruning.blocks import Block, Stack
 from pocketvlm.errors import BundleError, CalibrationError
-from pocketvlm.report import read_json, write_json
+from pocketvlm.json_io import read_json, write_json
 
 __all__ = ["GreedyStep", "count_trials", "losses_without", "remove_greedily"]
 

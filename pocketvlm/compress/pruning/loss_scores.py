@@ -30,7 +30,7 @@ from pocketvlm.calibration.answer_losses import AnswerLosses
 from pocketvlm.calibration.layer_gradients import LayerGradient, walk_gradients
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext, derive_seed
-from pocketvlm.report import read_json, write_json
+from pocketvlm.json_io import read_json, write_json
 from pocketvlm.weights import DenseWeight, WeightForm
 
 __all__ = ["first_order_scores", "first_order_sum", "zeroth_order_score", "zeroth_order_scores"]

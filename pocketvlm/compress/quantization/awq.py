@@ -42,9 +42,10 @@ from pocketvlm.compress.quantization.rules import (
 from pocketvlm.compress.quantization.scale_search import choose_scale
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
+from pocketvlm.json_io import read_json, write_json
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
-from pocketvlm.report import package_version, peak_rss_bytes, read_json, write_json
+from pocketvlm.report import package_version, peak_rss_bytes
 from pocketvlm.weights import WeightForm
 
 __all__ = ["Awq"]

@@ -21,8 +21,8 @@ from pocketvlm.compress.quantization.menu import Option, label_of
 from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
+from pocketvlm.json_io import write_json
 from pocketvlm.modelspec import LinearSpec
-from pocketvlm.report import write_json
 
 __all__ = ["Measurement", "Sensitivity", "measure_sensitivity"]
 

@@ -37,9 +37,9 @@ from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
 from pocketvlm.export.sparse_file import pack_file
 from pocketvlm.export.unmasked import describe_unmasked, unmasked_notes
+from pocketvlm.json_io import read_json, write_json
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
-from pocketvlm.report import read_json, write_json
 from pocketvlm.runtime.executorch.program import require_executorch
 from pocketvlm.weights import AffineWeight, SparseWeight, WeightForm
 

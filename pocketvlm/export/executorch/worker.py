@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from pocketvlm.errors import ExportError, PocketVLMError
+from pocketvlm.json_io import write_json
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
-from pocketvlm.report import peak_rss_bytes, write_json
+from pocketvlm.report import peak_rss_bytes
 
 __all__ = ["JOB_FILE", "PROGRAM_FILE", "RESULT_FILE", "ConversionJob", "main"]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import PocketVLMError
-from pocketvlm.report import read_json, write_json
+from pocketvlm.json_io import read_json, write_json
 from pocketvlm.runtime.coreml.apple import AppleToolkit, DevicePackage, Toolkit
 from pocketvlm.runtime.coreml.frames import read_frame, write_frame
 from pocketvlm.runtime.coreml.runner import CoremlRunner

@@ -1,0 +1,120 @@
+"""Files: read only where they may be, and written so that a kill leaves the old or the new one.
+
+A bundle, a checkpoint or a data set of a stranger names files. What it names is read only inside
+its own folder, and only if it is a regular file: a link that leaves the folder, a pipe or a device
+is refused in one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from pocketvlm.errors import BundleError, PocketVLMError
+
+__all__ = ["MAX_TEXT_BYTES", "file_sha256", "locate", "read_bytes", "read_text"]
+
+MAX_TEXT_BYTES = 2**28
+"""Bytes of a text file that is read whole; the largest published tokenizers have 35 MB."""
+
+# Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever; O_BINARY is Windows'.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def locate(
+    folder: Path, name: str, *, error: type[PocketVLMError] = BundleError, follow: bool = False
+) -> Path:
+    """The path of a file that a document of a folder names.
+
+    Args:
+        folder: The folder that the document lies in.
+        name: The file's name, relative, with forward slashes.
+        error: What is raised when the file may not be read.
+        follow: Whether links out of the folder are followed, as in a hub's cache, where every file
+            is a link to a blob.
+
+    Raises:
+        PocketVLMError: `error`, where the name is no relative path inside the folder, nothing is
+            there, or it is no regular file.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise error(f"{folder}: {name!r} is not the name of a file inside this folder")
+    path = folder.joinpath(*parts)
+    try:
+        real = path.resolve(strict=True)
+        root = folder.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError, ValueError) as fault:  # a loop of links, a name too long
+        raise error(f"{path}: is missing") from fault
+    if not follow and not real.is_relative_to(root):
+        raise error(f"{path}: leads out of its folder; only files inside {folder} are read")
+    if not stat.S_ISREG(mode):
+        raise error(f"{path}: is not a regular file")
+    return path
+
+
+def read_bytes(
+    path: Path, *, error: type[PocketVLMError] = BundleError, max_bytes: int = MAX_TEXT_BYTES
+) -> bytes:
+    """Content of a regular file of bounded size.
+
+    Raises:
+        PocketVLMError: `error`, where it is missing, no regular file, too large, or the pointer
+            that git leaves in place of a large file.
+    """
+    try:
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+    except FileNotFoundError as fault:
+        raise error(f"{path}: is missing") from fault
+    except (OSError, ValueError) as fault:
+        raise error(f"{path}: cannot be opened: {_reason(fault)}") from fault
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise error(f"{path}: is not a regular file")
+        try:
+            content = stream.read(max_bytes + 1)
+        except OSError as fault:
+            raise error(f"{path}: cannot be read: {_reason(fault)}") from fault
+    if len(content) > max_bytes:
+        raise error(f"{path}: has more than {max_bytes:,} bytes, which is the most that is read")
+    if content.startswith(_LFS_POINTER):
+        raise error(
+            f"{path}: is a pointer of git-lfs, not the file itself; run `git lfs pull` in its clone"
+        )
+    return content
+
+
+def read_text(
+    path: Path, *, error: type[PocketVLMError] = BundleError, max_bytes: int = MAX_TEXT_BYTES
+) -> str:
+    """Text of a regular file, UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Line ends stay as they are.
+
+    Raises:
+        PocketVLMError: `error`, as `read_bytes`, or where it is not text.
+    """
+    content = read_bytes(path, error=error, max_bytes=max_bytes)
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as fault:
+        raise error(
+            f"{path}: is not {encoding.upper().removesuffix('-SIG')} text: byte {fault.start}"
+        ) from fault
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _reason(fault: Exception) -> str:
+    return getattr(fault, "strerror", None) or str(fault)

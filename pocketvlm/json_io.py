@@ -1,0 +1,213 @@
+"""JSON in and out: documents of anybody are read within bounds, ours are written whole.
+
+A stranger's file can be anything: a pipe, not UTF-8, gigabytes long, nested a million times.
+`read_json` ends in a document or in one line of the caller's own error. What the document holds is
+then `decode`d into frozen dataclasses, so that no later line meets a value of a type that it does
+not expect.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pocketvlm.errors import BundleError, PocketVLMError
+from pocketvlm.files import MAX_TEXT_BYTES, read_text
+
+__all__ = ["DecodeError", "decode", "parse_json", "read_json", "write_json"]
+
+_T = TypeVar("_T")
+_SHOWN = 60
+
+
+class DecodeError(ValueError):
+    """A value is not what a dataclass says; the message has its path and what is allowed."""
+
+
+def read_json(
+    path: Path,
+    *,
+    error: type[PocketVLMError] = BundleError,
+    max_bytes: int = MAX_TEXT_BYTES,
+) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Args:
+        path: The file.
+        error: What is raised when it cannot be read.
+        max_bytes: Bytes that it may have.
+
+    Raises:
+        PocketVLMError: `error`, with one line, where the file is missing, no regular file, too
+            large, no UTF-8 or no JSON object.
+    """
+    document = parse_json(read_text(path, error=error, max_bytes=max_bytes), str(path), error=error)
+    if not isinstance(document, dict):
+        raise error(f"{path}: holds a JSON {_kind(document)}, not an object")
+    return document
+
+
+def parse_json(text: str, where: str, *, error: type[PocketVLMError] = BundleError) -> Any:
+    """Parses JSON text.
+
+    Args:
+        text: The text.
+        where: Where it comes from, for the message.
+        error: What is raised when it is no JSON.
+
+    Raises:
+        PocketVLMError: `error`, with one line.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as fault:
+        place = f"line {fault.lineno}, column {fault.colno}"
+        raise error(f"{where}: cannot be read as JSON: {fault.msg} ({place})") from fault
+    except RecursionError as fault:
+        raise error(f"{where}: cannot be read as JSON: it is nested too deeply") from fault
+    except ValueError as fault:  # a number of more digits than Python converts
+        raise error(f"{where}: cannot be read as JSON: {fault}") from fault
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a document aside and renames it into place; same content, same bytes."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def decode(kind: type[_T], value: Any, path: str = "") -> _T:
+    """Builds a dataclass, or any type that its fields are annotated with, from JSON values.
+
+    What counts is the annotation: `bool` is not a number, a whole number may stand for a `float`,
+    a list becomes a tuple, unknown keys and numbers that are not finite are refused. Annotations
+    may be plain types, dataclasses, `Literal`, unions, `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`,
+    `Mapping[str, X]`, `dict[str, X]` and `Any`.
+
+    Args:
+        kind: The type.
+        value: What `json.loads` returned.
+        path: Where the value stands, for the message.
+
+    Raises:
+        DecodeError: The value does not fit, or the dataclass itself refuses it.
+    """
+    result: _T = _decode(kind, value, path)
+    return result
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode_fields(kind, value, path)
+    if origin is Literal:
+        # `True == 1`, and a list has no hash: compare types as well.
+        if not any(type(value) is type(known) and value == known for known in arguments):
+            allowed = ", ".join(repr(known) for known in arguments)
+            raise DecodeError(f"{_place(path)}is {_shown(value)}; allowed: {allowed}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, value, path)
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise DecodeError(f"{_place(path)}must be a list, not {_shown(value)}")
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            if len(value) != len(arguments):
+                raise DecodeError(f"{_place(path)}must have {len(arguments)} items")
+            kinds: Any = arguments
+        else:
+            kinds = [arguments[0]] * len(value)
+        items = [
+            _decode(k, v, _join(path, i)) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        ]
+        return tuple(items) if origin is tuple else items
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise DecodeError(f"{_place(path)}must be an object, not {_shown(value)}")
+        return {key: _decode(arguments[1], item, _join(path, key)) for key, item in value.items()}
+    return _decode_plain(kind, value, path)
+
+
+def _decode_plain(kind: Any, value: Any, path: str) -> Any:
+    if kind is None or kind is type(None):
+        if value is not None:
+            raise DecodeError(f"{_place(path)}must be null, not {_shown(value)}")
+        return None
+    if kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise DecodeError(f"{_place(path)}must be a finite number")
+        return number
+    if kind not in (bool, int, str, float):
+        raise TypeError(f"{kind!r} cannot be read from JSON")  # a fault of the dataclass
+    if type(value) is not kind:
+        words = {bool: "true or false", int: "a whole number", str: "text", float: "a number"}
+        raise DecodeError(f"{_place(path)}must be {words[kind]}, not {_shown(value)}")
+    return value
+
+
+def _decode_fields(kind: type[Any], value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise DecodeError(f"{_place(path)}must be an object, not {_shown(value)}")
+    known = {item.name: item for item in fields(kind) if item.init}
+    unknown = sorted(str(key) for key in value if key not in known)
+    if unknown:
+        where = _place(_join(path, unknown[0]))
+        raise DecodeError(f"{where}unknown key; allowed: {', '.join(known)}")
+    hints = get_type_hints(kind)
+    content = {}
+    for name, item in known.items():
+        if name in value:
+            content[name] = _decode(hints[name], value[name], _join(path, name))
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise DecodeError(f"{_place(_join(path, name))}is missing")
+    try:
+        return kind(**content)
+    except DecodeError:
+        raise
+    except ValueError as fault:  # its own check of ranges
+        raise DecodeError(f"{_place(path)}{fault}") from fault
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    problems: list[DecodeError] = []
+    for kind in kinds:
+        try:
+            return _decode(kind, value, path)
+        except DecodeError as fault:
+            problems.append(fault)
+    # The complaint that got deepest into the value is about the alternative that was meant.
+    raise max(problems, key=lambda fault: str(fault).partition(":")[0].count("."))
+
+
+def _join(path: str, step: object) -> str:
+    return f"{path}.{step}" if path else str(step)
+
+
+def _place(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _shown(value: Any) -> str:
+    text = (
+        json.dumps(value, ensure_ascii=True, default=repr)
+        if not isinstance(value, dict | list)
+        else f"a JSON {_kind(value)}"
+    )
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
