@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_what_was_there(tiny_checkpoint, tmp_path, monkeypa
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pocketvlm.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("pocketvlm.checkpoint.save.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         tiny_checkpoint.save(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before

@@ -1,0 +1,207 @@
+"""Checkpoint: a model with its processor, its specification and everything that was done to it.
+
+A checkpoint is loaded from a Hugging Face directory (safetensors only) or from one that `save`
+wrote. Weight matrices stay in the type in which they are stored and are widened where they are
+used, so that a bf16 model costs its file size in memory and computes in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.bundle import replace_directory
+from pocketvlm.cache_grid import CacheGrid
+from pocketvlm.checkpoint.config import read_config, read_spec
+from pocketvlm.checkpoint.load import build_model, check_shape, load_cache_grid, load_weights
+from pocketvlm.checkpoint.manifest import (
+    ReducerBuilder,
+    read_manifest,
+    read_visual_layers,
+    restore_reducer,
+)
+from pocketvlm.checkpoint.records import Source, StageRecord, record_from_json
+from pocketvlm.checkpoint.save import write_checkpoint
+from pocketvlm.checkpoint.weight_files import find_weight_files, verify_files
+from pocketvlm.errors import CheckpointError
+from pocketvlm.layouts import read_stored_layout
+from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.processor import Processor
+from pocketvlm.reduction import TokenReducer
+from pocketvlm.weights import FormEmbedding, FormLinear, WeightForm
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A model on its way to the phone.
+
+    The model is owned by the checkpoint that was made last: a stage may change it in place and
+    returns a new `Checkpoint` that holds it.
+
+    Attributes:
+        model: The stock transformers model; its weight matrices are `FormLinear` and
+            `FormEmbedding` modules.
+        processor: Tokenizer and image processor.
+        spec: Where everything is.
+        config: Content of config.json.
+        source: Where the weights came from.
+        reducer: The visual-token reduction, or `None` for all tokens.
+        cache_grid: What the KV cache is rounded to, or `None` where it stays float32.
+        visual_layers: First layers of the decoder that visual tokens run through
+            (`pocketvlm.visual_depth`), or `None` for all of them.
+        history: One record a stage, in order.
+    """
+
+    model: nn.Module
+    processor: Processor
+    spec: ModelSpec
+    config: Mapping[str, Any]
+    source: Source
+    reducer: TokenReducer | None = None
+    cache_grid: CacheGrid | None = None
+    visual_layers: int | None = None
+    history: tuple[StageRecord, ...] = ()
+
+    @classmethod
+    def load(
+        cls, path: Path | str, *, reducers: Mapping[str, ReducerBuilder] | None = None
+    ) -> Checkpoint:
+        """Loads a Hugging Face directory, or one that `save` or `save_layout` wrote.
+
+        Layers in a layout of other tools (GPTQ, VPTQ) keep their codes.
+
+        Args:
+            path: The directory.
+            reducers: Builders of visual-token reducers by stage tag, for directories whose
+                history holds one; `pocketvlm.load_checkpoint` passes all there are.
+
+        Raises:
+            CheckpointError: The directory is missing, damaged or holds pickled weights only.
+            UnsupportedError: The model's family is not supported.
+        """
+        path = Path(path)
+        config = read_config(path)
+        spec = read_spec(config)
+        manifest = read_manifest(path)
+        layout = None if manifest else read_stored_layout(config)
+        processor = Processor.load(path, spec)
+        files = find_weight_files(path)
+        digests = verify_files(files, manifest)
+        model = build_model(config)
+        forms = manifest["forms"] if manifest else {}
+        load_weights(model, spec, files, forms, layout)
+        # What the directory's layout was, the forms tell now; it is not how `save` will store them.
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        if manifest is None:
+            joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+            source = Source(
+                name=path.resolve().name,
+                sha256=joined,
+                weight_bytes=sum(file.stat().st_size for file in files),
+            )
+            return cls(model=model, processor=processor, spec=spec, config=config, source=source)
+        return cls(
+            model=model,
+            processor=processor,
+            spec=spec,
+            config=config,
+            source=Source(**manifest["source"]),
+            reducer=restore_reducer(manifest, spec, reducers or {}, path),
+            cache_grid=load_cache_grid(spec, files),
+            visual_layers=read_visual_layers(manifest, spec, path),
+            history=tuple(record_from_json(record) for record in manifest["history"]),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Writes the checkpoint with its history; takes the place of `path` only when whole."""
+        path = Path(path)
+        with replace_directory(path) as folder:
+            write_checkpoint(self, folder, path)
+
+    def form(self, name: str) -> WeightForm:
+        """The stored weight of a layer."""
+        return self.layer(name).form
+
+    def layer(self, name: str) -> FormLinear | FormEmbedding:
+        """The module of a weight matrix by its name in `ModelSpec.linears`."""
+        module = self.model.get_submodule(name)
+        if not isinstance(module, FormLinear | FormEmbedding):
+            raise TypeError(f"{name} is a {type(module).__name__}, not a weight matrix")
+        return module
+
+    def set_form(self, name: str, form: WeightForm) -> None:
+        """Replaces the stored weight of a layer, in place; a tied head follows its embedding."""
+        layer = self.layer(name)
+        if form.shape != layer.form.shape:
+            raise ValueError(f"{name}: a weight {form.shape} cannot replace {layer.form.shape}")
+        layer.form = form
+        decoder = self.spec.decoder
+        if decoder.tied_head and name == decoder.embedding:
+            self.layer(decoder.head).form = form
+
+    def forms(self) -> dict[LinearSpec, WeightForm]:
+        """Every weight matrix with its stored form, in order of execution."""
+        return {linear: self.form(linear.name) for linear in self.spec.linears()}
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Everything that is no weight matrix: biases, norms, position tables, by name."""
+        return {name: value.detach() for name, value in self.model.named_parameters()}
+
+    def rebuild(
+        self,
+        config: Mapping[str, Any],
+        forms: Mapping[str, WeightForm],
+        vectors: Mapping[str, Tensor],
+    ) -> Checkpoint:
+        """The checkpoint with other shapes: a new stock model for a changed config.json.
+
+        Args:
+            config: The changed content of config.json.
+            forms: Weight of every linear and of the embedding, by the new model's names, blocks
+                of the tower that are never run included; a tied head follows its embedding.
+            vectors: Everything else, as `vectors` names it.
+
+        Raises:
+            CheckpointError: The config cannot be understood, a shape does not fit it, or layers
+                would be counted anew where visual tokens end behind one of them.
+            UnsupportedError: The config asks for something that the family does not support.
+            KeyError: A weight or a vector is missing.
+        """
+        spec = read_spec(config)
+        if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:
+            raise CheckpointError(
+                f"visual tokens end behind {self.visual_layers} of {self.spec.decoder.depth} "
+                f"decoder layers, and {spec.decoder.depth} would be left; remove layers before "
+                "skip_visual"
+            )
+        model = build_model(config)
+        decoder = spec.decoder
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                is_tied = decoder.tied_head and name == decoder.head
+                form = forms[decoder.embedding if is_tied else name]
+                check_shape(name, form.shape, (module.out_features, module.in_features))
+                bias = vectors[name + ".bias"] if module.bias is not None else None
+                model.set_submodule(name, FormLinear(form, bias))
+            elif name == decoder.embedding:
+                form = forms[name]
+                check_shape(name, form.shape, (decoder.vocab_size, decoder.hidden_size))
+                model.set_submodule(name, FormEmbedding(form))
+        for name, parameter in list(model.named_parameters()):
+            check_shape(name, tuple(vectors[name].shape), tuple(parameter.shape))
+            owner = model.get_submodule(name.rpartition(".")[0])
+            value = nn.Parameter(vectors[name].to(torch.float32), requires_grad=False)
+            setattr(owner, name.rpartition(".")[2], value)
+        return replace(self, model=model, spec=spec, config=dict(config))
+
+    def extend(self, record: StageRecord, **changes: Any) -> Checkpoint:
+        """The checkpoint after a stage: one record more, and whatever else changed."""
+        return replace(self, history=(*self.history, record), **changes)

@@ -1,0 +1,66 @@
+"""Configuration: config.json of a model directory, and the specification behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pocketvlm.errors import CheckpointError
+from pocketvlm.modelspec import ModelSpec, supported_families
+
+__all__ = ["parse_config", "read_config", "read_spec"]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint directory's config.json.
+
+    Raises:
+        CheckpointError: It is missing, no JSON object, or asks for code of its own.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is no directory; a model is a local directory")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no checkpoint here: config.json is missing")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(config).__name__}, not an object")
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{file}: needs code of its own (auto_map), which is never run; "
+            "convert the model to a stock transformers class first"
+        )
+    return config
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The specification behind a config.json, which leaves out what its class has as default.
+
+    Raises:
+        UnsupportedError: The family, or an option of it, is not supported.
+        CheckpointError: A value has a type that the family's class does not take.
+    """
+    if config.get("model_type") not in supported_families():
+        return ModelSpec.from_config(config)  # refuses, and names what is supported
+    return ModelSpec.from_config(parse_config(config).to_dict())
+
+
+def parse_config(config: Mapping[str, Any]) -> Any:
+    """The library's configuration object of a config.json.
+
+    Raises:
+        CheckpointError: The library refuses a value.
+    """
+    from transformers import AutoConfig
+
+    known = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        return AutoConfig.for_model(**known)
+    except Exception as error:  # its validators raise classes of their own, which vary by version
+        first_line = " ".join(str(error).split())
+        raise CheckpointError(f"config.json: cannot be understood: {first_line}") from error

@@ -1,0 +1,95 @@
+"""Saving: a checkpoint's tensors, processor and history as a directory that loads again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pocketvlm.checkpoint.load import CACHE_PREFIX
+from pocketvlm.checkpoint.manifest import CHECKPOINT_SCHEMA, MANIFEST
+from pocketvlm.checkpoint.records import timeless
+from pocketvlm.errors import CheckpointError
+from pocketvlm.files import file_sha256
+from pocketvlm.json_io import write_json
+from pocketvlm.weights import DenseWeight, FormEmbedding, FormLinear
+
+if TYPE_CHECKING:
+    from pocketvlm.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["write_checkpoint"]
+
+_WEIGHTS = "model.safetensors"
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
+    """Writes everything that `Checkpoint.load` reads.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder that is written.
+        path: Where the folder will stand, for messages.
+
+    Raises:
+        CheckpointError: The weights cannot be written.
+    """
+    (folder / "config.json").write_text(
+        json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8"
+    )
+    checkpoint.processor.save(folder)
+    tensors, forms = _stored_tensors(checkpoint)
+    try:
+        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library hides an operating system's error, such as a full disk, in its own.
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    reducing = [r for r in checkpoint.history if checkpoint.reducer and "keep" in r.metrics]
+    write_json(
+        folder / MANIFEST,
+        {
+            "schema": CHECKPOINT_SCHEMA,
+            "source": asdict(checkpoint.source),
+            "files": {_WEIGHTS: file_sha256(folder / _WEIGHTS)},
+            "forms": forms,
+            "reducer": (
+                {"method": reducing[-1].method, "parameters": dict(reducing[-1].parameters)}
+                if reducing
+                else None
+            ),
+            "visual_layers": checkpoint.visual_layers,
+            "history": [timeless(record) for record in checkpoint.history],
+        },
+    )
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    forms: dict[str, Any] = {}
+    # A codebook that several layers share is one tensor: stored with the first of them.
+    owners: dict[int, str] = {}
+    tied = checkpoint.spec.decoder.head if checkpoint.spec.decoder.tied_head else None
+    for name, module in checkpoint.model.named_modules():
+        if isinstance(module, FormLinear | FormEmbedding) and name != tied:
+            shared: dict[str, str] = {}
+            for key, value in module.form.to_tensors().items():
+                owner = owners.setdefault(value.data_ptr(), f"{name}.{key}")
+                if owner == f"{name}.{key}":
+                    tensors[owner] = value
+                else:
+                    shared[key] = owner
+            if not isinstance(module.form, DenseWeight):
+                forms[name] = module.form.to_metadata()
+                if shared:
+                    forms[name]["shared"] = shared
+    for name, parameter in checkpoint.model.named_parameters():
+        tensors[name] = parameter.detach()
+    if checkpoint.cache_grid is not None:
+        tensors |= {
+            CACHE_PREFIX + key: value for key, value in checkpoint.cache_grid.to_tensors().items()
+        }
+    return {name: tensors[name].contiguous() for name in sorted(tensors)}, forms
