@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from pocketvlm.errors import BundleError, PocketVLMError
 
@@ -21,6 +22,7 @@ MAX_TEXT_BYTES = 2**28
 
 # Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever; O_BINARY is Windows'.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_PIECE_BYTES = 2**18
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -67,18 +69,17 @@ def read_bytes(
             that git leaves in place of a large file.
     """
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        )
+        descriptor = os.open(path, _FLAGS)
     except FileNotFoundError as fault:
         raise error(f"{path}: is missing") from fault
     except (OSError, ValueError) as fault:
         raise error(f"{path}: cannot be opened: {_reason(fault)}") from fault
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{path}: is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise error(f"{path}: is not a regular file")
         try:
-            content = stream.read(max_bytes + 1)
+            content = _read_up_to(stream, max_bytes + 1)
         except OSError as fault:
             raise error(f"{path}: cannot be read: {_reason(fault)}") from fault
     if len(content) > max_bytes:
@@ -114,6 +115,15 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_up_to(stream: BinaryIO, limit: int) -> bytes:
+    """Up to `limit` bytes; one `read` of that many would take the memory for all of them."""
+    pieces: list[bytes] = []
+    while limit > 0 and (piece := stream.read(min(limit, _PIECE_BYTES))):
+        pieces.append(piece)
+        limit -= len(piece)
+    return b"".join(pieces)
 
 
 def _reason(fault: Exception) -> str:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pocketvlm.errors import CalibrationError, InputError
-from pocketvlm.image_file import open_image
+from pocketvlm.files import locate, read_bytes
+from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
 
 __all__ = ["CalibrationSet", "Sample", "Split"]
 
@@ -80,8 +79,10 @@ class Sample:
         """
         if self.image is None or isinstance(self.image, Image.Image):
             return None if self.image is None else self.image.size
-        with _naming(self.where, self.image), Image.open(self.image) as image:
-            return image.size
+        try:
+            return image_size(self.image)
+        except InputError as error:
+            raise CalibrationError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -222,25 +223,6 @@ class CalibrationSet:
         }
 
 
-@contextmanager
-def _naming(where: str, path: Path) -> Iterator[None]:
-    """Turns what Pillow raises for a bad file into a `CalibrationError` that names it."""
-    prefix = f"{where}: image {path.name}"
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of a picture that is too large, and refuses one of twice that size.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except FileNotFoundError as error:
-        raise CalibrationError(f"{prefix} is missing") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise CalibrationError(f"{prefix} has more than {limit:,} pixels") from error
-    # Decoders raise SyntaxError and ValueError for damaged data.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise CalibrationError(f"{prefix} cannot be decoded: {error}") from error
-
-
 def _read_line(line: str, folder: Path, where: str) -> Sample:
     try:
         record = json.loads(line)
@@ -254,13 +236,20 @@ def _read_line(line: str, folder: Path, where: str) -> Sample:
     kind = record.get("kind")
     turns = _read_turns(record, where)
     return Sample(
-        image=None if image is None else folder / image,
+        image=None if image is None else _locate(folder, image, where),
         question=turns[-2][1],
         answer=turns[-1][1],
         kind=kind if isinstance(kind, str) else None,
         history=tuple(turns[:-2]),
         where=where,
     )
+
+
+def _locate(folder: Path, image: str, where: str) -> Path:
+    try:
+        return locate(folder, image, error=CalibrationError)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: image {error}") from error
 
 
 def _read_turns(record: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
@@ -306,8 +295,8 @@ def _image_digest(sample: Sample) -> bytes:
     if isinstance(sample.image, Image.Image):
         header = f"{sample.image.mode} {sample.image.size}".encode()
         return hashlib.sha256(header + sample.image.tobytes()).digest()
-    with _naming(sample.where, sample.image):
-        return hashlib.sha256(sample.image.read_bytes()).digest()
+    content = read_bytes(sample.image, error=CalibrationError, max_bytes=MAX_FILE_BYTES)
+    return hashlib.sha256(content).digest()
 
 
 def _noise_image(rng: np.random.Generator) -> Image.Image:

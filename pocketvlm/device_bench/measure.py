@@ -9,7 +9,6 @@ from one answer.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
+from pocketvlm.image_file import read_image
 from pocketvlm.report import peak_rss_bytes
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import choose_engine, open_engine
@@ -179,8 +178,7 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, list[int
     pictures: list[VisualFeatures] = []
     laps = _Laps()
     if image is not None:
-        with Image.open(io.BytesIO(image)) as picture:
-            pixels = loaded.preprocessor.pixels(picture)
+        pixels = loaded.preprocessor.pixels(read_image(image, "the workload's picture"))
         preprocess_ms = laps.lap()
         embeds, indices = runner.encode_image(pixels)
         pictures.append(VisualFeatures(embeds=embeds, indices=indices))

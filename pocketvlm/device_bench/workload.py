@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pocketvlm.errors import InputError
+from pocketvlm.files import read_bytes
+from pocketvlm.image_file import MAX_FILE_BYTES, read_image
 
 __all__ = ["PRESETS", "Workload", "draw_picture", "fit_prompt", "load_workload"]
 
@@ -101,12 +103,8 @@ class Workload:
             return draw_picture(self.image_size)
         if self.image_file is None:
             return None
-        try:
-            content = self.image_file.read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                image.verify()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.image_file}: not a readable image: {error}") from error
+        content = read_bytes(self.image_file, error=InputError, max_bytes=MAX_FILE_BYTES)
+        read_image(content, str(self.image_file))
         return content
 
     def to_json(self) -> dict[str, Any]:
