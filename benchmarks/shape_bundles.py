@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pocketvlm.bundle import Bundle, replace_directory
+from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.rtn import round_to_nearest
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.publish import replace_directory
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.selection import assign_rules
 from pocketvlm.testing import write_shape

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +17,6 @@ __all__ = [
     "Component",
     "Manifest",
     "TensorSignature",
-    "replace_directory",
     "sign_files",
     "write_manifest",
 ]
@@ -215,29 +211,6 @@ def sign_files(path: Path, unsigned: frozenset[str]) -> dict[str, str]:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes the manifest of a bundle folder."""
     write_json(path / _MANIFEST, manifest.to_json())
-
-
-@contextmanager
-def replace_directory(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the place of `path` only when the block succeeds.
-
-    A failure leaves what was there before; a kill leaves it too, beside a `.partial` folder that
-    the next attempt removes.
-    """
-    aside = path.with_name(path.name + ".partial")
-    retired = path.with_name(path.name + ".retired.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(retired, ignore_errors=True)
-        os.replace(path, retired)  # noqa: PTH105  (os.replace of folders is one system call)
-    os.replace(aside, path)  # noqa: PTH105
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _signatures(items: list[dict[str, Any]]) -> tuple[TensorSignature, ...]:

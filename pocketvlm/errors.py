@@ -10,6 +10,7 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 ├── InputError                a picture or a prompt cannot be answered about
 ├── MissingExtraError         an optional toolkit is not installed
 ├── ExportError               a toolkit could not convert a graph
+├── StorageError              a file cannot be written: a full disk, a quota, a read-only place
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
     ├── ParityError           the artifact does not answer like what was evaluated
     └── ExpectationError      size, latency or quality is beyond what the recipe expects
@@ -31,6 +32,7 @@ __all__ = [
     "ParityError",
     "PocketVLMError",
     "RecipeError",
+    "StorageError",
     "UnsupportedError",
 ]
 
@@ -71,6 +73,10 @@ class MissingExtraError(PocketVLMError):
 
 class ExportError(PocketVLMError):
     """A toolkit could not convert a graph; the message keeps its words and the operator."""
+
+
+class StorageError(PocketVLMError):
+    """A file cannot be written; what was there before is still there."""
 
 
 class CheckFailedError(PocketVLMError):

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.files import MAX_TEXT_BYTES, read_text
+from pocketvlm.publish import replace_file
 
 __all__ = ["DecodeError", "decode", "parse_json", "read_json", "write_json"]
 
@@ -77,9 +78,8 @@ def parse_json(text: str, where: str, *, error: type[PocketVLMError] = BundleErr
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a document aside and renames it into place; same content, same bytes."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def decode(kind: type[_T], value: Any, path: str = "") -> _T:

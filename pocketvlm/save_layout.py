@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pocketvlm.bundle import replace_directory
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.layouts import gptq_config, to_gptq, to_vptq, vptq_layer_config
+from pocketvlm.publish import replace_directory
 from pocketvlm.weights import AffineWeight, CodebookWeight, DenseWeight, FormEmbedding, FormLinear
 
 __all__ = ["LAYOUTS", "SavedLayout", "save_layout"]

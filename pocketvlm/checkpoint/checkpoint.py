@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.bundle import replace_directory
 from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.checkpoint.config import read_config, read_spec
 from pocketvlm.checkpoint.load import build_model, check_shape, load_cache_grid, load_weights
@@ -33,6 +32,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.layouts import read_stored_layout
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.processor import Processor
+from pocketvlm.publish import replace_directory
 from pocketvlm.reduction import TokenReducer
 from pocketvlm.weights import FormEmbedding, FormLinear, WeightForm
 

@@ -12,19 +12,20 @@ from pocketvlm.bundle import (
     Bundle,
     Component,
     Manifest,
-    replace_directory,
     sign_files,
     write_manifest,
 )
 from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import PocketVLMError
+from pocketvlm.errors import PocketVLMError, StorageError
 from pocketvlm.export.parity import ParityReport, certify
 from pocketvlm.json_io import write_json
+from pocketvlm.publish import replace_directory
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Target
 from pocketvlm.report import toolchain_versions
+from pocketvlm.storage import naming_faults
 
 __all__ = ["PARITY_FILE", "UNSIGNED", "BuiltBundle", "build_bundle", "write_graphs"]
 
@@ -114,7 +115,11 @@ def _export_each(
     failed: dict[str, PocketVLMError] = {}
     for target in targets:
         try:
-            components += target.export(checkpoint, folder, ctx)
+            # A full disk is no fault of the target: the others would be exported without it.
+            with naming_faults(folder):
+                components += target.export(checkpoint, folder, ctx)
+        except StorageError:
+            raise
         except PocketVLMError as error:
             failed[target.method] = error
             shutil.rmtree(folder / target.method, ignore_errors=True)

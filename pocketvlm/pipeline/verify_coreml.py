@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.bundle import Bundle, replace_directory, write_manifest
+from pocketvlm.bundle import Bundle, write_manifest
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckFailedError, CheckpointError, RecipeError, UnsupportedError
@@ -25,6 +25,7 @@ from pocketvlm.files import file_sha256
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.pipeline.assemble import PARITY_FILE
 from pocketvlm.pipeline.sources import load_checkpoint, load_evaluation
+from pocketvlm.publish import replace_directory
 from pocketvlm.reference import REFERENCE_MODELS
 from pocketvlm.report import Samples
 from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS

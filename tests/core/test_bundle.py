@@ -9,7 +9,6 @@ from pocketvlm.bundle import (
     Component,
     Manifest,
     TensorSignature,
-    replace_directory,
     sign_files,
     write_manifest,
 )
@@ -100,17 +99,3 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path):
 def test_an_absent_graph_names_the_targets_there_are(bundle_path):
     with pytest.raises(BundleError, match="no vision graph for target 'coreml'; targets are onnx"):
         Bundle.open(bundle_path).component("coreml", "vision")
-
-
-def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path):
-    place = tmp_path / "place"
-    with replace_directory(place) as folder:
-        (folder / "a").write_text("first")
-    with pytest.raises(KeyboardInterrupt), replace_directory(place) as folder:
-        (folder / "a").write_text("second")
-        raise KeyboardInterrupt
-    assert (place / "a").read_text() == "first"
-    with replace_directory(place) as folder:
-        (folder / "b").write_text("third")
-    assert sorted(p.name for p in place.iterdir()) == ["b"]
-    assert [p.name for p in tmp_path.iterdir()] == ["place"]
