@@ -1,12 +1,12 @@
 """The command line: parse, call the API, print. The only place that prints and draws progress.
 
 Human text goes to stderr; `--json` puts one JSON document on stdout. Exit codes: 0 done, 1 a check
-or bound failed, 2 the input was wrong, 130 interrupted.
+or bound failed, 2 the input was wrong, 70 a fault of pocketvlm, 130 interrupted, 141 nobody reads
+the output.
 """
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated
 
@@ -14,8 +14,7 @@ import typer
 
 from pocketvlm import __version__
 from pocketvlm.cli import judging, making, measuring
-from pocketvlm.cli.console import say
-from pocketvlm.errors import PocketVLMError
+from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
 __all__ = ["app", "main"]
 
@@ -43,60 +42,29 @@ app.command()(judging.inspect)
 app.command(name="verify-coreml")(judging.verify_coreml)
 app.command()(making.demo)
 
-_STORAGE_ERRORS = (
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.ENOENT,
-    errno.EISDIR,
-)
-
 
 def main() -> None:
-    """Entry point: maps failures to one line and an exit code."""
-    try:
-        code = app(standalone_mode=False)
-    except PocketVLMError as error:
-        code = _fail(str(error), error.exit_code)
-    except typer.TyperException as error:
-        code = _show_usage(error)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _interrupted()
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        code = _fail(f"{where}{error.strerror}; nothing that was there before is lost", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    """Entry point: every failure is one line and an exit code."""
+    arguments, shows_traceback = take_traceback_flag(sys.argv[1:])
+    sys.exit(run_to_exit_code(lambda: _run(arguments), shows_traceback=shows_traceback))
+
+
+def _run(arguments: list[str]) -> object:
+    # Not `app(...)`: it turns an interrupt, a closed pipe and an end of file into codes of its own.
+    check_arguments(arguments)
+    command = typer.main.get_command(app)
+    with command.make_context("pocketvlm", arguments) as context:
+        return command.invoke(context)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    traceback: Annotated[  # noqa: ARG001  (`main` takes it from anywhere; --help shows it here)
+        bool,
+        typer.Option("--traceback", help="Show where a failure came from; with every command."),
+    ] = False,
 ) -> None:
     if version:
         print(__version__)
         raise typer.Exit
-
-
-def _fail(message: str, code: int) -> int:
-    say("error: " + " ".join(message.split()))
-    return code
-
-
-def _show_usage(error: typer.TyperException) -> int:
-    """A usage error shows itself with the command's usage line; anything else is one line."""
-    show = getattr(error, "show", None)
-    if show is None:
-        return _fail(str(error), 2)
-    show()
-    return 2
-
-
-def _interrupted() -> int:
-    say("interrupted; the same command goes on where this one stopped")
-    return 130

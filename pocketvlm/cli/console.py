@@ -22,12 +22,13 @@ __all__ = [
 
 def say(line: str) -> None:
     """One line of text."""
-    print(line, file=sys.stderr)
+    if sys.stderr is not None:  # `print` would take stdout instead, where the document belongs
+        print(line, file=sys.stderr)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One document on one line."""
-    print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    """One document on one line, in ASCII: it is valid whatever the terminal's encoding."""
+    print(json.dumps(document, allow_nan=False))
 
 
 def quiet_libraries() -> None:

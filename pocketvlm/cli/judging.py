@@ -10,6 +10,7 @@ import typer
 
 from pocketvlm.cli.console import print_certificate, print_json, quiet_libraries, say
 from pocketvlm.cli.options import (
+    MAX_QUESTIONS,
     BundleArgument,
     CheckpointOption,
     JsonOption,
@@ -28,7 +29,7 @@ def ask(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
     runtime: RuntimeOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 128,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,7 +83,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="A folder of pictures and questions, or reference:SEED.")
     ] = "reference:1",
-    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 500,
     arithmetic: Annotated[
         str, typer.Option(help="Round a checkpoint's activations as onnx or executorch does.")
     ] = "float32",
@@ -127,8 +128,10 @@ def inspect(
     ] = False,
     checkpoint: CheckpointOption = None,
     data: QuestionsOption = None,
-    n: Annotated[int, typer.Option(min=1, help="Questions for --evaluate.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens that are compared.")] = 16,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions for --evaluate.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
+    ] = 16,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a bundle holds, after checking the digest of every file."""
@@ -178,12 +181,16 @@ def verify_coreml(
     bundle: BundleArgument,
     checkpoint: CheckpointOption = None,
     data: QuestionsOption = None,
-    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens that are compared.")] = 16,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
+    ] = 16,
     units: Annotated[
         str, typer.Option(help="What Core ML may use: ALL, CPU_AND_NE, CPU_AND_GPU or CPU_ONLY.")
     ] = "ALL",
-    iterations: Annotated[int, typer.Option(min=1, help="Timed predictions a function.")] = 20,
+    iterations: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Timed predictions a function.")
+    ] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Certify and time a bundle's packages with Core ML itself. Needs an Apple machine."""

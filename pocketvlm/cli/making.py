@@ -11,6 +11,7 @@ import typer
 
 from pocketvlm.cli.console import command_line, print_json, print_summary, quiet_libraries, say
 from pocketvlm.cli.options import (
+    MAX_QUESTIONS,
     JsonOption,
     ModelArgument,
     RecipeOption,
@@ -18,6 +19,7 @@ from pocketvlm.cli.options import (
     SetOption,
     TargetOption,
     ThreadsOption,
+    out_option,
 )
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError
@@ -27,7 +29,7 @@ __all__ = ["compress", "convert", "demo", "plan", "recipes"]
 
 def compress(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    out: Annotated[Path, out_option("The run's folder.")],
     recipe: RecipeOption = "int4-balanced",
     target: TargetOption = None,
     settings: SetOption = None,
@@ -45,7 +47,7 @@ def compress(
             "a reference model, else none."
         ),
     ] = None,
-    n: Annotated[int, typer.Option(min=1, help="Questions to score.")] = 200,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions to score.")] = 200,
     bench: Annotated[bool, typer.Option(help="Time the bundle on this host.")] = True,
     baseline: Annotated[
         bool, typer.Option(help="Time it interleaved with the float32 ONNX export.")
@@ -113,7 +115,7 @@ def convert(
         str, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint's folder.")
     ],
     layout: Annotated[str, typer.Option(help="gptq (v1), gptq_v2 or vptq.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.")],
+    out: Annotated[Path, out_option("The new folder.")],
     as_json: JsonOption = False,
 ) -> None:
     """Write a quantized checkpoint in a layout that other tools read, with the same codes."""
@@ -153,7 +155,7 @@ def recipes(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/demo"),
+    out: Annotated[Path, out_option("The run's folder.")] = Path("runs/demo"),
     model: Annotated[str, typer.Option(help="A reference model.")] = "reference:pocket-llava",
     as_json: JsonOption = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pocketvlm.cli.console import print_json, print_latency, say
-from pocketvlm.cli.options import BundleArgument, JsonOption, ThreadsOption
+from pocketvlm.cli.options import BundleArgument, JsonOption, ThreadsOption, out_option
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError
 
@@ -22,7 +22,9 @@ def bench(
     ] = None,
     workload: Annotated[str, typer.Option(help="vlm, text or short.")] = "short",
     device: Annotated[str, typer.Option(help="Where it runs.")] = "host",
-    repeats: Annotated[int | None, typer.Option(min=5, help="Repeats, at least 5.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=5, max=100_000, help="Repeats, at least 5.")
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,7 +75,7 @@ def compare(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, out_option("The page.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from pocketvlm.device_bench.html import render_html

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pocketvlm.errors import InputError
+
 __all__ = [
+    "MAX_QUESTIONS",
     "BundleArgument",
     "CheckpointOption",
     "JsonOption",
@@ -19,6 +22,7 @@ __all__ = [
     "SetOption",
     "TargetOption",
     "ThreadsOption",
+    "out_option",
 ]
 
 ModelArgument = Annotated[
@@ -56,7 +60,7 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads. Default: all cores.")
+    int | None, typer.Option("--threads", min=1, max=1024, help="Threads. Default: all cores.")
 ]
 RuntimeOption = Annotated[
     str | None,
@@ -65,4 +69,24 @@ RuntimeOption = Annotated[
         help="onnx, executorch, or coreml: the reference evaluator. Default: what the bundle has.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random choice.")
+]
+MAX_QUESTIONS = 100_000
+"""Questions that one command scores; they are generated, or read, before the first is asked."""
+
+
+def parse_out(name: str | Path) -> Path:
+    """Refuses a folder without a name: `--out "$UNSET"` must not write into the current one.
+
+    Raises:
+        InputError: The name is empty, or means standard output to other tools.
+    """
+    if str(name).strip() in ("", "-"):
+        raise InputError(f"--out: {str(name)!r} does not name a file or folder; ./- would")
+    return Path(name)
+
+
+def out_option(meaning: str) -> Any:
+    """`--out` of a command that writes what `meaning` says."""
+    return typer.Option("--out", "-o", parser=parse_out, metavar="PATH", help=meaning)
