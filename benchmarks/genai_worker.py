@@ -7,6 +7,7 @@ defaults, accuracy level 4), then answers lines of `PROMPT NEW` with one JSON li
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai as og
+
+# This environment need not hold pocketvlm, which sets it otherwise.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+import onnxruntime_genai as og  # noqa: TID251  (after the line above)
 
 
 def write_text_decoder(model: Path, folder: Path) -> None:

@@ -18,6 +18,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pocketvlm.environment import hush_imports, stop_reporting
+
 if TYPE_CHECKING:
     from pocketvlm.bundle import Bundle
     from pocketvlm.calibration.source import CalibrationSet, Sample
@@ -101,6 +103,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Before any library is imported: afterwards is too late.
+stop_reporting()
+hush_imports()
 
 _HOMES = {
     "Awq": "compress.quantization.awq",

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
+from pocketvlm.runtime.onnx_engine import LOAD_ERRORS
+from pocketvlm.runtime.onnx_engine import onnxruntime as ort
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sparse_file import ExpandedFile, expand
 
@@ -27,18 +27,6 @@ __all__ = ["DEFAULT_CAPACITY", "OnnxRunner"]
 
 DEFAULT_CAPACITY = 2048
 """Rows of KV cache unless the caller asks for another number, or the model has fewer positions."""
-
-_LOAD_ERRORS = (
-    ort_errors.EPFail,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoModel,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 
 
 class OnnxRunner(Runner):
@@ -226,7 +214,7 @@ class OnnxRunner(Runner):
             session = ort.InferenceSession(
                 str(file), sess_options=options, providers=["CPUExecutionProvider"]
             )
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             first_line = str(error).strip().partition("\n")[0]
             raise BundleError(f"{file}: ONNX Runtime cannot load it: {first_line}") from error
         _require_signature(component, session, file)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.forward import DecoderInputs, VisualTokens, embed_prompts, encode_images
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import ReducerInputs, TokenReducer
+from pocketvlm.runtime.onnx_engine import onnxruntime
 from pocketvlm.weights import AffineWeight
 
 Quantize = Callable[..., AffineWeight]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +21,7 @@ from pocketvlm.export.onnx.packing import pack_weight
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.forward import DecoderInputs, decode_logits, encode_images
 from pocketvlm.pipeline.sources import score_subject
+from pocketvlm.runtime.onnx_engine import onnxruntime
 from pocketvlm.simulation import (
     round_per_block,
     round_per_token,

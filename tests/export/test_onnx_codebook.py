@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.planned import PlannedAffine, PlannedCodebook
 from pocketvlm.recipes.load import load_recipe
+from pocketvlm.runtime.onnx_engine import onnxruntime
 from pocketvlm.testing import tiny_config, write_random_model
 from pocketvlm.weights import AffineWeight, CodebookWeight, Lookup
 from tests.export.rig import make_prompt, open_session

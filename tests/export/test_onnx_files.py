@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import ExportError, UnsupportedError
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.reduction import ReducerInputs, TokenReducer
+from pocketvlm.runtime.onnx_engine import onnxruntime
 from tests.export.rig import ReceivedAttention, quantize_affine, quantize_checkpoint
 
 ROLES = ("vision", "embedding", "decoder")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.components import cache_names
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.forward import DecoderInputs
+from pocketvlm.runtime.onnx_engine import onnxruntime
 
 __all__ = ["LevelAgreement", "agreement_of_levels"]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError, UnsupportedError
 from pocketvlm.forward import embed_prompts, encode_images
 from pocketvlm.reduction import ReducerInputs
+from pocketvlm.runtime.onnx_engine import onnxruntime
 
 NO_CALIBRATION: Any = None  # token reduction looks at no data
 
