@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pocketvlm.errors import RecipeError
+from pocketvlm.recipes.document import apply_overrides, plain_values, read_document
 from pocketvlm.recipes.stages import STAGES, TARGETS, Stage, Target, check_order
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "CalibrationOptions",
     "Expectations",
     "Recipe",
-    "apply_overrides",
     "default_target",
     "list_recipes",
     "load_recipe",
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid")
+_SHOWN = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,44 +130,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     shipped = list_recipes()
     path = shipped.get(str(source), Path(source))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    if not os.path.lexists(path):  # unlike `Path.exists`, false for a name that cannot be one
         raise RecipeError(
             f"recipe {str(source)!r} is neither a file nor one of {', '.join(shipped)}"
-        ) from error
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        first_line = " ".join(str(error).split())
-        raise RecipeError(f"{path}: is no YAML: {first_line}") from error
-    if not isinstance(document, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping, not a {type(document).__name__}")
+        )
+    document = read_document(path)
     return recipe_from_document(apply_overrides(document, overrides), where=str(path))
-
-
-def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Applies `a.b=c` settings to a recipe document.
-
-    Raises:
-        RecipeError: A setting has no `=`, or its path leads nowhere.
-    """
-    changed: dict[str, Any] = json.loads(json.dumps(document))
-    for setting in overrides:
-        path, separator, text = setting.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {setting!r}: expected a.b=c, such as stages.0.keep=0.5")
-        *parents, last = path.split(".")
-        place: Any = changed
-        for step in parents:
-            place = _descend(place, step, setting)
-        if isinstance(place, list):
-            place[_index(place, last, setting)] = yaml.safe_load(text)
-        elif isinstance(place, dict):
-            place[last] = yaml.safe_load(text)
-        else:
-            raise RecipeError(f"--set {setting!r}: {'.'.join(parents)} holds no settings")
-    return changed
 
 
 def recipe_from_document(document: Mapping[str, Any], *, where: str) -> Recipe:
@@ -175,10 +144,10 @@ def recipe_from_document(document: Mapping[str, Any], *, where: str) -> Recipe:
     Raises:
         RecipeError: Something is wrong; the message has its path and what is allowed.
     """
-    content = dict(document)
+    content: dict[str, Any] = plain_values(document, where)
     schema = content.pop("schema", None)
-    if schema != 1:
-        raise RecipeError(f"{where}: schema: is {schema!r}; allowed is 1")
+    if type(schema) is not int or schema != 1:
+        raise RecipeError(f"{where}: schema: is {_shown(schema)}; allowed is 1")
     unknown = sorted(content.keys() - {f.name for f in fields(Recipe)})
     if unknown:
         allowed = ", ".join(f.name for f in fields(Recipe))
@@ -212,7 +181,9 @@ def default_target(name: str) -> Target:
 
 def _validate(kind: Any, value: Any, path: str) -> Any:
     try:
-        return _adapter(kind).validate_python(value)
+        # As JSON, where strict means what a recipe's author expects: a list may be a tuple and 1 a
+        # float, but no text is a number and `true` is not 1.
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise RecipeError(_first_problem(error, path)) from error
 
@@ -220,13 +191,15 @@ def _validate(kind: Any, value: Any, path: str) -> Any:
 def _validate_tagged(kinds: Sequence[type[Any]], value: Any, path: str) -> tuple[Any, ...]:
     """Validates a list whose items say by `method` which dataclass they are."""
     if not isinstance(value, list):
-        raise RecipeError(f"{path}: must be a list, not {value!r}")
+        raise RecipeError(f"{path}: must be a list, not {_shown(value)}")
     by_tag = {_tag(kind): kind for kind in kinds}
     items = []
     for index, item in enumerate(value):
         tag = item.get("method") if isinstance(item, dict) else None
-        if tag not in by_tag:
-            raise RecipeError(f"{path}.{index}.method: is {tag!r}; allowed are {', '.join(by_tag)}")
+        if not isinstance(tag, str) or tag not in by_tag:
+            raise RecipeError(
+                f"{path}.{index}.method: is {_shown(tag)}; allowed are {', '.join(by_tag)}"
+            )
         items.append(_validate(by_tag[tag], item, f"{path}.{index}"))
     return tuple(items)
 
@@ -281,20 +254,10 @@ def _first_problem(error: ValidationError, path: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "unexpected_keyword_argument":
         message = "unknown key"
-    shown = json.dumps(problem.get("input"), default=repr)
-    suffix = "" if len(shown) > 60 or "value_error" in problem["type"] else f", not {shown}"  # noqa: PLR2004
+    suffix = "" if "value_error" in problem["type"] else f", not {_shown(problem.get('input'))}"
     return f"{location}: {message}{suffix}"
 
 
-def _descend(place: Any, step: str, setting: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, step, setting)]
-    if isinstance(place, dict):
-        return place.setdefault(step, {})
-    raise RecipeError(f"--set {setting!r}: {step!r} leads nowhere")
-
-
-def _index(place: list[Any], step: str, setting: str) -> int:
-    if not step.isdecimal() or int(step) >= len(place):
-        raise RecipeError(f"--set {setting!r}: {step!r} is no index below {len(place)}")
-    return int(step)
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -38,7 +38,7 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name, tmp_path)
         (document(schema=2), "schema: is 2; allowed is 1"),
         (document(stagez=[]), "stagez: unknown key; allowed are schema, name"),
         (document(stages=[{**GPTQ, "bitz": 4}]), r"stages\.0\.bitz: unknown key"),
-        (document(stages=[{"method": "magic"}]), r"stages\.0\.method: is 'magic'; allowed are"),
+        (document(stages=[{"method": "magic"}]), r"stages\.0\.method: is .magic.; allowed are"),
         (document(stages=["gptq"]), r"stages\.0\.method"),
         (document(stages={"gptq": 1}), "stages: must be a list"),
         (
@@ -56,7 +56,7 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name, tmp_path)
         (document(calibration={"samples": 0}), "samples must be at least 1"),
         (document(expect={"beauty": {"min": 1}}), r"expect\.beauty: unknown key"),
         (document(stages=[GPTQ, GPTQ]), r"stages\.1 \(gptq\): .*float_weights"),
-        (document(targets=[{"method": "vhs"}]), r"targets\.0\.method: is 'vhs'; allowed are onnx"),
+        (document(targets=[{"method": "vhs"}]), r"targets\.0\.method: is .vhs.; allowed are onnx"),
     ],
 )
 def test_a_wrong_recipe_gets_one_line_with_its_path(content, message):
@@ -100,7 +100,7 @@ def test_an_unknown_recipe_names_the_shipped_ones():
 def test_broken_yaml_is_one_line(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("stages: [")
-    with pytest.raises(RecipeError, match="is no YAML") as caught:
+    with pytest.raises(RecipeError, match="is not valid YAML") as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value)
 
