@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.modelspec import PARTS, LinearSpec, Part
+from pocketvlm.patterns import compile_pattern, pattern_matches
 
 __all__ = ["Rule", "assign_rules", "check_rule"]
 
@@ -47,9 +47,9 @@ def check_rule(rule: Rule) -> None:
         raise ValueError(f"part {rule.part!r} is unknown; allowed are {', '.join(PARTS)}")
     if rule.match is not None:
         try:
-            re.compile(rule.match)
-        except re.error as error:
-            raise ValueError(f"match {rule.match!r} is no regular expression: {error}") from error
+            compile_pattern(rule.match)
+        except ValueError as error:
+            raise ValueError(f"match {rule.match!r} {error}") from error
 
 
 def assign_rules(
@@ -77,7 +77,7 @@ def _matches(rule: Rule, linear: LinearSpec) -> bool:
     return (
         (rule.part is None or rule.part == linear.part)
         and (rule.blocks is None or linear.block in rule.blocks)
-        and (rule.match is None or re.fullmatch(rule.match, linear.name) is not None)
+        and (rule.match is None or pattern_matches(rule.match, linear.name))
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.layouts.gptq import GptqSettings, from_gptq
+from pocketvlm.patterns import compile_pattern, pattern_matches
 from pocketvlm.weights import AffineWeight
 
 __all__ = ["GptqLayout", "gptq_config"]
@@ -83,7 +84,7 @@ class GptqLayout:
     """
 
     base: GptqSettings
-    rules: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...]
+    rules: tuple[tuple[str, Mapping[str, Any]], ...]
     version: Literal[1, 2]
 
     @classmethod
@@ -114,12 +115,14 @@ class GptqLayout:
         for key, overrides in dynamic.items():
             # A layer that stays float is known by its tensors; its rule needs no reading.
             if not key.startswith("-:"):
+                pattern = key.removeprefix("+:")
                 try:
-                    rules.append((re.compile(key.removeprefix("+:")), overrides))
-                except re.error as error:
+                    compile_pattern(pattern)
+                except ValueError as error:
                     raise CheckpointError(
-                        f"quantization_config: dynamic {key!r} is no regular expression: {error}"
+                        f"quantization_config: dynamic {key!r} {error}"
                     ) from error
+                rules.append((pattern, overrides))
         return cls(base=_parse(config), rules=tuple(rules), version=_FORMATS[stored])
 
     def holds(self, tensors: Sequence[str]) -> bool:
@@ -130,7 +133,7 @@ class GptqLayout:
         """The form of a layer; raises as `from_gptq` does."""
         settings = self.base
         for pattern, overrides in self.rules:
-            if pattern.match(name):
+            if pattern_matches(pattern, name, whole=False):
                 settings = _parse({**_as_json(self.base), **overrides})
                 break
         return from_gptq(name, tensors, settings, version=self.version)

@@ -21,7 +21,7 @@ from pocketvlm.files import read_text
 
 __all__ = ["apply_overrides", "parse_yaml", "plain_values", "read_document"]
 
-_MAX_BYTES = 2**20
+_MAX_BYTES = 2**17
 _MAX_VALUES = 20_000
 _MAX_DEPTH = 24
 _LONGEST_INDEX = 6

@@ -96,7 +96,7 @@ def test_files_of_every_kind(tmp_path):
         (b"", "a recipe is a mapping, not empty"),
         (b"- a", "a recipe is a mapping, not a list"),
         (b"caf\xe9: 1", "is not UTF-8 text: byte 3"),
-        (b"a: 1\n" * 300_000, "more than 1,048,576 bytes"),
+        (b"a: 1\n" * 300_000, "more than 131,072 bytes"),
     ]:
         file.write_bytes(content)
         with pytest.raises(RecipeError, match=message):

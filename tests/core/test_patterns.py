@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pocketvlm.errors import RecipeError
+from pocketvlm.patterns import compile_pattern, pattern_matches
+
+
+def test_a_whole_name_matches_or_its_beginning():
+    assert pattern_matches(r"lm_head|.*\.embed_tokens", "model.embed_tokens")
+    assert not pattern_matches("model", "model.embed_tokens")
+    assert pattern_matches("model", "model.embed_tokens", whole=False)
+
+
+@pytest.mark.parametrize("text", ["(", "[a", "(?P<a>", "*", "a{2,1}", "x" * 2000, "(" * 900])
+def test_what_is_no_expression_is_refused(text):
+    with pytest.raises(ValueError, match="is no regular expression|has 2000 characters"):
+        compile_pattern(text)
+
+
+def test_an_expression_that_never_ends_is_stopped():
+    start = time.monotonic()
+    with pytest.raises(RecipeError, match="takes too long"):
+        pattern_matches("(a|aa)+b", "a" * 60)
+    assert time.monotonic() - start < 10
