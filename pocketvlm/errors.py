@@ -20,6 +20,8 @@ Every message is one line: what failed, where, and what is allowed. Programming 
 `TypeError`, `ValueError` and `AssertionError`.
 """
 
+from collections.abc import Iterable
+
 __all__ = [
     "BundleError",
     "CalibrationError",
@@ -34,6 +36,7 @@ __all__ = [
     "RecipeError",
     "StorageError",
     "UnsupportedError",
+    "name_some",
 ]
 
 
@@ -91,3 +94,10 @@ class ParityError(CheckFailedError):
 
 class ExpectationError(CheckFailedError):
     """Size, latency or quality lies beyond the bound that was asked for."""
+
+
+def name_some(names: Iterable[str], most: int = 3) -> str:
+    """The first of many names, and how many there are, for a message of one line."""
+    known = list(names)
+    shown = ", ".join(known[:most])
+    return shown if len(known) <= most else f"{shown} and {len(known) - most} more"

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from pocketvlm.errors import BundleError, PocketVLMError
 
-__all__ = ["MAX_TEXT_BYTES", "file_sha256", "locate", "read_bytes", "read_text"]
+__all__ = ["MAX_TEXT_BYTES", "file_sha256", "is_lfs_pointer", "locate", "read_bytes", "read_text"]
 
 MAX_TEXT_BYTES = 2**28
 """Bytes of a text file that is read whole; the largest published tokenizers have 35 MB."""
@@ -109,6 +109,12 @@ def read_text(
         raise error(
             f"{path}: is not {encoding.upper().removesuffix('-SIG')} text: byte {fault.start}"
         ) from fault
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the pointer that git leaves in place of a large file."""
+    with path.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def file_sha256(path: Path) -> str:

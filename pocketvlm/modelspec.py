@@ -9,7 +9,6 @@ the tests.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +23,6 @@ __all__ = [
     "Part",
     "ProjectorSpec",
     "TowerSpec",
-    "canonical_weight_name",
     "supported_families",
 ]
 
@@ -206,6 +204,18 @@ class ModelSpec:
         """Visual tokens that one image costs before any reduction."""
         return (self.tower.patches_per_side // self.projector.merge_factor) ** 2
 
+    def runs(self, weight: str) -> bool:
+        """Whether a weight of this name takes part in any answer.
+
+        Blocks of the tower after `feature_block` do not, nor does the norm after them where
+        features are taken from within; a directory may leave them out.
+        """
+        tower = self.tower
+        rest = weight.removeprefix(f"{tower.blocks}.")
+        if rest != weight:
+            return int(rest.partition(".")[0]) <= tower.feature_block
+        return tower.has_post_norm or not weight.startswith(f"{tower.prefix}.post_layernorm.")
+
     def linears(self) -> tuple[LinearSpec, ...]:
         """Every weight matrix of the model, in order of execution.
 
@@ -224,30 +234,6 @@ class ModelSpec:
 def supported_families() -> tuple[str, ...]:
     """Values of `model_type` that can be loaded."""
     return tuple(_FAMILIES)
-
-
-# Names under which earlier versions of transformers stored the same tensors.
-_FORMER_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    "llava": (
-        (r"language_model\.lm_head\.", "lm_head."),
-        (r"language_model\.model\.", "model.language_model."),
-        (r"(model\.)?vision_tower\.vision_model\.", "model.vision_tower."),
-        (r"vision_tower\.", "model.vision_tower."),
-        (r"multi_modal_projector\.", "model.multi_modal_projector."),
-    ),
-    "idefics3": (),
-}
-
-
-def canonical_weight_name(family: str, stored: str) -> str | None:
-    """The name of a stored tensor in today's model, or `None` for a buffer that is recomputed."""
-    if stored.endswith((".position_ids", ".inv_freq")):
-        return None
-    for pattern, name in _FORMER_NAMES[family]:
-        renamed, count = re.subn("^" + pattern, name, stored)
-        if count:
-            return renamed
-    return stored
 
 
 def _tower_linears(tower: TowerSpec) -> tuple[LinearSpec, ...]:

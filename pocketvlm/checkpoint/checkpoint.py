@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.cache_grid import CacheGrid
-from pocketvlm.checkpoint.config import read_config, read_spec
-from pocketvlm.checkpoint.load import build_model, check_shape, load_cache_grid, load_weights
+from pocketvlm.checkpoint.build import build_model
+from pocketvlm.checkpoint.config import read_spec
+from pocketvlm.checkpoint.folder import read_model_folder
+from pocketvlm.checkpoint.load import load_cache_grid, load_weights
 from pocketvlm.checkpoint.manifest import (
     ReducerBuilder,
-    read_manifest,
     read_visual_layers,
     restore_reducer,
 )
-from pocketvlm.checkpoint.records import Source, StageRecord, record_from_json
+from pocketvlm.checkpoint.records import Source, StageRecord, record_from_json, source_from_json
 from pocketvlm.checkpoint.save import write_checkpoint
-from pocketvlm.checkpoint.weight_files import find_weight_files, verify_files
+from pocketvlm.checkpoint.tensors import check_shape
+from pocketvlm.checkpoint.weight_files import verify_files
 from pocketvlm.errors import CheckpointError
-from pocketvlm.layouts import read_stored_layout
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.publish import replace_directory
@@ -37,6 +38,8 @@ from pocketvlm.reduction import TokenReducer
 from pocketvlm.weights import FormEmbedding, FormLinear, WeightForm
 
 __all__ = ["Checkpoint"]
+
+_LAYOUT_KEYS = ("quantization_config", "transformers_weights")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,36 +90,33 @@ class Checkpoint:
             CheckpointError: The directory is missing, damaged or holds pickled weights only.
             UnsupportedError: The model's family is not supported.
         """
-        path = Path(path)
-        config = read_config(path)
-        spec = read_spec(config)
-        manifest = read_manifest(path)
-        layout = None if manifest else read_stored_layout(config)
-        processor = Processor.load(path, spec)
-        files = find_weight_files(path)
-        digests = verify_files(files, manifest)
-        model = build_model(config)
-        forms = manifest["forms"] if manifest else {}
-        load_weights(model, spec, files, forms, layout)
-        # What the directory's layout was, the forms tell now; it is not how `save` will store them.
-        config = {key: value for key, value in config.items() if key != "quantization_config"}
-        if manifest is None:
-            joined = hashlib.sha256("".join(digests).encode()).hexdigest()
-            source = Source(
-                name=path.resolve().name,
-                sha256=joined,
-                weight_bytes=sum(file.stat().st_size for file in files),
-            )
-            return cls(model=model, processor=processor, spec=spec, config=config, source=source)
-        return cls(
+        folder = read_model_folder(Path(path))
+        spec, manifest = folder.spec, folder.manifest
+        processor = Processor.load(folder.path, spec)
+        digests = verify_files(folder.files, manifest)
+        model = build_model(folder.config)
+        load_weights(model, folder)
+        checkpoint = cls(
             model=model,
             processor=processor,
             spec=spec,
-            config=config,
-            source=Source(**manifest["source"]),
-            reducer=restore_reducer(manifest, spec, reducers or {}, path),
-            cache_grid=load_cache_grid(spec, files),
-            visual_layers=read_visual_layers(manifest, spec, path),
+            # What the directory's layout was, the forms tell now; it is not how `save` stores them.
+            config={k: v for k, v in folder.config.items() if k not in _LAYOUT_KEYS},
+            source=Source(
+                name=folder.path.resolve().name,
+                sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
+                weight_bytes=sum(file.stat().st_size for file in folder.files),
+                notes=folder.notes,
+            ),
+        )
+        if manifest is None:
+            return checkpoint
+        return replace(
+            checkpoint,
+            source=source_from_json(manifest["source"]),
+            reducer=restore_reducer(manifest, spec, reducers or {}, folder.path),
+            cache_grid=load_cache_grid(folder),
+            visual_layers=read_visual_layers(manifest, spec, folder.path),
             history=tuple(record_from_json(record) for record in manifest["history"]),
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Source", "StageRecord", "record_from_json", "timeless"]
+__all__ = ["Source", "StageRecord", "record_from_json", "source_from_json", "timeless"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,13 @@ class Source:
         name: Folder name of the original model.
         sha256: Digest over its weight files.
         weight_bytes: Bytes of its weight files.
+        notes: What of its directory is ignored, or is otherwise than its own files say.
     """
 
     name: str
     sha256: str
     weight_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def timeless(record: StageRecord) -> dict[str, Any]:
@@ -68,3 +70,8 @@ def record_from_json(record: Mapping[str, Any]) -> StageRecord:
     return StageRecord(
         **{**record, "layers": tuple(record["layers"]), "notes": tuple(record["notes"])}
     )
+
+
+def source_from_json(source: Mapping[str, Any]) -> Source:
+    """Where a checkpoint came from, as `pocketvlm.json` holds it."""
+    return Source(**{**source, "notes": tuple(source.get("notes", ()))})

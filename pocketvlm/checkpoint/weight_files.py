@@ -1,48 +1,101 @@
-"""Weight files: which files of a directory hold the weights, and their tensors by name."""
+"""Weight files: which files of a directory hold its weights, by the rule of stock transformers.
+
+A `model.safetensors` counts alone; where there is none, exactly the shards that
+`model.safetensors.index.json` names. `transformers_weights` in config.json names one of the two
+itself. Whatever else lies there (shards of an earlier save, other variants, adapters, pickled
+copies) is not read, and a note says so.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from pocketvlm.errors import CheckpointError, name_some
+from pocketvlm.files import file_sha256, is_lfs_pointer, locate
+from pocketvlm.json_io import read_json
 
-from pocketvlm.errors import CheckpointError
-from pocketvlm.files import file_sha256
-from pocketvlm.modelspec import ModelSpec, canonical_weight_name
+__all__ = ["WeightFiles", "find_weight_files", "verify_files"]
 
-__all__ = ["find_weight_files", "index_tensors", "read_tensor", "verify_files"]
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_OTHER_WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.json"),
+    *("consolidated*", "adapter_model*", "adapter_config.json", "*.gguf", "*.h5", "*.msgpack"),
+)
 
 
-def find_weight_files(path: Path) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The files that hold a model's weights.
+
+    Attributes:
+        files: They, in order of their names.
+        placed: Where an index says that each tensor lies, by the tensor's stored name; empty
+            without an index.
+        notes: What lies beside them and is not read.
+    """
+
+    files: tuple[Path, ...]
+    placed: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
     """The files of a directory that hold its weights.
 
+    Args:
+        path: The directory.
+        config: Content of its config.json.
+
     Raises:
-        CheckpointError: There are none, one is missing, or they are pickled.
+        CheckpointError: There are none, one is missing, lies elsewhere or is a pointer of git-lfs,
+            the index is damaged, or the weights are pickled.
     """
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            missing = sorted(name for name in names if not (path / name).is_file())
-            if missing:
-                raise CheckpointError(f"{path}: {missing[0]} is in the index, but missing")
-        return files
-    pickled = sorted((*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
-    if pickled:
-        raise CheckpointError(
-            f"{pickled[0]}: pickled weights can run code and are never loaded; save the model "
-            "again with model.save_pretrained(..., safe_serialization=True)"
+    named = config.get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or not named.endswith((".safetensors", ".index.json")):
+            raise CheckpointError(
+                f"{path / 'config.json'}: transformers_weights must name a *.safetensors or "
+                "*.safetensors.index.json file"
+            )
+        first = locate(path, named, error=CheckpointError, follow=True)
+    elif (path / _SINGLE).exists() or (path / _SINGLE).is_symlink():
+        first = locate(path, _SINGLE, error=CheckpointError, follow=True)
+    elif (path / _INDEX).exists() or (path / _INDEX).is_symlink():
+        first = locate(path, _INDEX, error=CheckpointError, follow=True)
+    else:
+        raise CheckpointError(_why_none(path))
+    placed = _read_index(first) if first.name.endswith(".index.json") else {}
+    files = (
+        tuple(
+            locate(path, name, error=CheckpointError, follow=True)
+            for name in sorted(set(placed.values()))
         )
-    raise CheckpointError(f"{path}: no *.safetensors here")
+        if placed
+        else (first,)
+    )
+    for file in files:
+        if is_lfs_pointer(file):
+            raise CheckpointError(
+                f"{file}: is a pointer of git-lfs, not the weights; run `git lfs pull` in its clone"
+            )
+    used = {first, *files}
+    ignored = sorted(
+        file.relative_to(path).as_posix()
+        for pattern in _OTHER_WEIGHTS
+        for file in (*path.glob(pattern), *path.glob(f"*/{pattern}"))
+        if file not in used
+    )
+    note = f"weight files that are not read, as stock transformers reads {first.name} alone"
+    notes = (f"{note}: {name_some(dict.fromkeys(ignored))}",) if ignored else ()
+    return WeightFiles(files=files, placed=placed, notes=notes)
 
 
-def verify_files(files: Iterable[Path], manifest: Mapping[str, Any] | None) -> list[str]:
+def verify_files(files: Sequence[Path], manifest: Mapping[str, Any] | None) -> list[str]:
     """Digests of weight files, compared with what is known of them.
 
     A manifest of ours knows the digest; in a hub cache the name of the file behind the link is
@@ -63,38 +116,29 @@ def verify_files(files: Iterable[Path], manifest: Mapping[str, Any] | None) -> l
     return digests
 
 
-def index_tensors(files: Sequence[Path], spec: ModelSpec) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of the model stands: its file and its name there.
-
-    Raises:
-        CheckpointError: A file is truncated or damaged.
-    """
-    index: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                keys = list(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: is truncated or damaged: {error}") from error
-        for key in keys:
-            name = canonical_weight_name(spec.family, key)
-            if name is not None:
-                index[name] = (file, key)
-    return index
+def _read_index(index: Path) -> dict[str, str]:
+    placed = read_json(index, error=CheckpointError).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: weight_map is missing; it says which file holds a tensor")
+    for tensor, name in placed.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: weight_map places {tensor} in {name!r}, which is no *.safetensors file"
+            )
+    return placed
 
 
-def read_tensor(file: Path, key: str) -> Tensor:
-    """One tensor of a weight file.
-
-    Raises:
-        CheckpointError: It cannot be read, or holds values that are not finite.
-    """
-    # Opened anew for each tensor: a mapping that lives on would keep every page it touched.
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            value: Tensor = tensors.get_tensor(key).clone()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: tensor {key} cannot be read: {error}") from error
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise CheckpointError(f"{file}: tensor {key} holds values that are not finite")
-    return value
+def _why_none(path: Path) -> str:
+    stray = sorted(file.name for file in path.glob("*.safetensors"))
+    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
+    if stray:
+        return (
+            f"{path}: neither {_SINGLE} nor {_INDEX} is here, which stock transformers reads; "
+            f"found {name_some(stray)}"
+        )
+    if pickled:
+        return (
+            f"{path / pickled[0]}: pickled weights can run code and are never loaded; save the "
+            "model again with model.save_pretrained(..., safe_serialization=True)"
+        )
+    return f"{path}: no *.safetensors here"

@@ -93,22 +93,6 @@ def test_a_failed_save_leaves_what_was_there(tiny_checkpoint, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
-def test_an_earlier_release_s_names_load(tiny_paths, tmp_path):
-    """LLaVA as transformers 4 stored it."""
-    source = shutil.copytree(tiny_paths["llava"], tmp_path / "old")
-    tensors = load_file(source / "model.safetensors")
-    former = {
-        name.replace("model.language_model.", "language_model.model.")
-        .replace("model.vision_tower.", "vision_tower.vision_model.")
-        .replace("model.multi_modal_projector.", "multi_modal_projector."): value
-        for name, value in tensors.items()
-    }
-    save_file(former, source / "model.safetensors")
-    old, new = Checkpoint.load(source), Checkpoint.load(tiny_paths["llava"])
-    for linear in new.spec.linears():
-        assert torch.equal(old.form(linear.name).dequantize(), new.form(linear.name).dequantize())
-
-
 def remove(name):
     return lambda path: (path / name).unlink()
 
@@ -136,11 +120,6 @@ def drop_tensor(path):
     tensors = load_file(path / "model.safetensors")
     del tensors[next(name for name in tensors if name.endswith("norm.weight"))]
     save_file(tensors, path / "model.safetensors")
-
-
-def add_tensor(path):
-    tensors = load_file(path / "model.safetensors")
-    save_file({**tensors, "surplus.weight": torch.ones(2, 2)}, path / "model.safetensors")
 
 
 def pickle_weights(path):
@@ -171,7 +150,6 @@ def garble_tokenizer(path):
         (flip_header, "truncated or damaged"),
         (poison, "not finite"),
         (drop_tensor, "is missing from the weights"),
-        (add_tensor, "surplus.weight .* has no place"),
         (pickle_weights, "pickled weights can run code.*save_pretrained"),
         (edit_config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
         (garble_tokenizer, "tokenizer or image processor cannot be read"),

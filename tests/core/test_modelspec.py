@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
-from pocketvlm.modelspec import ModelSpec, canonical_weight_name
+from pocketvlm.modelspec import ModelSpec
 from pocketvlm.testing import SHAPES, tiny_config
 
 
@@ -62,21 +62,3 @@ def test_a_missing_field_is_named():
     del config["text_config"]["hidden_size"]
     with pytest.raises(CheckpointError, match="'hidden_size'"):
         ModelSpec.from_config(config)
-
-
-@pytest.mark.parametrize(
-    ("stored", "name"),
-    [
-        ("language_model.lm_head.weight", "lm_head.weight"),
-        ("language_model.model.norm.weight", "model.language_model.norm.weight"),
-        (
-            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-            "model.vision_tower.encoder.layers.0.mlp.fc1.bias",
-        ),
-        ("multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
-        ("model.language_model.norm.weight", "model.language_model.norm.weight"),
-        ("vision_tower.vision_model.embeddings.position_ids", None),
-    ],
-)
-def test_former_names_of_llava_weights_are_understood(stored, name):
-    assert canonical_weight_name("llava", stored) == name

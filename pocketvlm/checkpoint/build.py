@@ -1,0 +1,61 @@
+"""Building: the stock model of a config.json, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from pocketvlm.checkpoint.config import parse_config
+
+__all__ = ["build_model", "build_skeleton"]
+
+
+class _MatricesOnMeta(TorchFunctionMode):
+    """Gives memory to vectors and buffers, none to matrices, which are loaded one by one."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            shape = args[0] if args and isinstance(args[0], tuple | list) else args
+            if len(shape) > 1:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_model(config: Mapping[str, Any]) -> nn.Module:
+    """The stock model of a config.json, in float32, its weight matrices without memory.
+
+    Raises:
+        CheckpointError: The config cannot be understood.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    parsed = parse_config(config)
+    with _MatricesOnMeta(), no_init_weights():
+        model: nn.Module = AutoModelForImageTextToText.from_config(parsed, dtype=torch.float32)
+    model.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def build_skeleton(config: Mapping[str, Any]) -> Any:
+    """The same model without any memory: what weights there are, and how they are named.
+
+    Raises:
+        CheckpointError: The config cannot be understood.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    parsed = parse_config(config)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(parsed, dtype=torch.float32)
