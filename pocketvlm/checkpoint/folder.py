@@ -8,14 +8,14 @@ this, with a note, except that it never goes on with weights that it would have 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pocketvlm.checkpoint.config import read_config, read_spec
 from pocketvlm.checkpoint.manifest import read_manifest
-from pocketvlm.checkpoint.names import stock_names
+from pocketvlm.checkpoint.names import split_layer, stock_names
 from pocketvlm.checkpoint.tensors import (
     FLOAT_TYPES,
     StoredTensor,
@@ -89,9 +89,9 @@ def _settle(folder: ModelFolder) -> ModelFolder:
     names, expected = stock_names(folder.config, folder.tensors)
     tensors: dict[str, StoredTensor] = {}
     unplaced: list[str] = []
-    layers = _layers(name for name in names.values() if name is not None)
+    quantized = _quantized_layers(filter(None, names.values()), expected, folder.layout)
     for key, name in names.items():
-        if name is None or (name not in expected and not _is_code(name, layers, folder.layout)):
+        if name is None or (name not in expected and _layer_of(name, expected)[0] not in quantized):
             unplaced.append(key)
         elif name in tensors:
             hold_equal(tensors[name], folder.tensors[key])
@@ -104,7 +104,7 @@ def _settle(folder: ModelFolder) -> ModelFolder:
             f"tensors that have no place in a {folder.spec.model_type} model are ignored, as stock "
             f"transformers ignores them: {name_some(sorted(unplaced))}"
         )
-    notes += _check_weights(folder, expected)
+    notes += _check_weights(folder, expected, quantized)
     return replace(folder, notes=tuple(notes))
 
 
@@ -133,9 +133,11 @@ def _settle_head(folder: ModelFolder) -> ModelFolder:
     return replace(folder, tensors=tensors)
 
 
-def _check_weights(folder: ModelFolder, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _check_weights(
+    folder: ModelFolder, expected: Mapping[str, tuple[int, ...]], quantized: Container[str]
+) -> list[str]:
     """Holds every weight to the model's shapes; what is missing must be what no phone runs."""
-    spec, layers = folder.spec, _layers(folder.tensors)
+    spec = folder.spec
     head = f"{spec.decoder.head}.weight" if spec.decoder.tied_head else None
     unused: list[str] = []
     for name, shape in expected.items():
@@ -147,7 +149,7 @@ def _check_weights(folder: ModelFolder, expected: Mapping[str, tuple[int, ...]])
                     f"{', '.join(FLOAT_TYPES)}"
                 )
             check_shape(stored.key, stored.shape, shape)
-        elif name == head or (name.endswith(".weight") and _is_code(name, layers, folder.layout)):
+        elif name == head or name.removesuffix(".weight") in quantized:
             continue
         elif spec.runs(name):
             raise CheckpointError(f"{folder.path}: tensor {name} is missing from the weights")
@@ -158,16 +160,20 @@ def _check_weights(folder: ModelFolder, expected: Mapping[str, tuple[int, ...]])
     return [f"weights that are never run are missing, and are stored as zeros: {name_some(unused)}"]
 
 
-def _layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Last names of the tensors of each layer, its bias left out."""
+def _quantized_layers(
+    names: Iterable[str], expected: Container[str], layout: StoredLayout | None
+) -> set[str]:
+    """Layers that another tool quantized."""
+    if layout is None:
+        return set()
     layers: dict[str, list[str]] = {}
     for name in names:
-        layer, _, last = name.rpartition(".")
-        if last != "bias":
-            layers.setdefault(layer, []).append(last)
-    return layers
+        layer, rest = _layer_of(name, expected)
+        if rest != "bias":
+            layers.setdefault(layer, []).append(rest)
+    return {layer for layer, parts in layers.items() if layout.holds(parts)}
 
 
-def _is_code(name: str, layers: Mapping[str, list[str]], layout: StoredLayout | None) -> bool:
-    """Whether a tensor belongs to a layer that another tool quantized."""
-    return layout is not None and layout.holds(layers.get(name.rpartition(".")[0], []))
+def _layer_of(name: str, expected: Container[str]) -> tuple[str, str]:
+    """The layer that a tensor is a part of, and the part's name."""
+    return next((x for x in split_layer(name) if f"{x[0]}.weight" in expected), (name, ""))

@@ -7,12 +7,12 @@ renamings is the library's own, asked instead of copied, so that what it loads i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from pocketvlm.checkpoint.build import build_skeleton
 
-__all__ = ["stock_names"]
+__all__ = ["split_layer", "stock_names"]
 
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 
@@ -40,7 +40,6 @@ def stock_names(
 
     model = build_skeleton(config)
     expected = model.state_dict()
-    modules = {name.rpartition(".")[0] for name in expected}
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -55,14 +54,25 @@ def stock_names(
 
     names: dict[str, str | None] = {}
     for name in stored:
-        if _RECOMPUTED.search(name):
-            continue
-        found = rename(name)
-        if found not in expected:
-            layer, _, last = name.rpartition(".")
-            found = f"{rename(f'{layer}.weight').rpartition('.')[0]}.{last}"
-            if found.rpartition(".")[0] not in modules:
-                names[name] = None
-                continue
-        names[name] = found
+        if not _RECOMPUTED.search(name):
+            found = rename(name)
+            names[name] = found if found in expected else _name_of_a_part(name, rename, expected)
     return names, {name: tuple(value.shape) for name, value in expected.items()}
+
+
+def split_layer(name: str) -> Iterator[tuple[str, str]]:
+    """Every way to read a tensor's name as a layer and what of it, the longest layer first."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        yield ".".join(parts[:end]), ".".join(parts[end:])
+
+
+def _name_of_a_part(
+    name: str, rename: Callable[[str], str], expected: Container[str]
+) -> str | None:
+    """A tensor of a quantized layer (`qweight`, `centroids.weight`) moves with its layer."""
+    for layer, rest in split_layer(name):
+        whole = rename(f"{layer}.weight")
+        if whole in expected:
+            return f"{whole.removesuffix('.weight')}.{rest}"
+    return None

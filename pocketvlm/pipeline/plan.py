@@ -1,7 +1,7 @@
 """plan: validates a recipe against a model and predicts sizes, before any compute.
 
-Reads config.json alone. What a target cannot run is refused here, with the reason and what would
-work. Predictions are labelled predictions.
+Reads configuration and the headers of weight files. What a target cannot run is refused here, with
+the reason and what would work. Predictions are labelled predictions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
-from pocketvlm.pipeline.sources import read_model_spec
+from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.planned import PlannedForm, PlannedSparse, plan_behind_mask
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Stage, Target, check_order
@@ -95,7 +95,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     """Plans a recipe for a model.
 
     Args:
-        model: A checkpoint directory; only its config.json is read.
+        model: A checkpoint directory; no weight of it is loaded.
         recipe: What would be done.
         device: Name of a device profile whose memory it must fit.
 
@@ -103,14 +103,14 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
         RecipeError: A rule matches nothing, a count is too large, an order is wrong.
         UnsupportedError: The model's family is not supported, or a score does not suit it.
     """
-    spec = read_model_spec(model)
+    spec, notes = inspect_model(model)
     profile = load_device(device) if device is not None else None
     check_order(recipe.stages)
     kept = _kept_tokens(recipe.stages, spec)
     compressed, forms = _planned_forms(recipe.stages, spec)
     cache_bits = _cache_bits(recipe.stages)
     refused: list[str] = []
-    warnings = _notes(recipe.stages, spec)
+    warnings = [*notes, *_notes(recipe.stages, spec)]
     part_bytes: dict[str, int] = {}
     loaded_bytes = 0
     for target in recipe.targets:

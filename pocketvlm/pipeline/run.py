@@ -270,7 +270,8 @@ def _notes(
     bundle: Bundle,
     bench: Mapping[str, Any] | None,
 ) -> list[str]:
-    notes = [f"{record.method}: {note}" for record in checkpoint.history for note in record.notes]
+    notes = [f"source: {note}" for note in checkpoint.source.notes]
+    notes += [f"{record.method}: {note}" for record in checkpoint.history for note in record.notes]
     notes += [
         f"{component.target}: {note}"
         for component in bundle.manifest.components

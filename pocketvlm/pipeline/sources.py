@@ -10,7 +10,7 @@ from typing import cast
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint, read_config, read_spec
+from pocketvlm.checkpoint import Checkpoint, read_config, read_model_folder, read_spec
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
@@ -21,9 +21,9 @@ from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.simulation import ARITHMETICS, Arithmetic
 
 __all__ = [
+    "inspect_model",
     "load_checkpoint",
     "load_evaluation",
-    "read_model_spec",
     "resolve_calibration",
     "resolve_model",
     "score_subject",
@@ -64,14 +64,21 @@ def resolve_model(name: str) -> Path:
     )
 
 
-def read_model_spec(path: Path) -> ModelSpec:
-    """The specification of a checkpoint directory; reads its config.json alone.
+def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The specification of a checkpoint directory, and what is to be known of the directory.
+
+    Only config.json and the headers of the weight files are read. A directory that holds a
+    config.json and no weights at all, which is enough for a plan, is said to be one.
 
     Raises:
-        CheckpointError: There is no config.json, or it is no JSON object.
+        CheckpointError: The directory is missing or damaged, or lacks a weight.
         UnsupportedError: The model's family is not supported.
     """
-    return read_spec(read_config(path))
+    if path.is_dir() and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin*")):
+        note = "no weights are here: what is missing, ignored or tied could not be checked"
+        return read_spec(read_config(path)), (note,)
+    folder = read_model_folder(path)
+    return folder.spec, folder.notes
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:

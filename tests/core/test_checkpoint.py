@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_spec
-from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.errors import CheckpointError, StorageError, UnsupportedError
 from pocketvlm.testing import tiny_config
 from pocketvlm.weights import AffineWeight
 
@@ -87,7 +87,7 @@ def test_a_failed_save_leaves_what_was_there(tiny_checkpoint, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pocketvlm.checkpoint.save.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         tiny_checkpoint.save(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
