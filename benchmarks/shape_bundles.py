@@ -21,8 +21,6 @@ from pocketvlm.testing import write_shape
 
 __all__ = ["bundle_of", "write_bundle"]
 
-_UNSIGNED = frozenset({"manifest.json"})
-
 
 def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
     """Rounds a random model to the grids of a recipe, unless `folder` holds the bundle already.

@@ -2,138 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 from pocketvlm.errors import BundleError
-from pocketvlm.files import file_sha256
+from pocketvlm.files import locate
 from pocketvlm.json_io import read_json, write_json
+from pocketvlm.manifest import (
+    BUNDLE_SCHEMA,
+    CacheLayout,
+    Component,
+    Generation,
+    Manifest,
+    PromptLayout,
+    TensorSignature,
+)
+from pocketvlm.signed_folder import (
+    DIGEST_KEY,
+    sign_document,
+    sign_files,
+    verify_document,
+    verify_files,
+)
 
 __all__ = [
     "BUNDLE_SCHEMA",
     "Bundle",
+    "CacheLayout",
     "Component",
+    "Generation",
     "Manifest",
+    "PromptLayout",
     "TensorSignature",
-    "sign_files",
+    "sign_bundle",
     "write_manifest",
 ]
 
-BUNDLE_SCHEMA = 1
 _MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSignature:
-    """One input or output of a graph; a string in `shape` names a dimension that varies."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Component:
-    """One graph of one target.
-
-    Attributes:
-        target: `onnx`, `executorch` or `coreml`.
-        role: `vision`, `embedding` or `decoder`.
-        file: Path of the graph inside the bundle.
-        precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
-        function: Which function of the file it is, where a file holds several that share weights.
-        states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
-        notes: What the toolkit said while it converted the graph, and what is done at a price.
-        sparse_file: Path of the packed file that the graph's weights, or the graph itself, are
-            expanded from when it is loaded; `None` where nothing is packed.
-    """
-
-    target: str
-    role: Literal["vision", "embedding", "decoder"]
-    file: str
-    inputs: tuple[TensorSignature, ...]
-    outputs: tuple[TensorSignature, ...]
-    precision: Mapping[str, str] = field(default_factory=dict)
-    function: str | None = None
-    states: tuple[TensorSignature, ...] = ()
-    notes: tuple[str, ...] = ()
-    sparse_file: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Everything a runtime must know to answer from the bundle.
-
-    Attributes:
-        model: Name of the source model.
-        family: Family of the model specification.
-        source_sha256: Digest of the source checkpoint's weights.
-        recipe_sha256: Digest of the resolved recipe.
-        visual_tokens: Embeddings that the vision graph returns for one image, k.
-        visual_tokens_full: Positions that one image takes when `positions` is `original`, N.
-        positions: `original` or `consecutive`; see `reduction.TokenReducer`.
-        prompt: `image_token`, `image_token_id`, `image_prefix` and `image_suffix`.
-        generation: `eos_token_ids` and `max_positions`.
-        kv_cache: `layers`, `kv_heads`, `head_dim` and `dtype` of the decoder's cache, and
-            `visual_layers` where later layers hold rows of text alone.
-        components: The graphs.
-        files: sha256 of every file of the bundle but the manifest, the report and the card.
-        toolchain: Versions that produced the bundle.
-    """
-
-    model: str
-    family: str
-    source_sha256: str
-    recipe_sha256: str
-    visual_tokens: int
-    visual_tokens_full: int
-    positions: str
-    prompt: Mapping[str, Any]
-    generation: Mapping[str, Any]
-    kv_cache: Mapping[str, Any]
-    components: tuple[Component, ...]
-    files: Mapping[str, str] = field(default_factory=dict)
-    toolchain: Mapping[str, str | None] = field(default_factory=dict)
-    schema: int = BUNDLE_SCHEMA
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values; what was added later is left out where it says nothing."""
-        document = asdict(self)
-        for component in document["components"]:
-            if component["sparse_file"] is None:
-                del component["sparse_file"]
-        return document
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: Path) -> Manifest:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            BundleError: A field is missing or unknown, or the schema is of another version.
-        """
-        if document.get("schema") != BUNDLE_SCHEMA:
-            raise BundleError(
-                f"{where}: bundle schema {document.get('schema')!r}; this version reads "
-                f"{BUNDLE_SCHEMA}"
-            )
-        try:
-            components = tuple(
-                Component(
-                    **{
-                        **component,
-                        "inputs": _signatures(component["inputs"]),
-                        "outputs": _signatures(component["outputs"]),
-                        "states": _signatures(component.get("states", [])),
-                        "notes": tuple(component.get("notes", [])),
-                    }
-                )
-                for component in document["components"]
-            )
-            return cls(**{**document, "components": components})
-        except (KeyError, TypeError) as error:
-            raise BundleError(f"{where}: not a manifest of a bundle: {error}") from error
+_UNSIGNED = ("README.md", "report.html", ".gitattributes")
+"""Files that no reader takes: two that are written after signing, and the hub's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,36 +57,54 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> Bundle:
-        """Opens a bundle and, unless told otherwise, checks the digest of every file.
+        """Opens a bundle: every file in it must be listed, regular, inside, and as it was signed.
+
+        Args:
+            path: The folder.
+            verify: Whether the folder is compared with its manifest. A process that was started
+                by one that has done so need not do it again.
 
         Raises:
-            BundleError: There is no bundle, or a file is missing or was changed.
+            BundleError: There is no bundle, or a file is missing, was changed, or is not listed.
         """
-        if not (path / _MANIFEST).is_file():
+        file = path / _MANIFEST
+        if not file.is_file():
             raise BundleError(f"{path}: no bundle here: {_MANIFEST} is missing")
-        bundle = cls(
-            path=path, manifest=Manifest.from_json(read_json(path / _MANIFEST), path / _MANIFEST)
-        )
+        document = read_json(locate(path, _MANIFEST))
+        if verify:
+            verify_document(document, file, error=BundleError)
+        content = {key: value for key, value in document.items() if key != DIGEST_KEY}
+        bundle = cls(path=path, manifest=Manifest.from_json(content, file))
         if verify:
             bundle.verify()
         return bundle
 
     def verify(self) -> None:
-        """Compares every file with its digest.
+        """Compares the folder with the manifest.
 
         Raises:
-            BundleError: A file is missing or was changed; the message names it.
+            BundleError: A file is missing, was changed, or is not listed; the message names it.
         """
-        for name, expected in self.manifest.files.items():
-            file = self.path / name
-            if not file.is_file():
-                raise BundleError(f"{file}: named in the manifest, but missing")
-            found = file_sha256(file)
-            if found != expected:
-                raise BundleError(
-                    f"{file}: was changed after signing: sha256 {found[:12]}…, "
-                    f"manifest says {expected[:12]}…"
-                )
+        files = self.manifest.files
+        verify_files(self.path, files, _MANIFEST, _UNSIGNED, error=BundleError)
+        for component in self.manifest.components:
+            for name in filter(None, (component.file, component.sparse_file)):
+                if name not in files and not any(file.startswith(f"{name}/") for file in files):
+                    raise BundleError(f"{self.path / _MANIFEST}: {name!r} is used and not signed")
+
+    def file(self, name: str) -> Path:
+        """Path of a signed file.
+
+        Raises:
+            BundleError: The manifest does not list it, or it is no file inside the bundle.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: has no file {name!r} that is signed")
+        return locate(self.path, name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a signed file of this name."""
+        return name in self.manifest.files
 
     def component(self, target: str, role: str, function: str | None = None) -> Component:
         """The graph of one target and role; the first one where no function is named.
@@ -202,16 +127,14 @@ class Bundle:
         return sum((self.path / name).stat().st_size for name in self.manifest.files)
 
 
-def sign_files(path: Path, unsigned: frozenset[str]) -> dict[str, str]:
-    """Digests of every file below a folder, by its relative name, in sorted order."""
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return {name: file_sha256(path / name) for name in names if name not in unsigned}
+def sign_bundle(path: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the digest of every file that is in the folder; writes it there."""
+    files = sign_files(path, (_MANIFEST, *_UNSIGNED))
+    signed = replace(manifest, files=files)
+    write_manifest(path, signed)
+    return signed
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest of a bundle folder."""
-    write_json(path / _MANIFEST, manifest.to_json())
-
-
-def _signatures(items: list[dict[str, Any]]) -> tuple[TensorSignature, ...]:
-    return tuple(TensorSignature(**{**item, "shape": tuple(item["shape"])}) for item in items)
+    """Writes the manifest of a bundle folder, with the digest of itself."""
+    write_json(path / _MANIFEST, sign_document(manifest.to_json()))

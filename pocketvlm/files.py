@@ -26,17 +26,16 @@ _PIECE_BYTES = 2**18
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def locate(
-    folder: Path, name: str, *, error: type[PocketVLMError] = BundleError, follow: bool = False
-) -> Path:
+def locate(folder: Path, name: str, *, error: type[PocketVLMError] = BundleError) -> Path:
     """The path of a file that a document of a folder names.
+
+    Links are followed inside the folder. In a hub's cache, where every file of a snapshot is a link
+    to a blob, they are followed to the blobs of the same repository as well.
 
     Args:
         folder: The folder that the document lies in.
         name: The file's name, relative, with forward slashes.
         error: What is raised when the file may not be read.
-        follow: Whether links out of the folder are followed, as in a hub's cache, where every file
-            is a link to a blob.
 
     Raises:
         PocketVLMError: `error`, where the name is no relative path inside the folder, nothing is
@@ -48,15 +47,24 @@ def locate(
     path = folder.joinpath(*parts)
     try:
         real = path.resolve(strict=True)
-        root = folder.resolve(strict=True)
+        roots = _roots(folder.resolve(strict=True))
         mode = real.stat().st_mode
     except (OSError, RuntimeError, ValueError) as fault:  # a loop of links, a name too long
         raise error(f"{path}: is missing") from fault
-    if not follow and not real.is_relative_to(root):
+    if not any(real.is_relative_to(root) for root in roots):
         raise error(f"{path}: leads out of its folder; only files inside {folder} are read")
     if not stat.S_ISREG(mode):
         raise error(f"{path}: is not a regular file")
     return path
+
+
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """Where files of a folder may lie: in it, and in the blobs beside a snapshot of a hub."""
+    for parent in folder.parents:
+        if parent.name == "snapshots":
+            # `blobs` itself is not resolved: were it a link, it could lead anywhere.
+            return (folder, parent.parent / "blobs")
+    return (folder,)
 
 
 def read_bytes(

@@ -162,9 +162,9 @@ def inspect(
         f"visual tokens  {manifest.visual_tokens} of {manifest.visual_tokens_full}, "
         f"positions {manifest.positions}"
     )
-    if "visual_layers" in manifest.kv_cache:
-        cache = manifest.kv_cache
-        say(f"               in the first {cache['visual_layers']} of {cache['layers']} layers")
+    cache = manifest.kv_cache
+    if cache.visual_layers is not None:
+        say(f"               in the first {cache.visual_layers} of {cache.layers} layers")
     say(f"bytes          {opened.stored_bytes():,}")
     for component in manifest.components:
         precision = ", ".join(f"{part} {form}" for part, form in component.precision.items())

@@ -35,7 +35,7 @@ def decoder_weight_bytes(bundle: Bundle) -> int:
     Raises:
         BundleError: The graph cannot be read.
     """
-    file = bundle.path / bundle.component(_TARGET, "decoder").file
+    file = bundle.file(bundle.component(_TARGET, "decoder").file)
     try:
         model = onnx.load(file, load_external_data=False)
     except (OSError, DecodeError) as error:

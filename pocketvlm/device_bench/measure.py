@@ -248,7 +248,7 @@ def _require_positions(bundle: Bundle, workload: Workload) -> None:
     )
     visual = kept if workload.has_image else 0
     needed = workload.prompt_tokens + visual + workload.new_tokens
-    limit = int(manifest.generation["max_positions"])
+    limit = manifest.generation.max_positions
     if needed > limit:
         raise InputError(
             f"workload {workload.name!r} takes {needed} positions ({workload.prompt_tokens} text, "

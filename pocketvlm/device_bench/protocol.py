@@ -267,7 +267,7 @@ def _describe_bundle(arm: _Arm) -> dict[str, Any]:
         "decoder_weight_bytes": decoder_weight_bytes(arm.bundle),
         "visual_tokens": manifest.visual_tokens,
         "visual_tokens_full": manifest.visual_tokens_full,
-        "kv_dtype": manifest.kv_cache.get("dtype"),
+        "kv_dtype": manifest.kv_cache.dtype,
         "precision": {
             part: label
             for component in manifest.components

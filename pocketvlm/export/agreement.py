@@ -180,7 +180,7 @@ class ArtifactSide:
         layout = lay_out_prompt(
             prompt.token_ids,
             pictures,
-            image_token_id=int(self._manifest.prompt["image_token_id"]),
+            image_token_id=self._manifest.prompt.image_token_id,
             placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",
         )

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pocketvlm.bundle import (
     Bundle,
+    CacheLayout,
     Component,
+    Generation,
     Manifest,
-    sign_files,
-    write_manifest,
+    PromptLayout,
+    sign_bundle,
 )
 from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
@@ -27,12 +29,9 @@ from pocketvlm.recipes.stages import Target
 from pocketvlm.report import toolchain_versions
 from pocketvlm.storage import naming_faults
 
-__all__ = ["PARITY_FILE", "UNSIGNED", "BuiltBundle", "build_bundle", "write_graphs"]
+__all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs"]
 
 PARITY_FILE = "parity.json"
-
-UNSIGNED = frozenset({"manifest.json", "README.md", "report.html"})
-"""Files of a bundle that describe it and are written, or written again, after it is signed."""
 
 _DEFAULT_MAX_POSITIONS = 4096
 
@@ -84,8 +83,7 @@ def build_bundle(
         manifest = _write_rest(checkpoint, components, folder, recipe.sha256())
         report = certify(checkpoint, Bundle(path=folder, manifest=manifest), samples, ctx=ctx)
         write_json(folder / PARITY_FILE, report.to_json())
-        manifest = replace(manifest, files=sign_files(folder, UNSIGNED))
-        write_manifest(folder, manifest)
+        manifest = sign_bundle(folder, manifest)
     return BuiltBundle(
         bundle=Bundle(path=path, manifest=manifest),
         parity=report,
@@ -131,14 +129,12 @@ def _write_rest(
 ) -> Manifest:
     checkpoint.processor.save(folder)
     manifest = _describe(checkpoint, recipe_sha256, folder)
-    manifest = replace(manifest, components=components, files=sign_files(folder, UNSIGNED))
-    write_manifest(folder, manifest)
-    return manifest
+    return sign_bundle(folder, replace(manifest, components=components))
 
 
 def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manifest:
     spec, reducer = checkpoint.spec, checkpoint.reducer
-    decoder, late = spec.decoder, checkpoint.visual_layers
+    decoder = spec.decoder
     if not (folder / "generation_config.json").is_file():
         (folder / "generation_config.json").write_text(
             json.dumps({"eos_token_id": list(checkpoint.processor.eos_token_ids)}) + "\n",
@@ -152,23 +148,23 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
         visual_tokens=reducer.keep if reducer else spec.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
         positions=reducer.positions if reducer else "original",
-        prompt={
-            "image_token": spec.image_token,
-            "image_token_id": spec.image_token_id,
-            "image_prefix": spec.image_prefix,
-            "image_suffix": spec.image_suffix,
-        },
-        generation={
-            "eos_token_ids": list(checkpoint.processor.eos_token_ids),
-            "max_positions": min(decoder.max_positions, _DEFAULT_MAX_POSITIONS),
-        },
-        kv_cache={
-            "layers": decoder.depth,
-            "kv_heads": decoder.kv_heads,
-            "head_dim": decoder.head_dim,
-            "dtype": "float32" if checkpoint.cache_grid is None else "int8",
-            **({} if late is None else {"visual_layers": late}),
-        },
+        prompt=PromptLayout(
+            image_token=spec.image_token,
+            image_token_id=spec.image_token_id,
+            image_prefix=spec.image_prefix,
+            image_suffix=spec.image_suffix,
+        ),
+        generation=Generation(
+            eos_token_ids=checkpoint.processor.eos_token_ids,
+            max_positions=min(decoder.max_positions, _DEFAULT_MAX_POSITIONS),
+        ),
+        kv_cache=CacheLayout(
+            layers=decoder.depth,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            dtype="float32" if checkpoint.cache_grid is None else "int8",
+            visual_layers=checkpoint.visual_layers,
+        ),
         components=(),
         toolchain=toolchain_versions(),
     )

@@ -236,7 +236,7 @@ class Conversation:
                 f"the conversation takes {rows} rows of KV cache; allowed are {capacity} (the "
                 f"runner's capacity): start a new one, or give the runner more"
             )
-        limit = int(self._manifest.generation["max_positions"])
+        limit = self._manifest.generation.max_positions
         if layout.next_position > limit:
             raise InputError(
                 f"the conversation takes {layout.next_position} positions; the model has {limit}: "
@@ -245,5 +245,5 @@ class Conversation:
 
     def _has_room(self, position: int) -> bool:
         """Whether one more row, at this position, can be run."""
-        limit = int(self._manifest.generation["max_positions"])
+        limit = self._manifest.generation.max_positions
         return self._runner.length < self._runner.capacity and position < limit

@@ -20,6 +20,7 @@ from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.onnx_engine import LOAD_ERRORS
 from pocketvlm.runtime.onnx_engine import onnxruntime as ort
+from pocketvlm.runtime.onnx_external import require_signed_data
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sparse_file import ExpandedFile, expand
 
@@ -57,18 +58,10 @@ class OnnxRunner(Runner):
         Raises:
             BundleError: The bundle has no ONNX graphs, or one does not load or does not match.
         """
-        try:
-            cache = bundle.manifest.kv_cache
-            layers, heads = int(cache["layers"]), int(cache["kv_heads"])
-            head_dim, dtype = int(cache["head_dim"]), np.dtype(cache["dtype"])
-            late = cache.get("visual_layers")
-            self._visual_layers = None if late is None else int(late)
-            positions = int(bundle.manifest.generation["max_positions"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"{bundle.path}: the manifest's kv_cache or generation block cannot be read: "
-                f"{error!r}"
-            ) from error
+        cache = bundle.manifest.kv_cache
+        dtype = np.dtype(cache.dtype)
+        self._visual_layers = cache.visual_layers
+        positions = bundle.manifest.generation.max_positions
         self.engine = f"ONNX Runtime {ort.__version__}"
         super().__init__(
             capacity=min(DEFAULT_CAPACITY, positions) if capacity is None else capacity
@@ -84,11 +77,11 @@ class OnnxRunner(Runner):
             self.expand_ms = packed.expand_ms
             del packed  # every session has copied what it needs
             _return_freed_memory()
-        shape = (1, heads, self.capacity, head_dim)
+        shape = (1, cache.kv_heads, self.capacity, cache.head_dim)
         # np.zeros leaves fresh pages to the system, so unused capacity costs no memory.
         self._cache = {
             f"{layer}.{kind}": np.zeros(shape, dtype)
-            for layer in range(layers)
+            for layer in range(cache.layers)
             for kind in ("key", "value")
         }
         width, vocabulary = _last_dim(self._embedding, bundle), _last_dim(self._decoder, bundle)
@@ -190,11 +183,13 @@ class OnnxRunner(Runner):
     def _expand(self, role: str) -> ExpandedFile | None:
         """The weight file of a graph, where the bundle holds it packed."""
         packed = self._bundle.component("onnx", role).sparse_file
-        return None if packed is None else expand(self._bundle.path / packed)
+        return None if packed is None else expand(self._bundle.file(packed))
 
     def _load(self, role: str, weights: ExpandedFile | None) -> ort.InferenceSession:
         component = self._bundle.component("onnx", role)
-        file = self._bundle.path / component.file
+        in_memory = frozenset() if weights is None else frozenset({weights.name})
+        require_signed_data(self._bundle, component.file, in_memory)
+        file = self._bundle.file(component.file)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1

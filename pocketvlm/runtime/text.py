@@ -78,16 +78,11 @@ class TextCodec:
             BundleError: One of them is missing, damaged, or contradicts another.
         """
         path, manifest = bundle.path, bundle.manifest
-        try:
-            prompt = manifest.prompt
-            image_token, image_token_id = str(prompt["image_token"]), int(prompt["image_token_id"])
-            placeholders = image_token * manifest.visual_tokens_full
-            image_block = f"{prompt['image_prefix']}{placeholders}{prompt['image_suffix']}"
-            eos_token_ids = tuple(int(token) for token in manifest.generation["eos_token_ids"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"{path}: the manifest's prompt or generation block cannot be read: {error!r}"
-            ) from error
+        prompt = manifest.prompt
+        image_token, image_token_id = prompt.image_token, prompt.image_token_id
+        placeholders = image_token * manifest.visual_tokens_full
+        image_block = f"{prompt.image_prefix}{placeholders}{prompt.image_suffix}"
+        eos_token_ids = manifest.generation.eos_token_ids
         tokenizer = _read_tokenizer(path)
         if tokenizer.token_to_id(image_token) != image_token_id:
             raise BundleError(

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketvlm.bundle import sign_files
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import ExportError, UnsupportedError
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.reduction import ReducerInputs, TokenReducer
 from pocketvlm.runtime.onnx_engine import onnxruntime
+from pocketvlm.signed_folder import sign_files
 from tests.export.rig import ReceivedAttention, quantize_affine, quantize_checkpoint
 
 ROLES = ("vision", "embedding", "decoder")

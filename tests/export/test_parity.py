@@ -13,7 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pocketvlm.bundle import Bundle, Component, Manifest
+from pocketvlm.bundle import (
+    Bundle,
+    CacheLayout,
+    Component,
+    Generation,
+    Manifest,
+    PromptLayout,
+)
 from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import ReduceTokens
@@ -61,14 +68,14 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, **changes: Any) -> Bundle
         visual_tokens=reducer.keep if reducer else spec.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
         positions=reducer.positions if reducer else "original",
-        prompt={
-            "image_token": spec.image_token,
-            "image_token_id": spec.image_token_id,
-            "image_prefix": spec.image_prefix,
-            "image_suffix": spec.image_suffix,
-        },
-        generation={"eos_token_ids": [2], "max_positions": 512},
-        kv_cache={},
+        prompt=PromptLayout(
+            image_token=spec.image_token,
+            image_token_id=spec.image_token_id,
+            image_prefix=spec.image_prefix,
+            image_suffix=spec.image_suffix,
+        ),
+        generation=Generation(eos_token_ids=(2,), max_positions=512),
+        kv_cache=CacheLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32"),
         components=(Component(target="torch", role="decoder", file="", inputs=(), outputs=()),),
     )
     return Bundle(path=folder, manifest=replace(manifest, **changes))
@@ -205,7 +212,7 @@ def test_a_manifest_with_the_wrong_positions_is_caught(reduced: Checkpoint, tmp_
 
 def test_another_prompt_is_caught(reduced: Checkpoint, tmp_path: Path) -> None:
     bundle = write_bundle(reduced, tmp_path)
-    prompt = {**bundle.manifest.prompt, "image_suffix": "!"}
+    prompt = replace(bundle.manifest.prompt, image_suffix="!")
     report = certify_runner(reduced, tmp_path, TorchRunner, prompt=prompt)
     assert failed(report) == {"input.prompts_equal"}
 

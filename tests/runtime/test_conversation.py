@@ -133,7 +133,7 @@ def test_picture_matters(pair):
 def test_end_token_ends_the_answer_and_is_left_out(llava):
     first = Conversation(llava.bundle).ask("Hm", max_new_tokens=8)
     end = first.token_ids[4]
-    generation = {**llava.bundle.manifest.generation, "eos_token_ids": [end]}
+    generation = replace(llava.bundle.manifest.generation, eos_token_ids=(end,))
     bundle = replace(llava.bundle, manifest=replace(llava.bundle.manifest, generation=generation))
     answer = Conversation(bundle).ask("Hm", max_new_tokens=8)
     assert answer.stop_reason == "end"
@@ -176,7 +176,7 @@ def test_capacity_bounds_prompt_and_answer(llava):
 def test_positions_bound_the_conversation(pairs):
     """Original positions run ahead of the rows: 16 places for 5 tokens."""
     pair = pairs["llava-original"]
-    generation = {**pair.bundle.manifest.generation, "max_positions": 60}
+    generation = replace(pair.bundle.manifest.generation, max_positions=60)
     bundle = replace(pair.bundle, manifest=replace(pair.bundle.manifest, generation=generation))
     answer = Conversation(bundle).ask("Go", noise(1), max_new_tokens=60)
     assert answer.stop_reason == "capacity"

@@ -190,13 +190,13 @@ def test_a_package_is_read_as_it_was_written(package: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        ("no manifest", "No such file"),
+        ("no manifest", "is missing"),
         ("manifest", "not the manifest of a package"),
-        ("no model", "No such file"),
+        ("no model", "is missing"),
         ("model", "cannot be read"),
         ("empty", "holds no ML program"),
         ("weights", "weight.bin: 10 bytes"),
-        ("no weights", "weight file cannot be read"),
+        ("no weights", "is missing"),
     ],
 )
 def test_a_damaged_package_is_refused_and_named(
@@ -223,3 +223,44 @@ def test_a_damaged_package_is_refused_and_named(
         MilProgram(MilPackage.open(copy))
     assert "\n" not in str(raised.value)
     assert str(copy) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ("../../secret", "leads out of the package"),
+        ("/etc/hostname", "leads out of the package"),
+        ("link", "leads out of the package"),
+    ],
+)
+@pytest.mark.parametrize("which", ["root", "another"])
+def test_entries_of_a_package_lie_inside(
+    package: Path, tmp_path: Path, entry: str, match: str, which: str
+) -> None:
+    copy = shutil.copytree(package, tmp_path / "b.mlpackage")
+    (tmp_path / "secret").write_text("secret")
+    (copy / "Data" / "link").symlink_to("../../secret")
+    document = json.loads((copy / "Manifest.json").read_text())
+    key = document["rootModelIdentifier"] if which == "root" else "other"
+    document["itemInfoEntries"].setdefault(key, {})["path"] = entry
+    (copy / "Manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=match):
+        MilPackage.open(copy)
+
+
+def test_weights_of_a_package_lie_inside(package: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(package, tmp_path / "b.mlpackage")
+    (weights,) = copy.rglob("weight.bin")
+    shutil.move(weights, tmp_path / "weight.bin")
+    weights.symlink_to(tmp_path / "weight.bin")
+    with pytest.raises(BundleError, match=r"weight.bin: leads out of its folder"):
+        MilProgram(MilPackage.open(copy))
+    (model,) = copy.rglob("*.mlmodel")
+    name = b"@model_path/weights/weight.bin"
+    assert name in model.read_bytes()
+    for other in (b"@model_path/../../../../weight.bin"[: len(name)], b"/" * len(name)):
+        padded = other.ljust(len(name), b"x")
+        model.write_bytes(model.read_bytes().replace(name, padded))
+        name = padded
+        with pytest.raises(BundleError, match=r"not the name of a file inside|not inside of the"):
+            MilProgram(MilPackage.open(copy))

@@ -97,7 +97,7 @@ def test_room_is_checked_before_anything_runs(runner):
 
 def test_capacity_follows_the_model_unless_told(llava):
     assert OnnxRunner(llava.bundle).capacity == 512
-    generation = {**llava.bundle.manifest.generation, "max_positions": 9000}
+    generation = replace(llava.bundle.manifest.generation, max_positions=9000)
     manifest = replace(llava.bundle.manifest, generation=generation)
     runner = OnnxRunner(replace(llava.bundle, manifest=manifest))
     assert runner.capacity == DEFAULT_CAPACITY
@@ -140,14 +140,16 @@ def test_graph_that_does_not_load_is_named(copy, role, content):
         file.write_bytes(content)
     with pytest.raises(BundleError, match=f"{role}.onnx"):
         Bundle.open(copy)
-    with pytest.raises(BundleError, match=f"{role}.onnx: ONNX Runtime cannot load it") as caught:
+    with pytest.raises(
+        BundleError, match=f"{role}.onnx: (ONNX Runtime cannot load it|is missing)"
+    ) as caught:
         OnnxRunner(Bundle.open(copy, verify=False))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_weights_are_named(copy):
     (copy / "onnx" / "weights.bin").unlink()
-    with pytest.raises(BundleError, match=r"ONNX Runtime cannot load it: .*weights.bin"):
+    with pytest.raises(BundleError, match=r"weights.bin: is missing"):
         OnnxRunner(Bundle.open(copy, verify=False))
 
 
@@ -164,13 +166,6 @@ def test_graph_that_differs_from_the_manifest_is_an_error(llava):
     )
     bundle = replace(llava.bundle, manifest=replace(manifest, components=components))
     with pytest.raises(BundleError, match=r"decoder.onnx: has the inputs embeds that only one"):
-        OnnxRunner(bundle)
-
-
-@pytest.mark.parametrize("block", [{}, {"layers": "two"}])
-def test_corrupted_cache_block_is_an_error(llava, block):
-    bundle = replace(llava.bundle, manifest=replace(llava.bundle.manifest, kv_cache=block))
-    with pytest.raises(BundleError, match="kv_cache or generation block"):
         OnnxRunner(bundle)
 
 

@@ -98,7 +98,7 @@ def answer_with_multimodal_runner(
     """
     if not prompt.strip() and image is None:
         raise InputError("there is nothing to answer: the prompt is empty and has no picture")
-    file = bundle.path / bundle.component("executorch", "decoder").file
+    file = bundle.file(bundle.component("executorch", "decoder").file)
     codec = TextCodec.from_bundle(bundle)
     ids = codec.encode([user_message(prompt, images=int(image is not None))])
     ends = {codec.tokenizer.id_to_token(token) for token in codec.eos_token_ids}
@@ -118,9 +118,7 @@ def answer_with_multimodal_runner(
             echo=False, max_new_tokens=max_new_tokens, temperature=0.0, warming=True
         )
         try:
-            runner = native.MultimodalRunner(
-                str(program), str(bundle.path / "tokenizer.json"), None
-            )
+            runner = native.MultimodalRunner(str(program), str(bundle.file("tokenizer.json")), None)
             runner.generate(inputs, config, take)
         except UnicodeDecodeError as error:
             raise UnspeakablePieceError(str(error)) from error

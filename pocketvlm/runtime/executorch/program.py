@@ -72,8 +72,8 @@ def open_program(bundle: Bundle) -> AbstractContextManager[tuple[Path, float | N
     """
     component = bundle.component("executorch", "decoder")
     if component.sparse_file is None:
-        return plain_path(bundle.path / component.file)
-    return expanded_path(bundle.path / component.sparse_file)
+        return plain_path(bundle.file(component.file))
+    return expanded_path(bundle.file(component.sparse_file))
 
 
 def load_program(file: Path, name: Path | None = None) -> Any:

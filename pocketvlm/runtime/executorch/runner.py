@@ -40,7 +40,7 @@ class ExecutorchRunner(Runner):
             MissingExtraError: ExecuTorch is not installed.
             BundleError: The bundle has no program, or it does not load or is another one.
         """
-        file = bundle.path / bundle.component("executorch", "decoder").file
+        file = bundle.file(bundle.component("executorch", "decoder").file)
         self._file = file
         with open_program(bundle) as (program, self.expand_ms):
             self._module = load_program(program, file)

@@ -7,14 +7,16 @@ are those of its `Model.proto` and `MIL.proto`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pocketvlm.errors import BundleError
+from pocketvlm.files import locate, read_bytes
+from pocketvlm.json_io import decode, read_json
 from pocketvlm.runtime.mil.blobs import WeightFile
 from pocketvlm.runtime.mil.types import ELEMENTS, Array, Element, TensorType
 from pocketvlm.runtime.mil.wire import Message
@@ -24,6 +26,8 @@ __all__ = ["Argument", "Function", "Literal", "MilPackage", "Operation", "Parame
 _ELEMENT_BY_CODE = {element.code: element for element in ELEMENTS.values()}
 _ML_PROGRAM = 502
 _WEIGHTS_PREFIX = "@model_path/"
+_MAX_MODEL_BYTES = 2**31
+_CONTENTS = ("itemInfoEntries", "rootModelIdentifier")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,16 +176,32 @@ class MilPackage:
 
 
 def _find_model(path: Path) -> tuple[Path, bytes]:
-    manifest = path / "Manifest.json"
+    manifest = locate(path, "Manifest.json")
+    document = read_json(manifest)
     try:
-        document = json.loads(manifest.read_bytes())
-        item = document["itemInfoEntries"][document["rootModelIdentifier"]]
-        model = path / "Data" / item["path"]
-        return model, model.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+        contents = decode(_Contents, {key: document[key] for key in _CONTENTS})
+        # Core ML's compiler follows every entry, not only that of the model.
+        for item in contents.itemInfoEntries.values():
+            _require_inside(path / "Data", str(item["path"]))
+        name = str(contents.itemInfoEntries[contents.rootModelIdentifier]["path"])
+    except (ValueError, KeyError) as error:
         raise BundleError(f"{manifest}: not the manifest of a package: {error!r}") from error
+    model = locate(path / "Data", name)
+    return model, read_bytes(model, max_bytes=_MAX_MODEL_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What a package's manifest says, under the names that Apple gave it."""
+
+    itemInfoEntries: Mapping[str, Mapping[str, Any]]  # noqa: N815  (its name in the file)
+    rootModelIdentifier: str  # noqa: N815  (likewise)
+
+
+def _require_inside(folder: Path, name: str) -> None:
+    """An entry may be a file or a folder; either lies inside."""
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of the package")
 
 
 class _Reader:
@@ -249,7 +269,7 @@ class _Reader:
         if name not in self._files:
             if not name.startswith(_WEIGHTS_PREFIX):
                 raise ValueError(f"weights at {name!r}, which is not inside of the package")
-            self._files[name] = WeightFile(self._folder / name.removeprefix(_WEIGHTS_PREFIX))
+            self._files[name] = WeightFile(locate(self._folder, name.removeprefix(_WEIGHTS_PREFIX)))
         return self._files[name]
 
 

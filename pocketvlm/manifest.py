@@ -1,0 +1,200 @@
+"""The manifest of a bundle, as types: everything a runtime must know to answer from the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketvlm.errors import BundleError
+from pocketvlm.json_io import DecodeError, decode
+
+__all__ = [
+    "BUNDLE_SCHEMA",
+    "CacheLayout",
+    "Component",
+    "Generation",
+    "Manifest",
+    "PromptLayout",
+    "TensorSignature",
+]
+
+BUNDLE_SCHEMA = 1
+_MAX_CACHE_ROW = 2**24
+_MAX_POSITIONS = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSignature:
+    """One input or output of a graph; a string in `shape` names a dimension that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One graph of one target.
+
+    Attributes:
+        target: `onnx`, `executorch` or `coreml`.
+        role: `vision`, `embedding` or `decoder`.
+        file: Path of the graph inside the bundle.
+        precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
+        function: Which function of the file it is, where a file holds several that share weights.
+        states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
+        notes: What the toolkit said while it converted the graph, and what is done at a price.
+        sparse_file: Path of the packed file that the graph's weights, or the graph itself, are
+            expanded from when it is loaded; `None` where nothing is packed.
+    """
+
+    target: str
+    role: Literal["vision", "embedding", "decoder"]
+    file: str
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
+    precision: Mapping[str, str] = field(default_factory=dict)
+    function: str | None = None
+    states: tuple[TensorSignature, ...] = ()
+    notes: tuple[str, ...] = ()
+    sparse_file: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLayout:
+    """How a picture stands in a prompt.
+
+    Attributes:
+        image_token: The placeholder, as text.
+        image_token_id: The placeholder, as a token.
+        image_prefix: Text before the placeholders of a picture.
+        image_suffix: Text after them.
+    """
+
+    image_token: str
+    image_token_id: int
+    image_prefix: str = ""
+    image_suffix: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.image_token or self.image_token_id < 0:
+            raise ValueError("image_token must not be empty, and image_token_id not below 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How an answer ends.
+
+    Attributes:
+        eos_token_ids: Tokens that end it.
+        max_positions: Positions of a whole conversation.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_positions <= _MAX_POSITIONS:
+            raise ValueError(f"max_positions must be 1 to {_MAX_POSITIONS:,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayout:
+    """The decoder's key-value cache.
+
+    Attributes:
+        layers: Layers that keep one.
+        kv_heads: Heads of each.
+        head_dim: Numbers of a head.
+        dtype: How a number is kept.
+        visual_layers: First layers that hold visual rows; `None` for all.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: Literal["float32", "float16", "int8"]
+    visual_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (self.layers, self.kv_heads, self.head_dim)
+        if min(sizes) < 1 or self.layers * self.kv_heads * self.head_dim > _MAX_CACHE_ROW:
+            raise ValueError(
+                f"layers, kv_heads and head_dim are {sizes}; each must be at least 1, their "
+                f"product at most {_MAX_CACHE_ROW:,}"
+            )
+        if self.visual_layers is not None and not 0 < self.visual_layers < self.layers:
+            raise ValueError(f"visual_layers must be 1 to {self.layers - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a runtime must know to answer from the bundle.
+
+    Attributes:
+        model: Name of the source model.
+        family: Family of the model specification.
+        source_sha256: Digest of the source checkpoint's weights.
+        recipe_sha256: Digest of the resolved recipe.
+        visual_tokens: Embeddings that the vision graph returns for one image, k.
+        visual_tokens_full: Positions that one image takes when `positions` is `original`, N.
+        positions: `original` or `consecutive`; see `reduction.TokenReducer`.
+        prompt: How a picture stands in a prompt.
+        generation: How an answer ends.
+        kv_cache: The decoder's cache.
+        components: The graphs.
+        files: sha256 of every file of the bundle but the manifest, the report and the card.
+        toolchain: Versions that produced the bundle.
+    """
+
+    model: str
+    family: str
+    source_sha256: str
+    recipe_sha256: str
+    visual_tokens: int
+    visual_tokens_full: int
+    positions: Literal["original", "consecutive"]
+    prompt: PromptLayout
+    generation: Generation
+    kv_cache: CacheLayout
+    components: tuple[Component, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+    toolchain: Mapping[str, str | None] = field(default_factory=dict)
+    schema: int = BUNDLE_SCHEMA
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.visual_tokens <= self.visual_tokens_full <= _MAX_POSITIONS:
+            raise ValueError(
+                f"visual_tokens are {self.visual_tokens} of {self.visual_tokens_full}; both must "
+                "be at least 1, and the first no more than the second"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values; what was added later is left out where it says nothing."""
+        document = asdict(self)
+        for component in document["components"]:
+            if component["sparse_file"] is None:
+                del component["sparse_file"]
+        if document["kv_cache"]["visual_layers"] is None:
+            del document["kv_cache"]["visual_layers"]
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: Path) -> Manifest:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            BundleError: A field is missing or unknown or of another type, or the schema is of
+                another version.
+        """
+        if document.get("schema") != BUNDLE_SCHEMA:
+            raise BundleError(
+                f"{where}: bundle schema {document.get('schema')!r}; this version reads "
+                f"{BUNDLE_SCHEMA}"
+            )
+        try:
+            return decode(cls, document)
+        except DecodeError as error:
+            raise BundleError(f"{where}: not a manifest of a bundle: {error}") from error
