@@ -21,15 +21,12 @@ TEMPLATE_FILE = "chat_template.jinja"
 _FOLDER = "additional_chat_templates"
 
 
-def find_chat_template(
-    folder: Path, *, error: type[PocketVLMError], follow: bool = False
-) -> ChatTemplate:
+def find_chat_template(folder: Path, *, error: type[PocketVLMError]) -> ChatTemplate:
     """The chat template of a checkpoint or bundle.
 
     Args:
         folder: The folder.
         error: What is raised when there is none, or its file cannot be read.
-        follow: Whether links out of the folder are followed.
 
     Raises:
         PocketVLMError: `error`; none of several templates is called default, for instance.
@@ -38,7 +35,7 @@ def find_chat_template(
     def read(name: str) -> str | None:
         if not (folder / name).exists():
             return None
-        path = locate(folder, name, error=error, follow=follow)
+        path = locate(folder, name, error=error)
         try:
             # As it stands: what is kept here reaches the prompt in transformers too.
             return read_bytes(path, error=error).decode("utf-8")

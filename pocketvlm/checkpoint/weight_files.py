@@ -62,19 +62,16 @@ def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
                 f"{path / 'config.json'}: transformers_weights must name a *.safetensors or "
                 "*.safetensors.index.json file"
             )
-        first = locate(path, named, error=CheckpointError, follow=True)
+        first = locate(path, named, error=CheckpointError)
     elif (path / _SINGLE).exists() or (path / _SINGLE).is_symlink():
-        first = locate(path, _SINGLE, error=CheckpointError, follow=True)
+        first = locate(path, _SINGLE, error=CheckpointError)
     elif (path / _INDEX).exists() or (path / _INDEX).is_symlink():
-        first = locate(path, _INDEX, error=CheckpointError, follow=True)
+        first = locate(path, _INDEX, error=CheckpointError)
     else:
         raise CheckpointError(_why_none(path))
     placed = _read_index(first) if first.name.endswith(".index.json") else {}
     files = (
-        tuple(
-            locate(path, name, error=CheckpointError, follow=True)
-            for name in sorted(set(placed.values()))
-        )
+        tuple(locate(path, name, error=CheckpointError) for name in sorted(set(placed.values())))
         if placed
         else (first,)
     )

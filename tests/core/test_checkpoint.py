@@ -213,10 +213,14 @@ def test_a_flipped_bit_in_a_hub_cache_is_noticed(tiny_path, tmp_path):
     """A hub cache names each blob by its digest."""
     from pocketvlm.files import file_sha256
 
-    model = shutil.copytree(tiny_path, tmp_path / "model")
-    blob = tmp_path / file_sha256(model / "model.safetensors")
-    (model / "model.safetensors").rename(blob)
-    (model / "model.safetensors").symlink_to(blob)
+    model = shutil.copytree(tiny_path, tmp_path / "models--a--b" / "snapshots" / "c")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for file in model.iterdir():  # every file of a snapshot is a link
+        blob = blobs / file_sha256(file)
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{blob.name}")
+    blob = (model / "model.safetensors").resolve()
     Checkpoint.load(model)
     content = bytearray(blob.read_bytes())
     content[-5] ^= 1

@@ -51,7 +51,7 @@ def test_names_and_shapes_are_those_of_the_packages(
     assert int(constants["capacity"]) == CONTEXT
     assert int(constants["visualTokens"]) == 5
     assert int(constants["placeholders"]) == bundle.manifest.visual_tokens_full
-    assert constants["ends"] == str(list(bundle.manifest.generation["eos_token_ids"]))
+    assert constants["ends"] == str(list(bundle.manifest.generation.eos_token_ids))
     loads = re.findall(r'(\w+) = try await load\("([^"]+)", (?:nil|"(\w+)")\)', text)
     assert [name for name, _, _ in loads] == ["vision", "embedding", "prefill", "step"]
     for name, file, function in loads:

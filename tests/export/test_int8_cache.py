@@ -188,7 +188,7 @@ def test_a_bundle_holds_a_quarter_of_the_cache(
     for name, checkpoint in (("int8", rounded), ("float32", replace(rounded, cache_grid=None))):
         (tmp_path / name).mkdir()
         manifest = write_graphs(checkpoint, [exact], tmp_path / name, "0" * 64, ctx)
-        assert manifest.kv_cache["dtype"] == name
+        assert manifest.kv_cache.dtype == name
         decoder = next(item for item in manifest.components if item.role == "decoder")
         assert {item.dtype for item in decoder.inputs if "past." in item.name} == {name}
         assert ("kv_cache" in decoder.precision) == (name == "int8")

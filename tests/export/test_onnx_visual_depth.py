@@ -56,7 +56,7 @@ def test_two_turns_with_a_picture_each_equal_torch(
     """The second turn's picture comes behind cached rows; then an answer is taken back."""
     checkpoint = replace(change(deep_checkpoint), visual_layers=LATE)
     bundle = bundle_of(checkpoint, tmp_path)
-    assert bundle.manifest.kv_cache["visual_layers"] == LATE
+    assert bundle.manifest.kv_cache.visual_layers == LATE
     engine = OnnxRunner(bundle, threads=1, capacity=200)
     sides = [
         Conversation(bundle, runner=engine),
