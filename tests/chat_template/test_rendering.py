@@ -1,4 +1,4 @@
-"""Rendering equals that of transformers, on templates in the styles that models come with."""
+"""Rendering equals that of transformers, on templates that use what published ones use."""
 
 from __future__ import annotations
 
