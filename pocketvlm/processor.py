@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
+from pocketvlm.foreign_code import STOCK_ONLY, refuse_foreign_code
 from pocketvlm.modelspec import ModelSpec
 
 if TYPE_CHECKING:
@@ -86,12 +87,11 @@ class Processor:
             raise CheckpointError(
                 f"{path}: preprocessor_config.json (or processor_config.json) is missing"
             )
+        refuse_foreign_code(path)
         try:
             with _quiet_fallbacks():
-                tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-                image_processor = AutoImageProcessor.from_pretrained(
-                    str(path), local_files_only=True
-                )
+                tokenizer = AutoTokenizer.from_pretrained(str(path), **STOCK_ONLY)
+                image_processor = AutoImageProcessor.from_pretrained(str(path), **STOCK_ONLY)
         except Exception as error:  # the libraries raise anything from KeyError to a Rust panic
             first_line = str(error).strip().partition("\n")[0]
             raise CheckpointError(

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
+from pocketvlm.foreign_code import ATTENTION
 from pocketvlm.modelspec import ModelSpec
 
 __all__ = ["SHAPES", "tiny_config", "write_random_model", "write_shape"]
@@ -162,7 +163,9 @@ def _tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(**config), attn_implementation=ATTENTION, trust_remote_code=False
+        )
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 

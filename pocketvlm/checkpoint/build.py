@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pocketvlm.checkpoint.config import parse_config
+from pocketvlm.foreign_code import ATTENTION
 
 __all__ = ["build_model", "build_skeleton"]
 
@@ -43,7 +44,9 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
 
     parsed = parse_config(config)
     with _MatricesOnMeta(), no_init_weights():
-        model: nn.Module = AutoModelForImageTextToText.from_config(parsed, dtype=torch.float32)
+        model: nn.Module = AutoModelForImageTextToText.from_config(
+            parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
+        )
     model.requires_grad_(requires_grad=False)
     return model.eval()
 
@@ -58,4 +61,6 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
 
     parsed = parse_config(config)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(parsed, dtype=torch.float32)
+        return AutoModelForImageTextToText.from_config(
+            parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.errors import CheckpointError
+from pocketvlm.foreign_code import plain_config, refuse_foreign_code
 from pocketvlm.modelspec import ModelSpec, supported_families
 
 __all__ = ["parse_config", "read_config", "read_spec"]
@@ -30,11 +31,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: holds a JSON {type(config).__name__}, not an object")
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{file}: needs code of its own (auto_map), which is never run; "
-            "convert the model to a stock transformers class first"
-        )
+    refuse_foreign_code(path)
     return config
 
 
@@ -58,7 +55,8 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    known = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain, _ = plain_config(config)
+    known = {key: value for key, value in plain.items() if key != "quantization_config"}
     try:
         return AutoConfig.for_model(**known)
     except Exception as error:  # its validators raise classes of their own, which vary by version

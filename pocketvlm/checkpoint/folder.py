@@ -26,6 +26,7 @@ from pocketvlm.checkpoint.tensors import (
 )
 from pocketvlm.checkpoint.weight_files import find_weight_files
 from pocketvlm.errors import CheckpointError, name_some
+from pocketvlm.foreign_code import plain_config
 from pocketvlm.layouts import StoredLayout, read_stored_layout
 from pocketvlm.modelspec import ModelSpec
 
@@ -65,7 +66,7 @@ def read_model_folder(path: Path) -> ModelFolder:
             a weight that is run.
         UnsupportedError: The model's family, or an option of it, is not supported.
     """
-    config = read_config(path)
+    config, notes = plain_config(read_config(path))
     spec = read_spec(config)
     manifest = read_manifest(path)
     layout = None if manifest else read_stored_layout(config)
@@ -79,7 +80,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         layout=layout,
         files=weights.files,
         tensors=stored,
-        notes=weights.notes,
+        notes=(*notes, *weights.notes),
     )
     # What this package wrote has today's names and nothing else in it.
     return folder if manifest else _settle(folder)

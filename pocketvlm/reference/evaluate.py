@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from pocketvlm.foreign_code import ATTENTION, STOCK_ONLY
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.reference.questions import QUESTION_KINDS, Example, generate_examples
 
@@ -129,8 +130,10 @@ def main() -> None:
     options = parser.parse_args()
     named = options.model in REFERENCE_MODELS
     folder = reference_model_path(options.model) if named else Path(options.model)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=ATTENTION, **STOCK_ONLY
+    ).eval()
+    processor = AutoProcessor.from_pretrained(folder, **STOCK_ONLY)
     seen, unseen = (
         score_model(model, processor, generate_examples(options.seed, options.n), blind=blind)
         for blind in (False, True)
