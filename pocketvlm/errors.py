@@ -20,7 +20,7 @@ Every message is one line: what failed, where, and what is allowed. Programming 
 `TypeError`, `ValueError` and `AssertionError`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BundleError",
@@ -36,6 +36,7 @@ __all__ = [
     "RecipeError",
     "StorageError",
     "UnsupportedError",
+    "join_problems",
     "name_some",
 ]
 
@@ -101,3 +102,9 @@ def name_some(names: Iterable[str], most: int = 3) -> str:
     known = list(names)
     shown = ", ".join(known[:most])
     return shown if len(known) <= most else f"{shown} and {len(known) - most} more"
+
+
+def join_problems(problems: Sequence[str], most: int = 3) -> str:
+    """One line of several problems: the first of them, and how many there are besides."""
+    shown = "; ".join(problems[:most])
+    return shown if len(problems) <= most else f"{shown}; and {len(problems) - most} more"

@@ -29,6 +29,8 @@ __all__ = [
 Part = Literal["tower", "projector", "decoder", "embedding", "head"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "decoder", "embedding", "head")
 
+_LONGEST_CONTEXT = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
@@ -152,6 +154,14 @@ class DecoderSpec:
     def blocks(self) -> str:
         """Module name of the list of blocks."""
         return f"{self.prefix}.layers"
+
+    @property
+    def context_length(self) -> int:
+        """Positions that prompts and answers may use: those of the model, within a phone's reach.
+
+        It is the bundle's `max_positions`, and the limit of evaluation.
+        """
+        return min(self.max_positions, _LONGEST_CONTEXT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.errors import CalibrationError
-from pocketvlm.processor import Message, Processor
+from pocketvlm.processor import Processor
 
 __all__ = ["Prompt", "PromptBatch", "batch_images", "batch_prompts", "encode_samples"]
 
@@ -128,17 +128,19 @@ def batch_prompts(
 
 def _encode(processor: Processor, sample: Sample) -> Prompt:
     spec = processor.spec
-    if sample.image is None:
+    if len(sample.images) != 1:
+        count = f"{len(sample.images)} images" if sample.images else "no image"
         raise CalibrationError(
-            f"{sample.where}: has no image; a vision-language model is calibrated on images and "
-            "text together"
+            f"{sample.where}: has {count}; calibration takes conversations about one image, which "
+            "a vision-language model is calibrated on together with its text"
         )
-    token_ids = processor.encode(_messages(sample), add_generation_prompt=False)
+    token_ids = processor.encode(sample.answered_messages(), add_generation_prompt=False)
     placeholders = token_ids.count(spec.image_token_id)
     if placeholders != spec.visual_tokens:
         raise CalibrationError(
-            f"{sample.where}: has {placeholders} image placeholders, not the {spec.visual_tokens} "
-            f"of one image; its text must not contain {spec.image_token!r}"
+            f"{sample.where}: its prompt has {placeholders} image placeholders, not the "
+            f"{spec.visual_tokens} of one image: the chat template leaves the image out, or text "
+            "becomes a placeholder"
         )
     start = token_ids.index(spec.image_token_id)
     longest = min(_MAX_TOKENS, spec.decoder.max_positions)
@@ -160,7 +162,7 @@ def _encode(processor: Processor, sample: Sample) -> Prompt:
 
 def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[int]) -> range:
     """Columns that the model would have had to generate, the end of the answer included."""
-    question = processor.encode(_messages(sample)[:-1])
+    question = processor.encode(sample.messages())
     # Counted along both: a tokenizer may merge the prompt's last character with the answer's first.
     start = next(
         (
@@ -176,15 +178,3 @@ def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[in
     # Templates may add a line break behind the end, which nobody generates.
     stop = next((at + 1 for at in range(start, len(token_ids)) if token_ids[at] in ends), None)
     return range(start, len(token_ids) if stop is None else stop)
-
-
-def _messages(sample: Sample) -> list[Message]:
-    messages: list[Message] = []
-    has_image = False
-    for role, text in (*sample.turns, ("assistant", sample.answer)):
-        content = [{"type": "text", "text": text}]
-        if role == "user" and not has_image:
-            content.insert(0, {"type": "image"})
-            has_image = True
-        messages.append({"role": role, "content": content})
-    return messages

@@ -7,8 +7,7 @@ the digest of its pictures and words, so that a report can say what it was calib
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,72 +16,15 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from pocketvlm.errors import CalibrationError, InputError
-from pocketvlm.files import locate, read_bytes
-from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
+from pocketvlm.calibration.folder import read_folder
+from pocketvlm.calibration.sample import Sample
+from pocketvlm.errors import CalibrationError
 
 __all__ = ["CalibrationSet", "Sample", "Split"]
 
 Split = Literal["calibration", "evaluation"]
 
-_DATA = "data.jsonl"
-_ROLES = ("system", "user", "assistant")
 _SYNTHETIC_SIDE = 384
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One picture, one question about it and the expected answer.
-
-    Attributes:
-        image: The picture or its file; `None` for text alone.
-        question: The last thing the user says.
-        answer: What the assistant should say to it.
-        kind: Which sort of question it is, where that is known.
-        history: Turns before the question, as (role, text); the picture belongs to the first
-            turn of the user.
-        where: File and line that the sample came from, for messages.
-    """
-
-    image: Path | Image.Image | None
-    question: str
-    answer: str
-    kind: str | None = None
-    history: tuple[tuple[str, str], ...] = ()
-    where: str = "sample"
-
-    @property
-    def turns(self) -> tuple[tuple[str, str], ...]:
-        """Every turn but the answer, as (role, text)."""
-        return (*self.history, ("user", self.question))
-
-    def open_image(self) -> Image.Image:
-        """The decoded picture, upright; read exactly as the runtime reads an app's pictures.
-
-        Raises:
-            CalibrationError: There is none, or it cannot be decoded.
-        """
-        if self.image is None:
-            raise CalibrationError(f"{self.where}: has no image; every sample needs one")
-        if isinstance(self.image, Image.Image):
-            return self.image
-        try:
-            return open_image(self.image)
-        except InputError as error:
-            raise CalibrationError(f"{self.where}: {error}") from error
-
-    def image_size(self) -> tuple[int, int] | None:
-        """Width and height, read without decoding; `None` for text alone.
-
-        Raises:
-            CalibrationError: The file is missing, is no picture, or holds too many pixels.
-        """
-        if self.image is None or isinstance(self.image, Image.Image):
-            return None if self.image is None else self.image.size
-        try:
-            return image_size(self.image)
-        except InputError as error:
-            raise CalibrationError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,11 +35,13 @@ class CalibrationSet:
         name: Where they come from, for people.
         samples: The samples.
         is_synthetic: Whether the pictures are noise, which the report then says.
+        notes: What was left out or not read, for the report.
     """
 
     name: str
     samples: tuple[Sample, ...]
     is_synthetic: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -110,45 +54,27 @@ class CalibrationSet:
         return iter(self.samples)
 
     @classmethod
-    def from_folder(cls, path: Path | str, *, require_images: bool = True) -> CalibrationSet:
-        """Reads `data.jsonl`, one sample a line, and the pictures beside it.
+    def from_folder(
+        cls, path: Path | str, *, limit: int | None = None, require_images: bool = True
+    ) -> CalibrationSet:
+        """Reads the rows of `data.jsonl`, or of `data.json`, and the pictures beside it.
 
-        A line is `{"image": "a.png", "question": "...", "answer": "..."}`, or
+        A row is `{"image": "a.png", "question": "...", "answer": "..."}`, or
         `{"image": "a.png", "messages": [{"role": "user", "content": "..."}, ...]}` whose last two
-        messages are a question and its answer.
+        messages are a question and its answer; `docs/calibration.md` has every way to write one.
 
         Args:
             path: The folder.
-            require_images: Whether a line without a picture is an error.
+            limit: How many rows are read; `None` for all.
+            require_images: Whether a row without a picture is an error.
 
         Raises:
-            CalibrationError: The folder or a picture is missing, or a line is not valid; the
+            CalibrationError: The folder or a picture is missing, or a row is not valid; the
                 message has the file and the line's number.
         """
         folder = Path(path)
-        data = folder / _DATA
-        if not folder.is_dir():
-            raise CalibrationError(f"{folder}: is no folder; expected one that holds {_DATA}")
-        if not data.is_file():
-            raise CalibrationError(f"{folder}: {_DATA} is missing; it holds a JSON object a line")
-        samples = []
-        try:
-            lines = data.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"{data}: cannot be read: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                sample = _read_line(line, folder, f"{data}:{number}")
-                if sample.image is None and require_images:
-                    raise CalibrationError(
-                        f'{sample.where}: a conversation without a picture; expected "image" '
-                        "beside the text, since a vision-language model is calibrated on both"
-                    )
-                sample.image_size()
-                samples.append(sample)
-        if not samples:
-            raise CalibrationError(f"{data}: is empty; expected a JSON object a line")
-        return cls(name=folder.name, samples=tuple(samples))
+        content = read_folder(folder, limit=limit, require_images=require_images)
+        return cls(name=folder.name, samples=content.samples, notes=content.notes)
 
     @classmethod
     def from_reference(cls, seed: int, n: int, *, split: Split = "calibration") -> CalibrationSet:
@@ -203,14 +129,12 @@ class CalibrationSet:
         """Digest of all pictures and words, in order."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            words = json.dumps([*sample.turns, ("assistant", sample.answer)], ensure_ascii=False)
-            digest.update(words.encode())
-            digest.update(_image_digest(sample))
+            digest.update(sample.digest())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the set: name, size, digest, and the pictures' sizes."""
-        sizes = [size for sample in self.samples if (size := sample.image_size()) is not None]
+        sizes = [size for sample in self.samples for size in sample.image_sizes()]
         return {
             "name": self.name,
             "samples": len(self.samples),
@@ -221,82 +145,6 @@ class CalibrationSet:
             "smallest_image": list(min(sizes, key=lambda size: size[0] * size[1], default=())),
             "largest_image": list(max(sizes, key=lambda size: size[0] * size[1], default=())),
         }
-
-
-def _read_line(line: str, folder: Path, where: str) -> Sample:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where}: is no JSON: {error.msg}") from error
-    if not isinstance(record, dict):
-        raise CalibrationError(f"{where}: is a JSON {type(record).__name__}, not an object")
-    image = record.get("image")
-    if image is not None and not isinstance(image, str):
-        raise CalibrationError(f'{where}: "image" must be a file name, not {image!r}')
-    kind = record.get("kind")
-    turns = _read_turns(record, where)
-    return Sample(
-        image=None if image is None else _locate(folder, image, where),
-        question=turns[-2][1],
-        answer=turns[-1][1],
-        kind=kind if isinstance(kind, str) else None,
-        history=tuple(turns[:-2]),
-        where=where,
-    )
-
-
-def _locate(folder: Path, image: str, where: str) -> Path:
-    try:
-        return locate(folder, image, error=CalibrationError)
-    except CalibrationError as error:
-        raise CalibrationError(f"{where}: image {error}") from error
-
-
-def _read_turns(record: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    if "messages" not in record:
-        for key in ("question", "answer"):
-            if not isinstance(record.get(key), str):
-                raise CalibrationError(
-                    f'{where}: "{key}" must be text; expected "question" and "answer", '
-                    'or "messages"'
-                )
-        return [("user", record["question"]), ("assistant", record["answer"])]
-    messages = record["messages"]
-    if not isinstance(messages, list):
-        raise CalibrationError(f'{where}: "messages" must be a list, not {messages!r}')
-    turns = [_read_message(message, where) for message in messages]
-    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
-        raise CalibrationError(
-            f'{where}: "messages" must end with a message of the user and one of the assistant'
-        )
-    return turns
-
-
-def _read_message(message: object, where: str) -> tuple[str, str]:
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(message, dict) or role not in _ROLES:
-        raise CalibrationError(f"{where}: role {role!r} is unknown; allowed: {', '.join(_ROLES)}")
-    content = message.get("content")
-    if isinstance(content, list):
-        texts = [
-            item.get("text", "")
-            for item in content
-            if isinstance(item, dict) and item.get("type") == "text"
-        ]
-        content = " ".join(text for text in texts if isinstance(text, str))
-    if not isinstance(content, str):
-        raise CalibrationError(f'{where}: "content" must be text, not {content!r}')
-    return role, content
-
-
-def _image_digest(sample: Sample) -> bytes:
-    if sample.image is None:
-        return b"\0"
-    if isinstance(sample.image, Image.Image):
-        header = f"{sample.image.mode} {sample.image.size}".encode()
-        return hashlib.sha256(header + sample.image.tobytes()).digest()
-    content = read_bytes(sample.image, error=CalibrationError, max_bytes=MAX_FILE_BYTES)
-    return hashlib.sha256(content).digest()
 
 
 def _noise_image(rng: np.random.Generator) -> Image.Image:

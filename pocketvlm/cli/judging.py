@@ -27,13 +27,18 @@ __all__ = ["ask", "evaluate", "inspect", "verify_coreml"]
 def ask(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", help="A picture; repeat for several, in their order."),
+    ] = None,
     runtime: RuntimeOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 128,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about a picture from the bundle alone, streamed.
+    """Answer a question about pictures from the bundle alone, streamed.
+
+    Pictures stand before the text, in the order in which they are named.
 
     With --runtime executorch, the answer is that of ExecuTorch's own MultimodalRunner; with --json
     besides, which tells token ids and timings, that of the loop which ONNX Runtime is driven by.
@@ -101,6 +106,8 @@ def evaluate(
         ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
         score = score_subject(subject, samples, ctx, arithmetic, runtime)
     document = score.to_json()
+    for note in samples.notes:
+        say(f"note     {note}")
     say(
         f"{document['metric']}  {score.accuracy:.1%}  "
         f"[{score.interval_low:.1%}, {score.interval_high:.1%}]  n={score.n}"
@@ -110,7 +117,7 @@ def evaluate(
     if score.blind is not None:
         say(f"blind floor  {score.blind:.1%}")
     if as_json:
-        print_json(document)
+        print_json({**document, "notes": list(samples.notes)})
 
 
 def inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
-from pocketvlm.evaluation.prompts import prompt_messages
+from pocketvlm.errors import BundleError
+from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
 from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
@@ -18,9 +20,9 @@ from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, l
 from pocketvlm.runtime.text import TextCodec
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.source import Sample
+    from pocketvlm.calibration.sample import Sample
 
-__all__ = ["answer_with_bundle"]
+__all__ = ["answer_with_bundle", "bundle_limits", "open_for_questions"]
 
 
 def answer_with_bundle(
@@ -36,6 +38,7 @@ def answer_with_bundle(
 
     A conversation's earlier turns are given, not generated, which is what sets this apart from
     `runtime.Conversation`. Consecutive questions about one picture encode it once.
+    All rows are looked at before the first is answered.
 
     Args:
         bundle: The artifact.
@@ -47,23 +50,31 @@ def answer_with_bundle(
 
     Raises:
         BundleError: The bundle cannot be run.
-        CalibrationError: A picture cannot be read.
+        CalibrationError: A picture cannot be read, or a row cannot be asked.
     """
     codec = TextCodec.from_bundle(bundle)
     preprocessor = ImagePreprocessor.from_bundle(bundle)
-    engine = runner or open_engine(bundle, threads=ctx.threads)
+    limits = bundle_limits(bundle, codec)
+    prompts = encode_questions(codec.encode, samples, limits, max_new_tokens=max_new_tokens)
+    engine = runner or open_for_questions(
+        bundle, samples, max_new_tokens=max_new_tokens, threads=ctx.threads
+    )
+    # Programs of other targets have a cache of fixed size.
+    limits = replace(limits, rows=engine.capacity)
+    require_fitting(prompts, samples, limits, max_new_tokens=max_new_tokens)
     answers: list[str] = []
-    seen: Path | object | None = None
-    pictures: list[VisualFeatures] = []
-    for sample in samples:
-        if sample.image is None:
-            pictures = []
-        elif not pictures or sample.image is not seen:
-            embeds, indices = engine.encode_image(preprocessor.pixels(sample.open_image()))
-            pictures = [VisualFeatures(embeds=embeds, indices=indices)]
-        seen = sample.image
+    seen: dict[Path | int, VisualFeatures] = {}
+    for sample, token_ids in zip(samples, prompts, strict=True):
+        keys = [image if isinstance(image, Path) else id(image) for image in sample.images]
+        seen = {key: seen[key] for key in keys if key in seen}
+        for number, key in enumerate(keys):
+            if key not in seen:
+                pixels = preprocessor.pixels(sample.open_image(number))
+                embeds, indices = engine.encode_image(pixels)
+                seen[key] = VisualFeatures(embeds=embeds, indices=indices)
+        pictures = [replace(seen[key], serial=serial) for serial, key in enumerate(keys)]
         layout = lay_out_prompt(
-            codec.encode(prompt_messages(sample)),
+            token_ids,
             pictures,
             image_token_id=codec.image_token_id,
             placeholders=bundle.manifest.visual_tokens_full,
@@ -73,6 +84,64 @@ def answer_with_bundle(
         answers.append(codec.decode(tokens))
         ctx.report(task, len(answers), len(samples))
     return answers
+
+
+def open_for_questions(
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    runtime: str | None = None,
+    threads: int | None = None,
+) -> Runner:
+    """Loads an engine with room for the longest question.
+
+    Args:
+        bundle: The artifact.
+        samples: Questions.
+        max_new_tokens: Longest answer.
+        runtime: Name of the engine; `None` for the first that the bundle has graphs for.
+        threads: Threads of the engine.
+
+    Raises:
+        BundleError: The bundle cannot be run.
+        CalibrationError: A row cannot be asked.
+        InputError: There is no such engine.
+    """
+    codec = TextCodec.from_bundle(bundle)
+    limits = bundle_limits(bundle, codec)
+    prompts = encode_questions(codec.encode, samples, limits, max_new_tokens=max_new_tokens)
+    rows = max(map(limits.rows_of, prompts), default=0) + max_new_tokens
+    return open_engine(bundle, runtime, threads=threads, rows=rows)
+
+
+def bundle_limits(bundle: Bundle, codec: TextCodec) -> PromptLimits:
+    """What prompts of a bundle must fit into, whatever runs it.
+
+    Raises:
+        BundleError: The manifest does not say it.
+    """
+    manifest = bundle.manifest
+    vocabulary = next(
+        (
+            output.shape[-1]
+            for component in manifest.components
+            if component.role == "decoder"
+            for output in component.outputs
+            if output.name == "logits"
+        ),
+        None,
+    )
+    if not isinstance(vocabulary, int):
+        raise BundleError(f"{bundle.path}: manifest.json has no decoder with logits of a size")
+    return PromptLimits(
+        image_token_id=codec.image_token_id,
+        placeholders=manifest.visual_tokens_full,
+        kept=manifest.visual_tokens,
+        keeps_positions=manifest.positions == "original",
+        vocabulary=vocabulary,
+        positions=manifest.generation.max_positions,
+    )
 
 
 def _greedy(

@@ -1,23 +1,134 @@
-"""The conversation that a sample asks for: the same for a checkpoint and for a bundle."""
+"""The conversation that a sample asks for, as token ids: for a checkpoint and for a bundle alike.
+
+All prompts are encoded and measured before the first is answered, so that a row that cannot be
+asked ends the evaluation at its start, with file and line.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
+from pocketvlm.messages import Message
 
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import Sample
 
-__all__ = ["prompt_messages"]
+__all__ = ["PromptLimits", "encode_questions", "prompt_messages", "require_fitting"]
+
+Encode = Callable[[list[Message]], list[int]]
 
 
-def prompt_messages(sample: Sample) -> list[dict[str, Any]]:
-    """The conversation up to the question; the picture belongs to the user's first turn."""
-    messages: list[dict[str, Any]] = []
-    has_image = sample.image is not None
-    for role, text in sample.turns:
-        content: list[dict[str, str]] = [{"type": "text", "text": text}]
-        if role == "user" and has_image:
-            content.insert(0, {"type": "image"})
-            has_image = False
-        messages.append({"role": role, "content": content})
-    return messages
+@dataclass(frozen=True, kw_only=True)
+class PromptLimits:
+    """What a prompt and its answer must fit into.
+
+    Attributes:
+        image_token_id: The placeholder.
+        placeholders: Placeholders of one picture, N.
+        kept: Rows of one picture, k.
+        keeps_positions: Whether a picture takes N positions; k of them otherwise.
+        vocabulary: Rows of the token table.
+        positions: Positions that the model may use.
+        rows: Rows of KV cache; `None` where these are no limit of their own.
+    """
+
+    image_token_id: int
+    placeholders: int
+    kept: int
+    keeps_positions: bool
+    vocabulary: int
+    positions: int
+    rows: int | None = None
+
+    def rows_of(self, token_ids: Sequence[int]) -> int:
+        """Rows of KV cache that a prompt takes."""
+        pictures = token_ids.count(self.image_token_id) // self.placeholders
+        return len(token_ids) - pictures * (self.placeholders - self.kept)
+
+    def problem(self, token_ids: Sequence[int], pictures: int, max_new_tokens: int) -> str | None:
+        """Why a prompt cannot be answered, or `None`."""
+        found = token_ids.count(self.image_token_id)
+        if found != pictures * self.placeholders:
+            return (
+                f"its prompt has {found} image placeholders where {pictures} pictures need "
+                f"{pictures * self.placeholders}: the chat template leaves pictures out, or text "
+                "becomes a placeholder"
+            )
+        unknown = next((token for token in token_ids if token >= self.vocabulary), None)
+        if unknown is not None:
+            return f"token {unknown} is beyond the model's table of {self.vocabulary} rows"
+        rows = self.rows_of(token_ids)
+        taken = len(token_ids) if self.keeps_positions else rows
+        # The last token of an answer is not run.
+        if taken + max_new_tokens - 1 > self.positions:
+            return (
+                f"the question takes {taken:,} positions and its answer up to {max_new_tokens}; "
+                f"the context has {self.positions:,}"
+            )
+        if self.rows is not None and rows + max_new_tokens - 1 > self.rows:
+            return (
+                f"the question takes {rows:,} rows of KV cache and its answer up to "
+                f"{max_new_tokens}; the runtime has {self.rows:,}"
+            )
+        return None
+
+
+def prompt_messages(sample: Sample) -> list[Message]:
+    """The conversation up to the question, each picture where the data has it."""
+    return sample.messages()
+
+
+def encode_questions(
+    encode: Encode, samples: Sequence[Sample], limits: PromptLimits, *, max_new_tokens: int
+) -> list[list[int]]:
+    """The prompts of all samples.
+
+    Args:
+        encode: From messages to token ids, each picture as all of its placeholders.
+        samples: Questions.
+        limits: What they must fit into.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        CalibrationError: A row cannot be asked: the chat template refuses it, it is too long, or
+            it has a token that the model does not know.
+    """
+    prompts: list[list[int]] = []
+    problems: list[str] = []
+    for sample in samples:
+        token_ids: list[int] = []
+        problem: str | None
+        try:
+            token_ids = encode(prompt_messages(sample))
+            problem = limits.problem(token_ids, len(sample.images), max_new_tokens)
+        except PocketVLMError as error:
+            problem = str(error)
+        prompts.append(token_ids)
+        problems += [] if problem is None else [f"{sample.where}: {problem}"]
+    if problems:
+        raise CalibrationError(join_problems(problems))
+    return prompts
+
+
+def require_fitting(
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+    limits: PromptLimits,
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Checks prompts that are encoded already.
+
+    Raises:
+        CalibrationError: One does not fit.
+    """
+    problems = [
+        f"{sample.where}: {problem}"
+        for token_ids, sample in zip(prompts, samples, strict=True)
+        if (problem := limits.problem(token_ids, len(sample.images), max_new_tokens))
+    ]
+    if problems:
+        raise CalibrationError(join_problems(problems))

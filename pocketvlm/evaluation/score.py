@@ -150,11 +150,16 @@ def score_bundle(
         BundleError: The bundle cannot be run.
         InputError: There is no such engine.
     """
-    from pocketvlm.evaluation.bundle_answers import answer_with_bundle
-    from pocketvlm.runtime.engines import open_engine
+    from pocketvlm.evaluation.bundle_answers import answer_with_bundle, open_for_questions
 
-    context = ctx or RunContext()
-    runner = open_engine(bundle, runtime, threads=context.threads)
+    context, questions = ctx or RunContext(), tuple(samples)
+    runner = open_for_questions(
+        bundle,
+        questions,
+        max_new_tokens=max_new_tokens,
+        runtime=runtime,
+        threads=context.threads,
+    )
 
     def answer(questions: Sequence[Sample], task: str) -> list[str]:
         return answer_with_bundle(
@@ -166,7 +171,7 @@ def score_bundle(
             runner=runner,
         )
 
-    return _score(answer, samples, metric=metric, blind=blind, seed=context.seed)
+    return _score(answer, questions, metric=metric, blind=blind, seed=context.seed)
 
 
 def compare_scores(baseline: Score, candidate: Score) -> PairedDifference:
@@ -207,13 +212,15 @@ def _score(
 
 
 def blinded(sample: Sample, seed: int, index: int) -> Sample:
-    """The same question about seeded noise of the picture's size; text alone stays as it is."""
-    size = sample.image_size()
-    if size is None:
+    """The same question about seeded noise of the pictures' sizes; text alone stays as it is."""
+    if not sample.images:
         return sample
     rng = np.random.default_rng((seed, index))
-    noise = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return replace(sample, image=Image.fromarray(noise))
+    noise = tuple(
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in sample.image_sizes()
+    )
+    return replace(sample, images=noise)
 
 
 def _judge(answers: Sequence[str], questions: Sequence[Sample], metric: MetricName) -> list[float]:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.evaluation.prompts import prompt_messages
+from pocketvlm.evaluation.prompts import PromptLimits, encode_questions
 from pocketvlm.forward import VisualTokens, embed_prompts, encode_images, greedy_generate
 from pocketvlm.simulation import Arithmetic, simulate_arithmetic
 from pocketvlm.weights import cache_dense_weights
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.source import Sample
+    from pocketvlm.calibration.sample import PictureSource, Sample
 
-__all__ = ["answer_with_checkpoint"]
+__all__ = ["answer_with_checkpoint", "checkpoint_limits"]
 
 _CHUNK = 8
 """Batches whose pictures are encoded before the first of them is answered."""
@@ -38,7 +38,7 @@ def answer_with_checkpoint(
     """Greedy answers in the order of the questions.
 
     A picture that several questions of a chunk ask about is encoded once. Prompts are never
-    padded: those of one length, with the picture in one place, form a batch.
+    padded: those of one length, with their pictures in the same places, form a batch.
 
     Args:
         checkpoint: The model.
@@ -50,9 +50,12 @@ def answer_with_checkpoint(
         arithmetic: Whose kernels the quantized layers follow.
 
     Raises:
-        CalibrationError: A picture cannot be read.
+        CalibrationError: A picture cannot be read, or a row cannot be asked; all rows are looked
+            at before the first is answered.
     """
     processor, eos = checkpoint.processor, checkpoint.processor.eos_token_ids
+    limits = checkpoint_limits(checkpoint)
+    token_ids = encode_questions(processor.encode, samples, limits, max_new_tokens=max_new_tokens)
     answers = [""] * len(samples)
     done = 0
     with (
@@ -63,13 +66,13 @@ def answer_with_checkpoint(
         for start in range(0, len(samples), _CHUNK * batch_size):
             chunk = range(start, min(start + _CHUNK * batch_size, len(samples)))
             features = _encode(checkpoint, [samples[index] for index in chunk], batch_size)
-            prompts = {index: processor.encode(prompt_messages(samples[index])) for index in chunk}
-            for batch in _equal_batches(prompts, checkpoint.spec.image_token_id, batch_size):
+            prompts = {index: token_ids[index] for index in chunk}
+            for batch in _equal_batches(prompts, limits, batch_size):
                 visual = _stack(features, [samples[index] for index in batch])
-                token_ids = torch.tensor([prompts[index] for index in batch])
+                together = torch.tensor([prompts[index] for index in batch])
                 generated = greedy_generate(
                     checkpoint,
-                    embed_prompts(checkpoint, token_ids, visual),
+                    embed_prompts(checkpoint, together, visual),
                     max_new_tokens=max_new_tokens,
                     eos_token_ids=eos,
                 )
@@ -80,20 +83,37 @@ def answer_with_checkpoint(
     return answers
 
 
-def _image_key(sample: Sample) -> Path | int:
+def checkpoint_limits(checkpoint: Checkpoint) -> PromptLimits:
+    """What prompts of a checkpoint must fit into: the same as in the bundle that it becomes."""
+    spec, reducer = checkpoint.spec, checkpoint.reducer
+    return PromptLimits(
+        image_token_id=spec.image_token_id,
+        placeholders=spec.visual_tokens,
+        kept=spec.visual_tokens if reducer is None else reducer.keep,
+        keeps_positions=reducer is None or reducer.positions == "original",
+        vocabulary=spec.decoder.vocab_size,
+        positions=spec.decoder.context_length,
+    )
+
+
+def _image_key(image: PictureSource) -> Path | int:
     """Equal for questions about one picture: its path, or the very object."""
-    return sample.image if isinstance(sample.image, Path) else id(sample.image)
+    return image if isinstance(image, Path) else id(image)
 
 
 def _encode(
     checkpoint: Checkpoint, samples: Sequence[Sample], batch_size: int
 ) -> dict[Path | int, tuple[Tensor, Tensor]]:
-    unique = {_image_key(sample): sample for sample in samples if sample.image is not None}
+    unique = {
+        _image_key(image): (sample, number)
+        for sample in samples
+        for number, image in enumerate(sample.images)
+    }
     keys = list(unique)
     features: dict[Path | int, tuple[Tensor, Tensor]] = {}
     for start in range(0, len(keys), batch_size):
         batch = keys[start : start + batch_size]
-        images = [unique[key].open_image() for key in batch]
+        images = [sample.open_image(number) for sample, number in (unique[key] for key in batch)]
         visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
         features |= {
             key: (visual.embeds[row], visual.indices[row]) for row, key in enumerate(batch)
@@ -104,9 +124,10 @@ def _encode(
 def _stack(
     features: dict[Path | int, tuple[Tensor, Tensor]], samples: Sequence[Sample]
 ) -> VisualTokens | None:
-    if samples[0].image is None:
+    """Visual tokens of all pictures, sample by sample."""
+    rows = [features[_image_key(image)] for sample in samples for image in sample.images]
+    if not rows:
         return None
-    rows = [features[_image_key(sample)] for sample in samples]
     return VisualTokens(
         embeds=torch.stack([embeds for embeds, _ in rows]),
         indices=torch.stack([indices for _, indices in rows]),
@@ -114,13 +135,13 @@ def _stack(
 
 
 def _equal_batches(
-    prompts: dict[int, list[int]], image_token_id: int, batch_size: int
+    prompts: dict[int, list[int]], limits: PromptLimits, batch_size: int
 ) -> Iterator[list[int]]:
     """Numbers of prompts that have one length and their placeholders in the same columns."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for number, ids in prompts.items():
-        column = ids.index(image_token_id) if image_token_id in ids else -1
-        groups.setdefault((len(ids), column), []).append(number)
+        columns = [at for at, token in enumerate(ids) if token == limits.image_token_id]
+        groups.setdefault((len(ids), *columns[:: limits.placeholders]), []).append(number)
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]

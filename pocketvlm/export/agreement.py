@@ -48,12 +48,12 @@ class Prompt:
     """One question as both sides take it.
 
     Attributes:
-        token_ids: The prompt, its picture as all N placeholders.
-        picture: Number of the picture.
+        token_ids: The prompt, each picture as all N placeholders.
+        pictures: Numbers of the pictures, in the order of their places.
     """
 
     token_ids: tuple[int, ...]
-    picture: int
+    pictures: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,9 +110,10 @@ class CheckpointSide:
 
     def rows(self, prompt: Prompt) -> Rows:
         """The rows of a prompt."""
-        seen = self.features[prompt.picture]
+        seen = [self.features[picture] for picture in prompt.pictures]
         visual = VisualTokens(
-            embeds=torch.from_numpy(seen.embeds), indices=torch.from_numpy(seen.indices)
+            embeds=torch.from_numpy(np.concatenate([part.embeds for part in seen])),
+            indices=torch.from_numpy(np.concatenate([part.indices for part in seen])),
         )
         with torch.inference_mode():
             inputs = embed_prompts(self._checkpoint, torch.tensor([prompt.token_ids]), visual)
@@ -175,8 +176,14 @@ class ArtifactSide:
 
     def rows(self, prompt: Prompt) -> Rows:
         """The rows of a prompt."""
-        seen = self.features[prompt.picture]
-        pictures = [VisualFeatures(embeds=seen.embeds, indices=seen.indices)]
+        pictures = [
+            VisualFeatures(
+                embeds=self.features[picture].embeds,
+                indices=self.features[picture].indices,
+                serial=serial,
+            )
+            for serial, picture in enumerate(prompt.pictures)
+        ]
         layout = lay_out_prompt(
             prompt.token_ids,
             pictures,

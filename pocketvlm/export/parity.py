@@ -93,7 +93,7 @@ def certify(
         BundleError: A target cannot be loaded.
     """
     context = ctx or RunContext()
-    pictured = [sample for sample in samples if sample.image is not None]
+    pictured = [sample for sample in samples if sample.images]
     if not pictured:
         raise CalibrationError("the parity certificate needs a question about a picture")
     inputs, questions = read_questions(checkpoint, bundle, pictured)

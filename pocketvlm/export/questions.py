@@ -12,14 +12,14 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.agreement import Prompt
 from pocketvlm.export.closeness import Floats
-from pocketvlm.processor import user_message
+from pocketvlm.messages import Message, user_turn
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.source import Sample
+    from pocketvlm.calibration.sample import Sample
 
-__all__ = ["Questions", "read_questions"]
+__all__ = ["Questions", "read_questions", "second_turn"]
 
 _SECOND_QUESTION = "what else?"
 
@@ -30,8 +30,8 @@ class Questions:
 
     Attributes:
         pictures: float32 [1, C, S, S] each; the last is blank.
-        prompts: One question a picture.
-        follow_ups: The same, answered, with another question behind it.
+        prompts: The questions.
+        follow_ups: The same, answered, with another question behind each.
     """
 
     pictures: tuple[Floats, ...]
@@ -39,14 +39,24 @@ class Questions:
     follow_ups: tuple[Prompt, ...]
 
     def swapped(self) -> list[tuple[int, Prompt]]:
-        """Every question about the next picture, and about the blank one."""
+        """Every question about the pictures of the next one, and about blank ones."""
         blank = len(self.pictures) - 1
         return [
-            (number, Prompt(token_ids=prompt.token_ids, picture=picture))
+            (number, Prompt(token_ids=prompt.token_ids, pictures=pictures))
             for number, prompt in enumerate(self.prompts)
-            for picture in dict.fromkeys(((number + 1) % blank, blank))
-            if picture != number
+            for pictures in dict.fromkeys(
+                (
+                    tuple((picture + len(prompt.pictures)) % blank for picture in prompt.pictures),
+                    (blank,) * len(prompt.pictures),
+                )
+            )
+            if pictures != prompt.pictures
         ]
+
+
+def second_turn(sample: Sample) -> list[Message]:
+    """A sample's conversation with its answer, and one more question behind it."""
+    return [*sample.answered_messages(), user_turn(_SECOND_QUESTION).to_message()]
 
 
 def read_questions(
@@ -63,20 +73,21 @@ def read_questions(
     prompts: list[Prompt] = []
     follow_ups: list[Prompt] = []
     farthest, equal = 0.0, 0
-    for number, sample in enumerate(samples):
-        image = sample.open_image()
-        pixels: Floats = processor.pixels([image]).numpy()
-        found = preprocessor.pixels(image)
-        same_shape = found.shape == pixels.shape
-        farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
-        pictures.append(pixels)
-        messages = [user_message(sample.question)]
+    for sample in samples:
+        places = tuple(range(len(pictures), len(pictures) + len(sample.images)))
+        for number in range(len(sample.images)):
+            image = sample.open_image(number)
+            pixels: Floats = processor.pixels([image]).numpy()
+            found = preprocessor.pixels(image)
+            same_shape = found.shape == pixels.shape
+            farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
+            pictures.append(pixels)
+        messages = sample.messages()
         ids = processor.encode(messages)
         equal += codec.encode(messages) == ids
-        prompts.append(Prompt(token_ids=tuple(ids), picture=number))
-        answered = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
-        again = processor.encode([*messages, answered, user_message(_SECOND_QUESTION, images=0)])
-        follow_ups.append(Prompt(token_ids=tuple(again), picture=number))
+        prompts.append(Prompt(token_ids=tuple(ids), pictures=places))
+        again = processor.encode(second_turn(sample))
+        follow_ups.append(Prompt(token_ids=tuple(again), pictures=places))
     questions = Questions(
         pictures=(*pictures, np.zeros_like(pictures[0])),
         prompts=tuple(prompts),

@@ -33,8 +33,6 @@ __all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs"]
 
 PARITY_FILE = "parity.json"
 
-_DEFAULT_MAX_POSITIONS = 4096
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltBundle:
@@ -156,7 +154,7 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
         ),
         generation=Generation(
             eos_token_ids=checkpoint.processor.eos_token_ids,
-            max_positions=min(decoder.max_positions, _DEFAULT_MAX_POSITIONS),
+            max_positions=decoder.context_length,
         ),
         kv_cache=CacheLayout(
             layers=decoder.depth,

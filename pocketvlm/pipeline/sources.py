@@ -119,7 +119,7 @@ def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> C
         return CalibrationSet.from_reference(seed=options.seed, n=options.samples)
     if source == "synthetic":
         return CalibrationSet.synthetic(n=options.samples, seed=options.seed)
-    return CalibrationSet.from_folder(Path(source)).take(options.samples)
+    return CalibrationSet.from_folder(Path(source), limit=options.samples)
 
 
 def load_evaluation(data: str, n: int) -> CalibrationSet:
@@ -133,7 +133,7 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
         if not seed.isdecimal():
             raise CalibrationError(f"--data {data}: the seed must be a whole number")
         return CalibrationSet.from_reference(seed=int(seed), n=n, split="evaluation")
-    return CalibrationSet.from_folder(Path(data)).take(n)
+    return CalibrationSet.from_folder(Path(data), limit=n, require_images=False)
 
 
 def score_subject(

@@ -8,16 +8,17 @@ correctness, and `Answer.rewound_rows` says how much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL.Image import Image
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, Manifest
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
+from pocketvlm.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import open_engine
@@ -25,11 +26,65 @@ from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, lay_out_prompt
-from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
+from pocketvlm.runtime.text import Message, TextCodec, assistant_message
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "PictureInput", "question_turn", "require_room"]
 
 _POLICIES = ("original", "consecutive")
+
+PictureInput = Image | Path | str
+"""A picture, or the path of its file."""
+
+
+def question_turn(
+    prompt: str | Turn, image: PictureInput | Sequence[PictureInput] | None
+) -> tuple[Turn, list[PictureInput]]:
+    """A user's turn with the place of every picture, and the pictures.
+
+    Text that a user types is never a place, whatever it says.
+
+    Raises:
+        InputError: Nothing is asked, or pictures and places do not match.
+    """
+    images: list[PictureInput]
+    if image is None:
+        images = []
+    else:
+        images = [image] if isinstance(image, Image | Path | str) else list(image)
+    turn = user_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
+    if turn.role != "user":
+        raise InputError(f"a question is the user's, not the {turn.role}'s")
+    if not turn.text.strip() and not images:
+        raise InputError("there is nothing to answer: the prompt is empty and has no picture")
+    try:
+        (placed,) = place_pictures([turn], len(images))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return placed, images
+
+
+def require_room(manifest: Manifest, *, rows: int, positions: int, capacity: int) -> None:
+    """Checks that a conversation fits.
+
+    Args:
+        manifest: The bundle's.
+        rows: Rows of KV cache that it takes.
+        positions: Rotary positions that it takes.
+        capacity: Rows that the runner has.
+
+    Raises:
+        InputError: It does not.
+    """
+    if rows > capacity:
+        raise InputError(
+            f"the conversation takes {rows} rows of KV cache; allowed are {capacity} (the runner's "
+            "capacity): start a new one, or give the runner more"
+        )
+    limit = manifest.generation.max_positions
+    if positions > limit:
+        raise InputError(
+            f"the conversation takes {positions} positions; the model has {limit}: start a new one"
+        )
 
 
 class Conversation:
@@ -82,8 +137,8 @@ class Conversation:
 
     def ask(
         self,
-        prompt: str,
-        image: Image | Path | str | None = None,
+        prompt: str | Turn,
+        image: PictureInput | Sequence[PictureInput] | None = None,
         *,
         max_new_tokens: int = 64,
         on_token: Callable[[str], None] | None = None,
@@ -92,9 +147,10 @@ class Conversation:
         """Asks, and returns the finished answer.
 
         Args:
-            prompt: The question; may be empty beside a picture.
-            image: A picture for this turn, or the path of its file; `None` for text alone, or for
-                another question about earlier pictures.
+            prompt: The question; may be empty beside a picture. A `Turn` says where among its
+                words the pictures stand; else they stand before the text.
+            image: The picture of this turn, or several; `None` for text alone, or for another
+                question about earlier pictures.
             max_new_tokens: Tokens after which the answer is cut.
             on_token: Called with each piece of text as soon as it is certain.
             sampling: How tokens are chosen.
@@ -114,8 +170,8 @@ class Conversation:
 
     def stream(
         self,
-        prompt: str,
-        image: Image | Path | str | None = None,
+        prompt: str | Turn,
+        image: PictureInput | Sequence[PictureInput] | None = None,
         *,
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
@@ -127,16 +183,18 @@ class Conversation:
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
-        if not prompt.strip() and image is None:
-            raise InputError("there is nothing to answer: the prompt is empty and has no picture")
+        turn, images = question_turn(prompt, image)
         clock = StageClock()
-        pictures = list(self._pictures)
-        if image is not None:
-            pictures.append(self._encode(image, clock))
-        messages = [*self.messages, user_message(prompt, images=0 if image is None else 1)]
+        pictures = [*self._pictures, *(self._encode(image, clock) for image in images)]
+        messages = [*self.messages, turn.to_message()]
         layout = self._lay_out(messages, pictures)
         clock.lap("tokenize")
-        self._require_room(layout)
+        require_room(
+            self._manifest,
+            rows=len(layout.codes),
+            positions=layout.next_position,
+            capacity=self._runner.capacity,
+        )
         held = self._runner.length
         shared = self._shared_rows(layout)
         # The last row is always run: its logits are what the first token is chosen from.
@@ -197,7 +255,7 @@ class Conversation:
         self.answers.append(answer)
         return answer
 
-    def _encode(self, image: Image | Path | str, clock: StageClock) -> VisualFeatures:
+    def _encode(self, image: PictureInput, clock: StageClock) -> VisualFeatures:
         pixels: npt.NDArray[np.float32] = self._preprocessor.pixels(
             image if isinstance(image, Image) else open_image(Path(image))
         )
@@ -228,20 +286,6 @@ class Conversation:
         """Refuses to go on with a stream whose cache another turn has taken over."""
         if self._cached_ids is not run_ids:
             raise RuntimeError("another turn began while this answer was being streamed")
-
-    def _require_room(self, layout: PromptLayout) -> None:
-        rows, capacity = len(layout.codes), self._runner.capacity
-        if rows > capacity:
-            raise InputError(
-                f"the conversation takes {rows} rows of KV cache; allowed are {capacity} (the "
-                f"runner's capacity): start a new one, or give the runner more"
-            )
-        limit = self._manifest.generation.max_positions
-        if layout.next_position > limit:
-            raise InputError(
-                f"the conversation takes {layout.next_position} positions; the model has {limit}: "
-                f"start a new one"
-            )
 
     def _has_room(self, position: int) -> bool:
         """Whether one more row, at this position, can be run."""

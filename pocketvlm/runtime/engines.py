@@ -13,25 +13,25 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.runtime.coreml.runner import CoremlRunner
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
-from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.onnx_runner import DEFAULT_CAPACITY, OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["EMULATED", "ENGINES", "choose_engine", "open_engine"]
 
 
-def _open_onnx(bundle: Bundle, threads: int | None) -> Runner:
-    return OnnxRunner(bundle, threads=threads)
+def _open_onnx(bundle: Bundle, threads: int | None, rows: int) -> Runner:
+    return OnnxRunner(bundle, threads=threads, capacity=rows if rows > DEFAULT_CAPACITY else None)
 
 
-def _open_executorch(bundle: Bundle, threads: int | None) -> Runner:
+def _open_executorch(bundle: Bundle, threads: int | None, _rows: int) -> Runner:
     return ExecutorchRunner(bundle, threads=threads)
 
 
-def _open_coreml(bundle: Bundle, _threads: int | None) -> Runner:
+def _open_coreml(bundle: Bundle, _threads: int | None, _rows: int) -> Runner:
     return CoremlRunner(bundle)
 
 
-ENGINES: Mapping[str, Callable[[Bundle, int | None], Runner]] = {
+ENGINES: Mapping[str, Callable[[Bundle, int | None, int], Runner]] = {
     "onnx": _open_onnx,
     "executorch": _open_executorch,
     "coreml": _open_coreml,
@@ -64,17 +64,21 @@ def choose_engine(bundle: Bundle, name: str | None = None) -> str:
     )
 
 
-def open_engine(bundle: Bundle, name: str | None = None, *, threads: int | None = None) -> Runner:
+def open_engine(
+    bundle: Bundle, name: str | None = None, *, threads: int | None = None, rows: int = 0
+) -> Runner:
     """Loads a bundle into an engine.
 
     Args:
         bundle: An opened bundle.
         name: The engine, or `None` for the first that fits.
         threads: Threads for the heavy graphs; `None` leaves that to the engine.
+        rows: Rows of KV cache that are needed, where they are more than the engine has by itself;
+            a program whose cache was fixed when it was exported cannot give them.
 
     Raises:
         InputError: There is no such engine.
         MissingExtraError: It is not installed.
         BundleError: The bundle cannot be run by it.
     """
-    return ENGINES[choose_engine(bundle, name)](bundle, threads)
+    return ENGINES[choose_engine(bundle, name)](bundle, threads, rows)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pocketvlm.errors import InputError
 
-__all__ = ["PromptLayout", "VisualFeatures", "embed_rows", "lay_out_prompt"]
+__all__ = ["PromptLayout", "VisualFeatures", "embed_rows", "image_runs", "lay_out_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +88,31 @@ class PromptLayout:
         )
 
 
+def image_runs(
+    token_ids: Sequence[int], pictures: int, *, image_token_id: int, placeholders: int
+) -> list[int]:
+    """First columns of the runs of placeholders, one run per picture.
+
+    Args:
+        token_ids: The prompt.
+        pictures: How many pictures it has.
+        image_token_id: The placeholder.
+        placeholders: Length of a picture's run, N.
+
+    Raises:
+        InputError: Placeholders and pictures do not match.
+    """
+    columns = np.flatnonzero(np.asarray(token_ids, np.int64) == image_token_id)
+    runs = columns[::placeholders]
+    whole = (runs[:, None] + np.arange(placeholders)).ravel()
+    if len(runs) != pictures or not np.array_equal(columns, whole):
+        raise InputError(
+            f"the prompt has {len(columns)} image placeholders where {pictures} pictures need "
+            f"{pictures} runs of {placeholders}"
+        )
+    return runs.tolist()
+
+
 def lay_out_prompt(
     token_ids: Sequence[int],
     pictures: Sequence[VisualFeatures],
@@ -109,19 +134,14 @@ def lay_out_prompt(
         InputError: Placeholders and pictures do not match.
     """
     ids = np.asarray(token_ids, np.int64)
-    columns = np.flatnonzero(ids == image_token_id)
-    runs = columns[::placeholders]
-    whole = (runs[:, None] + np.arange(placeholders)).ravel()
-    if len(runs) != len(pictures) or not np.array_equal(columns, whole):
-        raise InputError(
-            f"the prompt has {len(columns)} image placeholders where {len(pictures)} pictures "
-            f"need {len(pictures)} runs of {placeholders}"
-        )
+    runs = image_runs(
+        token_ids, len(pictures), image_token_id=image_token_id, placeholders=placeholders
+    )
     codes: list[npt.NDArray[np.int64]] = []
     slots: list[npt.NDArray[np.int64]] = []
     positions: list[npt.NDArray[np.int64]] = []
     start, shift = 0, 0
-    for run, picture in zip(runs.tolist(), pictures, strict=True):
+    for run, picture in zip(runs, pictures, strict=True):
         kept = picture.embeds.shape[1]
         codes += [ids[start:run], np.full(kept, -1 - picture.serial)]
         slots += [np.zeros(run - start, np.int64), np.arange(kept)]

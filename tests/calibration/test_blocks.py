@@ -12,6 +12,7 @@ from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf
 from pocketvlm.calibration.prompts import encode_samples
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.messages import Turn, user_turn
 from pocketvlm.reduction import TokenReducer
 from pocketvlm.weights import DenseWeight
 
@@ -198,8 +199,8 @@ def test_samples_that_cannot_be_calibrated_on_fail_first(tiny_checkpoint):
     with pytest.raises(CalibrationError, match="data.jsonl:4: has no image"):
         walk(Sample(image=None, question="?", answer="!", where="data.jsonl:4"))
     (good,) = CalibrationSet.synthetic(1)
-    with pytest.raises(CalibrationError, match="must not contain '<image>'"):
-        walk(Sample(image=good.image, question="an <image>?", answer="!"))
+    with pytest.raises(CalibrationError, match="data.jsonl:5: has 2 images; calibration takes"):
+        walk(Sample(images=good.images * 2, question="?", answer="!", where="data.jsonl:5"))
 
 
 def test_long_texts_are_cut_and_said_to_be(tiny_checkpoint):
@@ -209,8 +210,8 @@ def test_long_texts_are_cut_and_said_to_be(tiny_checkpoint):
     (prompt,) = encode_samples(tiny_checkpoint.processor, samples)
     assert prompt.is_truncated
     assert len(prompt.token_ids) == tiny_checkpoint.spec.decoder.max_positions
-    history = (("system", "word " * 3000),)
-    late = Sample(image=good.image, question="?", answer="!", history=history)
+    turns = (Turn(role="system", parts=("word " * 3000,)), user_turn("?"))
+    late = Sample(image=good.image, turns=turns, answer="!")
     with pytest.raises(CalibrationError, match="beyond the"):
         encode_samples(tiny_checkpoint.processor, CalibrationSet(name="late", samples=(late,)))
 

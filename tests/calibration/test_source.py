@@ -9,6 +9,7 @@ from PIL import Image
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.errors import CalibrationError
+from pocketvlm.messages import PICTURE
 
 
 def write_folder(path, records, images=("a.png",)):
@@ -35,7 +36,12 @@ def test_reads_both_ways_of_writing_a_sample(tmp_path):
     first, second = CalibrationSet.from_folder(folder)
     assert (first.question, first.answer, first.kind) == ("What is it?", "Red.", "color")
     assert (second.question, second.answer) == ("What is it?", "Red.")
-    assert second.history == (("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."))
+    assert [(turn.role, turn.parts) for turn in second.turns] == [
+        ("system", ("Be brief.",)),
+        ("user", (PICTURE, "Hello")),
+        ("assistant", ("Hi.",)),
+        ("user", ("What is it?",)),
+    ]
     assert second.where.endswith("data.jsonl:3")
     assert first.open_image().size == (20, 10)
     assert first.open_image().mode == "RGB"
@@ -68,15 +74,15 @@ def test_describes_itself(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{nonsense", r"data.jsonl:2: is no JSON"),
-        ("[1]", r"data.jsonl:2: is a JSON list, not an object"),
+        ("{nonsense", r"data.jsonl:2: cannot be read as JSON"),
+        ("[1]", r"data.jsonl:2: is a list, not an object"),
         ({**GOOD, "image": "gone.png"}, r"data.jsonl:2: image .*gone.png: is missing"),
         ({**GOOD, "image": "bad.png"}, r"data.jsonl:2: .*bad.png: not a picture"),
         ({**GOOD, "image": "../a.png"}, r"data.jsonl:2: image .*not the name of a file inside"),
         ({**GOOD, "image": "/etc/hostname"}, r"data.jsonl:2: image .*not the name of a file"),
-        ({**GOOD, "image": 3}, r'data.jsonl:2: "image" must be a file name, not 3'),
+        ({**GOOD, "image": 3}, r"data.jsonl:2: a picture must be a file name, not 3"),
         ({"question": "?", "answer": "!"}, r"data.jsonl:2: a conversation without a picture"),
-        ({"image": "a.png", "answer": "!"}, r'data.jsonl:2: "question" must be text'),
+        ({"image": "a.png", "answer": "!"}, r'data.jsonl:2: has "answer"; a row is'),
         ({"image": "a.png", "messages": "?"}, r'data.jsonl:2: "messages" must be a list'),
         (
             {"image": "a.png", "messages": [{"role": "user", "content": "?"}]},
@@ -84,11 +90,11 @@ def test_describes_itself(tmp_path):
         ),
         (
             {"image": "a.png", "messages": [{"role": "tool", "content": "?"}]},
-            r"data.jsonl:2: role 'tool' is unknown; allowed: system, user, assistant",
+            r"data.jsonl:2: role 'tool' is unknown; allowed: system, user, assistant, human, gpt",
         ),
         (
             {"image": "a.png", "messages": [{"role": "user", "content": 3}]},
-            r'data.jsonl:2: "content" must be text, not 3',
+            r'data.jsonl:2: "content" must be text, and is 3',
         ),
     ],
 )
@@ -101,7 +107,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, record, message):
 
 
 def test_folders_that_hold_nothing(tmp_path):
-    with pytest.raises(CalibrationError, match="is no folder"):
+    with pytest.raises(CalibrationError, match="is not a folder"):
         CalibrationSet.from_folder(tmp_path / "none")
     with pytest.raises(CalibrationError, match="data.jsonl is missing"):
         CalibrationSet.from_folder(tmp_path)
@@ -109,7 +115,7 @@ def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(CalibrationError, match="is empty"):
         CalibrationSet.from_folder(tmp_path)
     (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(CalibrationError, match="is not UTF-16 text"):
         CalibrationSet.from_folder(tmp_path)
     with pytest.raises(CalibrationError, match="holds no samples"):
         CalibrationSet.synthetic(0)

@@ -18,7 +18,9 @@ from pocketvlm.errors import CalibrationError
 from pocketvlm.evaluation.prompts import prompt_messages
 from pocketvlm.evaluation.score import Score, blinded, compare_scores, score_checkpoint
 from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
+from pocketvlm.messages import PICTURE, Turn, user_turn
 
+assistant = Turn(role="assistant", parts=("hi",))
 QUESTIONS = ("what is it?", "why?", "is it red?", "why?", "how many are there?", "why not?")
 
 
@@ -37,13 +39,24 @@ def samples() -> list[Sample]:
     ]
 
 
+def about_several_pictures() -> list[Sample]:
+    """Two pictures in front, two in a second turn between texts, and one picture twice."""
+    pair, earlier = (picture(3), picture(4)), (user_turn("hello"), assistant)
+    between = Turn(role="user", parts=("this ", PICTURE, " or ", PICTURE, " then?"))
+    return [
+        Sample(images=pair, question="which?", answer="?"),
+        Sample(images=pair[::-1], turns=(*earlier, between), answer="?"),
+        Sample(images=(pair[0], pair[0]), question="which?", answer="?"),
+    ]
+
+
 def generate_one(checkpoint: Checkpoint, sample: Sample, tokens: int) -> str:
     """The answer by transformers' own generate, from all placeholders and pixels."""
     processor = checkpoint.processor
     ids = torch.tensor([processor.encode(prompt_messages(sample))])
     options = {}
-    if sample.image is not None:
-        pixels = processor.pixels([sample.open_image()])
+    if sample.images:
+        pixels = processor.pixels([sample.open_image(at) for at in range(len(sample.images))])
         is_llava = checkpoint.spec.family == "llava"
         options = {"pixel_values": pixels if is_llava else pixels[None]}
     whole = checkpoint.model.generate(
@@ -62,6 +75,7 @@ def generate_one(checkpoint: Checkpoint, sample: Sample, tokens: int) -> str:
 def test_batched_answers_are_those_of_transformers(
     batch_size: int, tiny_checkpoint: Checkpoint, samples: list[Sample]
 ) -> None:
+    samples = [*samples, *about_several_pictures()]
     expected = [generate_one(tiny_checkpoint, sample, 4) for sample in samples]
     found = answer_with_checkpoint(
         tiny_checkpoint,
@@ -73,19 +87,6 @@ def test_batched_answers_are_those_of_transformers(
     )
     assert found == expected
     assert len(set(expected)) > 1
-
-
-def test_the_picture_belongs_to_the_first_turn_of_the_user() -> None:
-    sample = Sample(
-        image=picture(0),
-        question="and now?",
-        answer="?",
-        history=(("system", "be brief"), ("user", "what?"), ("assistant", "a dot")),
-    )
-    messages = prompt_messages(sample)
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
-    has_image = [any(item["type"] == "image" for item in m["content"]) for m in messages]
-    assert has_image == [False, True, False, False]
 
 
 def test_score_counts_kinds_and_reports_progress(
@@ -115,7 +116,7 @@ def test_blind_questions_keep_words_and_size_and_lose_the_picture() -> None:
     sample = Sample(image=picture(5), question="what?", answer="a")
     first, again, other = blinded(sample, 0, 3), blinded(sample, 0, 3), blinded(sample, 0, 4)
     assert first.question == "what?"
-    assert first.image_size() == sample.image_size()
+    assert first.image_sizes() == sample.image_sizes()
     pixels = [np.asarray(s.open_image()) for s in (first, again, other, sample)]
     assert np.array_equal(pixels[0], pixels[1])
     assert not np.array_equal(pixels[0], pixels[2])
@@ -154,3 +155,37 @@ def test_scores_of_different_metrics_cannot_be_compared() -> None:
     assert compare_scores(first, first).difference == 0
     with pytest.raises(ValueError, match="cannot be compared"):
         compare_scores(first, replace(first, metric="anls"))
+
+
+def test_rows_that_cannot_be_asked_end_an_evaluation_before_it_begins(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("pocketvlm.evaluation.torch_answers.encode_images", never)
+    rows = [
+        Sample(image=picture(1), question="word " * count, answer="?", where=f"data.jsonl:{count}")
+        for count in (1, 600, 700, 800, 900)
+    ]
+    with pytest.raises(CalibrationError, match="takes .* positions .* has 512") as caught:
+        score_checkpoint(tiny_checkpoint, rows)
+    assert str(caught.value).startswith("data.jsonl:600: ")
+    assert str(caught.value).endswith("; and 1 more")
+
+
+def test_the_last_position_of_the_context_is_used(tiny_checkpoint: Checkpoint) -> None:
+    """The last token of an answer is never run, so that a prompt may leave room for the others."""
+    sample = Sample(image=None, question="", answer="?")
+    empty = len(tiny_checkpoint.processor.encode(prompt_messages(sample)))
+    limit = tiny_checkpoint.spec.decoder.context_length
+    for spare, fits in ((0, True), (1, False)):
+        count = limit - empty - 2 + 1 + spare
+        asked = Sample(image=None, question="\x01" * count, answer="?")
+        taken = len(tiny_checkpoint.processor.encode(prompt_messages(asked)))
+        assert taken + 1 == limit + spare
+        if fits:
+            score_checkpoint(tiny_checkpoint, [asked], max_new_tokens=2, blind=False)
+        else:
+            with pytest.raises(CalibrationError, match="positions"):
+                score_checkpoint(tiny_checkpoint, [asked], max_new_tokens=2, blind=False)

@@ -23,7 +23,9 @@ from pocketvlm.evaluation.score import score_bundle, score_checkpoint
 from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.parity import ParityReport, certify
+from pocketvlm.export.questions import read_questions
 from pocketvlm.json_io import write_json
+from pocketvlm.messages import PICTURE, Turn, user_turn
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.weights import DenseWeight
@@ -129,12 +131,44 @@ def test_a_bundle_with_other_positions_is_caught(built: Built) -> None:
     assert not report.passed
 
 
+EARLIER = (user_turn("what?"), Turn(role="assistant", parts=("a dot",)))
+BETWEEN_ONE = Turn(role="user", parts=("this", PICTURE))
+BETWEEN = Turn(role="user", parts=("this ", PICTURE, " or that ", PICTURE, "?"))
+
+
+def test_the_certificate_asks_about_pictures_where_they_stand(built: Built) -> None:
+    several = (
+        Sample(images=SAMPLES[0].images + SAMPLES[1].images, question="which?", answer="one"),
+        Sample(images=SAMPLES[1].images, turns=(*EARLIER, BETWEEN_ONE), answer="one"),
+        Sample(image=None, question="why?", answer="so"),
+    )
+    inputs, questions = read_questions(built.checkpoint, built.bundle, several[:2])
+    assert inputs == {"input.pixels_max_abs": 0.0, "input.prompts_equal": 1.0}
+    assert [prompt.pictures for prompt in questions.prompts] == [(0, 1), (2,)]
+    assert [prompt.pictures for _, prompt in questions.swapped()] == [(2, 0), (3, 3), (0,), (3,)]
+    processor = built.checkpoint.processor
+    written = processor.encode(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a dot"}]},
+            {"role": "user", "content": [{"type": "text", "text": "this"}, {"type": "image"}]},
+        ]
+    )
+    assert list(questions.prompts[1].token_ids) == written
+    if built.parity.targets[0].precision == "float32":
+        report = certify(built.checkpoint, built.bundle, several, ctx=CONTEXT)
+        assert report.passed, report.failures()
+        assert report.targets[0].samples == 2
+
+
 def test_bundle_and_checkpoint_are_scored_alike(built: Built) -> None:
     questions = [
         *SAMPLES,
-        replace(SAMPLES[0], question="and why?"),
+        replace(SAMPLES[0], turns=(user_turn("and why?", 1),)),
         Sample(image=None, question="why?", answer="so"),
-        replace(SAMPLES[1], history=(("user", "what?"), ("assistant", "a dot"))),
+        Sample(images=SAMPLES[1].images, turns=(*EARLIER, user_turn("why?", 1)), answer="so"),
+        Sample(images=SAMPLES[0].images + SAMPLES[1].images, question="which?", answer="one"),
+        Sample(images=SAMPLES[1].images * 2, turns=(*EARLIER, BETWEEN), answer="one"),
     ]
     options: dict[str, Any] = {"max_new_tokens": 3, "ctx": CONTEXT, "task": "test"}
     expected = answer_with_checkpoint(built.checkpoint, questions, batch_size=4, **options)

@@ -10,6 +10,7 @@ import torch
 
 from pocketvlm import forward
 from pocketvlm.errors import BundleError, InputError
+from pocketvlm.messages import PICTURE, Turn
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.sampling import Sampling
@@ -68,6 +69,36 @@ def test_turns_equal_fresh_runs_in_torch(pair):
         assert list(answer.token_ids) == torch_answer(pair.checkpoint, messages, pictures, 6)
         messages.append(assistant_message(answer.text))
     assert talk.messages == messages
+
+
+def test_several_pictures_in_one_turn_equal_torch(pair):
+    """Two in front of the first question, two among the words of the second."""
+    talk = Conversation(pair.bundle)
+    pictures = [noise(seed) for seed in (1, 2, 3, 1)]
+    first = talk.ask("One", pictures[:2], max_new_tokens=6)
+    messages = [user_message("One", 2)]
+    assert list(first.token_ids) == torch_answer(pair.checkpoint, messages, pictures[:2], 6)
+    between = Turn(role="user", parts=("this ", PICTURE, " or ", PICTURE, "?"))
+    second = talk.ask(between, pictures[2:], max_new_tokens=6)
+    messages += [assistant_message(first.text), between.to_message()]
+    assert list(second.token_ids) == torch_answer(pair.checkpoint, messages, pictures, 6)
+    assert second.timings.visual_tokens == 2 * pair.bundle.manifest.visual_tokens
+    with pytest.raises(InputError, match="places for 2 pictures where 1 are given"):
+        talk.ask(between, [noise(1)])
+    with pytest.raises(InputError, match="nothing to answer"):
+        talk.ask("", [])
+    assert talk.messages[:-1] == messages
+
+
+def test_a_placeholder_that_a_user_types_is_text(llava):
+    """The runtime reads no `<image>` out of a prompt: only data sets write places so."""
+    talk = Conversation(llava.bundle)
+    asked = talk.ask("<image>\nWhat?", noise(1), max_new_tokens=2)
+    assert asked.timings.visual_tokens == llava.bundle.manifest.visual_tokens
+    assert talk.messages[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "<image>\nWhat?"},
+    ]
 
 
 def test_second_turn_runs_only_what_is_new(pair):

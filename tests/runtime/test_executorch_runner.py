@@ -91,7 +91,8 @@ def test_multimodal_runner_gives_the_same_answer(
     talk = Conversation(bundle, runner=runner)
     decode = TextCodec.from_bundle(bundle).decode_raw
     answered = 0
-    for prompt, image in product(("What?", "how many", "one", "blue"), (picture, None)):
+    several = [picture, picture.rotate(180)]
+    for prompt, image in product(("What?", "how many", "one", "blue"), (picture, several, None)):
         talk.reset()
         expected = talk.ask(prompt, image, max_new_tokens=3)
         pieces: list[str] = []
@@ -139,6 +140,17 @@ def test_ask_prints_the_answer_and_nothing_else(
     document = json.loads(capfd.readouterr().out)
     assert spoken.out.strip() == document["text"].strip()
     assert len(document["token_ids"]) == 4
+    one = document["timings"]
+    assert run([*command, "--image", str(file)]) == 0
+    spoken = capfd.readouterr()
+    assert run([*command, "--image", str(file), "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert spoken.out.strip() == document["text"].strip()
+    assert document["timings"]["visual_tokens"] == 2 * one["visual_tokens"]
+    long = "word " * CAPACITY
+    for options in ([], ["--json"]):
+        assert run([*command, *options, "--prompt", long]) == 2
+        assert "rows of KV cache; allowed are" in capfd.readouterr().err
 
 
 def test_limits_are_told(bundle: Bundle, runner: ExecutorchRunner) -> None:

@@ -10,21 +10,27 @@ is taken over by the loop of this package, which gives the same tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.errors import BundleError, InputError
+from pocketvlm.errors import BundleError
 from pocketvlm.image_file import open_image
-from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.conversation import (
+    Conversation,
+    PictureInput,
+    question_turn,
+    require_room,
+)
 from pocketvlm.runtime.executorch.program import load_program, open_program
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.native_output import quiet_terminal
 from pocketvlm.runtime.preprocess import ImagePreprocessor
-from pocketvlm.runtime.text import TextCodec, user_message
+from pocketvlm.runtime.splice import image_runs
+from pocketvlm.runtime.text import TextCodec
 
 __all__ = ["UnspeakablePieceError", "answer_once", "answer_with_multimodal_runner"]
 
@@ -36,7 +42,7 @@ class UnspeakablePieceError(ValueError):
 def answer_once(
     bundle: Bundle,
     prompt: str,
-    image: Image | Path | None = None,
+    image: PictureInput | Sequence[PictureInput] | None = None,
     *,
     max_new_tokens: int = 64,
     threads: int | None = None,
@@ -47,7 +53,7 @@ def answer_once(
     Args:
         bundle: An opened bundle with an ExecuTorch program.
         prompt: The question.
-        image: A picture, or `None` for text alone.
+        image: A picture or several, which stand before the text; `None` for text alone.
         max_new_tokens: Tokens after which the answer is cut.
         threads: Threads of the kernels; `None` leaves them as they are.
         on_token: Called with each piece of text.
@@ -56,6 +62,7 @@ def answer_once(
         PocketVLMError: As `answer_with_multimodal_runner`.
     """
     runner = ExecutorchRunner(bundle, threads=threads)
+    _require_room(bundle, runner.capacity, prompt, image)
     spoken: list[str] = []
 
     def speak(piece: str) -> None:
@@ -73,10 +80,25 @@ def answer_once(
         return text
 
 
+def _require_room(
+    bundle: Bundle,
+    capacity: int,
+    prompt: str,
+    image: PictureInput | Sequence[PictureInput] | None,
+) -> None:
+    """Refuses what does not fit before a picture is looked at, in the words of `Conversation`."""
+    turn, images = question_turn(prompt, image)
+    manifest = bundle.manifest
+    taken = len(TextCodec.from_bundle(bundle).encode([turn.to_message()]))
+    reduced = taken - len(images) * (manifest.visual_tokens_full - manifest.visual_tokens)
+    positions = taken if manifest.positions == "original" else reduced
+    require_room(manifest, rows=reduced, positions=positions, capacity=capacity)
+
+
 def answer_with_multimodal_runner(
     bundle: Bundle,
     prompt: str,
-    image: Image | Path | None = None,
+    image: PictureInput | Sequence[PictureInput] | None = None,
     *,
     max_new_tokens: int = 64,
     on_token: Callable[[str], None] = lambda _: None,
@@ -86,7 +108,7 @@ def answer_with_multimodal_runner(
     Args:
         bundle: An opened bundle with an ExecuTorch program.
         prompt: The question.
-        image: A picture, or `None` for text alone.
+        image: A picture or several, which stand before the text; `None` for text alone.
         max_new_tokens: Tokens after which the answer is cut.
         on_token: Called with each piece of text.
 
@@ -96,17 +118,16 @@ def answer_with_multimodal_runner(
         InputError: Nothing was asked.
         UnspeakablePieceError: The answer holds a character that several tokens make up.
     """
-    if not prompt.strip() and image is None:
-        raise InputError("there is nothing to answer: the prompt is empty and has no picture")
+    turn, images = question_turn(prompt, image)
     file = bundle.file(bundle.component("executorch", "decoder").file)
     codec = TextCodec.from_bundle(bundle)
-    ids = codec.encode([user_message(prompt, images=int(image is not None))])
+    ids = codec.encode([turn.to_message()])
     ends = {codec.tokenizer.id_to_token(token) for token in codec.eos_token_ids}
     pieces: list[str] = []
     with open_program(bundle) as (program, _), quiet_terminal() as heard:
         load_program(program, file)  # registers the operators, and says what is wrong with the file
         native = _native_runner()
-        inputs = _inputs(native, codec, ids, _pixels(bundle, image))
+        inputs = _inputs(native, bundle, codec, ids, images)
 
         def take(piece: str) -> None:
             if piece not in ends:
@@ -135,24 +156,31 @@ def _native_runner() -> Any:
     return runner
 
 
-def _pixels(bundle: Bundle, image: Image | Path | None) -> Any:
-    if image is None:
-        return None
-    picture = open_image(image) if isinstance(image, Path) else image
-    return ImagePreprocessor.from_bundle(bundle).pixels(picture)
-
-
-def _inputs(native: Any, codec: TextCodec, ids: list[int], pixels: Any) -> list[Any]:
-    """The prompt around its picture, whose placeholders the picture's own rows replace."""
-    if pixels is None:
-        return [native.make_token_input(ids)]
+def _inputs(
+    native: Any,
+    bundle: Bundle,
+    codec: TextCodec,
+    ids: Sequence[int],
+    images: Sequence[PictureInput],
+) -> list[Any]:
+    """The prompt around its pictures, whose own rows replace their placeholders."""
+    if not images:
+        return [native.make_token_input(list(ids))]
     import torch
 
-    start = ids.index(codec.image_token_id)
-    end = len(ids) - ids[::-1].index(codec.image_token_id)
-    inputs = [native.make_image_input(torch.from_numpy(pixels))]
-    if start:
-        inputs.insert(0, native.make_token_input(ids[:start]))
+    preprocessor = ImagePreprocessor.from_bundle(bundle)
+    placeholders = bundle.manifest.visual_tokens_full
+    starts = image_runs(
+        ids, len(images), image_token_id=codec.image_token_id, placeholders=placeholders
+    )
+    inputs: list[Any] = []
+    end = 0
+    for start, image in zip(starts, images, strict=True):
+        if end < start:
+            inputs.append(native.make_token_input(list(ids[end:start])))
+        picture = image if isinstance(image, Image) else open_image(Path(image))
+        inputs.append(native.make_image_input(torch.from_numpy(preprocessor.pixels(picture))))
+        end = start + placeholders
     if end < len(ids):
-        inputs.append(native.make_token_input(ids[end:]))
+        inputs.append(native.make_token_input(list(ids[end:])))
     return inputs
