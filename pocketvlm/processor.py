@@ -7,23 +7,19 @@ the image processor and the tokenizer on their own, and expands the image placeh
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.foreign_code import STOCK_ONLY, refuse_foreign_code
+from pocketvlm.image_processor import ImageProcessor, quiet_fallbacks
 from pocketvlm.modelspec import ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from PIL.Image import Image
 
 __all__ = ["PROCESSOR_FILES", "Message", "Processor", "user_message"]
@@ -57,14 +53,14 @@ class Processor:
 
     Attributes:
         tokenizer: A fast Hugging Face tokenizer.
-        image_processor: A Hugging Face image processor of the Pillow kind.
+        image_processor: What turns pictures into pixels.
         chat_template: The Jinja template that turns messages into a prompt.
         files: The directory's own processor files, by name.
         spec: The model's specification.
     """
 
     tokenizer: Any
-    image_processor: Any
+    image_processor: ImageProcessor
     chat_template: str
     files: dict[str, bytes]
     spec: ModelSpec
@@ -76,27 +72,18 @@ class Processor:
         Raises:
             CheckpointError: The tokenizer, image processor or chat template is missing or broken.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if not (path / "tokenizer.json").is_file():
             raise CheckpointError(f"{path}: tokenizer.json is missing; a fast tokenizer is needed")
-        if not any(
-            (path / name).is_file()
-            for name in ("preprocessor_config.json", "processor_config.json")
-        ):
-            raise CheckpointError(
-                f"{path}: preprocessor_config.json (or processor_config.json) is missing"
-            )
         refuse_foreign_code(path)
+        image_processor = ImageProcessor.load(path, spec)
         try:
-            with _quiet_fallbacks():
+            with quiet_fallbacks():
                 tokenizer = AutoTokenizer.from_pretrained(str(path), **STOCK_ONLY)
-                image_processor = AutoImageProcessor.from_pretrained(str(path), **STOCK_ONLY)
         except Exception as error:  # the libraries raise anything from KeyError to a Rust panic
             first_line = str(error).strip().partition("\n")[0]
-            raise CheckpointError(
-                f"{path}: tokenizer or image processor cannot be read: {first_line}"
-            ) from error
+            raise CheckpointError(f"{path}: tokenizer cannot be read: {first_line}") from error
         return cls(
             tokenizer=tokenizer,
             image_processor=image_processor,
@@ -114,23 +101,17 @@ class Processor:
         for name, content in self.files.items():
             (path / name).write_bytes(content)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Settings of the directory's processor that are not followed."""
+        return self.image_processor.notes
+
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Preprocesses pictures into float32 [len(images), channels, size, size].
 
         Tiling is off: one picture is one tile, which is what a phone's vision graph takes.
         """
-        options: dict[str, Any] = {}
-        if self.spec.family == "idefics3":
-            options["do_image_splitting"] = False
-        batch = self.image_processor(
-            images=[[image] for image in images],
-            return_tensors="pt",
-            do_convert_rgb=True,
-            **options,
-        )
-        pixels: Tensor = batch["pixel_values"]
-        size = self.spec.tower.image_size
-        return pixels.reshape(-1, self.spec.tower.channels, size, size).to(torch.float32)
+        return self.image_processor.pixels(images)
 
     def prompt_text(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -188,15 +169,3 @@ def _read_chat_template(path: Path, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None):
         return str(tokenizer.chat_template)
     raise CheckpointError(f"{path}: no chat template; expected chat_template.jinja")
-
-
-@contextmanager
-def _quiet_fallbacks() -> Iterator[None]:
-    """Drops transformers' notice, a line a class, that torchvision is not there: that is meant."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

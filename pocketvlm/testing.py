@@ -248,6 +248,17 @@ def _write_image_processor(path: Path, spec: ModelSpec) -> None:
             "image_std": [0.5, 0.5, 0.5],
             "resample": 1,
         }
-    (path / "preprocessor_config.json").write_text(
-        json.dumps({**common, **own}, indent=2) + "\n", encoding="utf-8"
-    )
+    if spec.family == "llava":
+        combined: dict[str, Any] = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": spec.tower.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        }
+    else:
+        combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
+    for name, document in (
+        ("preprocessor_config.json", {**common, **own}),
+        ("processor_config.json", combined),
+    ):
+        (path / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

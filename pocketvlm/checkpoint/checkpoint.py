@@ -106,7 +106,7 @@ class Checkpoint:
                 name=folder.path.resolve().name,
                 sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
                 weight_bytes=sum(file.stat().st_size for file in folder.files),
-                notes=folder.notes,
+                notes=(*folder.notes, *processor.notes),
             ),
         )
         if manifest is None:

@@ -14,6 +14,7 @@ from pocketvlm.checkpoint import Checkpoint, read_config, read_model_folder, rea
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
+from pocketvlm.image_processor import ImageProcessor
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import reducer_builders
@@ -67,7 +68,7 @@ def resolve_model(name: str) -> Path:
 def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
     """The specification of a checkpoint directory, and what is to be known of the directory.
 
-    Only config.json and the headers of the weight files are read. A directory that holds a
+    Only configuration and the headers of the weight files are read. A directory that holds a
     config.json and no weights at all, which is enough for a plan, is said to be one.
 
     Raises:
@@ -78,7 +79,7 @@ def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
         note = "no weights are here: what is missing, ignored or tied could not be checked"
         return read_spec(read_config(path)), (note,)
     folder = read_model_folder(path)
-    return folder.spec, folder.notes
+    return folder.spec, (*folder.notes, *ImageProcessor.load(path, folder.spec).notes)
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -1,10 +1,10 @@
 """Pictures to pixels, bit for bit as Hugging Face's Pillow image processors make them.
 
-Two pipelines cover the families. The CLIP kind resizes to the vision graph's side and crops the
-centre; the Idefics3 kind resizes twice, first so that the longest edge has a given length and
-then to a square, whatever the aspect ratio (tiling off: one picture is one tile). Both end in the
-same arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256 values, so that
-is a table of 256 entries a channel, computed once.
+Two pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
+padding the picture to a square; the Idefics3 kind resizes twice, first so that the longest edge
+has a given length and then to a square, whatever the aspect ratio (tiling off: one picture is one
+tile). Both end in the same arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel
+has 256 values, so that is a table of 256 entries per channel, computed once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,10 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import MAX_PIXELS
-from pocketvlm.json_io import read_json
+from pocketvlm.image_settings import ImageSettings, parse_image_settings, read_image_settings
 
 __all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "TwoStepSquare", "to_rgb"]
 
-_CLIP_TYPES = ("CLIPImageProcessor", "SiglipImageProcessor")
-_IDEFICS3_TYPES = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_HALF = (0.5, 0.5, 0.5)
 _LONGEST_EDGE_LIMIT = 4096
 _WIDEST_STRIP = 64
 
@@ -50,39 +45,59 @@ class CenterCrop:
     """The CLIP kind: resize, then cut the centre out, black where the picture is too small.
 
     Attributes:
-        shortest_edge: Length that the shorter edge is resized to, or `None`: both edges to `side`.
+        size: Height and width that are resized to, the length that the shorter edge is resized
+            to, or `None`: pictures keep their size.
+        crops: Whether the centre is cut out.
+        pad_color: Colour of what is added to make a picture square before that, or `None`.
     """
 
     side: int
-    shortest_edge: int | None
+    size: tuple[int, int] | int | None
+    crops: bool
     resample: Image.Resampling
+    pad_color: tuple[int, int, int] | None = None
 
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Resizes and crops."""
-        if self.shortest_edge is None:
-            return np.asarray(image.resize((self.side, self.side), self.resample))
+        """Pads, resizes and crops."""
+        if self.pad_color is not None:
+            image = _pad_to_square(image, self.pad_color)
+        pixels = np.asarray(self._resize(image))
+        return _center_crop(pixels, self.side) if self.crops else pixels
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        if self.size is None:
+            return image
+        if isinstance(self.size, tuple):
+            return image.resize((self.size[1], self.size[0]), self.resample)
         width, height = image.size
-        longest = int(self.shortest_edge * max(width, height) / min(width, height))
-        if longest * self.shortest_edge > MAX_PIXELS:
+        longest = int(self.size * max(width, height) / min(width, height))
+        if longest * self.size > MAX_PIXELS:
             image = _middle(image)
             width, height = image.size
-            longest = int(self.shortest_edge * max(width, height) / min(width, height))
-        size = (self.shortest_edge, longest) if width <= height else (longest, self.shortest_edge)
-        return _center_crop(np.asarray(image.resize(size, self.resample)), self.side)
+            longest = int(self.size * max(width, height) / min(width, height))
+        size = (self.size, longest) if width <= height else (longest, self.size)
+        return image.resize(size, self.resample)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStepSquare:
-    """The Idefics3 kind: the longest edge to a length, keeping the ratio, then to a square."""
+    """The Idefics3 kind: first to a size of its own, then to a square.
+
+    Attributes:
+        first: Height and width that are resized to first, the length of the longest edge, which
+            keeps the ratio, or `None` for no first step.
+    """
 
     side: int
-    longest_edge: int
+    first: tuple[int, int] | int | None
     resample: Image.Resampling
 
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resizes twice."""
-        width, height = _longest_edge_size(*image.size, self.longest_edge)
-        image = image.resize((width, height), self.resample)
+        if isinstance(self.first, int):
+            image = image.resize(_longest_edge_size(*image.size, self.first), self.resample)
+        elif self.first is not None:
+            image = image.resize((self.first[1], self.first[0]), self.resample)
         return np.asarray(image.resize((self.side, self.side), self.resample))
 
 
@@ -105,43 +120,45 @@ class ImagePreprocessor:
         Raises:
             BundleError: They are missing, of an unknown kind, or do not fit the vision graph.
         """
-        config, where = _read_config(bundle.path)
-        preprocessor = cls.from_config(config, where)
+        settings = read_image_settings(bundle.path, bundle.manifest.family)
+        side = settings.side
         for component in bundle.manifest.components:
             if component.role == "vision":
                 shape = tuple(component.inputs[0].shape)
-                side = preprocessor.geometry.side
                 if shape != (1, 3, side, side):
                     raise BundleError(
-                        f"{where}: makes pictures of (1, 3, {side}, {side}), but "
+                        f"{settings.where}: makes pictures of (1, 3, {side}, {side}), but "
                         f"{component.file} takes {shape}"
                     )
-        return preprocessor
+        return cls.from_settings(settings)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], where: Path) -> ImagePreprocessor:
+    def from_config(
+        cls, config: Mapping[str, Any], where: Path, *, family: str = "llava"
+    ) -> ImagePreprocessor:
         """Reads the content of a preprocessor_config.json.
 
         Raises:
             BundleError: The kind of image processor, or a setting of it, is not supported.
         """
-        kind = str(config.get("image_processor_type")).removesuffix("Fast")
-        if kind not in _CLIP_TYPES + _IDEFICS3_TYPES:
-            raise BundleError(
-                f"{where}: image_processor_type {kind!r} is not supported; supported are "
-                f"{', '.join(_CLIP_TYPES + _IDEFICS3_TYPES)}"
+        return cls.from_settings(parse_image_settings(config, where, family))
+
+    @classmethod
+    def from_settings(cls, settings: ImageSettings) -> ImagePreprocessor:
+        """The preprocessor of settings that were read before."""
+        resample = Image.Resampling(settings.resample)
+        size = _target(settings.size) if settings.do_resize else None
+        if settings.kind == "idefics3":
+            geometry: Geometry = TwoStepSquare(side=settings.side, first=size, resample=resample)
+        else:
+            geometry = CenterCrop(
+                side=settings.side,
+                size=size,
+                crops=settings.do_center_crop,
+                resample=resample,
+                pad_color=_color(settings.image_mean) if settings.do_pad else None,
             )
-        if not config.get("do_resize", True):
-            raise BundleError(f"{where}: do_resize must be true: the vision graph has one size")
-        try:
-            if kind in _IDEFICS3_TYPES:
-                geometry: Geometry = _read_two_step(config)
-            else:
-                geometry = _read_crop(config, is_siglip=kind == _CLIP_TYPES[1])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{where}: sizes cannot be read: {error!r}") from error
-        mean, std = (_CLIP_MEAN, _CLIP_STD) if kind == _CLIP_TYPES[0] else (_HALF, _HALF)
-        return cls(geometry=geometry, table=_value_table(config, mean, std))
+        return cls(geometry=geometry, table=_value_table(settings))
 
     def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Pixels of one picture, float32 [1, 3, side, side].
@@ -174,61 +191,41 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read_config(path: Path) -> tuple[Mapping[str, Any], Path]:
-    """The image processor's settings: nested in processor_config.json, or in their own file."""
-    nested = path / "processor_config.json"
-    if nested.is_file():
-        config = read_json(nested).get("image_processor")
-        if isinstance(config, dict):
-            return config, nested
-    own = path / "preprocessor_config.json"
-    if own.is_file():
-        return read_json(own), own
-    raise BundleError(f"{path}: preprocessor_config.json (or processor_config.json) is missing")
+def _target(size: Mapping[str, int]) -> tuple[int, int] | int:
+    if "height" in size:
+        return size["height"], size["width"]
+    return next(iter(size.values()))
 
 
-def _read_crop(config: Mapping[str, Any], *, is_siglip: bool) -> CenterCrop:
-    size = config["size"]
-    resample = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))
-    if isinstance(size, int):
-        size = {"height": size, "width": size} if is_siglip else {"shortest_edge": size}
-    if set(size) == {"shortest_edge"}:
-        crop = config.get("crop_size", {"height": size["shortest_edge"]})
-        if not config.get("do_center_crop", True):
-            raise ValueError("do_center_crop must be true where size is a shortest_edge")
-        side = crop if isinstance(crop, int) else crop["height"]
-        if not isinstance(crop, int) and crop.get("width", side) != side:
-            raise ValueError(f"crop_size {crop} is not square")
-        return CenterCrop(side=side, shortest_edge=size["shortest_edge"], resample=resample)
-    if set(size) == {"height", "width"} and size["height"] == size["width"]:
-        side = size["height"]
-        crop = config.get("crop_size") if config.get("do_center_crop") else None
-        if crop not in (None, side, {"height": side, "width": side}):
-            raise ValueError(f"crop_size {crop} differs from size {size}")
-        return CenterCrop(side=side, shortest_edge=None, resample=resample)
-    raise ValueError(f"size {size} is neither a shortest_edge nor a square")
+def _color(mean: tuple[float, ...]) -> tuple[int, int, int]:
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
 
 
-def _read_two_step(config: Mapping[str, Any]) -> TwoStepSquare:
-    return TwoStepSquare(
-        side=config["max_image_size"]["longest_edge"],
-        longest_edge=config["size"]["longest_edge"],
-        resample=Image.Resampling(config.get("resample", Image.Resampling.LANCZOS)),
-    )
-
-
-def _value_table(
-    config: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
-) -> npt.NDArray[np.float32]:
-    values = np.arange(256)
-    if config.get("do_rescale", True):
-        values = values.astype(np.float64) * config.get("rescale_factor", 1 / 255)
+def _value_table(settings: ImageSettings) -> npt.NDArray[np.float32]:
+    values = np.arange(256, dtype=np.float64)
+    if settings.do_rescale:
+        values *= settings.rescale_factor
     table = np.tile(values.astype(np.float32), (3, 1))
-    if config.get("do_normalize", True):
-        means = np.array(config.get("image_mean") or mean, np.float32).reshape(-1, 1)
-        stds = np.array(config.get("image_std") or std, np.float32).reshape(-1, 1)
+    if settings.do_normalize:
+        means = np.array(settings.image_mean, np.float32).reshape(-1, 1)
+        stds = np.array(settings.image_std, np.float32).reshape(-1, 1)
         table = (table - means) / stds
     return table
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of its longest edge."""
+    width, height = image.size
+    side = max(width, height)
+    if side * side > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {width} x {height} pixels is padded to a square by this model, which "
+            f"would have more than {MAX_PIXELS:,} pixels"
+        )
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def _longest_edge_size(width: int, height: int, length: int) -> tuple[int, int]:

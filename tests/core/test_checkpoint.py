@@ -152,7 +152,7 @@ def garble_tokenizer(path):
         (drop_tensor, "is missing from the weights"),
         (pickle_weights, "pickled weights can run code.*save_pretrained"),
         (edit_config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-        (garble_tokenizer, "tokenizer or image processor cannot be read"),
+        (garble_tokenizer, "tokenizer cannot be read"),
     ],
 )
 def test_damaged_directories_get_one_line(copy, damage, message):

@@ -49,10 +49,54 @@ CONFIGS = {
         "size": {"height": 24, "width": 24},
         "resample": 2,
     },
+    "siglip-int-size-and-crop": {
+        "image_processor_type": "SiglipImageProcessorFast",
+        "size": 30,
+        "do_center_crop": True,
+        "crop_size": [24, 24],
+    },
+    "siglip-defaults": {"image_processor_type": "SiglipImageProcessor"},
+    "clip-own-defaults": {"image_processor_type": "CLIPImageProcessorFast"},
+    "clip-nulls": {
+        **CLIP,
+        "size": [24, 24],
+        "crop_size": None,
+        "do_center_crop": None,
+        "do_rescale": None,
+        "rescale_factor": None,
+    },
+    "clip-crop-alone": {**CLIP, "do_resize": False},
+    "clip-square-of-a-number": {**CLIP, "size": 24, "default_to_square": True},
+    "clip-resized-out-of-shape": {**CLIP, "size": {"height": 31, "width": 40}},
+    "clip-one-mean": {**CLIP, "image_mean": 0.4, "image_std": 0.25},
+    "clip-raw": {**CLIP, "do_rescale": False},
+    "clip-no-crop": {**CLIP, "do_center_crop": False, "size": [24, 24]},
+    "clip-padded-batch": {**CLIP, "do_pad": True},
+    "clip-pil-name": {**CLIP, "image_processor_type": "CLIPImageProcessorPil"},
+    "feature-extractor": {
+        **{key: value for key, value in CLIP.items() if key != "image_processor_type"},
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "size": 24,
+        "crop_size": 24,
+    },
+    "llava": {**CLIP, "image_processor_type": "LlavaImageProcessor"},
+    "llava-padded": {**CLIP, "image_processor_type": "LlavaImageProcessor", "do_pad": True},
+    "llava-padded-defaults": {
+        "image_processor_type": "LlavaImageProcessorFast",
+        "do_pad": True,
+        "size": [24, 24],
+        "do_center_crop": False,
+    },
     "idefics3": IDEFICS3,
+    "idefics3-defaults": {"image_processor_type": "Idefics3ImageProcessor"},
+    "smolvlm-defaults": {"image_processor_type": "SmolVLMImageProcessorFast"},
+    "idefics3-one-step": {**IDEFICS3, "do_resize": False},
+    "idefics3-square-first": {**IDEFICS3, "size": {"height": 50, "width": 33}},
+    "idefics3-int-size": {**IDEFICS3, "size": 31, "do_pad": False},
     "idefics3-larger-than-limit": {**IDEFICS3, "size": {"longest_edge": 4100}},
     "idefics3-tiles-configured": {**IDEFICS3, "do_image_splitting": True},
 }
+LARGE = {name for name in CONFIGS if name.endswith(("-defaults", "-larger-than-limit"))}
 MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr", "HSV", "1", "I;16", "I", "F")
 
 
@@ -63,8 +107,14 @@ def processors(tmp_path_factory: pytest.TempPathFactory):
     for name, config in CONFIGS.items():
         folder = tmp_path_factory.mktemp(name)
         write_json(folder / "preprocessor_config.json", config)
-        loaded[name] = AutoImageProcessor.from_pretrained(folder)
+        loaded[name] = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return loaded
+
+
+def preprocessor(name: str) -> ImagePreprocessor:
+    """Ours of each config."""
+    family = "idefics3" if name.startswith(("idefics3", "smolvlm")) else "llava"
+    return ImagePreprocessor.from_config(CONFIGS[name], Path("c"), family=family)
 
 
 def reference(processor, image: Image.Image) -> np.ndarray:
@@ -83,17 +133,17 @@ def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
     return source.convert(mode)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     mode=st.sampled_from(MODES),
     width=st.integers(1, 90),
     height=st.integers(1, 90),
     seed=st.integers(0, 999),
 )
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"idefics3-larger-than-limit"}))
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - LARGE))
 def test_equal_to_hugging_face_bit_for_bit(processors, name, mode, width, height, seed):
     image = picture(mode, width, height, seed)
-    found = ImagePreprocessor.from_config(CONFIGS[name], Path("c")).pixels(image)
+    found = preprocessor(name).pixels(image)
     assert found.dtype == np.float32
     assert np.array_equal(found, reference(processors[name], image))
 
@@ -102,7 +152,7 @@ def test_equal_to_hugging_face_bit_for_bit(processors, name, mode, width, height
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (1000, 2), (640, 480), (241, 1023)])
 def test_equal_at_uncommon_sizes(processors, name, size):
     image = picture("RGB", *size, seed=7)
-    found = ImagePreprocessor.from_config(CONFIGS[name], Path("c")).pixels(image)
+    found = preprocessor(name).pixels(image)
     assert np.array_equal(found, reference(processors[name], image))
 
 
@@ -139,12 +189,29 @@ def test_empty_picture_is_an_error():
     ("change", "message"),
     [
         ({"image_processor_type": "ViTImageProcessor"}, "'ViTImageProcessor' is not supported"),
-        ({"do_resize": False}, "do_resize must be true"),
         ({"do_center_crop": False}, "do_center_crop must be true"),
-        ({"size": {"max_height": 3}}, "neither a shortest_edge nor a square"),
-        ({"size": {"height": 3, "width": 4}}, "neither a shortest_edge nor a square"),
-        ({"crop_size": {"height": 3, "width": 4}}, "is not square"),
-        ({"resample": 77}, "77"),
+        ({"do_resize": False, "do_center_crop": False}, "do_resize must be true without"),
+        ({"size": {"max_height": 3, "max_width": 3}}, "size names max_height and max_width"),
+        ({"size": {"shortest_edge": 3, "longest_edge": 4}}, "size names shortest_edge and"),
+        ({"size": {"height": 3, "width": 4}, "do_center_crop": False}, "size must be a square"),
+        ({"size": {}}, "size names nothing"),
+        ({"size": [24]}, "size must have two numbers"),
+        ({"size": "24"}, "size: must be"),
+        ({"size": 0}, "size must be between 1 and"),
+        ({"size": {"shortest_edge": 10**9}}, "size must be between 1 and"),
+        ({"crop_size": {"height": 3, "width": 4}}, "crop_size must be a square"),
+        ({"size": None}, "size must not be null"),
+        ({"resample": None}, "resample must not be null"),
+        ({"image_mean": None}, "image_mean must not be null"),
+        ({"do_resize": None, "do_center_crop": False}, "do_resize must be true without"),
+        ({"pad_size": 32}, "pad_size is not supported"),
+        ({"resample": 77}, "resample is 77"),
+        ({"resample": "bicubic"}, "resample: must be"),
+        ({"do_resize": "yes"}, "do_resize: must be"),
+        ({"image_mean": [0.5]}, "image_mean must have 3 numbers"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "image_std must not be 0"),
+        ({"input_data_format": "channels_last"}, "input_data_format must be channels_first"),
+        ({"image_processor_type": "Idefics3ImageProcessor"}, "not supported for llava"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(change, message):

@@ -1,0 +1,351 @@
+"""Image settings: what a folder's image processor is told, as stock transformers resolves it.
+
+Which file counts, what a missing value stands for and how a size may be written are the library's
+rules (its Pillow backend). The checkpoint side asks them what it is about to lose, the runtime
+turns pictures into pixels by them. Whatever the runtime could not follow exactly is refused here,
+by the name of the setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketvlm.errors import BundleError, PocketVLMError
+from pocketvlm.json_io import DecodeError, decode, read_json
+
+__all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
+
+ImageKind = Literal["clip", "llava", "siglip", "idefics3"]
+
+_KINDS: dict[str, ImageKind] = {
+    "CLIPImageProcessor": "clip",
+    "LlavaImageProcessor": "llava",
+    "SiglipImageProcessor": "siglip",
+    "Idefics3ImageProcessor": "idefics3",
+    "SmolVLMImageProcessor": "idefics3",
+}
+_FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
+    "llava": ("llava", "clip", "siglip"),
+    "idefics3": ("idefics3",),
+}
+"""Kinds that a family's processor works with; the first is the one without any type."""
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_RESAMPLING = range(6)
+_CHANNELS = 3
+_LARGEST = 2**14
+
+Size = int | tuple[int, ...] | Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """Settings of an image processor, every one resolved.
+
+    Attributes:
+        kind: Which pipeline it is.
+        where: The file that they stand in.
+        size: What pictures are resized to: `height` and `width`, `shortest_edge` or
+            `longest_edge`; the first of two steps for the Idefics3 kind.
+        crop_size: `height` and `width` that are cut out of the middle.
+        max_image_size: `longest_edge`, the side of the Idefics3 kind's tiles.
+        resample: Number of Pillow's filter.
+        image_mean: One per channel.
+        image_std: Likewise.
+    """
+
+    kind: ImageKind
+    where: Path
+    size: Mapping[str, int]
+    crop_size: Mapping[str, int]
+    max_image_size: Mapping[str, int]
+    resample: int
+    do_resize: bool
+    do_center_crop: bool
+    do_pad: bool
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    do_convert_rgb: bool
+    do_image_splitting: bool
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of every picture that comes out."""
+        if self.kind == "idefics3":
+            return self.max_image_size["longest_edge"]
+        if self.do_center_crop:
+            return self.crop_size["height"]
+        return self.size["height"]
+
+    def hold_side(
+        self, side: int, taker: str, *, error: type[PocketVLMError] = BundleError
+    ) -> None:
+        """Refuses settings that make pictures of another size than is taken.
+
+        Args:
+            side: Pixels along one side that are taken.
+            taker: What takes them, for the message.
+            error: What is raised.
+
+        Raises:
+            PocketVLMError: `error`.
+        """
+        if self.side != side:
+            raise error(
+                f"{self.where}: makes pictures of {self.side} x {self.side}, but {taker} takes "
+                f"{side} x {side}"
+            )
+
+    def notes(self) -> list[str]:
+        """Settings that are not followed, for a plan and a report."""
+        notes = []
+        if self.do_image_splitting:
+            notes.append(
+                f"{self.where.name}: do_image_splitting is not followed: each picture is one tile "
+                f"of {self.side} x {self.side}, where the model's own processor splits large "
+                "pictures into several, at several times the visual tokens"
+            )
+        if not self.do_convert_rgb:
+            notes.append(
+                f"{self.where.name}: do_convert_rgb is false and not followed: pictures that are "
+                "not RGB are converted, where the model's own processor fails"
+            )
+        return notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Settings as a file states them; `None` for what it leaves out."""
+
+    size: Size | None = None
+    default_to_square: bool | None = None
+    crop_size: Size | None = None
+    pad_size: Size | None = None
+    max_image_size: Mapping[str, int] | None = None
+    resample: int | None = None
+    do_resize: bool | None = None
+    do_center_crop: bool | None = None
+    do_pad: bool | None = None
+    do_rescale: bool | None = None
+    rescale_factor: float | None = None
+    do_normalize: bool | None = None
+    image_mean: float | tuple[float, ...] | None = None
+    image_std: float | tuple[float, ...] | None = None
+    do_convert_rgb: bool | None = None
+    do_image_splitting: bool | None = None
+    data_format: str | None = None
+    input_data_format: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Defaults:
+    """Attributes of the library's class of a kind."""
+
+    size: Mapping[str, int]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: int = 3
+    do_center_crop: bool = False
+    do_image_splitting: bool = False
+    crop_size: Mapping[str, int] = field(default_factory=dict)
+    default_to_square: bool = False
+
+
+_EDGE, _SQUARE = {"shortest_edge": 224}, {"height": 224, "width": 224}
+_CLIP = _Defaults(
+    size=_EDGE, mean=_CLIP_MEAN, std=_CLIP_STD, do_center_crop=True, crop_size=_SQUARE
+)
+_DEFAULTS: dict[ImageKind, _Defaults] = {
+    "clip": _CLIP,
+    "llava": _CLIP,
+    "siglip": _Defaults(size=_SQUARE),
+    "idefics3": _Defaults(
+        size={"longest_edge": 4 * 364}, resample=1, do_image_splitting=True, default_to_square=True
+    ),
+}
+_TILE = {"longest_edge": 364}
+
+
+def read_image_settings(
+    path: Path, family: str, *, error: type[PocketVLMError] = BundleError
+) -> ImageSettings:
+    """Reads the image processor's settings of a folder.
+
+    They stand in processor_config.json under `image_processor`, else in preprocessor_config.json.
+
+    Args:
+        path: A model's folder or a bundle's.
+        family: The model's family, which says what a file without a type means.
+        error: What is raised.
+
+    Raises:
+        PocketVLMError: `error`, with one line: they are missing, of an unknown kind, or hold a
+            setting that the runtime cannot follow.
+    """
+    nested = path / "processor_config.json"
+    if nested.is_file():
+        config = read_json(nested, error=error).get("image_processor")
+        if config is not None:
+            return parse_image_settings(config, nested, family, error=error)
+    own = path / "preprocessor_config.json"
+    if own.is_file():
+        return parse_image_settings(read_json(own, error=error), own, family, error=error)
+    raise error(f"{path}: preprocessor_config.json (or processor_config.json) is missing")
+
+
+def parse_image_settings(
+    config: Any, where: Path, family: str, *, error: type[PocketVLMError] = BundleError
+) -> ImageSettings:
+    """Resolves the settings of one document; `read_image_settings` has the arguments."""
+    if not isinstance(config, Mapping):
+        raise error(f"{where}: image_processor must be an object")
+    kind = _read_kind(config, where, family, error)
+    try:
+        return _check(_resolve(kind, where, decode(_Settings, _without_nulls(config))), config)
+    except DecodeError as fault:
+        raise error(f"{where}: {fault}") from fault
+
+
+def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a document; a null is what the library's code makes of it, no default."""
+    settings: dict[str, Any] = {}
+    for item in fields(_Settings):
+        value = config.get(item.name)
+        if value is not None:
+            settings[item.name] = value
+        elif item.name in config and item.type == "bool | None":
+            settings[item.name] = False
+    return settings
+
+
+def _read_kind(
+    config: Mapping[str, Any], where: Path, family: str, error: type[PocketVLMError]
+) -> ImageKind:
+    kinds = _FAMILY_KINDS[family]
+    name = config.get("image_processor_type")
+    if name is None and config.get("feature_extractor_type") is not None:
+        name = str(config["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")
+    if name is None:
+        return kinds[0]
+    kind = _KINDS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
+    if kind is None or kind not in kinds:
+        supported = ", ".join(known for known, one in _KINDS.items() if one in kinds)
+        raise error(
+            f"{where}: image_processor_type {name!r} is not supported for {family}; supported are "
+            f"{supported}"
+        )
+    return kind
+
+
+def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
+    default = _DEFAULTS[kind]
+    square = _or(stated.default_to_square, default.default_to_square)
+    if kind == "llava" and stated.do_pad and isinstance(stated.image_mean, float):
+        raise DecodeError("image_mean must be a list where do_pad is true: it colours the border")
+    if stated.pad_size is not None:
+        raise DecodeError("pad_size is not supported; leave it out")
+    for name in ("data_format", "input_data_format"):
+        if getattr(stated, name) not in (None, "channels_first"):
+            raise DecodeError(f"{name} must be channels_first or left out")
+    return ImageSettings(
+        kind=kind,
+        where=where,
+        size=_size("size", stated.size, default.size, is_square=square),
+        crop_size=_size("crop_size", stated.crop_size, default.crop_size, is_square=True),
+        max_image_size=_or(stated.max_image_size, _TILE),
+        resample=_or(stated.resample, default.resample),
+        do_resize=stated.do_resize is not False,
+        do_center_crop=_or(stated.do_center_crop, default.do_center_crop),
+        # Other kinds pad a batch to one size, which a picture of its own has already.
+        do_pad=kind == "llava" and stated.do_pad is True,
+        do_rescale=stated.do_rescale is not False,
+        rescale_factor=_or(stated.rescale_factor, 1 / 255),
+        do_normalize=stated.do_normalize is not False,
+        image_mean=_channels("image_mean", _or(stated.image_mean, default.mean)),
+        image_std=_channels("image_std", _or(stated.image_std, default.std)),
+        do_convert_rgb=stated.do_convert_rgb is not False,
+        do_image_splitting=kind == "idefics3"
+        and _or(stated.do_image_splitting, default.do_image_splitting),
+    )
+
+
+def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
+    """Refuses what does not end in a square of one size."""
+    for name, is_used in (
+        ("size", settings.do_resize),
+        ("resample", settings.do_resize or settings.kind == "idefics3"),
+        ("crop_size", settings.do_center_crop),
+        ("max_image_size", settings.kind == "idefics3"),
+        ("rescale_factor", settings.do_rescale),
+        ("image_mean", settings.do_normalize or settings.do_pad),
+        ("image_std", settings.do_normalize),
+    ):
+        if is_used and name in config and config[name] is None:
+            raise DecodeError(f"{name} must not be null; leave it out for the class's default")
+    if settings.resample not in _RESAMPLING:
+        raise DecodeError(f"resample is {settings.resample}; allowed are 0 to 5, Pillow's filters")
+    if settings.do_normalize and 0 in settings.image_std:
+        raise DecodeError("image_std must not be 0")
+    for name in ("size", "crop_size", "max_image_size"):
+        if any(not 0 < edge <= _LARGEST for edge in getattr(settings, name).values()):
+            raise DecodeError(f"{name} must be between 1 and {_LARGEST}")
+    size, crop = settings.size, settings.crop_size
+    if settings.kind == "idefics3":
+        if set(settings.max_image_size) != {"longest_edge"}:
+            raise DecodeError("max_image_size must name longest_edge")
+        if settings.do_resize and set(size) not in ({"longest_edge"}, {"height", "width"}):
+            raise DecodeError(
+                f"size names {_keys(size)}; allowed are longest_edge, height and width"
+            )
+        return settings
+    if settings.do_resize and set(size) not in ({"shortest_edge"}, {"height", "width"}):
+        raise DecodeError(f"size names {_keys(size)}; allowed: shortest_edge, height and width")
+    if settings.do_center_crop:
+        if set(crop) != {"height", "width"} or crop["height"] != crop["width"]:
+            raise DecodeError("crop_size must be a square: the vision graph has one size")
+        return settings
+    if not settings.do_resize:
+        raise DecodeError("do_resize must be true without do_center_crop: pictures need one size")
+    if set(size) != {"height", "width"}:
+        raise DecodeError("do_center_crop must be true where size is a shortest_edge")
+    if size["height"] != size["width"]:
+        raise DecodeError("size must be a square without do_center_crop")
+    return settings
+
+
+def _or(stated: Any, default: Any) -> Any:
+    return default if stated is None else stated
+
+
+def _keys(size: Mapping[str, int]) -> str:
+    return " and ".join(size) or "nothing"
+
+
+def _size(
+    name: str, stated: Size | None, default: Mapping[str, int], *, is_square: bool
+) -> Mapping[str, int]:
+    """A size as a dictionary: a number alone is a square's side or the shortest edge."""
+    if stated is None:
+        return default
+    if isinstance(stated, int):
+        return {"height": stated, "width": stated} if is_square else {"shortest_edge": stated}
+    if isinstance(stated, Mapping):
+        return stated
+    if len(stated) != 2:  # noqa: PLR2004  (height and width)
+        raise DecodeError(f"{name} must have two numbers, height and width")
+    return {"height": stated[0], "width": stated[1]}
+
+
+def _channels(name: str, stated: float | tuple[float, ...]) -> tuple[float, ...]:
+    if isinstance(stated, int | float):
+        return (float(stated),) * _CHANNELS
+    if len(stated) != _CHANNELS:
+        raise DecodeError(f"{name} must have {_CHANNELS} numbers")
+    return stated
