@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pocketvlm.storage import naming_faults
 
-__all__ = ["recover", "replace_directory", "replace_file"]
+__all__ = ["recover", "replace_directory", "replace_file", "take_place"]
 
 if sys.platform != "win32":
     import fcntl
@@ -77,6 +77,15 @@ def replace_directory(path: Path) -> Iterator[Path]:
                 _put(aside, path)
         finally:
             _remove(aside)
+
+
+def take_place(folder: Path, path: Path) -> None:
+    """Puts a finished folder of the same disk in the place of another, in one step.
+
+    What was there before, if anything, lies where the folder was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _put(folder, path)
 
 
 def recover(path: Path) -> None:

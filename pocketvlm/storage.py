@@ -45,10 +45,11 @@ def describe_fault(error: BaseException, folder: Path | None = None) -> str | No
         if isinstance(link, OSError) and link.errno in _NUMBERS:
             where = f"{os.fsdecode(link.filename)}: " if link.filename else ""
             return f"{where}{link.strerror}"
-        words = _WORDS.search(str(link))
+        text = _text(link)
+        words = _WORDS.search(text)
         if words is not None:
             return words.group()
-        if _WRITER.search(str(link)):
+        if _WRITER.search(text):
             return "a file could not be written whole"
     is_known = isinstance(error, PocketVLMError) and not isinstance(error, ExportError)
     return "No space left on device" if folder and not is_known and is_full(folder) else None
@@ -82,6 +83,13 @@ def naming_faults(folder: Path) -> Iterator[None]:
             raise
         where = "" if str(folder) in fault else f"{folder}: "
         raise StorageError(f"{where}{fault}; nothing that was there before is lost") from error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  (its own `__str__` is a library's code)
+        return ""
 
 
 def _chain(error: BaseException) -> list[BaseException]:

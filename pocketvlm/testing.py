@@ -20,6 +20,7 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.foreign_code import ATTENTION
 from pocketvlm.modelspec import ModelSpec
+from pocketvlm.publish import replace_directory
 
 __all__ = ["SHAPES", "tiny_config", "write_random_model", "write_shape"]
 
@@ -131,7 +132,8 @@ def write_shape(name: str, path: Path, *, seed: int = 0) -> Path:
     if name not in SHAPES:
         raise CheckpointError(f"shape {name!r} is not known; there are {', '.join(SHAPES)}")
     if not (path / "config.json").is_file():
-        write_random_model(SHAPES[name], path, seed=seed)
+        with replace_directory(path) as folder:
+            write_random_model(SHAPES[name], folder, seed=seed)
     return path
 
 

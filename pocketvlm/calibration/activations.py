@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ class ActivationStore:
         self._free = budget
         self._held: list[Tensor | None] = []
         self._places: list[tuple[int, tuple[int, ...]]] = []
-        self._file: IO[bytes] | None = None
+        self._file: io.RawIOBase | None = None
         self._end = 0
 
     def __len__(self) -> int:
@@ -48,7 +50,12 @@ class ActivationStore:
         offset, shape = self._places[index]
         self._file.seek(offset)
         values = np.empty(shape, dtype=np.float32)
-        self._file.readinto(values.data)  # type: ignore[attr-defined]  # every binary file has it
+        left = values.reshape(-1).view(np.uint8).data
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise OSError(errno.EIO, "an activation file ends too early", str(self._folder))
+            left = left[count:]
         return torch.from_numpy(values)
 
     def __setitem__(self, index: int, batch: Tensor) -> None:
@@ -106,7 +113,10 @@ class ActivationStore:
 
     def _write(self, offset: int, batch: Tensor) -> None:
         if self._file is None:
-            # Closed, and thereby deleted, by `close`.
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+            # Closed, and thereby deleted, by `close`. On a full disk, a buffer would fail once more
+            # when it is closed.
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         self._file.seek(offset)
-        self._file.write(batch.contiguous().numpy().data)
+        left = batch.contiguous().numpy().reshape(-1).view(np.uint8).data
+        while left:
+            left = left[self._file.write(left) :]

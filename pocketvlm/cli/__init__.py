@@ -1,7 +1,20 @@
-"""The command line: parse, call the API, print. The only place that prints and draws progress."""
+"""The command line: parse, call the API, print. The only place that prints and draws progress.
+
+Importing it imports no library: an interrupt is answered from the first moment.
+"""
 
 from __future__ import annotations
 
-from pocketvlm.cli.app import app, main
+__all__ = ["main"]
 
-__all__ = ["app", "main"]
+
+def main() -> None:
+    """Entry point: every failure is one line and an exit code."""
+    from pocketvlm.child_process import end_with_parent
+    from pocketvlm.cli.interrupts import install
+
+    install()
+    end_with_parent()
+    from pocketvlm.cli.app import run
+
+    run()

@@ -16,7 +16,7 @@ from pocketvlm import __version__
 from pocketvlm.cli import judging, making, measuring
 from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run"]
 
 app = typer.Typer(
     name="pocketvlm",
@@ -43,8 +43,8 @@ app.command(name="verify-coreml")(judging.verify_coreml)
 app.command()(making.demo)
 
 
-def main() -> None:
-    """Entry point: every failure is one line and an exit code."""
+def run() -> None:
+    """Runs what the process was started with, and ends the process."""
     arguments, shows_traceback = take_traceback_flag(sys.argv[1:])
     sys.exit(run_to_exit_code(lambda: _run(arguments), shows_traceback=shows_traceback))
 
@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> object:
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    traceback: Annotated[  # noqa: ARG001  (`main` takes it from anywhere; --help shows it here)
+    traceback: Annotated[  # noqa: ARG001  (`run` takes it from anywhere; --help shows it here)
         bool,
         typer.Option("--traceback", help="Show where a failure came from; with every command."),
     ] = False,

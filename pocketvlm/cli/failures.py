@@ -20,12 +20,13 @@ import typer
 
 import pocketvlm
 from pocketvlm.cli.console import say
+from pocketvlm.cli.interrupts import announce, is_interrupted
 from pocketvlm.errors import InputError, PocketVLMError
+from pocketvlm.storage import describe_fault
 
 __all__ = [
     "BROKEN_PIPE",
     "FAULT",
-    "INTERRUPTED",
     "WRONG_INPUT",
     "check_arguments",
     "run_to_exit_code",
@@ -35,8 +36,6 @@ __all__ = [
 WRONG_INPUT = 2
 FAULT = 70
 """EX_SOFTWARE of sysexits.h: a fault of this package."""
-INTERRUPTED = 130
-"""128 + SIGINT."""
 BROKEN_PIPE = 141
 """128 + SIGPIPE: whoever read the output stopped reading, as `head` does."""
 
@@ -88,15 +87,15 @@ def run_to_exit_code(command: Callable[[], object], *, shows_traceback: bool = F
 
 def _end(error: BaseException) -> int:
     """Says what failed, in one line; returns the exit code."""
+    # Whatever a library made of it, it is the signal that ended the command.
+    if is_interrupted() or isinstance(error, KeyboardInterrupt | typer.Abort):
+        return announce()
     if isinstance(error, PocketVLMError):
         return _fail(str(error), error.exit_code)
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else _fail(str(error.code or ""), 1)
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        say("interrupted; the same command goes on where this one stopped")
-        return INTERRUPTED
     if isinstance(error, typer.TyperException):
         return _fail_usage(error)
     if isinstance(error, BrokenPipeError):
@@ -108,6 +107,9 @@ def _end(error: BaseException) -> int:
         )
     if isinstance(error, OSError):
         return _fail(_describe_system_error(error), WRONG_INPUT)
+    full_disk = describe_fault(error)
+    if full_disk is not None:
+        return _fail(f"{full_disk}; nothing that was there before is lost", WRONG_INPUT)
     return _fail(
         f"this is a fault of pocketvlm: {_words(error)}{_place(error)}; run the same command with "
         f"{_FLAG} and report what it prints",

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pocketvlm.cli.console import command_line, print_json, print_summary, quiet_libraries, say
+from pocketvlm.cli.interrupts import unwound_interrupts
 from pocketvlm.cli.options import (
     MAX_QUESTIONS,
     JsonOption,
@@ -123,7 +124,8 @@ def convert(
     from pocketvlm.pipeline.sources import load_checkpoint, resolve_model
     from pocketvlm.save_layout import save_layout
 
-    saved = save_layout(load_checkpoint(resolve_model(checkpoint)), out, layout=layout)
+    with unwound_interrupts():
+        saved = save_layout(load_checkpoint(resolve_model(checkpoint)), out, layout=layout)
     say(f"{layout:<8} {len(saved.quantized)} layers quantized, {len(saved.dense)} float")
     say(f"size     {saved.weight_bytes / 1e6:.2f} MB")
     for note in saved.notes:

@@ -1,23 +1,25 @@
-"""Progress bars, and an interrupt that no library swallows."""
+"""Progress bars."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from pocketvlm.cli.interrupts import unwound_interrupts
 
 if TYPE_CHECKING:
     from pocketvlm.context import Progress, ProgressCallback
 
-__all__ = ["noticed_interrupts", "show_progress"]
+__all__ = ["show_progress"]
 
 
 @contextmanager
 def show_progress() -> Iterator[ProgressCallback]:
-    """A progress bar a task on stderr; plain silence where stderr is no terminal."""
+    """A progress bar per task on stderr; plain silence where stderr is no terminal.
+
+    Inside, an interrupt unwinds the command instead of ending it at once.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -47,28 +49,5 @@ def show_progress() -> Iterator[ProgressCallback]:
             tasks[step.task] = bars.add_task(step.task, total=step.total or None, note="")
         bars.update(tasks[step.task], completed=step.done, note=step.note)
 
-    with bars, noticed_interrupts() as raise_if_interrupted:
+    with bars, unwound_interrupts() as raise_if_interrupted:
         yield on_progress
-
-
-@contextmanager
-def noticed_interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C that hits a finalizer is printed and forgotten by Python; here the next step stops."""
-    noticed: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        noticed.append(number)
-        signal.default_int_handler(number, frame)
-
-    def raise_if_interrupted() -> None:
-        if noticed:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield raise_if_interrupted
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield raise_if_interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)

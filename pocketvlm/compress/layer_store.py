@@ -1,18 +1,14 @@
-"""Finished layers of a run, kept on disk so that a run that was killed goes on behind them."""
+"""Finished layers of a run, kept on disk so that a run that was killed goes on after them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
+from pocketvlm.compress.scratch import find_tensors, keep_tensors
 from pocketvlm.weights import FORMS, WeightForm
 
 __all__ = ["FinishedLayer", "LayerStore"]
@@ -40,34 +36,26 @@ class LayerStore:
 
     def load(self, name: str) -> FinishedLayer | None:
         """The finished layer, or `None` where it has to be made."""
-        if self._folder is None:
+        found = None if self._folder is None else find_tensors(self._path(self._folder, name))
+        if found is None:
             return None
-        path = self._path(self._folder, name)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
-                document = json.loads(file.metadata()["layer"])
-            kind = next(form for form in FORMS if form.kind == document["form"]["kind"])
-            return FinishedLayer(
-                form=kind.from_tensors(tensors, document["form"]), row=document["row"]
-            )
-        except (SafetensorError, OSError, KeyError, ValueError, StopIteration):
-            # A disk that lost power keeps names without content: the layer is made again.
-            return None
+        tensors, document = found
+        kinds = {form.kind: form for form in FORMS}
+        return FinishedLayer(
+            form=kinds[document["form"]["kind"]].from_tensors(tensors, document["form"]),
+            row=document["row"],
+        )
 
     def save(self, name: str, layer: FinishedLayer) -> None:
-        """Writes a layer aside, flushes it and renames it into place."""
+        """Writes a layer aside, flushes it and renames it into place.
+
+        Raises:
+            StorageError: The disk is full.
+        """
         if self._folder is None:
             return
-        path = self._path(self._folder, name)
-        aside = path.with_suffix(".partial")
         document = {"form": layer.form.to_metadata(), "row": dict(layer.row)}
-        save_file(layer.form.to_tensors(), aside, metadata={"layer": json.dumps(document)})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        keep_tensors(self._path(self._folder, name), layer.form.to_tensors(), document)
 
     @staticmethod
     def _path(folder: Path, name: str) -> Path:

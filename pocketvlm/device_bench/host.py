@@ -6,9 +6,7 @@ is a `Failure` with a reason, because a measurement that failed belongs into the
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pocketvlm.child_process import start_child
 from pocketvlm.device_bench.worker import WORKER_SCHEMA
 
 __all__ = ["Failure", "HostTransport", "Transport"]
@@ -57,28 +56,19 @@ class HostTransport(Transport):
 
     def run(self, job: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any] | Failure:
         """Runs one job in a child process, and kills all of it when the time is up."""
-        process = subprocess.Popen(  # noqa: S603  (our own program)
+        with start_child(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            out, err = process.communicate(
-                json.dumps({"schema": WORKER_SCHEMA, **job}), timeout=timeout_s
-            )
-        except subprocess.TimeoutExpired:
-            return Failure(reason=f"no result within {timeout_s:g} s")
-        finally:
-            # On success the group is gone; on a timeout or Ctrl-C its children go with it.
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+            start_new_session=True,  # on a timeout or Ctrl-C its own children go with it
+        ) as process:
+            try:
+                out, err = process.communicate(
+                    json.dumps({"schema": WORKER_SCHEMA, **job}), timeout=timeout_s
+                )
+            except subprocess.TimeoutExpired:
+                return Failure(reason=f"no result within {timeout_s:g} s")
         return read_result(out, err, process.returncode)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from pocketvlm.child_process import end_with_parent
 from pocketvlm.device_bench.bandwidth import last_level_cache_bytes, memory_read_bytes_s
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.workload import Workload
@@ -64,6 +65,7 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Reads the job, does it, and prints its document as the last line."""
+    end_with_parent()
     # Native libraries write to descriptor 1 whenever they like: they get stderr, and the result
     # line gets the only way out.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:

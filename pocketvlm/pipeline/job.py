@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
-from pocketvlm.errors import PocketVLMError
+from pocketvlm.pipeline.float_baseline import make_float_baseline
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import RunResult, run
 from pocketvlm.pipeline.sources import (
@@ -21,6 +19,7 @@ from pocketvlm.pipeline.sources import (
     resolve_model,
     select_targets,
 )
+from pocketvlm.publish import replace_file
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.questions import generate_examples
 from pocketvlm.runtime.conversation import Conversation
@@ -97,7 +96,7 @@ class Job:
             ctx=ctx,
             evaluation=self._evaluation(is_reference=is_reference),
             workload=load_workload("vlm") if self.bench else None,
-            baseline=(lambda: _float_bundle(path, out, ctx)) if wants_baseline else None,
+            baseline=(lambda: make_float_baseline(path, out, ctx)) if wants_baseline else None,
             command=self.command,
         )
 
@@ -105,7 +104,8 @@ class Job:
         """Asks the finished bundle about one held-out scene, whose picture is kept beside it."""
         example = next(generate_examples(7, 1, split="evaluation"))
         picture = result.out / "scene.png"
-        example.image.save(picture)
+        with replace_file(picture) as aside:
+            example.image.save(aside, format="PNG")
         conversation = Conversation(Bundle.open(result.out / "bundle"))
         answer = conversation.ask(example.question, image=picture)
         return SceneAnswer(
@@ -118,27 +118,3 @@ class Job:
     def _evaluation(self, *, is_reference: bool) -> CalibrationSet | None:
         data = self.data or ("reference:1" if is_reference else "none")
         return None if data == "none" else load_evaluation(data, self.n)
-
-
-def _float_bundle(model: Path, out: Path, ctx: RunContext) -> Path:
-    """The float32 export of the same model: what the compressed bundle is timed against.
-
-    It is made in a process of its own, so that its memory is not counted as that of the job.
-
-    Raises:
-        PocketVLMError: The export failed; the message is the other process's.
-    """
-    folder = out.with_name(out.name + "-float")
-    if (folder / "bundle" / "manifest.json").is_file():
-        return folder / "bundle"
-    ctx.report("float32 baseline", 0, 1)
-    command = [
-        *(sys.executable, "-m", "pocketvlm", "compress", str(model), "--recipe", "float"),
-        *("--out", str(folder), "--no-bench", "--data", "none", "--threads", str(ctx.threads)),
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (our own program)
-    if finished.returncode != 0:
-        last = finished.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
-        raise PocketVLMError(f"the float32 baseline could not be exported: {last}")
-    ctx.report("float32 baseline", 1, 1)
-    return folder / "bundle"

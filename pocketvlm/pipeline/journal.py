@@ -1,107 +1,225 @@
 """What a run remembers of itself, so that a killed one goes on where it stopped.
 
-A run directory belongs to one model, one recipe and one calibration set; their joint digest is its
-key. Stage i has a key of its own, which also covers the stages before it: the checkpoint that it
-finished, and the layers of one that it did not, lie in a folder of that name.
+A run folder belongs to one run; `run.json` says which. What an unfinished run needs lies in
+`.work`: a folder for each stage, named by its key, with the layers that are finished and, once it
+is done, its checkpoint. Everything there is kept with a digest. What is damaged, and what was made
+under other conditions, counts as not there and is made again; so no folder is ever stuck.
+`log.jsonl` is written for people and is never read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.errors import RecipeError
-from pocketvlm.json_io import read_json, write_json
+from pocketvlm.compress.scratch import find_document, keep_document
+from pocketvlm.errors import BundleError, RecipeError
+from pocketvlm.json_io import read_json
+from pocketvlm.pipeline.identity import RunIdentity
+from pocketvlm.pipeline.run_lock import hold_lock, refuse_if_held
+from pocketvlm.publish import recover
+from pocketvlm.signed_folder import sign_files
 
-__all__ = ["Journal", "stage_keys"]
+__all__ = ["Journal"]
 
-
-def stage_keys(source_sha256: str, calibration_sha256: str, stages: Sequence[Any]) -> list[str]:
-    """One key a stage; it changes with whatever that stage's result depends on.
-
-    Args:
-        source_sha256: Digest of the source weights.
-        calibration_sha256: Digest of the calibration set.
-        stages: The stages' parameters, as JSON values.
-    """
-    key = hashlib.sha256(f"{source_sha256} {calibration_sha256}".encode()).hexdigest()
-    keys = []
-    for stage in stages:
-        document = json.dumps(stage, sort_keys=True)
-        key = hashlib.sha256(f"{key} {document}".encode()).hexdigest()
-        keys.append(key)
-    return keys
+_MARKER = "run.json"
+_WORK = ".work"
+_PUBLISHED = ("checkpoint", "bundle", "float-baseline")
+_OWN = (
+    *(_MARKER, _WORK, *_PUBLISHED, "recipe.yaml", "log.jsonl"),
+    *("report.json", "report.html", "scene.png"),
+)
+_ASIDE = re.compile(
+    "(" + "|".join(map(re.escape, _OWN)) + r")(\.[0-9a-f]{8})?(\.retired)?\.partial"
+)
+_BEGINNING = b'{\n  "'
+_WORDS = (b'"key"', b'"what"', b'"sha256"', b'"model"')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """The memory of one run directory.
+    """The memory of one run folder.
 
     Attributes:
-        out: The run directory.
-        key: What it belongs to.
+        out: The run folder.
+        identity: What it belongs to.
     """
 
     out: Path
-    key: str
+    identity: RunIdentity
 
     @classmethod
-    def open(cls, out: Path, key: str, what: str) -> Journal:
-        """Opens a run directory, or starts one in an empty folder.
+    @contextmanager
+    def open(cls, out: Path, identity: RunIdentity, what: str) -> Iterator[Journal]:
+        """Opens a run folder, or starts one in an empty folder, and keeps other processes out.
+
+        Args:
+            out: The run folder.
+            identity: What the run is.
+            what: The same in words, for whoever finds the folder.
 
         Raises:
-            RecipeError: The folder holds something else, which is not touched.
+            RecipeError: The folder holds something else, which is not touched, or another process
+                is writing it.
         """
-        marker = out / "run.json"
-        if marker.is_file():
-            found = read_json(marker)
-            if found.get("key") != key:
-                raise RecipeError(
-                    f"{out}: holds another run ({found.get('what')}); choose another --out or "
-                    "remove it first"
-                )
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RecipeError(f"{out}: is not empty and holds no run; choose another --out")
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(marker, {"key": key, "what": what})
-        return cls(out=out, key=key)
+        _require_own(out, identity)
+        out.mkdir(parents=True, exist_ok=True)
+        with hold_lock(out / _WORK):
+            _require_own(out, identity)
+            for name in _PUBLISHED:
+                recover(out / name)
+            _sweep(out)
+            document = {"key": identity.key, "what": what, **asdict(identity)}
+            keep_document(out / _MARKER, document)
+            yield cls(out=out, identity=identity)
+
+    @staticmethod
+    def refuse_if_busy(out: Path) -> None:
+        """Asks, before anything is loaded, whether another process writes a run folder.
+
+        Raises:
+            RecipeError: One does.
+        """
+        refuse_if_held(out / _WORK)
 
     def stage_dir(self, stage_key: str) -> Path:
         """Where a stage keeps its finished layers, and its checkpoint once it is done."""
-        return self.out / ".work" / stage_key[:16]
+        return self.out / _WORK / stage_key[:16]
+
+    def finish_stage(self, stage_key: str, record: Mapping[str, Any]) -> None:
+        """Notes that a stage's checkpoint is whole, and what the stage's record says."""
+        folder = self.stage_dir(stage_key)
+        files = sign_files(folder / "checkpoint", ())
+        keep_document(
+            folder / "finished.json", {"key": stage_key, "files": files, "record": record}
+        )
+        self.log("stage", key=stage_key, record=record)
 
     def finished_checkpoint(self, stage_key: str) -> Path | None:
-        """The checkpoint that a stage finished in this or an earlier attempt."""
+        """The checkpoint that a stage finished in this or an earlier attempt, if it is whole."""
         path = self.stage_dir(stage_key) / "checkpoint"
-        return path if (path / "pocketvlm.json").is_file() else None
+        if not path.is_dir():
+            return None
+        note = find_document(path.with_name("finished.json"))
+        if note is None or note["key"] != stage_key:
+            return None
+        if sign_files(path, ()) != note["files"]:
+            self.log("damaged", stage=stage_key)
+            return None
+        return path
+
+    def stage_record(self, stage_key: str) -> Mapping[str, Any] | None:
+        """The record of the attempt that finished a stage, with its time and memory."""
+        note = find_document(self.stage_dir(stage_key) / "finished.json")
+        return None if note is None else dict(note["record"])
+
+    def keep(self, name: str, key: str, value: Mapping[str, Any]) -> None:
+        """Keeps a result of this run that is no stage's."""
+        keep_document(self.out / _WORK / f"{name}.json", {"key": key, "value": value})
+
+    def find(self, name: str, key: str) -> Mapping[str, Any] | None:
+        """What `keep` kept under the same key, if it is whole."""
+        found = find_document(self.out / _WORK / f"{name}.json")
+        return dict(found["value"]) if found is not None and found["key"] == key else None
 
     def log(self, event: str, **values: Any) -> None:
         """Appends one event to `log.jsonl`."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-
-    def last(self, event: str, **match: Any) -> Mapping[str, Any] | None:
-        """The last event of this name whose values include `match`; a torn line is passed over."""
-        file = self.out / "log.jsonl"
-        if not file.is_file():
-            return None
-        for line in reversed(file.read_text(encoding="utf-8").splitlines()):
-            try:
-                entry: dict[str, Any] = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the run was killed while it wrote this line
-            if entry.get("event") == event and all(entry.get(k) == v for k, v in match.items()):
-                return entry
-        return None
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n"
+        with (self.out / "log.jsonl").open("a+b") as stream:
+            if stream.tell():
+                stream.seek(-1, 2)
+                if stream.read(1) != b"\n":  # the run was killed while it wrote that line
+                    line = "\n" + line
+            stream.write(line.encode())
 
     def clean(self) -> None:
         """Removes what only an unfinished run needs."""
-        shutil.rmtree(self.out / ".work", ignore_errors=True)
+        shutil.rmtree(self.out / _WORK, ignore_errors=True)
+
+
+def _require_own(out: Path, identity: RunIdentity) -> None:
+    """Makes sure that a folder is this run's, or new.
+
+    One whose `run.json` is damaged is this run's where nothing in it says that it is another's.
+
+    Raises:
+        RecipeError: The folder holds something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RecipeError(f"{out}: is a file; --out is a folder")
+    names = {path.name for path in out.iterdir()}
+    marker = out / _MARKER
+    if _MARKER not in names:
+        # A run makes its lock first and `run.json` next, and may be killed in between.
+        has_lock = (out / _WORK / "lock").is_file()
+        foreign = [name for name in names if not (_ASIDE.fullmatch(name) or name in _OWN)]
+        if foreign or (names & set(_OWN) and not has_lock):
+            raise RecipeError(f"{out}: is not empty and holds no run; choose another --out")
+        _require_matching_results(out, identity)
+        return
+    found = find_document(marker)
+    if found is not None and {"key", "what", *asdict(identity)} <= found.keys():
+        if found["key"] == identity.key:
+            return
+        other = [name for name, value in asdict(identity).items() if found[name] != value]
+        differing = [name for name in other if name != "weights"]
+        raise RecipeError(
+            f"{out}: holds another run ({found['what']}), of another {' and '.join(differing)}; "
+            "choose another --out or remove it first"
+        )
+    if not _was_ours(marker) and not (out / _WORK / "lock").is_file():
+        raise RecipeError(
+            f"{out}: holds a {_MARKER} that is not of a run of pocketvlm; choose another --out"
+        )
+    _require_matching_results(out, identity)
+
+
+def _was_ours(marker: Path) -> bool:
+    """Whether a `run.json` that cannot be read was written here: torn, emptied, or one bit off."""
+    try:
+        content = marker.read_bytes()[:4096]
+    except OSError:
+        return False
+    is_torn = _BEGINNING.startswith(content[: len(_BEGINNING)])
+    return not content.strip(b"\0") or is_torn or any(word in content for word in _WORDS)
+
+
+def _require_matching_results(out: Path, identity: RunIdentity) -> None:
+    """Makes sure that no results of another run are replaced where `run.json` cannot tell."""
+    expected = {
+        "checkpoint/pocketvlm.json": {"source.sha256": identity.weights},
+        "bundle/manifest.json": {
+            "source_sha256": identity.weights,
+            "recipe_sha256": identity.recipe,
+        },
+    }
+    for name, digests in expected.items():
+        try:
+            document = read_json(out / name)
+        except BundleError:
+            continue  # nothing is there, or it is damaged as well
+        for key, digest in digests.items():
+            value: Any = document
+            for step in key.split("."):
+                value = value.get(step) if isinstance(value, Mapping) else None
+            if isinstance(value, str) and value != digest:
+                raise RecipeError(
+                    f"{out}: holds another run, whose {_MARKER} is damaged; choose another --out "
+                    "or remove it first"
+                )
+
+
+def _sweep(out: Path) -> None:
+    """Removes what attempts that were killed left half written."""
+    for path in out.iterdir():
+        if _ASIDE.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)

@@ -20,12 +20,21 @@ from pocketvlm.device_bench.workload import Workload
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.json_io import write_json
 from pocketvlm.pipeline.assemble import build_bundle
-from pocketvlm.pipeline.journal import Journal, stage_keys
+from pocketvlm.pipeline.identity import (
+    RunIdentity,
+    conditions,
+    model_sha256,
+    stage_keys,
+    stage_settings,
+)
+from pocketvlm.pipeline.journal import Journal
 from pocketvlm.pipeline.sources import load_checkpoint
+from pocketvlm.publish import replace_file
 from pocketvlm.recipes.load import Bound, Recipe
 from pocketvlm.recipes.stages import Stage, check_order
 from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes
 from pocketvlm.runtime.engines import EMULATED, choose_engine
+from pocketvlm.storage import naming_faults
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 
@@ -66,7 +75,8 @@ def run(
     """Compresses a model, exports it, proves the result equal, scores and times it.
 
     A run that was killed is continued by the same call: at the first unfinished layer of the first
-    unfinished stage, with byte-identical checkpoint and bundle.
+    unfinished stage, with byte-identical checkpoint and bundle. What was damaged meanwhile is done
+    again.
 
     Args:
         model: A checkpoint directory.
@@ -81,19 +91,53 @@ def run(
         command: The command line, for the report.
 
     Raises:
-        PocketVLMError: The input is wrong; nothing that was there before is lost.
+        PocketVLMError: The input is wrong, another process writes the folder, or the disk is full;
+            nothing that was there before is lost.
     """
+    Journal.refuse_if_busy(out)
     checkpoint = load_checkpoint(model)
-    ctx = replace(ctx, source_dir=model)
-    source_parts = _weight_bytes(checkpoint)
-    keys = stage_keys(checkpoint.source.sha256, calibration.sha256, recipe.to_document()["stages"])
-    run_key = stage_keys(
-        checkpoint.source.sha256, calibration.sha256, [recipe.sha256(), str(ctx.seed)]
-    )[-1]
-    journal = Journal.open(out, run_key, f"{recipe.name} of {checkpoint.source.name}")
-    (out / "recipe.yaml").write_text(
-        yaml.safe_dump(recipe.to_document(), sort_keys=False), encoding="utf-8"
+    identity = RunIdentity(
+        model=model_sha256(model, checkpoint.source.sha256),
+        weights=checkpoint.source.sha256,
+        recipe=recipe.sha256(),
+        calibration=calibration.sha256,
+        seed=ctx.seed,
     )
+    what = f"{recipe.name} of {checkpoint.source.name}"
+    with naming_faults(out), Journal.open(out, identity, what) as journal:
+        return _run(
+            journal,
+            checkpoint,
+            recipe,
+            calibration=calibration,
+            ctx=replace(ctx, source_dir=model),
+            evaluation=evaluation,
+            workload=workload,
+            baseline=baseline,
+            command=command,
+        )
+
+
+def _run(
+    journal: Journal,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationSet,
+    ctx: RunContext,
+    evaluation: CalibrationSet | None,
+    workload: Workload | None,
+    baseline: Callable[[], Path] | None,
+    command: str,
+) -> RunResult:
+    out = journal.out
+    source_parts = _weight_bytes(checkpoint)
+    identity = journal.identity
+    keys = stage_keys(
+        *(identity.model, identity.calibration, identity.seed, conditions()),
+        stages=stage_settings(recipe),
+    )
+    _write(out / "recipe.yaml", yaml.safe_dump(recipe.to_document(), sort_keys=False))
     quality_float = _score_float(journal, checkpoint, evaluation, ctx)
     checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
     checkpoint.save(out / "checkpoint")
@@ -144,12 +188,17 @@ def run(
     report["failures"] = list(failures)
     write_json(out / "report.json", report)
     html = render_html(report)
-    (out / "report.html").write_text(html, encoding="utf-8")
-    (bundle.path / "report.html").write_text(html, encoding="utf-8")
-    (bundle.path / "README.md").write_text(render_markdown(report), encoding="utf-8")
+    _write(out / "report.html", html)
+    _write(bundle.path / "report.html", html)
+    _write(bundle.path / "README.md", render_markdown(report))
     journal.log("finished", failures=list(failures))
     journal.clean()
     return RunResult(out=out, report=report, failures=failures)
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def compress_checkpoint(
@@ -195,7 +244,7 @@ def _compress(
         )
         checkpoint = replace(checkpoint, history=(*checkpoint.history[:-1], record))
         checkpoint.save(folder / "checkpoint")
-        journal.log("stage", key=keys[index], record=asdict(record))
+        journal.finish_stage(keys[index], asdict(record))
     return checkpoint
 
 
@@ -204,10 +253,12 @@ def _score_float(
 ) -> Score | None:
     if evaluation is None:
         return None
-    known = journal.last("quality_float", evaluation=evaluation.sha256)
+    (key,) = stage_keys(evaluation.sha256, conditions(), stages=["quality"])
+    known = journal.find("quality_float", key)
     if known is not None:
-        return Score.from_json(known["score"])
+        return Score.from_json(known)
     score = score_checkpoint(checkpoint, evaluation, ctx=ctx)
+    journal.keep("quality_float", key, score.to_json())
     journal.log("quality_float", evaluation=evaluation.sha256, score=score.to_json())
     return score
 
@@ -216,10 +267,9 @@ def _stage_rows(
     journal: Journal, keys: Sequence[str], history: Sequence[StageRecord]
 ) -> list[dict[str, Any]]:
     """Records with the timings of the attempt that really ran them."""
-    logged = [journal.last("stage", key=key) for key in keys]
     return [
-        dict(entry["record"]) if entry else asdict(record)
-        for entry, record in zip(logged, history[len(history) - len(keys) :], strict=True)
+        dict(journal.stage_record(key) or asdict(record))
+        for key, record in zip(keys, history[len(history) - len(keys) :], strict=True)
     ]
 
 

@@ -47,7 +47,7 @@ class PanicException(BaseException):
         (OSError(errno.EXDEV, "Cross", "a", None, b"b"), 2, "error: a -> b: Cross"),
         (OSError("no number at all"), 2, "error: no number at all"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (typer.Exit(3), 3, ""),
         (SystemExit(4), 4, ""),
     ],

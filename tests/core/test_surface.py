@@ -64,7 +64,7 @@ def test_light_imports_load_neither_torch_nor_transformers(code):
 
 def test_help_needs_no_heavy_module():
     loaded = modules_after(
-        "from typer.testing import CliRunner\nfrom pocketvlm.cli import app\n"
+        "from typer.testing import CliRunner\nfrom pocketvlm.cli.app import app\n"
         "assert CliRunner().invoke(app, ['compress', '--help']).exit_code == 0"
     )
     assert not loaded & {"torch", "transformers", "onnxruntime", "numpy", "yaml"}

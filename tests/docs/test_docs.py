@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.cli import app
+from pocketvlm.cli.app import app
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import build_bundle

@@ -10,8 +10,7 @@ import sys
 import pytest
 from PIL import Image
 
-from pocketvlm.cli import main
-from pocketvlm.cli.progress import noticed_interrupts
+from pocketvlm.cli import interrupts, main
 
 from .conftest import RECIPE
 
@@ -19,6 +18,9 @@ from .conftest import RECIPE
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
     """Runs the command line in this process; returns its code and what it printed."""
+
+    # Those of the command line would end this process.
+    monkeypatch.setattr(interrupts, "install", lambda: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["pocketvlm", *map(str, arguments)])
@@ -178,10 +180,11 @@ def test_reports_of_runs_become_one_page(run_cli, finished_runs, tmp_path):
     assert "<html" in page.read_text()
 
 
-def test_an_interrupt_that_python_forgets_stops_the_next_step():
+def test_an_interrupt_that_python_forgets_stops_the_next_step(monkeypatch):
     """A KeyboardInterrupt inside a finalizer is printed and dropped by the interpreter."""
+    monkeypatch.setattr(interrupts, "_received", [])
     before = signal.getsignal(signal.SIGINT)
-    with noticed_interrupts() as raise_if_interrupted:
+    with interrupts.unwound_interrupts() as raise_if_interrupted:
         raise_if_interrupted()
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

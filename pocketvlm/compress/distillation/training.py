@@ -7,22 +7,19 @@ last saved step and ends with the same bytes.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pocketvlm.compress.distillation.answers import shuffled_batches
 from pocketvlm.compress.distillation.objective import Figures, Objective
 from pocketvlm.compress.distillation.student import Student
+from pocketvlm.compress.scratch import find_tensors, keep_tensors
 from pocketvlm.errors import CalibrationError
 
 __all__ = ["Check", "Schedule", "Training", "rate_share", "train"]
@@ -220,7 +217,7 @@ def _save(
     checks: Sequence[Check],
     best: dict[str, Tensor],
 ) -> None:
-    """Writes everything that later steps depend on aside and renames it into place."""
+    """Keeps everything that later steps depend on."""
     if folder is None:
         return
     tensors = {f"best/{name}": values for name, values in best.items()}
@@ -228,32 +225,20 @@ def _save(
         tensors[f"now/{name}"] = parameter.detach()
         for moment in _MOMENTS if parameter in optimizer.state else ():
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-    path = folder / _STATE
-    aside = path.with_suffix(".partial")
-    document = json.dumps([asdict(check) for check in checks])
-    save_file(tensors, aside, metadata={"checks": document})
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    keep_tensors(folder / _STATE, tensors, {"checks": [asdict(check) for check in checks]})
 
 
 def _load(
     folder: Path | None, student: Student, optimizer: torch.optim.Optimizer
 ) -> tuple[list[Check], dict[str, Tensor]] | None:
     """Puts student and optimizer where an earlier run left them; `None` where there was none."""
-    if folder is None or not (folder / _STATE).is_file():
+    found = None if folder is None else find_tensors(folder / _STATE)
+    if found is None:
         return None
-    try:
-        with safe_open(folder / _STATE, framework="pt") as file:
-            keys = set(file.keys())
-            checks = [
-                Check(step=item["step"], figures=Figures(**item["figures"]))
-                for item in json.loads(file.metadata()["checks"])
-            ]
-            tensors = {key: file.get_tensor(key).clone() for key in keys}
-    except (SafetensorError, OSError, KeyError, ValueError):
-        # A disk that lost power keeps names without content: training begins anew.
-        return None
+    tensors, document = found
+    checks = [
+        Check(step=item["step"], figures=Figures(**item["figures"])) for item in document["checks"]
+    ]
     names = student.parameters()
     student.restore({name: tensors[f"now/{name}"] for name in names})
     for name, parameter in names.items():

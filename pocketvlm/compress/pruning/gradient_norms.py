@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import weakref
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocketvlm.calibration.layer_gradients import LayerGradient
+from pocketvlm.compress.scratch import find_tensors, keep_tensors
+from pocketvlm.errors import StorageError
 
 __all__ = ["GradientNorm", "GradientNorms", "NormMean"]
 
@@ -82,12 +81,20 @@ class GradientNorms:
         self._folder = folder
 
     def __getitem__(self, name: str) -> Tensor:
-        """The norm of a layer's gradient, float32 [out_features, in_features]."""
-        return load_file(self._path(name))[_KEY]
+        """The norm of a layer's gradient, float32 [out_features, in_features].
+
+        Raises:
+            StorageError: It was there, and is damaged now.
+        """
+        norms = self._find(name)
+        if norms is None:
+            raise StorageError(f"{self._path(name)}: is missing or damaged; run the command again")
+        return norms
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether all of these layers are there and whole."""
-        return all(self._is_whole(name) for name in names)
+        found = (self._find(name) for name in names)
+        return all(norms is not None and bool(torch.isfinite(norms).all()) for norms in found)
 
     def collect(
         self,
@@ -111,23 +118,13 @@ class GradientNorms:
                 continue
             open_means.setdefault(step.name, NormMean(norm)).add(step)
             if step.is_last:
-                self._save(step.name, open_means.pop(step.name).result())
+                norms = open_means.pop(step.name).result()
+                keep_tensors(self._path(step.name), {_KEY: norms}, {})
                 on_layer(step.name)
 
-    def _save(self, name: str, norms: Tensor) -> None:
-        path = self._path(name)
-        aside = path.with_suffix(".partial")
-        save_file({_KEY: norms}, aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-
-    def _is_whole(self, name: str) -> bool:
-        try:
-            return bool(torch.isfinite(self[name]).all())
-        except (OSError, SafetensorError, KeyError):
-            # A disk that lost power keeps names without content.
-            return False
+    def _find(self, name: str) -> Tensor | None:
+        found = find_tensors(self._path(name))
+        return None if found is None else found[0][_KEY]
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pocketvlm.compress.pruning.block_path import BlockPath, PathState
 from pocketvlm.compress.pruning.blocks import Block, Stack
-from pocketvlm.errors import BundleError, CalibrationError
-from pocketvlm.json_io import read_json, write_json
+from pocketvlm.compress.scratch import find_document, keep_document
+from pocketvlm.errors import CalibrationError
 
 __all__ = ["GreedyStep", "count_trials", "losses_without", "remove_greedily"]
 
@@ -152,19 +152,15 @@ def _save(folder: Path | None, steps: Sequence[GreedyStep]) -> None:
         ]
         for step in steps
     ]
-    write_json(folder / _FILE, {"steps": rows})
+    keep_document(folder / _FILE, {"steps": rows})
 
 
 def _load(folder: Path | None, blocks: Sequence[Block]) -> list[dict[Block, float]]:
-    if folder is None or not (folder / _FILE).is_file():
+    found = None if folder is None else find_document(folder / _FILE)
+    if found is None:
         return []
     by_place = {(block.stack, block.index): block for block in blocks}
-    try:
-        steps = read_json(folder / _FILE)["steps"]
-        return [
-            {by_place[row["stack"], row["index"]]: float(row["loss"]) for row in step}
-            for step in steps
-        ]
-    except (BundleError, KeyError, TypeError):
-        # A disk that lost power keeps names without content: the steps are measured again.
-        return []
+    return [
+        {by_place[row["stack"], row["index"]]: float(row["loss"]) for row in step}
+        for step in found["steps"]
+    ]

@@ -29,8 +29,8 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.answer_losses import AnswerLosses
 from pocketvlm.calibration.layer_gradients import LayerGradient, walk_gradients
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.scratch import find_document, keep_document
 from pocketvlm.context import RunContext, derive_seed
-from pocketvlm.json_io import read_json, write_json
 from pocketvlm.weights import DenseWeight, WeightForm
 
 __all__ = ["first_order_scores", "first_order_sum", "zeroth_order_score", "zeroth_order_scores"]
@@ -165,11 +165,10 @@ def first_order_scores(
 
 def _read(ctx: RunContext) -> dict[str, float]:
     """What a run before this one scored; a scratch folder belongs to one stage of one run."""
-    if ctx.scratch_dir is None or not (ctx.scratch_dir / _SCORES).is_file():
-        return {}
-    return read_json(ctx.scratch_dir / _SCORES)
+    found = None if ctx.scratch_dir is None else find_document(ctx.scratch_dir / _SCORES)
+    return {} if found is None else dict(found["scores"])
 
 
 def _write(ctx: RunContext, scores: dict[str, float]) -> None:
     if ctx.scratch_dir is not None:
-        write_json(ctx.scratch_dir / _SCORES, scores)
+        keep_document(ctx.scratch_dir / _SCORES, {"scores": scores})

@@ -40,9 +40,9 @@ from pocketvlm.compress.quantization.rules import (
     plan_forms,
 )
 from pocketvlm.compress.quantization.scale_search import choose_scale
+from pocketvlm.compress.scratch import find_document, keep_document
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
-from pocketvlm.json_io import read_json, write_json
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.planned import PlannedForm
 from pocketvlm.report import package_version, peak_rss_bytes
@@ -166,12 +166,11 @@ class Awq:
         """
         fold = find_fold(checkpoint, items[0].linear)
         path = None if folder is None else folder / f"{_digest(step.names)}.json"
-        if path is not None and path.is_file():
-            found = read_json(path)
-        else:
+        found = None if path is None else find_document(path)
+        if found is None:
             found = self._search(checkpoint, step, items, fold)
             if path is not None:
-                write_json(path, found)
+                keep_document(path, found)
         if found["scale"] is not None and isinstance(fold, Fold):
             scale = torch.tensor(found["scale"], dtype=torch.float64)
             for name in step.names:

@@ -39,6 +39,7 @@ from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.compress.quantization.sensitivity import Sensitivity, measure_sensitivity
 from pocketvlm.compress.quantization.shared_codebooks import assign_owners
 from pocketvlm.compress.quantization.solution import Menu, Solution, solve_menu
+from pocketvlm.compress.scratch import find_document
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
@@ -315,7 +316,7 @@ class MixedPrecision:
             self._require_complete(given, menu)
             return given
         path = None if ctx.scratch_dir is None else ctx.scratch_dir / _TABLE
-        if path is not None and path.is_file():
+        if path is not None and find_document(path) is not None:
             table = Sensitivity.load(path)
         wanted = menu.choices
         if not table.missing(wanted):

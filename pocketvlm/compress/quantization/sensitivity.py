@@ -19,10 +19,11 @@ from pocketvlm.calibration.divergence import DivergenceMeter
 from pocketvlm.compress.layer_store import FinishedLayer
 from pocketvlm.compress.quantization.menu import Option, label_of
 from pocketvlm.compress.quantization.rules import Assignment
+from pocketvlm.compress.scratch import keep_document
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.json_io import write_json
 from pocketvlm.modelspec import LinearSpec
+from pocketvlm.signed_folder import DIGEST_KEY, verify_document
 
 __all__ = ["Measurement", "Sensitivity", "measure_sensitivity"]
 
@@ -68,17 +69,19 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Writes the table aside and renames it into place."""
-        write_json(path, self.to_json())
+        keep_document(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
-        """Reads a table that `save` wrote.
+        """Reads a table that `save` wrote, or that a report holds.
 
         Raises:
-            RecipeError: The file is missing or no such table.
+            RecipeError: The file is missing, no such table, or was changed after `save`.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
+            verify_document(document, path, error=RecipeError)
+            document.pop(DIGEST_KEY, None)
             schema = document.pop("schema")
             layers = {
                 name: {label: Measurement(**found) for label, found in row.items()}

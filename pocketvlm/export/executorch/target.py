@@ -17,8 +17,15 @@ import torch
 import pocketvlm.errors
 from pocketvlm.bundle import Component, TensorSignature
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.child_process import start_child
 from pocketvlm.context import RunContext
-from pocketvlm.errors import ExportError, MissingExtraError, PocketVLMError, UnsupportedError
+from pocketvlm.errors import (
+    ExportError,
+    MissingExtraError,
+    PocketVLMError,
+    StorageError,
+    UnsupportedError,
+)
 from pocketvlm.export.components import embedding_signatures, vision_signatures
 from pocketvlm.export.executorch.masked import find_masked
 from pocketvlm.export.executorch.schema import (
@@ -41,6 +48,7 @@ from pocketvlm.json_io import read_json, write_json
 from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
 from pocketvlm.planned import PlannedForm
 from pocketvlm.runtime.executorch.program import require_executorch
+from pocketvlm.storage import is_full
 from pocketvlm.weights import AffineWeight, SparseWeight, WeightForm
 
 __all__ = ["ToExecutorch"]
@@ -166,10 +174,8 @@ def _convert(job: ConversionJob, file: Path, ctx: RunContext) -> dict[str, Any]:
         torch.save(job, scratch / JOB_FILE)
         command = [sys.executable, "-m", "pocketvlm.export.executorch.worker", name]
         with (
-            (scratch / "stderr.txt").open("w+") as complaints,
-            subprocess.Popen(  # noqa: S603  (our own program)
-                command, stdout=subprocess.PIPE, stderr=complaints, text=True
-            ) as process,
+            (scratch / "stderr.txt").open("w+", encoding="utf-8", errors="replace") as complaints,
+            start_child(command, stdout=subprocess.PIPE, stderr=complaints) as process,
         ):
             for line in process.stdout or ():
                 _report_step(line, ctx)
@@ -177,6 +183,8 @@ def _convert(job: ConversionJob, file: Path, ctx: RunContext) -> dict[str, Any]:
             complaints.seek(0)
             last = complaints.read().strip().rpartition("\n")[2]
         if not (scratch / RESULT_FILE).is_file():
+            if is_full(scratch):
+                raise StorageError(f"{file.parent}: No space left on device")
             raise ExportError(f"executorch: the conversion ended with code {code}: {last}")
         result = read_json(scratch / RESULT_FILE)
         if "error" in result:

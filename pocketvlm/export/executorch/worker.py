@@ -21,11 +21,13 @@ import psutil
 import torch
 from torch import nn
 
+from pocketvlm.child_process import end_with_parent
 from pocketvlm.errors import ExportError, PocketVLMError
 from pocketvlm.json_io import write_json
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
 from pocketvlm.report import peak_rss_bytes
+from pocketvlm.storage import describe_fault
 
 __all__ = ["JOB_FILE", "PROGRAM_FILE", "RESULT_FILE", "ConversionJob", "main"]
 
@@ -74,6 +76,7 @@ class _Collector(logging.Handler):
 
 def main(folder: Path) -> int:
     """Converts the job of a folder; returns the exit code."""
+    end_with_parent()
     collector = _Collector()
     logging.getLogger().addHandler(collector)
     result: dict[str, Any]
@@ -88,9 +91,10 @@ def main(folder: Path) -> int:
             result = {"error": type(error).__name__, "message": str(error)}
         except Exception as error:  # noqa: BLE001  (whatever a toolkit raises is the answer of this process)
             first = str(error).strip().partition("\n")[0]
+            full_disk = describe_fault(error, folder)
             result = {
-                "error": "ExportError",
-                "message": f"executorch: {type(error).__name__}: {first}",
+                "error": "ExportError" if full_disk is None else "StorageError",
+                "message": full_disk or f"executorch: {type(error).__name__}: {first}",
             }
     result["warnings"] = sorted(collector.lines)
     result["peak_rss_bytes"] = peak_rss_bytes()

@@ -24,6 +24,7 @@ from pocketvlm.compress.pruning.greedy_blocks import (
     losses_without,
     remove_greedily,
 )
+from pocketvlm.compress.scratch import keep_document
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import decode_logits, embed_prompts, encode_images
@@ -244,7 +245,7 @@ def test_finished_steps_are_not_measured_again(paths, samples, tmp_path):
     assert [len(step) for step in steps] == [4, 3]
     # What an interrupted run leaves: a first step, recognisable by a loss that no model has.
     steps[0][3]["loss"] = -1.0
-    file.write_text(json.dumps({"steps": steps[:1]}))
+    keep_document(file, {"steps": steps[:1]})
     resumed = stage.apply(
         Checkpoint.load(paths["llava"]), samples, RunContext(scratch_dir=tmp_path)
     )

@@ -1,0 +1,73 @@
+"""Child processes of our own programs, which end when their parent does, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+__all__ = ["end_with_parent", "start_child"]
+
+_PARENT = "POCKETVLM_PARENT"
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_POLL_S = 1.0
+
+
+@contextmanager
+def start_child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Runs one of our programs; it is ended when the block ends, if it has not ended by itself.
+
+    Args:
+        command: The program, which calls `end_with_parent` first.
+        options: Of `subprocess.Popen`, as text.
+    """
+    environment = {**os.environ, _PARENT: str(os.getpid())}
+    process = subprocess.Popen(  # noqa: S603  (our own program)
+        command, text=True, encoding="utf-8", errors="replace", env=environment, **options
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                if options.get("start_new_session"):
+                    os.killpg(process.pid, signal.SIGKILL)  # its own children go with it
+                else:
+                    process.kill()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+        process.wait()
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it by `start_child` is gone."""
+    parent = os.environ.pop(_PARENT, "")
+    if not parent.isdecimal() or sys.platform == "win32":
+        return
+    pid = int(parent)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() == pid:
+            return
+    # The parent ended before it could be tied to, or something stands between it and this process.
+    threading.Thread(target=_wait_for_end, args=(pid,), daemon=True).start()
+
+
+def _wait_for_end(pid: int) -> None:
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        except OSError:
+            return  # it cannot be asked
+        time.sleep(_POLL_S)

@@ -1,0 +1,69 @@
+"""The float32 export of a run's model: what the compressed bundle is timed against."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.child_process import start_child
+from pocketvlm.context import RunContext
+from pocketvlm.errors import BundleError, ExportError
+from pocketvlm.publish import take_place
+from pocketvlm.recipes.load import load_recipe
+from pocketvlm.report import toolchain_versions
+
+__all__ = ["make_float_baseline"]
+
+_RECIPE = "float"
+
+
+def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
+    """Makes the bundle `OUT/float-baseline`, unless it is there and whole.
+
+    It is made in a process of its own, so that its memory is not counted as that of the run, by a
+    run inside the run's working folder.
+
+    Args:
+        model: The model's directory.
+        out: The run folder, whose own bundle is finished.
+        ctx: Threads, and where progress is told.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ExportError: The export failed; the message is the other process's.
+    """
+    place = out / "float-baseline"
+    source = Bundle.open(out / "bundle", verify=False).manifest.source_sha256
+    if _is_baseline(place, source):
+        return place
+    ctx.report("float32 baseline", 0, 1)
+    work = out / ".work" / "float"
+    command = [
+        *(sys.executable, "-m", "pocketvlm", "compress", str(model), "--recipe", _RECIPE),
+        *("--out", str(work), "--no-bench", "--data", "none", "--threads", str(ctx.threads)),
+    ]
+    with start_child(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        _, said = process.communicate()
+    if process.returncode != 0:
+        last = said.strip().rpartition("\n")[2].removeprefix("error: ")
+        raise ExportError(f"the float32 baseline could not be exported: {last}")
+    take_place(work / "bundle", place)
+    ctx.report("float32 baseline", 1, 1)
+    return place
+
+
+def _is_baseline(path: Path, source_sha256: str) -> bool:
+    """Whether a whole float bundle of the same weights, made by the same versions, is there."""
+    try:
+        manifest = Bundle.open(path).manifest
+    except BundleError:
+        return False
+    return (
+        manifest.source_sha256 == source_sha256
+        and manifest.recipe_sha256 == load_recipe(_RECIPE).sha256()
+        and dict(manifest.toolchain) == toolchain_versions()
+    )

@@ -1,0 +1,111 @@
+"""Identity: what a run, and each of its stages, depends on; a digest each.
+
+A run is its model, recipe, calibration set and seed. A stage's result depends on more: on the
+versions of what computes it, and on how many threads do, since sums are then taken in another
+order. Work that was done under other conditions is not taken over, it is done again: a run that
+was stopped ends with the bytes of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketvlm.compress.quantization.mixed import MixedPrecision
+from pocketvlm.errors import RecipeError
+from pocketvlm.files import file_sha256, read_bytes
+from pocketvlm.recipes.load import Recipe
+from pocketvlm.report import toolchain_versions
+
+__all__ = ["RunIdentity", "conditions", "model_sha256", "stage_keys", "stage_settings"]
+
+_COMPUTES = ("pocketvlm", "torch", "transformers", "tokenizers", "numpy", "pillow", "scipy")
+_TEXTS = (".json", ".jinja", ".model", ".txt")
+"""Endings of files beside the weights that a model is read from."""
+
+_UNREAD = frozenset({"license.txt", "readme.txt"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a run folder belongs to.
+
+    Attributes:
+        model: Digest of the model's weights, configuration, tokenizer and processor.
+        weights: Digest of its weights alone, as bundles and checkpoints name it.
+        recipe: Digest of the resolved recipe.
+        calibration: Digest of the calibration set.
+        seed: Seed of every random choice.
+    """
+
+    model: str
+    weights: str
+    recipe: str
+    calibration: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Digest of all of it."""
+        return _digest(asdict(self))
+
+
+def conditions() -> dict[str, Any]:
+    """What a stage's result depends on beside the run: versions, threads, the processor's kind."""
+    return {
+        "versions": toolchain_versions(_COMPUTES),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def stage_keys(*before: Any, stages: Sequence[Any]) -> list[str]:
+    """One key per stage; it changes with whatever that stage's result depends on.
+
+    Args:
+        before: What the first stage's result depends on, as JSON values.
+        stages: The stages' settings, as JSON values.
+    """
+    key = _digest(before)
+    keys = []
+    for stage in stages:
+        key = _digest([key, stage])
+        keys.append(key)
+    return keys
+
+
+def stage_settings(recipe: Recipe) -> list[Any]:
+    """Settings of every stage, with digests of the files that they name.
+
+    Raises:
+        RecipeError: Such a file cannot be read.
+    """
+    settings: list[Any] = list(recipe.to_document()["stages"])
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, MixedPrecision) and stage.sensitivity is not None:
+            content = read_bytes(Path(stage.sensitivity), error=RecipeError)
+            settings[index] = [settings[index], hashlib.sha256(content).hexdigest()]
+    return settings
+
+
+def model_sha256(model: Path, weights_sha256: str) -> str:
+    """Digest of a model's folder: its weights, and every small file that it is read from."""
+    names = sorted(
+        path.relative_to(model).as_posix()
+        for pattern in ("*", "*/*.jinja")
+        for path in model.glob(pattern)
+        if path.suffix in _TEXTS and path.name.lower() not in _UNREAD and path.is_file()
+    )
+    return _digest([weights_sha256, {name: file_sha256(model / name) for name in names}])
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
