@@ -2,14 +2,24 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
+LOCKER := .venv-lock
 
-.PHONY: demo test lint types contracts unit clean
+LOCK := requirements/lock.txt
+TORCH := requirements/torch.txt
+EXTRAS := dev,coreml,executorch
+PYTEST := -m pytest -n 2 --dist worksteal
 
-$(VENV)/.installed: pyproject.toml
+.PHONY: demo test lint types contracts unit lock test-newest test-oldest clean
+
+# Exact versions and digests of everything; torch by itself (see its file), and nothing is resolved.
+$(VENV)/.installed: pyproject.toml $(LOCK) $(TORCH)
 	$(PYTHON) -m venv $(VENV)
-	# This exact torch first: a looser requirement may draw in a build with gigabytes of CUDA.
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev,coreml,executorch]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --requirement $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	touch $@
 
 demo: $(VENV)/.installed
@@ -28,7 +38,34 @@ contracts: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# Writes the lock anew, with the newest versions that pyproject.toml allows.
+lock:
+	$(PYTHON) -m venv $(LOCKER)
+	$(LOCKER)/bin/python -m pip install --quiet 'uv>=0.13,<0.14'
+	$(LOCKER)/bin/uv pip compile --quiet --no-config --upgrade --python-version 3.11 \
+		--python-platform linux --extra dev --extra coreml --extra executorch \
+		--constraints $(TORCH) --no-emit-package torch --excludes requirements/not_locked.txt \
+		--generate-hashes --custom-compile-command 'make lock' --output-file $(LOCK) pyproject.toml
+
+# The newest of everything, as `pip install` gives it to a user today.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --requirement $(TORCH)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint $(TORCH) --editable '.[$(EXTRAS)]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST)
+
+# The lower bounds of pyproject.toml, so that they are true.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet packaging
+	$(OLDEST)/bin/python requirements/lower_bounds.py > $(OLDEST)/lower_bounds.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/lower_bounds.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/lower_bounds.txt \
+		--editable '.[$(EXTRAS)]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(LOCKER) runs build dist *.egg-info
