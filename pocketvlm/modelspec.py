@@ -10,10 +10,11 @@ the tests.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.json_io import decode
 
 __all__ = [
     "PARTS",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Part = Literal["tower", "projector", "decoder", "embedding", "head"]
+_LARGEST_BASE = 1e15
 PARTS: tuple[Part, ...] = ("tower", "projector", "decoder", "embedding", "head")
 
 _LONGEST_CONTEXT = 4096
@@ -193,7 +195,8 @@ class ModelSpec:
 
         Raises:
             UnsupportedError: The family, or an option of it, is not supported.
-            CheckpointError: The config lacks a field that its family needs.
+            CheckpointError: The config lacks a field that its family needs, or a field has a type
+                or value that no model of the family can have.
         """
         model_type = config.get("model_type")
         reader = _FAMILIES.get(str(model_type))
@@ -203,11 +206,43 @@ class ModelSpec:
                 f"supported are {', '.join(supported_families())}"
             )
         try:
-            return reader(config)
+            # Through `decode`: what the reader took from anybody's JSON has the types it says.
+            spec = decode(cls, asdict(reader(config)))
         except KeyError as error:
             raise CheckpointError(
                 f"config.json: field {error.args[0]!r}, which {model_type} needs, is missing"
             ) from error
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(f"config.json: cannot be understood: {error}") from error
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """Checks that the sizes fit together.
+
+        Raises:
+            CheckpointError: They do not; the message has the fields.
+        """
+        tower, decoder, merge = self.tower, self.decoder, self.projector.merge_factor
+        wrong = [
+            text
+            for is_wrong, text in (
+                (tower.hidden_size % tower.heads, "the tower's heads do not divide its width"),
+                (tower.patch_size > tower.image_size, "a patch is larger than the picture"),
+                (
+                    merge > max(1, tower.patches_per_side),
+                    f"{merge} x {merge} patches are merged and a picture has fewer",
+                ),
+                (decoder.heads % decoder.kv_heads, "KV heads do not divide the heads"),
+                (decoder.head_dim % 2, "an odd head_dim cannot be rotated by position"),
+                (not 0 <= self.image_token_id < 2**31, "the image token's id is out of range"),
+                (not 0 < decoder.rope_theta <= _LARGEST_BASE, "rope_theta is out of range"),
+                (not (0 < tower.norm_eps < 1 and 0 < decoder.norm_eps < 1), "eps is out of range"),
+            )
+            if is_wrong
+        ]
+        if wrong:
+            raise CheckpointError(f"config.json: {'; '.join(wrong)}")
 
     @property
     def visual_tokens(self) -> int:

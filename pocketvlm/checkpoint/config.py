@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pocketvlm.checkpoint.config_limits import check_sizes
 from pocketvlm.errors import CheckpointError
 from pocketvlm.foreign_code import plain_config, refuse_foreign_code
+from pocketvlm.json_io import read_json
 from pocketvlm.modelspec import ModelSpec, supported_families
 
 __all__ = ["parse_config", "read_config", "read_spec"]
@@ -25,12 +26,8 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: no checkpoint here: config.json is missing")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(config).__name__}, not an object")
+    config = read_json(file, error=CheckpointError)
+    check_sizes(config, str(file))
     refuse_foreign_code(path)
     return config
 

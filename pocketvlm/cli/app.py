@@ -8,6 +8,7 @@ the output.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from pocketvlm import __version__
 from pocketvlm.cli import judging, making, measuring
 from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
-__all__ = ["app", "run"]
+__all__ = ["app", "run", "run_command"]
 
 app = typer.Typer(
     name="pocketvlm",
@@ -46,15 +47,27 @@ app.command()(making.demo)
 def run() -> None:
     """Runs what the process was started with, and ends the process."""
     arguments, shows_traceback = take_traceback_flag(sys.argv[1:])
-    sys.exit(run_to_exit_code(lambda: _run(arguments), shows_traceback=shows_traceback))
+    sys.exit(run_to_exit_code(lambda: run_command(arguments), shows_traceback=shows_traceback))
 
 
-def _run(arguments: list[str]) -> object:
+def run_command(arguments: list[str]) -> object:
+    """Runs one command in this process; failures are raised.
+
+    Raises:
+        PocketVLMError: What the command foresees.
+    """
     # Not `app(...)`: it turns an interrupt, a closed pipe and an end of file into codes of its own.
     check_arguments(arguments)
-    command = typer.main.get_command(app)
+    command = _command()
     with command.make_context("pocketvlm", arguments) as context:
         return command.invoke(context)
+
+
+@cache
+def _command() -> typer.core.TyperGroup:
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)  # noqa: S101  (an app of several commands)
+    return command
 
 
 @app.callback(invoke_without_command=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "command_line",
+    "one_line",
     "print_certificate",
     "print_json",
     "print_latency",
@@ -18,11 +19,25 @@ __all__ = [
     "say",
 ]
 
+_LONGEST_LINE = 1200
+
 
 def say(line: str) -> None:
     """One line of text."""
     if sys.stderr is not None:  # `print` would take stdout instead, where the document belongs
         print(line, file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Text of anybody as one line of bounded length that a terminal shows and does not obey."""
+    line = " ".join(text.split())
+    if len(line) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        line = f"{line[:half]} … {line[-half:]}"
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii")
+        for sign in line
+    )
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import TextIO
 import typer
 
 import pocketvlm
-from pocketvlm.cli.console import say
+from pocketvlm.cli.console import one_line, say
 from pocketvlm.cli.interrupts import announce, is_interrupted
 from pocketvlm.errors import InputError, PocketVLMError
 from pocketvlm.storage import describe_fault
@@ -40,7 +40,6 @@ BROKEN_PIPE = 141
 """128 + SIGPIPE: whoever read the output stopped reading, as `head` does."""
 
 _FLAG = "--traceback"
-_LONGEST_LINE = 1200
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # torch and ONNX Runtime have no class of error for memory that is not there.
 _OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "Failed to allocate memory")
@@ -118,12 +117,8 @@ def _end(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    if len(line) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        line = f"{line[:half]} … {line[-half:]}"
     with contextlib.suppress(OSError, ValueError):  # nobody reads stderr: the code tells
-        say("error: " + line)
+        say("error: " + one_line(message))
     return code
 
 

@@ -79,10 +79,12 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from pocketvlm.device_bench.html import render_html
-    from pocketvlm.json_io import read_json
+    from pocketvlm.device_bench.report_file import read_report
+    from pocketvlm.publish import replace_file
 
-    documents = [read_json(run / "report.json" if run.is_dir() else run) for run in runs]
-    out.write_text(render_html(*documents), encoding="utf-8")
+    page = render_html(*(read_report(run) for run in runs))
+    with replace_file(out) as aside:
+        aside.write_text(page, encoding="utf-8")
     say(f"report   {out}")
 
 

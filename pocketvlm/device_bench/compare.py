@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pocketvlm.device_bench.report_file import read_report
 from pocketvlm.errors import InputError
-from pocketvlm.json_io import read_json
 
 __all__ = ["DEFAULT_BOUNDS", "Comparison", "compare_documents", "compare_reports", "parse_bounds"]
 
@@ -139,12 +139,9 @@ def compare_reports(
     A run report and the document of `pocketvlm bench` serve alike.
 
     Raises:
-        BundleError: One of them cannot be read.
+        InputError: One of them cannot be read, or is no report.
     """
-    before, after = (
-        read_json(path / "report.json" if path.is_dir() else path) for path in (first, second)
-    )
-    return compare_documents(before, after, bounds)
+    return compare_documents(read_report(first), read_report(second), bounds)
 
 
 def compare_documents(
@@ -241,7 +238,8 @@ def _value(document: Mapping[str, Any], metric: str, target: str | None) -> floa
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None
 
 
 def _obstacle(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

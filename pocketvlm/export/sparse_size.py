@@ -13,6 +13,7 @@ from pocketvlm.runtime.sparse_span import MaskedSpan
 
 __all__ = ["masked_warnings", "saved_bytes"]
 
+_BYTE = 8
 _WORD = 32
 _SPAN_BYTES = 150  # of the document, for a matrix and for what lies behind it; measured
 
@@ -45,10 +46,12 @@ def saved_bytes(
         layout["row_scales"] = values.row_scales
     elif values is None and bits == _WORD:
         layout["is_half"] = True
+    width = width or linear.in_features
+    width += -width % max(1, _BYTE // bits)  # a row of the file begins with a byte
     span = MaskedSpan(
         rows=linear.out_features,
         columns=linear.in_features,
-        width=width or linear.in_features,
+        width=width,
         bits=bits,
         kept=form.kept(linear.out_features, linear.in_features),
         **layout,

@@ -25,6 +25,7 @@ _MAX_BYTES = 2**17
 _MAX_VALUES = 20_000
 _MAX_DEPTH = 24
 _LONGEST_INDEX = 6
+_SHOWN = 60
 _CORE = "tag:yaml.org,2002:"
 _NUMBERS = {
     "int": r"[-+]?[0-9]+|0x[0-9a-fA-F]+",
@@ -142,11 +143,11 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     for setting in overrides:
         path, separator, text = setting.partition("=")
         if not separator:
-            raise RecipeError(f"--set {setting!r}: expected a.b=c, such as stages.0.keep=0.5")
+            raise RecipeError(f"--set {_shown(setting)}: expected a.b=c, such as stages.0.keep=0.5")
         *parents, last = path.split(".")
         if not all((*parents, last)):
-            raise RecipeError(f"--set {setting!r}: {path!r} has an empty step")
-        value = parse_yaml(text, f"--set {setting!r}")
+            raise RecipeError(f"--set {_shown(setting)}: {_shown(path)} has an empty step")
+        value = parse_yaml(text, f"--set {_shown(setting)}")
         place: Any = changed
         for step in parents:
             place = _descend(place, step, setting)
@@ -155,7 +156,7 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
         elif isinstance(place, dict):
             place[last] = value
         else:
-            raise RecipeError(f"--set {setting!r}: {'.'.join(parents)} holds no settings")
+            raise RecipeError(f"--set {_shown(setting)}: {'.'.join(parents)} holds no settings")
     return changed
 
 
@@ -192,13 +193,17 @@ def _descend(place: Any, step: str, setting: str) -> Any:
         return place[_index(place, step, setting)]
     if isinstance(place, dict):
         return place.setdefault(step, {})
-    raise RecipeError(f"--set {setting!r}: {step!r} leads nowhere")
+    raise RecipeError(f"--set {_shown(setting)}: {_shown(step)} leads nowhere")
 
 
 def _index(place: list[Any], step: str, setting: str) -> int:
     if not step.isdecimal() or len(step) > _LONGEST_INDEX or int(step) >= len(place):
-        raise RecipeError(f"--set {setting!r}: {step!r} is no index below {len(place)}")
+        raise RecipeError(f"--set {_shown(setting)}: {_shown(step)} is no index below {len(place)}")
     return int(step)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
 
 
 def _kind(value: Any) -> str:

@@ -11,7 +11,7 @@ from pocketvlm.device_bench.compare import (
     compare_reports,
     parse_bounds,
 )
-from pocketvlm.errors import BundleError, InputError
+from pocketvlm.errors import InputError
 
 REPORT = {
     "size": {"bundle_bytes": 1000},
@@ -144,5 +144,5 @@ def test_files_folders_and_bench_documents_serve_alike(tmp_path):
     rows = compare_reports(run, tmp_path / "flat.json")
     assert {row.verdict for row in rows} == {"ok"}
     json.dumps([row.to_json() for row in rows], allow_nan=False)
-    with pytest.raises(BundleError, match=r"nothing\.json"):
+    with pytest.raises(InputError, match=r"nothing\.json"):
         compare_reports(run, tmp_path / "nothing.json")
