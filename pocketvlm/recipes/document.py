@@ -39,6 +39,12 @@ _NUMBERS = {
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader without dates, sets, binary data, merge keys and repeated keys."""
 
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        # The scanner looks at every open bracket again at every token.
+        if self.flow_level > _MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(kind)
+
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, "is no mapping", node.start_mark)
