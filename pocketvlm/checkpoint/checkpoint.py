@@ -26,10 +26,10 @@ from pocketvlm.checkpoint.manifest import (
     read_visual_layers,
     restore_reducer,
 )
-from pocketvlm.checkpoint.records import Source, StageRecord, record_from_json, source_from_json
+from pocketvlm.checkpoint.records import Source, StageRecord
 from pocketvlm.checkpoint.save import write_checkpoint
 from pocketvlm.checkpoint.tensors import check_shape
-from pocketvlm.checkpoint.weight_files import verify_files
+from pocketvlm.checkpoint.weight_files import verify_blobs
 from pocketvlm.errors import CheckpointError
 from pocketvlm.modelspec import LinearSpec, ModelSpec
 from pocketvlm.processor import Processor
@@ -93,7 +93,7 @@ class Checkpoint:
         folder = read_model_folder(Path(path))
         spec, manifest = folder.spec, folder.manifest
         processor = Processor.load(folder.path, spec)
-        digests = verify_files(folder.files, manifest)
+        digests = verify_blobs(folder.files)
         model = build_model(folder.config)
         load_weights(model, folder)
         checkpoint = cls(
@@ -113,11 +113,11 @@ class Checkpoint:
             return checkpoint
         return replace(
             checkpoint,
-            source=source_from_json(manifest["source"]),
+            source=manifest.source,
             reducer=restore_reducer(manifest, spec, reducers or {}, folder.path),
             cache_grid=load_cache_grid(folder),
             visual_layers=read_visual_layers(manifest, spec, folder.path),
-            history=tuple(record_from_json(record) for record in manifest["history"]),
+            history=manifest.history,
         )
 
     def save(self, path: Path | str) -> None:

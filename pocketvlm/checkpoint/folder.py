@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.checkpoint.config import read_config, read_spec
-from pocketvlm.checkpoint.manifest import read_manifest
+from pocketvlm.checkpoint.manifest import CheckpointManifest, read_manifest
 from pocketvlm.checkpoint.names import split_layer, stock_names
 from pocketvlm.checkpoint.tensors import (
     FLOAT_TYPES,
@@ -51,7 +51,7 @@ class ModelFolder:
     path: Path
     config: Mapping[str, Any]
     spec: ModelSpec
-    manifest: Mapping[str, Any] | None
+    manifest: CheckpointManifest | None
     layout: StoredLayout | None
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor]

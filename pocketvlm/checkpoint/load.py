@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.checkpoint.folder import ModelFolder
 from pocketvlm.checkpoint.tensors import check_shape, read_tensor
 from pocketvlm.errors import CheckpointError
+from pocketvlm.json_io import DecodeError, decode
 from pocketvlm.weights import FORMS, DenseWeight, FormEmbedding, FormLinear, WeightForm
 
 __all__ = ["CACHE_PREFIX", "load_cache_grid", "load_weights"]
@@ -28,7 +32,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
         CheckpointError: A tensor is missing, has another shape, or has no place in the model.
     """
     spec, stored, layout = folder.spec, folder.tensors, folder.layout
-    forms = folder.manifest["forms"] if folder.manifest else {}
+    forms = folder.manifest.forms if folder.manifest else {}
     taken: set[str] = set()
 
     def take(name: str) -> Tensor:
@@ -43,7 +47,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
         return take(name).to(torch.float32)
 
     owned_by_several = {
-        owner for metadata in forms.values() for owner in metadata.get("shared", {}).values()
+        owner for name, metadata in forms.items() for owner in _owners(name, metadata).values()
     }
     kept: dict[str, Tensor] = {}
 
@@ -56,13 +60,13 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
 
     def take_form(name: str, shape: tuple[int, int]) -> WeightForm:
         metadata = forms.get(name, {"kind": DenseWeight.kind})
-        form_type = next((form for form in FORMS if form.kind == metadata["kind"]), None)
+        form_type = next((form for form in FORMS if form.kind == metadata.get("kind")), None)
         if form_type is None:
             raise CheckpointError(
-                f"{folder.path}: {name} has a weight of kind {metadata['kind']!r}; known are "
+                f"{folder.path}: {name} has a weight of kind {metadata.get('kind')!r}; known are "
                 f"{', '.join(form.kind for form in FORMS)}"
             )
-        shared_tensors = metadata.get("shared", {})
+        shared_tensors = _owners(name, metadata)
         prefix = name + "."
         keys = [
             key.removeprefix(prefix)
@@ -79,7 +83,13 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
         if layout is not None and layout.holds(keys):
             return layout.read(name, own)
         others = {key: take_shared(owner) for key, owner in shared_tensors.items()}
-        return form_type.from_tensors(own | others, metadata)
+        try:
+            return form_type.from_tensors(own | others, metadata)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            first_line = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{folder.path}: {name} is no weight of kind {metadata['kind']!r}: {first_line}"
+            ) from error
 
     shared: dict[str, WeightForm] = {}
     for name, module in list(model.named_modules()):
@@ -108,6 +118,14 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
             f"{folder.path}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a "
             f"{spec.model_type} model"
         )
+
+
+def _owners(name: str, metadata: Mapping[str, Any]) -> Mapping[str, str]:
+    """Tensors that a layer shares, by the field's name: names of the layers that hold them."""
+    try:
+        return decode(dict[str, str], metadata.get("shared", {}), f"forms.{name}.shared")
+    except DecodeError as error:
+        raise CheckpointError(f"pocketvlm.json: {error}") from error
 
 
 def load_cache_grid(folder: ModelFolder) -> CacheGrid | None:

@@ -1,38 +1,130 @@
-"""Manifest of a saved checkpoint: pocketvlm.json, read back."""
+"""Manifest of a saved checkpoint: pocketvlm.json, which signs every file beside it.
+
+Versions before schema 2 signed the weights alone: a changed template, tokenizer or history of such
+a directory could not be told from the one that was saved, so they are not read any more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketvlm.checkpoint.records import Source, StageRecord, timeless
 from pocketvlm.errors import CheckpointError
-from pocketvlm.json_io import read_json
+from pocketvlm.files import locate
+from pocketvlm.json_io import DecodeError, decode, read_json, write_json
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import TokenReducer
+from pocketvlm.signed_folder import (
+    DIGEST_KEY,
+    sign_document,
+    sign_files,
+    verify_document,
+    verify_files,
+)
 
 __all__ = [
     "CHECKPOINT_SCHEMA",
-    "MANIFEST",
+    "CheckpointManifest",
     "ReducerBuilder",
+    "StoredReducer",
     "read_manifest",
     "read_visual_layers",
     "restore_reducer",
+    "write_manifest",
 ]
 
-CHECKPOINT_SCHEMA = 1
-MANIFEST = "pocketvlm.json"
+CHECKPOINT_SCHEMA = 2
+_MANIFEST = "pocketvlm.json"
+_UNSIGNED = ("README.md", ".gitattributes")
 
 ReducerBuilder = Callable[[Mapping[str, Any], ModelSpec], TokenReducer]
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a directory that `Checkpoint.save` wrote, `None` for a foreign one."""
-    return read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+@dataclass(frozen=True, kw_only=True)
+class StoredReducer:
+    """A visual-token reduction: the stage that built it, and with which parameters."""
+
+    method: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """What a saved checkpoint says of itself.
+
+    Attributes:
+        source: Where the weights came from.
+        forms: How each weight is stored, by the layer's name; dense ones are left out.
+        reducer: The visual-token reduction, or `None` for all tokens.
+        visual_layers: First layers that visual tokens run through, or `None` for all of them.
+        history: One record per stage, in order.
+        files: sha256 of every other file of the directory.
+        schema: Version of this description.
+    """
+
+    source: Source
+    forms: Mapping[str, Mapping[str, Any]]
+    reducer: StoredReducer | None
+    visual_layers: int | None
+    history: tuple[StageRecord, ...]
+    files: Mapping[str, str]
+    schema: int = CHECKPOINT_SCHEMA
+
+
+def read_manifest(path: Path) -> CheckpointManifest | None:
+    """The manifest of a directory that `Checkpoint.save` wrote, `None` for a foreign one.
+
+    Raises:
+        CheckpointError: It cannot be read, is of an earlier version, or the directory is not as it
+            was signed.
+    """
+    file = path / _MANIFEST
+    if not file.exists() and not file.is_symlink():
+        return None
+    document = read_json(locate(path, _MANIFEST, error=CheckpointError), error=CheckpointError)
+    if document.get("schema") != CHECKPOINT_SCHEMA or DIGEST_KEY not in document:
+        raise CheckpointError(
+            f"{file}: schema {document.get('schema')!r}; this version reads {CHECKPOINT_SCHEMA}, "
+            "where every file is signed: save the checkpoint again with this version"
+        )
+    verify_document(document, file, error=CheckpointError)
+    try:
+        manifest = decode(
+            CheckpointManifest, {key: value for key, value in document.items() if key != DIGEST_KEY}
+        )
+    except DecodeError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    verify_files(path, manifest.files, _MANIFEST, _UNSIGNED, error=CheckpointError)
+    return manifest
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    source: Source,
+    forms: Mapping[str, Mapping[str, Any]],
+    reducer: StoredReducer | None,
+    visual_layers: int | None,
+    history: tuple[StageRecord, ...],
+) -> None:
+    """Signs every file of a folder; what the clock said is left out of its history."""
+    manifest = CheckpointManifest(
+        source=source,
+        forms=forms,
+        reducer=reducer,
+        visual_layers=visual_layers,
+        history=(),
+        files=sign_files(folder, (_MANIFEST, *_UNSIGNED)),
+    )
+    document = {**asdict(manifest), "history": [timeless(record) for record in history]}
+    write_json(folder / _MANIFEST, sign_document(document))
 
 
 def restore_reducer(
-    manifest: Mapping[str, Any],
+    manifest: CheckpointManifest,
     spec: ModelSpec,
     reducers: Mapping[str, ReducerBuilder],
     path: Path,
@@ -40,31 +132,36 @@ def restore_reducer(
     """The visual-token reduction of a saved checkpoint.
 
     Raises:
-        CheckpointError: Its method is not among `reducers`.
+        CheckpointError: Its method is not among `reducers`, or does not take its parameters.
     """
-    stored = manifest.get("reducer")
+    stored = manifest.reducer
     if stored is None:
         return None
-    if stored["method"] not in reducers:
+    if stored.method not in reducers:
         raise CheckpointError(
-            f"{path}: reduces visual tokens by {stored['method']!r}, which is not known here; "
+            f"{path}: reduces visual tokens by {stored.method!r}, which is not known here; "
             "load it with pocketvlm.load_checkpoint"
         )
-    return reducers[stored["method"]](stored["parameters"], spec)
+    try:
+        return reducers[stored.method](stored.parameters, spec)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path / _MANIFEST}: reducer.parameters do not fit {stored.method}: {error}"
+        ) from error
 
 
-def read_visual_layers(manifest: Mapping[str, Any], spec: ModelSpec, path: Path) -> int | None:
+def read_visual_layers(manifest: CheckpointManifest, spec: ModelSpec, path: Path) -> int | None:
     """How many layers of a saved checkpoint visual tokens run through.
 
     Raises:
         CheckpointError: The stored number is none of the decoder's.
     """
-    stored = manifest.get("visual_layers")
+    stored = manifest.visual_layers
     if stored is None:
         return None
-    if not isinstance(stored, int) or not 0 < stored < spec.decoder.depth:
+    if not 0 < stored < spec.decoder.depth:
         raise CheckpointError(
-            f"{path / MANIFEST}: visual_layers is {stored!r}; allowed are 1 to "
+            f"{path / _MANIFEST}: visual_layers is {stored!r}; allowed are 1 to "
             f"{spec.decoder.depth - 1}, or null"
         )
     return stored

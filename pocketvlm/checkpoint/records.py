@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Source", "StageRecord", "record_from_json", "source_from_json", "timeless"]
+__all__ = ["Source", "StageRecord", "timeless"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,3 @@ def timeless(record: StageRecord) -> dict[str, Any]:
         for layer in document["layers"]
     ]
     return document
-
-
-def record_from_json(record: Mapping[str, Any]) -> StageRecord:
-    """A record as `pocketvlm.json` holds it."""
-    return StageRecord(
-        **{**record, "layers": tuple(record["layers"]), "notes": tuple(record["notes"])}
-    )
-
-
-def source_from_json(source: Mapping[str, Any]) -> Source:
-    """Where a checkpoint came from, as `pocketvlm.json` holds it."""
-    return Source(**{**source, "notes": tuple(source.get("notes", ()))})

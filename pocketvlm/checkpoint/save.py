@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pocketvlm.checkpoint.load import CACHE_PREFIX
-from pocketvlm.checkpoint.manifest import CHECKPOINT_SCHEMA, MANIFEST
-from pocketvlm.checkpoint.records import timeless
+from pocketvlm.checkpoint.manifest import StoredReducer, write_manifest
 from pocketvlm.errors import CheckpointError
-from pocketvlm.files import file_sha256
-from pocketvlm.json_io import write_json
 from pocketvlm.weights import DenseWeight, FormEmbedding, FormLinear
 
 if TYPE_CHECKING:
@@ -49,21 +45,17 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
         # The library hides an operating system's error, such as a full disk, in its own.
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
     reducing = [r for r in checkpoint.history if checkpoint.reducer and "keep" in r.metrics]
-    write_json(
-        folder / MANIFEST,
-        {
-            "schema": CHECKPOINT_SCHEMA,
-            "source": asdict(checkpoint.source),
-            "files": {_WEIGHTS: file_sha256(folder / _WEIGHTS)},
-            "forms": forms,
-            "reducer": (
-                {"method": reducing[-1].method, "parameters": dict(reducing[-1].parameters)}
-                if reducing
-                else None
-            ),
-            "visual_layers": checkpoint.visual_layers,
-            "history": [timeless(record) for record in checkpoint.history],
-        },
+    write_manifest(
+        folder,
+        source=checkpoint.source,
+        forms=forms,
+        reducer=(
+            StoredReducer(method=reducing[-1].method, parameters=dict(reducing[-1].parameters))
+            if reducing
+            else None
+        ),
+        visual_layers=checkpoint.visual_layers,
+        history=checkpoint.history,
     )
 
 

@@ -17,7 +17,7 @@ from pocketvlm.errors import CheckpointError, name_some
 from pocketvlm.files import file_sha256, is_lfs_pointer, locate
 from pocketvlm.json_io import read_json
 
-__all__ = ["WeightFiles", "find_weight_files", "verify_files"]
+__all__ = ["WeightFiles", "find_weight_files", "verify_blobs"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -92,22 +92,22 @@ def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
     return WeightFiles(files=files, placed=placed, notes=notes)
 
 
-def verify_files(files: Sequence[Path], manifest: Mapping[str, Any] | None) -> list[str]:
+def verify_blobs(files: Sequence[Path]) -> list[str]:
     """Digests of weight files, compared with what is known of them.
 
-    A manifest of ours knows the digest; in a hub cache the name of the file behind the link is
-    the digest. A foreign file without either cannot be told from a changed one.
+    In a hub cache the name of the file behind the link is the digest. Another foreign file cannot
+    be told from a changed one; those of our own directories are signed by their manifest.
+
+    Raises:
+        CheckpointError: A file is not what its name says.
     """
     digests = []
     for file in files:
         found = file_sha256(file)
-        known = manifest["files"].get(file.name) if manifest else None
         target = file.resolve().name
-        if known is None and file.is_symlink() and len(target) == len(found):
-            known = target
-        if known is not None and known != found:
+        if file.is_symlink() and len(target) == len(found) and target != found:
             raise CheckpointError(
-                f"{file}: is damaged: sha256 {found[:12]}…, expected {known[:12]}…"
+                f"{file}: is damaged: sha256 {found[:12]}…, expected {target[:12]}…"
             )
         digests.append(found)
     return digests

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_spec
 from pocketvlm.errors import CheckpointError, StorageError, UnsupportedError
+from pocketvlm.signed_folder import sign_document
 from pocketvlm.testing import tiny_config
 from pocketvlm.weights import AffineWeight
 
@@ -199,14 +200,89 @@ def test_an_unsupported_family_names_the_supported_ones(copy):
         Checkpoint.load(copy)
 
 
-def test_a_flipped_bit_in_our_own_checkpoint_is_noticed(tiny_checkpoint, tmp_path):
+def test_a_flipped_bit_in_any_file_of_our_own_is_noticed(tiny_checkpoint, tmp_path):
     tiny_checkpoint.save(tmp_path / "saved")
-    weights = tmp_path / "saved" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="is damaged: sha256"):
+    files = sorted((tmp_path / "saved").iterdir())
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} < {
+        file.name for file in files
+    }
+    for file in files:
+        before = file.read_bytes()
+        content = bytearray(before)
+        content[len(content) // 2] ^= 1
+        file.write_bytes(bytes(content))
+        with pytest.raises(CheckpointError, match=rf"{file.name}: .*"):
+            Checkpoint.load(tmp_path / "saved")
+        file.write_bytes(before)
+    Checkpoint.load(tmp_path / "saved")
+
+
+def test_the_history_of_our_own_checkpoint_is_signed(tiny_checkpoint, tmp_path):
+    record = StageRecord(method="m", parameters={}, version="1", calibration_sha256=None)
+    tiny_checkpoint.extend(record).save(tmp_path / "saved")
+    manifest = tmp_path / "saved" / "pocketvlm.json"
+    manifest.write_text(manifest.read_text().replace('"method": "m"', '"method": "n"'))
+    with pytest.raises(CheckpointError, match=r"pocketvlm.json: was changed after it was written"):
         Checkpoint.load(tmp_path / "saved")
+
+
+def test_a_file_that_was_not_saved_with_our_own_checkpoint_is_refused(tiny_checkpoint, tmp_path):
+    tiny_checkpoint.save(tmp_path / "saved")
+    (tmp_path / "saved" / "processor_config.json").write_text('{"chat_template": "x"}')
+    with pytest.raises(CheckpointError, match=r"processor_config.json: is not listed in pocketvlm"):
+        Checkpoint.load(tmp_path / "saved")
+
+
+def test_an_earlier_version_of_our_own_checkpoint_is_refused(tiny_checkpoint, tmp_path):
+    tiny_checkpoint.save(tmp_path / "saved")
+    manifest = tmp_path / "saved" / "pocketvlm.json"
+    document = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**document, "schema": 1}))
+    with pytest.raises(CheckpointError, match="schema 1; this version reads 2, where every file"):
+        Checkpoint.load(tmp_path / "saved")
+    del document["sha256"]  # nor is the digest optional
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="this version reads 2"):
+        Checkpoint.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": {}}, "source.name: is missing"),
+        ({"forms": []}, "forms: must be an object"),
+        ({"forms": {"x": 1}}, "forms.x: must be an object"),
+        ({"history": [{}]}, "history.0.method: is missing"),
+        ({"history": 3}, "history: must be a list"),
+        ({"reducer": {"method": "m"}}, "reducer.parameters: is missing"),
+        ({"reducer": {"method": "m", "parameters": {}}}, "'m', which is not known here"),
+        ({"files": {"../x": "0" * 64}}, "not the name of a file inside"),
+        ({"files": {}}, "lists no files"),
+        ({"extra": 1}, "extra: unknown key"),
+    ],
+)
+def test_a_hostile_manifest_gets_one_line(tiny_checkpoint, tmp_path, change, message):
+    tiny_checkpoint.save(tmp_path / "saved")
+    manifest = tmp_path / "saved" / "pocketvlm.json"
+    document = {**json.loads(manifest.read_text()), **change}
+    manifest.write_text(json.dumps(sign_document(document)))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.load(tmp_path / "saved")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "form", [{"kind": "odd"}, {}, {"kind": "affine"}, {"kind": "affine", "shared": [1]}]
+)
+def test_a_form_that_does_not_fit_its_tensors_gets_one_line(tiny_checkpoint, tmp_path, form):
+    tiny_checkpoint.save(tmp_path / "saved")
+    manifest = tmp_path / "saved" / "pocketvlm.json"
+    document = json.loads(manifest.read_text())
+    document["forms"][tiny_checkpoint.spec.linears()[0].name] = form
+    manifest.write_text(json.dumps(sign_document(document)))
+    with pytest.raises(CheckpointError, match=r"of kind|shared: must be an object") as caught:
+        Checkpoint.load(tmp_path / "saved")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_flipped_bit_in_a_hub_cache_is_noticed(tiny_path, tmp_path):

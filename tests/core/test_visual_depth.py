@@ -23,6 +23,7 @@ from pocketvlm.forward import (
     new_cache,
 )
 from pocketvlm.reduction import TokenReducer
+from pocketvlm.signed_folder import sign_document
 from pocketvlm.visual_depth import text_columns
 
 
@@ -253,8 +254,8 @@ def test_a_checkpoint_saves_and_loads_how_deep_visual_tokens_run(deep_checkpoint
     manifest = tmp_path / "saved" / "pocketvlm.json"
     document = json.loads(manifest.read_text())
     for wrong in (0, deep_checkpoint.spec.decoder.depth, "2"):
-        manifest.write_text(json.dumps({**document, "visual_layers": wrong}))
-        with pytest.raises(CheckpointError, match=r"visual_layers is .*; allowed are 1 to"):
+        manifest.write_text(json.dumps(sign_document({**document, "visual_layers": wrong})))
+        with pytest.raises(CheckpointError, match=r"visual_layers(: must be| is .*; allowed are)"):
             Checkpoint.load(tmp_path / "saved")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.protocol import bench_bundle
@@ -21,7 +21,6 @@ from pocketvlm.errors import (
     RecipeError,
     UnsupportedError,
 )
-from pocketvlm.files import file_sha256
 from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml, verify_coreml
 from pocketvlm.runtime.coreml.session import RemoteRunner, measure_function
 from tests.pipeline.conftest import cli
@@ -89,11 +88,7 @@ def test_a_verification_is_written_into_the_bundle(run: Path) -> None:
 def test_what_was_certified_before_stays(run: Path) -> None:
     parity = run / "bundle" / "parity.json"
     parity.write_text(json.dumps({"passed": True, "targets": {"onnx": {}}}))
-    (run / "bundle" / "manifest.json").write_text(
-        (run / "bundle" / "manifest.json")
-        .read_text()
-        .replace('"files": {', f'"files": {{"parity.json": "{file_sha256(parity)}",')
-    )
+    sign_bundle(run / "bundle", Bundle.open(run / "bundle", verify=False).manifest)
     verify(run, "answers")
     document = json.loads(parity.read_text())
     assert document["targets"] == {"onnx": {}}
@@ -186,10 +181,7 @@ def test_the_evaluator_certifies_what_is_on_disk(run: Path) -> None:
     for place in range(len(data) // 2, len(data) // 2 + 4000, 2):
         data[place + 1] ^= 0x80
     file.write_bytes(data)
-    manifest = run / "bundle" / "manifest.json"
-    name = file.relative_to(run / "bundle").as_posix()
-    old = Bundle.open(run / "bundle", verify=False).manifest.files[name]
-    manifest.write_text(manifest.read_text().replace(old, file_sha256(file)))
+    sign_bundle(run / "bundle", Bundle.open(run / "bundle", verify=False).manifest)
     assert not evaluate_coreml(run / "bundle", ASKED, CTX).passed
 
 
