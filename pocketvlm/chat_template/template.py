@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import Template, TemplateSyntaxError, nodes
 
 from pocketvlm.chat_template.budget import Budget
 from pocketvlm.chat_template.sandbox import TemplateSandbox
@@ -99,6 +99,15 @@ class ChatTemplate:
                 raise InputError(
                     f"the chat template refuses this conversation: {_reason(fault)}"
                 ) from fault
+
+    @cached_property
+    def literals(self) -> str:
+        """Every text that the template itself may write, with NUL between."""
+        with _RENDERING:
+            tree = _SANDBOX.parse(self.source)
+        found = {node.data for node in tree.find_all(nodes.TemplateData)}
+        found |= {c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)}
+        return "\0".join(sorted(found))
 
     @cached_property
     def _compiled(self) -> Template:
