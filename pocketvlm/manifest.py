@@ -71,12 +71,15 @@ class PromptLayout:
         image_token_id: The placeholder, as a token.
         image_prefix: Text before the placeholders of a picture.
         image_suffix: Text after them.
+        embedding_rows: Rows of the embedding table, which every other token must lie below;
+            `None` where that is not known.
     """
 
     image_token: str
     image_token_id: int
     image_prefix: str = ""
     image_suffix: str = ""
+    embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
         if not self.image_token or self.image_token_id < 0:

@@ -9,20 +9,20 @@ work with that text alone.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pocketvlm.chat_template import find_chat_template
 from pocketvlm.errors import CheckpointError
+from pocketvlm.foreign_code import STOCK_ONLY
+from pocketvlm.image_processor import quiet_fallbacks
 from pocketvlm.json_io import read_json
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.prompt_codec import PromptCodec, read_tokenizer
 
-__all__ = ["StockTokenizer", "quiet_fallbacks", "read_stock_tokenizer"]
+__all__ = ["StockTokenizer", "read_stock_tokenizer"]
 
 _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """What `clean_up_tokenization_spaces` takes the spaces from."""
@@ -94,23 +94,23 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
     words = getattr(tokenizer, "chat_control_tokens", None)  # since transformers 5.24
     codec = PromptCodec(
         tokenizer=read_tokenizer(serialized, path / "tokenizer.json", error=CheckpointError),
-        template=find_chat_template(path, error=CheckpointError, follow=True),
+        template=find_chat_template(path, error=CheckpointError),
         variables=dict(tokenizer.special_tokens_map),
         image_token=spec.image_token,
         image_token_id=spec.image_token_id,
-        image_block=spec.image_block,
-        embedding_rows=spec.decoder.vocabulary,
+        image_block=(spec.image_prefix + spec.image_token * spec.visual_tokens + spec.image_suffix),
+        embedding_rows=spec.decoder.vocab_size,
         control_words=None if words is None else tuple(map(str, words)),
     )
     codec.check(path, error=CheckpointError)
     beyond = sum(
-        token >= spec.decoder.vocabulary
+        token >= spec.decoder.vocab_size
         for token in tokenizer.get_vocab().values()
         if token != spec.image_token_id
     )
     if beyond:
         notes += (
-            f"the tokenizer has {beyond} tokens beyond the {spec.decoder.vocabulary} rows of the "
+            f"the tokenizer has {beyond} tokens beyond the {spec.decoder.vocab_size} rows of the "
             "embedding table; texts that hold one are refused",
         )
     return StockTokenizer(
@@ -130,16 +130,14 @@ def _load(path: Path) -> Any:
 
     try:
         with quiet_fallbacks():
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
-            )
-        if not tokenizer.is_fast:
-            raise CheckpointError(f"{path}: loads as a slow tokenizer; a fast one is needed")
-    except (KeyboardInterrupt, SystemExit, CheckpointError):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), **STOCK_ONLY)
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as fault:  # anything from KeyError to a panic of Rust, no Exception
         first_line = str(fault).strip().partition("\n")[0] or type(fault).__name__
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {first_line}") from fault
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{path}: loads as a slow tokenizer; a fast one is needed")
     return tokenizer
 
 
@@ -174,12 +172,11 @@ def _named_by_tokenizer(
             f"{path}: the processor's image_token is {declared!r}, and token "
             f"{spec.image_token_id}, the picture's in config.json, is {found!r}"
         )
-    frame = {"image_prefix": spec.image_prefix, "image_suffix": spec.image_suffix}
-    if processor.get("processor_class") != "Idefics3Processor" and spec.image_prefix:
-        fake = named.get("fake_image_token", "<fake_token_around_image>")
-        overview = named.get("global_image_token", "<global-img>")
-        frame = {"image_prefix": f"{fake}{overview}", "image_suffix": fake}
-    return replace(spec, image_token=found, **frame)
+    prefix, suffix = spec.image_prefix, spec.image_suffix
+    if processor.get("processor_class") != "Idefics3Processor" and prefix:
+        suffix = named.get("fake_image_token", "<fake_token_around_image>")
+        prefix = suffix + named.get("global_image_token", "<global-img>")
+    return replace(spec, image_token=found, image_prefix=prefix, image_suffix=suffix)
 
 
 def _serialize(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
@@ -201,7 +198,10 @@ def _serialize(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    # Releases before 5.24 do not know this attribute.
+    forced = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
+    )
     is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
     return bool(tokenizer.clean_up_tokenization_spaces and (forced or not is_bpe))
 
@@ -216,15 +216,3 @@ def _with_cleanup(decoder: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dump(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-@contextmanager
-def quiet_fallbacks() -> Iterator[None]:
-    """Drops transformers' notice, a line a class, that torchvision is not there: that is meant."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

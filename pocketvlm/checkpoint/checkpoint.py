@@ -91,8 +91,9 @@ class Checkpoint:
             UnsupportedError: The model's family is not supported.
         """
         folder = read_model_folder(Path(path))
-        spec, manifest = folder.spec, folder.manifest
-        processor = Processor.load(folder.path, spec)
+        manifest = folder.manifest
+        processor = Processor.load(folder.path, folder.spec)
+        spec = processor.spec  # the tokenizer knows how the placeholder is spelled
         digests = verify_blobs(folder.files)
         model = build_model(folder.config)
         load_weights(model, folder)

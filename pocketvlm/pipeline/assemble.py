@@ -125,7 +125,7 @@ def _export_each(
 def _write_rest(
     checkpoint: Checkpoint, components: tuple[Component, ...], folder: Path, recipe_sha256: str
 ) -> Manifest:
-    checkpoint.processor.save(folder)
+    checkpoint.processor.save_for_runtime(folder)
     manifest = _describe(checkpoint, recipe_sha256, folder)
     return sign_bundle(folder, replace(manifest, components=components))
 
@@ -151,6 +151,7 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
             image_token_id=spec.image_token_id,
             image_prefix=spec.image_prefix,
             image_suffix=spec.image_suffix,
+            embedding_rows=decoder.vocab_size,
         ),
         generation=Generation(
             eos_token_ids=checkpoint.processor.eos_token_ids,

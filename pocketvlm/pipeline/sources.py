@@ -14,8 +14,8 @@ from pocketvlm.checkpoint import Checkpoint, read_config, read_model_folder, rea
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
-from pocketvlm.image_processor import ImageProcessor
 from pocketvlm.modelspec import ModelSpec
+from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import reducer_builders
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
@@ -79,7 +79,8 @@ def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
         note = "no weights are here: what is missing, ignored or tied could not be checked"
         return read_spec(read_config(path)), (note,)
     folder = read_model_folder(path)
-    return folder.spec, (*folder.notes, *ImageProcessor.load(path, folder.spec).notes)
+    processor = Processor.load(path, folder.spec)
+    return processor.spec, (*folder.notes, *processor.notes)
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:

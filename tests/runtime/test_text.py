@@ -195,7 +195,7 @@ def test_template_cannot_leave_its_sandbox(copy):
     [
         ("chat_template.jinja", "{% if %}", "no Jinja, line 1"),
         ("tokenizer.json", "{}", "not a tokenizer"),
-        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("tokenizer.json", None, "tokenizer.json: is missing"),
     ],
 )
 def test_damaged_files_are_named(copy, name, content, message):
