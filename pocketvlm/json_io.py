@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -18,12 +19,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.files import MAX_TEXT_BYTES, read_text
+from pocketvlm.printable import STEERING
 from pocketvlm.publish import replace_file
 
 __all__ = ["DecodeError", "decode", "parse_json", "read_json", "write_json"]
 
 _T = TypeVar("_T")
 _SHOWN = 60
+_STEERING = re.compile(f"[{STEERING}]")
 
 
 class DecodeError(ValueError):
@@ -77,9 +80,16 @@ def parse_json(text: str, where: str, *, error: type[PocketVLMError] = BundleErr
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a document aside and renames it into place; same content, same bytes."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    # Inside a string, the only place where they can stand, each has an escape that JSON knows.
+    text = _STEERING.sub(_json_escape, text) + "\n"
     with replace_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    units = found.group().encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
 
 
 def decode(kind: type[_T], value: Any, path: str = "") -> _T:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from pocketvlm.printable import printable
+
 __all__ = [
     "command_line",
     "one_line",
@@ -23,9 +25,9 @@ _LONGEST_LINE = 1200
 
 
 def say(line: str) -> None:
-    """One line of text."""
+    """One line of text, whatever the names in it hold."""
     if sys.stderr is not None:  # `print` would take stdout instead, where the document belongs
-        print(line, file=sys.stderr)
+        print(printable(line).replace("\n", "\\n"), file=sys.stderr)
 
 
 def one_line(text: str) -> str:
@@ -34,10 +36,7 @@ def one_line(text: str) -> str:
     if len(line) > _LONGEST_LINE:
         half = _LONGEST_LINE // 2
         line = f"{line[:half]} … {line[-half:]}"
-    return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii")
-        for sign in line
-    )
+    return printable(line)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

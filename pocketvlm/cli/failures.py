@@ -128,7 +128,8 @@ def _fail_usage(error: typer.TyperException) -> int:
     format_message = getattr(error, "format_message", None)
     message = str(error) if format_message is None else format_message()
     if context is not None and message == context.get_help():
-        say(message)
+        for line in message.splitlines():
+            say(line)
         return WRONG_INPUT
     where = f"; see `{context.command_path} --help`" if context is not None else ""
     return _fail(message.rstrip(".") + where, WRONG_INPUT)

@@ -20,6 +20,7 @@ from pocketvlm.cli.options import (
 )
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError
+from pocketvlm.printable import printable
 
 __all__ = ["ask", "evaluate", "inspect", "verify_coreml"]
 
@@ -52,7 +53,7 @@ def ask(
 
     def show(piece: str) -> None:
         if not as_json:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
 
     opened = Bundle.open(bundle)
     if choose_engine(opened, runtime) == "executorch" and not as_json:

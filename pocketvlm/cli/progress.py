@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pocketvlm.cli.interrupts import unwound_interrupts
+from pocketvlm.printable import printable_line
 
 if TYPE_CHECKING:
     from pocketvlm.context import Progress, ProgressCallback
@@ -32,12 +33,12 @@ def show_progress() -> Iterator[ProgressCallback]:
 
     console = Console(stderr=True)
     bars = Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
@@ -46,8 +47,10 @@ def show_progress() -> Iterator[ProgressCallback]:
     def on_progress(step: Progress) -> None:
         raise_if_interrupted()
         if step.task not in tasks:
-            tasks[step.task] = bars.add_task(step.task, total=step.total or None, note="")
-        bars.update(tasks[step.task], completed=step.done, note=step.note)
+            tasks[step.task] = bars.add_task(
+                printable_line(step.task), total=step.total or None, note=""
+            )
+        bars.update(tasks[step.task], completed=step.done, note=printable_line(step.note))
 
     with bars, unwound_interrupts() as raise_if_interrupted:
         yield on_progress

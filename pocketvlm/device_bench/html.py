@@ -6,18 +6,24 @@ The same report gives the same bytes, so a page can be compared and cached.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from pocketvlm.device_bench.view import view_run
 from pocketvlm.device_bench.wording import NOT_MEASURED, format_bytes, format_number
+from pocketvlm.printable import printable, printable_line
 
 __all__ = ["render_html", "render_markdown"]
 
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>|#~&$@]")
+_BLOCK = re.compile(r"^(?:[-+=!]|(?<=\A)\d+(?=[.)]))")  # what begins a list, a rule, a heading
+_LINK = re.compile(r"\bwww\.|\b[A-Za-z][A-Za-z+.-]*:(?=//)")  # what is made a link by itself
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -47,6 +53,7 @@ def _environment(*, autoescape: bool) -> Environment:
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=autoescape,  # noqa: S701  (Markdown has its own filter, `cell`)
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -55,14 +62,26 @@ def _environment(*, autoescape: bool) -> Environment:
         "number": format_number,
         "bytes": format_bytes,
         "cell": _markdown_cell,
+        "command": _shell_line,
     }
     environment.globals["not_measured"] = NOT_MEASURED
     return environment
 
 
 def _markdown_cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table, nor bring markup of its own."""
-    flat = " ".join(str(text).split())
-    for character in "\\`*_[]<>|#":
-        flat = flat.replace(character, "\\" + character)
-    return flat
+    """Text that cannot break out of a Markdown table, nor bring markup or a link of its own."""
+    flat = _MARKUP.sub(r"\\\g<0>", printable_line(str(text)))
+    flat = _BLOCK.sub(r"\\\g<0>", flat)
+    return _LINK.sub(lambda found: f"{found.group()[:-1]}\\{found.group()[-1]}", flat)
+
+
+def _shell_line(text: str) -> str:
+    """A command that stays in its fenced block."""
+    return printable_line(str(text)).replace("```", r"\`\`\`")
+
+
+def _shown(value: Any) -> Any:
+    """What every expression of a template becomes before it is escaped."""
+    if isinstance(value, Markup):
+        return Markup(printable(value))  # noqa: S704  (escapes bring no markup)
+    return printable(value) if isinstance(value, str) else value

@@ -292,3 +292,52 @@ def test_large_blocks_are_counted_and_small_ones_shown():
     assert facts["sensitivity"] == "tokens 51, 80 layers, see report.json"
     assert facts["calibration"] == "samples 128"
     assert facts["nothing"] == "–"
+
+
+CARD = (
+    "|x|`y`*z*_w_ <script>alert(1)</script> [a](http://evil) ![i](http://evil/i.png) "
+    "https://evil.example www.evil.example &lt; @user #1 $m$ ~~s~~\n---\n# h\n```\n<b>\x1b[2J\u202e"
+)
+
+
+def poison(value, text):
+    """The report with the text in place of every text, and behind every name."""
+    if isinstance(value, dict):
+        return {key: poison(item, text) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poison(item, text) for item in value]
+    return text if isinstance(value, str) and value not in {"pass", "fail"} else value
+
+
+def test_no_text_of_a_report_becomes_markup_of_the_card(report):
+    from markdown_it import MarkdownIt
+
+    poisoned = poison(report, CARD)
+    poisoned["command"] = "pocketvlm ask x\n```\n<script>"
+    card = render_markdown(poisoned)
+    plain = render_markdown(report)
+    assert "\x1b" not in card
+    assert "\u202e" not in card
+    assert card.startswith("# ")
+
+    def kinds(text):
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+        inline = [child for token in tokens for child in token.children or ()]
+        return {token.type for token in (*tokens, *inline)}
+
+    forbidden = {"html_block", "html_inline", "link_open", "image", "strong_open", "hr"}
+    assert not kinds(card) & forbidden
+    assert kinds(card) <= kinds(plain)
+    # Nothing that GitHub's dialect makes a link, a mention, a formula or a stroke of, either.
+    for mark in ("https://", " www.", " @user", " #1", " $m$", "~~s"):
+        assert mark not in card, mark
+
+
+def test_no_text_of_a_report_steers_the_page(report):
+    page = render_html(poison(report, CARD + HOSTILE))
+    tags = set(Page(page).tags)
+    assert not tags & {"script", "img", "iframe", "object", "form"}
+    assert tags == set(Page(render_html(report)).tags)
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "\\x1b[2J\\u202e" in page

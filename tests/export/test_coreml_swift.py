@@ -104,6 +104,38 @@ def test_a_bundle_without_fixed_packages_has_no_file(bundles: dict[str, Bundle])
         render_swift(others)
 
 
+def test_no_name_becomes_swift_code(bundles: dict[str, Bundle]) -> None:
+    """Names of a stranger's manifest stay in their comment and in their literals."""
+    bundle = bundles["iOS17"]
+    hostile = 'x"\n}\nfatalError()\r\\(exit(1)) $ends \u202e\x1b\u2028\\'
+    components = tuple(
+        replace(
+            c,
+            file=hostile,
+            function=hostile,
+            inputs=tuple(
+                replace(i, name=hostile) if i.name == c.inputs[-1].name else i for i in c.inputs
+            ),
+        )
+        if c.role == "decoder"
+        else c
+        for c in bundle.manifest.components
+    )
+    manifest = replace(bundle.manifest, model=hostile, components=components)
+    lines = render_swift(replace(bundle, manifest=manifest)).split("\n")
+    before = render_swift(bundle).split("\n")
+    assert len(lines) == len(before)
+    changed = [(a, b) for a, b in zip(before, lines, strict=True) if a != b]
+    assert len(changed) >= 3
+    for _, line in changed:
+        code = re.sub(r'"(?:[^"\\]|\\u\{[0-9a-f]+\})*"', '""', line)
+        code = re.sub(r"//.*", "", code)
+        assert "fatalError" not in code
+        assert "exit" not in code
+        assert "\\" not in code
+        assert line.isprintable()
+
+
 def test_the_page_shows_the_file_of_the_demo(tmp_path: Path) -> None:
     """What int4-balanced makes of pocket-llava, as far as the file depends on it."""
     checkpoint = replace(

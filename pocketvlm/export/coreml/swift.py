@@ -7,12 +7,12 @@ chunk is filled) is the same as in `runtime.coreml_runner`, which runs the same 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from string import Template
 
 from pocketvlm.bundle import Bundle, TensorSignature
 from pocketvlm.errors import BundleError
+from pocketvlm.printable import printable_line
 
 __all__ = ["render_swift"]
 
@@ -40,7 +40,7 @@ def render_swift(bundle: Bundle) -> str:
     _, chunk, width = _shape(prefill.inputs, "embeds")
     keeps_positions = manifest.positions == "original"
     values: dict[str, object] = {
-        "model": manifest.model,
+        "model": printable_line(manifest.model),
         "pixels": list(_shape(vision.inputs, "pixel_values")),
         "visual_tokens": manifest.visual_tokens,
         "placeholders": manifest.visual_tokens_full,
@@ -52,7 +52,7 @@ def render_swift(bundle: Bundle) -> str:
         "capacity": _shape(caches, caches[0].name)[-2],
         "offset": "kept[row]" if keeps_positions else "Int32(row)",
         "shift": "0" if keeps_positions else "Int32(Self.placeholders - Self.visualTokens)",
-        "cache_names": json.dumps([signature.name for signature in caches]),
+        "cache_names": _text_list(signature.name for signature in caches),
         "cache_shape": list(_shape(caches, caches[0].name)),
         "step_rows": _shape(step.inputs, "embeds")[1],
     }
@@ -62,13 +62,28 @@ def render_swift(bundle: Bundle) -> str:
         ("prefill", prefill),
         ("step", step),
     ):
-        values[f"{name}_file"] = json.dumps(component.file)
+        values[f"{name}_file"] = _text(component.file)
         values[f"{name}_function"] = (
-            "nil" if component.function is None else json.dumps(component.function)
+            "nil" if component.function is None else _text(component.function)
         )
     fragments = _PASSED if passed else _KEPT
     values |= {name: Template(text).substitute(values) for name, text in fragments.items()}
     return Template(_FILE).substitute(values)
+
+
+def _text(value: str) -> str:
+    """A string literal: escapes of JSON are not those of Swift, and a backslash fills values in."""
+    signs = (
+        sign
+        if sign.isascii() and sign.isprintable() and sign not in '"\\'
+        else f"\\u{{{ord(sign):x}}}"
+        for sign in value.encode("utf-8", "replace").decode()
+    )
+    return f'"{"".join(signs)}"'
+
+
+def _text_list(values: Iterable[str]) -> str:
+    return f"[{', '.join(map(_text, values))}]"
 
 
 def _shape(signatures: Iterable[TensorSignature], name: str) -> tuple[int, ...]:
