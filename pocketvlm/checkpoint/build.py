@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pocketvlm.checkpoint.config import parse_config
+from pocketvlm.errors import CheckpointError
 from pocketvlm.foreign_code import ATTENTION
 
 __all__ = ["build_model", "build_skeleton"]
@@ -39,14 +40,10 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         CheckpointError: The config cannot be understood.
     """
-    from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    parsed = parse_config(config)
     with _MatricesOnMeta(), no_init_weights():
-        model: nn.Module = AutoModelForImageTextToText.from_config(
-            parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
-        )
+        model: nn.Module = _stock_model(config)
     model.requires_grad_(requires_grad=False)
     return model.eval()
 
@@ -57,10 +54,18 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: The config cannot be understood.
     """
+    with torch.device("meta"):
+        return _stock_model(config)
+
+
+def _stock_model(config: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForImageTextToText
 
     parsed = parse_config(config)
-    with torch.device("meta"):
+    try:
         return AutoModelForImageTextToText.from_config(
             parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
         )
+    except Exception as error:  # modules assert, divide and look up what a config says
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"config.json: no model can be built from it: {words}") from error

@@ -17,7 +17,7 @@ _MAX_DEPTH = 24
 _MAX_VALUES = 100_000
 _LARGEST = 2**40
 _SIZES: Mapping[str, int] = {
-    "num_hidden_layers": 1024,
+    "num_hidden_layers": 512,
     "hidden_size": 2**17,
     "intermediate_size": 2**20,
     "projection_dim": 2**17,

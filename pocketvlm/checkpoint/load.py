@@ -17,6 +17,8 @@ from pocketvlm.weights import FORMS, DenseWeight, FormEmbedding, FormLinear, Wei
 
 __all__ = ["CACHE_PREFIX", "load_cache_grid", "load_weights"]
 
+# What a form of weights raises where its numbers and tensors do not belong together.
+_FORM_ERRORS = (ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError)
 CACHE_PREFIX = "kv_cache."
 """What the names of the KV cache's scales begin with, in the weights of a saved checkpoint."""
 
@@ -80,15 +82,16 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
                 f"{folder.path}: tensor {name}.weight is missing from the weights"
             )
         own = {key: take_shared(prefix + key) for key in keys}
-        if layout is not None and layout.holds(keys):
-            return layout.read(name, own)
         others = {key: take_shared(owner) for key, owner in shared_tensors.items()}
         try:
+            if layout is not None and layout.holds(keys):
+                return layout.read(name, own)
             return form_type.from_tensors(own | others, metadata)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            first_line = " ".join(str(error).split())
+        except _FORM_ERRORS as error:
+            kind = "quantized" if layout is not None else metadata["kind"]
             raise CheckpointError(
-                f"{folder.path}: {name} is no weight of kind {metadata['kind']!r}: {first_line}"
+                f"{folder.path}: the {kind} weight of {name} cannot be read: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     shared: dict[str, WeightForm] = {}
