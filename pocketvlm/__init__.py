@@ -15,12 +15,13 @@ is first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from pocketvlm.environment import hush_imports, stop_reporting
 
+# Not from `typing`: the command line cannot answer an interrupt before this module is imported.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pocketvlm.bundle import Bundle
     from pocketvlm.calibration.source import CalibrationSet, Sample
     from pocketvlm.checkpoint import Checkpoint, StageRecord
@@ -155,6 +156,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name from its home when it is first asked for."""
+    from importlib import import_module
+
     if name not in _HOMES:
         raise AttributeError(f"module 'pocketvlm' has no attribute {name!r}")
     return getattr(import_module(f"pocketvlm.{_HOMES[name]}"), name)

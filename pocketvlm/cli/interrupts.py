@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 __all__ = ["announce", "install", "is_interrupted", "unwound_interrupts"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from types import FrameType
     from typing import NoReturn
 
@@ -34,7 +33,7 @@ def install() -> None:
     A signal that is ignored, as by `nohup`, stays so; but shells ignore SIGINT for whatever they
     start in the background, where somebody may send it all the same.
     """
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):  # not in the main thread
         for number in _heeded():
             signal.signal(number, _end)
 
@@ -61,10 +60,11 @@ def unwound_interrupts() -> Iterator[Callable[[], None]]:
         A function that raises it once more: Python prints and forgets one that hits a finalizer,
         and libraries may swallow it.
     """
-    if threading.current_thread() is not threading.main_thread():
+    try:
+        before = {number: signal.signal(number, _unwind) for number in _heeded()}
+    except ValueError:  # not in the main thread
         yield lambda: None
         return
-    before = {number: signal.signal(number, _unwind) for number in _heeded()}
     hook = sys.unraisablehook
     sys.unraisablehook = _forget_interrupts
     try:
