@@ -12,6 +12,7 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 ├── ExportError               a toolkit could not convert a graph
 ├── StorageError              a file cannot be written: a full disk, a quota, a read-only place
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
+    ├── SourceMismatchError   the checkpoint is read otherwise than stock transformers reads it
     ├── ParityError           the artifact does not answer like what was evaluated
     └── ExpectationError      size, latency or quality is beyond what the recipe expects
 ```
@@ -34,6 +35,7 @@ __all__ = [
     "ParityError",
     "PocketVLMError",
     "RecipeError",
+    "SourceMismatchError",
     "StorageError",
     "UnsupportedError",
     "join_problems",
@@ -87,6 +89,10 @@ class CheckFailedError(PocketVLMError):
     """Everything ran, and a bound was not met."""
 
     exit_code = 1
+
+
+class SourceMismatchError(CheckFailedError):
+    """The checkpoint as it is read here is not what stock transformers makes of its folder."""
 
 
 class ParityError(CheckFailedError):

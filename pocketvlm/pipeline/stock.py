@@ -1,0 +1,223 @@
+"""Stock: the model and the processor as transformers itself loads them from a folder.
+
+This is the oracle of the source check, so it shares as little as can be with the rest of the
+package: the library reads weights, processor and generation settings by its own code. Only what
+would run a stranger's code or fetch a kernel is kept from it, and pictures are made by its Pillow
+backend, one tile each, which is what a bundle shows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pocketvlm.checkpoint import ModelFolder, read_config
+from pocketvlm.checkpoint.config import parse_config
+from pocketvlm.export.closeness import Floats
+from pocketvlm.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
+from pocketvlm.messages import Picture, Turn
+
+__all__ = ["StockAnswer", "StockModel", "StockUnavailable"]
+
+_BYTES_A_WEIGHT = 4  # it computes in float32
+_USABLE_SHARE = 0.8  # of the memory that is free
+
+
+class StockUnavailable(Exception):  # noqa: N818  (a state that a report names, not a failure)
+    """The stock classes cannot be loaded here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StockAnswer:
+    """What the stock classes make of one conversation.
+
+    Attributes:
+        pixels: float32 [pictures, channels, side, side].
+        token_ids: The prompt.
+        logits: float32 [length, vocabulary] after the prompt's tokens.
+        generated: Tokens of a greedy answer under the model's own generation configuration, end
+            token included.
+        scores: float32 [generated, vocabulary], what each of them was chosen by.
+    """
+
+    pixels: Floats
+    token_ids: list[int]
+    logits: Floats
+    generated: list[int]
+    scores: Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StockModel:
+    """A model and a processor of the library.
+
+    Attributes:
+        model: The model, float32.
+        processor: The combined processor.
+        notes: Where it is not what the library's own choice would be.
+    """
+
+    model: Any
+    processor: Any
+    notes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: ModelFolder) -> StockModel:
+        """Loads both from a folder.
+
+        Raises:
+            StockUnavailable: The library cannot, or there is no memory for a second model.
+        """
+        if folder.manifest is not None:
+            raise StockUnavailable("the folder was written by pocketvlm, not by transformers")
+        if folder.layout is not None:
+            raise StockUnavailable(
+                "the folder holds quantized layers, which transformers hands to other packages"
+            )
+        _hold_memory(folder)
+        refuse_foreign_code(folder.path)
+        from transformers import AutoModelForImageTextToText
+
+        with _quiet():
+            try:
+                processor, notes = _load_processor(folder)
+                model = AutoModelForImageTextToText.from_pretrained(
+                    str(folder.path),
+                    config=parse_config(read_config(folder.path)),
+                    dtype=torch.float32,
+                    attn_implementation=ATTENTION,
+                    use_safetensors=True,
+                    **STOCK_ONLY,
+                ).eval()
+            except Exception as error:  # the library raises anything
+                raise StockUnavailable(f"transformers cannot load it: {_line(error)}") from error
+        return cls(model=model, processor=processor, notes=notes)
+
+    def answer(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image], *, max_new_tokens: int
+    ) -> StockAnswer:
+        """Asks the model about pictures.
+
+        Raises:
+            StockUnavailable: The library cannot.
+        """
+        with _quiet(), torch.inference_mode():
+            try:
+                inputs = self.processor.apply_chat_template(
+                    _messages(turns, images),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                )
+                inputs.pop("token_type_ids", None)
+                logits = self.model(**inputs).logits[0]
+                out = self.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    min_new_tokens=None,
+                    do_sample=False,
+                    num_beams=1,
+                    output_scores=True,
+                    return_dict_in_generate=True,
+                )
+            except Exception as error:  # the library raises anything
+                raise StockUnavailable(f"transformers cannot run it: {_line(error)}") from error
+        token_ids = inputs["input_ids"][0].tolist()
+        pixels = inputs["pixel_values"].to(torch.float32)
+        return StockAnswer(
+            pixels=pixels.reshape(-1, *pixels.shape[-3:]).numpy(),
+            token_ids=token_ids,
+            logits=logits.to(torch.float32).numpy(),
+            generated=out.sequences[0, len(token_ids) :].tolist(),
+            scores=np.stack([score[0].to(torch.float32).numpy() for score in out.scores]),
+        )
+
+
+def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Idefics3Processor
+
+    path, notes = str(folder.path), []
+    pictures = AutoImageProcessor.from_pretrained(path, backend="pil", **STOCK_ONLY)
+    try:
+        processor = AutoProcessor.from_pretrained(path, **STOCK_ONLY)
+    except (ImportError, TypeError, ValueError):
+        # SmolVLM's class wants packages for videos before it looks at a picture.
+        if folder.spec.model_type != "smolvlm":
+            raise
+        tokenizer = AutoTokenizer.from_pretrained(path, **STOCK_ONLY)
+        processor = Idefics3Processor(
+            image_processor=pictures, tokenizer=tokenizer, image_seq_len=folder.spec.visual_tokens
+        )
+        processor.chat_template = _own_template(folder.path, tokenizer)
+        notes.append(
+            "SmolVLMProcessor cannot be loaded without the packages of its video half; "
+            "Idefics3Processor, which writes the same prompt for pictures, stands in for it"
+        )
+    processor.image_processor = pictures
+    if hasattr(pictures, "do_image_splitting"):
+        pictures.do_image_splitting = False
+    return processor, tuple(notes)
+
+
+def _own_template(path: Path, tokenizer: Any) -> str | None:
+    file = path / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if file.is_file() else tokenizer.chat_template
+
+
+def _messages(turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    remaining = iter(images)
+    return [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image", "image": next(remaining)}
+                if isinstance(part, Picture)
+                else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in turns
+    ]
+
+
+def _hold_memory(folder: ModelFolder) -> None:
+    import psutil
+
+    weights = sum(linear.out_features * linear.in_features for linear in folder.spec.linears())
+    needed, free = weights * _BYTES_A_WEIGHT, psutil.virtual_memory().available
+    if needed > free * _USABLE_SHARE:
+        raise StockUnavailable(
+            f"a second copy of the model in float32 needs {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library's notices and progress bars off the terminal."""
+    from transformers.utils import logging as stock_logging
+
+    logger = logging.getLogger("transformers")
+    level, showed_bars = logger.level, stock_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    stock_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if showed_bars:
+            stock_logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"  # noqa: PLR2004  (one line)
