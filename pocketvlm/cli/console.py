@@ -72,6 +72,7 @@ def print_summary(document: Mapping[str, Any]) -> None:
             f"quality  {compressed['accuracy']:.1%} from the bundle, {plain['accuracy']:.1%} float "
             f"(n={quality['n']}, {quality['metric']})"
         )
+    say(f"source   {document['source_check']['verdict']}")
     verdict = "passed" if document["parity"]["passed"] else "FAILED"
     say(f"parity   {verdict}")
     if document.get("bench"):

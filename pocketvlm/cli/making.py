@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from pocketvlm.cli.options import (
 )
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from pocketvlm.pipeline.source_check import SourceCheckMode
 
 __all__ = ["compress", "convert", "demo", "plan", "recipes"]
 
@@ -53,6 +56,14 @@ def compress(
     baseline: Annotated[
         bool, typer.Option(help="Time it interleaved with the float32 ONNX export.")
     ] = True,
+    verify_source: Annotated[
+        bool,
+        typer.Option(help="Hold the checkpoint to transformers' own classes before any stage."),
+    ] = True,
+    allow_source_mismatch: Annotated[
+        bool,
+        typer.Option("--allow-source-mismatch", help="Go on where that fails; the report says so."),
+    ] = False,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -71,6 +82,7 @@ def compress(
         n=n,
         bench=bench,
         baseline=baseline,
+        source_check=_source_check_mode(verify=verify_source, allow=allow_source_mismatch),
         seed=seed,
         threads=threads or os.cpu_count() or 1,
         command=command_line(),
@@ -86,6 +98,12 @@ def compress(
         raise CheckFailedError("; ".join(result.failures))
 
 
+def _source_check_mode(*, verify: bool, allow: bool) -> SourceCheckMode:
+    if not verify:
+        return "skip"
+    return "allow" if allow else "require"
+
+
 def plan(
     model: ModelArgument,
     recipe: RecipeOption = "int4-balanced",
@@ -94,21 +112,37 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Check against a device of `pocketvlm devices`.")
     ] = None,
+    verify_source: Annotated[
+        bool,
+        typer.Option(
+            "--verify-source",
+            help="Load the weights and hold the checkpoint to transformers' own classes.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights."""
     quiet_libraries()
     from pocketvlm.pipeline.plan import plan as make_plan
+    from pocketvlm.pipeline.source_check import verify_folder
     from pocketvlm.pipeline.sources import resolve_model, select_targets
     from pocketvlm.recipes.load import load_recipe
 
     loaded = select_targets(load_recipe(recipe, settings or ()), target or ())
-    made = make_plan(resolve_model(model), loaded, device=device)
+    path = resolve_model(model)
+    made = make_plan(path, loaded, device=device)
     for line in made.lines():
         say(line)
+    checked = verify_folder(path) if verify_source else None
+    if checked is not None:
+        for line in checked.lines():
+            say(line)
     if as_json:
-        print_json(made.to_json())
+        found = {"source_check": checked.to_json()} if checked is not None else {}
+        print_json({**made.to_json(), **found})
     made.raise_if_refused()
+    if checked is not None:
+        checked.raise_if_failed()
 
 
 def convert(

@@ -22,6 +22,7 @@ from pocketvlm.device_bench.view_artifact import (
     view_parity,
     view_quality,
     view_size,
+    view_source,
     view_stage,
 )
 from pocketvlm.device_bench.view_measurement import (
@@ -77,6 +78,7 @@ class RunView:
     notes: tuple[str, ...]
     size: SizeView | None
     quality: QualityView | None
+    source: ParityView | None
     parity: tuple[ParityView, ...]
     unverified: tuple[tuple[str, str], ...]
     latency: tuple[TargetLatency, ...]
@@ -107,6 +109,7 @@ def view_run(report: Row) -> RunView:
         notes=_notes(report, bench),
         size=view_size(mapping_of(report.get("size")), arms),
         quality=view_quality(mapping_of(report.get("quality"))),
+        source=view_source(mapping_of(report.get("source_check"))),
         parity=parity,
         unverified=unverified,
         latency=view_latency(report, bench),
@@ -144,6 +147,9 @@ def _machine(report: Row, bench: Row) -> str:
 
 def _badges(report: Row, bench: Row) -> tuple[Badge, ...]:
     badges = []
+    source = view_source(mapping_of(report.get("source_check")))
+    if source is not None:
+        badges.append(Badge(text=f"source {source.badge.text}", tone=source.badge.tone))
     parity = mapping_of(report.get("parity"))
     if parity:
         passed = parity.get("passed") is True

@@ -30,11 +30,14 @@ __all__ = [
     "view_parity",
     "view_quality",
     "view_size",
+    "view_source",
     "view_stage",
 ]
 
 Tone = Literal["good", "bad", "warn", "plain"]
 Row = Mapping[str, Any]
+
+_VERDICT_TONES: Mapping[str, Tone] = {"passed": "good", "failed": "bad"}
 
 _PARTS = ("tower", "projector", "decoder", "embedding", "head")
 # What a reader looks for first; whatever else a stage wrote down follows behind.
@@ -236,20 +239,50 @@ def view_parity(parity: Row) -> tuple[tuple[ParityView, ...], tuple[tuple[str, s
                 caption=f"{text_of(row.get('samples'))} questions, bounds for "
                 f"{text_of(row.get('precision'))} arithmetic",
                 checks=tuple(
-                    (
-                        str(check.get("metric")),
-                        format_number(number_of(check.get("value")))
-                        if check.get("value") is not None
-                        else "not finite",
-                        _bound(mapping_of(check.get("bound"))),
-                        check.get("passed") is True,
-                    )
+                    _check(check, text_of(check.get("metric")))
                     for check in rows_of(row.get("checks"))
                 ),
                 details=facts_of(row.get("details")),
             )
         )
     return tuple(views), facts_of(parity.get("unverified"))
+
+
+def view_source(block: Row) -> ParityView | None:
+    """What the source check found, or why it found nothing; `None` where a report has none."""
+    if not block:
+        return None
+    verdict = text_of(block.get("verdict"))
+    stock = mapping_of(block.get("stock"))
+    differing = [
+        (f"{check.get('sample')}, {check.get('metric')}", text_of(check.get("difference")))
+        for check in rows_of(block.get("checks"))
+        if check.get("difference")
+    ]
+    return ParityView(
+        target="source",
+        badge=Badge(
+            text="FAILED" if verdict == "failed" else verdict,
+            tone=_VERDICT_TONES.get(verdict, "plain"),
+        ),
+        caption=", ".join(f"{name} {value}" for name, value in stock.items())
+        or text_of(block.get("reason")),
+        checks=tuple(
+            _check(check, f"{check.get('sample')}: {check.get('metric')}")
+            for check in rows_of(block.get("checks"))
+        ),
+        details=tuple(differing),
+    )
+
+
+def _check(check: Row, name: str) -> tuple[str, str, str, bool]:
+    value = check.get("value")
+    return (
+        name,
+        "not finite" if value is None else format_number(number_of(value)),
+        _bound(mapping_of(check.get("bound"))),
+        check.get("passed") is True,
+    )
 
 
 def _bound(bound: Row) -> str:

@@ -44,7 +44,8 @@ def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
     work = out / ".work" / "float"
     command = [
         *(sys.executable, "-m", "pocketvlm", "compress", str(model), "--recipe", _RECIPE),
-        *("--out", str(work), "--no-bench", "--data", "none", "--threads", str(ctx.threads)),
+        *("--out", str(work), "--no-bench", "--no-verify-source", "--data", "none"),
+        *("--threads", str(ctx.threads)),
     ]
     with start_child(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         _, said = process.communicate()

@@ -13,6 +13,7 @@ from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.pipeline.float_baseline import make_float_baseline
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import RunResult, run
+from pocketvlm.pipeline.source_check import SourceCheckMode
 from pocketvlm.pipeline.sources import (
     load_evaluation,
     resolve_calibration,
@@ -56,6 +57,7 @@ class Job:
         n: How many.
         bench: Whether the bundle is timed.
         baseline: Whether it is timed beside the float32 export.
+        source_check: Whether the checkpoint is held to the stock classes first.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Job:
     n: int = 200
     bench: bool = True
     baseline: bool = True
+    source_check: SourceCheckMode = "require"
     seed: int = 0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     command: str = ""
@@ -97,6 +100,7 @@ class Job:
             evaluation=self._evaluation(is_reference=is_reference),
             workload=load_workload("vlm") if self.bench else None,
             baseline=(lambda: make_float_baseline(path, out, ctx)) if wants_baseline else None,
+            source_check=self.source_check,
             command=self.command,
         )
 

@@ -12,7 +12,7 @@ import yaml
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.html import render_html, render_markdown
 from pocketvlm.device_bench.protocol import bench_bundle
@@ -28,6 +28,7 @@ from pocketvlm.pipeline.identity import (
     stage_settings,
 )
 from pocketvlm.pipeline.journal import Journal
+from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.publish import replace_file
 from pocketvlm.recipes.load import Bound, Recipe
@@ -70,6 +71,7 @@ def run(
     evaluation: CalibrationSet | None = None,
     workload: Workload | None = None,
     baseline: Callable[[], Path] | None = None,
+    source_check: SourceCheckMode = "require",
     command: str = "",
 ) -> RunResult:
     """Compresses a model, exports it, proves the result equal, scores and times it.
@@ -88,9 +90,13 @@ def run(
         workload: What is timed; `None` leaves latency unmeasured.
         baseline: Makes a bundle that is timed in the same interleaved run; called when all else
             is done.
+        source_check: Whether the checkpoint, as it is read, has to be what stock transformers
+            makes of the folder (`require`), is only said not to be (`allow`), or is not looked
+            at (`skip`).
         command: The command line, for the report.
 
     Raises:
+        SourceMismatchError: It is required and is not; no stage has run.
         PocketVLMError: The input is wrong, another process writes the folder, or the disk is full;
             nothing that was there before is lost.
     """
@@ -114,6 +120,7 @@ def run(
             evaluation=evaluation,
             workload=workload,
             baseline=baseline,
+            source_check=source_check,
             command=command,
         )
 
@@ -128,6 +135,7 @@ def _run(
     evaluation: CalibrationSet | None,
     workload: Workload | None,
     baseline: Callable[[], Path] | None,
+    source_check: SourceCheckMode,
     command: str,
 ) -> RunResult:
     out = journal.out
@@ -138,6 +146,7 @@ def _run(
         stages=stage_settings(recipe),
     )
     _write(out / "recipe.yaml", yaml.safe_dump(recipe.to_document(), sort_keys=False))
+    source = _check_source(journal, checkpoint, source_check, ctx)
     quality_float = _score_float(journal, checkpoint, evaluation, ctx)
     checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
     checkpoint.save(out / "checkpoint")
@@ -174,6 +183,7 @@ def _run(
         "stages": _stage_rows(journal, keys, checkpoint.history),
         "size": _sizes(checkpoint, bundle, source_parts),
         "quality": _quality(quality_float, compressed),
+        "source_check": source.to_json(),
         "parity": parity.to_json(),
         "latency": bench["latency"] if bench else None,
         "bench": bench,
@@ -181,7 +191,7 @@ def _run(
             **(bench["memory"] if bench else {}),
             "compress_peak_rss_bytes": peak_rss_bytes(),
         },
-        "notes": _notes(checkpoint, calibration, bundle, bench),
+        "notes": [*source.run_notes(), *_notes(checkpoint, calibration, bundle, bench)],
     }
     unexported = (f"{name} was not exported: {reason}" for name, reason in built.failed.items())
     failures = (*unexported, *parity.failures(), *_broken_expectations(recipe, report))
@@ -246,6 +256,28 @@ def _compress(
         checkpoint.save(folder / "checkpoint")
         journal.finish_stage(keys[index], asdict(record))
     return checkpoint
+
+
+def _check_source(
+    journal: Journal, checkpoint: Checkpoint, mode: SourceCheckMode, ctx: RunContext
+) -> SourceReport:
+    """Compares the checkpoint with the stock classes, or finds what an earlier attempt found."""
+    if mode == "skip" or ctx.source_dir is None:
+        return SourceReport(verdict="skipped", reason="--no-verify-source")
+    (key,) = stage_keys(journal.identity.model, conditions(), stages=["source_check"])
+    known = journal.find("source_check", key)
+    if known is not None:
+        report = SourceReport.from_json(known)
+    else:
+        ctx.report("source check", 0, 1)
+        report = check_source(checkpoint, read_model_folder(ctx.source_dir))
+        ctx.report("source check", 1, 1)
+        if report.verdict != "not verified":  # what was missing may be there next time
+            journal.keep("source_check", key, report.to_json())
+    journal.log("source_check", verdict=report.verdict)
+    if mode == "require":
+        report.raise_if_failed()
+    return report
 
 
 def _score_float(

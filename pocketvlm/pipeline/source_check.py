@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pocketvlm.checkpoint import Checkpoint, ModelFolder
+from pocketvlm.checkpoint import Checkpoint, ModelFolder, read_model_folder
 from pocketvlm.errors import SourceMismatchError
 from pocketvlm.export.certificate import Bound
 from pocketvlm.export.closeness import relative_error
@@ -31,13 +32,24 @@ from pocketvlm.forward import (
 )
 from pocketvlm.json_io import decode
 from pocketvlm.messages import PICTURE, Turn, chat_messages, user_turn
+from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.pipeline.stock import StockAnswer, StockModel, StockUnavailable
 from pocketvlm.reference.questions import generate_examples
 from pocketvlm.report import toolchain_versions
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.weights import cache_dense_weights
 
-__all__ = ["BOUNDS", "SourceCheck", "SourceReport", "Verdict", "check_source"]
+__all__ = [
+    "BOUNDS",
+    "SourceCheck",
+    "SourceCheckMode",
+    "SourceReport",
+    "Verdict",
+    "check_source",
+    "verify_folder",
+]
+
+SourceCheckMode = Literal["require", "allow", "skip"]
 
 Verdict = Literal["passed", "failed", "not verified", "skipped"]
 
@@ -117,6 +129,21 @@ class SourceReport:
             return f"failed: {first.metric} of {first.sample}: {first.difference or first.value}"
         return self.verdict if self.reason is None else f"{self.verdict}: {self.reason}"
 
+    def lines(self) -> list[str]:
+        """The report for people."""
+        return [
+            f"source check   {self.line()}",
+            *(f"  {check.sample}: {check.metric} {check.value}" for check in self.checks),
+            *(f"note           {note}" for note in self.notes),
+        ]
+
+    def run_notes(self) -> list[str]:
+        """What the report of a run has to say of it."""
+        notes = [f"source check: {note}" for note in self.notes]
+        if self.verdict != "passed":
+            notes.insert(0, f"source check: {self.line()}")
+        return notes
+
     def raise_if_failed(self) -> None:
         """Raises what differs first.
 
@@ -172,6 +199,15 @@ def check_source(checkpoint: Checkpoint, folder: ModelFolder) -> SourceReport:
         },
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def verify_folder(path: Path) -> SourceReport:
+    """Loads a checkpoint and compares it with the stock classes; `check_source` alone.
+
+    Raises:
+        PocketVLMError: The checkpoint cannot be loaded.
+    """
+    return check_source(load_checkpoint(path), read_model_folder(path))
 
 
 def _samples() -> tuple[_Sample, ...]:

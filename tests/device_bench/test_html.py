@@ -90,6 +90,21 @@ def report(block):
             "recovery": 0.989,
             "blind": 0.34,
         },
+        "source_check": {
+            "verdict": "failed",
+            "reason": None,
+            "stock": {"transformers": "5.24.0", "processor": "LlavaProcessor"},
+            "checks": [
+                {
+                    "sample": "one turn",
+                    "metric": "prompt_ids_equal",
+                    "value": 0.0,
+                    "bound": {"at_least": 1.0, "at_most": None},
+                    "passed": False,
+                    "difference": "token 0 of 9 is 1 ('<s>') in stock, 32 ('a') here",
+                }
+            ],
+        },
         "parity": {
             "passed": False,
             "targets": {
@@ -158,6 +173,9 @@ def test_every_figure_has_its_place(report):
         "91 . 0 %".replace(" . ", "."),
         "blind floor 34.0 %",
         "n = 2,000",
+        "source FAILED",
+        "one turn: prompt_ids_equal",
+        "token 0 of 9 is 1 ('<s>') in stock",
         "parity FAILED",
         "vision.cosine",
         "≥ 0.97",
