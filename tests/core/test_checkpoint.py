@@ -228,8 +228,8 @@ def test_the_history_of_our_own_checkpoint_is_signed(tiny_checkpoint, tmp_path):
 
 def test_a_file_that_was_not_saved_with_our_own_checkpoint_is_refused(tiny_checkpoint, tmp_path):
     tiny_checkpoint.save(tmp_path / "saved")
-    (tmp_path / "saved" / "processor_config.json").write_text('{"chat_template": "x"}')
-    with pytest.raises(CheckpointError, match=r"processor_config.json: is not listed in pocketvlm"):
+    (tmp_path / "saved" / "added_tokens.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"added_tokens.json: is not listed in pocketvlm"):
         Checkpoint.load(tmp_path / "saved")
 
 
