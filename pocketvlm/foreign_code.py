@@ -20,7 +20,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.files import locate, read_text
 from pocketvlm.json_io import parse_json
 
-__all__ = ["ATTENTION", "STOCK_ONLY", "plain_config", "refuse_foreign_code"]
+__all__ = ["ATTENTION", "CODE_KEYS", "STOCK_ONLY", "plain_config", "refuse_foreign_code"]
 
 STOCK_ONLY: Mapping[str, bool] = MappingProxyType(
     {"trust_remote_code": False, "local_files_only": True}
@@ -30,7 +30,9 @@ STOCK_ONLY: Mapping[str, bool] = MappingProxyType(
 ATTENTION = "sdpa"
 """Whose attention a stock model is built with: torch's own, which is also the library's default."""
 
-_CODE_KEYS = ("auto_map", "custom_pipelines")
+CODE_KEYS = ("auto_map", "custom_pipelines")
+"""Keys that name code, wherever they stand."""
+
 _REMOTE_CLASS = re.compile(r"[\w.-]+(?:/[\w.-]+)?--[\w.-]+\.\w+")
 _KERNEL_KEYS = frozenset(
     f"{lead}{subject}_implementation{ending}"
@@ -105,7 +107,7 @@ def _refuse_code(file: Path) -> None:
     except CheckpointError:
         return  # no library can read it either; whose business the file is says what is wrong
     for path, key, value in _entries(document):
-        if (key in _CODE_KEYS and value) or (
+        if (key in CODE_KEYS and value) or (
             isinstance(value, str) and _REMOTE_CLASS.fullmatch(value)
         ):
             raise CheckpointError(
