@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.generation_settings import PLAIN, GenerationSettings
 from pocketvlm.kv_cache import cache_argument
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import ReducerInputs
@@ -326,12 +328,24 @@ def greedy_generate(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int] = (),
+    settings: GenerationSettings = PLAIN,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of every row, end-of-answer tokens left out.
 
-    A row stops at the first end token; an empty `eos_token_ids` always generates
-    `max_new_tokens`.
+    Args:
+        checkpoint: The model.
+        inputs: The spliced prompts.
+        max_new_tokens: Tokens after which an answer is cut.
+        eos_token_ids: A row stops at the first of these; none always generates `max_new_tokens`.
+        settings: What else decides the next token.
+        prompts: Tokens of every row's prompt, which most settings look at.
+
+    Raises:
+        ValueError: There are settings and no prompts.
     """
+    if prompts is None and not settings.is_plain:
+        raise ValueError("settings that change answers need the tokens of the prompts")
     embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
     cache = new_cache(checkpoint)
     batch = inputs.embeds.shape[0]
@@ -341,6 +355,8 @@ def greedy_generate(
     with torch.inference_mode():
         for _ in range(max_new_tokens):
             logits = decode_logits(checkpoint, step, cache, last_only=True)[:, -1]
+            if prompts is not None and not settings.is_plain:
+                logits = _adjusted(logits, settings, prompts, answers)
             chosen = logits.argmax(dim=-1)
             for row in range(batch):
                 if not open_rows[row]:
@@ -360,6 +376,17 @@ def greedy_generate(
             )
             position = position + 1
     return answers
+
+
+def _adjusted(
+    logits: Tensor,
+    settings: GenerationSettings,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> Tensor:
+    """Logits of every row after the settings, by the code that a bundle's runtime runs."""
+    rows = zip(logits.float().cpu().numpy(), prompts, answers, strict=True)
+    return torch.from_numpy(np.stack([settings.adjust(*row) for row in rows]))
 
 
 def _image_runs(token_ids: Tensor, spec: ModelSpec) -> list[int]:

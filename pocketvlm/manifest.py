@@ -88,15 +88,18 @@ class PromptLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How an answer ends.
+    """How an answer ends, and how it is chosen.
 
     Attributes:
         eos_token_ids: Tokens that end it.
         max_positions: Positions of a whole conversation.
+        settings: What else decides the next token (`generation_settings`), where it is not simply
+            the likeliest.
     """
 
     eos_token_ids: tuple[int, ...]
     max_positions: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_positions <= _MAX_POSITIONS:

@@ -6,7 +6,6 @@ the image processor and the tokenizer on their own; prompts are written by `prom
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pocketvlm.errors import CheckpointError
 from pocketvlm.foreign_code import refuse_foreign_code
+from pocketvlm.generation_settings import GenerationSettings, read_generation_settings
 from pocketvlm.image_processor import ImageProcessor
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.modelspec import ModelSpec
@@ -63,12 +64,16 @@ class Processor:
     Attributes:
         text: The tokenizer as transformers loads it, with the chat template.
         image_processor: What turns pictures into pixels.
+        generation: What ends and steers answers.
         files: The directory's own processor files, by name.
+        notes: Settings of the directory's processor that are not followed.
     """
 
     text: StockTokenizer
     image_processor: ImageProcessor
+    generation: GenerationSettings
     files: dict[str, bytes]
+    notes: tuple[str, ...]
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec) -> Processor:
@@ -86,7 +91,14 @@ class Processor:
         template = text.codec.template
         if template.origin.name not in files:  # one of a folder of named ones
             files["chat_template.jinja"] = template.source.encode()
-        return cls(text=text, image_processor=image_processor, files=files)
+        generation, unapplied = read_generation_settings(path, error=CheckpointError)
+        return cls(
+            text=text,
+            image_processor=image_processor,
+            generation=generation,
+            files=files,
+            notes=(*image_processor.notes, *text.notes, *unapplied),
+        )
 
     @property
     def spec(self) -> ModelSpec:
@@ -107,11 +119,6 @@ class Processor:
     def tokenizer(self) -> Any:
         """The tokenizer of transformers; prompts are written by `codec`."""
         return self.text.tokenizer
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Settings of the directory's processor that are not followed."""
-        return (*self.image_processor.notes, *self.text.notes)
 
     def save(self, path: Path) -> None:
         """Writes the directory's own processor files, byte by byte as they were read."""
@@ -156,9 +163,4 @@ class Processor:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        if "generation_config.json" in self.files:
-            eos = json.loads(self.files["generation_config.json"]).get("eos_token_id")
-            if eos is not None:
-                return tuple(eos) if isinstance(eos, list) else (int(eos),)
-        eos = self.tokenizer.eos_token_id
-        return () if eos is None else (int(eos),)
+        return self.generation.eos_token_ids

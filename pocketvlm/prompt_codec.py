@@ -113,6 +113,8 @@ class PromptCodec:
         text = self._placeholder.sub(lambda _: self.image_block, text)
         try:
             ids = self._encode_text(text, adds_tokens=adds_tokens)
+        except InputError:
+            raise
         except Exception as fault:  # the Rust side raises plain Exception
             first_line = str(fault).partition("\n")[0]
             raise InputError(f"the prompt cannot be tokenized: {first_line}") from fault

@@ -187,8 +187,6 @@ def _serialize(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
         if document.get(section) is not None:
             notes.append(f"{section} of tokenizer.json is not used: prompts are run as they are")
             document[section] = None
-    if tokenizer.init_kwargs.get("add_special_tokens") is False:
-        document["post_processor"] = None
     if _cleans_up(tokenizer):
         if document["decoder"] is None:
             notes.append("clean_up_tokenization_spaces is not used: the tokenizer has no decoder")

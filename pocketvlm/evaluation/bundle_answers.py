@@ -13,6 +13,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
+from pocketvlm.generation_settings import GenerationSettings
 from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
@@ -80,7 +81,7 @@ def answer_with_bundle(
             placeholders=bundle.manifest.visual_tokens_full,
             keeps_positions=bundle.manifest.positions == "original",
         )
-        tokens = _greedy(engine, layout, pictures, codec.eos_token_ids, max_new_tokens)
+        tokens = _greedy(engine, layout, pictures, token_ids, codec.generation, max_new_tokens)
         answers.append(codec.decode(tokens))
         ctx.report(task, len(answers), len(samples))
     return answers
@@ -148,14 +149,16 @@ def _greedy(
     runner: Runner,
     layout: PromptLayout,
     pictures: Sequence[VisualFeatures],
-    eos_token_ids: Sequence[int],
+    prompt: Sequence[int],
+    settings: GenerationSettings,
     max_new_tokens: int,
 ) -> list[int]:
     runner.reset()
     tokens: list[int] = []
     rows = embed_rows(layout, pictures, runner.embed)
     logits = runner.decode(rows, layout.positions[None], layout.is_visual)
-    while (token := int(logits.argmax())) not in eos_token_ids:
+    ends = settings.eos_token_ids
+    while (token := int(settings.adjust(logits, prompt, tokens).argmax())) not in ends:
         tokens.append(token)
         if len(tokens) == max_new_tokens:
             break

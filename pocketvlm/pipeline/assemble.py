@@ -135,7 +135,13 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
     decoder = spec.decoder
     if not (folder / "generation_config.json").is_file():
         (folder / "generation_config.json").write_text(
-            json.dumps({"eos_token_id": list(checkpoint.processor.eos_token_ids)}) + "\n",
+            json.dumps(
+                {
+                    "eos_token_id": list(checkpoint.processor.eos_token_ids),
+                    **checkpoint.processor.generation.to_json(),
+                }
+            )
+            + "\n",
             encoding="utf-8",
         )
     return Manifest(
@@ -155,6 +161,7 @@ def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manif
         ),
         generation=Generation(
             eos_token_ids=checkpoint.processor.eos_token_ids,
+            settings=checkpoint.processor.generation.to_json(),
             max_positions=decoder.context_length,
         ),
         kv_cache=CacheLayout(

@@ -187,7 +187,8 @@ class Conversation:
         clock = StageClock()
         pictures = [*self._pictures, *(self._encode(image, clock) for image in images)]
         messages = [*self.messages, turn.to_message()]
-        layout = self._lay_out(messages, pictures)
+        prompt_ids = self._codec.encode(messages)
+        layout = self._lay_out(prompt_ids, pictures)
         clock.lap("tokenize")
         require_room(
             self._manifest,
@@ -211,7 +212,8 @@ class Conversation:
         )
         clock.lap("prefill")
         while True:
-            token = sampling.choose(logits, generator)
+            adjusted = self._codec.generation.adjust(logits, prompt_ids, token_ids)
+            token = sampling.choose(adjusted, generator)
             clock.lap("sample")
             if token in self._codec.eos_token_ids:
                 stop_reason = "end"
@@ -266,9 +268,9 @@ class Conversation:
         self._serial += 1
         return VisualFeatures(embeds=embeds, indices=indices, serial=self._serial)
 
-    def _lay_out(self, messages: list[Message], pictures: list[VisualFeatures]) -> PromptLayout:
+    def _lay_out(self, prompt_ids: list[int], pictures: list[VisualFeatures]) -> PromptLayout:
         return lay_out_prompt(
-            self._codec.encode(messages),
+            prompt_ids,
             pictures,
             image_token_id=self._codec.image_token_id,
             placeholders=self._manifest.visual_tokens_full,

@@ -17,6 +17,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.chat_template import Message, find_chat_template
 from pocketvlm.errors import BundleError
 from pocketvlm.files import locate, read_text
+from pocketvlm.generation_settings import GenerationSettings
 from pocketvlm.json_io import read_json
 from pocketvlm.prompt_codec import PromptCodec, read_tokenizer
 
@@ -40,11 +41,11 @@ class TextCodec:
 
     Attributes:
         prompts: What writes and reads prompts.
-        eos_token_ids: Ids that end an answer.
+        generation: What ends and steers answers.
     """
 
     prompts: PromptCodec
-    eos_token_ids: tuple[int, ...]
+    generation: GenerationSettings
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> TextCodec:
@@ -80,13 +81,25 @@ class TextCodec:
                 embedding_rows=prompt.embedding_rows,
                 control_words=tuple(map(str, words)) if isinstance(words, list) else None,
             ),
-            eos_token_ids=manifest.generation.eos_token_ids,
+            generation=GenerationSettings.from_stock(
+                {
+                    **manifest.generation.settings,
+                    "eos_token_id": list(manifest.generation.eos_token_ids),
+                },
+                f"{path / 'manifest.json'}: generation.settings",
+                error=BundleError,
+            ),
         )
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, which reads special tokens as control."""
         return self.prompts.tokenizer
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.generation.eos_token_ids
 
     @property
     def image_token_id(self) -> int:

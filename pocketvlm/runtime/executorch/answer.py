@@ -4,7 +4,8 @@ It proves that the program is what that runner expects: prompt, picture and gene
 business, and nothing of this package lies between. It tells text and no token ids, keeps no
 conversation, and its native code writes to the terminal as it likes, which is kept from it here.
 Its Python binding cannot hand over a piece of text that ends inside of a character; such an answer
-is taken over by the loop of this package, which gives the same tokens.
+is taken over by the loop of this package, which gives the same tokens. So is one that settings of
+generation_config.json steer, because that runner knows none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.errors import BundleError
+from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
 from pocketvlm.runtime.conversation import (
     Conversation,
@@ -63,6 +64,9 @@ def answer_once(
     """
     runner = ExecutorchRunner(bundle, threads=threads)
     _require_room(bundle, runner.capacity, prompt, image)
+    if bundle.manifest.generation.settings:  # that runner would take the likeliest token
+        talk = Conversation(bundle, runner=runner)
+        return talk.ask(prompt, image, max_new_tokens=max_new_tokens, on_token=on_token).text
     spoken: list[str] = []
 
     def speak(piece: str) -> None:
@@ -121,6 +125,11 @@ def answer_with_multimodal_runner(
     turn, images = question_turn(prompt, image)
     file = bundle.file(bundle.component("executorch", "decoder").file)
     codec = TextCodec.from_bundle(bundle)
+    if not codec.generation.is_plain:
+        settings = ", ".join(codec.generation.to_json())
+        raise InputError(
+            f"{bundle.path}: MultimodalRunner takes the likeliest token and cannot apply {settings}"
+        )
     ids = codec.encode([turn.to_message()])
     ends = {codec.tokenizer.id_to_token(token) for token in codec.eos_token_ids}
     pieces: list[str] = []
