@@ -14,7 +14,8 @@ from pocketvlm.errors import RecipeError
 
 __all__ = ["compile_pattern", "pattern_matches"]
 
-_LONGEST = 1000
+_LONGEST = 2**20
+"""A rule that a solver writes names hundreds of layers one by one."""
 _SECONDS = 0.1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -191,3 +192,23 @@ def test_an_interrupt_that_python_forgets_stops_the_next_step(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             raise_if_interrupted()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_while_libraries_are_imported_is_one_line(number, code, tiny_paths, tmp_path):
+    """Sent from the first moment at which the package's own code runs."""
+    script = (
+        "import os, sys, threading; from pocketvlm.cli import interrupts, main\n"
+        "told = interrupts.install\n"
+        f"interrupts.install = lambda: (told(), os.kill(os.getpid(), {int(number)}))\n"
+        f"sys.argv = ['pocketvlm', 'compress', {str(tiny_paths['llava'])!r}, '--out', 'x']\n"
+        "main()\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert finished.returncode == code
+    assert finished.stderr == "interrupted; the same command goes on where this one stopped\n"
+    assert not list(tmp_path.iterdir())
