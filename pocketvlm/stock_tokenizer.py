@@ -9,12 +9,13 @@ work with that text alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.chat_template import find_chat_template
+from pocketvlm.chat_template import ChatTemplate, Message, find_chat_template
 from pocketvlm.errors import CheckpointError
 from pocketvlm.foreign_code import STOCK_ONLY
 from pocketvlm.image_processor import quiet_fallbacks
@@ -22,7 +23,7 @@ from pocketvlm.json_io import read_json
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.prompt_codec import PromptCodec, read_tokenizer
 
-__all__ = ["StockTokenizer", "read_stock_tokenizer"]
+__all__ = ["StockTokenizer", "bounded_templates", "read_stock_tokenizer"]
 
 _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """What `clean_up_tokenization_spaces` takes the spaces from."""
@@ -214,3 +215,44 @@ def _with_cleanup(decoder: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dump(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def bounded_templates() -> Iterator[None]:
+    """Has transformers' own processors render chat templates in the bounded sandbox.
+
+    A template can tell the two apart, by the time or by a name, so that one which ended here could
+    run for ever there. That both render alike is what the project's tests show.
+    """
+    from transformers.utils import chat_template_utils
+
+    stock = chat_template_utils._compile_jinja_template  # noqa: SLF001  (there is no public place)
+    chat_template_utils._compile_jinja_template = _BoundedTemplate  # noqa: SLF001
+    try:
+        yield
+    finally:
+        chat_template_utils._compile_jinja_template = stock  # noqa: SLF001
+
+
+class _BoundedTemplate:
+    """What transformers takes for a compiled template."""
+
+    def __init__(self, source: str) -> None:
+        self._template = ChatTemplate(source, Path("the chat template"))
+        self.environment = self._template.environment
+
+    def render(
+        self,
+        *,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: Any,
+        documents: Any,
+        **variables: Any,
+    ) -> str:
+        """Renders as transformers' own object would; tools and documents are never given."""
+        if tools is not None or documents is not None:
+            raise ValueError("tools and documents are not used here")
+        return self._template.render(
+            messages, variables, add_generation_prompt=add_generation_prompt
+        )

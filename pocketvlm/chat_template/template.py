@@ -100,6 +100,11 @@ class ChatTemplate:
                     f"the chat template refuses this conversation: {_reason(fault)}"
                 ) from fault
 
+    @property
+    def environment(self) -> TemplateSandbox:
+        """What it is parsed and rendered in."""
+        return _SANDBOX
+
     @cached_property
     def literals(self) -> str:
         """Every text that the template itself may write, with NUL between."""

@@ -24,6 +24,7 @@ from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.export.closeness import Floats
 from pocketvlm.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
 from pocketvlm.messages import Picture, Turn
+from pocketvlm.stock_tokenizer import bounded_templates
 
 __all__ = ["StockAnswer", "StockModel", "StockUnavailable"]
 
@@ -109,7 +110,7 @@ class StockModel:
         Raises:
             StockUnavailable: The library cannot.
         """
-        with _quiet(), torch.inference_mode():
+        with _quiet(), bounded_templates(), torch.inference_mode():
             try:
                 inputs = self.processor.apply_chat_template(
                     _messages(turns, images),
@@ -123,7 +124,6 @@ class StockModel:
                 out = self.model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
-                    min_new_tokens=None,
                     do_sample=False,
                     num_beams=1,
                     output_scores=True,
