@@ -88,10 +88,10 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
                 return layout.read(name, own)
             return form_type.from_tensors(own | others, metadata)
         except _FORM_ERRORS as error:
-            kind = "quantized" if layout is not None else metadata["kind"]
+            kind = "quantized" if layout is not None else repr(metadata["kind"])
+            words = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
-                f"{folder.path}: the {kind} weight of {name} cannot be read: "
-                f"{type(error).__name__}: {error}"
+                f"{folder.path}: {name} is no weight of kind {kind}: {words}"
             ) from error
 
     shared: dict[str, WeightForm] = {}
