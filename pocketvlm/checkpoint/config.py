@@ -8,6 +8,7 @@ from typing import Any
 
 from pocketvlm.checkpoint.config_limits import check_sizes
 from pocketvlm.errors import CheckpointError
+from pocketvlm.files import locate
 from pocketvlm.foreign_code import plain_config, refuse_foreign_code
 from pocketvlm.json_io import read_json
 from pocketvlm.modelspec import ModelSpec, supported_families
@@ -26,7 +27,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: no checkpoint here: config.json is missing")
-    config = read_json(file, error=CheckpointError)
+    config = read_json(locate(path, file.name, error=CheckpointError), error=CheckpointError)
     check_sizes(config, str(file))
     refuse_foreign_code(path)
     return config

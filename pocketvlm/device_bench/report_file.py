@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.errors import InputError
+from pocketvlm.files import locate
 from pocketvlm.json_io import read_json
 from pocketvlm.report import REPORT_SCHEMA
 
@@ -39,7 +40,7 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         InputError: It cannot be read or is no report; the message has the place of what is wrong.
     """
-    file = path / "report.json" if path.is_dir() else path
+    file = locate(path, "report.json", error=InputError) if path.is_dir() else path
     document = read_json(file, error=InputError, max_bytes=_MAX_BYTES)
     schema = document.get("schema", REPORT_SCHEMA)
     if type(schema) is not int or schema != REPORT_SCHEMA:

@@ -6,10 +6,16 @@ before `pocketvlm.environment` has told it to report to nobody. ruff refuses any
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _errors
 
-__all__ = ["LOAD_ERRORS", "onnxruntime"]
+from pocketvlm.errors import BundleError
+
+__all__ = ["LOAD_ERRORS", "first_line", "naming_graph", "onnxruntime"]
 
 LOAD_ERRORS = (
     _errors.EPFail,
@@ -23,3 +29,30 @@ LOAD_ERRORS = (
     _errors.RuntimeException,
 )
 """What a session raises when it cannot load a graph."""
+
+# Bindings that do not fit are a bare `RuntimeError`; the text of an error may hold a graph's bytes,
+# which Python refuses to decode.
+_RUN_ERRORS = (*LOAD_ERRORS, RuntimeError, UnicodeDecodeError)
+
+
+@contextmanager
+def naming_graph(file: Path) -> Iterator[None]:
+    """Turns what ONNX Runtime raises while it runs a graph into one line that names it.
+
+    Args:
+        file: The graph.
+
+    Raises:
+        BundleError: The graph cannot be run.
+    """
+    try:
+        yield
+    except _RUN_ERRORS as error:
+        raise BundleError(f"{file}: ONNX Runtime cannot run it: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, whatever bytes it holds."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode("utf-8", "replace").strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
-from pocketvlm.runtime.onnx_engine import LOAD_ERRORS
+from pocketvlm.runtime.onnx_engine import LOAD_ERRORS, first_line, naming_graph
 from pocketvlm.runtime.onnx_engine import onnxruntime as ort
 from pocketvlm.runtime.onnx_external import require_signed_data
 from pocketvlm.runtime.runner import Runner
@@ -120,7 +121,8 @@ class OnnxRunner(Runner):
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
         session = self._vision or self._load("vision", self._expand("vision"))
-        embeds, indices = session.run(["embeds", "indices"], {"pixel_values": pixels})
+        with self._naming("vision"):
+            embeds, indices = session.run(["embeds", "indices"], {"pixel_values": pixels})
         if self._vision is None:
             del session
             _return_freed_memory()
@@ -130,10 +132,12 @@ class OnnxRunner(Runner):
         """Token ids to embeddings [1, L, width]; of a single token, the decoder's own buffer."""
         if len(token_ids) == 1:
             self._token[0, 0] = token_ids[0]
-            self._embedding.run_with_iobinding(self._embed_step)
+            with self._naming("embedding"):
+                self._embedding.run_with_iobinding(self._embed_step)
             return self._embeds
         ids = np.asarray(token_ids, np.int64)[None]
-        (embeds,) = self._embedding.run(["embeds"], {"input_ids": ids})
+        with self._naming("embedding"):
+            (embeds,) = self._embedding.run(["embeds"], {"input_ids": ids})
         return embeds
 
     def decode(
@@ -154,7 +158,8 @@ class OnnxRunner(Runner):
             if embeds is not self._embeds:
                 np.copyto(self._embeds, embeds)
             self._position[0, 0] = position_ids[0, 0]
-            self._decoder.run_with_iobinding(self._decode_step)
+            with self._naming("decoder"):
+                self._decoder.run_with_iobinding(self._decode_step)
         else:
             # The binding keeps pointers, not arrays: both must live until the run is over.
             embeds = np.ascontiguousarray(embeds, np.float32)
@@ -163,7 +168,8 @@ class OnnxRunner(Runner):
             _bind_input(self._decode_rows, "position_ids", position_ids)
             if text_rows is not None:
                 _bind_input(self._decode_rows, "text_rows", text_rows)
-            self._decoder.run_with_iobinding(self._decode_rows)
+            with self._naming("decoder"):
+                self._decoder.run_with_iobinding(self._decode_rows)
         self._length += rows
         return self._logits[0, 0]
 
@@ -179,6 +185,9 @@ class OnnxRunner(Runner):
             binding.bind_ortvalue_input(f"past.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
+
+    def _naming(self, role: str) -> AbstractContextManager[None]:
+        return naming_graph(self._bundle.path / self._bundle.component("onnx", role).file)
 
     def _expand(self, role: str) -> ExpandedFile | None:
         """The weight file of a graph, where the bundle holds it packed."""
@@ -209,9 +218,10 @@ class OnnxRunner(Runner):
             session = ort.InferenceSession(
                 str(file), sess_options=options, providers=["CPUExecutionProvider"]
             )
-        except LOAD_ERRORS as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise BundleError(f"{file}: ONNX Runtime cannot load it: {first_line}") from error
+        except (*LOAD_ERRORS, UnicodeDecodeError) as error:
+            raise BundleError(
+                f"{file}: ONNX Runtime cannot load it: {first_line(error)}"
+            ) from error
         _require_signature(component, session, file)
         # Weights that are expanded in steps leave several times their size behind.
         _return_freed_memory()

@@ -61,6 +61,12 @@ def _parse() -> argparse.Namespace:
         "--first", type=int, default=0, help="index of the first input of each entry"
     )
     parser.add_argument("--only", action="append", choices=[entry.name for entry in ENTRIES])
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=1.0,
+        help="times the seconds an input may take: a busy host",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--replay", metavar="ENTRY:INDEX", help="runs one input alone")
     parser.add_argument(
@@ -89,7 +95,15 @@ def _make(root: Path, targets: tuple[str, ...], *, runs: bool) -> Materials:
 def _import_everything(targets: tuple[str, ...]) -> None:
     """What every worker needs is imported once, before the fork."""
     import torch
-    import transformers  # noqa: F401
+    from transformers import (  # noqa: F401  (each is a module of its own, imported when first named)
+        AutoImageProcessor,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        CLIPVisionModel,
+        LlamaForCausalLM,
+        LlavaForConditionalGeneration,
+        SmolVLMForConditionalGeneration,
+    )
 
     import pocketvlm.cli.app
     import pocketvlm.evaluation.score
@@ -117,7 +131,7 @@ def _run_all(
     shares = [jobs[number :: options.workers] for number in range(options.workers)]
     selector = selectors.DefaultSelector()
     workers = [
-        _Worker(share, number, options.seed, materials, work) for number, share in enumerate(shares)
+        _Worker(share, number, options, materials, work) for number, share in enumerate(shares)
     ]
     for worker in workers:
         worker.start(selector)
@@ -137,14 +151,15 @@ class _Worker:
         self,
         jobs: list[tuple[Entry, int]],
         number: int,
-        seed: int,
+        options: argparse.Namespace,
         materials: Materials,
         work: Path,
     ) -> None:
         self._jobs = jobs
         self._done = 0
         self._number = number
-        self._seed = seed
+        self._seed = options.seed
+        self._seconds = SECONDS * options.patience
         self._materials = materials
         self._work = work
         self._pid = 0
@@ -177,7 +192,9 @@ class _Worker:
                 os.dup2(sink.fileno(), 2)
             prepare(self._work)
             for entry, index in self._jobs[self._done :]:
-                result = run_input(entry, index, self._seed, self._materials, self._work)
+                result = run_input(
+                    entry, index, self._seed, self._materials, self._work, seconds=self._seconds
+                )
                 os.write(write, json.dumps(result).encode() + b"\n")
             code = 0
         except BaseException:  # noqa: BLE001  (a child that was forked may not return)
@@ -198,7 +215,7 @@ class _Worker:
         self, results: dict[tuple[Entry, int], dict[str, Any]], selector: selectors.BaseSelector
     ) -> None:
         """Notices an end or a hang; the input that caused it is judged, and the next one begins."""
-        hangs = time.monotonic() - self._since > SECONDS + _GRACE_SECONDS
+        hangs = time.monotonic() - self._since > self._seconds + _GRACE_SECONDS
         if hangs:
             os.kill(self._pid, signal.SIGKILL)
         pid, status = os.waitpid(self._pid, 0 if hangs else os.WNOHANG)
@@ -211,11 +228,11 @@ class _Worker:
         if self._done < len(self._jobs):
             outcome = "hang" if hangs else "crash"
             number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-            detail = f"more than {SECONDS} s" if hangs else f"the process ended: {number}"
+            detail = f"more than {self._seconds:.0f} s" if hangs else f"the process ended: {number}"
             results[self._jobs[self._done]] = {
                 "outcome": outcome,
                 "detail": detail,
-                "milliseconds": 1000 * SECONDS,
+                "milliseconds": round(1000 * self._seconds),
                 "events": [],
             }
             self._done += 1
@@ -227,7 +244,10 @@ def _replay(options: argparse.Namespace, materials: Materials, work: Path) -> in
     name, _, index = options.replay.rpartition(":")
     entry = next(entry for entry in ENTRIES if entry.name == name)
     prepare(work)
-    result = run_input(entry, int(index), options.seed, materials, work, shows=True)
+    seconds = SECONDS * options.patience
+    result = run_input(
+        entry, int(index), options.seed, materials, work, seconds=seconds, shows=True
+    )
     print(json.dumps(result, indent=1))
     return 0 if result["outcome"] in ("accepted", "refused") and not result["events"] else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from tests.fuzzing.materials import Materials, copy_folder, sign_again
 from tests.fuzzing.pictures import mutate_picture
 
 __all__ = ["ENTRIES", "Case", "Entry"]
+
+# A file that no input may read; recipes and pictures are named by the user and may be links.
+_OUTSIDE = "/etc/passwd"
 
 Mutation = Callable[[random.Random, bytes], bytes]
 
@@ -61,7 +65,7 @@ def _rewrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _mutate_file(rng: random.Random, path: Path, mutation: Mutation) -> None:
+def _mutate_file(rng: random.Random, path: Path, mutation: Mutation, *, links: bool = True) -> None:
     """Mutates a file, or puts something in its place that is none."""
     content = path.read_bytes()
     kind = rng.random()
@@ -72,11 +76,9 @@ def _mutate_file(rng: random.Random, path: Path, mutation: Mutation) -> None:
     action = rng.randrange(4)
     if action == 0:
         path.mkdir()
-    elif action == 1:
-        path.symlink_to(rng.choice(("/etc/passwd", "/dev/zero", path.name, "nowhere")))
+    elif action == 1 and links:
+        path.symlink_to(rng.choice((_OUTSIDE, path.name, "nowhere")))
     elif action == 2:
-        import os
-
         os.mkfifo(path)
 
 
@@ -152,7 +154,9 @@ def _recipe(rng: random.Random, folder: Path, materials: Materials) -> Case:
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
     else:
         file.write_bytes(content)
-        _mutate_file(rng, file, lambda rng, content: mutate_text(rng, content, _YAML_WORDS))
+        _mutate_file(
+            rng, file, lambda rng, content: mutate_text(rng, content, _YAML_WORDS), links=False
+        )
     model = materials.model(rng.choice(("llava", "smolvlm")))
     if rng.random() < 0.05:
         return Case(["recipes", str(file)], (file.name,))
@@ -328,7 +332,7 @@ def _picture(rng: random.Random, folder: Path, materials: Materials) -> Case:
     names = tuple(f"picture.{end}" for end in ("png", "jpg", "gif", "tiff", "eps", "webp"))
     file = folder / rng.choice(names)
     file.write_bytes((materials.questions / "0.png").read_bytes())
-    _mutate_file(rng, file, mutate_picture)
+    _mutate_file(rng, file, mutate_picture, links=False)
     bundle = materials.bundle("onnx", "llava")
     if rng.random() < 0.2:
         data = copy_folder(materials.questions, folder / "data")

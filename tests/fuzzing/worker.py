@@ -92,6 +92,7 @@ def _allowed_roots(work: Path) -> tuple[str, ...]:
         "/etc/mime.types",
         "/etc/localtime",
         "/proc/stat",
+        "/proc/sys",
     }
     roots = {*python, *system, str(_REPOSITORY), str(work), f"/proc/{os.getpid()}"}
     return tuple(sorted({os.path.realpath(root) for root in roots}))
@@ -108,7 +109,14 @@ def _is_own_worker(command: Any) -> bool:
 
 
 def run_input(
-    entry: Entry, index: int, seed: int, materials: Materials, work: Path, *, shows: bool = False
+    entry: Entry,
+    index: int,
+    seed: int,
+    materials: Materials,
+    work: Path,
+    *,
+    seconds: float = SECONDS,
+    shows: bool = False,
 ) -> dict[str, Any]:
     """Builds and runs one input.
 
@@ -125,14 +133,14 @@ def run_input(
     before_bytes, before_files, start = _status("VmRSS"), _open_sockets(), time.monotonic()
     _noticed.clear()
     outcome, detail = _run(case, shows=shows)
-    seconds = time.monotonic() - start
+    taken = time.monotonic() - start
     events = sorted(set(_noticed))
     if _open_sockets() - before_files:
         events.append("socket: left open")
     growth = _status("VmHWM") - before_bytes
     if outcome in ("accepted", "refused"):
-        if seconds > SECONDS:
-            outcome, detail = "hang", f"{seconds:.0f} s: {detail}"
+        if taken > seconds:
+            outcome, detail = "hang", f"{taken:.0f} s: {detail}"
         elif growth > MEMORY_BYTES:
             outcome, detail = "memory", f"{growth / 2**30:.1f} GiB: {detail}"
         elif problem := _partial_output(case, folder, failed=outcome != "accepted"):
@@ -145,7 +153,7 @@ def run_input(
     return {
         "outcome": outcome,
         "detail": detail[:600],
-        "milliseconds": round(1000 * seconds),
+        "milliseconds": round(1000 * taken),
         "events": events,
     }
 
