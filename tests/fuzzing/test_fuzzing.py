@@ -1,4 +1,4 @@
-"""A short seeded part of the fuzzer; `python -m tests.fuzzing` runs all of it (docs/security.md)."""
+"""A short seeded part of the fuzzer; `python -m tests.fuzzing` runs all of it."""
 
 from __future__ import annotations
 
