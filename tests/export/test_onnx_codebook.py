@@ -119,7 +119,7 @@ def run_graph(
                     finish(matrix, f"{name}_matrix", (columns, rows))
                     taken = codebook_rows(graph, f"{name}.some", form, "ids")
                 else:
-                    taken = affine_rows(graph, name, form, "ids")
+                    taken = affine_rows(graph, name, pack_weight(name, [form]), "ids")
                 finish(taken, f"{name}_rows", (1, "L", columns))
             inputs = [TensorSignature(name="ids", dtype="int64", shape=(1, "L"))]
             graph.save(path, inputs, outputs)

@@ -8,11 +8,15 @@ table stays small in memory too. Either way the operations and their order in fl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from onnx import TensorProto
 
+from pocketvlm.export.onnx.packing import PackedWeight
 from pocketvlm.export.onnx.writer import GraphWriter
-from pocketvlm.weights import AffineWeight, CodebookWeight, Lookup
+from pocketvlm.export.sparse_file import MaskedPlace
+from pocketvlm.weights import CodebookWeight, Lookup
 
 __all__ = ["affine_rows", "codebook_matrix", "codebook_rows"]
 
@@ -42,41 +46,73 @@ def codebook_rows(graph: GraphWriter, name: str, form: CodebookWeight, ids: str)
     return _expand(graph, name, form, ids)
 
 
-def affine_rows(graph: GraphWriter, name: str, form: AffineWeight, ids: str) -> str:
-    """Rows of an affine table whose zero points are floats, float32 [1, L, in_features].
+def affine_rows(
+    graph: GraphWriter,
+    name: str,
+    packed: PackedWeight,
+    ids: str,
+    masked: Sequence[MaskedPlace] = (),
+) -> str:
+    """Rows of an affine table, float32 [1, L, in_features], by standard operators alone.
 
     Args:
         graph: Where the nodes go.
         name: The table.
-        form: Its weight.
+        packed: Its weight, whose bytes a head that is the same table shares.
         ids: int64 [1, L]: which rows.
+        masked: Which of its codes are masked weights.
     """
-    width = form.groups * form.group_size
-    packed = graph.constant(f"{name}.codes", form.packed.numpy())
-    taken = graph.node("Gather", [packed, ids], name=f"{name}.taken")
-    codes = _unpack(graph, name, taken, form.packed.shape[1], form.bits, width, axis=-1)
+    groups = packed.scales.shape[1]
+    width = groups * packed.block_size
+    bytes_per_row = packed.codes[0].size
+    codes = packed.codes.reshape(packed.out_features, bytes_per_row)
+    stored = graph.constant(f"{name}.codes", codes, masked=masked)
+    taken = graph.node("Gather", [stored, ids], name=f"{name}.taken")
+    unpacked = _unpack(graph, name, taken, bytes_per_row, packed.bits, width, axis=-1)
     grouped = graph.constant(
-        f"{name}.groups", np.array([1, -1, form.groups, form.group_size], np.int64)
+        f"{name}.groups", np.array([1, -1, groups, packed.block_size], np.int64)
     )
-    dense = graph.node("Reshape", [codes, grouped], name=f"{name}.by_group")
+    dense = graph.node("Reshape", [unpacked, grouped], name=f"{name}.by_group")
     dense = _float32(graph, f"{name}.by_group", dense)
-    for field, operator, values in (
-        ("zeros", "Sub", form.zero_points()),
-        ("scales", "Mul", form.scales),
+    for operator, values in (
+        ("Sub", _zeros_of_rows(graph, name, packed, ids)),
+        ("Mul", _values_of_rows(graph, f"{name}.scales", packed.scales, ids)),
     ):
-        stored = graph.constant(f"{name}.{field}_by_group", values.numpy()[..., None])
-        rows = graph.node("Gather", [stored, ids], name=f"{name}.{field}_of_rows")
-        rows = _float32(graph, f"{name}.{field}_of_rows", rows)
-        dense = graph.node(operator, [dense, rows], name=f"{name}.{operator.lower()}")
+        dense = graph.node(operator, [dense, values], name=f"{name}.{operator.lower()}")
     flat = graph.constant(f"{name}.flat", np.array([1, -1, width], np.int64))
     dense = graph.node("Reshape", [dense, flat], name=f"{name}.padded")
-    if width == form.in_features:
+    if width == packed.in_features:
         return dense
     bounds = [
         graph.constant(f"{name}.{field}", np.array([value], np.int64))
-        for field, value in (("start", 0), ("end", form.in_features), ("axis", -1))
+        for field, value in (("start", 0), ("end", packed.in_features), ("axis", -1))
     ]
     return graph.node("Slice", [dense, *bounds], name=f"{name}.unpadded")
+
+
+def _zeros_of_rows(graph: GraphWriter, name: str, packed: PackedWeight, ids: str) -> str:
+    """Zero points of rows, float32, one a group: [1, L, groups, 1], or one for all."""
+    zeros = packed.zeros
+    if zeros is None:
+        default = np.array(2 ** (packed.bits - 1), np.float32)
+        return graph.constant(f"{name}.default_zero", default)
+    if zeros.dtype != np.uint8:
+        return _values_of_rows(graph, f"{name}.zeros", zeros, ids)
+    groups = packed.scales.shape[1]
+    stored = graph.constant(f"{name}.zeros", zeros)
+    taken = graph.node("Gather", [stored, ids], name=f"{name}.zeros_taken")
+    label = f"{name}.zeros_of_rows"
+    points = _unpack(graph, label, taken, zeros.shape[1], packed.bits, groups, axis=-1)
+    column = graph.constant(f"{name}.zeros_shape", np.array([1, -1, groups, 1], np.int64))
+    points = graph.node("Reshape", [points, column], name=f"{label}.by_group")
+    return _float32(graph, label, points)
+
+
+def _values_of_rows(graph: GraphWriter, name: str, values: np.ndarray, ids: str) -> str:
+    """Values of rows, one a group, as float32 [1, L, groups, 1]."""
+    stored = graph.constant(f"{name}_by_group", values[..., None])
+    rows = graph.node("Gather", [stored, ids], name=f"{name}_of_rows")
+    return _float32(graph, f"{name}_of_rows", rows)
 
 
 def _matrix(graph: GraphWriter, name: str, lookup: Lookup) -> str:

@@ -14,7 +14,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.onnx.codebook import affine_rows, codebook_matrix, codebook_rows
 from pocketvlm.export.onnx.masked import masked_codes, masked_floats
-from pocketvlm.export.onnx.packing import narrowest_float, pack_weight
+from pocketvlm.export.onnx.packing import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
 from pocketvlm.export.unmasked import has_zero_code, unmasked
@@ -94,8 +94,6 @@ class OnnxOps:
         masked = self._checkpoint.form(name)
         form = unmasked(masked)
         if isinstance(form, AffineWeight):
-            if form.has_float_zeros:  # GatherBlockQuantized takes integers only
-                return affine_rows(self._graph, name, form, token_ids)
             return self._embed_quantized(token_ids, name, form, masked)
         if isinstance(form, CodebookWeight):
             return codebook_rows(self._graph, name, form, token_ids)
@@ -313,8 +311,10 @@ class OnnxOps:
         self, token_ids: str, name: str, form: AffineWeight, masked: WeightForm
     ) -> str:
         packed = pack_weight(name, [form])
-        codes = packed.codes.reshape(packed.out_features, -1)
         places = masked_codes([masked], packed)
+        if not gathers_blocks(packed):
+            return affine_rows(self._graph, name, packed, token_ids, places)
+        codes = packed.codes.reshape(packed.out_features, -1)
         operands = [
             self._graph.constant(f"{name}.codes", codes, masked=places),
             token_ids,

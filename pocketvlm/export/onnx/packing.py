@@ -24,6 +24,7 @@ __all__ = [
     "FLOAT_ZERO_REFUSAL",
     "PackedWeight",
     "container_bits",
+    "gathers_blocks",
     "narrowest_float",
     "pack_weight",
     "unpack_weight",
@@ -112,6 +113,21 @@ def pack_weight(name: str, forms: list[AffineWeight]) -> PackedWeight:
         block_size=first.group_size,
         in_features=first.in_features,
     )
+
+
+def gathers_blocks(packed: PackedWeight) -> bool:
+    """Whether `GatherBlockQuantized` reads rows of a table alike in every supported version.
+
+    Before 1.27 it has no 2-bit codes, and takes the 4-bit zero points of all rows for one row:
+    where an odd number of them ends each row in half a byte, every row but the first gets those of
+    others. It never takes zero points that are floats.
+    """
+    zeros = packed.zeros
+    if packed.bits < 4:  # noqa: PLR2004  (bits)
+        return False
+    if zeros is None:
+        return True
+    return zeros.dtype == np.uint8 and packed.scales.shape[1] * packed.bits % 8 == 0
 
 
 def unpack_weight(packed: PackedWeight, *, bits: int) -> AffineWeight:
