@@ -15,6 +15,7 @@ from pocketvlm.manifest import (
     Generation,
     Manifest,
     PromptLayout,
+    RuntimeNeeds,
     TensorSignature,
 )
 from pocketvlm.signed_folder import (
@@ -33,6 +34,7 @@ __all__ = [
     "Generation",
     "Manifest",
     "PromptLayout",
+    "RuntimeNeeds",
     "TensorSignature",
     "sign_bundle",
     "write_manifest",

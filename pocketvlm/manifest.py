@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "Generation",
     "Manifest",
     "PromptLayout",
+    "RuntimeNeeds",
     "TensorSignature",
 ]
 
@@ -136,6 +138,27 @@ class CacheLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuntimeNeeds:
+    """What the files of a target need of the runtime that opens them.
+
+    Attributes:
+        runtime: Its name; `iOS` for Core ML, whose runtime is the system.
+        lowest_version: The lowest version that reads the files as they are meant.
+        formats: Versions of the formats that they are written in, by name.
+        operators: Operators beyond the standard ones, by domain and name.
+    """
+
+    runtime: str
+    lowest_version: str
+    formats: Mapping[str, int] = field(default_factory=dict)
+    operators: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", self.lowest_version):
+            raise ValueError("lowest_version must be numbers with points between them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a runtime must know to answer from the bundle.
 
@@ -153,6 +176,7 @@ class Manifest:
         components: The graphs.
         files: sha256 of every file of the bundle but the manifest, the report and the card.
         toolchain: Versions that produced the bundle.
+        runtimes: What each target needs of the runtime that opens it.
     """
 
     model: str
@@ -168,6 +192,7 @@ class Manifest:
     components: tuple[Component, ...]
     files: Mapping[str, str] = field(default_factory=dict)
     toolchain: Mapping[str, str | None] = field(default_factory=dict)
+    runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
     schema: int = BUNDLE_SCHEMA
 
     def __post_init__(self) -> None:
@@ -185,6 +210,8 @@ class Manifest:
                 del component["sparse_file"]
         if document["kv_cache"]["visual_layers"] is None:
             del document["kv_cache"]["visual_layers"]
+        if not document["runtimes"]:
+            del document["runtimes"]
         return document
 
     @classmethod

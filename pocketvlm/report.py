@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,6 +19,7 @@ __all__ = [
     "REPORT_SCHEMA",
     "Samples",
     "describe_environment",
+    "describe_processor",
     "package_version",
     "peak_rss_bytes",
     "toolchain_versions",
@@ -37,6 +39,11 @@ _TOOLCHAIN = (
     "Pillow",
     "executorch",
     "coremltools",
+)
+
+# Flags of /proc/cpuinfo on x86-64 and on ARM.
+_FOR_KERNELS = re.compile(
+    r"avx\w*|amx_\w+|fma|f16c|asimd\w*|i8mm|bf16|fphp|sve\w*|sme\w*", re.IGNORECASE
 )
 
 
@@ -81,6 +88,11 @@ def describe_environment(threads: int) -> dict[str, Any]:
     }
 
 
+def describe_processor() -> dict[str, Any]:
+    """What decides which kernels a runtime chooses: the architecture and its instruction sets."""
+    return {"machine": platform.machine(), "instruction_sets": _instruction_sets()}
+
+
 def package_version() -> str:
     """Version of pocketvlm, for stage records."""
     return metadata.version("pocketvlm")
@@ -112,6 +124,20 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, the others kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _instruction_sets() -> list[str]:
+    """Those of the processor that numeric kernels are written for; numpy's list off Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            name, _, flags = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return sorted(flag for flag in flags.split() if _FOR_KERNELS.fullmatch(flag))
+    import numpy as np
+
+    found = np.show_config(mode="dicts") or {}
+    return sorted(found.get("SIMD Extensions", {}).get("found", []))
 
 
 def _processor_name() -> str:

@@ -174,6 +174,9 @@ def inspect(
     if cache.visual_layers is not None:
         say(f"               in the first {cache.visual_layers} of {cache.layers} layers")
     say(f"bytes          {opened.stored_bytes():,}")
+    for target, needs in manifest.runtimes.items():
+        operators = f", operators {', '.join(needs.operators)}" if needs.operators else ""
+        say(f"{target:<14} needs {needs.runtime} {needs.lowest_version} or newer{operators}")
     for component in manifest.components:
         precision = ", ".join(f"{part} {form}" for part, form in component.precision.items())
         say(f"{component.target:<8} {component.role:<10} {component.file}  {precision}")

@@ -280,6 +280,11 @@ def _provenance(report: Row) -> tuple[tuple[str, str], ...]:
     model, recipe = mapping_of(report.get("model")), mapping_of(report.get("recipe"))
     calibration = mapping_of(report.get("calibration"))
     facts = [*facts_of(model)]
+    for target, needs in mapping_of(report.get("runtimes")).items():
+        runtime, version = (
+            text_of(mapping_of(needs).get(k)) for k in ("runtime", "lowest_version")
+        )
+        facts.append((f"{target} needs", f"{runtime} {version} or newer"))
     if recipe:
         facts.append(("recipe", f"{text_of(recipe.get('name'))}, {text_of(recipe.get('sha256'))}"))
     facts += [(f"calibration {name}", text) for name, text in facts_of(calibration)]

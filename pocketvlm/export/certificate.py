@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
@@ -171,10 +171,13 @@ class ParityReport:
     Attributes:
         targets: One for each target that was run.
         unverified: Targets that no engine of this host can run, with the reason.
+        host: The machine that it was made on: its architecture, and the instruction sets that
+            kernels choose by.
     """
 
     targets: tuple[TargetParity, ...]
     unverified: Mapping[str, str]
+    host: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -211,6 +214,7 @@ class ParityReport:
             "passed": self.passed,
             "targets": {target.target: target.to_json() for target in self.targets},
             "unverified": dict(self.unverified),
+            "host": dict(self.host),
         }
 
 

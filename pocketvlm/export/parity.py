@@ -27,6 +27,7 @@ from pocketvlm.export.agreement import (
 from pocketvlm.export.certificate import ParityReport, Precision, TargetParity, judge
 from pocketvlm.export.closeness import Floats, cosine, relative_error, sqnr_db, total_variation
 from pocketvlm.export.questions import Questions, read_questions
+from pocketvlm.report import describe_processor
 from pocketvlm.runtime.coreml.runner import CoremlRunner
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.onnx_runner import OnnxRunner
@@ -126,7 +127,7 @@ def certify(
             )
         )
     context.report("parity", 1, 1, f"{len(reached)} certified")
-    return ParityReport(targets=tuple(reached), unverified=unverified)
+    return ParityReport(targets=tuple(reached), unverified=unverified, host=describe_processor())
 
 
 def _report(ctx: RunContext, target: str, done: int, note: str) -> None:

@@ -22,6 +22,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import PocketVLMError, StorageError
 from pocketvlm.export.parity import ParityReport, certify
+from pocketvlm.export.runtime_needs import read_needs
 from pocketvlm.json_io import write_json
 from pocketvlm.publish import replace_directory
 from pocketvlm.recipes.load import Recipe
@@ -127,7 +128,9 @@ def _write_rest(
 ) -> Manifest:
     checkpoint.processor.save_for_runtime(folder)
     manifest = _describe(checkpoint, recipe_sha256, folder)
-    return sign_bundle(folder, replace(manifest, components=components))
+    targets = dict.fromkeys(component.target for component in components)
+    runtimes = {target: read_needs(target, folder, components) for target in targets}
+    return sign_bundle(folder, replace(manifest, components=components, runtimes=runtimes))
 
 
 def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manifest:

@@ -12,6 +12,9 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
+from pocketvlm.runtime.onnx_versions import FLOAT_ZEROS_2BIT_VERSION, LOWEST_ONNX_VERSION
+from pocketvlm.runtime.versions import is_older
+
 __all__ = ["Finding", "examine"]
 
 _MIN_FREE_BYTES = 2_000_000_000
@@ -65,10 +68,21 @@ def _check_requirement(text: str) -> Finding:
             detail=f"pip install 'pocketvlm[{extra}]' brings it",
         )
     if requirement.specifier.contains(found, prereleases=True):
-        return Finding(name=requirement.name, verdict="ok", detail=found)
+        told = _told(requirement.name, found)
+        return Finding(name=requirement.name, verdict="ok", detail=f"{found}{told}")
     return Finding(
         name=requirement.name, verdict="broken", detail=f"{found} is installed; needs {wanted}"
     )
+
+
+def _told(name: str, found: str) -> str:
+    """What the version of a runtime means for bundles."""
+    if name != "onnxruntime":
+        return ""
+    told = f"; bundles need {LOWEST_ONNX_VERSION} or newer in an app"
+    if is_older(found, FLOAT_ZEROS_2BIT_VERSION):
+        told += f", those with 2-bit float zero points {FLOAT_ZEROS_2BIT_VERSION}"
+    return told
 
 
 def _extra_of(requirement: Requirement) -> str | None:

@@ -177,6 +177,7 @@ def _run(
             "visual_tokens_full": bundle.manifest.visual_tokens_full,
             "positions": bundle.manifest.positions,
         },
+        "runtimes": bundle.manifest.to_json().get("runtimes", {}),
         "recipe": {**recipe.to_document(), "sha256": recipe.sha256()},
         "calibration": calibration.describe(),
         "environment": describe_environment(ctx.threads),

@@ -24,6 +24,7 @@ from pocketvlm.runtime.onnx_engine import onnxruntime as ort
 from pocketvlm.runtime.onnx_external import require_signed_data
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sparse_file import ExpandedFile, expand
+from pocketvlm.runtime.versions import require_runtime
 
 __all__ = ["DEFAULT_CAPACITY", "OnnxRunner"]
 
@@ -63,6 +64,7 @@ class OnnxRunner(Runner):
         dtype = np.dtype(cache.dtype)
         self._visual_layers = cache.visual_layers
         positions = bundle.manifest.generation.max_positions
+        require_runtime(bundle, "onnx", ort.__version__)
         self.engine = f"ONNX Runtime {ort.__version__}"
         super().__init__(
             capacity=min(DEFAULT_CAPACITY, positions) if capacity is None else capacity

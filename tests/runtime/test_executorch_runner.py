@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import product
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,12 @@ def bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def runner(bundle: Bundle) -> ExecutorchRunner:
     return ExecutorchRunner(bundle, threads=1)
+
+
+def test_the_manifest_names_the_version_that_wrote_the_program(bundle: Bundle) -> None:
+    needs = bundle.manifest.runtimes["executorch"]
+    assert needs.lowest_version == metadata.version("executorch")
+    assert needs.formats == {"program": 12}
 
 
 def test_graphs_agree_with_onnx(bundle: Bundle, runner: ExecutorchRunner) -> None:

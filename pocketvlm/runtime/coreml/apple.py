@@ -16,11 +16,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pocketvlm.errors import MissingExtraError, UnsupportedError
+from pocketvlm.errors import BundleError, MissingExtraError, UnsupportedError
 from pocketvlm.runtime.coreml.package import ComputedPackage
+from pocketvlm.runtime.mil.package import MilPackage
+from pocketvlm.runtime.mil.systems import LOWEST_SYSTEMS
 from pocketvlm.runtime.mil.types import Array
+from pocketvlm.runtime.versions import is_older
 
-__all__ = ["COMPUTE_UNITS", "AppleToolkit", "DevicePackage", "LoadedModel", "Toolkit"]
+__all__ = [
+    "COMPUTE_UNITS",
+    "AppleToolkit",
+    "DevicePackage",
+    "LoadedModel",
+    "Toolkit",
+    "require_system",
+]
 
 COMPUTE_UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
 """What Core ML may use, by the names of coremltools."""
@@ -182,8 +192,28 @@ class AppleToolkit(Toolkit):
 
     def _compile(self, package: Path) -> str:
         if package not in self._compiled:
+            require_system(package, platform.mac_ver()[0])
             self._compiled[package] = self._kit.models.utils.compile_model(str(package))
         return self._compiled[package]
+
+
+def require_system(package: Path, macos: str) -> None:
+    """Refuses a package that is newer than the system.
+
+    Args:
+        package: The package.
+        macos: Version of macOS.
+
+    Raises:
+        BundleError: The system cannot read it, or it is damaged.
+    """
+    version = MilPackage.open(package).specification_version
+    lowest = LOWEST_SYSTEMS[version]
+    if is_older(macos, lowest.macos):
+        raise BundleError(
+            f"{package}: specification {version} needs macOS {lowest.macos} (iOS {lowest.ios}) or "
+            f"newer; this is macOS {macos}"
+        )
 
 
 def _device(device: Any) -> str:

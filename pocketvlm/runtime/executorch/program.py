@@ -11,6 +11,7 @@ import importlib.util
 import struct
 import warnings
 from contextlib import AbstractContextManager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, MissingExtraError
 from pocketvlm.runtime.native_output import quiet_terminal
 from pocketvlm.runtime.sparse_file import expanded_path, plain_path
+from pocketvlm.runtime.versions import require_runtime
 
 __all__ = [
     "PROGRAM_HEADER",
@@ -68,9 +70,12 @@ def open_program(bundle: Bundle) -> AbstractContextManager[tuple[Path, float | N
     What was loaded in the block stays. The number is the milliseconds that expanding took.
 
     Raises:
-        BundleError: There is none, or its packed file is damaged.
+        MissingExtraError: ExecuTorch is not installed.
+        BundleError: There is none, its packed file is damaged, or the runtime is too old for it.
     """
     component = bundle.component("executorch", "decoder")
+    require_executorch()
+    require_runtime(bundle, "executorch", metadata.version("executorch"))
     if component.sparse_file is None:
         return plain_path(bundle.file(component.file))
     return expanded_path(bundle.file(component.sparse_file))

@@ -18,6 +18,7 @@ from pocketvlm.errors import BundleError
 from pocketvlm.files import locate, read_bytes
 from pocketvlm.json_io import decode, read_json
 from pocketvlm.runtime.mil.blobs import WeightFile
+from pocketvlm.runtime.mil.systems import LOWEST_SYSTEMS
 from pocketvlm.runtime.mil.types import ELEMENTS, Array, Element, TensorType
 from pocketvlm.runtime.mil.wire import Message
 
@@ -156,6 +157,9 @@ class MilPackage:
                 for name, message in model.message(_ML_PROGRAM).mapping(2).items()
             }
             version = model.integer(1)
+            if version not in LOWEST_SYSTEMS:
+                known = ", ".join(map(str, LOWEST_SYSTEMS))
+                raise BundleError(f"{model_file}: specification {version}; allowed are {known}")
         except (ValueError, KeyError) as error:
             raise BundleError(f"{model_file}: cannot be read: {error}") from error
         return cls(path=path, functions=functions, specification_version=version)

@@ -1,0 +1,15 @@
+"""Which versions of ONNX Runtime read this package's graphs as they are meant.
+
+Found by running every operator and bit width in each version against float64. What older versions
+read otherwise is not written (`export/onnx/packing.py`), or named here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FLOAT_ZEROS_2BIT_VERSION", "LOWEST_ONNX_VERSION"]
+
+LOWEST_ONNX_VERSION = "1.25.0"
+"""The lowest version that the tests pass with, and the lower bound of the package's requirement."""
+
+FLOAT_ZEROS_2BIT_VERSION = "1.27.0"
+"""The first whose `MatMulNBits` takes 2-bit codes with zero points that are floats."""
