@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import product
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 import numpy as np
