@@ -45,6 +45,7 @@ _CHANNEL_BITS = 8
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_KEPT_CHUNK = 2**16
+_MAX_CHUNKS = 2**18  # of a PNG file; each costs its reader time, however small it is
 # What Pillow finds an orientation in, where a picture has no EXIF block.
 _KEPT_KEYWORDS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
@@ -145,10 +146,14 @@ def _without_texts(content: bytes) -> bytes:
     if not content.startswith(_PNG_SIGNATURE):
         return content
     kept: list[bytes | memoryview] = [_PNG_SIGNATURE]
+    chunks = 0
     view, place = memoryview(content), len(_PNG_SIGNATURE)
     while place + 8 <= len(content):
         length = int.from_bytes(view[place : place + 4])
         kind = bytes(view[place + 4 : place + 8])
+        chunks += 1
+        if chunks > _MAX_CHUNKS:
+            raise ValueError(f"more than {_MAX_CHUNKS:,} chunks")
         after = place + 12 + length
         if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or (
             length <= _MAX_KEPT_CHUNK

@@ -228,7 +228,9 @@ def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
 def _read_kind(
     config: Mapping[str, Any], where: Path, family: str, error: type[PocketVLMError]
 ) -> ImageKind:
-    kinds = _FAMILY_KINDS[family]
+    kinds = _FAMILY_KINDS.get(family)
+    if kinds is None:  # as a manifest of anybody may say
+        raise error(f"{where}: family {family!r} is unknown; known are {', '.join(_FAMILY_KINDS)}")
     name = config.get("image_processor_type")
     if name is None and config.get("feature_extractor_type") is not None:
         name = str(config["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")

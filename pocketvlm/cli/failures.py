@@ -22,6 +22,7 @@ import pocketvlm
 from pocketvlm.cli.console import one_line, say
 from pocketvlm.cli.interrupts import announce, is_interrupted
 from pocketvlm.errors import InputError, PocketVLMError
+from pocketvlm.printable import printable
 from pocketvlm.storage import describe_fault
 
 __all__ = [
@@ -78,7 +79,8 @@ def run_to_exit_code(command: Callable[[], object], *, shows_traceback: bool = F
     except BaseException as error:  # noqa: BLE001  (panics of Rust libraries are no `Exception`)
         if shows_traceback and not isinstance(error, SystemExit | typer.Exit):
             with contextlib.suppress(OSError, ValueError):
-                traceback.print_exception(error)
+                # Messages quote files of anybody; a line break of the traceback itself stays.
+                print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
         code = _end(error)
     _drop_what_cannot_be_written()
     return code if isinstance(code, int) else 0

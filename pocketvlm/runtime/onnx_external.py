@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
-from pocketvlm.files import read_bytes
 from pocketvlm.runtime.mil.wire import Message
 
 __all__ = ["require_signed_data"]
-
-_MAX_GRAPH_BYTES = 2**31
-"""What a protocol-buffer message can have at most."""
 
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODES, _GRAPH_INITIALIZERS, _GRAPH_SPARSE = 1, 5, 15
@@ -46,8 +44,9 @@ def require_signed_data(bundle: Bundle, name: str, in_memory: frozenset[str]) ->
     file = bundle.file(name)
     folder = name.rpartition("/")[0]
     try:
-        locations = set(_locations(Message(read_bytes(file, max_bytes=_MAX_GRAPH_BYTES))))
-    except (ValueError, RecursionError) as error:
+        # Mapped, as weights may lie in the graph itself.
+        locations = set(_locations(Message(np.memmap(file, np.uint8, mode="r").data)))
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file}: ONNX Runtime cannot load it: {error}") from error
     for location in sorted(locations - in_memory):
         data = f"{folder}/{location}" if folder else location

@@ -244,6 +244,17 @@ def test_texts_of_a_png_may_be_of_any_length(tmp_path, kind, at_the_end):
     assert image_size(file) == noise(3).size
 
 
+def test_a_png_of_nothing_but_chunks_is_refused_in_bounded_time(tmp_path):
+    stream = io.BytesIO()
+    noise(3).save(stream, "PNG")
+    content = stream.getvalue()
+    empty = b"\0\0\0\0abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+    file = tmp_path / "p.png"
+    file.write_bytes(content[:33] + empty * 300_000 + content[33:])
+    with pytest.raises(InputError, match="damaged or truncated: more than 262,144 chunks"):
+        open_image(file)
+
+
 def test_orientation_in_the_text_of_a_png_is_applied(tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
