@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocketvlm.calibration.source import CalibrationSet, Sample
-from pocketvlm.errors import CalibrationError
+from pocketvlm.errors import CalibrationError, PocketVLMError
 from pocketvlm.processor import Processor
 
-__all__ = ["Prompt", "PromptBatch", "batch_images", "batch_prompts", "encode_samples"]
+__all__ = [
+    "Prompt",
+    "PromptBatch",
+    "batch_images",
+    "batch_prompts",
+    "encode_sample",
+    "encode_samples",
+]
 
 _MAX_TOKENS = 2048
 
@@ -73,7 +80,7 @@ def encode_samples(processor: Processor, samples: CalibrationSet) -> tuple[Promp
         CalibrationError: A sample has no image, has the image's placeholder in its text, or its
             image does not fit into the longest length that is used.
     """
-    return tuple(_encode(processor, sample) for sample in samples)
+    return tuple(encode_sample(processor, sample) for sample in samples)
 
 
 def batch_images(
@@ -126,7 +133,12 @@ def batch_prompts(
     return tuple(batches)
 
 
-def _encode(processor: Processor, sample: Sample) -> Prompt:
+def encode_sample(processor: Processor, sample: Sample) -> Prompt:
+    """Encodes one sample.
+
+    Raises:
+        CalibrationError: As `encode_samples`.
+    """
     spec = processor.spec
     if len(sample.images) != 1:
         count = f"{len(sample.images)} images" if sample.images else "no image"
@@ -134,7 +146,10 @@ def _encode(processor: Processor, sample: Sample) -> Prompt:
             f"{sample.where}: has {count}; calibration takes conversations about one image, which "
             "a vision-language model is calibrated on together with its text"
         )
-    token_ids = processor.encode(sample.answered_messages(), add_generation_prompt=False)
+    try:
+        token_ids = processor.encode(sample.answered_messages(), add_generation_prompt=False)
+    except PocketVLMError as error:  # the chat template refuses the conversation
+        raise CalibrationError(f"{sample.where}: {error}") from error
     placeholders = token_ids.count(spec.image_token_id)
     if placeholders != spec.visual_tokens:
         raise CalibrationError(

@@ -13,6 +13,8 @@ from pocketvlm.cli.console import command_line, print_json, print_summary, quiet
 from pocketvlm.cli.interrupts import unwound_interrupts
 from pocketvlm.cli.options import (
     MAX_QUESTIONS,
+    CalibrationOption,
+    DataOption,
     JsonOption,
     ModelArgument,
     RecipeOption,
@@ -37,20 +39,8 @@ def compress(
     recipe: RecipeOption = "int4-balanced",
     target: TargetOption = None,
     settings: SetOption = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder of pictures and questions, `reference` or `synthetic`. Default: the "
-            "recipe's."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Questions to score: a folder, reference:SEED, or none. Default: reference:1 for "
-            "a reference model, else none."
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
+    data: DataOption = None,
     n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions to score.")] = 200,
     bench: Annotated[bool, typer.Option(help="Time the bundle on this host.")] = True,
     baseline: Annotated[
@@ -112,6 +102,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Check against a device of `pocketvlm devices`.")
     ] = None,
+    calibration: CalibrationOption = None,
+    data: DataOption = None,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions to score.")] = 200,
     verify_source: Annotated[
         bool,
         typer.Option(
@@ -121,19 +114,28 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights."""
-    quiet_libraries()
-    from pocketvlm.pipeline.plan import plan as make_plan
-    from pocketvlm.pipeline.source_check import verify_folder
-    from pocketvlm.pipeline.sources import resolve_model, select_targets
-    from pocketvlm.recipes.load import load_recipe
+    """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights.
 
-    loaded = select_targets(load_recipe(recipe, settings or ()), target or ())
-    path = resolve_model(model)
-    made = make_plan(path, loaded, device=device)
+    Rows of folders that --calibration and --data name are checked one by one.
+    """
+    quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+    from pocketvlm.pipeline.source_check import verify_folder
+    from pocketvlm.pipeline.sources import resolve_model
+
+    job = Job(
+        model=model,
+        recipe=recipe,
+        targets=tuple(target or ()),
+        settings=tuple(settings or ()),
+        calibration=calibration,
+        data=data,
+        n=n,
+    )
+    made = job.plan(device=device)
     for line in made.lines():
         say(line)
-    checked = verify_folder(path) if verify_source else None
+    checked = verify_folder(resolve_model(model)) if verify_source else None
     if checked is not None:
         for line in checked.lines():
             say(line)

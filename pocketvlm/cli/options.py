@@ -12,7 +12,9 @@ from pocketvlm.errors import InputError
 __all__ = [
     "MAX_QUESTIONS",
     "BundleArgument",
+    "CalibrationOption",
     "CheckpointOption",
+    "DataOption",
     "JsonOption",
     "ModelArgument",
     "QuestionsOption",
@@ -45,6 +47,22 @@ QuestionsOption = Annotated[
     typer.Option(
         "--data",
         help="A folder of pictures and questions, or reference:SEED. Default: generated ones.",
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="A folder of pictures and questions, `reference` or `synthetic`. Default: the "
+        "recipe's.",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Questions to score: a folder, reference:SEED, or none. Default: reference:1 for a "
+        "reference model, else none.",
     ),
 ]
 RecipeOption = Annotated[

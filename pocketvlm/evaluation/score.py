@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.simulation import Arithmetic
 
-__all__ = ["KindScore", "Score", "blinded", "compare_scores", "score_bundle", "score_checkpoint"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "KindScore",
+    "Score",
+    "blinded",
+    "compare_scores",
+    "score_bundle",
+    "score_checkpoint",
+]
+
+MAX_NEW_TOKENS = 16
+"""Longest answer that is scored, unless the caller says otherwise."""
 
 Answerer = Callable[["Sequence[Sample]", str], list[str]]
 """Answers questions; the text names the work for whoever watches the progress."""
@@ -85,7 +96,7 @@ def score_checkpoint(
     metric: MetricName = "exact_match",
     blind: bool = True,
     batch_size: int = 32,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     arithmetic: Arithmetic = "float32",
     ctx: RunContext | None = None,
 ) -> Score:
@@ -130,7 +141,7 @@ def score_bundle(
     *,
     metric: MetricName = "exact_match",
     blind: bool = True,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     runtime: str | None = None,
     ctx: RunContext | None = None,
 ) -> Score:

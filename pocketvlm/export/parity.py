@@ -42,7 +42,9 @@ RunnerFactory = Callable[[Bundle, RunContext], Runner]
 
 
 def _onnx_runner(bundle: Bundle, ctx: RunContext) -> Runner:
-    return OnnxRunner(bundle, threads=ctx.threads)
+    # Room for the longest question there may be: rows that are not used cost no memory.
+    rows = bundle.manifest.generation.max_positions
+    return OnnxRunner(bundle, threads=ctx.threads, capacity=rows)
 
 
 def _coreml_runner(bundle: Bundle, _ctx: RunContext) -> Runner:

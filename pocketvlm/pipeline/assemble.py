@@ -24,13 +24,14 @@ from pocketvlm.errors import PocketVLMError, StorageError
 from pocketvlm.export.parity import ParityReport, certify
 from pocketvlm.export.runtime_needs import read_needs
 from pocketvlm.json_io import write_json
+from pocketvlm.processor import Processor
 from pocketvlm.publish import replace_directory
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Target
 from pocketvlm.report import toolchain_versions
 from pocketvlm.storage import naming_faults
 
-__all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs"]
+__all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs", "write_processor"]
 
 PARITY_FILE = "parity.json"
 
@@ -123,57 +124,83 @@ def _export_each(
     return tuple(components), failed
 
 
-def _write_rest(
-    checkpoint: Checkpoint, components: tuple[Component, ...], folder: Path, recipe_sha256: str
-) -> Manifest:
-    checkpoint.processor.save_for_runtime(folder)
-    manifest = _describe(checkpoint, recipe_sha256, folder)
-    targets = dict.fromkeys(component.target for component in components)
-    runtimes = {target: read_needs(target, folder, components) for target in targets}
-    return sign_bundle(folder, replace(manifest, components=components, runtimes=runtimes))
+def write_processor(processor: Processor, folder: Path) -> Manifest:
+    """Writes what a bundle reads text and pictures with, and describes the unreduced model.
 
+    Args:
+        processor: The checkpoint's processor.
+        folder: The bundle's folder.
 
-def _describe(checkpoint: Checkpoint, recipe_sha256: str, folder: Path) -> Manifest:
-    spec, reducer = checkpoint.spec, checkpoint.reducer
-    decoder = spec.decoder
+    Returns:
+        A manifest without graphs, names and digests.
+    """
+    spec = processor.spec
+    processor.save_for_runtime(folder)
     if not (folder / "generation_config.json").is_file():
         (folder / "generation_config.json").write_text(
             json.dumps(
                 {
-                    "eos_token_id": list(checkpoint.processor.eos_token_ids),
-                    **checkpoint.processor.generation.to_json(),
+                    "eos_token_id": list(processor.eos_token_ids),
+                    **processor.generation.to_json(),
                 }
             )
             + "\n",
             encoding="utf-8",
         )
     return Manifest(
-        model=checkpoint.source.name,
+        model="",
         family=spec.family,
-        source_sha256=checkpoint.source.sha256,
-        recipe_sha256=recipe_sha256,
-        visual_tokens=reducer.keep if reducer else spec.visual_tokens,
+        source_sha256="",
+        recipe_sha256="",
+        visual_tokens=spec.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
-        positions=reducer.positions if reducer else "original",
+        positions="original",
         prompt=PromptLayout(
             image_token=spec.image_token,
             image_token_id=spec.image_token_id,
             image_prefix=spec.image_prefix,
             image_suffix=spec.image_suffix,
-            embedding_rows=decoder.vocab_size,
+            embedding_rows=spec.decoder.vocab_size,
         ),
         generation=Generation(
-            eos_token_ids=checkpoint.processor.eos_token_ids,
-            settings=checkpoint.processor.generation.to_json(),
-            max_positions=decoder.context_length,
+            eos_token_ids=processor.eos_token_ids,
+            settings=processor.generation.to_json(),
+            max_positions=spec.decoder.context_length,
         ),
         kv_cache=CacheLayout(
-            layers=decoder.depth,
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32" if checkpoint.cache_grid is None else "int8",
-            visual_layers=checkpoint.visual_layers,
+            layers=spec.decoder.depth,
+            kv_heads=spec.decoder.kv_heads,
+            head_dim=spec.decoder.head_dim,
+            dtype="float32",
         ),
         components=(),
         toolchain=toolchain_versions(),
     )
+
+
+def _write_rest(
+    checkpoint: Checkpoint, components: tuple[Component, ...], folder: Path, recipe_sha256: str
+) -> Manifest:
+    manifest = write_processor(checkpoint.processor, folder)
+    if checkpoint.reducer is not None:
+        manifest = replace(
+            manifest,
+            visual_tokens=checkpoint.reducer.keep,
+            positions=checkpoint.reducer.positions,
+        )
+    cache = replace(
+        manifest.kv_cache,
+        dtype="float32" if checkpoint.cache_grid is None else "int8",
+        visual_layers=checkpoint.visual_layers,
+    )
+    targets = dict.fromkeys(component.target for component in components)
+    manifest = replace(
+        manifest,
+        model=checkpoint.source.name,
+        source_sha256=checkpoint.source.sha256,
+        recipe_sha256=recipe_sha256,
+        kv_cache=cache,
+        components=components,
+        runtimes={target: read_needs(target, folder, components) for target in targets},
+    )
+    return sign_bundle(folder, manifest)

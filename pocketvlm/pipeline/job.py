@@ -11,17 +11,18 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.pipeline.float_baseline import make_float_baseline
-from pocketvlm.pipeline.plan import plan
+from pocketvlm.pipeline.plan import Plan, plan
 from pocketvlm.pipeline.run import RunResult, run
 from pocketvlm.pipeline.source_check import SourceCheckMode
 from pocketvlm.pipeline.sources import (
+    GENERATED_SOURCES,
     load_evaluation,
     resolve_calibration,
     resolve_model,
     select_targets,
 )
 from pocketvlm.publish import replace_file
-from pocketvlm.recipes.load import load_recipe
+from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.reference.questions import generate_examples
 from pocketvlm.runtime.conversation import Conversation
 
@@ -81,10 +82,7 @@ class Job:
             PocketVLMError: Something about the input is wrong; found, where it can be, before any
                 compute.
         """
-        recipe = select_targets(load_recipe(self.recipe, self.settings), self.targets)
-        if self.calibration is not None:
-            options = replace(recipe.calibration, source=self.calibration)
-            recipe = replace(recipe, calibration=options)
+        recipe = self._recipe()
         path = resolve_model(self.model)
         plan(path, recipe).raise_if_refused()
         is_reference = self.model.startswith("reference:")
@@ -103,6 +101,33 @@ class Job:
             source_check=self.source_check,
             command=self.command,
         )
+
+    def plan(self, *, device: str | None = None) -> Plan:
+        """Plans, with every row of the folders that were named, and computes nothing.
+
+        Args:
+            device: Name of a device profile whose memory the result must fit.
+
+        Raises:
+            PocketVLMError: Something about the input is wrong.
+        """
+        recipe = self._recipe()
+        options = recipe.calibration
+        is_folder = options.source not in GENERATED_SOURCES
+        return plan(
+            resolve_model(self.model),
+            recipe,
+            device=device,
+            calibration=resolve_calibration(options, is_reference=False) if is_folder else None,
+            evaluation=self._evaluation(is_reference=False),
+        )
+
+    def _recipe(self) -> Recipe:
+        recipe = select_targets(load_recipe(self.recipe, self.settings), self.targets)
+        if self.calibration is None:
+            return recipe
+        options = replace(recipe.calibration, source=self.calibration)
+        return replace(recipe, calibration=options)
 
     def ask_about_a_scene(self, result: RunResult) -> SceneAnswer:
         """Asks the finished bundle about one held-out scene, whose picture is kept beside it."""

@@ -11,15 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
-from pocketvlm.errors import UnsupportedError
+from pocketvlm.errors import CheckpointError, UnsupportedError, join_problems
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
+from pocketvlm.pipeline.preflight import Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.planned import PlannedForm, PlannedSparse, plan_behind_mask
+from pocketvlm.processor import PROCESSOR_FILES
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Stage, Target, check_order
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "kept_tokens", "plan"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # a checkpoint is published in bf16
 _FLOAT_BITS = 32  # of a number in a KV cache that no stage quantizes
@@ -82,22 +85,31 @@ class Plan:
         ]
 
     def raise_if_refused(self) -> None:
-        """Raises what the first refusal says.
+        """Raises the refusals as one line.
 
         Raises:
             UnsupportedError: Something cannot be run.
         """
         if self.refused:
-            raise UnsupportedError(self.refused[0])
+            raise UnsupportedError(join_problems(self.refused))
 
 
-def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
+def plan(
+    model: Path,
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    calibration: CalibrationSet | None = None,
+    evaluation: CalibrationSet | None = None,
+) -> Plan:
     """Plans a recipe for a model.
 
     Args:
         model: A checkpoint directory; no weight of it is loaded.
         recipe: What would be done.
         device: Name of a device profile whose memory it must fit.
+        calibration: What stages would look at, to check every row of it.
+        evaluation: Questions that would be scored, likewise.
 
     Raises:
         RecipeError: A rule matches nothing, a count is too large, an order is wrong.
@@ -106,7 +118,7 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     spec, notes = inspect_model(model)
     profile = load_device(device) if device is not None else None
     check_order(recipe.stages)
-    kept = _kept_tokens(recipe.stages, spec)
+    kept = kept_tokens(recipe.stages, spec)
     compressed, forms = _planned_forms(recipe.stages, spec)
     cache_bits = _cache_bits(recipe.stages)
     refused: list[str] = []
@@ -133,6 +145,26 @@ def plan(model: Path, recipe: Recipe, *, device: str | None = None) -> Plan:
     ram_bytes = loaded_bytes + cache_bytes + _activation_bytes(compressed)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
+    if any((model / name).is_file() for name in PROCESSOR_FILES):
+        try:
+            readers = Readers.open(model, spec)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            found = check_model(readers, model)
+            if not found.problems:
+                rows_found = check_data(
+                    readers,
+                    recipe.targets,
+                    kept=kept,
+                    calibration=calibration,
+                    evaluation=evaluation,
+                )
+                found = found.joined(rows_found)
+            refused += found.problems
+            warnings += found.notes
+    else:
+        warnings.append("no tokenizer and no image processor are here: they could not be checked")
     source = sum(x.out_features * x.in_features for x in spec.linears()) * _SOURCE_BYTES_A_WEIGHT
     return Plan(
         model=model.name,
@@ -164,7 +196,8 @@ def _notes(stages: Sequence[Stage], spec: ModelSpec) -> list[str]:
     return notes
 
 
-def _kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
+def kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
+    """Visual tokens that an image costs behind the stages."""
     for stage in stages:
         reducer = getattr(stage, "reducer", None)
         if reducer is not None:

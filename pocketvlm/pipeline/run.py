@@ -11,12 +11,14 @@ from typing import Any
 import yaml
 
 from pocketvlm.bundle import Bundle
+from pocketvlm.calibration.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.html import render_html, render_markdown
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import Workload
+from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.json_io import write_json
 from pocketvlm.pipeline.assemble import build_bundle
@@ -28,6 +30,8 @@ from pocketvlm.pipeline.identity import (
     stage_settings,
 )
 from pocketvlm.pipeline.journal import Journal
+from pocketvlm.pipeline.plan import kept_tokens
+from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.publish import replace_file
@@ -102,6 +106,7 @@ def run(
     """
     Journal.refuse_if_busy(out)
     checkpoint = load_checkpoint(model)
+    certified, checked = _ask_first(model, checkpoint, recipe, calibration, evaluation)
     identity = RunIdentity(
         model=model_sha256(model, checkpoint.source.sha256),
         weights=checkpoint.source.sha256,
@@ -122,6 +127,8 @@ def run(
             baseline=baseline,
             source_check=source_check,
             command=command,
+            certified=certified,
+            checked=checked,
         )
 
 
@@ -130,6 +137,8 @@ def _run(
     checkpoint: Checkpoint,
     recipe: Recipe,
     *,
+    certified: Sequence[Sample],
+    checked: Sequence[str],
     calibration: CalibrationSet,
     ctx: RunContext,
     evaluation: CalibrationSet | None,
@@ -150,8 +159,7 @@ def _run(
     quality_float = _score_float(journal, checkpoint, evaluation, ctx)
     checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
     checkpoint.save(out / "checkpoint")
-    samples = tuple((evaluation or calibration).take(8))
-    built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", samples, ctx)
+    built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", certified, ctx)
     bundle, parity = built.bundle, built.parity
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
     is_timed = choose_engine(bundle) == _TIMED
@@ -192,7 +200,11 @@ def _run(
             **(bench["memory"] if bench else {}),
             "compress_peak_rss_bytes": peak_rss_bytes(),
         },
-        "notes": [*source.run_notes(), *_notes(checkpoint, calibration, bundle, bench)],
+        "notes": [
+            *source.run_notes(),
+            *checked,
+            *_notes(checkpoint, calibration, bundle, bench),
+        ],
     }
     unexported = (f"{name} was not exported: {reason}" for name, reason in built.failed.items())
     failures = (*unexported, *parity.failures(), *_broken_expectations(recipe, report))
@@ -210,6 +222,32 @@ def _run(
 def _write(path: Path, text: str) -> None:
     with replace_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def _ask_first(
+    model: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    evaluation: CalibrationSet | None,
+) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """Refuses what the runtime would refuse; the certificate's questions, and notes.
+
+    Raises:
+        UnsupportedError: The runtime cannot read the model.
+        CalibrationError: A row of the data cannot be used.
+    """
+    spec, targets = checkpoint.spec, recipe.targets
+    kept = kept_tokens(recipe.stages, spec)
+    readers = Readers.open(model, spec)
+    found = check_model(readers, model)
+    found.raise_if_any(UnsupportedError)
+    rows = check_data(readers, targets, kept=kept, calibration=calibration, evaluation=evaluation)
+    rows.raise_if_any(CalibrationError)
+    certified, chosen = certificate_samples(
+        readers, targets, kept=kept, calibration=calibration, evaluation=evaluation
+    )
+    return certified, (*found.notes, *rows.notes, *chosen.notes)
 
 
 def compress_checkpoint(

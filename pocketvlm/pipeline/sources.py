@@ -22,6 +22,7 @@ from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.simulation import ARITHMETICS, Arithmetic
 
 __all__ = [
+    "GENERATED_SOURCES",
     "inspect_model",
     "load_checkpoint",
     "load_evaluation",
@@ -30,6 +31,10 @@ __all__ = [
     "score_subject",
     "select_targets",
 ]
+
+
+GENERATED_SOURCES = ("auto", "reference", "synthetic")
+"""Calibration sources that are made, not read from a folder."""
 
 
 def resolve_model(name: str) -> Path:

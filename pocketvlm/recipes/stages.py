@@ -80,6 +80,9 @@ class Target(Protocol):
     ) -> Prediction:
         """What the export would weigh, and what the target cannot run, before any compute."""
 
+    def capacity(self, spec: ModelSpec) -> int:
+        """Rows of KV cache that a conversation with the exported model may take."""
+
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
     ) -> tuple[Component, ...]:

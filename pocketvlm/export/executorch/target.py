@@ -100,6 +100,10 @@ class ToExecutorch:
             return replace(prediction, refused=refused)
         return prediction
 
+    def capacity(self, spec: ModelSpec) -> int:
+        """Rows of KV cache: fixed when the program is made."""
+        return min(self.context, spec.decoder.max_positions)
+
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
     ) -> tuple[Component, ...]:
@@ -133,7 +137,7 @@ class ToExecutorch:
                 "through all of them; leave skip_visual out, or export to ONNX"
             )
         spec, reducer = checkpoint.spec, checkpoint.reducer
-        capacity = min(self.context, spec.decoder.max_positions)
+        capacity = self.capacity(spec)
         job = ConversionJob(
             model=checkpoint.model,
             spec=spec,

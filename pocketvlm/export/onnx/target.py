@@ -86,6 +86,10 @@ class ToOnnx:
         """What the export of a model would weigh, and which layers no kernel can run."""
         return predict_onnx(spec, grids, sparse_file=self.sparse_file)
 
+    def capacity(self, spec: ModelSpec) -> int:
+        """Rows of KV cache: chosen when a session starts, up to the whole context."""
+        return spec.decoder.context_length
+
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
     ) -> tuple[Component, ...]:
