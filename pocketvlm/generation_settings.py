@@ -232,6 +232,12 @@ def read_generation_settings(
             notes.append(
                 f"{name}: {key}={shown} is not applied: answers are greedy, a token at a time"
             )
+    if not settings.is_plain:
+        applied = ", ".join(settings.to_json())
+        notes.append(
+            f"{name}: {applied} applied by this package's loop; others (MultimodalRunner, an app's "
+            "own) must do it themselves"
+        )
     if not settings.eos_token_ids:
         notes.append(f"{name}: names no end token; answers run to their limit")
     return settings, tuple(notes)

@@ -136,6 +136,13 @@ def test_end_tokens_come_from_where_stock_takes_them(tmp_path):
     assert "names no end token" in notes[0]
 
 
+def test_what_other_loops_must_apply_is_named(tmp_path):
+    document = {"eos_token_id": 2, "suppress_tokens": [3], "repetition_penalty": 1.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(document))
+    _, (note,) = read_generation_settings(tmp_path, error=CheckpointError)
+    assert note.startswith("generation_config.json: suppress_tokens applied by")
+
+
 def test_what_is_not_applied_is_named(tmp_path):
     document = {"eos_token_id": 2, "num_beams": 4, "do_sample": True, "guidance_scale": 1.0}
     (tmp_path / "generation_config.json").write_text(json.dumps(document))
