@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.generation_settings import PLAIN, GenerationSettings
+from pocketvlm.generation_settings import GenerationSettings
 from pocketvlm.kv_cache import cache_argument
 from pocketvlm.modelspec import ModelSpec
 from pocketvlm.reduction import ReducerInputs
@@ -63,12 +63,15 @@ class DecoderInputs:
         positions: int64 [batch, length]: rotary positions.
         is_visual: bool [batch, length]: which columns came from an image.
         next_position: int64 [batch]: rotary position of the first generated token.
+        token_ids: int64 [batch, tokens]: the prompts before the splice; `None` where rows are not
+            whole prompts.
     """
 
     embeds: Tensor
     positions: Tensor
     is_visual: Tensor
     next_position: Tensor
+    token_ids: Tensor | None = None
 
 
 def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
@@ -214,6 +217,7 @@ def embed_prompts(
             positions=positions,
             is_visual=torch.zeros_like(positions, dtype=torch.bool),
             next_position=torch.full((batch,), length),
+            token_ids=token_ids,
         )
     kept = visual.embeds.shape[1]
     embeds = visual.embeds.view(batch, len(runs), kept, -1)
@@ -241,6 +245,7 @@ def embed_prompts(
         positions=torch.cat(places, dim=1),
         is_visual=torch.cat(flags, dim=1),
         next_position=torch.full((batch,), length - shift),
+        token_ids=token_ids,
     )
 
 
@@ -328,8 +333,7 @@ def greedy_generate(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int] = (),
-    settings: GenerationSettings = PLAIN,
-    prompts: Sequence[Sequence[int]] | None = None,
+    settings: GenerationSettings | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of every row, end-of-answer tokens left out.
 
@@ -338,14 +342,17 @@ def greedy_generate(
         inputs: The spliced prompts.
         max_new_tokens: Tokens after which an answer is cut.
         eos_token_ids: A row stops at the first of these; none always generates `max_new_tokens`.
-        settings: What else decides the next token.
-        prompts: Tokens of every row's prompt, which most settings look at.
+        settings: What else decides the next token; `None` for the model's own.
 
     Raises:
-        ValueError: There are settings and no prompts.
+        ValueError: There are settings, and `inputs` does not tell the tokens of the prompts.
     """
-    if prompts is None and not settings.is_plain:
-        raise ValueError("settings that change answers need the tokens of the prompts")
+    settings = checkpoint.processor.generation if settings is None else settings
+    prompts: list[list[int]] = []
+    if not settings.is_plain:
+        if inputs.token_ids is None:
+            raise ValueError("settings that change answers need the tokens of the prompts")
+        prompts = inputs.token_ids.tolist()
     embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
     cache = new_cache(checkpoint)
     batch = inputs.embeds.shape[0]
@@ -355,7 +362,7 @@ def greedy_generate(
     with torch.inference_mode():
         for _ in range(max_new_tokens):
             logits = decode_logits(checkpoint, step, cache, last_only=True)[:, -1]
-            if prompts is not None and not settings.is_plain:
+            if prompts:
                 logits = _adjusted(logits, settings, prompts, answers)
             chosen = logits.argmax(dim=-1)
             for row in range(batch):

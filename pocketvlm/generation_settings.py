@@ -19,7 +19,7 @@ from pocketvlm.errors import PocketVLMError
 from pocketvlm.files import locate
 from pocketvlm.json_io import DecodeError, decode, read_json
 
-__all__ = ["PLAIN", "GenerationSettings", "read_generation_settings"]
+__all__ = ["GenerationSettings", "read_generation_settings"]
 
 Logits = npt.NDArray[np.float32]
 _SHOWN = 40
@@ -189,10 +189,6 @@ class GenerationSettings:
                 growth = np.power(np.float64(factor), length - start) - 1
                 gain = np.abs(own) * np.float32(growth)
             scores[ends] = own + np.where(np.isfinite(own), gain, np.float32(0))
-
-
-PLAIN = GenerationSettings()
-"""The likeliest token, without end."""
 
 
 def read_generation_settings(

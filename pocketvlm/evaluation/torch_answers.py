@@ -75,8 +75,6 @@ def answer_with_checkpoint(
                     embed_prompts(checkpoint, together, visual),
                     max_new_tokens=max_new_tokens,
                     eos_token_ids=eos,
-                    settings=processor.generation,
-                    prompts=[prompts[index] for index in batch],
                 )
                 for index, tokens in zip(batch, generated, strict=True):
                     answers[index] = processor.decode(tokens)

@@ -270,7 +270,7 @@ def _compare(
         visual = encode_images(checkpoint, pixels)
         inputs = embed_prompts(checkpoint, torch.tensor([prompt]), visual)
         logits = decode_logits(checkpoint, inputs, new_cache(checkpoint), last_only=False)[0]
-        generated = _generate(checkpoint, inputs, prompt)
+        generated = _generate(checkpoint, inputs)
     # Prompts of different tokens can be compared by what they end in alone.
     rows = slice(None) if prompt == stock.token_ids else slice(-1, None)
     error = relative_error(logits[rows].numpy(), stock.logits[rows])
@@ -279,14 +279,12 @@ def _compare(
     return checks
 
 
-def _generate(checkpoint: Checkpoint, inputs: DecoderInputs, prompt: list[int]) -> list[int]:
+def _generate(checkpoint: Checkpoint, inputs: DecoderInputs) -> list[int]:
     return greedy_generate(
         checkpoint,
         inputs,
         max_new_tokens=_NEW_TOKENS,
         eos_token_ids=checkpoint.processor.eos_token_ids,
-        settings=checkpoint.processor.generation,
-        prompts=[prompt],
     )[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def stock_answer(stock, asked, **settings):
 
 
 def own_answer(checkpoint, asked, document):
-    ids, _, inputs = asked
+    _, _, inputs = asked
     settings = GenerationSettings.from_stock(
         {"eos_token_id": 2, **document}, "here", error=CheckpointError
     )
@@ -66,7 +67,6 @@ def own_answer(checkpoint, asked, document):
         max_new_tokens=TOKENS,
         eos_token_ids=settings.eos_token_ids,
         settings=settings,
-        prompts=[ids],
     )
     return answer
 
@@ -104,14 +104,25 @@ def test_each_setting_is_that_of_stock(stock, checkpoint, asked, plain, make):
     assert expected != plain, "a setting that changes nothing shows nothing"
 
 
-def test_the_rows_of_a_batch_are_steered_one_by_one(checkpoint, asked, plain):
+def test_settings_need_the_prompt_and_plain_ones_cost_nothing(checkpoint, asked, plain):
     settings = GenerationSettings(eos_token_ids=(2,), suppress_tokens=(plain[0],))
     ids, _, inputs = asked
     with pytest.raises(ValueError, match="need the tokens of the prompts"):
-        greedy_generate(checkpoint, inputs, max_new_tokens=2, settings=settings)
+        greedy_generate(
+            checkpoint, replace(inputs, token_ids=None), max_new_tokens=2, settings=settings
+        )
     logits = np.zeros(8, np.float32)
     assert GenerationSettings(eos_token_ids=(2,)).adjust(logits, ids, []) is logits
     assert (logits == 0).all()
+
+
+def test_the_models_own_settings_are_the_default(asked, plain, tmp_path):
+    model = copy_model("pocket-llava", tmp_path / "model")
+    edit_json(model / "generation_config.json", lambda c: c.update(suppress_tokens=[plain[0]]))
+    steered = Checkpoint.load(model)
+    (answer,) = greedy_generate(steered, asked[2], max_new_tokens=4, eos_token_ids=(2,))
+    assert answer
+    assert plain[0] not in answer
 
 
 def test_end_tokens_come_from_where_stock_takes_them(tmp_path):
