@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from pocketvlm import forward
+from pocketvlm.calibration.source import Sample
+from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError
+from pocketvlm.evaluation.bundle_answers import answer_with_bundle
+from pocketvlm.generation_settings import GenerationSettings
 from pocketvlm.messages import PICTURE, Turn
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.onnx_runner import OnnxRunner
@@ -170,6 +174,37 @@ def test_end_token_ends_the_answer_and_is_left_out(llava):
     assert answer.stop_reason == "end"
     assert answer.token_ids == first.token_ids[: first.token_ids.index(end)]
     assert first.stop_reason == "max_new_tokens"
+
+
+def test_settings_steer_every_turn_as_they_steer_torch(llava):
+    """The bundle is told by its manifest alone; torch by the checkpoint's processor."""
+    plain = Conversation(llava.bundle).ask("What?", noise(1), max_new_tokens=8)
+    settings = {
+        "repetition_penalty": 1.7,
+        "no_repeat_ngram_size": 2,
+        "begin_suppress_tokens": [plain.token_ids[0]],
+        "suppress_tokens": [plain.token_ids[1]],
+    }
+    processor = llava.checkpoint.processor
+    generation = GenerationSettings.from_stock(
+        {**settings, "eos_token_id": list(processor.eos_token_ids)}, "here", error=BundleError
+    )
+    steered = replace(llava.checkpoint, processor=replace(processor, generation=generation))
+    said = replace(llava.bundle.manifest.generation, settings=generation.to_json())
+    bundle = replace(llava.bundle, manifest=replace(llava.bundle.manifest, generation=said))
+    talk = Conversation(bundle)
+    answer = talk.ask("What?", noise(1), max_new_tokens=8)
+    asked = [user_message("What?", 1)]
+    assert list(answer.token_ids) == torch_answer(steered, asked, [noise(1)], 8)
+    assert answer.token_ids != plain.token_ids
+    second = talk.ask("And now?", max_new_tokens=8)
+    asked += [assistant_message(answer.text), user_message("And now?")]
+    assert list(second.token_ids) == torch_answer(steered, asked, [noise(1)], 8)
+    (sample,) = [Sample(image=noise(1), question="What?", answer="")]
+    (text,) = answer_with_bundle(
+        bundle, [sample], max_new_tokens=8, ctx=RunContext(threads=1), task="t"
+    )
+    assert text == answer.text
 
 
 def test_abandoned_stream_takes_the_question_back(pair):
