@@ -16,7 +16,13 @@ from pocketvlm.messages import Message
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import Sample
 
-__all__ = ["PromptLimits", "encode_questions", "prompt_messages", "require_fitting"]
+__all__ = [
+    "PromptLimits",
+    "answer_problem",
+    "encode_questions",
+    "prompt_messages",
+    "require_fitting",
+]
 
 Encode = Callable[[list[Message]], list[int]]
 
@@ -81,6 +87,11 @@ def prompt_messages(sample: Sample) -> list[Message]:
     return sample.messages()
 
 
+def answer_problem(sample: Sample) -> str | None:
+    """Why a sample's answer cannot judge anything, or `None`."""
+    return None if sample.answer.strip() else "its answer is empty; a scored question needs one"
+
+
 def encode_questions(
     encode: Encode, samples: Sequence[Sample], limits: PromptLimits, *, max_new_tokens: int
 ) -> list[list[int]]:
@@ -104,6 +115,7 @@ def encode_questions(
         try:
             token_ids = encode(prompt_messages(sample))
             problem = limits.problem(token_ids, len(sample.images), max_new_tokens)
+            problem = problem or answer_problem(sample)
         except PocketVLMError as error:
             problem = str(error)
         prompts.append(token_ids)

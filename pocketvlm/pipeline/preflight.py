@@ -21,7 +21,7 @@ from pocketvlm.calibration.prompts import encode_sample
 from pocketvlm.calibration.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.errors import CalibrationError, PocketVLMError, UnsupportedError, join_problems
-from pocketvlm.evaluation.prompts import PromptLimits
+from pocketvlm.evaluation.prompts import PromptLimits, answer_problem
 from pocketvlm.evaluation.score import MAX_NEW_TOKENS
 from pocketvlm.export.questions import second_turn
 from pocketvlm.messages import Turn, chat_messages, user_turn
@@ -314,6 +314,7 @@ def _question_problem(readers: Readers, limits: PromptLimits, sample: Sample) ->
     prompt, problem = _attempt(readers.codec.encode, sample.messages())
     if problem is None:
         problem = limits.problem(prompt, len(sample.images), MAX_NEW_TOKENS)
+    problem = problem or answer_problem(sample)
     if problem is not None:
         return f"{sample.where}: {problem}"
     try:

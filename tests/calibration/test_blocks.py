@@ -203,6 +203,17 @@ def test_samples_that_cannot_be_calibrated_on_fail_first(tiny_checkpoint):
         walk(Sample(images=good.images * 2, question="?", answer="!", where="data.jsonl:5"))
 
 
+def test_typed_control_words_are_text_in_calibration_too(tiny_checkpoint):
+    (good,) = CalibrationSet.synthetic(1)
+    typed = Sample(image=good.image, question="is <image> a tag?", answer="<image>, no <|im_end|>")
+    spec = tiny_checkpoint.spec
+    samples = CalibrationSet(name="typed", samples=(typed,))
+    (prompt,) = encode_samples(tiny_checkpoint.processor, samples)
+    assert prompt.token_ids.count(spec.image_token_id) == spec.visual_tokens
+    answer = prompt.token_ids[prompt.answer_start : prompt.answer_end]
+    assert tiny_checkpoint.processor.decode(answer) == typed.answer
+
+
 def test_long_texts_are_cut_and_said_to_be(tiny_checkpoint):
     (good,) = CalibrationSet.synthetic(1)
     long = Sample(image=good.image, question="word " * 3000, answer="!")

@@ -141,10 +141,12 @@ def test_every_row_is_looked_at(readers: Readers, tmp_path: Path) -> None:
         (ToOnnx(),),
         kept=16,
         calibration=data_of(long, sample(pictures=2, row=4), sample(pictures=0, row=5), bad),
-        evaluation=data_of(long, bad, sample(pictures=3), sample(pictures=0)),
+        evaluation=data_of(
+            long, bad, sample(pictures=3), sample(pictures=0), sample(answer=" ", row=6)
+        ),
     )
     lines = [problem.split(": ")[0] for problem in found.problems]
-    assert lines == [f"data.jsonl:{row}" for row in (4, 5, 3, 2, 3)]
+    assert lines == [f"data.jsonl:{row}" for row in (4, 5, 3, 2, 3, 6)]
     assert "has 2 images" in found.problems[0]
     assert "damaged or truncated" in found.problems[2]
     assert "the context has 512" in found.problems[3]
