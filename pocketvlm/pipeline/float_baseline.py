@@ -46,6 +46,7 @@ def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
         *(sys.executable, "-m", "pocketvlm", "compress", str(model), "--recipe", _RECIPE),
         *("--out", str(work), "--no-bench", "--no-verify-source", "--data", "none"),
         *("--threads", str(ctx.threads)),
+        "--no-verify-source",  # the run itself has looked at the model
     ]
     with start_child(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         _, said = process.communicate()
