@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pocketvlm.errors import CheckpointError
-from pocketvlm.files import locate, read_text
+from pocketvlm.files import is_lfs_pointer, locate, read_text
 from pocketvlm.json_io import parse_json
 
 __all__ = ["ATTENTION", "CODE_KEYS", "STOCK_ONLY", "plain_config", "refuse_foreign_code"]
@@ -51,8 +51,8 @@ def refuse_foreign_code(folder: Path) -> None:
     """Looks through every file of a model folder that a library may read.
 
     Raises:
-        CheckpointError: One asks for code, leads out of the folder, or is no regular file; the
-            message names file and key.
+        CheckpointError: One asks for code, leads out of the folder, is no regular file, or a
+            pointer of git-lfs in place of one; the message names file and key.
     """
     for place in (folder, *(folder / name for name in _READ_FOLDERS)):
         if not place.is_dir():
@@ -61,6 +61,11 @@ def refuse_foreign_code(folder: Path) -> None:
             if entry.suffix not in _READ_SUFFIXES:
                 continue
             file = locate(folder, entry.relative_to(folder).as_posix(), error=CheckpointError)
+            if is_lfs_pointer(file):
+                raise CheckpointError(
+                    f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull` in "
+                    "its clone"
+                )
             if file.suffix == ".json" and not _is_vocabulary(file.name):
                 _refuse_code(file)
 

@@ -98,6 +98,14 @@ def test_a_file_that_leads_elsewhere_is_refused(copy, tmp_path, name):
         Checkpoint.load(copy)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json"])
+def test_a_pointer_of_git_lfs_is_named(copy, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (copy / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=f"{name}: is a pointer of git-lfs"):
+        Checkpoint.load(copy)
+
+
 def test_a_pipe_is_refused_without_waiting(copy):
     os.mkfifo(copy / "chat_template.json")
     with pytest.raises(CheckpointError, match=r"chat_template.json: is not a regular file"):
