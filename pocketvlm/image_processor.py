@@ -152,7 +152,7 @@ def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) 
     expected = spec.visual_tokens
     names = ("patch_size", "num_additional_image_tokens", "image_seq_len")
     for name in names:
-        if not isinstance(combined.get(name, 0), int | None):
+        if type(combined.get(name, 0)) not in (int, type(None)):
             raise CheckpointError(f"{where}: {name} must be a whole number")
     if spec.family == "llava":
         patch = combined.get("patch_size")

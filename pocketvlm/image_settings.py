@@ -38,6 +38,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _RESAMPLING = range(6)
 _CHANNELS = 3
 _LARGEST = 2**14
+_SMALLEST = 1e-6
 
 Size = int | tuple[int, ...] | Mapping[str, int]
 
@@ -293,8 +294,14 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
             raise DecodeError(f"{name} must not be null; leave it out for the class's default")
     if settings.resample not in _RESAMPLING:
         raise DecodeError(f"resample is {settings.resample}; allowed are 0 to 5, Pillow's filters")
-    if settings.do_normalize and 0 in settings.image_std:
-        raise DecodeError("image_std must not be 0")
+    if settings.do_normalize and any(
+        not _SMALLEST <= abs(x) <= _LARGEST for x in settings.image_std
+    ):
+        raise DecodeError(f"image_std must be between {_SMALLEST} and {_LARGEST}")
+    if settings.do_normalize and any(abs(x) > _LARGEST for x in settings.image_mean):
+        raise DecodeError(f"image_mean must be between -{_LARGEST} and {_LARGEST}")
+    if settings.do_rescale and not 0 < settings.rescale_factor <= _LARGEST:
+        raise DecodeError(f"rescale_factor must be above 0 and at most {_LARGEST}")
     for name in ("size", "crop_size", "max_image_size"):
         if any(not 0 < edge <= _LARGEST for edge in getattr(settings, name).values()):
             raise DecodeError(f"{name} must be between 1 and {_LARGEST}")

@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {"smolvlm-256m": _SMOLVLM_256M}
 """Published shapes by name, as the content of a config.json."""
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_IMAGE = ("<image>", "<fake_token_around_image>", "<global-img>")
+_IMAGE = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 _CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'] is string %} {{ message['content'] }}{% else %}"

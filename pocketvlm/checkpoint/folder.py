@@ -24,7 +24,7 @@ from pocketvlm.checkpoint.tensors import (
     read_headers,
     tensors_equal,
 )
-from pocketvlm.checkpoint.weight_files import find_weight_files
+from pocketvlm.checkpoint.weight_files import find_weight_files, refuse_pointers
 from pocketvlm.errors import CheckpointError, name_some
 from pocketvlm.foreign_code import plain_config
 from pocketvlm.layouts import StoredLayout, read_stored_layout
@@ -67,6 +67,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         UnsupportedError: The model's family, or an option of it, is not supported.
     """
     config, notes = plain_config(read_config(path))
+    refuse_pointers(path)
     spec = read_spec(config)
     manifest = read_manifest(path)
     layout = None if manifest else read_stored_layout(config)
@@ -149,7 +150,7 @@ def _check_weights(
                     f"{stored.file}: tensor {stored.key} is of type {stored.dtype}; allowed are "
                     f"{', '.join(FLOAT_TYPES)}"
                 )
-            check_shape(stored.key, stored.shape, shape)
+            check_shape(f"{stored.key} of {stored.file}", stored.shape, shape)
         elif name == head or name.removesuffix(".weight") in quantized:
             continue
         elif spec.runs(name):

@@ -17,11 +17,12 @@ from pocketvlm.errors import CheckpointError, name_some
 from pocketvlm.files import file_sha256, is_lfs_pointer, locate
 from pocketvlm.json_io import read_json
 
-__all__ = ["WeightFiles", "find_weight_files", "verify_blobs"]
+__all__ = ["WeightFiles", "find_weight_files", "refuse_pointers", "verify_blobs"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _OTHER_WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.json"),
     *("consolidated*", "adapter_model*", "adapter_config.json", "*.gguf", "*.h5", "*.msgpack"),
@@ -76,10 +77,7 @@ def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
         else (first,)
     )
     for file in files:
-        if is_lfs_pointer(file):
-            raise CheckpointError(
-                f"{file}: is a pointer of git-lfs, not the weights; run `git lfs pull` in its clone"
-            )
+        _refuse_pointer(file)
     used = {first, *files}
     ignored = sorted(
         file.relative_to(path).as_posix()
@@ -111,6 +109,28 @@ def verify_blobs(files: Sequence[Path]) -> list[str]:
             )
         digests.append(found)
     return digests
+
+
+def refuse_pointers(path: Path) -> None:
+    """Refuses a clone without git-lfs, whose tokenizer is a pointer of three lines.
+
+    Raises:
+        CheckpointError: A file of the processor is one.
+    """
+    for file in sorted(path.iterdir()):
+        if file.suffix in _TEXT_SUFFIXES and file.is_file():
+            _refuse_pointer(file)
+
+
+def _refuse_pointer(file: Path) -> None:
+    try:
+        is_pointer = is_lfs_pointer(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    if is_pointer:
+        raise CheckpointError(
+            f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull` in its clone"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
     pictures = AutoImageProcessor.from_pretrained(path, backend="pil", **STOCK_ONLY)
     try:
         processor = AutoProcessor.from_pretrained(path, **STOCK_ONLY)
-    except (ImportError, TypeError, ValueError):
+    except Exception:
         # SmolVLM's class wants packages for videos before it looks at a picture.
         if folder.spec.model_type != "smolvlm":
             raise

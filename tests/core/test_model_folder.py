@@ -314,7 +314,11 @@ def test_a_damaged_index_is_one_line(sharded, damage, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors.index.json", "model-00002-of-00002.safetensors"]
+    "name",
+    [
+        *("model.safetensors.index.json", "model-00002-of-00002.safetensors"),
+        *("tokenizer.json", "chat_template.jinja", "processor_config.json"),
+    ],
 )
 def test_pointers_of_git_lfs_are_named(sharded, name):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 7258464\n"
