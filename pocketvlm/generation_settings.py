@@ -234,8 +234,6 @@ def read_generation_settings(
             f"{name}: {applied} applied by this package's loop; others (MultimodalRunner, an app's "
             "own) must do it themselves"
         )
-    if not settings.eos_token_ids:
-        notes.append(f"{name}: names no end token; answers run to their limit")
     return settings, tuple(notes)
 
 

@@ -104,16 +104,6 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
         control_words=None if words is None else tuple(map(str, words)),
     )
     codec.check(path, error=CheckpointError)
-    beyond = sum(
-        token >= spec.decoder.vocab_size
-        for token in tokenizer.get_vocab().values()
-        if token != spec.image_token_id
-    )
-    if beyond:
-        notes += (
-            f"the tokenizer has {beyond} tokens beyond the {spec.decoder.vocab_size} rows of the "
-            "embedding table; texts that hold one are refused",
-        )
     return StockTokenizer(
         tokenizer=tokenizer, serialized=serialized, codec=codec, spec=spec, notes=notes
     )
