@@ -41,10 +41,11 @@ _TOOLCHAIN = (
     "coremltools",
 )
 
-# Flags of /proc/cpuinfo on x86-64 and on ARM.
-_FOR_KERNELS = re.compile(
-    r"avx\w*|amx_\w+|fma|f16c|asimd\w*|i8mm|bf16|fphp|sve\w*|sme\w*", re.IGNORECASE
-)
+# What /proc/cpuinfo calls its line of flags on x86-64 and on ARM, and which of them count.
+_FOR_KERNELS = {
+    "flags": re.compile(r"avx\w*|amx_\w+|fma|f16c"),
+    "Features": re.compile(r"asimd\w*|i8mm|bf16|fphp|sve\w*|sme\w*"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +133,9 @@ def _instruction_sets() -> list[str]:
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             name, _, flags = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return sorted(flag for flag in flags.split() if _FOR_KERNELS.fullmatch(flag))
+            counted = _FOR_KERNELS.get(name.strip())
+            if counted:
+                return sorted(flag for flag in flags.split() if counted.fullmatch(flag))
     import numpy as np
 
     found = np.show_config(mode="dicts") or {}
