@@ -12,8 +12,8 @@ from pocketvlm.chat_template import ChatTemplate, budget
 from pocketvlm.errors import BundleError, InputError, PocketVLMError
 
 HOSTILE = {
-    "loops without calls": "{% set l = range(100000)|list %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}",
-    "tests without calls": "{% set l = range(100000)|list %}{% for a in l if 1 %}{% for b in l if false %}{% endfor %}{% endfor %}",
+    "loops without calls": "{% set l = range(9999)|list %}{% for a in l %}{% for b in l %}{% for c in l %}{% endfor %}{% endfor %}{% endfor %}",
+    "tests without calls": "{% set l = range(9999)|list %}{% for a in l if 1 %}{% for b in l if 1 %}{% for c in l if false %}{% endfor %}{% endfor %}{% endfor %}",
     "nested ranges": "{% for a in range(100000) %}{% for b in range(100000) %}{% for c in range(100000) %}x{% endfor %}{% endfor %}{% endfor %}",
     "const mult": "{{ 'x' * 10000000000 }}",
     "set mult": "{% set a = 'x' * 10000000000 %}",
