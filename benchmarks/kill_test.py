@@ -204,6 +204,8 @@ def kill_once(trial: Trial, out: Path, random: Random, number: int, counts: Coun
     if process.poll() is None:
         counts.after_work_began += has_begun(out)
         counts.kills[signal.Signals(number).name] += 1
+        moment = "at work" if has_begun(out) else "before work began"
+        print(f"{trial.name:<10} {signal.Signals(number).name} {moment}", flush=True)
         process.kill(number)
     said = process.finish()
     where = f"{trial.name}, {signal.Signals(number).name}"
