@@ -153,6 +153,9 @@ def _require_own(out: Path, identity: RunIdentity) -> None:
         RecipeError: The folder holds something else.
     """
     if not out.exists():
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise RecipeError(f"{out}: {above} is a file, and no folder can be made in it")
         return
     if not out.is_dir():
         raise RecipeError(f"{out}: is a file; --out is a folder")

@@ -32,6 +32,8 @@ __all__ = [
     "select_targets",
 ]
 
+_LONGEST_SEED = 18
+
 
 GENERATED_SOURCES = ("auto", "reference", "synthetic")
 """Calibration sources that are made, not read from a folder."""
@@ -137,8 +139,10 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
     """
     scheme, separator, seed = data.partition(":")
     if separator and scheme == "reference":
-        if not seed.isdecimal():
-            raise CalibrationError(f"--data {data}: the seed must be a whole number")
+        if not seed.isdecimal() or len(seed) > _LONGEST_SEED:
+            raise CalibrationError(
+                f"--data {data[:60]}: the seed must be a whole number of up to {_LONGEST_SEED} digits"
+            )
         return CalibrationSet.from_reference(seed=int(seed), n=n, split="evaluation")
     return CalibrationSet.from_folder(Path(data), limit=n, require_images=False)
 
