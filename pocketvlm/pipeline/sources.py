@@ -141,7 +141,8 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
     if separator and scheme == "reference":
         if not seed.isdecimal() or len(seed) > _LONGEST_SEED:
             raise CalibrationError(
-                f"--data {data[:60]}: the seed must be a whole number of up to {_LONGEST_SEED} digits"
+                f"--data {data[:60]}: the seed must be a whole number of up to "
+                f"{_LONGEST_SEED} digits"
             )
         return CalibrationSet.from_reference(seed=int(seed), n=n, split="evaluation")
     return CalibrationSet.from_folder(Path(data), limit=n, require_images=False)
