@@ -165,7 +165,7 @@ def _recipe(rng: random.Random, folder: Path, materials: Materials) -> Case:
     )
     return Case(
         ["plan", str(model), "--recipe", str(file), *target],
-        ("recipe", "stages", "rules", "onnx", "coreml", "executorch"),
+        ("recipe", "stages", "rules", "onnx", "coreml", "executorch", "sensitivity"),
     )
 
 
@@ -194,7 +194,8 @@ def _setting(rng: random.Random, folder: Path, materials: Materials) -> Case:
     model = materials.model(rng.choice(("llava", "smolvlm")))
     settings = ["--set", text.replace("\0", "\\0")[:100_000]]
     return Case(
-        ["plan", str(model), "--recipe", name, *settings], ("--set", name, "stages", "argument")
+        ["plan", str(model), "--recipe", name, *settings],
+        ("--set", name, "stages", "argument", "sensitivity"),
     )
 
 

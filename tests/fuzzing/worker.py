@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 import traceback
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def _broken_bundle(bundle: Path) -> str:
 
 def _unclear(case: Case, message: str) -> str:
     line = one_line(message)
-    if not line.isprintable():
+    if any(unicodedata.category(sign) == "Cc" for sign in line):
         return "not printable"
     if not any(name in line for name in case.names):
         return "names no file"
