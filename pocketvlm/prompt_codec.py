@@ -113,9 +113,9 @@ class PromptCodec:
         text = self._placeholder.sub(lambda _: self.image_block, text)
         try:
             ids = self._encode_text(text, adds_tokens=adds_tokens)
-        except InputError:
+        except (InputError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as fault:  # the Rust side raises plain Exception
+        except BaseException as fault:  # a panic of the Rust side is no Exception
             first_line = str(fault).partition("\n")[0]
             raise InputError(f"the prompt cannot be tokenized: {first_line}") from fault
         self._require_rows(ids)
@@ -126,8 +126,18 @@ class PromptCodec:
         return self.decode_raw(token_ids).strip()
 
     def decode_raw(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out, spaces kept."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Text of generated tokens, special tokens left out, spaces kept.
+
+        Raises:
+            InputError: The tokenizer's decoder breaks on them.
+        """
+        try:
+            return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as fault:  # as above
+            first_line = str(fault).partition("\n")[0]
+            raise InputError(f"the answer cannot be turned into text: {first_line}") from fault
 
     def _encode_text(self, text: str, *, adds_tokens: bool) -> list[int]:
         if _START not in text and _END not in text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -340,3 +341,29 @@ def test_a_template_that_knows_stock_by_its_names_is_bounded_there_too(tmp_path)
             AutoProcessor.from_pretrained(model).apply_chat_template(messages)
     template.write_text(original)
     assert found == AutoProcessor.from_pretrained(model).apply_chat_template(messages)
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(tmp_path):
+    """The Rust side panics with a BaseException of its own."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        def __init__(self, tokenizer):
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self._tokenizer, name)
+
+        def encode(self, *args, **kwargs):
+            raise PanicException("index out of bounds\nmore")
+
+        decode = encode
+
+    own = load(copy_model("pocket-llava", tmp_path / "model"))
+    codec = replace(own.codec, tokenizer=Panicking(own.codec.tokenizer))
+    with pytest.raises(InputError, match="cannot be tokenized: index out of bounds$"):
+        codec.encode([user("a")])
+    with pytest.raises(InputError, match="cannot be turned into text: index out of bounds$"):
+        codec.decode([1])
