@@ -14,6 +14,7 @@ from pocketvlm.calibration.gradients import FLOOR, gradient_weights
 from pocketvlm.calibration.prompts import batch_prompts, encode_samples
 from pocketvlm.errors import CalibrationError
 from pocketvlm.forward import VisualTokens, decode_logits, embed_prompts, encode_images
+from pocketvlm.messages import user_turn
 from pocketvlm.reduction import TokenReducer
 from pocketvlm.weights import FormEmbedding, FormLinear
 
@@ -219,7 +220,7 @@ def test_a_sample_without_an_answer_is_an_error_that_names_it(tiny_checkpoint, s
     prompts, batches, visual = encode(tiny_checkpoint, CalibrationSet(name="x", samples=(blank,)))
     with pytest.raises(CalibrationError, match="data.jsonl:7: has no answer"):
         gradient_weights(tiny_checkpoint, prompts, batches, visual)
-    wordy = replace(blank, question="why? " * 500, answer="because")
+    wordy = replace(blank, turns=(user_turn("why? " * 500, 1),), answer="because")
     prompts = encode_samples(tiny_checkpoint.processor, CalibrationSet(name="x", samples=(wordy,)))
     with pytest.raises(CalibrationError, match="behind token 512, where it was cut off"):
         gradient_weights(tiny_checkpoint, prompts, batches, visual)
