@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from random import Random
 
@@ -191,6 +191,7 @@ def compare(trial: Trial, out: Path) -> list[str]:
 
 def kill_once(trial: Trial, out: Path, random: Random, number: int, counts: Counts) -> bool:
     """Starts a run, or goes on with one, and kills it; returns whether it ended before that."""
+    is_resumed = has_begun(out)
     is_early = random.random() < 0.25
     process = trial.start(out, forked=not is_early)
     if is_early:
@@ -198,7 +199,9 @@ def kill_once(trial: Trial, out: Path, random: Random, number: int, counts: Coun
     else:
         while process.poll() is None and not has_begun(out):
             time.sleep(0.01)
-        deadline = time.monotonic() + random.uniform(0, 0.4 * trial.work_s)
+        # What is resumed loads its model first, which takes a part of the start.
+        span = 0.6 * trial.work_s + (trial.startup_s / 2 if is_resumed else 0)
+        deadline = time.monotonic() + random.uniform(0, span)
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     if process.poll() is None:
@@ -306,11 +309,13 @@ def main() -> None:
         trial = next(turns)
         out = options.work / f"{trial.name}-killed"
         shutil.rmtree(out, ignore_errors=True)
-        for attempt in range(30):
+        for attempt in count():
             if kill_once(trial, out, random, next(signals), counts):
                 check_end(trial, out, f"killed {attempt} times", counts)
                 break
-            if sum(counts.kills[one.name] for one in SIGNALS[1:]) >= options.kills:
+            # A run that is killed again and again must end some day: eight times, then in peace.
+            killed = sum(counts.kills[one.name] for one in SIGNALS[1:])
+            if attempt == 7 or killed >= options.kills:
                 process = trial.start(out)
                 said = process.finish()
                 if process.returncode != 0:
