@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def tiny_checkpoint(tiny_path: Path):
     from pocketvlm.checkpoint import Checkpoint
 
     return Checkpoint.load(tiny_path)
+
+
+def notes_of_ours(notes: Sequence[str]) -> tuple[str, ...]:
+    """Notes but the one that stock's processors before transformers 5.24 give a reason for.
+
+    They add `<end_of_utterance>` to a SmolVLM tokenizer that has none, beyond a tiny model's table.
+    """
+    return tuple(note for note in notes if "has 1 tokens beyond the 320 rows" not in note)
 
 
 @pytest.fixture(scope="session")
