@@ -24,7 +24,7 @@ from pocketvlm.checkpoint.tensors import (
     read_headers,
     tensors_equal,
 )
-from pocketvlm.checkpoint.weight_files import find_weight_files, refuse_pointers
+from pocketvlm.checkpoint.weight_files import find_weight_files
 from pocketvlm.errors import CheckpointError, name_some
 from pocketvlm.foreign_code import plain_config
 from pocketvlm.layouts import StoredLayout, read_stored_layout
@@ -67,7 +67,6 @@ def read_model_folder(path: Path) -> ModelFolder:
         UnsupportedError: The model's family, or an option of it, is not supported.
     """
     config, notes = plain_config(read_config(path))
-    refuse_pointers(path)
     spec = read_spec(config)
     manifest = read_manifest(path)
     layout = None if manifest else read_stored_layout(config)

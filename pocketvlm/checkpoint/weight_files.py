@@ -17,12 +17,11 @@ from pocketvlm.errors import CheckpointError, name_some
 from pocketvlm.files import file_sha256, is_lfs_pointer, locate
 from pocketvlm.json_io import read_json
 
-__all__ = ["WeightFiles", "find_weight_files", "refuse_pointers", "verify_blobs"]
+__all__ = ["WeightFiles", "find_weight_files", "verify_blobs"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _OTHER_WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.json"),
     *("consolidated*", "adapter_model*", "adapter_config.json", "*.gguf", "*.h5", "*.msgpack"),
@@ -109,17 +108,6 @@ def verify_blobs(files: Sequence[Path]) -> list[str]:
             )
         digests.append(found)
     return digests
-
-
-def refuse_pointers(path: Path) -> None:
-    """Refuses a clone without git-lfs, whose tokenizer is a pointer of three lines.
-
-    Raises:
-        CheckpointError: A file of the processor is one.
-    """
-    for file in sorted(path.iterdir()):
-        if file.suffix in _TEXT_SUFFIXES and file.is_file():
-            _refuse_pointer(file)
 
 
 def _refuse_pointer(file: Path) -> None:
