@@ -200,7 +200,11 @@ def _setting(rng: random.Random, folder: Path, materials: Materials) -> Case:
 
 
 def _bundle(
-    files: tuple[tuple[str, Mutation], ...], target: str = "onnx", *, signed: bool = True
+    files: tuple[tuple[str, Mutation], ...],
+    target: str = "onnx",
+    *,
+    signed: bool = True,
+    also: str = "manifest",
 ) -> Callable[[random.Random, Path, Materials], Case]:
     """Inputs that are bundles with one file changed."""
 
@@ -212,7 +216,7 @@ def _bundle(
         _mutate_file(rng, file, mutation)
         if rng.random() < 0.95:
             sign_again(bundle, "manifest.json", files=signed)
-        names = (file.name, str(bundle), "manifest")
+        names = (file.name, str(bundle), also)
         command = rng.random()
         if command < 0.1:
             return Case(["inspect", str(bundle)], names)
@@ -224,7 +228,11 @@ def _bundle(
 
 
 def _model(
-    files: tuple[tuple[str, Mutation], ...], *, kind: str = "models", plans: float = 0.0
+    files: tuple[tuple[str, Mutation], ...],
+    *,
+    kind: str = "models",
+    plans: float = 0.0,
+    also: str = "model",
 ) -> Callable[[random.Random, Path, Materials], Case]:
     """Inputs that are model folders with one file changed."""
 
@@ -235,7 +243,7 @@ def _model(
         _mutate_file(rng, model / name, mutation)
         if kind == "saved" and rng.random() < 0.95:
             sign_again(model, "pocketvlm.json")
-        names = (name, str(model), Path(name).stem)
+        names = (name, str(model), Path(name).stem, also)
         command = rng.random()
         if command < plans:
             return Case(["plan", str(model), "--recipe", "int8-safe"], names)
@@ -390,8 +398,8 @@ ENTRIES: tuple[Entry, ...] = (
         "template",
         1000,
         _either(
-            _bundle((("chat_template.jinja", _mutate_template),)),
-            _model((("chat_template.jinja", _mutate_template),)),
+            _bundle((("chat_template.jinja", _mutate_template),), also="chat template"),
+            _model((("chat_template.jinja", _mutate_template),), also="chat template"),
         ),
         ("onnx",),
     ),

@@ -44,7 +44,11 @@ class ExecutorchRunner(Runner):
         self._file = file
         with open_program(bundle) as (program, self.expand_ms):
             self._module = load_program(program, file)
-        missing = sorted(_METHODS - set(self._module.method_names()))
+        try:
+            missing = sorted(_METHODS - set(self._module.method_names()))
+        except RuntimeError as error:  # the file is read further than when it was loaded
+            first_line = str(error).strip().partition("\n")[0]
+            raise BundleError(f"{file}: ExecuTorch cannot load it: {first_line}") from error
         if missing:
             raise BundleError(f"{file}: has no method {missing[0]}")
         if threads is not None:
