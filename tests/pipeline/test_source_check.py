@@ -124,6 +124,18 @@ def test_splitting_is_off_on_both_sides(tiny_paths, tmp_path):
     assert verify_folder(path).verdict == "passed"
 
 
+def test_a_template_of_single_questions_is_asked_single_questions(tiny_path, tmp_path):
+    folder = tmp_path / "single"
+    shutil.copytree(tiny_path, folder)
+    template = folder / "chat_template.jinja"
+    refusal = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    template.write_text(refusal + template.read_text(encoding="utf-8"), encoding="utf-8")
+    report = verify_folder(folder)
+    assert report.verdict == "passed", report.lines()
+    assert {check.sample for check in report.checks} == {"one turn", "wide picture"}
+    assert [note for note in report.notes if "one turn alone is compared" in note]
+
+
 @pytest.fixture
 def start(tiny_paths, tmp_path):
     def start(**options):
