@@ -165,7 +165,7 @@ def _recipe(rng: random.Random, folder: Path, materials: Materials) -> Case:
     )
     return Case(
         ["plan", str(model), "--recipe", str(file), *target],
-        ("recipe", "stages", "rules", "onnx", "coreml", "executorch", "sensitivity"),
+        ("recipe", "stages", "rules", "onnx", "coreml", "executorch", "sensitivity", "folder"),
     )
 
 
@@ -195,7 +195,7 @@ def _setting(rng: random.Random, folder: Path, materials: Materials) -> Case:
     settings = ["--set", text.replace("\0", "\\0")[:100_000]]
     return Case(
         ["plan", str(model), "--recipe", name, *settings],
-        ("--set", name, "stages", "argument", "sensitivity"),
+        ("--set", name, "stages", "argument", "sensitivity", "folder"),
     )
 
 
