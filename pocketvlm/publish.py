@@ -36,13 +36,18 @@ _RETIRED = ".retired.partial"
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
     """Yields a path to write to, which takes the place of `path` only when the block succeeds.
+
+    Args:
+        path: The file.
+        scratch: Folder of the same file system that the aside lies in, where a kill may leave it;
+            `None` for the file's own.
 
     Raises:
         StorageError: The disk is full.
     """
-    aside = _aside(path)
+    aside = _aside(path if scratch is None else scratch / path.name)
     try:
         with naming_faults(path):
             aside.touch(exist_ok=False)

@@ -89,9 +89,14 @@ class Journal:
         """
         refuse_if_held(out / _WORK)
 
+    @property
+    def work(self) -> Path:
+        """What only an unfinished run needs."""
+        return self.out / _WORK
+
     def stage_dir(self, stage_key: str) -> Path:
         """Where a stage keeps its finished layers, and its checkpoint once it is done."""
-        return self.out / _WORK / stage_key[:16]
+        return self.work / stage_key[:16]
 
     def finish_stage(self, stage_key: str, record: Mapping[str, Any]) -> None:
         """Notes that a stage's checkpoint is whole, and what the stage's record says."""
@@ -122,11 +127,11 @@ class Journal:
 
     def keep(self, name: str, key: str, value: Mapping[str, Any]) -> None:
         """Keeps a result of this run that is no stage's."""
-        keep_document(self.out / _WORK / f"{name}.json", {"key": key, "value": value})
+        keep_document(self.work / f"{name}.json", {"key": key, "value": value})
 
     def find(self, name: str, key: str) -> Mapping[str, Any] | None:
         """What `keep` kept under the same key, if it is whole."""
-        found = find_document(self.out / _WORK / f"{name}.json")
+        found = find_document(self.work / f"{name}.json")
         return dict(found["value"]) if found is not None and found["key"] == key else None
 
     def log(self, event: str, **values: Any) -> None:
@@ -141,7 +146,7 @@ class Journal:
 
     def clean(self) -> None:
         """Removes what only an unfinished run needs."""
-        shutil.rmtree(self.out / _WORK, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 def _require_own(out: Path, identity: RunIdentity) -> None:

@@ -212,15 +212,16 @@ def _run(
     write_json(out / "report.json", report)
     html = render_html(report)
     _write(out / "report.html", html)
-    _write(bundle.path / "report.html", html)
-    _write(bundle.path / "README.md", render_markdown(report))
+    # Nothing may lie in a bundle, even for a moment, that it does not list.
+    _write(bundle.path / "report.html", html, scratch=journal.work)
+    _write(bundle.path / "README.md", render_markdown(report), scratch=journal.work)
     journal.log("finished", failures=list(failures))
     journal.clean()
     return RunResult(out=out, report=report, failures=failures)
 
 
-def _write(path: Path, text: str) -> None:
-    with replace_file(path) as aside:
+def _write(path: Path, text: str, *, scratch: Path | None = None) -> None:
+    with replace_file(path, scratch=scratch) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

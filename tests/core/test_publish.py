@@ -142,6 +142,17 @@ def test_a_linked_folder_is_replaced_where_it_is(tmp_path):
     assert names(tmp_path / "large") == ["place"]
 
 
+def test_a_file_is_written_in_another_folder_where_its_own_must_hold_nothing_else(tmp_path):
+    folder, scratch = tmp_path / "bundle", tmp_path / "work"
+    folder.mkdir()
+    scratch.mkdir()
+    with replace_file(folder / "README.md", scratch=scratch) as aside:
+        aside.write_text("card")
+        assert not list(folder.iterdir())
+    assert (folder / "README.md").read_text() == "card"
+    assert not list(scratch.iterdir())
+
+
 def test_a_file_that_fails_leaves_the_old_one_and_no_other(tmp_path):
     path = tmp_path / "a.json"
     with replace_file(path) as aside:
