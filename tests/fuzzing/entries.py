@@ -165,7 +165,17 @@ def _recipe(rng: random.Random, folder: Path, materials: Materials) -> Case:
     )
     return Case(
         ["plan", str(model), "--recipe", str(file), *target],
-        ("recipe", "stages", "rules", "onnx", "coreml", "executorch", "sensitivity", "folder"),
+        (
+            "recipe",
+            "stages",
+            "rules",
+            "onnx",
+            "coreml",
+            "executorch",
+            "sensitivity",
+            "folder",
+            "bits",
+        ),
     )
 
 
@@ -195,7 +205,7 @@ def _setting(rng: random.Random, folder: Path, materials: Materials) -> Case:
     settings = ["--set", text.replace("\0", "\\0")[:100_000]]
     return Case(
         ["plan", str(model), "--recipe", name, *settings],
-        ("--set", name, "stages", "argument", "sensitivity", "folder"),
+        ("--set", name, "stages", "argument", "sensitivity", "folder", "bits"),
     )
 
 
