@@ -51,9 +51,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 def _environment(*, autoescape: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
-        autoescape=autoescape,  # noqa: S701  (Markdown has its own filter, `cell`)
+        autoescape=autoescape,  # noqa: S701  (Markdown is escaped by `_markdown_text`)
         undefined=StrictUndefined,
-        finalize=_shown,
+        finalize=_shown if autoescape else _markdown_text,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -61,23 +61,33 @@ def _environment(*, autoescape: bool) -> Environment:
     environment.filters |= {
         "number": format_number,
         "bytes": format_bytes,
-        "cell": _markdown_cell,
         "command": _shell_line,
     }
     environment.globals["not_measured"] = NOT_MEASURED
     return environment
 
 
-def _markdown_cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table, nor bring markup or a link of its own."""
-    flat = _MARKUP.sub(r"\\\g<0>", printable_line(str(text)))
+class _Escaped(str):
+    """Text that may stand in the card as it is."""
+
+    __slots__ = ()
+
+
+def _markdown_text(value: Any) -> str:
+    """What every expression of the card becomes: text on one line, no markup, no link of its own.
+
+    It cannot break out of a table either. No template has to ask for it, so none can forget to.
+    """
+    if isinstance(value, _Escaped):
+        return value
+    flat = _MARKUP.sub(r"\\\g<0>", printable_line(str(value)))
     flat = _BLOCK.sub(r"\\\g<0>", flat)
     return _LINK.sub(lambda found: f"{found.group()[:-1]}\\{found.group()[-1]}", flat)
 
 
-def _shell_line(text: str) -> str:
+def _shell_line(text: str) -> _Escaped:
     """A command that stays in its fenced block."""
-    return printable_line(str(text)).replace("```", r"\`\`\`")
+    return _Escaped(printable_line(str(text)).replace("```", r"\`\`\`"))
 
 
 def _shown(value: Any) -> Any:

@@ -30,6 +30,7 @@ from pocketvlm.export.certificate import BOUNDS, Bound, judge
 from pocketvlm.export.closeness import cosine, relative_error, sqnr_db, total_variation
 from pocketvlm.export.parity import ParityReport, certify
 from pocketvlm.export.torch_runner import TorchRunner
+from pocketvlm.pipeline.source_check import BOUNDS as SOURCE_BOUNDS
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.weights import DenseWeight
@@ -337,7 +338,10 @@ def test_capacity_is_respected(reduced: Checkpoint) -> None:
 def test_the_documentation_has_every_bound() -> None:
     page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
-    assert rows.keys() == BOUNDS.keys()
+    assert rows.keys() == BOUNDS.keys() | SOURCE_BOUNDS.keys()
+    for metric, bound in SOURCE_BOUNDS.items():
+        values = (bound.at_least, bound.at_most)
+        assert all(f"{value:g}" in rows[metric] for value in values if value is not None), metric
     for metric, columns in BOUNDS.items():
         cells = [cell.strip() for cell in rows[metric].split("|")[3:6]]
         bounds = (columns["float32"], columns["float16"], columns["integer"])

@@ -178,7 +178,8 @@ def test_bundle_and_checkpoint_are_scored_alike(built: Built) -> None:
         assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 2
         return
     assert found == expected
-    right = [replace(q, answer=a) for q, a in zip(questions, expected, strict=True)]
+    right = [replace(q, answer=a) for q, a in zip(questions, expected, strict=True) if a.strip()]
+    assert len(right) >= 3, "a question whose answer is empty cannot be scored"
     by_bundle = score_bundle(built.bundle, right, max_new_tokens=3, ctx=CONTEXT)
     by_torch = score_checkpoint(built.checkpoint, right, max_new_tokens=3, ctx=CONTEXT)
     assert by_bundle == by_torch

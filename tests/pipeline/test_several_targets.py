@@ -38,6 +38,9 @@ class Broken:
     ) -> Prediction:
         return Prediction(part_bytes={"other": 0})
 
+    def capacity(self, spec: ModelSpec) -> int:
+        return spec.decoder.context_length
+
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
     ) -> tuple[Component, ...]:

@@ -200,7 +200,7 @@ def test_settings_steer_every_turn_as_they_steer_torch(llava):
     second = talk.ask("And now?", max_new_tokens=8)
     asked += [assistant_message(answer.text), user_message("And now?")]
     assert list(second.token_ids) == torch_answer(steered, asked, [noise(1)], 8)
-    (sample,) = [Sample(image=noise(1), question="What?", answer="")]
+    sample = Sample(image=noise(1), question="What?", answer=answer.text)
     (text,) = answer_with_bundle(
         bundle, [sample], max_new_tokens=8, ctx=RunContext(threads=1), task="t"
     )

@@ -19,13 +19,20 @@ from pocketvlm.errors import UnsupportedError
 from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS, AppleToolkit, DevicePackage
 from tests.runtime.mil_rig import toolkit, write_package
 
-PACKAGE = Path("model.mlpackage")
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    kit = toolkit()
+    inputs = {"x": kit.mb.TensorSpec((1, 4), dtype=kit.types.fp16)}
+    build = (inputs, lambda mb, x: mb.relu(x=x, name="y"))
+    return write_package(tmp_path / "model.mlpackage", {"decode": build, "prefill": build})
 
 
 @pytest.fixture
 def apple(monkeypatch: pytest.MonkeyPatch) -> AppleToolkit:
     kit = toolkit().ct
     monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
     compiled: list[str] = []
 
     def compile_model(path: str) -> str:
@@ -82,19 +89,21 @@ def test_other_machines_are_refused() -> None:
         AppleToolkit("ALL")
 
 
-def test_a_package_is_compiled_once(apple: AppleToolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_compiled_once(
+    apple: AppleToolkit, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ct = toolkit().ct
     monkeypatch.setattr(ct.models, "CompiledMLModel", lambda path, **options: (path, options))
-    loaded = [apple.load(PACKAGE, name) for name in ("prefill", "decode", None)]
+    loaded = [apple.load(package, name) for name in ("prefill", "decode", None)]
     assert [options["function_name"] for _, options in loaded] == ["prefill", "decode", None]
-    assert {path for path, _ in loaded} == {"model.mlpackagec"}
+    assert {path for path, _ in loaded} == {f"{package}c"}
     assert all(o["compute_units"] is ct.ComputeUnit.CPU_AND_NE for _, o in loaded)
-    assert apple.compiled == ["model.mlpackage"]
+    assert apple.compiled == [str(package)]
     assert "CPU_AND_NE" in apple.engine
 
 
 def test_the_plan_names_the_device_of_every_operator(
-    apple: AppleToolkit, monkeypatch: pytest.MonkeyPatch
+    apple: AppleToolkit, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = imported("coremltools.models.compute_device")
     kinds = {
@@ -127,12 +136,12 @@ def test_the_plan_names_the_device_of_every_operator(
         {"operator": "softmax", "device": "gpu", "cost": 0.5},
         {"operator": "gather", "device": "cpu", "cost": None},
     ]
-    assert apple.plan(PACKAGE, "decode") == expected
-    assert apple.plan(PACKAGE, None) == expected
+    assert apple.plan(package, "decode") == expected
+    assert apple.plan(package, None) == expected
 
 
 def test_the_benchmark_keeps_raw_samples(
-    apple: AppleToolkit, monkeypatch: pytest.MonkeyPatch
+    apple: AppleToolkit, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     perf = imported("coremltools.models.ml_program.experimental.perf_utils")
     monkeypatch.setattr(toolkit().ct.models, "MLModel", lambda _, **options: options)
@@ -150,7 +159,7 @@ def test_the_benchmark_keeps_raw_samples(
             return SimpleNamespace(samples=[1.5] * iterations)
 
     monkeypatch.setattr(perf, "MLModelBenchmarker", Benchmarker)
-    found = apple.benchmark(PACKAGE, "decode", {"embeds": np.zeros(1)}, 3)
+    found = apple.benchmark(package, "decode", {"embeds": np.zeros(1)}, 3)
     assert found == {"load_ms": [7.0], "predict_ms": [1.5, 1.5, 1.5]}
     assert asked == ["decode", (["embeds"], True)]
 
