@@ -5,13 +5,15 @@ collector from the moment they are imported; asking it to stop afterwards is too
 Face's client names the machine's libraries in every request. Both heed a variable that must be set
 before the import, so the package sets it when it is imported itself: before any module of its own,
 and before any library that imports ONNX Runtime behind its back. Child processes inherit it.
+
+This runs before anything else, also before the command line can answer an interrupt: it imports
+nothing that takes time.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import re
+import sys
 
 __all__ = ["REPORTING", "hush_imports", "stop_reporting"]
 
@@ -22,8 +24,8 @@ _WANTED = {"0", "false", "no", "off"}
 
 # What libraries log while they are imported: of GPU code they lack, and of each other's habits.
 _CHATTER = {
-    "torchao": re.compile(r"Failed to load \S*\.so\b"),
-    "torch.utils._pytree": re.compile(r"is an Enum subclass and is now natively supported"),
+    "torchao": r"Failed to load \S*\.so\b",
+    "torch.utils._pytree": r"is an Enum subclass and is now natively supported",
 }
 
 
@@ -38,19 +40,37 @@ def stop_reporting() -> None:
 
 
 def hush_imports() -> None:
-    """Drops the messages above from their loggers; whatever else those say is heard."""
+    """Drops the messages above from their loggers; whatever else those say is heard.
+
+    All of these libraries import torch first, so nothing is done before somebody does.
+    """
+    if "torch" in sys.modules:
+        _hush_loggers()
+    elif not any(isinstance(finder, _BeforeTorch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorch())
+
+
+class _BeforeTorch:
+    """A finder of modules that finds none, and notices when torch is looked for."""
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> None:
+        """Leaves the search to the others."""
+        if name == "torch" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _hush_loggers()
+
+
+def _hush_loggers() -> None:
+    import logging
+    import re
+
+    class Hush(logging.Filter):
+        """Lets a record pass unless its text matches."""
+
+        def filter(self, record: logging.LogRecord) -> bool:
+            return re.search(self.name, record.getMessage()) is None
+
     for name, pattern in _CHATTER.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(known, _Hush) for known in logger.filters):
-            logger.addFilter(_Hush(pattern))
-
-
-class _Hush(logging.Filter):
-    """Lets a record pass unless its text matches."""
-
-    def __init__(self, pattern: re.Pattern[str]) -> None:
-        super().__init__()
-        self._pattern = pattern
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._pattern.search(record.getMessage()) is None
+        if not any(getattr(known, "name", None) == pattern for known in logger.filters):
+            logger.addFilter(Hush(pattern))

@@ -10,10 +10,11 @@ __all__ = ["main"]
 
 def main() -> None:
     """Entry point: every failure is one line and an exit code."""
-    from pocketvlm.child_process import end_with_parent
     from pocketvlm.cli.interrupts import install
 
     install()
+    from pocketvlm.child_process import end_with_parent
+
     end_with_parent()
     from pocketvlm.cli.app import run
 
