@@ -11,13 +11,27 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-__all__ = ["end_with_parent", "start_child"]
+__all__ = ["end_with_parent", "module_command", "start_child"]
 
 _PARENT = "POCKETVLM_PARENT"
+_THREAD = " thread"
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _POLL_S = 1.0
+
+
+def module_command(module: str) -> list[str]:
+    """The command that runs one of our modules with this Python.
+
+    A child looks for modules in the folder that it is started in only where this process does: that
+    folder may be a stranger's.
+    """
+    looks_there = "" in sys.path
+    with suppress(OSError):  # the folder may be gone
+        looks_there = looks_there or str(Path.cwd()) in sys.path
+    return [sys.executable, *([] if looks_there else ["-P"]), "-m", module]
 
 
 @contextmanager
@@ -28,7 +42,9 @@ def start_child(command: Sequence[str], **options: Any) -> Iterator[subprocess.P
         command: The program, which calls `end_with_parent` first.
         options: Of `subprocess.Popen`, as text.
     """
-    environment = {**os.environ, _PARENT: str(os.getpid())}
+    # Linux counts the end of the thread that started a child as the end of its parent.
+    ties = threading.current_thread() is threading.main_thread()
+    environment = {**os.environ, _PARENT: f"{os.getpid()}{'' if ties else _THREAD}"}
     process = subprocess.Popen(  # noqa: S603  (our own program)
         command, text=True, encoding="utf-8", errors="replace", env=environment, **options
     )
@@ -50,15 +66,17 @@ def start_child(command: Sequence[str], **options: Any) -> Iterator[subprocess.P
 
 def end_with_parent() -> None:
     """Ends this process when the one that started it by `start_child` is gone."""
-    parent = os.environ.pop(_PARENT, "")
+    said = os.environ.pop(_PARENT, "")
+    parent = said.removesuffix(_THREAD)
     if not parent.isdecimal() or sys.platform == "win32":
         return
     pid = int(parent)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and parent == said:
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == pid:
             return
-    # The parent ended before it could be tied to, or something stands between it and this process.
+    # The parent ended before it could be tied to, something stands between it and this process, or
+    # a thread started it that may end earlier.
     threading.Thread(target=_wait_for_end, args=(pid,), daemon=True).start()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "REPORT_SCHEMA",
@@ -22,6 +22,7 @@ __all__ = [
     "describe_processor",
     "package_version",
     "peak_rss_bytes",
+    "process_peak_bytes",
     "toolchain_versions",
 ]
 
@@ -112,19 +113,27 @@ def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | Non
 
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Linux hands ru_maxrss of the parent down through exec, so a small program that a large
-        # one started would report the large one's peak; VmHWM belongs to this program alone.
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    # Linux hands ru_maxrss of the parent down through exec, so a small program that a large
+    # one started would report the large one's peak; VmHWM belongs to this program alone.
+    known = process_peak_bytes("self")
+    if known is not None:
+        return known
     import resource
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, the others kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def process_peak_bytes(pid: int | Literal["self"]) -> int | None:
+    """The largest resident set of a process so far; `None` where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _instruction_sets() -> list[str]:

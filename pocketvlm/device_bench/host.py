@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocketvlm.child_process import start_child
+from pocketvlm.child_process import module_command, start_child
 from pocketvlm.device_bench.worker import WORKER_SCHEMA
 
 __all__ = ["Failure", "HostTransport", "Transport"]
 
-_WORKER = (sys.executable, "-m", "pocketvlm.device_bench.worker")
+_WORKER = tuple(module_command("pocketvlm.device_bench.worker"))
 _LAST_WORDS = 240
 
 

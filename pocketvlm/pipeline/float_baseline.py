@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.child_process import start_child
+from pocketvlm.child_process import module_command, start_child
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, ExportError
 from pocketvlm.publish import take_place
@@ -43,7 +42,8 @@ def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
     ctx.report("float32 baseline", 0, 1)
     work = out / ".work" / "float"
     command = [
-        *(sys.executable, "-m", "pocketvlm", "compress", str(model), "--recipe", _RECIPE),
+        *module_command("pocketvlm"),
+        *("compress", str(model), "--recipe", _RECIPE),
         *("--out", str(work), "--no-bench", "--no-verify-source", "--data", "none"),
         *("--threads", str(ctx.threads)),
         "--no-verify-source",  # the run itself has looked at the model

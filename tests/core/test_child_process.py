@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pocketvlm.child_process import start_child
+from pocketvlm.child_process import module_command, start_child
 
 CHILD = "import time; from pocketvlm.child_process import end_with_parent; end_with_parent(); "
 PARENT = f"""
@@ -60,3 +60,14 @@ def test_a_child_that_ends_says_how():
     with start_child(command, stdout=subprocess.PIPE) as child:
         said, _ = child.communicate()
     assert (said, child.returncode) == ("said\n", 3)
+
+
+def test_a_module_of_the_current_folder_is_found_only_where_the_parent_finds_it(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "foreign.py").write_text("print('ran')")
+    monkeypatch.chdir(tmp_path)
+    for path, code in ((["/nowhere"], 1), (["", "/nowhere"], 0), ([str(tmp_path)], 0)):
+        monkeypatch.setattr(sys, "path", path)
+        done = subprocess.run(module_command("foreign"), capture_output=True, check=False)
+        assert done.returncode == code

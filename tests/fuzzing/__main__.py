@@ -40,7 +40,7 @@ def main() -> int:
     materials = _make(work / "materials", targets, runs=any(entry.runs for entry in entries))
     if options.replay:
         return _replay(options, materials, work)
-    _import_everything(targets)
+    _import_everything()
     jobs = _spread(entries, options.n, options.first)
     start = time.monotonic()
     results = _run_all(jobs, options, materials, work)
@@ -92,7 +92,7 @@ def _make(root: Path, targets: tuple[str, ...], *, runs: bool) -> Materials:
     return Materials(root)
 
 
-def _import_everything(targets: tuple[str, ...]) -> None:
+def _import_everything() -> None:
     """What every worker needs is imported once, before the fork."""
     import torch
     from transformers import (  # noqa: F401  (each is a module of its own, imported when first named)
@@ -112,8 +112,6 @@ def _import_everything(targets: tuple[str, ...]) -> None:
     import pocketvlm.save_layout  # noqa: F401
 
     torch.set_num_threads(1)
-    if "executorch" in targets:
-        from executorch.runtime import Runtime  # noqa: F401
 
 
 def _spread(entries: list[Entry], n: int, first: int) -> list[tuple[Entry, int]]:

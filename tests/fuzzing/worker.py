@@ -19,6 +19,7 @@ from typing import Any
 
 import typer
 
+from pocketvlm.child_process import module_command
 from pocketvlm.cli.console import one_line
 from pocketvlm.errors import PocketVLMError
 from tests.fuzzing.entries import Case, Entry
@@ -100,13 +101,8 @@ def _allowed_roots(work: Path) -> tuple[str, ...]:
 
 
 def _is_own_worker(command: Any) -> bool:
-    """Whether a command is a helper process of this package: this Python and a module of ours."""
-    parts = [os.fsdecode(part) for part in command] if isinstance(command, list | tuple) else []
-    return (
-        bool(parts)
-        and parts[0] == sys.executable
-        and any("pocketvlm." in part for part in parts[1:4])
-    )
+    """Whether a command is the one process that runs what strangers made: ExecuTorch's."""
+    return command == module_command("pocketvlm.runtime.executorch.worker")
 
 
 def run_input(

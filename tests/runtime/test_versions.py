@@ -12,7 +12,7 @@ from pocketvlm.bundle import Bundle, RuntimeNeeds
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime import onnx_runner
 from pocketvlm.runtime.coreml.apple import require_system
-from pocketvlm.runtime.executorch.program import open_program
+from pocketvlm.runtime.executorch.program import find_program
 from pocketvlm.runtime.mil.package import MilPackage
 from pocketvlm.runtime.onnx_runner import OnnxRunner
 from pocketvlm.runtime.onnx_versions import LOWEST_ONNX_VERSION
@@ -59,7 +59,7 @@ def test_an_older_executorch_is_refused(pairs):
     program = replace(bundle.manifest.components[0], target="executorch", role="decoder")
     bundle = replace(bundle, manifest=replace(bundle.manifest, components=(program,)))
     with pytest.raises(BundleError, match="its executorch files need The runtime 99 or newer"):
-        open_program(with_needs(bundle, "executorch", "99"))
+        find_program(with_needs(bundle, "executorch", "99"))
 
 
 def test_an_older_system_is_refused(monkeypatch):

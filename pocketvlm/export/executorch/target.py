@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 import pocketvlm.errors
 from pocketvlm.bundle import Component, TensorSignature
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.child_process import start_child
+from pocketvlm.child_process import module_command, start_child
 from pocketvlm.context import RunContext
 from pocketvlm.errors import (
     ExportError,
@@ -176,7 +175,7 @@ def _convert(job: ConversionJob, file: Path, ctx: RunContext) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=file.parent) as name:
         scratch = Path(name)
         torch.save(job, scratch / JOB_FILE)
-        command = [sys.executable, "-m", "pocketvlm.export.executorch.worker", name]
+        command = [*module_command("pocketvlm.export.executorch.worker"), name]
         with (
             (scratch / "stderr.txt").open("w+", encoding="utf-8", errors="replace") as complaints,
             start_child(command, stdout=subprocess.PIPE, stderr=complaints) as process,

@@ -11,7 +11,6 @@ import json
 import os
 import selectors
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle
+from pocketvlm.child_process import module_command
 from pocketvlm.errors import CheckFailedError
 from pocketvlm.runtime.coreml.frames import FRAME_HEADER, decode_frame, encode_frame
 from pocketvlm.runtime.mil.types import Array
@@ -29,7 +29,7 @@ from pocketvlm.runtime.runner import Runner
 
 __all__ = ["WORKER", "RemoteRunner", "measure_function"]
 
-WORKER: tuple[str, ...] = (sys.executable, "-m", "pocketvlm.runtime.coreml.worker")
+WORKER: tuple[str, ...] = tuple(module_command("pocketvlm.runtime.coreml.worker"))
 """The command that a request's file is appended to."""
 
 TIMEOUT_S = 900.0

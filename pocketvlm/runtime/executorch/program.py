@@ -1,16 +1,17 @@
-"""Loads an ExecuTorch program with the pip package's own runtime.
+"""Finds a bundle's ExecuTorch program, and loads it with the pip package's own runtime.
 
-That runtime takes and returns torch tensors, so torch is imported here, when a program is loaded
-and not before: on a phone the same file is run by ExecuTorch's C++, Swift or Kotlin runtime,
-without torch. The import contract names this exception.
+Loading trusts the file: one that is damaged can end the process. Programs of a bundle are therefore
+loaded by `worker` alone, in the process that `process` starts.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import struct
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from pocketvlm.runtime.versions import require_runtime
 __all__ = [
     "PROGRAM_HEADER",
     "PROGRAM_HEADER_START",
+    "ProgramFile",
+    "find_program",
     "load_program",
-    "open_program",
     "register_operators",
     "require_executorch",
+    "set_threads",
 ]
 
 PROGRAM_HEADER = struct.Struct("<4sIQQQ")
@@ -51,7 +54,7 @@ def require_executorch() -> None:
 
 
 def register_operators() -> None:
-    """Makes the runtime know the operators that programs of this package use.
+    """Makes the toolkit know the operators that programs of this package use.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
@@ -64,21 +67,44 @@ def register_operators() -> None:
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::*)
 
 
-def open_program(bundle: Bundle) -> AbstractContextManager[tuple[Path, float | None]]:
-    """The `.pte` file of a bundle for as long as the block lasts, expanded where it is packed.
+@dataclass(frozen=True, kw_only=True)
+class ProgramFile:
+    """The file of a program.
 
-    What was loaded in the block stays. The number is the milliseconds that expanding took.
+    Attributes:
+        file: The `.pte` file, or the packed one.
+        is_packed: Whether it must be expanded.
+    """
+
+    file: Path
+    is_packed: bool
+
+    def opened(self) -> AbstractContextManager[tuple[Path, float | None]]:
+        """The `.pte` file for as long as the block lasts, and the milliseconds of expanding it.
+
+        What was loaded in the block stays.
+
+        Raises:
+            BundleError: A packed file is damaged.
+        """
+        return expanded_path(self.file) if self.is_packed else plain_path(self.file)
+
+
+def find_program(bundle: Bundle) -> ProgramFile:
+    """The program of a bundle, if this host can run it.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        BundleError: There is none, its packed file is damaged, or the runtime is too old for it.
+        BundleError: There is none, it is cut off, or the runtime is too old for it.
     """
     component = bundle.component("executorch", "decoder")
     require_executorch()
     require_runtime(bundle, "executorch", metadata.version("executorch"))
-    if component.sparse_file is None:
-        return plain_path(bundle.file(component.file))
-    return expanded_path(bundle.file(component.sparse_file))
+    if component.sparse_file is not None:
+        return ProgramFile(file=bundle.file(component.sparse_file), is_packed=True)
+    file = bundle.file(component.file)
+    _require_whole(file, file)
+    return ProgramFile(file=file, is_packed=False)
 
 
 def load_program(file: Path, name: Path | None = None) -> Any:
@@ -94,17 +120,42 @@ def load_program(file: Path, name: Path | None = None) -> Any:
     """
     name = name or file
     _require_whole(file, name)
-    register_operators()
-    from executorch.extension.pybindings import portable_lib
-
+    require_executorch()
     with quiet_terminal():
-        portable_lib._threadpool_get_thread_count()  # noqa: SLF001  (looks at the processor, and says so)
+        runtime = _runtime()
+        runtime._threadpool_get_thread_count()  # noqa: SLF001  (looks at the processor, and says so)
         try:
             # The only one of its loaders that gives attention scratch memory.
-            return portable_lib._load_for_executorch(str(file))  # noqa: SLF001
+            return runtime._load_for_executorch(str(file))  # noqa: SLF001
         except RuntimeError as error:
             first_line = str(error).strip().partition("\n")[0]
             raise BundleError(f"{name}: ExecuTorch cannot load it: {first_line}") from error
+
+
+def set_threads(threads: int) -> None:
+    """Sets the threads of the kernels, for the whole process."""
+    with quiet_terminal():
+        _runtime()._unsafe_reset_threadpool(threads)  # noqa: SLF001  (there is no other way)
+
+
+def _runtime() -> Any:
+    """The runtime with the operators of this package's programs, and without the toolkit.
+
+    The modules that belong to these libraries import compilers on the way, which takes seconds.
+    """
+    import torch  # what the libraries are linked against
+
+    package = importlib.util.find_spec("executorch")
+    assert package is not None  # noqa: S101  (`require_executorch` was asked)
+    runtime = importlib.import_module("executorch.extension.pybindings._portable_lib")
+    for folder in package.submodule_search_locations or ():
+        for pattern in (
+            "extension/llm/custom_ops/*custom_ops_aot_lib.*",
+            "kernels/quantized/*quantized_ops_aot_lib.*",
+        ):
+            for library in Path(folder).glob(pattern):
+                torch.ops.load_library(library)
+    return runtime
 
 
 def _require_whole(file: Path, name: Path) -> None:

@@ -3,78 +3,106 @@
 The program's methods hand each other rows (`get_model_schema` describes them). Where rotary
 positions have gaps, a row tells its own position: `offset` and `advance` behind the embedding.
 A `Runner` is told every position by its caller, so this one counts rows itself, with an advance of
-1 each, and writes into `offset` how far the wanted position is from that count.
+1 each, and writes into `offset` how far the wanted position is from that count. The program itself
+runs in another process (`process`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, TensorSignature
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.runtime.executorch.program import load_program, open_program
-from pocketvlm.runtime.native_output import quiet_terminal
+from pocketvlm.json_io import DecodeError, decode, parse_json
+from pocketvlm.runtime.executorch.frames import ArrayType
+from pocketvlm.runtime.executorch.process import ProgramProcess
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["ExecutorchRunner"]
 
-_METHODS = frozenset({"vision_encoder", "token_embedding", "text_decoder", "get_model_schema"})
+_METHODS = {"vision_encoder", "token_embedding", "text_decoder", "get_model_schema"}
+_MAX_CAPACITY = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What a runner must know of a program's schema."""
+
+    max_context_len: int
+    row_channels: int
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_context_len <= _MAX_CAPACITY:
+            raise ValueError(f"max_context_len must be 1 to {_MAX_CAPACITY:,}")
+        if self.hidden_size < 1 or self.row_channels not in (
+            self.hidden_size,
+            self.hidden_size + 2,
+        ):
+            raise ValueError("row_channels must be hidden_size, or 2 more")
 
 
 class ExecutorchRunner(Runner):
-    """A bundle's `model.pte` on this machine's CPU."""
+    """A bundle's `model.pte` on this machine's CPU.
+
+    Attributes:
+        process: The process that the program runs in; it ends when this runner is closed or gone.
+    """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """Loads the program; its capacity was fixed when it was exported.
 
         Args:
             bundle: An opened bundle.
-            threads: Threads of the kernels, for the whole process; `None` leaves them as they are.
+            threads: Threads of the kernels; `None` leaves them as they are.
 
         Raises:
             MissingExtraError: ExecuTorch is not installed.
             BundleError: The bundle has no program, or it does not load or is another one.
         """
-        file = bundle.file(bundle.component("executorch", "decoder").file)
-        self._file = file
-        with open_program(bundle) as (program, self.expand_ms):
-            self._module = load_program(program, file)
+        vocabulary = _vocabulary(bundle)
+        self.process = ProgramProcess(bundle, threads=threads)
         try:
-            missing = sorted(_METHODS - set(self._module.method_names()))
-        except RuntimeError as error:  # the file is read further than when it was loaded
-            first_line = str(error).strip().partition("\n")[0]
-            raise BundleError(f"{file}: ExecuTorch cannot load it: {first_line}") from error
-        if missing:
-            raise BundleError(f"{file}: has no method {missing[0]}")
-        if threads is not None:
-            _set_threads(threads)
-        schema = json.loads(self._call("get_model_schema")[0])
-        super().__init__(capacity=int(schema["max_context_len"]))
-        self._channels = int(schema["row_channels"])
-        self._width = int(schema["hidden_size"])
+            sizes = _read_sizes(self.process)
+        except BundleError:
+            self.close()
+            raise
+        super().__init__(capacity=sizes.max_context_len)
+        self.expand_ms = self.process.expand_ms
+        self._channels = sizes.row_channels
+        self._width = sizes.hidden_size
+        self._visual_tokens = bundle.manifest.visual_tokens
+        self._logits = ArrayType("float32", (1, 1, vocabulary))
+
+    def close(self) -> None:
+        """Ends the process; no call is answered any more."""
+        self.process.close()
 
     def encode_image(
         self, pixels: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        rows, indices = self._call("vision_encoder", pixels)
-        return rows.numpy()[..., : self._width].copy(), indices.numpy().copy()
+        rows, indices = self.process.run(
+            "vision_encoder",
+            pixels,
+            outputs=(self._rows(self._visual_tokens), ArrayType("int64", (1, self._visual_tokens))),
+        )
+        return rows[..., : self._width].copy(), indices
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids to embeddings [1, L, width]."""
         ids = np.asarray(token_ids, np.int64)[None]
         # A program plans memory for `capacity` ids; a caller may ask for more at once.
-        parts = [
-            self._call("token_embedding", ids[:, start : start + self.capacity])[0]
-            .numpy()[..., : self._width]
-            .copy()
-            for start in range(0, ids.shape[1], self.capacity)
-        ]
+        parts = []
+        for start in range(0, ids.shape[1], self.capacity):
+            part = ids[:, start : start + self.capacity]
+            outputs = (self._rows(part.shape[1]),)
+            (rows,) = self.process.run("token_embedding", part, outputs=outputs)
+            parts.append(rows[..., : self._width])
         embeds: npt.NDArray[np.float32] = np.concatenate(parts, axis=1)
         return embeds
 
@@ -104,25 +132,44 @@ class ExecutorchRunner(Runner):
                 "this ExecuTorch program counts positions row by row, and the given ones have gaps"
             )
         start = np.array([self._length], np.int64)
-        (logits,) = self._call("text_decoder", rows, start)
+        (logits,) = self.process.run("text_decoder", rows, start, outputs=(self._logits,))
         self._length += count
-        values: npt.NDArray[np.float32] = logits.numpy()[0, -1]
+        values: npt.NDArray[np.float32] = logits[0, -1]
         return values
 
-    def _call(self, method: str, *arrays: npt.NDArray[Any]) -> Sequence[Any]:
-        import torch
-
-        inputs = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-        try:
-            outputs: Sequence[Any] = self._module.run_method(method, inputs, clone_outputs=False)
-        except RuntimeError as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise BundleError(f"{self._file}: {method} does not run: {first_line}") from error
-        return outputs
+    def _rows(self, count: int) -> ArrayType:
+        return ArrayType("float32", (1, count, self._channels))
 
 
-def _set_threads(threads: int) -> None:
-    from executorch.extension.pybindings import portable_lib
+def _vocabulary(bundle: Bundle) -> int:
+    """How many logits the manifest says that the program returns.
 
-    with quiet_terminal():
-        portable_lib._unsafe_reset_threadpool(threads)  # noqa: SLF001  (there is no other way)
+    Raises:
+        BundleError: It does not say so.
+    """
+    match bundle.component("executorch", "decoder").outputs:
+        case [TensorSignature(shape=(1, 1, int(vocabulary)))] if vocabulary > 0:
+            return vocabulary
+    raise BundleError(
+        f"{bundle.path}: manifest.json does not say that the executorch decoder returns logits of "
+        "shape [1, 1, vocabulary]"
+    )
+
+
+def _read_sizes(process: ProgramProcess) -> _Sizes:
+    """What a program says of itself.
+
+    Raises:
+        BundleError: It is another program than those of this package.
+    """
+    if missing := sorted(_METHODS - process.methods):
+        raise BundleError(f"{process.file}: has no method {missing[0]}")
+    where = f"{process.file}: get_model_schema"
+    document = parse_json(process.schema or "", where, error=BundleError)
+    if not isinstance(document, dict):
+        raise BundleError(f"{where}: is no object")
+    known = {name: document.get(name) for name in _Sizes.__dataclass_fields__}
+    try:
+        return decode(_Sizes, known)
+    except DecodeError as error:
+        raise BundleError(f"{where}: {error}") from error
