@@ -3,8 +3,8 @@
     python benchmarks/executorch_speed.py --out FOLDER [--shape smolvlm-256m] [--repeats 15]
 
 Weights are random and rounded to nearest, on the grids that `int4-small` names: dense speed does
-not depend on values. Both programs are loaded, each in a process of its own, and take turns, so that
-whatever else the machine does falls on both. Bundles that FOLDER already holds are used again.
+not depend on values. Both programs are loaded, each in a process of its own, and take turns, so
+that whatever else the machine does falls on both. Bundles that FOLDER already holds are used again.
 """
 
 from __future__ import annotations
