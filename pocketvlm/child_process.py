@@ -88,4 +88,15 @@ def _wait_for_end(pid: int) -> None:
             os._exit(1)
         except OSError:
             return  # it cannot be asked
+        if _is_dead(pid):
+            os._exit(1)
         time.sleep(_POLL_S)
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether a process has ended while its number is still taken: nobody has asked how it did."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] in (["Z"], ["X"])
