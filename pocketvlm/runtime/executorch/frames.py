@@ -20,7 +20,7 @@ import numpy.typing as npt
 __all__ = ["ArrayType", "FrameError", "array_types", "read_arrays", "read_header", "write_frame"]
 
 _LENGTH = struct.Struct("<I")
-_MAX_HEADER_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 2**20
 _MAX_ARRAYS_BYTES = 2**32
 _JOINED_BYTES = 2**16
 _DTYPES = ("float32", "int64")
@@ -71,8 +71,12 @@ def write_frame(
             rest = rest[os.write(descriptor, rest) :]
 
 
-def read_header(descriptor: int) -> dict[str, Any] | None:
+def read_header(descriptor: int, *, max_bytes: int = _MAX_HEADER_BYTES) -> dict[str, Any] | None:
     """The header of the next message, or `None` where the other side has closed.
+
+    Args:
+        descriptor: A pipe.
+        max_bytes: Bytes that it may have.
 
     Raises:
         EOFError: The other side closed in the middle of it.
@@ -83,7 +87,7 @@ def read_header(descriptor: int) -> dict[str, Any] | None:
         return None
     first += _read(descriptor, _LENGTH.size - len(first))
     (size,) = _LENGTH.unpack(first)
-    if size > _MAX_HEADER_BYTES:
+    if size > max_bytes:
         raise FrameError(f"a header of {size} bytes")
     try:
         header = json.loads(bytes(_read(descriptor, size)))

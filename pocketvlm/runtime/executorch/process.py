@@ -153,20 +153,22 @@ class ProgramProcess:
             "parts": [None if isinstance(part, np.ndarray) else list(part) for part in parts],
             "max_new_tokens": max_new_tokens,
         }
-        while True:
+        for _ in range(max_new_tokens + 1):
             what = "running MultimodalRunner"
             header, _ = self._exchange(what, self._run_limit_s, call, pictures, ())
+            if "unspeakable" in header:
+                raise UnspeakablePieceError(f"{self.file}: a token is part of a character")
             piece = header.get("piece")
             if not isinstance(piece, str):
-                break
+                return
             call = None
             try:
                 on_piece(piece)
             except BaseException:
                 self.close()  # it goes on speaking, and nobody listens
                 raise
-        if "unspeakable" in header:
-            raise UnspeakablePieceError(f"{self.file}: a token is part of a character")
+        self.close()
+        raise BundleError(f"{self.file}: MultimodalRunner said more than {max_new_tokens} tokens")
 
     def _loaded(self, header: Mapping[str, Any]) -> tuple[frozenset[str], str | None, float | None]:
         match header:
@@ -197,7 +199,7 @@ class ProgramProcess:
             is_right = found == list(outputs)
             results = read_arrays(self._answers, found) if is_right else []
         if "error" in header:
-            raise BundleError(str(header["error"])[:_MOST_WORDS])
+            raise BundleError(self._named(str(header["error"])))
         if not is_right:
             self.close()  # what it would send is not read
             said, wanted = (", ".join(map(str, types)) or "nothing" for types in (found, outputs))
@@ -205,6 +207,11 @@ class ProgramProcess:
                 f"{self.file}: {doing} returned {said[:_MOST_WORDS]}; this bundle needs {wanted}"
             )
         return header, results
+
+    def _named(self, words: str) -> str:
+        """What the process says is wrong, as one line that names the file whatever it says."""
+        line = words.partition("\n")[0][: _MOST_WORDS + len(str(self.file))]
+        return line if str(self.file) in line else f"{self.file}: {line}"
 
     @contextmanager
     def _bounded(self, doing: str, limit_s: float) -> Iterator[None]:

@@ -26,6 +26,7 @@ from pocketvlm.runtime.executorch.program import ProgramFile, load_program, set_
 __all__ = ["main"]
 
 _SCHEMA = "get_model_schema"
+_MAX_CALL_BYTES = 2**28  # the tokens of any prompt
 
 
 def main() -> int:
@@ -38,7 +39,7 @@ def main() -> int:
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     service: _Service | None = None
-    while (call := read_header(calls)) is not None:
+    while (call := read_header(calls, max_bytes=_MAX_CALL_BYTES)) is not None:
         arrays = read_arrays(calls, array_types(call))
         found: Sequence[npt.NDArray[Any]] = ()
         answer: Mapping[str, Any] = {}
