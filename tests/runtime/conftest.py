@@ -13,8 +13,12 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.fixed import FixedReducer
 from pocketvlm.context import RunContext
+from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
+
+CAPACITY = 96
+"""Rows of KV cache in the ExecuTorch program."""
 
 KINDS = ("llava", "smolvlm", "llava-original", "smolvlm-consecutive", "smolvlm-ended")
 
@@ -30,6 +34,17 @@ class Pair:
 def write_bundle(checkpoint: Checkpoint, path: Path) -> Bundle:
     """Exports and signs, without the certificate, which needs the runtime itself."""
     write_graphs(checkpoint, (ToOnnx(),), path, "", RunContext(threads=1))
+    return Bundle.open(path)
+
+
+@pytest.fixture(scope="session")
+def both_targets(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """ONNX and ExecuTorch of one float model, with gaps among the positions of its picture."""
+    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+    reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
+    path = tmp_path_factory.mktemp("both")
+    targets = (ToOnnx(), ToExecutorch(context=CAPACITY))
+    write_graphs(replace(checkpoint, reducer=reducer), targets, path, "", RunContext(threads=1))
     return Bundle.open(path)
 
 

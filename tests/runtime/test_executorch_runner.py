@@ -13,14 +13,8 @@ import pytest
 from PIL import Image
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.cli import main
-from pocketvlm.compress.tokens.fixed import FixedReducer
-from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.export.executorch.target import ToExecutorch
-from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.printable import printable
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.engines import choose_engine, open_engine
@@ -31,19 +25,12 @@ from pocketvlm.runtime.executorch.answer import (
 )
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.text import TextCodec
-
-CAPACITY = 96
+from tests.runtime.conftest import CAPACITY
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Both targets of one float model, with gaps among the positions of its picture."""
-    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
-    reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
-    path = tmp_path_factory.mktemp("both")
-    targets = (ToOnnx(), ToExecutorch(context=CAPACITY))
-    write_graphs(replace(checkpoint, reducer=reducer), targets, path, "", RunContext(threads=1))
-    return Bundle.open(path)
+def bundle(both_targets: Bundle) -> Bundle:
+    return both_targets
 
 
 @pytest.fixture
