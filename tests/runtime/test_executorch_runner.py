@@ -87,7 +87,7 @@ def test_multimodal_runner_gives_the_same_answer(
     decode = TextCodec.from_bundle(bundle).decode_raw
     answered = 0
     several = [picture, picture.rotate(180)]
-    for prompt, image in product(("What?", "how many", "one", "blue"), (picture, several, None)):
+    for prompt, image in product(("What?", "one"), (picture, several, None)):
         talk.reset()
         expected = talk.ask(prompt, image, max_new_tokens=3)
         pieces: list[str] = []
