@@ -165,17 +165,7 @@ def _recipe(rng: random.Random, folder: Path, materials: Materials) -> Case:
     )
     return Case(
         ["plan", str(model), "--recipe", str(file), *target],
-        (
-            "recipe",
-            "stages",
-            "rules",
-            "onnx",
-            "coreml",
-            "executorch",
-            "sensitivity",
-            "folder",
-            "bits",
-        ),
+        ("recipe", "stages", "rules", "sensitivity", "folder", "bits", *_stages_and_targets()),
     )
 
 
@@ -205,8 +195,19 @@ def _setting(rng: random.Random, folder: Path, materials: Materials) -> Case:
     settings = ["--set", text.replace("\0", "\\0")[:100_000]]
     return Case(
         ["plan", str(model), "--recipe", name, *settings],
-        ("--set", name, "stages", "argument", "sensitivity", "folder", "bits"),
+        (
+            *("--set", name, "stages", "argument", "sensitivity", "folder", "bits"),
+            *_stages_and_targets(),
+        ),
     )
+
+
+def _stages_and_targets() -> tuple[str, ...]:
+    """What a line about an option names: the stage or the target that has it."""
+    from pocketvlm.recipes.stages import STAGES, TARGETS
+
+    stages = (f"{stage.method}:" for stage in STAGES)
+    return (*stages, *(target.method for target in TARGETS))
 
 
 def _bundle(
@@ -226,7 +227,7 @@ def _bundle(
         _mutate_file(rng, file, mutation)
         if rng.random() < 0.95:
             sign_again(bundle, "manifest.json", files=signed)
-        names = (file.name, str(bundle), also)
+        names = (file.name, str(bundle), also, "the prompt")
         command = rng.random()
         if command < 0.1:
             return Case(["inspect", str(bundle)], names)
