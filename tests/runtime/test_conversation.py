@@ -293,12 +293,17 @@ def test_timings_cover_the_turn(llava, picture):
     from time import perf_counter
 
     talk = Conversation(llava.bundle)
-    start = perf_counter()
-    answer = talk.ask("?", picture, max_new_tokens=10)
-    wall_ms = (perf_counter() - start) * 1000
-    t = answer.timings
-    assert len(t.decode_ms) == len(answer.token_ids) - 1
-    parts = (t.preprocess_ms, t.vision_ms, t.tokenize_ms, t.prefill_ms, t.sample_ms)
-    assert min(*parts, *t.decode_ms, t.detokenize_ms) > 0
-    total = sum(parts) + sum(t.decode_ms) + t.detokenize_ms
-    assert 0.9 * wall_ms < total <= wall_ms
+    covered = []
+    for _ in range(5):
+        talk.reset()
+        start = perf_counter()
+        answer = talk.ask("?", picture, max_new_tokens=10)
+        wall_ms = (perf_counter() - start) * 1000
+        t = answer.timings
+        assert len(t.decode_ms) == len(answer.token_ids) - 1
+        parts = (t.preprocess_ms, t.vision_ms, t.tokenize_ms, t.prefill_ms, t.sample_ms)
+        assert min(*parts, *t.decode_ms, t.detokenize_ms) > 0
+        covered.append((sum(parts) + sum(t.decode_ms) + t.detokenize_ms) / wall_ms)
+    assert max(covered) <= 1
+    # A busy machine may take the processor away between two laps, but not in every turn.
+    assert max(covered) > 0.9
