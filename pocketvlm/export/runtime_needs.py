@@ -8,12 +8,17 @@ from importlib import metadata
 from pathlib import Path
 
 import onnx
+from packaging.version import Version
 
 from pocketvlm.errors import ExportError
 from pocketvlm.manifest import Component, RuntimeNeeds
 from pocketvlm.runtime.mil.package import MilPackage
 from pocketvlm.runtime.mil.systems import LOWEST_SYSTEMS
-from pocketvlm.runtime.onnx_versions import FLOAT_ZEROS_2BIT_VERSION, LOWEST_ONNX_VERSION
+from pocketvlm.runtime.onnx_versions import (
+    FLOAT_ZEROS_2BIT_VERSION,
+    INT8_CACHE_VERSION,
+    LOWEST_ONNX_VERSION,
+)
 from pocketvlm.runtime.sparse_file import expanded_path, plain_path
 
 __all__ = ["read_needs"]
@@ -36,7 +41,7 @@ def read_needs(target: str, folder: Path, components: Sequence[Component]) -> Ru
 def _read_onnx(folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
     formats: dict[str, int] = {}
     operators: set[str] = set()
-    lowest = LOWEST_ONNX_VERSION
+    needed = {LOWEST_ONNX_VERSION}
     for component in components:
         model = onnx.load(folder / component.file, load_external_data=False)
         named = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
@@ -48,12 +53,20 @@ def _read_onnx(folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
             if node.domain not in _STANDARD
         }
         if any(_float_zeros_of_two_bits(model.graph)):
-            lowest = FLOAT_ZEROS_2BIT_VERSION
+            needed.add(FLOAT_ZEROS_2BIT_VERSION)
+        if any(_keeps_int8_cache(node) for node in model.graph.node):
+            needed.add(INT8_CACHE_VERSION)
     return RuntimeNeeds(
         runtime="ONNX Runtime",
-        lowest_version=lowest,
+        lowest_version=max(needed, key=Version),
         formats=dict(sorted(formats.items())),
         operators=tuple(sorted(operators)),
+    )
+
+
+def _keeps_int8_cache(node: onnx.NodeProto) -> bool:
+    return node.op_type == "GroupQueryAttention" and any(
+        each.name == "k_quant_type" and each.s != b"NONE" for each in node.attribute
     )
 
 

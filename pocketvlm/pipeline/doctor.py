@@ -12,7 +12,7 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
-from pocketvlm.runtime.onnx_versions import FLOAT_ZEROS_2BIT_VERSION, LOWEST_ONNX_VERSION
+from pocketvlm.runtime.onnx_versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
 from pocketvlm.runtime.versions import is_older
 
 __all__ = ["Finding", "examine"]
@@ -80,8 +80,8 @@ def _told(name: str, found: str) -> str:
     if name != "onnxruntime":
         return ""
     told = f"; bundles need {LOWEST_ONNX_VERSION} or newer in an app"
-    if is_older(found, FLOAT_ZEROS_2BIT_VERSION):
-        told += f", those with 2-bit float zero points {FLOAT_ZEROS_2BIT_VERSION}"
+    if is_older(found, INT8_CACHE_VERSION):
+        told += f", those with an int8 cache or 2-bit float zero points {INT8_CACHE_VERSION}"
     return told
 
 

@@ -38,6 +38,7 @@ from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Stage, Target, check_order
 from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.onnx_versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
 from pocketvlm.weights import DenseWeight
 from tests.export.rig import Decoder, make_prompt, open_session
 
@@ -192,6 +193,8 @@ def test_a_bundle_holds_a_quarter_of_the_cache(
         decoder = next(item for item in manifest.components if item.role == "decoder")
         assert {item.dtype for item in decoder.inputs if "past." in item.name} == {name}
         assert ("kv_cache" in decoder.precision) == (name == "int8")
+        needed = {"int8": INT8_CACHE_VERSION, "float32": LOWEST_ONNX_VERSION}[name]
+        assert manifest.runtimes["onnx"].lowest_version == needed
         runners[name] = OnnxRunner(Bundle.open(tmp_path / name), threads=1, capacity=64)
     assert runners["int8"].cache_bytes * 4 == runners["float32"].cache_bytes
     _, _, prompt = make_prompt(rounded)
