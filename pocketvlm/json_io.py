@@ -26,6 +26,8 @@ __all__ = ["DecodeError", "decode", "parse_json", "read_json", "write_json"]
 
 _T = TypeVar("_T")
 _SHOWN = 60
+# JSON can spell half a pair, which is no character: whatever encodes such a text later would raise.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STEERING = re.compile(f"[{STEERING}]")
 
 
@@ -68,7 +70,13 @@ def parse_json(text: str, where: str, *, error: type[PocketVLMError] = BundleErr
         PocketVLMError: `error`, with one line.
     """
     try:
-        return json.loads(text)
+        document = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as fault:
+        raise error(
+            f"{where}: cannot be read as JSON: a text holds half of a surrogate pair"
+        ) from fault
     except json.JSONDecodeError as fault:
         place = f"line {fault.lineno}, column {fault.colno}"
         raise error(f"{where}: cannot be read as JSON: {fault.msg} ({place})") from fault
@@ -76,6 +84,7 @@ def parse_json(text: str, where: str, *, error: type[PocketVLMError] = BundleErr
         raise error(f"{where}: cannot be read as JSON: it is nested too deeply") from fault
     except ValueError as fault:  # a number of more digits than Python converts
         raise error(f"{where}: cannot be read as JSON: {fault}") from fault
+    return document
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pocketvlm.bundle import (
     sign_bundle,
 )
 from pocketvlm.errors import BundleError
+from pocketvlm.json_io import parse_json
 from pocketvlm.signed_folder import sign_document
 
 
@@ -175,3 +176,9 @@ def test_only_signed_files_are_handed_out(bundle_path):
     (bundle_path / "tokenizer.json").symlink_to("/etc/hostname")
     with pytest.raises(BundleError, match="leads out of its folder"):
         bundle.file("tokenizer.json")
+
+
+def test_half_a_surrogate_pair_is_no_text_and_a_whole_one_is():
+    assert parse_json('{"a": "\\ud83d\\ude00"}', "f.json") == {"a": "\U0001f600"}
+    with pytest.raises(BundleError, match=r"f\.json: .*half of a surrogate pair"):
+        parse_json('{"a": ["\\uD83D and more"]}', "f.json")
