@@ -58,21 +58,27 @@ def read_json(
     return document
 
 
-def parse_json(text: str, where: str, *, error: type[PocketVLMError] = BundleError) -> Any:
+def parse_json(text: str | bytes, where: str, *, error: type[Exception] = BundleError) -> Any:
     """Parses JSON text.
 
     Args:
-        text: The text.
+        text: The text, or its UTF-8 bytes.
         where: Where it comes from, for the message.
-        error: What is raised when it is no JSON.
+        error: What is raised when it is not JSON.
 
     Raises:
         PocketVLMError: `error`, with one line.
     """
     try:
+        if isinstance(text, bytes):
+            text = text.decode()
         document = json.loads(text)
         if _SURROGATE.search(text):
             json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeDecodeError as fault:
+        raise error(
+            f"{where}: cannot be read as JSON: it is not UTF-8: byte {fault.start}"
+        ) from fault
     except UnicodeEncodeError as fault:
         raise error(
             f"{where}: cannot be read as JSON: a text holds half of a surrogate pair"

@@ -53,9 +53,14 @@ def check_rule(rule: Rule) -> None:
 
 
 def assign_rules(
-    rules: Sequence[RuleT], linears: Iterable[LinearSpec]
+    rules: Sequence[RuleT], linears: Iterable[LinearSpec], *, field: str = "rules"
 ) -> dict[LinearSpec, RuleT | None]:
     """Gives every layer the first rule that matches it, or `None`.
+
+    Args:
+        rules: The rules, in order.
+        linears: The layers.
+        field: The option that holds the rules, for the message.
 
     Raises:
         RecipeError: A rule matches no layer at all, whether or not an earlier one took them:
@@ -65,7 +70,7 @@ def assign_rules(
     for index, rule in enumerate(rules):
         if not any(_matches(rule, linear) for linear in linears):
             raise RecipeError(
-                f"rules.{index}: {_describe(rule)} matches none of the {len(linears)} layers; "
+                f"{field}.{index}: {_describe(rule)} matches none of the {len(linears)} layers; "
                 f"names look like {linears[0].name!r}"
             )
     return {

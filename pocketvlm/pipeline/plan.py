@@ -6,14 +6,15 @@ the reason and what would work. Predictions are labelled predictions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
-from pocketvlm.errors import CheckpointError, UnsupportedError, join_problems
+from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
 from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
 from pocketvlm.pipeline.preflight import Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
@@ -255,7 +256,8 @@ def _planned_forms(
         spec_after = getattr(stage, "spec_after", None)
         if spec_after is not None:
             spec = spec_after(spec)
-        found = _forms_after(stage, spec, forms)
+        with _naming(stage):
+            found = _forms_after(stage, spec, forms)
         forms.update(
             {
                 linear: _keep_mask(linear, forms.get(linear), form)
@@ -264,6 +266,17 @@ def _planned_forms(
             }
         )
     return spec, {linear: forms.get(linear) for linear in spec.linears()}
+
+
+@contextmanager
+def _naming(stage: Stage) -> Iterator[None]:
+    """A refusal names its stage: several stages have rules."""
+    try:
+        yield
+    except RecipeError as error:
+        if str(error).startswith(f"{stage.method}:"):
+            raise
+        raise RecipeError(f"{stage.method}: {error}") from error
 
 
 def _forms_after(

@@ -128,7 +128,10 @@ def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> C
         return CalibrationSet.from_reference(seed=options.seed, n=options.samples)
     if source == "synthetic":
         return CalibrationSet.synthetic(n=options.samples, seed=options.seed)
-    return CalibrationSet.from_folder(Path(source), limit=options.samples)
+    try:
+        return CalibrationSet.from_folder(Path(source), limit=options.samples)
+    except OSError as error:  # a name that no file system takes
+        raise CalibrationError(f"calibration.source: {error.strerror}: {source[:60]}") from error
 
 
 def load_evaluation(data: str, n: int) -> CalibrationSet:

@@ -11,7 +11,6 @@ is done in memory: nothing is left on a disk.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.errors import BundleError
+from pocketvlm.json_io import parse_json
 from pocketvlm.runtime.sparse_span import Bytes, MaskedSpan
 
 __all__ = ["MAGIC", "PREFIX", "VERSION", "ExpandedFile", "expand", "expanded_path", "plain_path"]
@@ -123,7 +123,7 @@ def _read_document(packed: Bytes) -> tuple[dict[str, Any], Bytes]:
     body = PREFIX.size + length
     if body > packed.size:
         raise ValueError("it is cut off")
-    document = json.loads(packed[PREFIX.size : body].tobytes())
+    document = parse_json(packed[PREFIX.size : body].tobytes(), "its document", error=ValueError)
     if not isinstance(document, dict):
         raise TypeError("its document is no object")
     return document, packed[body:]

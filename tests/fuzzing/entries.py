@@ -196,7 +196,16 @@ def _setting(rng: random.Random, folder: Path, materials: Materials) -> Case:
     return Case(
         ["plan", str(model), "--recipe", name, *settings],
         (
-            *("--set", name, "stages", "argument", "sensitivity", "folder", "bits"),
+            *(
+                "--set",
+                name,
+                "stages",
+                "argument",
+                "calibration.source",
+                "sensitivity",
+                "folder",
+                "bits",
+            ),
             *_stages_and_targets(),
         ),
     )

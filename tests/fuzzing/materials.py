@@ -172,6 +172,8 @@ def sign_again(folder: Path, name: str, *, files: bool = True) -> None:
         files: Whether the digests of files are made true as well as that of the document.
     """
     file = folder / name
+    if not file.is_file():  # a pipe would wait for its writer
+        return
     try:
         document = json.loads(file.read_bytes())
         signed = document["files"] if files else {}

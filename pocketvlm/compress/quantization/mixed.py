@@ -263,7 +263,7 @@ class MixedPrecision:
         """What each layer may become, for densities of pruned ones; a pinned one has no choice."""
         linears = tuple(spec.linears())
         try:
-            pinned = assign_rules(self.pins, linears)
+            pinned = assign_rules(self.pins, linears, field="pins")
         except RecipeError as error:
             raise RecipeError(f"pins: {error}") from error
         offered: dict[LinearSpec, tuple[Option, ...]] = {}

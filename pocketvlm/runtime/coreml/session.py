@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pocketvlm.bundle import Bundle
 from pocketvlm.child_process import module_command
 from pocketvlm.errors import CheckFailedError
+from pocketvlm.json_io import parse_json
 from pocketvlm.runtime.coreml.frames import FRAME_HEADER, decode_frame, encode_frame
 from pocketvlm.runtime.mil.types import Array
 from pocketvlm.runtime.runner import Runner
@@ -79,7 +80,7 @@ def measure_function(
 def _read_result(file: Path, what: str) -> dict[str, Any]:
     """A result that has everything in it."""
     try:
-        document = json.loads(file.read_bytes())
+        document = parse_json(file.read_bytes(), "its result", error=ValueError)
         complete = all(
             document[name] and all(isinstance(value, int | float) for value in document[name])
             for name in _SAMPLES

@@ -89,6 +89,7 @@ def read_header(descriptor: int, *, max_bytes: int = _MAX_HEADER_BYTES) -> dict[
     (size,) = _LENGTH.unpack(first)
     if size > max_bytes:
         raise FrameError(f"a header of {size} bytes")
+    # Not `parse_json`: a path whose bytes are not UTF-8 is spelled with halves of surrogate pairs.
     try:
         header = json.loads(bytes(_read(descriptor, size)))
     except (ValueError, RecursionError) as error:
