@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.context import RunContext
-from pocketvlm.export.parity import RUNNERS
-from pocketvlm.forward import embed_prompts, encode_images, greedy_generate
+from pocketvlm.export.parity.certify import RUNNERS
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.processor import user_message
+from pocketvlm.reference_graph.forward import embed_prompts, encode_images, greedy_generate
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.weights.modules import cache_dense_weights
 
 _NEW_TOKENS = 16
 

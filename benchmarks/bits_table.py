@@ -30,21 +30,21 @@ from answer_rows import COLUMNS, RULE, Row
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.divergence import mean_divergence
-from pocketvlm.calibration.suffix import SuffixRunner
+from pocketvlm.calibration.gradients.divergence import mean_divergence
+from pocketvlm.calibration.walk.partial_forward import PartialForward
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.awq import Awq
-from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.mixed import MixedPrecision
-from pocketvlm.compress.quantization.rtn import RoundToNearest
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.quantization.affine.awq import Awq
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.codebook.stage import Codebook, CodebookRule
+from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
-from pocketvlm.weights import total_stored_bytes
+from pocketvlm.weights.form import total_stored_bytes
 
 # Bits of a code and most columns that may share a scale; None is one scale a row.
 SCALAR = {2.0: (2, None), 2.25: (2, 128), 3.0: (3, None), 4.0: (4, None), 8.0: (8, None)}
@@ -166,7 +166,7 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
 @torch.no_grad()
 def _log_probabilities(checkpoint: Checkpoint, samples: CalibrationSet) -> Tensor:
     """Of all tokens of the right answers, float64 [tokens, vocabulary]."""
-    logits = torch.cat(list(SuffixRunner(checkpoint, samples).logits))
+    logits = torch.cat(list(PartialForward(checkpoint, samples).logits))
     return logits.to(torch.float64).log_softmax(dim=-1)
 
 

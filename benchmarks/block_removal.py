@@ -22,7 +22,7 @@ from answer_rows import COLUMNS, RULE, Row
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.depth import BlockImportance, PruneDepth
+from pocketvlm.compress.pruning.depth.stage import BlockImportance, PruneDepth
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, score_checkpoint
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path

@@ -19,7 +19,7 @@ from shape_bundles import write_bundle
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 
 _SHAPE = "smolvlm-256m"
 _BOUNDS = {"int4-balanced": 0.40, "int4-small": 0.30}

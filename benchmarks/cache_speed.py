@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from pocketvlm.runtime.onnx_engine import onnxruntime
+from pocketvlm.runtime.onnx.engine import onnxruntime
 
 # Heads, heads of keys and values, channels of a head.
 _SHAPES = {"SmolVLM-256M": (9, 3, 64), "SmolVLM-500M": (15, 5, 64), "16/8/128": (16, 8, 128)}

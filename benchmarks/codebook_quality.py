@@ -17,15 +17,15 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.codebook.stage import Codebook, CodebookRule
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
-from pocketvlm.weights import total_stored_bytes
+from pocketvlm.weights.form import total_stored_bytes
 
 
 def stages_for(spec: ModelSpec, table_bits: int) -> dict[str, Stage]:

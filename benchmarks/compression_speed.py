@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.blocks import InputMoments
-from pocketvlm.calibration.statistics import SecondMoment
-from pocketvlm.compress.evidence import weigh_moments
-from pocketvlm.compress.quantization.codebook import CodebookRule
-from pocketvlm.compress.quantization.codebook_fit import CodebookFitter
-from pocketvlm.compress.quantization.fitting import Fitter, fit_layer
-from pocketvlm.compress.quantization.gptq import AffineFitter
-from pocketvlm.compress.quantization.rules import Assignment, LayerRule, WeightRule
-from pocketvlm.modelspec import LinearSpec
-from pocketvlm.weights import DenseWeight
+from pocketvlm.calibration.walk.moments import SecondMoment
+from pocketvlm.calibration.walk.walk import InputMoments
+from pocketvlm.compress.layerwise.hessian import weigh_moments
+from pocketvlm.compress.quantization.affine.gptq import AffineFitter
+from pocketvlm.compress.quantization.affine.rules import Assignment, LayerRule, WeightRule
+from pocketvlm.compress.quantization.codebook.fit import CodebookFitter
+from pocketvlm.compress.quantization.codebook.stage import CodebookRule
+from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer, fit_layer
+from pocketvlm.models.spec import LinearSpec
+from pocketvlm.weights.dense import DenseWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "compress" / "quantization"))
 from straightforward import hessian_of, straightforward_gptq
@@ -65,7 +65,7 @@ def block_layers(tokens: int, seed: int) -> list[tuple[Tensor, Tensor, list[Tens
 def quantize_ours(
     steps: list[tuple[Tensor, Tensor, list[Tensor]]],
     rule: LayerRule,
-    fitter: Fitter[LayerRule],
+    fitter: LayerQuantizer[LayerRule],
 ) -> None:
     """All layers of a block, as a stage does it."""
     for fitted, held_out, weights in steps:

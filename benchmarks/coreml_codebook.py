@@ -23,13 +23,14 @@ import torch
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.closeness import sqnr_db
 from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.parity.metrics import sqnr_db
 from pocketvlm.export.torch_runner import TorchRunner
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.sources import resolve_model
 from pocketvlm.runtime.coreml.runner import CoremlRunner
-from pocketvlm.weights import CodebookWeight, Lookup, cache_dense_weights
+from pocketvlm.weights.codebook import CodebookWeight, Lookup
+from pocketvlm.weights.modules import cache_dense_weights
 
 _LENGTH, _ENTRIES, _BITS = 4, 256, 8
 

@@ -21,25 +21,25 @@ from typing import Any
 
 import torch
 
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.context import RunContext
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.coreml.toolkit import listen
-from pocketvlm.modelspec import LinearSpec, Part
+from pocketvlm.machine import peak_rss_bytes
+from pocketvlm.models.spec import LinearSpec, Part
 from pocketvlm.pipeline.sources import load_checkpoint
-from pocketvlm.planned import PlannedCodebook, PlannedForm
 from pocketvlm.recipes.load import load_recipe
-from pocketvlm.report import peak_rss_bytes
-from pocketvlm.testing import write_shape
-from pocketvlm.weights import CodebookWeight, Lookup
+from pocketvlm.reference.random_models import write_shape
+from pocketvlm.weights.codebook import CodebookWeight, Lookup
+from pocketvlm.weights.layout import CodebookLayout, WeightLayout
 
-Planned = dict[LinearSpec, PlannedForm | None]
+Planned = dict[LinearSpec, WeightLayout | None]
 
 _SHAPE = "smolvlm-256m"
 _RECIPE = "int4-small"
-_TABLES = PlannedCodebook(index_bits=8, vector_length=4)
+_TABLES = CodebookLayout(index_bits=8, vector_length=4)
 _DECODER_PARTS: tuple[Part, ...] = ("decoder", "embedding", "head")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from shape_bundles import write_bundle
 
-from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 
 _SHAPE = "smolvlm-256m"
 _BAR = 3.0

@@ -22,15 +22,15 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.answer_losses import AnswerLosses
-from pocketvlm.calibration.layer_gradients import walk_gradients
+from pocketvlm.calibration.gradients.answer_losses import AnswerLosses
+from pocketvlm.calibration.gradients.layer_gradients import walk_gradients
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.allocation import Uniform
-from pocketvlm.compress.pruning.ecoflap import Ecoflap
-from pocketvlm.compress.pruning.wanda import Wanda
+from pocketvlm.compress.pruning.unstructured.allocation import Uniform
+from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
+from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext, derive_seed
 from pocketvlm.reference import reference_model_path
-from pocketvlm.weights import DenseWeight
+from pocketvlm.weights.dense import DenseWeight
 
 STEPS = (1e-1, 1e-2, 1e-3)
 _MIDDLE = 1e-2

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.export.executorch.target import ToExecutorch
@@ -29,8 +29,8 @@ from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.run import compress_checkpoint
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import load_recipe
+from pocketvlm.reference.random_models import write_shape
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
-from pocketvlm.testing import write_shape
 
 _PROMPT = 128
 _CONTEXT = 1024

@@ -27,9 +27,9 @@ def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, 
     """Loads, prunes, and reads what either took; called in a process of its own."""
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
-    from pocketvlm.compress.pruning.gblm import Gblm
+    from pocketvlm.compress.pruning.unstructured.gblm import Gblm
     from pocketvlm.context import RunContext
-    from pocketvlm.report import peak_rss_bytes
+    from pocketvlm.machine import peak_rss_bytes
 
     ctx = RunContext(scratch_dir=scratch)
     calibration = CalibrationSet.synthetic(samples)
@@ -90,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pocketvlm-") as folder:
         model = arguments.model
         if model is None:
-            from pocketvlm.testing import write_shape
+            from pocketvlm.reference.random_models import write_shape
 
             model = write_shape(arguments.shape, Path(folder) / "model")
         rows = []

@@ -16,9 +16,9 @@ from typing import Any
 
 from shape_bundles import write_bundle
 
-from pocketvlm.device_bench.html import render_html
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
+from pocketvlm.reports.html import render_html
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
 SHOWN = ("vision_ms", "prefill_ms", "ttft_user_ms", "ttft_engine_ms", "decode_tok_s")

@@ -22,28 +22,31 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.blocks import BlockWalk, SharedInput
+from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.error_feedback import Factor, quantize_with_feedback
-from pocketvlm.compress.evidence import (
-    Evidence,
+from pocketvlm.compress.layerwise.error_feedback import Factor, quantize_with_feedback
+from pocketvlm.compress.layerwise.hessian import (
+    InputHessian,
     compare_outputs,
     diagonal_block_width,
     weigh_moments,
 )
-from pocketvlm.compress.pruning.patterns import Unstructured, select
-from pocketvlm.compress.pruning.rules import DEFAULT_RULES, choose_layers
-from pocketvlm.compress.pruning.sparsegpt import MaskedRounding, prune_with_feedback
-from pocketvlm.compress.pruning.wanda import score_wanda
+from pocketvlm.compress.pruning.unstructured.patterns import Unstructured, select
+from pocketvlm.compress.pruning.unstructured.rules import DEFAULT_RULES, choose_layers
+from pocketvlm.compress.pruning.unstructured.sparsegpt import MaskedRounding, prune_with_feedback
+from pocketvlm.compress.pruning.unstructured.wanda import score_wanda
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
-from pocketvlm.weights import DenseWeight, WeightForm
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
 
 PATTERN = Unstructured()
 PUBLISHED = 128
 WIDTHS = (8, 32, 128)
 
 
-def published(dense: Tensor, evidence: Evidence, factors: Sequence[Factor], ratio: float) -> Tensor:
+def published(
+    dense: Tensor, evidence: InputHessian, factors: Sequence[Factor], ratio: float
+) -> Tensor:
     """The paper's masks: the same share of every group, over all rows."""
     values = torch.empty_like(dense)
     for part, factor in zip(evidence.slices, factors, strict=True):
@@ -55,7 +58,7 @@ def published(dense: Tensor, evidence: Evidence, factors: Sequence[Factor], rati
     return values
 
 
-def losses_of(form: WeightForm, evidence: Evidence, ratio: float) -> dict[str, float]:
+def losses_of(form: WeightForm, evidence: InputHessian, ratio: float) -> dict[str, float]:
     """Relative loss of one layer's outputs by every choice."""
     dense = form.dequantize().to(torch.float64)
     kept = round((1 - ratio) * dense.numel())
@@ -90,7 +93,7 @@ def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str,
     )
     rows: list[dict[str, object]] = []
     for step in walk:
-        if not isinstance(step, SharedInput) or step.moments is None:
+        if not isinstance(step, LinearGroup) or step.moments is None:
             continue
         names = [name for name in step.names if name in wanted]
         if not names:

@@ -21,9 +21,9 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.mixed import MixedPrecision
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import compare_scores, score_checkpoint
 from pocketvlm.json_io import write_json

@@ -25,17 +25,17 @@ from answer_rows import COLUMNS, RULE, Row
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.allocation import Budget, Uniform
-from pocketvlm.compress.pruning.ecoflap import Ecoflap
-from pocketvlm.compress.pruning.gblm import Gblm
-from pocketvlm.compress.pruning.magnitude import Magnitude
-from pocketvlm.compress.pruning.patterns import Pattern, SemiStructured, Unstructured
-from pocketvlm.compress.pruning.pruner import Pruner
-from pocketvlm.compress.pruning.sparsegpt import SparseGpt
-from pocketvlm.compress.pruning.wanda import Wanda
+from pocketvlm.compress.pruning.unstructured.allocation import Budget, Uniform
+from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
+from pocketvlm.compress.pruning.unstructured.gblm import Gblm
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.patterns import Pattern, SemiStructured, Unstructured
+from pocketvlm.compress.pruning.unstructured.pruner import Pruner
+from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
+from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.modelspec import LinearSpec
+from pocketvlm.models.spec import LinearSpec
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 SCORES: dict[str, type[Pruner]] = {

@@ -29,10 +29,10 @@ METHODS = ("gptq", "vptq", "mixed")
 
 def stages_for(blocks: int, depth: int) -> Mapping[str, Callable[[], Any]]:
     """The stages, which leave blocks from `blocks` on as they are."""
-    from pocketvlm.compress.quantization.codebook import Codebook, CodebookRule
-    from pocketvlm.compress.quantization.gptq import Gptq
-    from pocketvlm.compress.quantization.mixed import MixedPrecision
-    from pocketvlm.compress.quantization.rules import WeightRule
+    from pocketvlm.compress.quantization.affine.gptq import Gptq
+    from pocketvlm.compress.quantization.affine.rules import WeightRule
+    from pocketvlm.compress.quantization.codebook.stage import Codebook, CodebookRule
+    from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 
     rest = tuple(range(blocks, depth))
     kept = WeightRule(blocks=rest, bits=None)
@@ -57,7 +57,7 @@ def quantize(model: Path, method: str, blocks: int, samples: int, scratch: Path)
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.context import RunContext
-    from pocketvlm.report import peak_rss_bytes
+    from pocketvlm.machine import peak_rss_bytes
 
     started = time.perf_counter()
     checkpoint = Checkpoint.load(model)
@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pocketvlm-") as folder:
         model = arguments.model
         if model is None:
-            from pocketvlm.testing import write_shape
+            from pocketvlm.reference.random_models import write_shape
 
             model = write_shape(arguments.shape, Path(folder) / "model")
         rows = []

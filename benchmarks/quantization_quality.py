@@ -22,14 +22,14 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.awq import Awq
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.rotation import Rotate
-from pocketvlm.compress.quantization.rtn import RoundToNearest
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.quantization.affine.awq import Awq
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 Stage = Awq | Gptq | Rotate | RoundToNearest

@@ -18,9 +18,9 @@ import torch
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
-from pocketvlm.compress.pruning.depth import PruneDepth
-from pocketvlm.compress.pruning.magnitude import Magnitude
-from pocketvlm.compress.pruning.width import PruneWidth
+from pocketvlm.compress.pruning.depth.stage import PruneDepth
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.width.stage import PruneWidth
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.recipes.stages import Stage

@@ -18,16 +18,21 @@ import numpy as np
 import torch
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.source import CalibrationSet, Sample
+from pocketvlm.calibration.data.source import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.evaluation.answers import exact_match
-from pocketvlm.forward import decode_logits, embed_prompts, encode_images, greedy_generate
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.processor import user_message
+from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_arithmetic
+from pocketvlm.reference_graph.forward import (
+    decode_logits,
+    embed_prompts,
+    encode_images,
+    greedy_generate,
+)
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.simulation import Arithmetic, simulate_arithmetic
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.weights.modules import cache_dense_weights
 
 _NEW_TOKENS = 16
 _ARITHMETICS: tuple[Arithmetic, ...] = ("float32", "onnx")

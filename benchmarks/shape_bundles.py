@@ -10,14 +10,14 @@ from pathlib import Path
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.rtn import round_to_nearest
+from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.selection import assign_rules
 from pocketvlm.pipeline.assemble import write_graphs
-from pocketvlm.publish import replace_directory
 from pocketvlm.recipes.load import load_recipe
-from pocketvlm.selection import assign_rules
-from pocketvlm.testing import write_shape
+from pocketvlm.reference.random_models import write_shape
 
 __all__ = ["bundle_of", "write_bundle"]
 
@@ -28,7 +28,7 @@ def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
     The recipe's token reduction is left out: it changes neither bytes nor the decoder's speed.
 
     Args:
-        shape: Name in `pocketvlm.testing.SHAPES`.
+        shape: Name in `pocketvlm.reference.random_models.SHAPES`.
         recipe: Name of a shipped recipe, of whose quantizing stage the rules are taken.
         folder: The bundle; the model is written to a folder beside it.
     """

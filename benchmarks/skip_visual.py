@@ -24,15 +24,15 @@ import numpy as np
 from shape_bundles import bundle_of
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.visual_use import measure_visual_use
+from pocketvlm.calibration.gradients.visual_use import measure_visual_use
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
-from pocketvlm.compress.pruning.skip_visual import SkipVisual
+from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
 from pocketvlm.pipeline.sources import resolve_model
-from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.testing import write_shape
+from pocketvlm.reference.random_models import write_shape
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 
 _SHAPE = "smolvlm-256m"
 

@@ -27,27 +27,27 @@ import torch
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.patterns import (
+from pocketvlm.compress.pruning.unstructured.patterns import (
     Blocked,
     Pattern,
     SemiStructured,
     Unstructured,
     plan_mask,
 )
-from pocketvlm.compress.quantization.affine import AffineScheme
-from pocketvlm.compress.quantization.rtn import round_to_nearest
+from pocketvlm.compress.quantization.affine.grid import AffineScheme
+from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
 from pocketvlm.context import RunContext
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.modelspec import LinearSpec
+from pocketvlm.models.spec import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
-from pocketvlm.planned import PlannedAffine, PlannedForm, plan_behind_mask
 from pocketvlm.recipes.stages import Target
 from pocketvlm.reference import reference_model_path
-from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.testing import SHAPES, write_shape
-from pocketvlm.weights import SparseWeight
+from pocketvlm.reference.random_models import SHAPES, write_shape
+from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.weights.layout import AffineLayout, WeightLayout, plan_behind_mask
+from pocketvlm.weights.sparse import SparseWeight
 
 _PATTERNS: Mapping[str, Pattern | None] = {
     "none": None,
@@ -61,7 +61,7 @@ _ROUNDS = 5
 _STEPS = 12
 _PRUNED = ("tower", "projector", "decoder")
 
-Plans = Mapping[LinearSpec, PlannedForm | None]
+Plans = Mapping[LinearSpec, WeightLayout | None]
 
 
 def draw_mask(pattern: Pattern, rows: int, columns: int, random: torch.Generator) -> torch.Tensor:
@@ -82,15 +82,15 @@ def make(model: Path, pattern: Pattern | None, bits: int | None) -> tuple[Checkp
     """A model of which half is masked, rounded to symmetric integers where `bits` says so."""
     random = torch.Generator().manual_seed(0)
     checkpoint = Checkpoint.load(model)
-    plans: dict[LinearSpec, PlannedForm | None] = {}
+    plans: dict[LinearSpec, WeightLayout | None] = {}
     for linear in checkpoint.spec.linears():
         form = checkpoint.form(linear.name)
-        plan: PlannedForm | None = None
+        plan: WeightLayout | None = None
         if pattern is not None and linear.part in _PRUNED:
             form = SparseWeight.from_form(form, draw_mask(pattern, *form.shape, random))
             plan = plan_mask(pattern, 0.5)
         if bits is not None:
-            grid = PlannedAffine(bits=bits, group_size=_GROUP, symmetric=True)
+            grid = AffineLayout(bits=bits, group_size=_GROUP, symmetric=True)
             plan = plan_behind_mask(linear.name, plan, grid) if plan is not None else grid
             scheme = AffineScheme(bits=bits, symmetric=True)
             form, _ = round_to_nearest(form, scheme=scheme, group_size=_GROUP)

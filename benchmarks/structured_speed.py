@@ -28,12 +28,12 @@ import torch
 from shape_bundles import bundle_of
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.blocks import Block, remove_blocks
-from pocketvlm.compress.pruning.channels import Widths, remove_units, unit_groups
-from pocketvlm.compress.pruning.widths import choose_widths
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.testing import write_shape
+from pocketvlm.compress.pruning.depth.blocks import Block, remove_blocks
+from pocketvlm.compress.pruning.width.channels import Widths, remove_units, unit_groups
+from pocketvlm.compress.pruning.width.widths import choose_widths
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference.random_models import write_shape
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 
 _SHAPE = "smolvlm-256m"
 _RECIPES = {"float32": "float", "int4": "int4-balanced"}

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import SCORES, ReduceTokens
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
-from pocketvlm.reduction import POSITION_POLICIES
+from pocketvlm.models.reducer import POSITION_POLICIES
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 _RANDOM_SEEDS = (0, 1)

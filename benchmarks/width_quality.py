@@ -21,10 +21,10 @@ from answer_rows import COLUMNS, RULE, Row
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.flap import Flap
-from pocketvlm.compress.pruning.taylor import Taylor
-from pocketvlm.compress.pruning.unit_scores import UnitMagnitude
-from pocketvlm.compress.pruning.width import PruneWidth
+from pocketvlm.compress.pruning.width.flap import Flap
+from pocketvlm.compress.pruning.width.stage import PruneWidth
+from pocketvlm.compress.pruning.width.taylor import Taylor
+from pocketvlm.compress.pruning.width.unit_scores import UnitMagnitude
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path

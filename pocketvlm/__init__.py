@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pocketvlm.bundle import Bundle
-    from pocketvlm.calibration.source import CalibrationSet, Sample
+    from pocketvlm.calibration.data.source import CalibrationSet, Sample
     from pocketvlm.checkpoint import Checkpoint, StageRecord
     from pocketvlm.compress.distillation.stage import Distill
-    from pocketvlm.compress.pruning.depth import PruneDepth
-    from pocketvlm.compress.pruning.ecoflap import Ecoflap
-    from pocketvlm.compress.pruning.gblm import Gblm
-    from pocketvlm.compress.pruning.magnitude import Magnitude
-    from pocketvlm.compress.pruning.rules import PruneRule
-    from pocketvlm.compress.pruning.skip_visual import SkipVisual
-    from pocketvlm.compress.pruning.sparsegpt import SparseGpt
-    from pocketvlm.compress.pruning.sparsegpt_gptq import SparseGptGptq
-    from pocketvlm.compress.pruning.wanda import Wanda
-    from pocketvlm.compress.pruning.width import PruneWidth
-    from pocketvlm.compress.quantization.awq import Awq
-    from pocketvlm.compress.quantization.cache import QuantizeCache
-    from pocketvlm.compress.quantization.codebook import Codebook
-    from pocketvlm.compress.quantization.codebook_rules import CodebookRule
-    from pocketvlm.compress.quantization.gptq import Gptq
-    from pocketvlm.compress.quantization.mixed import MixedPrecision
-    from pocketvlm.compress.quantization.rotation import Rotate
-    from pocketvlm.compress.quantization.rtn import RoundToNearest
-    from pocketvlm.compress.quantization.rules import WeightRule
+    from pocketvlm.compress.pruning.depth.stage import PruneDepth
+    from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
+    from pocketvlm.compress.pruning.unstructured.gblm import Gblm
+    from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+    from pocketvlm.compress.pruning.unstructured.rules import PruneRule
+    from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
+    from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq
+    from pocketvlm.compress.pruning.unstructured.wanda import Wanda
+    from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
+    from pocketvlm.compress.pruning.width.stage import PruneWidth
+    from pocketvlm.compress.quantization.affine.awq import Awq
+    from pocketvlm.compress.quantization.affine.gptq import Gptq
+    from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+    from pocketvlm.compress.quantization.affine.rules import WeightRule
+    from pocketvlm.compress.quantization.codebook.rules import CodebookRule
+    from pocketvlm.compress.quantization.codebook.stage import Codebook
+    from pocketvlm.compress.quantization.kv_cache import QuantizeCache
+    from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
+    from pocketvlm.compress.quantization.transforms.rotation import Rotate
     from pocketvlm.compress.tokens.stage import ReduceTokens
     from pocketvlm.context import Progress, RunContext
     from pocketvlm.errors import PocketVLMError
     from pocketvlm.export.coreml.target import ToCoreml
     from pocketvlm.export.executorch.target import ToExecutorch
     from pocketvlm.export.onnx.target import ToOnnx
-    from pocketvlm.modelspec import ModelSpec
+    from pocketvlm.models.spec import ModelSpec
     from pocketvlm.pipeline.plan import plan
     from pocketvlm.pipeline.run import RunResult, compress_checkpoint, run
     from pocketvlm.pipeline.sources import load_checkpoint
@@ -110,42 +110,42 @@ stop_reporting()
 hush_imports()
 
 _HOMES = {
-    "Awq": "compress.quantization.awq",
+    "Awq": "compress.quantization.affine.awq",
     "Bundle": "bundle",
-    "CalibrationSet": "calibration.source",
+    "CalibrationSet": "calibration.data.source",
     "Checkpoint": "checkpoint",
-    "Codebook": "compress.quantization.codebook",
-    "CodebookRule": "compress.quantization.codebook_rules",
+    "Codebook": "compress.quantization.codebook.stage",
+    "CodebookRule": "compress.quantization.codebook.rules",
     "Conversation": "runtime.conversation",
     "Distill": "compress.distillation.stage",
-    "Ecoflap": "compress.pruning.ecoflap",
-    "Gblm": "compress.pruning.gblm",
-    "Gptq": "compress.quantization.gptq",
-    "Magnitude": "compress.pruning.magnitude",
-    "MixedPrecision": "compress.quantization.mixed",
-    "ModelSpec": "modelspec",
+    "Ecoflap": "compress.pruning.unstructured.ecoflap",
+    "Gblm": "compress.pruning.unstructured.gblm",
+    "Gptq": "compress.quantization.affine.gptq",
+    "Magnitude": "compress.pruning.unstructured.magnitude",
+    "MixedPrecision": "compress.quantization.mixed.stage",
+    "ModelSpec": "models.spec",
     "PocketVLMError": "errors",
     "Progress": "context",
-    "PruneDepth": "compress.pruning.depth",
-    "PruneRule": "compress.pruning.rules",
-    "PruneWidth": "compress.pruning.width",
-    "QuantizeCache": "compress.quantization.cache",
+    "PruneDepth": "compress.pruning.depth.stage",
+    "PruneRule": "compress.pruning.unstructured.rules",
+    "PruneWidth": "compress.pruning.width.stage",
+    "QuantizeCache": "compress.quantization.kv_cache",
     "Recipe": "recipes.load",
     "ReduceTokens": "compress.tokens.stage",
-    "Rotate": "compress.quantization.rotation",
-    "RoundToNearest": "compress.quantization.rtn",
+    "Rotate": "compress.quantization.transforms.rotation",
+    "RoundToNearest": "compress.quantization.affine.rtn",
     "RunContext": "context",
     "RunResult": "pipeline.run",
-    "Sample": "calibration.source",
-    "SkipVisual": "compress.pruning.skip_visual",
-    "SparseGpt": "compress.pruning.sparsegpt",
-    "SparseGptGptq": "compress.pruning.sparsegpt_gptq",
+    "Sample": "calibration.data.source",
+    "SkipVisual": "compress.pruning.visual_cutoff",
+    "SparseGpt": "compress.pruning.unstructured.sparsegpt",
+    "SparseGptGptq": "compress.pruning.unstructured.sparsegpt_gptq",
     "StageRecord": "checkpoint",
     "ToCoreml": "export.coreml.target",
     "ToExecutorch": "export.executorch.target",
     "ToOnnx": "export.onnx.target",
-    "Wanda": "compress.pruning.wanda",
-    "WeightRule": "compress.quantization.rules",
+    "Wanda": "compress.pruning.unstructured.wanda",
+    "WeightRule": "compress.quantization.affine.rules",
     "compress_checkpoint": "pipeline.run",
     "load_checkpoint": "pipeline.sources",
     "load_recipe": "recipes.load",

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pocketvlm.errors import BundleError, PocketVLMError
-from pocketvlm.files import MAX_TEXT_BYTES, read_text
+from pocketvlm.files.publish import replace_file
+from pocketvlm.files.reader import MAX_TEXT_BYTES, read_text
 from pocketvlm.printable import STEERING
-from pocketvlm.publish import replace_file
 
 __all__ = ["DecodeError", "decode", "parse_json", "read_json", "write_json"]
 

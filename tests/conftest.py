@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -15,10 +16,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 FAMILIES = ("llava", "smolvlm")
 
 
+# The same examples each time: a run that fails can be run again.
+settings.register_profile("seeded", derandomize=True)
+settings.load_profile("seeded")
+
+
 @pytest.fixture(scope="session")
 def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories of the tiny random models by family."""
-    from pocketvlm.testing import tiny_config, write_random_model
+    from pocketvlm.reference.random_models import tiny_config, write_random_model
 
     root = tmp_path_factory.mktemp("tiny")
     for family in FAMILIES:
@@ -51,7 +57,7 @@ def notes_of_ours(notes: Sequence[str]) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def deep_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories of tiny models whose decoders have four layers, by family."""
-    from pocketvlm.testing import tiny_config, write_random_model
+    from pocketvlm.reference.random_models import tiny_config, write_random_model
 
     root = tmp_path_factory.mktemp("deep")
     for family in FAMILIES:

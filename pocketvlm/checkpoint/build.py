@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
-from pocketvlm.foreign_code import ATTENTION
+from pocketvlm.processor.foreign_code import ATTENTION
 
 __all__ = ["build_model", "build_skeleton"]
 

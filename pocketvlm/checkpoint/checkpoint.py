@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.checkpoint.build import build_model
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.checkpoint.folder import read_model_folder
@@ -31,11 +30,13 @@ from pocketvlm.checkpoint.save import write_checkpoint
 from pocketvlm.checkpoint.tensors import check_shape
 from pocketvlm.checkpoint.weight_files import verify_blobs
 from pocketvlm.errors import CheckpointError
-from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.processor import Processor
-from pocketvlm.publish import replace_directory
-from pocketvlm.reduction import TokenReducer
-from pocketvlm.weights import FormEmbedding, FormLinear, WeightForm
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.kv_cache import KVCacheScales
+from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
 __all__ = ["Checkpoint"]
 
@@ -59,7 +60,7 @@ class Checkpoint:
         reducer: The visual-token reduction, or `None` for all tokens.
         cache_grid: What the KV cache is rounded to, or `None` where it stays float32.
         visual_layers: First layers of the decoder that visual tokens run through
-            (`pocketvlm.visual_depth`), or `None` for all of them.
+            (`pocketvlm.reference_graph.visual_cutoff`), or `None` for all of them.
         history: One record a stage, in order.
     """
 
@@ -69,7 +70,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     source: Source
     reducer: TokenReducer | None = None
-    cache_grid: CacheGrid | None = None
+    cache_grid: KVCacheScales | None = None
     visual_layers: int | None = None
     history: tuple[StageRecord, ...] = ()
 
@@ -176,7 +177,12 @@ class Checkpoint:
             UnsupportedError: The config asks for something that the family does not support.
             KeyError: A weight or a vector is missing.
         """
-        spec = read_spec(config)
+        spec = replace(
+            read_spec(config),
+            image_token=self.spec.image_token,  # as the tokenizer spells them
+            image_prefix=self.spec.image_prefix,
+            image_suffix=self.spec.image_suffix,
+        )
         if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:
             raise CheckpointError(
                 f"visual tokens end behind {self.visual_layers} of {self.spec.decoder.depth} "

@@ -8,10 +8,10 @@ from typing import Any
 
 from pocketvlm.checkpoint.config_limits import check_sizes
 from pocketvlm.errors import CheckpointError
-from pocketvlm.files import locate
-from pocketvlm.foreign_code import plain_config, refuse_foreign_code
+from pocketvlm.files.reader import locate
 from pocketvlm.json_io import read_json
-from pocketvlm.modelspec import ModelSpec, supported_families
+from pocketvlm.models.spec import ModelSpec, supported_families
+from pocketvlm.processor.foreign_code import plain_config, refuse_foreign_code
 
 __all__ = ["parse_config", "read_config", "read_spec"]
 

@@ -36,18 +36,21 @@ _SIZES: Mapping[str, int] = {
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Checks every size of a configuration, at any depth.
+    """Checks every size and model type of a configuration, at any depth.
 
     Args:
         config: Content of a config.json.
         where: The file, for the message.
 
     Raises:
-        CheckpointError: A size is none, or larger than that of any model; the message has its path.
+        CheckpointError: A model type is no text, or a size is none or larger than that of any
+            model; the message has its path.
     """
     for count, (path, key, value) in enumerate(_values(config, "", 0, where)):
         if count > _MAX_VALUES:
             raise CheckpointError(f"{where}: holds more than {_MAX_VALUES:,} values")
+        if key == "model_type" and not isinstance(value, str | None):
+            raise CheckpointError(f"{where}: {path}: must be the name of a model type")
         most = _SIZES.get(key)
         if most is not None and value is not None:
             # A list of sizes, such as an image's height and width, is the family's to read.

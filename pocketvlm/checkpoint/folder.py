@@ -26,9 +26,9 @@ from pocketvlm.checkpoint.tensors import (
 )
 from pocketvlm.checkpoint.weight_files import find_weight_files
 from pocketvlm.errors import CheckpointError, name_some
-from pocketvlm.foreign_code import plain_config
-from pocketvlm.layouts import StoredLayout, read_stored_layout
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.processor.foreign_code import plain_config
+from pocketvlm.weights.formats import StoredLayout, read_stored_layout
 
 __all__ = ["ModelFolder", "read_model_folder"]
 

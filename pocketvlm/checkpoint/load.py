@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.checkpoint.folder import ModelFolder
 from pocketvlm.checkpoint.tensors import check_shape, read_tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import DecodeError, decode
-from pocketvlm.weights import FORMS, DenseWeight, FormEmbedding, FormLinear, WeightForm
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.forms import FORMS
+from pocketvlm.weights.kv_cache import KVCacheScales
+from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
 __all__ = ["CACHE_PREFIX", "load_cache_grid", "load_weights"]
 
@@ -131,7 +134,7 @@ def _owners(name: str, metadata: Mapping[str, Any]) -> Mapping[str, str]:
         raise CheckpointError(f"pocketvlm.json: {error}") from error
 
 
-def load_cache_grid(folder: ModelFolder) -> CacheGrid | None:
+def load_cache_grid(folder: ModelFolder) -> KVCacheScales | None:
     """What the KV cache of a saved checkpoint is rounded to; `None` where it stays float32."""
     tensors = {
         name.removeprefix(CACHE_PREFIX): read_tensor(stored)
@@ -144,4 +147,4 @@ def load_cache_grid(folder: ModelFolder) -> CacheGrid | None:
     for name, scales in tensors.items():
         expected = (decoder.depth, decoder.kv_heads, decoder.head_dim)
         check_shape(CACHE_PREFIX + name, tuple(scales.shape), expected)
-    return CacheGrid.from_tensors(tensors)
+    return KVCacheScales.from_tensors(tensors)

@@ -13,17 +13,17 @@ from typing import Any
 
 from pocketvlm.checkpoint.records import Source, StageRecord, timeless
 from pocketvlm.errors import CheckpointError
-from pocketvlm.files import locate
-from pocketvlm.json_io import DecodeError, decode, read_json, write_json
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
-from pocketvlm.signed_folder import (
+from pocketvlm.files.reader import locate
+from pocketvlm.files.signed_folder import (
     DIGEST_KEY,
     sign_document,
     sign_files,
     verify_document,
     verify_files,
 )
+from pocketvlm.json_io import DecodeError, decode, read_json, write_json
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
     "CHECKPOINT_SCHEMA",

@@ -13,7 +13,8 @@ from torch import Tensor
 from pocketvlm.checkpoint.load import CACHE_PREFIX
 from pocketvlm.checkpoint.manifest import StoredReducer, write_manifest
 from pocketvlm.errors import CheckpointError
-from pocketvlm.weights import DenseWeight, FormEmbedding, FormLinear
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
 if TYPE_CHECKING:
     from pocketvlm.checkpoint.checkpoint import Checkpoint

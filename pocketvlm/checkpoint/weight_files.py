@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.errors import CheckpointError, name_some
-from pocketvlm.files import file_sha256, is_lfs_pointer, locate
+from pocketvlm.files.reader import file_sha256, is_lfs_pointer, locate
 from pocketvlm.json_io import read_json
 
 __all__ = ["WeightFiles", "find_weight_files", "verify_blobs"]

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pocketvlm import __version__
-from pocketvlm.cli import judging, making, measuring
+from pocketvlm.cli import bench, compress, evaluate, inspect, report
 from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
 __all__ = ["app", "run", "run_command"]
@@ -28,20 +28,20 @@ app = typer.Typer(
     add_completion=False,
 )
 
-app.command()(making.compress)
-app.command()(making.plan)
-app.command()(judging.ask)
-app.command(name="eval")(judging.evaluate)
-app.command()(measuring.bench)
-app.command()(measuring.compare)
-app.command()(measuring.report)
-app.command()(making.convert)
-app.command()(making.recipes)
-app.command()(measuring.devices)
-app.command()(measuring.doctor)
-app.command()(judging.inspect)
-app.command(name="verify-coreml")(judging.verify_coreml)
-app.command()(making.demo)
+app.command()(compress.compress)
+app.command()(compress.plan)
+app.command()(evaluate.ask)
+app.command(name="eval")(evaluate.evaluate)
+app.command()(bench.bench)
+app.command()(report.compare)
+app.command()(report.report)
+app.command()(compress.convert)
+app.command()(compress.recipes)
+app.command()(bench.devices)
+app.command()(bench.doctor)
+app.command()(inspect.inspect)
+app.command(name="verify-coreml")(inspect.verify_coreml)
+app.command()(compress.demo)
 
 
 def run() -> None:

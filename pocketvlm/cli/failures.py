@@ -22,8 +22,8 @@ import pocketvlm
 from pocketvlm.cli.console import one_line, say
 from pocketvlm.cli.interrupts import announce, is_interrupted
 from pocketvlm.errors import InputError, PocketVLMError
+from pocketvlm.files.full_disk import describe_fault
 from pocketvlm.printable import printable
-from pocketvlm.storage import describe_fault
 
 __all__ = [
     "BROKEN_PIPE",

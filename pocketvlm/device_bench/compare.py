@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pocketvlm.device_bench.report_file import read_report
 from pocketvlm.errors import InputError
+from pocketvlm.reports.report_file import read_report
 
 __all__ = ["DEFAULT_BOUNDS", "Comparison", "compare_documents", "compare_reports", "parse_bounds"]
 

@@ -21,11 +21,11 @@ import psutil
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
-from pocketvlm.image_file import read_image
-from pocketvlm.report import peak_rss_bytes, process_peak_bytes
+from pocketvlm.images.file import read_image
+from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import choose_engine, open_engine
-from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY

@@ -30,7 +30,7 @@ from pocketvlm.device_bench.plausibility import Physics, check_plausibility
 from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_blocks
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import PocketVLMError, UnsupportedError
-from pocketvlm.files import file_sha256
+from pocketvlm.files.reader import file_sha256
 from pocketvlm.runtime.engines import EMULATED, choose_engine
 
 __all__ = ["Turn", "bench_bundle", "schedule"]

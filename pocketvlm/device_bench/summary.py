@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from pocketvlm.report import Samples
+from pocketvlm.machine import Samples
 
 __all__ = ["FIGURES", "paired_ratios", "relative_spread", "summarise_blocks", "summarise_samples"]
 

@@ -30,7 +30,7 @@ from pocketvlm.device_bench.bandwidth import last_level_cache_bytes, memory_read
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import PocketVLMError
-from pocketvlm.report import describe_environment
+from pocketvlm.machine import describe_environment
 
 __all__ = ["WORKER_SCHEMA", "main", "run_job"]
 

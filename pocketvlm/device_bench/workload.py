@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from pocketvlm.errors import InputError
-from pocketvlm.files import read_bytes
-from pocketvlm.image_file import MAX_FILE_BYTES, read_image
+from pocketvlm.files.reader import read_bytes
+from pocketvlm.images.file import MAX_FILE_BYTES, read_image
 
 __all__ = ["PRESETS", "Workload", "draw_picture", "fit_prompt", "load_workload"]
 

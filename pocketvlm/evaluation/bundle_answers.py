@@ -13,7 +13,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
-from pocketvlm.generation_settings import GenerationSettings
+from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
@@ -21,7 +21,7 @@ from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, l
 from pocketvlm.runtime.text import TextCodec
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.sample import Sample
+    from pocketvlm.calibration.data.sample import Sample
 
 __all__ = ["answer_with_bundle", "bundle_limits", "open_for_questions"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
-from pocketvlm.messages import Message
+from pocketvlm.prompt.messages import Message
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.source import Sample
+    from pocketvlm.calibration.data.source import Sample
 
 __all__ = [
     "PromptLimits",

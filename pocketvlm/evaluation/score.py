@@ -20,9 +20,9 @@ from pocketvlm.evaluation.intervals import PairedDifference, compare_paired, wil
 
 if TYPE_CHECKING:
     from pocketvlm.bundle import Bundle
-    from pocketvlm.calibration.source import Sample
+    from pocketvlm.calibration.data.source import Sample
     from pocketvlm.checkpoint import Checkpoint
-    from pocketvlm.simulation import Arithmetic
+    from pocketvlm.reference_graph.activation_rounding import Arithmetic
 
 __all__ = [
     "MAX_NEW_TOKENS",

@@ -12,12 +12,17 @@ from torch import Tensor
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions
-from pocketvlm.forward import VisualTokens, embed_prompts, encode_images, greedy_generate
-from pocketvlm.simulation import Arithmetic, simulate_arithmetic
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_arithmetic
+from pocketvlm.reference_graph.forward import (
+    VisualTokens,
+    embed_prompts,
+    encode_images,
+    greedy_generate,
+)
+from pocketvlm.weights.modules import cache_dense_weights
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.sample import PictureSource, Sample
+    from pocketvlm.calibration.data.sample import PictureSource, Sample
 
 __all__ = ["answer_with_checkpoint", "checkpoint_limits"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from pocketvlm.modelspec import LinearSpec, Part
-from pocketvlm.weights import SparseWeight, WeightForm
+from pocketvlm.models.spec import LinearSpec, Part
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["part_precisions"]
 

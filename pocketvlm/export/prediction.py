@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["Prediction", "join_refusals", "other_elements"]
 

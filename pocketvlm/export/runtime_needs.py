@@ -10,11 +10,11 @@ from pathlib import Path
 import onnx
 from packaging.version import Version
 
+from pocketvlm.bundle.manifest import Component, RuntimeNeeds
+from pocketvlm.emulation.mil.package import MilPackage
+from pocketvlm.emulation.mil.systems import LOWEST_SYSTEMS
 from pocketvlm.errors import ExportError
-from pocketvlm.manifest import Component, RuntimeNeeds
-from pocketvlm.runtime.mil.package import MilPackage
-from pocketvlm.runtime.mil.systems import LOWEST_SYSTEMS
-from pocketvlm.runtime.onnx_versions import (
+from pocketvlm.runtime.onnx.versions import (
     FLOAT_ZEROS_2BIT_VERSION,
     INT8_CACHE_VERSION,
     LOWEST_ONNX_VERSION,

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.forward import merge_patches
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import ReducerInputs, TokenReducer
+from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.forward import merge_patches
 
 __all__ = ["TensorOps", "split_heads"]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.export.components import build_decoder, build_embedding, build_vision
+from pocketvlm.export.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.export.tensor_ops import TensorOps, split_heads
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["DecoderGraph", "EmbeddingGraph", "TorchOps", "VisionGraph"]
 

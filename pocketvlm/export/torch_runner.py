@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.forward import DecoderInputs, decode_logits, encode_images, new_cache
+from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, encode_images, new_cache
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["TorchRunner"]
 
 
 class TorchRunner(Runner):
-    """Runs a checkpoint through `pocketvlm.forward`, with its KV cache inside."""
+    """Runs a checkpoint through `pocketvlm.reference_graph.forward`, with its KV cache inside."""
 
     def __init__(self, checkpoint: Checkpoint, *, capacity: int | None = None) -> None:
         """Wraps a checkpoint; nothing is copied.

@@ -17,19 +17,20 @@ from pocketvlm.bundle import (
     PromptLayout,
     sign_bundle,
 )
-from pocketvlm.calibration.source import Sample
+from pocketvlm.calibration.data.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import PocketVLMError, StorageError
-from pocketvlm.export.parity import ParityReport, certify
+from pocketvlm.export.parity.certify import ParityReport, certify
 from pocketvlm.export.runtime_needs import read_needs
+from pocketvlm.files.full_disk import naming_faults
+from pocketvlm.files.publish import replace_directory
 from pocketvlm.json_io import write_json
+from pocketvlm.machine import toolchain_versions
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
-from pocketvlm.publish import replace_directory
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Target
-from pocketvlm.report import toolchain_versions
-from pocketvlm.storage import naming_faults
 
 __all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs", "write_processor"]
 
@@ -124,17 +125,17 @@ def _export_each(
     return tuple(components), failed
 
 
-def write_processor(processor: Processor, folder: Path) -> Manifest:
+def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Manifest:
     """Writes what a bundle reads text and pictures with, and describes the unreduced model.
 
     Args:
         processor: The checkpoint's processor.
+        spec: The model as it is exported: pruning changes it, and the processor does not know.
         folder: The bundle's folder.
 
     Returns:
         A manifest without graphs, names and digests.
     """
-    spec = processor.spec
     processor.save_for_runtime(folder)
     if not (folder / "generation_config.json").is_file():
         (folder / "generation_config.json").write_text(
@@ -181,7 +182,7 @@ def write_processor(processor: Processor, folder: Path) -> Manifest:
 def _write_rest(
     checkpoint: Checkpoint, components: tuple[Component, ...], folder: Path, recipe_sha256: str
 ) -> Manifest:
-    manifest = write_processor(checkpoint.processor, folder)
+    manifest = write_processor(checkpoint.processor, checkpoint.spec, folder)
     if checkpoint.reducer is not None:
         manifest = replace(
             manifest,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
-from pocketvlm.runtime.onnx_versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
+from pocketvlm.runtime.onnx.versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
 from pocketvlm.runtime.versions import is_older
 
 __all__ = ["Finding", "examine"]

@@ -9,9 +9,9 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.child_process import module_command, start_child
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, ExportError
-from pocketvlm.publish import take_place
+from pocketvlm.files.publish import take_place
+from pocketvlm.machine import toolchain_versions
 from pocketvlm.recipes.load import load_recipe
-from pocketvlm.report import toolchain_versions
 
 __all__ = ["make_float_baseline"]
 

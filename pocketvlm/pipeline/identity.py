@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from pocketvlm.compress.quantization.mixed import MixedPrecision
+from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.errors import RecipeError
-from pocketvlm.files import file_sha256, read_bytes
+from pocketvlm.files.reader import file_sha256, read_bytes
+from pocketvlm.machine import toolchain_versions
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.report import toolchain_versions
 
 __all__ = ["RunIdentity", "conditions", "model_sha256", "stage_keys", "stage_settings"]
 

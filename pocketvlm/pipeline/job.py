@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
+from pocketvlm.files.publish import replace_file
 from pocketvlm.pipeline.float_baseline import make_float_baseline
 from pocketvlm.pipeline.plan import Plan, plan
 from pocketvlm.pipeline.run import RunResult, run
@@ -21,7 +22,6 @@ from pocketvlm.pipeline.sources import (
     resolve_model,
     select_targets,
 )
-from pocketvlm.publish import replace_file
 from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.reference.questions import generate_examples
 from pocketvlm.runtime.conversation import Conversation

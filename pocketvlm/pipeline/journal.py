@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.compress.scratch import find_document, keep_document
+from pocketvlm.compress.layerwise.scratch import find_document, keep_document
 from pocketvlm.errors import BundleError, RecipeError
+from pocketvlm.files.publish import recover
+from pocketvlm.files.signed_folder import sign_files
 from pocketvlm.json_io import read_json
 from pocketvlm.pipeline.identity import RunIdentity
 from pocketvlm.pipeline.run_lock import hold_lock, refuse_if_held
-from pocketvlm.publish import recover
-from pocketvlm.signed_folder import sign_files
 
 __all__ = ["Journal"]
 

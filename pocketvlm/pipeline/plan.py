@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
-from pocketvlm.modelspec import PARTS, LinearSpec, ModelSpec
+from pocketvlm.models.spec import PARTS, LinearSpec, ModelSpec
 from pocketvlm.pipeline.preflight import Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
-from pocketvlm.planned import PlannedForm, PlannedSparse, plan_behind_mask
 from pocketvlm.processor import PROCESSOR_FILES
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import Stage, Target, check_order
+from pocketvlm.weights.layout import SparseLayout, WeightLayout, plan_behind_mask
 
 __all__ = ["Plan", "kept_tokens", "plan"]
 
@@ -246,12 +246,12 @@ def _row_refusals(target: Target, stages: tuple[Stage, ...]) -> list[str]:
 
 def _planned_forms(
     stages: tuple[Stage, ...], spec: ModelSpec
-) -> tuple[ModelSpec, dict[LinearSpec, PlannedForm | None]]:
+) -> tuple[ModelSpec, dict[LinearSpec, WeightLayout | None]]:
     """The model behind all stages, and what each layer ends as; `None` for those that stay float.
 
     A stage may change which layers there are, as one that unties the head does.
     """
-    forms: dict[LinearSpec, PlannedForm | None] = {}
+    forms: dict[LinearSpec, WeightLayout | None] = {}
     for stage in stages:
         spec_after = getattr(stage, "spec_after", None)
         if spec_after is not None:
@@ -280,8 +280,8 @@ def _naming(stage: Stage) -> Iterator[None]:
 
 
 def _forms_after(
-    stage: Stage, spec: ModelSpec, planned: Mapping[LinearSpec, PlannedForm | None]
-) -> Mapping[LinearSpec, PlannedForm | None]:
+    stage: Stage, spec: ModelSpec, planned: Mapping[LinearSpec, WeightLayout | None]
+) -> Mapping[LinearSpec, WeightLayout | None]:
     """What a stage will make of layers; empty for one that changes no weights.
 
     A stage that counts bytes has to know what it finds, others know a layer by its specification.
@@ -293,9 +293,11 @@ def _forms_after(
     return {} if plan_forms is None else dict(plan_forms(spec))
 
 
-def _keep_mask(linear: LinearSpec, before: PlannedForm | None, found: PlannedForm) -> PlannedForm:
+def _keep_mask(
+    linear: LinearSpec, before: WeightLayout | None, found: WeightLayout
+) -> WeightLayout:
     """A quantizer stores the elements that an earlier stage keeps, behind the same mask."""
-    if isinstance(before, PlannedSparse):
+    if isinstance(before, SparseLayout):
         return plan_behind_mask(linear.name, before, found)
     return found
 

@@ -17,17 +17,17 @@ import numpy as np
 from PIL import Image
 
 from pocketvlm.bundle import Bundle, sign_bundle
-from pocketvlm.calibration.prompts import encode_sample
-from pocketvlm.calibration.sample import Sample
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.prompts import encode_sample
+from pocketvlm.calibration.data.sample import Sample
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.errors import CalibrationError, PocketVLMError, UnsupportedError, join_problems
 from pocketvlm.evaluation.prompts import PromptLimits, answer_problem
 from pocketvlm.evaluation.score import MAX_NEW_TOKENS
-from pocketvlm.export.questions import second_turn
-from pocketvlm.messages import Turn, chat_messages, user_turn
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.export.parity.prompts import second_turn
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.assemble import write_processor
 from pocketvlm.processor import Processor
+from pocketvlm.prompt.messages import Turn, chat_messages, user_turn
 from pocketvlm.recipes.stages import Target
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
@@ -97,9 +97,8 @@ class Readers:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             try:
-                bundle = Bundle(
-                    path=folder, manifest=sign_bundle(folder, write_processor(processor, folder))
-                )
+                manifest = write_processor(processor, processor.spec, folder)
+                bundle = Bundle(path=folder, manifest=sign_bundle(folder, manifest))
                 return cls(
                     processor=processor,
                     codec=TextCodec.from_bundle(bundle),

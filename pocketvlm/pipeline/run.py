@@ -11,16 +11,18 @@ from typing import Any
 import yaml
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.sample import Sample
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.sample import Sample
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.html import render_html, render_markdown
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
+from pocketvlm.files.full_disk import naming_faults
+from pocketvlm.files.publish import replace_file
 from pocketvlm.json_io import write_json
+from pocketvlm.machine import REPORT_SCHEMA, describe_environment, peak_rss_bytes
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.identity import (
     RunIdentity,
@@ -34,12 +36,10 @@ from pocketvlm.pipeline.plan import kept_tokens
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
-from pocketvlm.publish import replace_file
 from pocketvlm.recipes.load import Bound, Recipe
 from pocketvlm.recipes.stages import Stage, check_order
-from pocketvlm.report import REPORT_SCHEMA, describe_environment, peak_rss_bytes
+from pocketvlm.reports.html import render_html, render_markdown
 from pocketvlm.runtime.engines import EMULATED, choose_engine
-from pocketvlm.storage import naming_faults
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 

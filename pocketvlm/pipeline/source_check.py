@@ -20,9 +20,15 @@ from PIL import Image
 
 from pocketvlm.checkpoint import Checkpoint, ModelFolder, read_model_folder
 from pocketvlm.errors import InputError, SourceMismatchError
-from pocketvlm.export.certificate import Bound
-from pocketvlm.export.closeness import relative_error
-from pocketvlm.forward import (
+from pocketvlm.export.parity.certificate import Bound
+from pocketvlm.export.parity.metrics import relative_error
+from pocketvlm.json_io import decode
+from pocketvlm.machine import toolchain_versions
+from pocketvlm.pipeline.sources import load_checkpoint
+from pocketvlm.pipeline.stock import StockAnswer, StockModel, StockUnavailable
+from pocketvlm.prompt.messages import PICTURE, Turn, chat_messages, user_turn
+from pocketvlm.reference.questions import generate_examples
+from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     decode_logits,
     embed_prompts,
@@ -30,14 +36,8 @@ from pocketvlm.forward import (
     greedy_generate,
     new_cache,
 )
-from pocketvlm.json_io import decode
-from pocketvlm.messages import PICTURE, Turn, chat_messages, user_turn
-from pocketvlm.pipeline.sources import load_checkpoint
-from pocketvlm.pipeline.stock import StockAnswer, StockModel, StockUnavailable
-from pocketvlm.reference.questions import generate_examples
-from pocketvlm.report import toolchain_versions
 from pocketvlm.runtime.preprocess import ImagePreprocessor
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = [
     "BOUNDS",

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import cast
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, read_config, read_model_folder, read_spec
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import reducer_builders
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
-from pocketvlm.simulation import ARITHMETICS, Arithmetic
+from pocketvlm.reference_graph.activation_rounding import ARITHMETICS, Arithmetic
 
 __all__ = [
     "GENERATED_SOURCES",
@@ -57,7 +57,7 @@ def resolve_model(name: str) -> Path:
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     if separator and scheme == "shape":
-        from pocketvlm.testing import write_shape
+        from pocketvlm.reference.random_models import write_shape
 
         return write_shape(rest, Path(tempfile.gettempdir()) / "pocketvlm-shapes" / rest)
     path = Path(name)

@@ -21,10 +21,10 @@ from PIL import Image
 
 from pocketvlm.checkpoint import ModelFolder, read_config
 from pocketvlm.checkpoint.config import parse_config
-from pocketvlm.export.closeness import Floats
-from pocketvlm.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
-from pocketvlm.messages import Picture, Turn
-from pocketvlm.stock_tokenizer import bounded_templates
+from pocketvlm.export.parity.metrics import Floats
+from pocketvlm.processor.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
+from pocketvlm.processor.tokenizer import bounded_templates
+from pocketvlm.prompt.messages import Picture, Turn
 
 __all__ = ["StockAnswer", "StockModel", "StockUnavailable"]
 

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.bundle import Bundle, write_manifest
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckFailedError, CheckpointError, RecipeError, UnsupportedError
-from pocketvlm.export.certificate import ParityReport
-from pocketvlm.export.parity import RUNNERS, RunnerFactory, certify
-from pocketvlm.files import file_sha256
+from pocketvlm.export.parity.certificate import ParityReport
+from pocketvlm.export.parity.certify import RUNNERS, RunnerFactory, certify
+from pocketvlm.files.publish import replace_directory
+from pocketvlm.files.reader import file_sha256
 from pocketvlm.json_io import read_json, write_json
+from pocketvlm.machine import Samples
 from pocketvlm.pipeline.assemble import PARITY_FILE
 from pocketvlm.pipeline.sources import load_checkpoint, load_evaluation
-from pocketvlm.publish import replace_directory
 from pocketvlm.reference import REFERENCE_MODELS
-from pocketvlm.report import Samples
 from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS
 from pocketvlm.runtime.coreml.session import WORKER, RemoteRunner, measure_function
 from pocketvlm.runtime.runner import Runner

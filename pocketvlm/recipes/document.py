@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from pocketvlm.errors import RecipeError
-from pocketvlm.files import read_text
+from pocketvlm.files.reader import read_text
 
 __all__ = ["apply_overrides", "parse_yaml", "plain_values", "read_document"]
 

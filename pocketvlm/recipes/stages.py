@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from pocketvlm.bundle import Component
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, ReducerBuilder
 from pocketvlm.compress.distillation.stage import Distill
-from pocketvlm.compress.pruning.depth import PruneDepth
-from pocketvlm.compress.pruning.gblm import Gblm
-from pocketvlm.compress.pruning.magnitude import Magnitude
-from pocketvlm.compress.pruning.skip_visual import SkipVisual
-from pocketvlm.compress.pruning.sparsegpt import SparseGpt
-from pocketvlm.compress.pruning.sparsegpt_gptq import SparseGptGptq
-from pocketvlm.compress.pruning.wanda import Wanda
-from pocketvlm.compress.pruning.width import PruneWidth
-from pocketvlm.compress.quantization.awq import Awq
-from pocketvlm.compress.quantization.cache import QuantizeCache
-from pocketvlm.compress.quantization.codebook import Codebook
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.mixed import MixedPrecision
-from pocketvlm.compress.quantization.rotation import Rotate
-from pocketvlm.compress.quantization.rtn import RoundToNearest
+from pocketvlm.compress.pruning.depth.stage import PruneDepth
+from pocketvlm.compress.pruning.unstructured.gblm import Gblm
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
+from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq
+from pocketvlm.compress.pruning.unstructured.wanda import Wanda
+from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
+from pocketvlm.compress.pruning.width.stage import PruneWidth
+from pocketvlm.compress.quantization.affine.awq import Awq
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+from pocketvlm.compress.quantization.codebook.stage import Codebook
+from pocketvlm.compress.quantization.kv_cache import QuantizeCache
+from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
+from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
@@ -37,8 +37,8 @@ from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.prediction import Prediction
-from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedForm
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.layout import WeightLayout
 
 __all__ = [
     "INITIAL_FLAGS",
@@ -76,7 +76,7 @@ class Target(Protocol):
         """The tag that names the target in a recipe."""
 
     def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, WeightLayout | None]
     ) -> Prediction:
         """What the export would weigh, and what the target cannot run, before any compute."""
 

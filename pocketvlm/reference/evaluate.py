@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pocketvlm.foreign_code import ATTENTION, STOCK_ONLY
+from pocketvlm.processor.foreign_code import ATTENTION, STOCK_ONLY
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.reference.questions import QUESTION_KINDS, Example, generate_examples
 

@@ -13,7 +13,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.runtime.coreml.runner import CoremlRunner
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
-from pocketvlm.runtime.onnx_runner import DEFAULT_CAPACITY, OnnxRunner
+from pocketvlm.runtime.onnx.runner import DEFAULT_CAPACITY, OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["EMULATED", "ENGINES", "choose_engine", "open_engine"]

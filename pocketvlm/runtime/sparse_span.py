@@ -24,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pocketvlm.packing import pack_codes, unpack_codes
+from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 
 __all__ = ["Bytes", "MaskedSpan"]
 

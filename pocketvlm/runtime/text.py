@@ -14,12 +14,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.chat_template import Message, find_chat_template
 from pocketvlm.errors import BundleError
-from pocketvlm.files import locate, read_text
-from pocketvlm.generation_settings import GenerationSettings
+from pocketvlm.files.reader import locate, read_text
 from pocketvlm.json_io import read_json
-from pocketvlm.prompt_codec import PromptCodec, read_tokenizer
+from pocketvlm.prompt.chat_template import Message, find_chat_template
+from pocketvlm.prompt.codec import PromptCodec, read_tokenizer
+from pocketvlm.prompt.generation_settings import GenerationSettings
 
 __all__ = ["Message", "TextCodec", "assistant_message", "user_message"]
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pocketvlm.packing import pack_codes, unpack_codes
+from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 from pocketvlm.weights.form import WeightForm
 
 __all__ = ["AffineWeight"]

@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.packing import pack_codes, unpack_codes
 from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.kept import KeptFloats, KeptIndices, KeptIntegers, KeptValues, pack_kept
+from pocketvlm.weights.nonzeros import (
+    AffineNonzeros,
+    CodebookNonzeros,
+    FloatNonzeros,
+    Nonzeros,
+    pack_kept,
+)
 
 __all__ = ["SparseWeight"]
 
-_KINDS: tuple[type[KeptValues], ...] = (KeptFloats, KeptIntegers, KeptIndices)
+_KINDS: tuple[type[Nonzeros], ...] = (FloatNonzeros, AffineNonzeros, CodebookNonzeros)
 _MAX_INDEX_BITS = 8
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -40,7 +46,7 @@ class SparseWeight(WeightForm):
     kind: ClassVar[str] = "sparse"
 
     mask: Tensor
-    values: KeptValues
+    values: Nonzeros
     in_features: int
 
     def __post_init__(self) -> None:
@@ -148,7 +154,7 @@ class SparseWeight(WeightForm):
         return self.values.expand(spread, rows, self.shape[0]).masked_fill_(~keeps, 0.0)
 
 
-def _keep(form: WeightForm, mask: Tensor) -> KeptValues:
+def _keep(form: WeightForm, mask: Tensor) -> Nonzeros:
     if isinstance(form, DenseWeight):
         wide = form.values[mask].to(torch.float32)
         largest = float(wide.abs().max()) if wide.numel() else 0.0
@@ -157,9 +163,9 @@ def _keep(form: WeightForm, mask: Tensor) -> KeptValues:
                 f"a weight has a value of {largest:.4g}, and sparse floats end at "
                 f"{_FLOAT16_MAX:.0f}; a dense weight would work"
             )
-        return KeptFloats(values=wide.to(torch.float16))
+        return FloatNonzeros(values=wide.to(torch.float16))
     if isinstance(form, AffineWeight):
-        return KeptIntegers(
+        return AffineNonzeros(
             packed=pack_kept(form.codes()[:, : form.in_features][mask], form.bits),
             scales=form.scales,
             zeros=form.zeros,
@@ -167,7 +173,7 @@ def _keep(form: WeightForm, mask: Tensor) -> KeptValues:
             group_size=form.group_size,
         )
     if isinstance(form, CodebookWeight) and _is_palette(form):
-        return KeptIndices(
+        return CodebookNonzeros(
             packed=pack_kept(form.main.indices()[mask], form.main.index_bits),
             codebooks=form.main.codebooks,
             index_bits=form.main.index_bits,

@@ -59,7 +59,7 @@ def run_fresh(script, *arguments, **environment):
 @pytest.mark.parametrize(
     "code",
     [
-        "from pocketvlm.runtime.onnx_engine import onnxruntime; import huggingface_hub",
+        "from pocketvlm.runtime.onnx.engine import onnxruntime; import huggingface_hub",
         "from pocketvlm import Conversation; import huggingface_hub",
         # What a library does behind the package's back.
         "import pocketvlm; import onnxruntime, huggingface_hub",
@@ -82,7 +82,7 @@ def test_a_session_leaves_nothing_behind(tmp_path):
     for folder in folders.values():
         folder.mkdir()
     run_fresh(
-        "from pocketvlm.runtime.onnx_engine import onnxruntime\nonnxruntime.SessionOptions()",
+        "from pocketvlm.runtime.onnx.engine import onnxruntime\nonnxruntime.SessionOptions()",
         **{name: str(folder) for name, folder in folders.items()},
     )
     assert not [path for folder in folders.values() for path in folder.rglob("*")]
@@ -115,7 +115,7 @@ def test_nothing_else_imports_onnxruntime():
     told = re.compile(r"ORT_DISABLE_TELEMETRY.*?^\s*import onnxruntime\b", re.MULTILINE | re.DOTALL)
     for folder in ("pocketvlm", "tests", "benchmarks", "examples", "docs"):
         for file in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md")]:
-            if file.name == "onnx_engine.py":
+            if file.name == "engine.py":
                 continue
             text = file.read_text(encoding="utf-8")
             assert not direct.search(text) or told.search(text), file

@@ -14,7 +14,7 @@ import pytest
 
 from pocketvlm.device_bench.host import Failure, HostTransport
 from pocketvlm.device_bench.worker import WORKER_SCHEMA, run_job
-from pocketvlm.report import peak_rss_bytes
+from pocketvlm.machine import peak_rss_bytes
 
 OK = {"schema": WORKER_SCHEMA, "status": "ok", "result": {"answer": 42}}
 
@@ -119,7 +119,7 @@ def test_peak_memory_is_that_of_the_process_alone():
         [
             sys.executable,
             "-c",
-            "from pocketvlm.report import peak_rss_bytes; print(peak_rss_bytes())",
+            "from pocketvlm.machine import peak_rss_bytes; print(peak_rss_bytes())",
         ],
         capture_output=True,
         text=True,

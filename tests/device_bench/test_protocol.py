@@ -168,7 +168,7 @@ def test_the_measured_answer_is_the_one_that_a_user_gets(tiny_bundle, measured):
     from pocketvlm.bundle import Bundle
     from pocketvlm.device_bench.workload import fit_prompt
     from pocketvlm.runtime.conversation import Conversation
-    from pocketvlm.runtime.onnx_runner import OnnxRunner
+    from pocketvlm.runtime.onnx.runner import OnnxRunner
     from pocketvlm.runtime.text import TextCodec, user_message
 
     bundle = Bundle.open(tiny_bundle)
@@ -223,7 +223,7 @@ def test_a_real_run_through_the_host_transport(tiny_bundle):
 def test_measuring_never_imports_torch():
     program = (
         "import sys, pocketvlm.device_bench.protocol, pocketvlm.device_bench.worker,"
-        "pocketvlm.device_bench.html, pocketvlm.device_bench.compare;"
+        "pocketvlm.reports.html, pocketvlm.device_bench.compare;"
         "bad = {'torch', 'transformers', 'pydantic'} & set(sys.modules);"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

@@ -14,9 +14,9 @@ from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.foreign_code import CODE_KEYS
-from pocketvlm.image_file import FORMATS
+from pocketvlm.images.file import FORMATS
 from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.processor.foreign_code import CODE_KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 

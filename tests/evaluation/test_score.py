@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pocketvlm.calibration.source import CalibrationSet, Sample
+from pocketvlm.calibration.data.source import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.evaluation.prompts import prompt_messages
 from pocketvlm.evaluation.score import Score, blinded, compare_scores, score_checkpoint
 from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
-from pocketvlm.messages import PICTURE, Turn, user_turn
+from pocketvlm.prompt.messages import PICTURE, Turn, user_turn
 
 assistant = Turn(role="assistant", parts=("hi",))
 QUESTIONS = ("what is it?", "why?", "is it red?", "why?", "how many are there?", "why not?")

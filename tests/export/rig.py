@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.forward import DecoderInputs, VisualTokens, embed_prompts, encode_images
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import ReducerInputs, TokenReducer
-from pocketvlm.runtime.onnx_engine import onnxruntime
-from pocketvlm.weights import AffineWeight
+from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.forward import (
+    DecoderInputs,
+    VisualTokens,
+    embed_prompts,
+    encode_images,
+)
+from pocketvlm.runtime.onnx.engine import onnxruntime
+from pocketvlm.weights.affine import AffineWeight
 
 Quantize = Callable[..., AffineWeight]
 

@@ -19,16 +19,17 @@ from pocketvlm.errors import InputError
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.export.onnx.packing import pack_weight
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.forward import DecoderInputs, decode_logits, encode_images
 from pocketvlm.pipeline.sources import score_subject
-from pocketvlm.runtime.onnx_engine import onnxruntime
-from pocketvlm.simulation import (
+from pocketvlm.reference_graph.activation_rounding import (
     round_per_block,
     round_per_token,
     simulate_activations,
     simulate_arithmetic,
 )
-from pocketvlm.weights import AffineWeight, SparseWeight
+from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, encode_images
+from pocketvlm.runtime.onnx.engine import onnxruntime
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.sparse import SparseWeight
 from tests.export.rig import (
     Decoder,
     make_prompt,

@@ -11,21 +11,24 @@ import pytest
 import torch
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.cache_grid import CacheGrid
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.prompts import encode_samples
+from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.magnitude import Magnitude
-from pocketvlm.compress.quantization.cache import QuantizeCache
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.mixed import MixedPrecision
-from pocketvlm.compress.quantization.rtn import RoundToNearest
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.kv_cache import QuantizeCache
+from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.forward import (
+from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.pipeline.plan import plan
+from pocketvlm.recipes.load import Recipe
+from pocketvlm.recipes.stages import Stage, Target, check_order
+from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     decode_logits,
     embed_prompts,
@@ -33,13 +36,10 @@ from pocketvlm.forward import (
     greedy_generate,
     new_cache,
 )
-from pocketvlm.pipeline.assemble import write_graphs
-from pocketvlm.pipeline.plan import plan
-from pocketvlm.recipes.load import Recipe
-from pocketvlm.recipes.stages import Stage, Target, check_order
-from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.runtime.onnx_versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
-from pocketvlm.weights import DenseWeight
+from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.runtime.onnx.versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.kv_cache import KVCacheScales
 from tests.export.rig import Decoder, make_prompt, open_session
 
 
@@ -145,18 +145,18 @@ def test_a_channel_spans_its_largest_magnitude(
 
 
 def test_rounding_is_to_the_nearest_code_and_clips() -> None:
-    grid = CacheGrid.from_ranges(torch.full((1, 1, 2), 12.7), torch.full((1, 1, 2), 1.27))
+    grid = KVCacheScales.from_ranges(torch.full((1, 1, 2), 12.7), torch.full((1, 1, 2), 1.27))
     states = torch.tensor([[[[0.16, -0.149], [99.0, -99.0]]]])
     keys, values = grid.round(0, states, states / 10)
     expected = torch.tensor([[[[0.2, -0.1], [12.7, -12.8]]]])
     torch.testing.assert_close(keys, expected)
     torch.testing.assert_close(values, expected / 10)
-    silent = CacheGrid.from_ranges(torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
+    silent = KVCacheScales.from_ranges(torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
     assert bool(torch.isfinite(silent.round(0, states, states)[0]).all())
     with pytest.raises(ValueError, match="not twice"):
-        CacheGrid(keys=torch.ones(1, 2, 4), values=torch.ones(1, 2, 3))
+        KVCacheScales(keys=torch.ones(1, 2, 4), values=torch.ones(1, 2, 3))
     with pytest.raises(ValueError, match="positive float32"):
-        CacheGrid(keys=torch.zeros(1, 2, 4), values=torch.ones(1, 2, 4))
+        KVCacheScales(keys=torch.zeros(1, 2, 4), values=torch.ones(1, 2, 4))
 
 
 def test_the_record_says_what_it_saves_and_costs(rounded: Checkpoint) -> None:
@@ -176,7 +176,7 @@ def test_the_grid_is_saved_with_the_checkpoint(rounded: Checkpoint, tmp_path: Pa
     assert torch.equal(loaded.cache_grid.keys, rounded.cache_grid.keys)
     assert torch.equal(loaded.cache_grid.values, rounded.cache_grid.values)
     assert loaded.history[-1].method == "quantize_cache"
-    wrong = CacheGrid(keys=torch.ones(1, 1, 4), values=torch.ones(1, 1, 4))
+    wrong = KVCacheScales(keys=torch.ones(1, 1, 4), values=torch.ones(1, 1, 4))
     replace(rounded, cache_grid=wrong).save(tmp_path / "wrong")
     with pytest.raises(CheckpointError, match="kv_cache"):
         Checkpoint.load(tmp_path / "wrong")

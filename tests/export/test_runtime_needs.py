@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pocketvlm.bundle.manifest import Manifest
 from pocketvlm.context import RunContext
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.runtime_needs import read_needs
-from pocketvlm.manifest import Manifest
 from pocketvlm.pipeline.assemble import write_graphs
+from tests.export.onnx.test_codebook import float_zeros
 from tests.export.rig import quantize_checkpoint
-from tests.export.test_onnx_codebook import float_zeros
 
 CONTEXT = RunContext(threads=1)
 

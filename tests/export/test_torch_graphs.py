@@ -9,10 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.export.components import cache_names, decoder_signatures, vision_signatures
+from pocketvlm.export.builders import cache_names, decoder_signatures, vision_signatures
 from pocketvlm.export.torch_ops import DecoderGraph, EmbeddingGraph, VisionGraph
-from pocketvlm.forward import DecoderInputs, decode_logits
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits
+from pocketvlm.weights.modules import cache_dense_weights
 from tests.export.rig import ReceivedAttention, make_prompt
 
 

@@ -105,12 +105,6 @@ def _import_everything() -> None:
         SmolVLMForConditionalGeneration,
     )
 
-    import pocketvlm.cli.app
-    import pocketvlm.evaluation.score
-    import pocketvlm.export.coreml.swift
-    import pocketvlm.pipeline.job
-    import pocketvlm.save_layout  # noqa: F401
-
     torch.set_num_threads(1)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pocketvlm.files import file_sha256
-from pocketvlm.signed_folder import sign_document
+from pocketvlm.files.reader import file_sha256
+from pocketvlm.files.signed_folder import sign_document
 
 __all__ = ["Materials", "copy_folder", "make_materials", "sign_again"]
 
@@ -87,7 +87,7 @@ def make_materials(root: Path, targets: tuple[str, ...], *, runs: bool) -> Mater
     from pocketvlm import CalibrationSet, RunContext, load_checkpoint
     from pocketvlm.pipeline.assemble import write_graphs
     from pocketvlm.recipes.load import default_target, load_recipe
-    from pocketvlm.testing import tiny_config, write_random_model
+    from pocketvlm.reference.random_models import tiny_config, write_random_model
 
     made = Materials(root)
     root.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,9 @@ def test_an_interrupt_that_python_forgets_stops_the_next_step(monkeypatch):
 def test_a_signal_while_libraries_are_imported_is_one_line(number, code, tiny_paths, tmp_path):
     """Sent from the first moment at which the package's own code runs."""
     script = (
-        "import os, sys, threading; from pocketvlm.cli import interrupts, main\n"
+        "import os, signal, sys; from pocketvlm.cli import interrupts, main\n"
+        # Under nohup a child is born deaf to SIGHUP, and stays so.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "told = interrupts.install\n"
         f"interrupts.install = lambda: (told(), os.kill(os.getpid(), {int(number)}))\n"
         f"sys.argv = ['pocketvlm', 'compress', {str(tiny_paths['llava'])!r}, '--out', 'x']\n"

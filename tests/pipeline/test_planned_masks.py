@@ -8,20 +8,20 @@ import pytest
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.magnitude import Magnitude
-from pocketvlm.compress.pruning.patterns import SemiStructured
-from pocketvlm.compress.pruning.rules import PruneRule
-from pocketvlm.compress.quantization.codebook import Codebook
-from pocketvlm.compress.quantization.codebook_rules import CodebookRule
-from pocketvlm.compress.quantization.mixed import MixedPrecision
-from pocketvlm.compress.quantization.rotation import Rotate
-from pocketvlm.compress.quantization.rtn import RoundToNearest
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.patterns import SemiStructured
+from pocketvlm.compress.pruning.unstructured.rules import PruneRule
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.codebook.rules import CodebookRule
+from pocketvlm.compress.quantization.codebook.stage import Codebook
+from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
+from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.pipeline.plan import _planned_forms, plan
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedSparse
 from pocketvlm.recipes.load import load_recipe
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout
 
 PRUNE = Magnitude(rules=(PruneRule(part="decoder"),), pattern=SemiStructured())
 RULES = (WeightRule(bits=4, group_size=16, symmetric=True),)
@@ -50,8 +50,8 @@ def test_a_mask_alone_holds_floats(path):
 @pytest.mark.parametrize(
     ("stage", "kind"),
     [
-        (RoundToNearest(rules=RULES), PlannedAffine),
-        (Codebook(rules=(PALETTE,), rounds=1, error_feedback=False), PlannedCodebook),
+        (RoundToNearest(rules=RULES), AffineLayout),
+        (Codebook(rules=(PALETTE,), rounds=1, error_feedback=False), CodebookLayout),
     ],
 )
 def test_a_quantizer_behind_a_mask_weighs_what_was_planned(path, stage, kind):
@@ -64,7 +64,7 @@ def test_a_quantizer_behind_a_mask_weighs_what_was_planned(path, stage, kind):
     for linear, form in checkpoint.forms().items():
         expected = forms[linear]
         if linear.part == "decoder":
-            assert isinstance(expected, PlannedSparse)
+            assert isinstance(expected, SparseLayout)
             assert isinstance(expected.values, kind)
             assert expected.values == alone[linear]
             assert (expected.block, expected.choice) == (
@@ -87,7 +87,7 @@ def test_mixed_precision_plans_with_masked_bytes(path):
     size = sum(form.stored_bytes(i.out_features, i.in_features) for i, form in forms.items())
     weights = sum(linear.out_features * linear.in_features for linear in forms)
     assert size <= 4.9 * weights / 8
-    assert {form.values.bits for form in forms.values() if isinstance(form, PlannedSparse)} <= {
+    assert {form.values.bits for form in forms.values() if isinstance(form, SparseLayout)} <= {
         4,
         8,
     }

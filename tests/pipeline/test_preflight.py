@@ -10,15 +10,14 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-from pocketvlm.calibration.sample import Sample
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.sample import Sample
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import read_config, read_spec
 from pocketvlm.cli import main
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.messages import Turn, user_turn
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.preflight import (
     Readers,
@@ -27,6 +26,7 @@ from pocketvlm.pipeline.preflight import (
     check_model,
 )
 from pocketvlm.pipeline.run import run
+from pocketvlm.prompt.messages import Turn, user_turn
 from pocketvlm.recipes.load import recipe_from_document
 
 RECIPE = {"schema": 1, "name": "test", "stages": [], "targets": [{"method": "onnx"}]}

@@ -10,19 +10,19 @@ from typing import Literal
 import pytest
 
 from pocketvlm.bundle import Bundle, Component
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.prediction import Prediction
-from pocketvlm.modelspec import LinearSpec, ModelSpec
+from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import run
-from pocketvlm.planned import PlannedForm
 from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.runtime.executorch import program as executorch_program
+from pocketvlm.weights.layout import WeightLayout
 
 REASON = "a toolkit ended in the middle of a graph"
 
@@ -34,7 +34,7 @@ class Broken:
     method: Literal["broken"] = "broken"
 
     def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, WeightLayout | None]
     ) -> Prediction:
         return Prediction(part_bytes={"other": 0})
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.errors import SourceMismatchError
@@ -17,7 +17,7 @@ from pocketvlm.pipeline import run as run_module
 from pocketvlm.pipeline.run import run
 from pocketvlm.pipeline.source_check import BOUNDS, SourceReport, check_source, verify_folder
 from pocketvlm.recipes.load import load_recipe
-from pocketvlm.weights import DenseWeight
+from pocketvlm.weights.dense import DenseWeight
 
 from .conftest import cli
 

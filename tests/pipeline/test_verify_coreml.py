@@ -24,7 +24,7 @@ from pocketvlm.errors import (
 from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml, verify_coreml
 from pocketvlm.runtime.coreml.session import RemoteRunner, measure_function
 from tests.pipeline.conftest import cli
-from tests.runtime.coreml_rig import stand_in, write_coreml_bundle
+from tests.runtime.coreml.rig import stand_in, write_coreml_bundle
 
 ASKED = Questions(n=2, tokens=4)
 CTX = RunContext(threads=1)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens.fixed import FixedReducer
+from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
 from pocketvlm.context import RunContext
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pocketvlm import forward
-from pocketvlm.calibration.source import Sample
+from pocketvlm.calibration.data.source import Sample
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.evaluation.bundle_answers import answer_with_bundle
-from pocketvlm.generation_settings import GenerationSettings
-from pocketvlm.messages import PICTURE, Turn
+from pocketvlm.prompt.generation_settings import GenerationSettings
+from pocketvlm.prompt.messages import PICTURE, Turn
+from pocketvlm.reference_graph import forward
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.onnx_runner import OnnxRunner
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.sampling import Sampling
 from pocketvlm.runtime.text import assistant_message, user_message
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.compress.tokens.fixed import FixedReducer
+from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
 from pocketvlm.errors import InputError
-from pocketvlm.forward import VisualTokens, embed_prompts
+from pocketvlm.reference_graph.forward import VisualTokens, embed_prompts
 from pocketvlm.runtime.splice import VisualFeatures, embed_rows, lay_out_prompt
 
 FULL = 16

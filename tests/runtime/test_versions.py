@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from pocketvlm.bundle import Bundle, RuntimeNeeds
+from pocketvlm.emulation.mil.package import MilPackage
 from pocketvlm.errors import BundleError
-from pocketvlm.runtime import onnx_runner
 from pocketvlm.runtime.coreml.apple import require_system
 from pocketvlm.runtime.executorch.program import find_program
-from pocketvlm.runtime.mil.package import MilPackage
-from pocketvlm.runtime.onnx_runner import OnnxRunner
-from pocketvlm.runtime.onnx_versions import (
+from pocketvlm.runtime.onnx import runner as onnx_runner
+from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.runtime.onnx.versions import (
     FLOAT_ZEROS_2BIT_VERSION,
     INT8_CACHE_VERSION,
     LOWEST_ONNX_VERSION,

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.prompts import Prompt
+from pocketvlm.calibration.data.prompts import Prompt
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import derive_seed
 from pocketvlm.errors import CalibrationError
-from pocketvlm.forward import VisualTokens, decoder_states, embed_prompts
+from pocketvlm.reference_graph.forward import VisualTokens, decoder_states, embed_prompts
 
 __all__ = ["AnswerBatch", "answer_states", "make_batch", "ordered_batches", "shuffled_batches"]
 

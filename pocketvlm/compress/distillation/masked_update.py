@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from pocketvlm.weights import DenseWeight, WeightForm, is_float, keeps_of, with_values
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.float_weights import is_float, keeps_of, with_values
+from pocketvlm.weights.form import WeightForm
 
 __all__ = ["MaskedUpdate", "low_rank_update"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.activations import ActivationStore
-from pocketvlm.calibration.prompts import Prompt
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.answers import (
     AnswerBatch,
@@ -24,7 +24,7 @@ from pocketvlm.compress.distillation.losses import (
     logit_divergence,
 )
 from pocketvlm.compress.distillation.teacher import TeacherTargets
-from pocketvlm.forward import VisualTokens, encode_images
+from pocketvlm.reference_graph.forward import VisualTokens, encode_images
 
 __all__ = ["Figures", "LossWeights", "Objective", "VisualSource", "fresh_visual", "stored_visual"]
 

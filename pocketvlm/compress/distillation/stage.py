@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-from pocketvlm.calibration.activations import ActivationStore
-from pocketvlm.calibration.prompts import Prompt, encode_samples
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.prompts import Prompt, encode_samples
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.compress.distillation.objective import (
     LossWeights,
@@ -31,8 +31,8 @@ from pocketvlm.compress.distillation.teacher import TeacherTargets, record_targe
 from pocketvlm.compress.distillation.training import Schedule, Training, train
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.report import package_version, peak_rss_bytes
-from pocketvlm.weights import cache_dense_weights
+from pocketvlm.machine import package_version, peak_rss_bytes
+from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["Distill", "TrainedPart"]
 

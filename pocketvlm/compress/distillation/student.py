@@ -13,8 +13,10 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.masked_update import MaskedUpdate
 from pocketvlm.context import derive_seed
 from pocketvlm.errors import RecipeError
-from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
-from pocketvlm.weights import WeightForm, cache_dense_weights, is_float
+from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.weights.float_weights import is_float
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["Student"]
 

@@ -16,14 +16,14 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.activations import ActivationStore
-from pocketvlm.calibration.prompts import Prompt
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.answers import answer_states, make_batch, ordered_batches
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.forward import encode_images
-from pocketvlm.weights import FormLinear, cache_dense_weights
+from pocketvlm.reference_graph.forward import encode_images
+from pocketvlm.weights.modules import FormLinear, cache_dense_weights
 
 __all__ = ["TeacherTargets", "record_targets"]
 

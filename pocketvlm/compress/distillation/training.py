@@ -19,7 +19,7 @@ from torch import Tensor
 from pocketvlm.compress.distillation.answers import shuffled_batches
 from pocketvlm.compress.distillation.objective import Figures, Objective
 from pocketvlm.compress.distillation.student import Student
-from pocketvlm.compress.scratch import find_tensors, keep_tensors
+from pocketvlm.compress.layerwise.scratch import find_tensors, keep_tensors
 from pocketvlm.errors import CalibrationError
 
 __all__ = ["Check", "Schedule", "Training", "rate_share", "train"]

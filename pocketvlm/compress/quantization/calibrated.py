@@ -15,28 +15,28 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.blocks import BlockWalk, FinishedHalf, SharedInput
-from pocketvlm.calibration.modality import ModalityWeighting, check_weighting
+from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
+from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
 from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.error_feedback import ORDERS, Order
-from pocketvlm.compress.evidence import diagonal_block_width, weigh_moments
-from pocketvlm.compress.layer_store import FinishedLayer, LayerStore
-from pocketvlm.compress.quantization.fitting import Fitter, fit_layer, round_layer
-from pocketvlm.compress.quantization.layers import float_rows
-from pocketvlm.compress.quantization.rules import (
+from pocketvlm.compress.layerwise.error_feedback import ORDERS, Order
+from pocketvlm.compress.layerwise.hessian import diagonal_block_width, weigh_moments
+from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
+from pocketvlm.compress.quantization.affine.rules import (
     Assignment,
     LayerRule,
     assign_layers,
     plan_forms,
 )
-from pocketvlm.compress.quantization.shared_codebooks import count_shared_once, share_codebooks
+from pocketvlm.compress.quantization.codebook.shared import count_shared_once, share_codebooks
+from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer, fit_layer, round_layer
+from pocketvlm.compress.quantization.layer_report import float_rows
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedForm
-from pocketvlm.report import package_version, peak_rss_bytes
+from pocketvlm.machine import package_version, peak_rss_bytes
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.layout import WeightLayout
 
-__all__ = ["CalibratedQuantizer", "StepFitter", "block_width"]
+__all__ = ["CalibratedQuantizer", "GroupQuantizer", "block_width"]
 
 _TUNED = ".tuned"
 # An element of a tied table is wrong twice: in the logits and in what enters the decoder. Chosen on
@@ -48,15 +48,15 @@ _TIED = "head and embedding are one weight; fitted to the head's inputs and to b
 RuleT = TypeVar("RuleT", bound=LayerRule)
 
 
-class StepFitter(ABC, Generic[RuleT]):
+class GroupQuantizer(ABC, Generic[RuleT]):
     """What a stage does with one run's layers; made anew for every run, so it may remember."""
 
     @abstractmethod
-    def fitter_of(self, assignment: Assignment[RuleT]) -> Fitter[RuleT]:
+    def fitter_of(self, assignment: Assignment[RuleT]) -> LayerQuantizer[RuleT]:
         """How a layer is quantized."""
 
     def tune(
-        self, checkpoint: Checkpoint, half: FinishedHalf, layers: Mapping[str, FinishedLayer]
+        self, checkpoint: Checkpoint, half: FinishedSublayer, layers: Mapping[str, FinishedLayer]
     ) -> Mapping[str, FinishedLayer]:
         """Layers of a finished half block that are replaced by better ones; none by default."""
         return {}
@@ -120,7 +120,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
         assignments: Sequence[Assignment[RuleT]],
         calibration: CalibrationSet,
         ctx: RunContext,
-    ) -> StepFitter[RuleT]:
+    ) -> GroupQuantizer[RuleT]:
         """Whatever has to be known before the first layer."""
 
     @property
@@ -128,7 +128,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
         """Whether the float model has to run along."""
         return self.drift_share > 0
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, PlannedForm | None]:
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
         """What every layer will be stored as; `None` for those that stay as they are."""
         return plan_forms(self.rules, spec.linears())
 
@@ -199,7 +199,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
         fitter = self.begin(walk.checkpoint, tuple(wanted.values()), walk.samples, ctx)
         made: dict[str, FinishedLayer] = {}
         for step in walk:
-            if isinstance(step, FinishedHalf):
+            if isinstance(step, FinishedSublayer):
                 names = (*step.half.first, step.half.last)
                 waiting = {
                     name: made[name] for name in names if name in made and not _is_final(made[name])
@@ -229,10 +229,10 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
     def _quantize(
         self,
         checkpoint: Checkpoint,
-        step: SharedInput,
+        step: LinearGroup,
         assignments: Sequence[Assignment[RuleT]],
         block: int | None,
-        fitter: StepFitter[RuleT],
+        fitter: GroupQuantizer[RuleT],
     ) -> dict[str, FinishedLayer]:
         """Quantizes those layers of one step that are left; they share their input's Hessian."""
         weights = {item.linear.name: checkpoint.form(item.linear.name) for item in assignments}

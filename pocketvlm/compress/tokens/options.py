@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketvlm.reduction import PositionPolicy
+from pocketvlm.models.reducer import PositionPolicy
 
 __all__ = ["ReducerOptions"]
 

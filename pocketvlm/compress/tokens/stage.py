@@ -13,23 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.tokens import (
-    average_pool,
-    cls_attention,
-    distinct_features,
-    random_tokens,
-    received_attention,
-    uniform_stride,
-)
+from pocketvlm.compress.tokens.baseline import random_tokens, uniform_stride
 from pocketvlm.compress.tokens.options import ReducerOptions
+from pocketvlm.compress.tokens.pool import average_pool
+from pocketvlm.compress.tokens.rank import cls_attention, distinct_features, received_attention
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import POSITION_POLICIES, PositionPolicy, TokenReducer
-from pocketvlm.report import package_version, peak_rss_bytes
+from pocketvlm.machine import package_version, peak_rss_bytes
+from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy, TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.source import CalibrationSet
+    from pocketvlm.calibration.data.source import CalibrationSet
 
 __all__ = ["SCORES", "ReduceTokens", "ScoreName"]
 

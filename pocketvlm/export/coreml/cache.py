@@ -12,7 +12,7 @@ import numpy as np
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.export.coreml.program import FunctionWriter
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
     "CACHE_DTYPE",

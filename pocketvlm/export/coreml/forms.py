@@ -33,15 +33,13 @@ from pocketvlm.export.coreml.constexpr import (
 )
 from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
 from pocketvlm.export.coreml.sparse import describe_sparse, pack_sparse, plan_of_sparse
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm
-from pocketvlm.weights import (
-    AffineWeight,
-    CodebookWeight,
-    DenseWeight,
-    SparseWeight,
-    WeightForm,
-    pack_codes,
-)
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.bitpack import pack_codes
+from pocketvlm.weights.codebook import CodebookWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, WeightLayout
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["describe_form", "pack_form"]
 
@@ -107,19 +105,19 @@ def describe_form(form: WeightForm) -> str:
     return "float"
 
 
-def _plan_of(form: AffineWeight | CodebookWeight | SparseWeight) -> PlannedForm:
+def _plan_of(form: AffineWeight | CodebookWeight | SparseWeight) -> WeightLayout:
     """The form's options, without its numbers."""
     if isinstance(form, SparseWeight):
         return plan_of_sparse(form)
     if isinstance(form, AffineWeight):
-        return PlannedAffine(
+        return AffineLayout(
             bits=form.bits,
             group_size=form.group_size,
             symmetric=form.zeros is None,
             float_zeros=form.has_float_zeros,
         )
     main, residual = form.main, form.residual
-    return PlannedCodebook(
+    return CodebookLayout(
         index_bits=main.index_bits,
         vector_length=main.vector_length,
         row_groups=main.codebooks.shape[0],

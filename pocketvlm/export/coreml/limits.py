@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["DEPLOYMENTS", "Deployment", "container_bits", "explain_misfit"]
 
@@ -24,17 +24,17 @@ def container_bits(bits: int, deployment: Deployment) -> int:
 
 
 def explain_misfit(
-    form: PlannedForm, rows: int, columns: int, deployment: Deployment
+    form: WeightLayout, rows: int, columns: int, deployment: Deployment
 ) -> str | None:
     """Why Core ML cannot hold a matrix [rows, columns] in a form, and what would work."""
-    if isinstance(form, PlannedAffine):
+    if isinstance(form, AffineLayout):
         return _explain_affine(form, columns, deployment)
-    if isinstance(form, PlannedSparse):
+    if isinstance(form, SparseLayout):
         return _explain_sparse(form, rows, columns, deployment)
     return _explain_codebook(form, rows, columns, deployment)
 
 
-def _explain_affine(form: PlannedAffine, columns: int, deployment: Deployment) -> str | None:
+def _explain_affine(form: AffineLayout, columns: int, deployment: Deployment) -> str | None:
     if deployment == "iOS18":
         return None
     if form.bits == _MAX_BITS and form.group_size >= columns:
@@ -46,7 +46,7 @@ def _explain_affine(form: PlannedAffine, columns: int, deployment: Deployment) -
 
 
 def _explain_sparse(
-    form: PlannedSparse, rows: int, columns: int, deployment: Deployment
+    form: SparseLayout, rows: int, columns: int, deployment: Deployment
 ) -> str | None:
     if form.values is None:
         return None
@@ -59,7 +59,7 @@ def _explain_sparse(
 
 
 def _explain_codebook(
-    form: PlannedCodebook, rows: int, columns: int, deployment: Deployment
+    form: CodebookLayout, rows: int, columns: int, deployment: Deployment
 ) -> str | None:
     extras = [
         (form.residual_bits is not None, "a residual codebook"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.export.coreml.program import FunctionWriter
-from pocketvlm.modelspec import ModelSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["TABLE_ROWS", "DecoderPositions"]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pocketvlm.errors import ExportError
 from pocketvlm.export.coreml.limits import Deployment
 from pocketvlm.export.torch_ops import TorchOps
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["convert_program", "convert_reducer", "inline"]
 

@@ -8,8 +8,8 @@ from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_m
 from pocketvlm.export.coreml.positions import TABLE_ROWS
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools
 from pocketvlm.export.prediction import Prediction, join_refusals
-from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["form_bytes", "predict_coreml"]
 
@@ -30,7 +30,7 @@ _PAIR_BYTES = 560  # of an operator with two results, a mask and values
 
 def predict_coreml(
     spec: ModelSpec,
-    forms: Mapping[LinearSpec, PlannedForm | None],
+    forms: Mapping[LinearSpec, WeightLayout | None],
     *,
     deployment: Deployment,
     float_bytes: int,
@@ -57,8 +57,8 @@ def predict_coreml(
             if reason is not None:
                 misfits.append((linear.name, reason))
                 continue
-            grid = form.values if isinstance(form, PlannedSparse) else form
-            if isinstance(grid, PlannedAffine) and grid.bits < _NIBBLE:
+            grid = form.values if isinstance(form, SparseLayout) else form
+            if isinstance(grid, AffineLayout) and grid.bits < _NIBBLE:
                 narrow.append(linear.name)
             count = form_bytes(form, rows, columns, deployment=deployment, float_bytes=float_bytes)
         parts[linear.part] = parts.get(linear.part, 0) + count
@@ -92,12 +92,12 @@ def predict_coreml(
 
 
 def form_bytes(
-    form: PlannedForm, rows: int, columns: int, *, deployment: Deployment, float_bytes: int
+    form: WeightLayout, rows: int, columns: int, *, deployment: Deployment, float_bytes: int
 ) -> int:
     """Bytes of one matrix [rows, columns] in the weight file."""
-    if isinstance(form, PlannedSparse):
+    if isinstance(form, SparseLayout):
         return _sparse_bytes(form, rows, columns, deployment, float_bytes)
-    if isinstance(form, PlannedAffine):
+    if isinstance(form, AffineLayout):
         count = _stored(-(-rows * _grid_columns(form, columns) * form.bits // _BYTE))
         return count + _grid_bytes(form, rows, columns, float_bytes)
     bits = container_bits(form.index_bits, deployment)
@@ -106,12 +106,12 @@ def form_bytes(
 
 
 def _sparse_bytes(
-    form: PlannedSparse, rows: int, columns: int, deployment: Deployment, float_bytes: int
+    form: SparseLayout, rows: int, columns: int, deployment: Deployment, float_bytes: int
 ) -> int:
     kept, values = form.kept(rows, columns), form.values
     if values is None:
         return _stored(-(-rows * columns // _BYTE)) + _stored(kept * float_bytes)
-    if isinstance(values, PlannedAffine):
+    if isinstance(values, AffineLayout):
         count = _stored(-(-rows * _grid_columns(values, columns) // _BYTE))
         count += _stored(-(-kept * values.bits // _BYTE))
         return count + _grid_bytes(values, rows, columns, float_bytes)
@@ -120,13 +120,13 @@ def _sparse_bytes(
     return count + _table_bytes(values, rows, bits, float_bytes)
 
 
-def _grid_columns(form: PlannedAffine, columns: int) -> int:
+def _grid_columns(form: AffineLayout, columns: int) -> int:
     """Columns that are stored: whole groups, or the row where one group spans it."""
     groups = -(-columns // form.group_size)
     return columns if groups == 1 else groups * form.group_size
 
 
-def _grid_bytes(form: PlannedAffine, rows: int, columns: int, float_bytes: int) -> int:
+def _grid_bytes(form: AffineLayout, rows: int, columns: int, float_bytes: int) -> int:
     """Scales and zero points."""
     count = rows * -(-columns // form.group_size)
     stored = _stored(count * float_bytes)
@@ -138,7 +138,7 @@ def _grid_bytes(form: PlannedAffine, rows: int, columns: int, float_bytes: int) 
     return stored + _stored(-(-count * width // _BYTE))
 
 
-def _table_bytes(form: PlannedCodebook, rows: int, bits: int, float_bytes: int) -> int:
+def _table_bytes(form: CodebookLayout, rows: int, bits: int, float_bytes: int) -> int:
     """Codebooks with as many entries as `bits` can name, and scales of rows."""
     stored = 0
     if form.owns_codebooks:
@@ -154,18 +154,18 @@ def _stored(count: int) -> int:
     return _RECORD + -(-count // _RECORD) * _RECORD
 
 
-def _operator_bytes(form: PlannedForm | None) -> int:
+def _operator_bytes(form: WeightLayout | None) -> int:
     """Bytes in the graph of what expands a weight."""
     if form is None:
         return 0
-    if isinstance(form, PlannedSparse):
+    if isinstance(form, SparseLayout):
         below = 0
-        if isinstance(form.values, PlannedAffine):
+        if isinstance(form.values, AffineLayout):
             below = 2 if form.values.bits < _NIBBLE else 1
         elif form.values is not None:
             below = 2 if form.values.row_scales else 1
         return _SPARSE_BYTES + below * _PAIR_BYTES
-    if isinstance(form, PlannedAffine):
+    if isinstance(form, AffineLayout):
         return _CONSTEXPR_BYTES + (_LOOKUP_BYTES if form.bits < _NIBBLE else 0)
     return _LOOKUP_BYTES + (_CONSTEXPR_BYTES if form.row_scales else 0)
 

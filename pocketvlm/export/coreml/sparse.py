@@ -25,8 +25,10 @@ from pocketvlm.export.coreml.constexpr import (
     steps_of,
 )
 from pocketvlm.export.coreml.limits import Deployment, container_bits
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedSparse
-from pocketvlm.weights import KeptIndices, KeptIntegers, SparseWeight, pack_codes
+from pocketvlm.weights.bitpack import pack_codes
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout
+from pocketvlm.weights.nonzeros import AffineNonzeros, CodebookNonzeros
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["describe_sparse", "pack_sparse", "plan_of_sparse"]
 
@@ -50,9 +52,9 @@ def pack_sparse(
             shape=form.shape,
         )
     values = form.values
-    if isinstance(values, KeptIntegers):
+    if isinstance(values, AffineNonzeros):
         return _densify(_pack_integers(form, values, keeps, float_type))
-    if isinstance(values, KeptIndices):
+    if isinstance(values, CodebookNonzeros):
         return _densify(_pack_indices(form, values, keeps, float_type))
     return Constexpr(
         operator="constexpr_sparse_to_dense",
@@ -68,39 +70,39 @@ def describe_sparse(form: SparseWeight) -> str:
     """How a weight is stored, in a few words for the manifest."""
     values = form.values
     label = "float16"
-    if isinstance(values, KeptIntegers):
+    if isinstance(values, AffineNonzeros):
         grid = "symmetric" if values.zeros is None else "asymmetric"
         label = f"int{values.bits} g{values.group_size} {grid}"
-    elif isinstance(values, KeptIndices):
+    elif isinstance(values, CodebookNonzeros):
         tables = values.codebooks.shape[0]
         label = f"lut of {values.index_bits}-bit indices of values, {tables} tables"
     return f"sparse {label}"
 
 
-def plan_of_sparse(form: SparseWeight) -> PlannedSparse:
+def plan_of_sparse(form: SparseWeight) -> SparseLayout:
     """The form's options, without its numbers."""
     values = form.values
-    planned: PlannedAffine | PlannedCodebook | None = None
-    if isinstance(values, KeptIntegers):
-        planned = PlannedAffine(
+    planned: AffineLayout | CodebookLayout | None = None
+    if isinstance(values, AffineNonzeros):
+        planned = AffineLayout(
             bits=values.bits,
             group_size=values.group_size,
             symmetric=values.zeros is None,
             float_zeros=values.has_float_zeros,
         )
-    elif isinstance(values, KeptIndices):
-        planned = PlannedCodebook(
+    elif isinstance(values, CodebookNonzeros):
+        planned = CodebookLayout(
             index_bits=values.index_bits,
             vector_length=1,
             row_groups=values.codebooks.shape[0],
             row_scales=values.row_scales is not None,
         )
-    return PlannedSparse(density=form.density, values=planned)
+    return SparseLayout(density=form.density, values=planned)
 
 
 def _pack_integers(
     form: SparseWeight,
-    values: KeptIntegers,
+    values: AffineNonzeros,
     keeps: npt.NDArray[np.uint8],
     float_type: type[np.floating],
 ) -> Constexpr:
@@ -137,7 +139,7 @@ def _pack_integers(
 
 def _pack_indices(
     form: SparseWeight,
-    values: KeptIndices,
+    values: CodebookNonzeros,
     keeps: npt.NDArray[np.uint8],
     float_type: type[np.floating],
 ) -> Constexpr:

@@ -13,7 +13,7 @@ from pocketvlm.bundle import Component, TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.components import (
+from pocketvlm.export.builders import (
     Signatures,
     build_decoder,
     build_embedding,
@@ -36,9 +36,9 @@ from pocketvlm.export.coreml.size import predict_coreml
 from pocketvlm.export.coreml.toolkit import listen
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
-from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
-from pocketvlm.planned import PlannedForm
-from pocketvlm.weights import WeightForm
+from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import WeightLayout
 
 __all__ = ["ToCoreml"]
 
@@ -85,7 +85,7 @@ class ToCoreml:
             )
 
     def predict(
-        self, spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
+        self, spec: ModelSpec, forms: Mapping[LinearSpec, WeightLayout | None]
     ) -> Prediction:
         """What the export of a model would weigh, and which layers no operator can hold."""
         return predict_coreml(

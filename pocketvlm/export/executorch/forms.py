@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.weights import AffineWeight
+from pocketvlm.weights.affine import AffineWeight
 
 __all__ = [
     "GROUP_MULTIPLE",

@@ -23,8 +23,11 @@ from pocketvlm.export.executorch.forms import (
     scale_rounding,
     signed_codes,
 )
-from pocketvlm.export.unmasked import unmasked
-from pocketvlm.weights import AffineWeight, DenseWeight, FormEmbedding, FormLinear, WeightForm
+from pocketvlm.export.sparse_container.unmasked import unmasked
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
 __all__ = ["DenseLinear", "DynamicLinear", "Kernels", "TableDense", "TableInteger", "pack_nibbles"]
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from pocketvlm.export.executorch.file import read_layout
 from pocketvlm.export.executorch.forms import integer_matrix
 from pocketvlm.export.executorch.layers import pack_nibbles
-from pocketvlm.export.sparse_file import MaskedPlace
-from pocketvlm.export.unmasked import unmasked
-from pocketvlm.weights import AffineWeight, KeptIntegers, SparseWeight, WeightForm
+from pocketvlm.export.sparse_container.pack import MaskedPlace
+from pocketvlm.export.sparse_container.unmasked import unmasked
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.nonzeros import AffineNonzeros
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["MaskedProgram", "find_masked"]
 
@@ -67,7 +70,7 @@ def find_masked(data: bytes, forms: Mapping[str, WeightForm]) -> MaskedProgram:
 def _constants(name: str, form: SparseWeight) -> Iterator[tuple[Tensor, MaskedPlace]]:
     """The constants that a kernel stores of a layer, and what is known of each."""
     plain = unmasked(form)
-    if not isinstance(plain, AffineWeight) or not isinstance(form.values, KeptIntegers):
+    if not isinstance(plain, AffineWeight) or not isinstance(form.values, AffineNonzeros):
         yield form.dequantize(), MaskedPlace(start=0, form=form, bits=_WORD)
         return
     matrix = integer_matrix(name, plain)

@@ -20,12 +20,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.export.components import build_decoder, build_embedding, build_vision
+from pocketvlm.export.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.executorch.ops import ExecutorchOps
 from pocketvlm.export.executorch.schema import has_position_channels
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["DecoderMethod", "EmbeddingMethod", "VisionMethod"]
 

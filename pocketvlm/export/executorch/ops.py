@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.tensor_ops import TensorOps
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["AttentionCache", "ExecutorchOps"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.executorch.methods import DecoderMethod, EmbeddingMethod, VisionMethod
 from pocketvlm.export.executorch.sharing import share_constants
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.runtime.executorch.program import register_operators
 
 __all__ = ["Delegation", "LoweredProgram", "lower_program"]

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["POSITION_CHANNELS", "constant_methods", "has_position_channels"]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from pocketvlm.export.executorch.forms import explain_misfit, kernel_bits, needs_offsets
 from pocketvlm.export.prediction import Prediction, join_refusals, other_elements
-from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
-from pocketvlm.export.unmasked import planned_unmasked
-from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedAffine, PlannedForm, PlannedSparse
+from pocketvlm.export.sparse_container.size import masked_warnings, saved_bytes
+from pocketvlm.export.sparse_container.unmasked import planned_unmasked
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout
 
 __all__ = ["predict_executorch"]
 
@@ -23,7 +23,7 @@ _GRAPH_BYTES = 30_000
 
 def predict_executorch(
     spec: ModelSpec,
-    forms: Mapping[LinearSpec, PlannedForm | None],
+    forms: Mapping[LinearSpec, WeightLayout | None],
     *,
     sparse_file: bool = False,
 ) -> Prediction:
@@ -42,7 +42,7 @@ def predict_executorch(
     for linear, planned in forms.items():
         form = planned_unmasked(planned)
         count = linear.out_features * linear.in_features * _FLOAT_BYTES
-        if isinstance(form, PlannedAffine):
+        if isinstance(form, AffineLayout):
             reason = _misfit(spec, linear, form)
             if reason is not None:
                 misfits.append((linear.name, reason))
@@ -57,7 +57,7 @@ def predict_executorch(
                     dearer.append(linear.name)
         elif form is not None:
             dense.append(linear.name)
-        if sparse_file and isinstance(planned, PlannedSparse):
+        if sparse_file and isinstance(planned, SparseLayout):
             saved = _saved_bytes(linear, planned)
             count -= saved
             unpacked += saved
@@ -84,13 +84,13 @@ def predict_executorch(
     )
 
 
-def _misfit(spec: ModelSpec, linear: LinearSpec, form: PlannedAffine) -> str | None:
+def _misfit(spec: ModelSpec, linear: LinearSpec, form: AffineLayout) -> str | None:
     if linear.part == "embedding" and not spec.decoder.tied_head:
         return None  # a lookup takes any grid
     return explain_misfit(group_size=form.group_size, in_features=linear.in_features)
 
 
-def _stored_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
+def _stored_bytes(linear: LinearSpec, form: AffineLayout) -> int:
     """Codes and scales as a kernel stores them."""
     groups = -(-linear.in_features // form.group_size)
     bits = kernel_bits(form.bits)
@@ -105,10 +105,10 @@ def _stored_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
     return linear.out_features * row
 
 
-def _saved_bytes(linear: LinearSpec, form: PlannedSparse) -> int:
+def _saved_bytes(linear: LinearSpec, form: SparseLayout) -> int:
     """What the packed file leaves out of a layer."""
     plain = planned_unmasked(form)
-    if not isinstance(plain, PlannedAffine):
+    if not isinstance(plain, AffineLayout):
         return saved_bytes(linear, form, bits=_FLOAT_BYTES * 8)
     groups = -(-linear.in_features // plain.group_size)
     bits = kernel_bits(plain.bits)
@@ -126,7 +126,7 @@ def _saved_bytes(linear: LinearSpec, form: PlannedSparse) -> int:
     )
 
 
-def _table_scale_bytes(linear: LinearSpec, form: PlannedAffine) -> int:
+def _table_scale_bytes(linear: LinearSpec, form: AffineLayout) -> int:
     """A tied table's codes are stored once; the lookup has scales of its own."""
     groups = -(-linear.in_features // form.group_size)
     return linear.out_features * groups * _FLOAT_BYTES

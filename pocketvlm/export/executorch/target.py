@@ -25,7 +25,7 @@ from pocketvlm.errors import (
     StorageError,
     UnsupportedError,
 )
-from pocketvlm.export.components import embedding_signatures, vision_signatures
+from pocketvlm.export.builders import embedding_signatures, vision_signatures
 from pocketvlm.export.executorch.masked import find_masked
 from pocketvlm.export.executorch.schema import (
     POSITION_CHANNELS,
@@ -41,14 +41,16 @@ from pocketvlm.export.executorch.worker import (
 )
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
-from pocketvlm.export.sparse_file import pack_file
-from pocketvlm.export.unmasked import describe_unmasked, unmasked_notes
+from pocketvlm.export.sparse_container.pack import pack_file
+from pocketvlm.export.sparse_container.unmasked import describe_unmasked, unmasked_notes
+from pocketvlm.files.full_disk import is_full
 from pocketvlm.json_io import read_json, write_json
-from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
-from pocketvlm.planned import PlannedForm
+from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
 from pocketvlm.runtime.executorch.program import require_executorch
-from pocketvlm.storage import is_full
-from pocketvlm.weights import AffineWeight, SparseWeight, WeightForm
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import WeightLayout
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["ToExecutorch"]
 
@@ -88,7 +90,7 @@ class ToExecutorch:
             raise ValueError(f"context is {self.context}; allowed are 1 and more")
 
     def predict(
-        self, spec: ModelSpec, forms: Mapping[LinearSpec, PlannedForm | None]
+        self, spec: ModelSpec, forms: Mapping[LinearSpec, WeightLayout | None]
     ) -> Prediction:
         """What the export of a model would weigh, and what stands in its way."""
         prediction = predict_executorch(spec, forms, sparse_file=self.sparse_file)

@@ -23,11 +23,11 @@ from torch import nn
 
 from pocketvlm.child_process import end_with_parent
 from pocketvlm.errors import ExportError, PocketVLMError
+from pocketvlm.files.full_disk import describe_fault
 from pocketvlm.json_io import write_json
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import TokenReducer
-from pocketvlm.report import peak_rss_bytes
-from pocketvlm.storage import describe_fault
+from pocketvlm.machine import peak_rss_bytes
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["JOB_FILE", "PROGRAM_FILE", "RESULT_FILE", "ConversionJob", "main"]
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.components import cache_names
+from pocketvlm.export.builders import cache_names
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.forward import DecoderInputs
-from pocketvlm.runtime.onnx_engine import onnxruntime
+from pocketvlm.reference_graph.forward import DecoderInputs
+from pocketvlm.runtime.onnx.engine import onnxruntime
 
 __all__ = ["LevelAgreement", "agreement_of_levels"]
 

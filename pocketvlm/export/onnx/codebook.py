@@ -15,8 +15,8 @@ from onnx import TensorProto
 
 from pocketvlm.export.onnx.packing import PackedWeight
 from pocketvlm.export.onnx.writer import GraphWriter
-from pocketvlm.export.sparse_file import MaskedPlace
-from pocketvlm.weights import CodebookWeight, Lookup
+from pocketvlm.export.sparse_container.pack import MaskedPlace
+from pocketvlm.weights.codebook import CodebookWeight, Lookup
 
 __all__ = ["affine_rows", "codebook_matrix", "codebook_rows"]
 

@@ -8,9 +8,11 @@ import onnx
 import torch
 
 from pocketvlm.export.onnx.packing import PackedWeight
-from pocketvlm.export.sparse_file import MaskedPlace
-from pocketvlm.export.unmasked import zero_codes
-from pocketvlm.weights import KeptIntegers, SparseWeight, WeightForm
+from pocketvlm.export.sparse_container.pack import MaskedPlace
+from pocketvlm.export.sparse_container.unmasked import zero_codes
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.nonzeros import AffineNonzeros
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["masked_codes", "masked_floats"]
 
@@ -26,7 +28,7 @@ def masked_codes(forms: Sequence[WeightForm], packed: PackedWeight) -> list[Mask
     row_bytes = packed.codes.nbytes // packed.out_features
     places, start = [], 0
     for form in forms:
-        if isinstance(form, SparseWeight) and isinstance(form.values, KeptIntegers):
+        if isinstance(form, SparseWeight) and isinstance(form.values, AffineNonzeros):
             places.append(
                 MaskedPlace(
                     start=start,

@@ -17,17 +17,14 @@ from pocketvlm.export.onnx.masked import masked_codes, masked_floats
 from pocketvlm.export.onnx.packing import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
-from pocketvlm.export.unmasked import has_zero_code, unmasked
-from pocketvlm.forward import embed_patches
-from pocketvlm.weights import (
-    AffineWeight,
-    CodebookWeight,
-    DenseWeight,
-    KeptIntegers,
-    KeptValues,
-    SparseWeight,
-    WeightForm,
-)
+from pocketvlm.export.sparse_container.unmasked import has_zero_code, unmasked
+from pocketvlm.reference_graph.forward import embed_patches
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.codebook import CodebookWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.nonzeros import AffineNonzeros, Nonzeros
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["OnnxOps"]
 
@@ -520,10 +517,10 @@ def _can_join(forms: list[WeightForm]) -> bool:
 
 def _product(form: WeightForm) -> tuple[int | bool, ...] | None:
     """What an operator has to know of a layer: of floats nothing; `None` for tables."""
-    grid: WeightForm | KeptValues = form
+    grid: WeightForm | Nonzeros = form
     if isinstance(form, SparseWeight) and has_zero_code(form):
         grid = form.values
-    if isinstance(grid, AffineWeight | KeptIntegers):
+    if isinstance(grid, AffineWeight | AffineNonzeros):
         return (grid.bits, grid.group_size, grid.zeros is None, grid.has_float_zeros)
     return None if isinstance(form, CodebookWeight) else ()
 

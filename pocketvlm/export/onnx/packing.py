@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.weights import AffineWeight, pack_codes, unpack_codes
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 
 __all__ = [
     "BLOCK_SIZES",

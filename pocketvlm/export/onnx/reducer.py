@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.errors import ExportError
-from pocketvlm.modelspec import ModelSpec
-from pocketvlm.reduction import ReducerInputs, TokenReducer
+from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["trace_reducer"]
 

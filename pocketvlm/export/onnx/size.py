@@ -11,10 +11,10 @@ from pocketvlm.export.onnx.packing import (
     container_bits,
 )
 from pocketvlm.export.prediction import Prediction, join_refusals, other_elements
-from pocketvlm.export.sparse_size import masked_warnings, saved_bytes
-from pocketvlm.export.unmasked import planned_unmasked
-from pocketvlm.modelspec import LinearSpec, ModelSpec
-from pocketvlm.planned import PlannedAffine, PlannedCodebook, PlannedForm, PlannedSparse
+from pocketvlm.export.sparse_container.size import masked_warnings, saved_bytes
+from pocketvlm.export.sparse_container.unmasked import planned_unmasked
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["predict_onnx", "quantized_bytes"]
 
@@ -33,7 +33,7 @@ _NODE_BYTES = 310
 
 def predict_onnx(
     spec: ModelSpec,
-    grids: Mapping[LinearSpec, PlannedForm | None],
+    grids: Mapping[LinearSpec, WeightLayout | None],
     *,
     sparse_file: bool = False,
 ) -> Prediction:
@@ -62,10 +62,10 @@ def predict_onnx(
     )
 
 
-def _layer_bytes(linear: LinearSpec, grid: PlannedForm | None, *, sparse_file: bool) -> int:
-    if isinstance(grid, PlannedSparse):
+def _layer_bytes(linear: LinearSpec, grid: WeightLayout | None, *, sparse_file: bool) -> int:
+    if isinstance(grid, SparseLayout):
         plain = planned_unmasked(grid)
-        if isinstance(plain, PlannedAffine):
+        if isinstance(plain, AffineLayout):
             count = _affine_bytes(linear, plain)
             bits, groups = container_bits(plain.bits), -(-linear.in_features // plain.group_size)
             width, has_fills = groups * plain.group_size, not plain.symmetric
@@ -76,15 +76,15 @@ def _layer_bytes(linear: LinearSpec, grid: PlannedForm | None, *, sparse_file: b
         if sparse_file:
             count -= saved_bytes(linear, grid, bits=bits, width=width, has_fills=has_fills)
         return count
-    if isinstance(grid, PlannedCodebook):
+    if isinstance(grid, CodebookLayout):
         count = grid.stored_bytes(linear.out_features, linear.in_features)
         return count + _expanding_nodes(grid) * _NODE_BYTES
-    if isinstance(grid, PlannedAffine):
+    if isinstance(grid, AffineLayout):
         return _affine_bytes(linear, grid)
     return linear.out_features * linear.in_features * _FLOAT_BYTES
 
 
-def _affine_bytes(linear: LinearSpec, grid: PlannedAffine) -> int:
+def _affine_bytes(linear: LinearSpec, grid: AffineLayout) -> int:
     return quantized_bytes(
         linear,
         bits=grid.bits,
@@ -94,10 +94,10 @@ def _affine_bytes(linear: LinearSpec, grid: PlannedAffine) -> int:
     )
 
 
-def _refusals(grid: PlannedForm | None) -> Iterator[str]:
+def _refusals(grid: WeightLayout | None) -> Iterator[str]:
     """Why no kernel runs a layer, with what would work."""
     plain = planned_unmasked(grid)
-    if not isinstance(plain, PlannedAffine):
+    if not isinstance(plain, AffineLayout):
         return
     if plain.group_size not in BLOCK_SIZES:
         yield (
@@ -109,10 +109,10 @@ def _refusals(grid: PlannedForm | None) -> Iterator[str]:
 
 
 def _warnings(
-    grids: Mapping[LinearSpec, PlannedForm | None], *, sparse_file: bool
+    grids: Mapping[LinearSpec, WeightLayout | None], *, sparse_file: bool
 ) -> Iterator[str]:
     affine = [
-        plain for plain in map(planned_unmasked, grids.values()) if isinstance(plain, PlannedAffine)
+        plain for plain in map(planned_unmasked, grids.values()) if isinstance(plain, AffineLayout)
     ]
     if widened := sum(container_bits(grid.bits) != grid.bits for grid in affine):
         yield (
@@ -121,7 +121,7 @@ def _warnings(
         )
     if narrow := sum(grid.bits == _NARROW_KERNEL_BITS for grid in affine):
         yield f"onnx: {narrow} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
-    if looked_up := sum(isinstance(grid, PlannedCodebook) for grid in grids.values()):
+    if looked_up := sum(isinstance(grid, CodebookLayout) for grid in grids.values()):
         yield (
             f"onnx: {looked_up} layers of codebooks are small on disk and dense float32 once "
             "loaded: ONNX Runtime has no kernel for them"
@@ -134,10 +134,10 @@ def _warnings(
     yield from masked_warnings("onnx", "ONNX Runtime", grids.values(), sparse_file=sparse_file)
 
 
-def _dense_bytes(form: PlannedSparse) -> int:
+def _dense_bytes(form: SparseLayout) -> int:
     """Bytes of an element: a scaled value needs more digits than float16 has."""
     values = form.values
-    is_scaled = isinstance(values, PlannedAffine) or (values is not None and values.row_scales)
+    is_scaled = isinstance(values, AffineLayout) or (values is not None and values.row_scales)
     return 2 * _FLOAT_BYTES if is_scaled else _FLOAT_BYTES
 
 
@@ -156,7 +156,7 @@ def quantized_bytes(
     return linear.out_features * row
 
 
-def _expanding_nodes(form: PlannedCodebook) -> int:
+def _expanding_nodes(form: CodebookLayout) -> int:
     """Nodes that `codebook` expands a weight with."""
     grouped = [form.index_bits]
     nodes = 2 * form.row_scales + 4 * form.column_scales

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pocketvlm.bundle import Component
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.components import (
+from pocketvlm.export.builders import (
     Signatures,
     TextRows,
     build_decoder,
@@ -27,11 +27,14 @@ from pocketvlm.export.onnx.size import predict_onnx
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.prediction import Prediction
-from pocketvlm.export.sparse_file import pack_file
-from pocketvlm.export.unmasked import describe_unmasked, unmasked_notes
-from pocketvlm.modelspec import LinearSpec, ModelSpec, Part
-from pocketvlm.planned import PlannedForm
-from pocketvlm.weights import AffineWeight, CodebookWeight, SparseWeight, WeightForm
+from pocketvlm.export.sparse_container.pack import pack_file
+from pocketvlm.export.sparse_container.unmasked import describe_unmasked, unmasked_notes
+from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.codebook import CodebookWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import WeightLayout
+from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["ToOnnx"]
 
@@ -81,7 +84,7 @@ class ToOnnx:
                 raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
 
     def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, PlannedForm | None]
+        self, spec: ModelSpec, grids: Mapping[LinearSpec, WeightLayout | None]
     ) -> Prediction:
         """What the export of a model would weigh, and which layers no kernel can run."""
         return predict_onnx(spec, grids, sparse_file=self.sparse_file)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.errors import ExportError
-from pocketvlm.export.sparse_file import MaskedPlace
+from pocketvlm.export.sparse_container.pack import MaskedPlace
 
 __all__ = ["CONTRIB", "GraphWriter", "WeightFile"]
 

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pocketvlm.emulation.mil.package import MilPackage
+from pocketvlm.emulation.mil.systems import LOWEST_SYSTEMS
+from pocketvlm.emulation.mil.types import Array
 from pocketvlm.errors import BundleError, MissingExtraError, UnsupportedError
 from pocketvlm.runtime.coreml.package import ComputedPackage
-from pocketvlm.runtime.mil.package import MilPackage
-from pocketvlm.runtime.mil.systems import LOWEST_SYSTEMS
-from pocketvlm.runtime.mil.types import Array
 from pocketvlm.runtime.versions import is_older
 
 __all__ = [

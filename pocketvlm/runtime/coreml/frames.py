@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pocketvlm.runtime.mil.types import Array
+from pocketvlm.emulation.mil.types import Array
 
 __all__ = ["FRAME_HEADER", "decode_frame", "encode_frame", "read_frame", "write_frame"]
 

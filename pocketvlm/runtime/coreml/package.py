@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pocketvlm.runtime.mil.package import MilPackage
-from pocketvlm.runtime.mil.program import MilProgram
-from pocketvlm.runtime.mil.types import Array
+from pocketvlm.emulation.mil.package import MilPackage
+from pocketvlm.emulation.mil.program import MilProgram
+from pocketvlm.emulation.mil.types import Array
+from pocketvlm.errors import BundleError
 
 __all__ = ["ComputedPackage", "OpenPackage", "ReferencePackage"]
 
@@ -61,10 +62,17 @@ class ReferencePackage(ComputedPackage):
         self.clear_states()
 
     def predict(self, function: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Computes a function by the reference evaluator."""
+        """Computes a function by the reference evaluator.
+
+        Raises:
+            BundleError: The package is damaged, or does not match its bundle's manifest.
+        """
         names = {p.name for p in self.described.function(function).inputs if p.is_state}
         own = {name: self._states[name] for name in names}
-        outputs = self._program.run(function, inputs, own)
+        try:
+            outputs = self._program.run(function, inputs, own)
+        except ValueError as error:  # of another shape or name than its bundle was read as
+            raise BundleError(str(error)) from error
         self._states.update(own)
         return outputs
 

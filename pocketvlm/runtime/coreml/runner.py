@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle, Component
+from pocketvlm.emulation.mil.package import Function
+from pocketvlm.emulation.mil.types import Array
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.coreml.package import ComputedPackage, OpenPackage, ReferencePackage
-from pocketvlm.runtime.mil.package import Function
-from pocketvlm.runtime.mil.types import Array
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["CoremlRunner"]

@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.child_process import module_command
+from pocketvlm.emulation.mil.types import Array
 from pocketvlm.errors import CheckFailedError
 from pocketvlm.json_io import parse_json
 from pocketvlm.runtime.coreml.frames import FRAME_HEADER, decode_frame, encode_frame
-from pocketvlm.runtime.mil.types import Array
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["WORKER", "RemoteRunner", "measure_function"]

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.bundle import Bundle
+from pocketvlm.emulation.mil.package import MilPackage
+from pocketvlm.emulation.mil.types import Array
 from pocketvlm.errors import PocketVLMError
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.runtime.coreml.apple import AppleToolkit, DevicePackage, Toolkit
 from pocketvlm.runtime.coreml.frames import read_frame, write_frame
 from pocketvlm.runtime.coreml.runner import CoremlRunner
-from pocketvlm.runtime.mil.package import MilPackage
-from pocketvlm.runtime.mil.types import Array
 
 __all__ = ["main"]
 

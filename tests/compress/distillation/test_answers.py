@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 import torch
 
-from pocketvlm.calibration.prompts import encode_samples
-from pocketvlm.calibration.source import CalibrationSet, Sample
+from pocketvlm.calibration.data.prompts import encode_samples
+from pocketvlm.calibration.data.source import CalibrationSet, Sample
 from pocketvlm.compress.distillation.answers import (
     answer_states,
     make_batch,
@@ -23,7 +23,12 @@ from pocketvlm.compress.distillation.losses import (
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.forward import VisualTokens, decode_logits, embed_prompts, encode_images
+from pocketvlm.reference_graph.forward import (
+    VisualTokens,
+    decode_logits,
+    embed_prompts,
+    encode_images,
+)
 
 
 @pytest.mark.parametrize("reduces", [False, True])

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from pocketvlm.compress.distillation.masked_update import MaskedUpdate, low_rank_update
-from pocketvlm.weights import AffineWeight, DenseWeight, SparseWeight, WeightForm
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.sparse import SparseWeight
 
 
 def _weight(dtype: torch.dtype = torch.bfloat16) -> DenseWeight:

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.distillation.training import rate_share
-from pocketvlm.compress.pruning.magnitude import Magnitude
-from pocketvlm.compress.quantization.rtn import RoundToNearest
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
+from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.weights import DenseWeight, SparseWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.sparse import SparseWeight
 
 SHORT = Distill(
     rank=4, steps=8, batch_size=4, rate=5e-3, vector_rate=1e-3, held_out=0.25, check_every=4

@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.prompts import encode_samples
+from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.forward import decode_logits, embed_prompts, encode_images
-from pocketvlm.testing import tiny_config, write_random_model
-from pocketvlm.weights import DenseWeight
+from pocketvlm.reference.random_models import tiny_config, write_random_model
+from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.weights.dense import DenseWeight
 
 DECODER, TOWER = 4, 3
 

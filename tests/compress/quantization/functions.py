@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.forward import decode_logits, embed_prompts, encode_images
-from pocketvlm.weights import DenseWeight
+from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.weights.dense import DenseWeight
 
 
 def logits_of(checkpoint: Checkpoint, seed: int = 0) -> torch.Tensor:

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.blocks import Drift, InputMoments
-from pocketvlm.calibration.statistics import CrossMoment, SecondMoment
+from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
+from pocketvlm.calibration.walk.walk import Drift, InputMoments
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.error_feedback import factorize
-from pocketvlm.compress.evidence import weigh_moments
-from pocketvlm.compress.quantization.fitting import align_to_float, fit_layer
-from pocketvlm.compress.quantization.gptq import AffineFitter, Gptq
-from pocketvlm.compress.quantization.rules import Assignment, WeightRule
+from pocketvlm.compress.layerwise.error_feedback import factorize
+from pocketvlm.compress.layerwise.hessian import weigh_moments
+from pocketvlm.compress.quantization.affine.gptq import AffineFitter, Gptq
+from pocketvlm.compress.quantization.affine.rules import Assignment, WeightRule
+from pocketvlm.compress.quantization.layer_quantizer import align_to_float, fit_layer
 from pocketvlm.context import RunContext
-from pocketvlm.modelspec import LinearSpec
-from pocketvlm.weights import DenseWeight
+from pocketvlm.models.spec import LinearSpec
+from pocketvlm.weights.dense import DenseWeight
 
 
 def drifted_inputs(columns=24, tokens=400, seed=0):

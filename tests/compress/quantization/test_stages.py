@@ -11,14 +11,15 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress import evidence
-from pocketvlm.compress.quantization.affine import AffineScheme, min_max_grid
-from pocketvlm.compress.quantization.gptq import Gptq
-from pocketvlm.compress.quantization.rtn import RoundToNearest, round_to_nearest
-from pocketvlm.compress.quantization.rules import WeightRule
+from pocketvlm.compress.layerwise import hessian
+from pocketvlm.compress.quantization.affine.gptq import Gptq
+from pocketvlm.compress.quantization.affine.grid import AffineScheme, min_max_grid
+from pocketvlm.compress.quantization.affine.rtn import RoundToNearest, round_to_nearest
+from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, RecipeError
-from pocketvlm.weights import AffineWeight, DenseWeight
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.dense import DenseWeight
 
 ALL = (WeightRule(bits=4, group_size=16),)
 
@@ -112,7 +113,7 @@ def test_the_loss_that_is_reported_is_that_of_the_layer(tiny_checkpoint, samples
     seen = []
     module = tiny_checkpoint.model.get_submodule(name)
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    from pocketvlm.forward import encode_images
+    from pocketvlm.reference_graph.forward import encode_images
 
     held_out = samples.samples[-1]
     encode_images(tiny_checkpoint, tiny_checkpoint.processor.pixels([held_out.open_image()]))
@@ -182,12 +183,12 @@ def test_a_damaged_layer_file_is_made_again(tiny_path, samples, tmp_path):
 
 def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, monkeypatch):
     """Error feedback that was led astray: codes from a Hessian that is not the layer's."""
-    real = evidence.factorize
+    real = hessian.factorize
 
     def astray(hessian, **options):
         return real(torch.flip(hessian, (0, 1)), **options)
 
-    monkeypatch.setattr(evidence, "factorize", astray)
+    monkeypatch.setattr(hessian, "factorize", astray)
     dense = {linear.name: form for linear, form in tiny_checkpoint.forms().items()}
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     record = done.history[-1]
@@ -206,21 +207,21 @@ def test_where_rounding_is_better_it_is_kept_and_said(tiny_checkpoint, samples, 
 
 
 def test_a_hessian_without_factor_is_rounded_and_said(tiny_checkpoint, samples, monkeypatch):
-    monkeypatch.setattr(evidence, "factorize", lambda *_, **__: None)
+    monkeypatch.setattr(hessian, "factorize", lambda *_, **__: None)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     assert all(row["method"] == "rtn" for row in done.history[-1].layers)
     assert sum("Cholesky" in note for note in done.history[-1].notes) > 10
 
 
 def test_raised_damping_is_said(tiny_checkpoint, samples, monkeypatch):
-    real = evidence.factorize
+    real = hessian.factorize
 
     def weaker(hessian, **options):
         values, vectors = torch.linalg.eigh(hessian.double())
         values[0] = -0.02 * hessian.diagonal().mean()
         return real((vectors * values) @ vectors.T, **options)
 
-    monkeypatch.setattr(evidence, "factorize", weaker)
+    monkeypatch.setattr(hessian, "factorize", weaker)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     raised = [row for row in done.history[-1].layers if row.get("damping_raised")]
     assert raised
@@ -229,8 +230,8 @@ def test_raised_damping_is_said(tiny_checkpoint, samples, monkeypatch):
 
 
 def test_wide_hessians_are_cut_at_group_borders(tiny_checkpoint, samples, monkeypatch):
-    monkeypatch.setattr(evidence, "_WHOLE_WIDTH", 64)
-    monkeypatch.setattr(evidence, "_BLOCK_WIDTH", 50)
+    monkeypatch.setattr(hessian, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(hessian, "_BLOCK_WIDTH", 50)
     done = Gptq(rules=ALL).apply(tiny_checkpoint, samples, RunContext())
     wide = [row for row in done.history[-1].layers if row.get("hessian_blocks", 1) > 1]
     # 96 columns and more, in blocks of 48.
@@ -263,8 +264,8 @@ def test_a_row_may_have_one_scale(tiny_path, samples, stage, grid, monkeypatch):
     )
     assert stored(run((rule,))) == stored(run(by_width))
     # Blocks of a Hessian share the row's scale too, and still gain by error feedback.
-    monkeypatch.setattr(evidence, "_WHOLE_WIDTH", 64)
-    monkeypatch.setattr(evidence, "_BLOCK_WIDTH", 40)
+    monkeypatch.setattr(hessian, "_WHOLE_WIDTH", 64)
+    monkeypatch.setattr(hessian, "_BLOCK_WIDTH", 40)
     wide = [row for row in run((rule,)).history[-1].layers if row.get("hessian_blocks", 1) > 1]
     assert bool(wide) == (stage is Gptq)
     assert all(row["loss"] < row["loss_rtn"] for row in wide if row["method"] == "gptq")

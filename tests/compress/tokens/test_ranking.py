@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.compress.tokens.ranking import gather_tokens, pool_merge_cells, top_indices
-from pocketvlm.forward import merge_patches
+from pocketvlm.compress.tokens.rank.ranking import gather_tokens, pool_merge_cells, top_indices
+from pocketvlm.reference_graph.forward import merge_patches
 
 
 @st.composite

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.forward import encode_images
 from pocketvlm.reference import reference_model_path
 from pocketvlm.reference.questions import sample_example_scene
 from pocketvlm.reference.scenes import object_coverage, render
+from pocketvlm.reference_graph.forward import encode_images
 
 SCENES = 48
 

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.compress.tokens.average_pool import AveragePoolReducer, pooled_grid
-from pocketvlm.compress.tokens.cls_attention import ClsAttentionReducer, cls_attention
-from pocketvlm.compress.tokens.distinct_features import DistinctFeaturesReducer, distinctness
-from pocketvlm.compress.tokens.random_tokens import random_indices
-from pocketvlm.compress.tokens.received_attention import (
+from pocketvlm.compress.tokens.baseline.random_tokens import random_indices
+from pocketvlm.compress.tokens.baseline.uniform_stride import uniform_indices
+from pocketvlm.compress.tokens.pool.average_pool import AveragePoolReducer, pooled_grid
+from pocketvlm.compress.tokens.rank.cls_attention import ClsAttentionReducer, cls_attention
+from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeaturesReducer, distinctness
+from pocketvlm.compress.tokens.rank.received_attention import (
     ReceivedAttentionReducer,
     received_attention,
 )
-from pocketvlm.compress.tokens.uniform_stride import uniform_indices
-from pocketvlm.reduction import ReducerInputs
+from pocketvlm.models.reducer import ReducerInputs
 
 
 def full_attention(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import SCORES, ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError, UnsupportedError
-from pocketvlm.forward import embed_prompts, encode_images
-from pocketvlm.reduction import ReducerInputs
-from pocketvlm.runtime.onnx_engine import onnxruntime
+from pocketvlm.models.reducer import ReducerInputs
+from pocketvlm.reference_graph.forward import embed_prompts, encode_images
+from pocketvlm.runtime.onnx.engine import onnxruntime
 
 NO_CALIBRATION: Any = None  # token reduction looks at no data
 

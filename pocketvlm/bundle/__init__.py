@@ -1,0 +1,27 @@
+"""The artifact on disk: a signed folder, and the manifest that describes what is in it."""
+
+from pocketvlm.bundle.bundle import Bundle, sign_bundle, write_manifest
+from pocketvlm.bundle.manifest import (
+    BUNDLE_SCHEMA,
+    CacheLayout,
+    Component,
+    Generation,
+    Manifest,
+    PromptLayout,
+    RuntimeNeeds,
+    TensorSignature,
+)
+
+__all__ = [
+    "BUNDLE_SCHEMA",
+    "Bundle",
+    "CacheLayout",
+    "Component",
+    "Generation",
+    "Manifest",
+    "PromptLayout",
+    "RuntimeNeeds",
+    "TensorSignature",
+    "sign_bundle",
+    "write_manifest",
+]

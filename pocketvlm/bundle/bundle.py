@@ -1,0 +1,142 @@
+"""The artifact on disk: a folder whose manifest names, describes and signs every file in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pocketvlm.bundle.manifest import (
+    BUNDLE_SCHEMA,
+    CacheLayout,
+    Component,
+    Generation,
+    Manifest,
+    PromptLayout,
+    RuntimeNeeds,
+    TensorSignature,
+)
+from pocketvlm.errors import BundleError
+from pocketvlm.files.reader import locate
+from pocketvlm.files.signed_folder import (
+    DIGEST_KEY,
+    sign_document,
+    sign_files,
+    verify_document,
+    verify_files,
+)
+from pocketvlm.json_io import read_json, write_json
+
+__all__ = [
+    "BUNDLE_SCHEMA",
+    "Bundle",
+    "CacheLayout",
+    "Component",
+    "Generation",
+    "Manifest",
+    "PromptLayout",
+    "RuntimeNeeds",
+    "TensorSignature",
+    "sign_bundle",
+    "write_manifest",
+]
+
+_MANIFEST = "manifest.json"
+_UNSIGNED = ("README.md", "report.html", ".gitattributes")
+"""Files that no reader takes: two that are written after signing, and the hub's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A folder with a manifest.
+
+    Attributes:
+        path: The folder.
+        manifest: Its manifest.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = True) -> Bundle:
+        """Opens a bundle: every file in it must be listed, regular, inside, and as it was signed.
+
+        Args:
+            path: The folder.
+            verify: Whether the folder is compared with its manifest. A process that was started
+                by one that has done so need not do it again.
+
+        Raises:
+            BundleError: There is no bundle, or a file is missing, was changed, or is not listed.
+        """
+        file = path / _MANIFEST
+        if not file.is_file():
+            raise BundleError(f"{path}: no bundle here: {_MANIFEST} is missing")
+        document = read_json(locate(path, _MANIFEST))
+        if verify:
+            verify_document(document, file, error=BundleError)
+        content = {key: value for key, value in document.items() if key != DIGEST_KEY}
+        bundle = cls(path=path, manifest=Manifest.from_json(content, file))
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compares the folder with the manifest.
+
+        Raises:
+            BundleError: A file is missing, was changed, or is not listed; the message names it.
+        """
+        files = self.manifest.files
+        verify_files(self.path, files, _MANIFEST, _UNSIGNED, error=BundleError)
+        for component in self.manifest.components:
+            for name in filter(None, (component.file, component.sparse_file)):
+                if name not in files and not any(file.startswith(f"{name}/") for file in files):
+                    raise BundleError(f"{self.path / _MANIFEST}: {name!r} is used and not signed")
+
+    def file(self, name: str) -> Path:
+        """Path of a signed file.
+
+        Raises:
+            BundleError: The manifest does not list it, or it is no file inside the bundle.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: has no file {name!r} that is signed")
+        return locate(self.path, name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a signed file of this name."""
+        return name in self.manifest.files
+
+    def component(self, target: str, role: str, function: str | None = None) -> Component:
+        """The graph of one target and role; the first one where no function is named.
+
+        Raises:
+            BundleError: The bundle has none.
+        """
+        for component in self.manifest.components:
+            if component.target != target or component.role != role:
+                continue
+            if function in (None, component.function):
+                return component
+        targets = sorted({c.target for c in self.manifest.components})
+        raise BundleError(
+            f"{self.path}: no {role} graph for target {target!r}; targets are {', '.join(targets)}"
+        )
+
+    def stored_bytes(self) -> int:
+        """Bytes of every signed file: what an app has to ship."""
+        return sum((self.path / name).stat().st_size for name in self.manifest.files)
+
+
+def sign_bundle(path: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the digest of every file that is in the folder; writes it there."""
+    files = sign_files(path, (_MANIFEST, *_UNSIGNED))
+    signed = replace(manifest, files=files)
+    write_manifest(path, signed)
+    return signed
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a bundle folder, with the digest of itself."""
+    write_json(path / _MANIFEST, sign_document(manifest.to_json()))

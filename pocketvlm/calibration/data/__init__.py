@@ -1,0 +1,1 @@
+"""Samples: pictures, conversations, prompts, and where they come from."""

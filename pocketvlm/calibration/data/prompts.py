@@ -1,0 +1,195 @@
+"""Calibration conversations as token ids, and which of them share one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.errors import CalibrationError, PocketVLMError
+from pocketvlm.processor import Processor
+
+__all__ = [
+    "Prompt",
+    "PromptBatch",
+    "batch_images",
+    "batch_prompts",
+    "encode_sample",
+    "encode_samples",
+]
+
+_MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sample as token ids: prompt and answer, the image as all N of its placeholders.
+
+    Attributes:
+        token_ids: The ids.
+        image_start: Column of the first placeholder.
+        is_truncated: Whether the end was cut off at the longest length that is used.
+        answer_start: Column of the answer's first token.
+        answer_end: Column behind the token that ends the answer; equal to `answer_start` where
+            the sample has no answer, or all of it was cut off.
+        where: File and line that the sample came from, for messages.
+    """
+
+    token_ids: tuple[int, ...]
+    image_start: int
+    is_truncated: bool
+    answer_start: int
+    answer_end: int
+    where: str
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer, and not all of it was cut off."""
+        return self.answer_end > self.answer_start
+
+    def predicting(self, length: int) -> slice:
+        """Columns whose logits predict the answer: each token is predicted one column earlier.
+
+        Args:
+            length: Of the sequence that enters the decoder. The image stands before the answer, so
+                tokens that were removed from it move all of the answer.
+        """
+        shift = len(self.token_ids) - length + 1
+        return slice(self.answer_start - shift, self.answer_end - shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Samples that run through the model together.
+
+    Attributes:
+        samples: Their indices in the calibration set.
+        held_out: Whether they only judge the result and never enter a Hessian.
+        in_tower_moments: Whether the tower's moments are taken from them too.
+    """
+
+    samples: tuple[int, ...]
+    held_out: bool
+    in_tower_moments: bool = True
+
+
+def encode_samples(processor: Processor, samples: CalibrationSet) -> tuple[Prompt, ...]:
+    """Encodes every sample.
+
+    Raises:
+        CalibrationError: A sample has no image, has the image's placeholder in its text, or its
+            image does not fit into the longest length that is used.
+    """
+    return tuple(encode_sample(processor, sample) for sample in samples)
+
+
+def batch_images(
+    count: int, first_held_out: int, per_batch: int, *, fitted: int, judging: int
+) -> tuple[PromptBatch, ...]:
+    """Batches of consecutive samples; none mixes held-out samples with others.
+
+    Args:
+        count: Samples in all.
+        first_held_out: The first that only judges.
+        per_batch: Images that run together.
+        fitted: How many of those before `first_held_out` enter the tower's moments.
+        judging: How many of those behind it do.
+    """
+    parts = (
+        (0, min(fitted, first_held_out), False, True),
+        (min(fitted, first_held_out), first_held_out, False, False),
+        (first_held_out, min(first_held_out + judging, count), True, True),
+        (min(first_held_out + judging, count), count, True, False),
+    )
+    return tuple(
+        PromptBatch(
+            samples=tuple(range(start, min(start + per_batch, end))),
+            held_out=held_out,
+            in_tower_moments=in_moments,
+        )
+        for begin, end, held_out, in_moments in parts
+        for start in range(begin, end, per_batch)
+    )
+
+
+def batch_prompts(
+    prompts: Sequence[Prompt], first_held_out: int, max_tokens: int
+) -> tuple[PromptBatch, ...]:
+    """Batches of prompts of one length whose images stand in the same columns.
+
+    No prompt is padded: a padded column would need a mask that the phone does not have.
+    """
+    alike: dict[tuple[bool, int, int], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        key = (index >= first_held_out, len(prompt.token_ids), prompt.image_start)
+        alike.setdefault(key, []).append(index)
+    batches = []
+    for (held_out, length, _), indices in alike.items():
+        size = max(1, max_tokens // length)
+        batches += [
+            PromptBatch(samples=tuple(indices[start : start + size]), held_out=held_out)
+            for start in range(0, len(indices), size)
+        ]
+    return tuple(batches)
+
+
+def encode_sample(processor: Processor, sample: Sample) -> Prompt:
+    """Encodes one sample.
+
+    Raises:
+        CalibrationError: As `encode_samples`.
+    """
+    spec = processor.spec
+    if len(sample.images) != 1:
+        count = f"{len(sample.images)} images" if sample.images else "no image"
+        raise CalibrationError(
+            f"{sample.where}: has {count}; calibration takes conversations about one image, which "
+            "a vision-language model is calibrated on together with its text"
+        )
+    try:
+        token_ids = processor.encode(sample.answered_messages(), add_generation_prompt=False)
+    except PocketVLMError as error:  # the chat template refuses the conversation
+        raise CalibrationError(f"{sample.where}: {error}") from error
+    placeholders = token_ids.count(spec.image_token_id)
+    if placeholders != spec.visual_tokens:
+        raise CalibrationError(
+            f"{sample.where}: its prompt has {placeholders} image placeholders, not the "
+            f"{spec.visual_tokens} of one image: the chat template leaves the image out, or text "
+            "becomes a placeholder"
+        )
+    start = token_ids.index(spec.image_token_id)
+    longest = min(_MAX_TOKENS, spec.decoder.max_positions)
+    if start + spec.visual_tokens > longest:
+        raise CalibrationError(
+            f"{sample.where}: its image ends at token {start + spec.visual_tokens}, beyond the "
+            f"{longest} that are used"
+        )
+    answer = _answer_columns(processor, sample, token_ids)
+    return Prompt(
+        token_ids=tuple(token_ids[:longest]),
+        image_start=start,
+        is_truncated=len(token_ids) > longest,
+        answer_start=min(answer.start, longest),
+        answer_end=min(answer.stop, longest),
+        where=sample.where,
+    )
+
+
+def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[int]) -> range:
+    """Columns that the model would have had to generate, the end of the answer included."""
+    question = processor.encode(sample.messages())
+    # Counted along both: a tokenizer may merge the prompt's last character with the answer's first.
+    start = next(
+        (
+            column
+            for column, (asked, whole) in enumerate(zip(question, token_ids, strict=False))
+            if asked != whole
+        ),
+        min(len(question), len(token_ids)),
+    )
+    if not sample.answer.strip():
+        return range(start, start)
+    ends = processor.eos_token_ids
+    # Templates may add a line break behind the end, which nobody generates.
+    stop = next((at + 1 for at in range(start, len(token_ids)) if token_ids[at] in ends), None)
+    return range(start, len(token_ids) if stop is None else stop)

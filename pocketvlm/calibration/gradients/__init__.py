@@ -1,0 +1,1 @@
+"""Losses of answers, and their gradients, one block at a time."""

@@ -1,0 +1,260 @@
+"""The answer's loss and its gradients, carried back through the decoder one block at a time.
+
+The hidden states in front of all blocks are stored on the way forward, so that no more than one
+block's graph ever exists: what it takes is one dense block, one batch's graph, and activations that
+go to a file where they do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pocketvlm.calibration.data.prompts import Prompt, PromptBatch
+from pocketvlm.calibration.gradients.block_graph import (
+    dense_weights,
+    linears_of,
+    record_block,
+    run_halves,
+)
+from pocketvlm.calibration.walk.activations import ActivationStore
+from pocketvlm.calibration.walk.sublayers import decoder_halves
+from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import CalibrationError
+from pocketvlm.reference_graph.forward import DecoderInputs, VisualTokens, embed_prompts
+from pocketvlm.weights.modules import cache_dense_weights
+
+__all__ = [
+    "AnswerLoss",
+    "LayerGradients",
+    "answer_loss",
+    "enter_decoder",
+    "require_answers",
+    "walk_back",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerLoss:
+    """The decoder's forward pass on prompts with answers, ready to be walked back.
+
+    Attributes:
+        entering: Hidden states [batch, length, width] in front of every block: of batch b and
+            block i at `i * len(gradient) + b`.
+        gradient: The loss's gradient behind the last block, of each batch.
+        arguments: What attention takes beside the hidden state, of each batch.
+        is_visual: bool [batch, length]: which columns came from an image, of each batch.
+        mean: The loss's mean over samples.
+    """
+
+    entering: ActivationStore
+    gradient: ActivationStore
+    arguments: tuple[Mapping[str, Any], ...]
+    is_visual: tuple[Tensor, ...]
+    mean: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerGradients:
+    """A loss's gradients at one decoder block, of one batch.
+
+    Attributes:
+        block: Which block.
+        batch: Which batch.
+        inputs: What each linear read [batch, length, in_features], by name.
+        outputs: Gradient at each linear's output [batch, length, out_features], by name.
+        weights: Gradient of each linear's dense weight [out_features, in_features], by name;
+            empty unless asked for.
+    """
+
+    block: int
+    batch: int
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+
+
+@contextmanager
+def answer_loss(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    batches: Sequence[PromptBatch],
+    visual: VisualTokens,
+    spill_folder: Path | None = None,
+) -> Iterator[AnswerLoss]:
+    """Runs the decoder forwards and takes the loss; frees what it stored when the block ends.
+
+    The loss of a sample is the mean cross-entropy of its answer's tokens, the end of the answer
+    included; what is differentiated is the samples' sum, so that no gradient depends on which
+    samples share a batch.
+
+    Args:
+        checkpoint: The model.
+        prompts: Prompts with their answers.
+        batches: Which of them run together.
+        visual: Visual tokens of every sample, in order.
+        spill_folder: Where activations go that do not fit into memory.
+
+    Raises:
+        CalibrationError: A sample has no answer, its answer was cut off, or its loss is not
+            finite.
+    """
+    require_answers(prompts)
+    model, spec = checkpoint.model, checkpoint.spec
+    arguments: list[Mapping[str, Any]] = []
+    is_visual: list[Tensor] = []
+    with ExitStack() as stack:
+        entering = stack.enter_context(ActivationStore(spill_folder))
+        # Hidden states on the way forward, gradients from the loss on.
+        states = stack.enter_context(ActivationStore(spill_folder))
+        with torch.no_grad():
+            for batch in batches:
+                inputs, beside = enter_decoder(checkpoint, prompts, batch, visual)
+                states.append(inputs.embeds)
+                is_visual.append(inputs.is_visual)
+                arguments.append(beside)
+        for block in range(spec.decoder.depth):
+            halves = decoder_halves(model, spec, block)
+            ends = ends_visual_rows(checkpoint, block, halves[0].kind)
+            with dense_weights([half.body for half in halves]):
+                for index, hidden in enumerate(states):
+                    entering.append(hidden)
+                    beside = _arguments_at(checkpoint, block, arguments[index], is_visual[index])
+                    middle = halves[0].run(hidden, beside)
+                    if ends:
+                        middle = keep_text(middle, is_visual[index])
+                    states[index] = halves[1].run(middle, {})
+        total = 0.0
+        norm = model.get_submodule(f"{spec.decoder.prefix}.norm")
+        head = model.get_submodule(spec.decoder.head)
+        with torch.enable_grad(), cache_dense_weights(head):
+            for index, batch in enumerate(batches):
+                leaf = states[index].detach().requires_grad_()
+                value = torch.zeros(())
+                for row, sample in enumerate(batch.samples):
+                    columns = prompts[sample].predicting(leaf.shape[1])
+                    logits = head(norm(leaf[row, columns]))
+                    own = _cross_entropy(logits, prompts[sample])
+                    if not bool(torch.isfinite(own)):
+                        raise CalibrationError(
+                            f"{prompts[sample].where}: the loss of its answer is not finite"
+                        )
+                    value = value + own
+                (states[index],) = torch.autograd.grad(value, [leaf])
+                total += float(value.detach())
+        yield AnswerLoss(
+            entering=entering,
+            gradient=states,
+            arguments=tuple(arguments),
+            is_visual=tuple(is_visual),
+            mean=total / sum(len(batch.samples) for batch in batches),
+        )
+
+
+def walk_back(
+    checkpoint: Checkpoint, loss: AnswerLoss, *, weights: bool = False
+) -> Iterator[LayerGradients]:
+    """Carries the loss's gradient back through the decoder, from the last block to the first.
+
+    `loss.gradient` is replaced on the way; behind the first block it is that of the embeddings.
+
+    Args:
+        checkpoint: The model that the loss was taken of.
+        loss: What `answer_loss` gave.
+        weights: Whether the gradients of the weights are computed too, which costs one more dense
+            block.
+
+    Yields:
+        Gradients of every block and batch, batches of one block in order.
+    """
+    count = len(loss.arguments)
+    for block in reversed(range(checkpoint.spec.decoder.depth)):
+        halves = decoder_halves(checkpoint.model, checkpoint.spec, block)
+        with dense_weights([half.body for half in halves]):
+            layers = linears_of(halves)
+            if weights:
+                for layer in layers.values():
+                    layer.cached = layer.weight.detach().requires_grad_()
+            leaves = [layer.weight for layer in layers.values()] if weights else []
+            for batch in range(count):
+                flags = loss.is_visual[batch]
+                beside = _arguments_at(checkpoint, block, loss.arguments[batch], flags)
+                ends = ends_visual_rows(checkpoint, block, halves[0].kind)
+                between = partial(keep_text, is_visual=flags) if ends else None
+                graph = record_block(
+                    partial(run_halves, halves, beside, between=between),
+                    layers,
+                    loss.entering[block * count + batch],
+                )
+                entering, outputs, found = graph.pull(loss.gradient[batch], leaves)
+                loss.gradient[batch] = entering
+                yield LayerGradients(
+                    block=block,
+                    batch=batch,
+                    inputs=graph.inputs,
+                    outputs=outputs,
+                    weights=dict(zip(layers, found, strict=False)),
+                )
+
+
+def _arguments_at(
+    checkpoint: Checkpoint, block: int, arguments: Mapping[str, Any], is_visual: Tensor
+) -> Mapping[str, Any]:
+    """What a block's attention takes beside the hidden state."""
+    late = checkpoint.visual_layers
+    return arguments if late is None or block < late else text_arguments(arguments, is_visual)
+
+
+@torch.no_grad()
+def enter_decoder(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
+) -> tuple[DecoderInputs, Mapping[str, Any]]:
+    """A batch of prompts in front of the first block, and what attention takes beside them."""
+    rows = list(batch.samples)
+    inputs = embed_prompts(
+        checkpoint,
+        torch.tensor([prompts[index].token_ids for index in rows]),
+        VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows]),
+    )
+    decoder = cast("Any", checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix))
+    angles = decoder.rotary_emb(inputs.embeds, position_ids=inputs.positions)
+    # No mask: causal attention within the sequence, whatever gaps its positions have.
+    return inputs, {"attention_mask": None, "position_embeddings": angles}
+
+
+def require_answers(prompts: Sequence[Prompt]) -> None:
+    """Checks that every prompt has an answer whose loss can be taken.
+
+    Raises:
+        CalibrationError: A sample has no answer, or its answer was cut off.
+    """
+    for prompt in prompts:
+        _require_answer(prompt)
+
+
+def _require_answer(prompt: Prompt) -> None:
+    if prompt.has_answer:
+        return
+    if prompt.is_truncated:
+        raise CalibrationError(
+            f"{prompt.where}: its answer lies behind token {len(prompt.token_ids)}, where it was "
+            "cut off; a gradient needs an answer"
+        )
+    raise CalibrationError(
+        f"{prompt.where}: has no answer; gradients are those of the answer's loss, so every sample "
+        "needs one"
+    )
+
+
+def _cross_entropy(logits: Tensor, prompt: Prompt) -> Tensor:
+    answer = prompt.token_ids[prompt.answer_start : prompt.answer_end]
+    return functional.cross_entropy(logits, torch.tensor(answer))

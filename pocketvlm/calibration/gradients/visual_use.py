@@ -1,0 +1,175 @@
+"""What each decoder layer still reads from the image, and what its answers lose without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.gradients.backward import enter_decoder
+from pocketvlm.calibration.gradients.divergence import mean_divergence
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves
+from pocketvlm.calibration.walk.text_rows import keep_text, text_arguments
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import CalibrationError
+from pocketvlm.models.spec import DecoderSpec
+from pocketvlm.reference_graph.forward import encode_images
+from pocketvlm.weights.modules import cache_dense_weights
+
+__all__ = ["LayerUse", "attention_ratios", "measure_visual_use"]
+
+_BATCH_TOKENS = 1024
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerUse:
+    """One decoder layer on a calibration set.
+
+    Attributes:
+        ratios: float64 [samples, kv_heads]: attention that rows of text behind the image pay to
+            visual keys, over what they pay to keys of text, all heads of a KV group together.
+        divergence: Mean KL divergence, in nats, of the answers' next tokens if visual rows ended
+            behind this layer's attention; `None` for the last layer, behind which they end anyway.
+    """
+
+    ratios: Tensor
+    divergence: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    prompts: tuple[Prompt, ...]
+    arguments: Mapping[str, Any]
+    is_visual: Tensor
+
+
+@torch.no_grad()
+def measure_visual_use(
+    checkpoint: Checkpoint, samples: CalibrationSet, report: Report = lambda _done, _total: None
+) -> tuple[LayerUse, ...]:
+    """Measures every decoder layer, the first one first.
+
+    One forward pass whose rows of text leave it behind every layer and run to the end alone: with
+    few of them beside the image, little more than the pass itself. Costs the hidden states of all
+    samples, the logits of all answers, and the decoder's weights in float32.
+
+    Args:
+        checkpoint: The model; visual tokens run through all of its layers.
+        samples: Pictures with questions and answers.
+        report: Called with the layers that are done and their number.
+
+    Raises:
+        CalibrationError: A sample cannot be used or has no answer, or an output is not finite.
+    """
+    model, spec = checkpoint.model, checkpoint.spec
+    prompts = encode_samples(checkpoint.processor, samples)
+    for prompt in prompts:
+        if not prompt.has_answer:
+            raise CalibrationError(
+                f"{prompt.where}: has no answer, or all of it was cut off; what an answer loses is "
+                "measured at its tokens, so every sample needs one"
+            )
+    batches, states = [], []
+    for together in batch_prompts(prompts, len(prompts), _BATCH_TOKENS):
+        images = [samples.samples[index].open_image() for index in together.samples]
+        own = tuple(prompts[index] for index in together.samples)
+        visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
+        # Numbered anew: prompts and visual tokens are this batch's own.
+        alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
+        inputs, arguments = enter_decoder(checkpoint, own, alone, visual)
+        batches.append(_Batch(prompts=own, arguments=arguments, is_visual=inputs.is_visual))
+        states.append(inputs.embeds)
+    blocks = [decoder_halves(model, spec, block) for block in range(spec.decoder.depth)]
+    found: list[LayerUse] = []
+    with cache_dense_weights(model.get_submodule(spec.decoder.prefix)):
+        reference = [
+            _answers(checkpoint, batch, _run(blocks, hidden, batch.arguments))
+            for batch, hidden in zip(batches, states, strict=True)
+        ]
+        if not all(bool(torch.isfinite(part).all()) for part in reference):
+            raise CalibrationError("the model's outputs are not finite on the calibration data")
+        for number, (attention, ffn) in enumerate(blocks):
+            ratios, changed = [], []
+            for index, batch in enumerate(batches):
+                hidden = states[index]
+                arguments, flags = batch.arguments, batch.is_visual
+                ratios.append(attention_ratios(spec.decoder, attention, hidden, arguments, flags))
+                middle = attention.run(hidden, arguments)
+                if number < len(blocks) - 1:
+                    text = ffn.run(keep_text(middle, flags), {})
+                    beside = text_arguments(arguments, flags)
+                    behind = _run(blocks[number + 1 :], text, beside)
+                    changed.append(_answers(checkpoint, batch, behind))
+                states[index] = ffn.run(middle, {})
+            divergence = None
+            if changed:
+                divergence = max(0.0, mean_divergence(torch.cat(reference), torch.cat(changed)))
+            found.append(LayerUse(ratios=torch.cat(ratios), divergence=divergence))
+            report(number + 1, len(blocks))
+    return tuple(found)
+
+
+def attention_ratios(
+    decoder: DecoderSpec,
+    attention: Sublayer,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+    is_visual: Tensor,
+) -> Tensor:
+    """Attention paid to visual keys over that to keys of text, float64 [batch, kv_heads].
+
+    Args:
+        decoder: The model's decoder.
+        attention: The attention half of a layer.
+        hidden: What enters it, [batch, length, width].
+        arguments: Its rotary angles.
+        is_visual: bool [batch, length], the same in every row.
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    body, normed = attention.body, attention.inputs_of_first(hidden)
+    batch, length = hidden.shape[:2]
+    queries, keys = (
+        body.get_submodule(name)(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
+        for name in ("q_proj", "k_proj")
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, *arguments["position_embeddings"])
+    flags = is_visual[0]
+    # Only rows behind the first visual one can see any.
+    first = int(flags.to(torch.uint8).argmax())
+    readers = (~flags & (torch.arange(length) > first)).nonzero().flatten()
+    keys = keys.repeat_interleave(decoder.heads // decoder.kv_heads, dim=1)
+    scores = queries[:, :, readers].double() @ keys.double().transpose(-1, -2)
+    scores = scores * decoder.head_dim**-0.5
+    hides = torch.arange(length) > readers[:, None]
+    weights = scores.masked_fill(hides, float("-inf")).softmax(dim=-1)
+    masses = torch.stack([weights[..., flags].sum(dim=-1), weights[..., ~flags].sum(dim=-1)])
+    grouped = masses.view(2, batch, decoder.kv_heads, -1).sum(dim=-1)
+    return grouped[0] / grouped[1]
+
+
+def _run(
+    blocks: Sequence[tuple[Sublayer, Sublayer]], hidden: Tensor, arguments: Mapping[str, Any]
+) -> Tensor:
+    for attention, ffn in blocks:
+        hidden = ffn.run(attention.run(hidden, arguments), {})
+    return hidden
+
+
+def _answers(checkpoint: Checkpoint, batch: _Batch, hidden: Tensor) -> Tensor:
+    """Logarithms of probabilities of the answers' tokens, [tokens, vocabulary]."""
+    model, decoder = checkpoint.model, checkpoint.spec.decoder
+    rows = [
+        states[prompt.predicting(hidden.shape[1])]
+        for prompt, states in zip(batch.prompts, hidden, strict=True)
+    ]
+    normed = model.get_submodule(f"{decoder.prefix}.norm")(torch.cat(rows))
+    logits: Tensor = model.get_submodule(decoder.head)(normed)
+    return logits.double().log_softmax(dim=-1)

@@ -1,0 +1,126 @@
+"""States of the model as it is now and, beside them, of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pocketvlm.calibration.data.prompts import PromptBatch
+from pocketvlm.calibration.walk.activations import ActivationStore
+from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
+from pocketvlm.calibration.walk.steps import Drift, InputMoments
+from pocketvlm.calibration.walk.sublayers import Sublayer
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.modules import cache_dense_weights
+
+__all__ = ["PairedActivations", "advance", "forms_in_place", "measure_moments"]
+
+
+@dataclass(kw_only=True, eq=False)
+class PairedActivations:
+    """States between two layers, of the model as it is now and, beside it, of the float model."""
+
+    now: ActivationStore
+    ideal: ActivationStore | None
+
+    def append(self, batch: Tensor) -> None:
+        """Adds a batch that both share."""
+        self.now.append(batch)
+        if self.ideal is not None:
+            self.ideal.append(batch)
+
+    def copy(self) -> PairedActivations:
+        """The same states in stores of their own."""
+        return PairedActivations(
+            now=self.now.copy(), ideal=None if self.ideal is None else self.ideal.copy()
+        )
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every batch."""
+        for store in (self.now, self.ideal):
+            for index, batch in enumerate(store or ()):
+                cast("ActivationStore", store)[index] = function(batch)
+
+    def close(self) -> None:
+        """Frees memory and disk."""
+        self.now.close()
+        if self.ideal is not None:
+            self.ideal.close()
+
+
+@contextmanager
+def forms_in_place(checkpoint: Checkpoint, forms: Mapping[str, WeightForm]) -> Iterator[None]:
+    """Puts other forms into layers for a while."""
+    layers = {name: checkpoint.layer(name) for name in forms}
+    present = {name: layer.form for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.form = forms[name]
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.form = present[name]
+
+
+def advance(
+    half: Sublayer,
+    hidden: ActivationStore,
+    arguments_of: Callable[[int], Mapping[str, Any]],
+) -> None:
+    """Replaces states in front of a half block by those behind it."""
+    with cache_dense_weights(half.body):
+        for index in range(len(hidden)):
+            hidden[index] = half.run(hidden[index], arguments_of(index))
+
+
+@torch.no_grad()
+def measure_moments(
+    path: PairedActivations,
+    batches: Sequence[PromptBatch | None],
+    inputs_of: Callable[[Tensor, int], Tensor],
+    *,
+    ideal_inputs: ActivationStore | None = None,
+    weights_of: Callable[[int], Tensor | None] = lambda _: None,
+    block: int | None,
+) -> InputMoments:
+    """Moments of a layer's inputs.
+
+    Args:
+        path: States in front of the half block.
+        batches: Which samples a batch holds.
+        inputs_of: From a state to the layer's input.
+        ideal_inputs: The float model's inputs, where `inputs_of` would need its weights.
+        weights_of: Weights of a batch's tokens.
+        block: Width of diagonal blocks.
+    """
+    found: dict[bool, SecondMoment] = {}
+    drifts: dict[bool, Drift] = {}
+    for index, batch in enumerate(batches):
+        if batch is None:
+            continue
+        inputs, weights = inputs_of(path.now[index], index), weights_of(index)
+        width, side = inputs.shape[-1], batch.held_out
+        if side not in found:
+            found[side] = SecondMoment(width, block=block)
+        found[side].add(inputs, weights)
+        if path.ideal is None:
+            continue
+        if side not in drifts:
+            cross, own = CrossMoment(width, block=block), SecondMoment(width, block=block)
+            drifts[side] = Drift(cross=cross, own=own)
+        ideal = inputs_of(path.ideal[index], index) if ideal_inputs is None else ideal_inputs[index]
+        difference = ideal - inputs
+        drifts[side].cross.add_pairs(difference, inputs, weights)
+        drifts[side].own.add(difference, weights)
+    return InputMoments(
+        calibration=found[False],
+        held_out=found.get(True),
+        drift=drifts.get(False),
+        held_out_drift=drifts.get(True),
+    )

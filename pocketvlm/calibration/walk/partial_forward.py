@@ -1,0 +1,251 @@
+"""Runs a model with one layer changed: of every forward pass only what lies behind that layer.
+
+Whoever measures goes along the model in order of execution; hidden states in front of the current
+segment are kept, of all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.calibration.data.prompts import Prompt, batch_prompts, encode_samples
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
+from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import CalibrationError
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.reference_graph.forward import (
+    VisualTokens,
+    embed_patches,
+    embed_prompts,
+    encode_features,
+)
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.modules import cache_dense_weights
+
+__all__ = ["PartialForward", "suffix_shares"]
+
+_BATCH_TOKENS = 1024
+
+
+def suffix_shares(spec: ModelSpec) -> dict[str, float]:
+    """How much of a whole forward pass a run costs that begins at a layer, by its name.
+
+    Counted in segments: halves of blocks, except that the tower's last block and the projector
+    are one.
+    """
+    count = _splice(spec) + 2 * spec.decoder.depth + 2
+    return {linear.name: 1 - _place(spec, linear) / count for linear in spec.linears()}
+
+
+def _splice(spec: ModelSpec) -> int:
+    """Place of the segment that puts visual tokens among those of the text."""
+    return 2 * spec.tower.feature_block + 1
+
+
+def _place(spec: ModelSpec, linear: LinearSpec) -> int:
+    """Place of the first segment that uses a layer, in `PartialForward._build`."""
+    splice = _splice(spec)
+    half = 1 if ".mlp." in linear.name else 0
+    if linear.part == "tower" and linear.block is not None:
+        return min(2 * linear.block + half, splice - 1)
+    if linear.part == "decoder" and linear.block is not None:
+        return splice + 1 + 2 * linear.block + half
+    places = {"projector": splice - 1, "embedding": splice}
+    return places.get(linear.part, splice + 1 + 2 * spec.decoder.depth)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _State:
+    """One batch between two segments.
+
+    Attributes:
+        hidden: Hidden states, or visual tokens in front of the splice.
+        indices: Which visual tokens these are, in front of the splice.
+        angles: Rotary angles, in the decoder.
+        is_visual: Which columns came from an image, in the decoder.
+    """
+
+    hidden: Tensor
+    indices: Tensor | None = None
+    angles: Any = None
+    is_visual: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Segment:
+    """A stretch of the model.
+
+    Attributes:
+        modules: Where dense weights are kept while all batches run through.
+        run: From a batch's number and its state to the next state.
+    """
+
+    modules: nn.Module | None
+    run: Callable[[int, _State], _State]
+
+
+class PartialForward:
+    """The logits at the answers' tokens, of the model as it is or with one layer changed.
+
+    Layers must be visited in order of execution; a tied table, which belongs to both ends, may be
+    visited at any time. Costs the hidden states of all samples, twice.
+
+    Args:
+        checkpoint: The model; its weights must stay as they are while this lives.
+        samples: Pictures with questions and answers.
+
+    Attributes:
+        prompts: Token ids of every sample.
+        logits: float32 [answer tokens, vocabulary] of every sample, of the model as it is.
+
+    Raises:
+        CalibrationError: A sample cannot be used, or has no answer.
+    """
+
+    @torch.no_grad()
+    def __init__(self, checkpoint: Checkpoint, samples: CalibrationSet) -> None:
+        self._checkpoint = checkpoint
+        self.prompts = encode_samples(checkpoint.processor, samples)
+        for prompt in self.prompts:
+            _require_answer(prompt)
+        # The share of held-out samples is the caller's affair: here all are alike.
+        batches = batch_prompts(self.prompts, len(self.prompts), _BATCH_TOKENS)
+        self._rows = tuple(batch.samples for batch in batches)
+        spec = checkpoint.spec
+        self._segments = self._build()
+        self._places = {linear.name: _place(spec, linear) for linear in spec.linears()}
+        self._splice = _splice(spec)
+        self._at = 0
+        self._states = [self._embed(rows, samples) for rows in self._rows]
+        self._in_front_of_splice: list[_State] = []
+        self.logits = self._logits(self._states, 0)
+
+    @torch.no_grad()
+    def logits_with(self, name: str, form: WeightForm) -> tuple[Tensor, ...]:
+        """Like `logits`, with one layer in another form; its own is put back in any case.
+
+        Raises:
+            ValueError: A layer behind this one was visited before.
+        """
+        present = self._checkpoint.form(name)
+        place = self._places[name]
+        states = self._states_in_front_of(place)
+        self._checkpoint.set_form(name, form)
+        try:
+            return self._logits(states, place)
+        finally:
+            self._checkpoint.set_form(name, present)
+
+    def _states_in_front_of(self, place: int) -> list[_State]:
+        while self._at < place:
+            if self._at == self._splice:
+                self._in_front_of_splice = self._states
+            self._states = self._run(self._segments[self._at], self._states)
+            self._at += 1
+        if self._at == place:
+            return self._states
+        if place == self._splice:
+            return self._in_front_of_splice
+        raise ValueError("layers must be measured in order of execution")
+
+    @staticmethod
+    def _run(segment: _Segment, states: Sequence[_State]) -> list[_State]:
+        kept = nullcontext() if segment.modules is None else cache_dense_weights(segment.modules)
+        with kept:
+            return [segment.run(number, state) for number, state in enumerate(states)]
+
+    def _logits(self, states: Sequence[_State], first: int) -> tuple[Tensor, ...]:
+        """Of every sample, from states in front of a segment."""
+        current = list(states)
+        for segment in self._segments[first:]:
+            current = self._run(segment, current)
+        found: dict[int, Tensor] = {}
+        for rows, state in zip(self._rows, current, strict=True):
+            lengths = [
+                self.prompts[row].answer_end - self.prompts[row].answer_start for row in rows
+            ]
+            found.update(zip(rows, state.hidden.split(lengths), strict=True))
+        return tuple(found[row] for row in range(len(self.prompts)))
+
+    def _build(self) -> tuple[_Segment, ...]:
+        model, spec = self._checkpoint.model, self._checkpoint.spec
+        segments = [
+            self._half(half)
+            for block in range(spec.tower.feature_block)
+            for half in tower_halves(model, spec, block)
+        ]
+        last = f"{spec.tower.blocks}.{spec.tower.feature_block}"
+        encoder = [model.get_submodule(name) for name in (last, *spec.projector.linears)]
+        # One segment, because the reducer reads what enters the block as well as what leaves it.
+        segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
+        segments.append(_Segment(modules=None, run=self._embed_prompt))
+        segments += [
+            self._half(half, ends=ends_visual_rows(self._checkpoint, block, half.kind))
+            for block in range(spec.decoder.depth)
+            for half in decoder_halves(model, spec, block)
+        ]
+        head = model.get_submodule(spec.decoder.head)
+        segments.append(_Segment(modules=head, run=self._answer_logits))
+        return tuple(segments)
+
+    @staticmethod
+    def _half(half: Sublayer, *, ends: bool = False) -> _Segment:
+        """One half of a block; visual rows may end behind it."""
+
+        def run(_: int, state: _State) -> _State:
+            arguments: dict[str, Any] = {}
+            if half.kind == "attention":
+                arguments["attention_mask"] = None
+                if state.angles is not None:
+                    arguments["position_embeddings"] = state.angles
+            behind = replace(state, hidden=half.run(state.hidden, arguments))
+            if not ends or state.is_visual is None:
+                return behind
+            angles = text_arguments(arguments, state.is_visual)["position_embeddings"]
+            return _State(hidden=keep_text(behind.hidden, state.is_visual), angles=angles)
+
+        return _Segment(modules=half.body, run=run)
+
+    def _embed(self, rows: Sequence[int], samples: CalibrationSet) -> _State:
+        images = [samples.samples[row].open_image() for row in rows]
+        pixels = self._checkpoint.processor.pixels(images)
+        return _State(hidden=embed_patches(self._checkpoint.model, self._checkpoint.spec, pixels))
+
+    def _encode(self, _: int, state: _State) -> _State:
+        visual = encode_features(self._checkpoint, state.hidden)
+        return _State(hidden=visual.embeds, indices=visual.indices)
+
+    def _embed_prompt(self, number: int, state: _State) -> _State:
+        spec = self._checkpoint.spec
+        token_ids = torch.tensor([self.prompts[row].token_ids for row in self._rows[number]])
+        visual = VisualTokens(embeds=state.hidden, indices=cast("Tensor", state.indices))
+        inputs = embed_prompts(self._checkpoint, token_ids, visual)
+        rotary = cast("Any", self._checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
+        angles = rotary(inputs.embeds, position_ids=inputs.positions)
+        return _State(hidden=inputs.embeds, angles=angles, is_visual=inputs.is_visual)
+
+    def _answer_logits(self, number: int, state: _State) -> _State:
+        """Logits that predict the answers' tokens, [tokens, vocabulary], sample after sample."""
+        model, spec = self._checkpoint.model, self._checkpoint.spec
+        rows = [
+            hidden[self.prompts[row].predicting(hidden.shape[0])]
+            for row, hidden in zip(self._rows[number], state.hidden, strict=True)
+        ]
+        normed = model.get_submodule(f"{spec.decoder.prefix}.norm")(torch.cat(rows))
+        return _State(hidden=model.get_submodule(spec.decoder.head)(normed))
+
+
+def _require_answer(prompt: Prompt) -> None:
+    if not prompt.has_answer:
+        raise CalibrationError(
+            f"{prompt.where}: has no answer, or all of it was cut off; sensitivity is measured at "
+            "the answers' tokens, so every sample needs one"
+        )

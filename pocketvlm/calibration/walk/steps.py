@@ -1,0 +1,100 @@
+"""What a walk over a model hands out: inputs with their statistics, and finished half blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pocketvlm.calibration.data.prompts import PromptBatch
+from pocketvlm.calibration.walk.activations import ActivationStore
+from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
+from pocketvlm.calibration.walk.sublayers import Sublayer
+
+__all__ = [
+    "Drift",
+    "FinishedSublayer",
+    "HalfKind",
+    "InputMoments",
+    "LinearGroup",
+    "Step",
+    "TokenWeights",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drift:
+    """How far an input has moved from the float model's: d_t = x_t(float) - x_t(now).
+
+    Attributes:
+        cross: Mean of d x^T.
+        own: Mean of d d^T.
+    """
+
+    cross: CrossMoment
+    own: SecondMoment
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputMoments:
+    """Statistics of one input.
+
+    Attributes:
+        calibration: Over the samples that a method may fit.
+        held_out: Over the samples that only judge it; `None` where all samples are fitted.
+        drift: Of the former, where the walk carries the float path along.
+        held_out_drift: Of the latter, likewise.
+    """
+
+    calibration: SecondMoment
+    held_out: SecondMoment | None
+    drift: Drift | None = None
+    held_out_drift: Drift | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearGroup:
+    """One step of the walk.
+
+    Attributes:
+        names: Linears that read this input, in order of execution.
+        moments: Computes the input's statistics from the model as it is now; its argument is the
+            width of diagonal blocks, for inputs too wide for a full matrix. `None` for a table
+            that is only looked up.
+    """
+
+    names: tuple[str, ...]
+    moments: Callable[[int | None], InputMoments] | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinishedSublayer:
+    """A half block whose layers have all been visited; what it holds may still be tuned.
+
+    Attributes:
+        half: The half block.
+        inputs: Hidden states in front of it as they are now, batch by batch.
+        targets: Hidden states behind it in the float model.
+        arguments: What its body takes beside the hidden state; repeated over the batches.
+        batches: Which samples a batch holds; `None` for batches outside of all moments.
+        weights_of: Weights of a batch's tokens, or `None` for all alike.
+    """
+
+    half: Sublayer
+    inputs: ActivationStore
+    targets: ActivationStore
+    arguments: Sequence[Mapping[str, Any]]
+    batches: Sequence[PromptBatch | None]
+    weights_of: Callable[[int], Tensor | None]
+
+    def arguments_of(self, index: int) -> Mapping[str, Any]:
+        """What the body takes beside the hidden state of a batch."""
+        return self.arguments[index % len(self.arguments)]
+
+
+Step = LinearGroup | FinishedSublayer
+HalfKind = Literal["attention", "ffn"]
+TokenWeights = Callable[[Literal["first", "last"], int], Tensor | None]
+"""Weights of a batch's tokens at the linears that start or end a half block."""

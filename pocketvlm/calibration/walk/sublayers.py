@@ -1,0 +1,138 @@
+"""A transformer block as its two halves, x + body(norm(x)): what calibration walks along.
+
+Both families build their blocks this way. Running a half at a time means that attention is computed
+twice for its two sets of linears, where re-running whole blocks would compute it four times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = ["Sublayer", "decoder_halves", "tower_halves"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sublayer:
+    """Attention or the feed-forward network of one block, with its norm and its residual.
+
+    Attributes:
+        kind: Which half it is.
+        norm: What is applied to the hidden state first.
+        body: What follows.
+        first: Names of the linears that read the norm's output.
+        last: Name of the linear that ends the body.
+        last_module: That linear.
+    """
+
+    kind: Literal["attention", "ffn"]
+    norm: nn.Module
+    body: nn.Module
+    first: tuple[str, ...]
+    last: str
+    last_module: nn.Module
+
+    @torch.no_grad()
+    def inputs_of_first(self, hidden: Tensor) -> Tensor:
+        """What the first linears read, [batch, tokens, width]."""
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    @torch.no_grad()
+    def inputs_of_last(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """What the last linear reads, [batch, tokens, width]; it is not run itself."""
+
+        def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _ReachedError(inputs[0])
+
+        handle = self.last_module.register_forward_pre_hook(stop)
+        try:
+            self.body(self.norm(hidden), **arguments)
+        except _ReachedError as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise AssertionError(f"{self.last} was not reached")
+
+    def output(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The hidden state behind this half, of the same shape; autograd may record it."""
+        output = self.body(self.norm(hidden), **arguments)
+        return hidden + (output[0] if isinstance(output, tuple) else output)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """`output` without autograd."""
+        return self.output(hidden, arguments)
+
+
+class _ReachedError(Exception):
+    """Carries a linear's input out of the forward pass that was only run for it."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def tower_halves(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
+    """Both halves of a block of the vision tower."""
+    prefix = f"{spec.tower.blocks}.{block}"
+    return (
+        _half(
+            model,
+            prefix,
+            "attention",
+            ("layer_norm1", "self_attn"),
+            ("q_proj", "k_proj", "v_proj"),
+            "out_proj",
+        ),
+        _half(model, prefix, "ffn", ("layer_norm2", "mlp"), ("fc1",), "fc2"),
+    )
+
+
+def decoder_halves(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
+    """Both halves of a block of the decoder."""
+    prefix = f"{spec.decoder.blocks}.{block}"
+    return (
+        _half(
+            model,
+            prefix,
+            "attention",
+            ("input_layernorm", "self_attn"),
+            ("q_proj", "k_proj", "v_proj"),
+            "o_proj",
+        ),
+        _half(
+            model,
+            prefix,
+            "ffn",
+            ("post_attention_layernorm", "mlp"),
+            ("gate_proj", "up_proj"),
+            "down_proj",
+        ),
+    )
+
+
+def _half(
+    model: nn.Module,
+    prefix: str,
+    kind: Literal["attention", "ffn"],
+    modules: tuple[str, str],
+    first: tuple[str, ...],
+    last: str,
+) -> Sublayer:
+    norm, body = modules
+    path = f"{prefix}.{body}"
+    return Sublayer(
+        kind=kind,
+        norm=model.get_submodule(f"{prefix}.{norm}"),
+        body=model.get_submodule(path),
+        first=tuple(f"{path}.{name}" for name in first),
+        last=f"{path}.{last}",
+        last_module=model.get_submodule(f"{path}.{last}"),
+    )

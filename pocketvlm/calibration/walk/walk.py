@@ -1,0 +1,463 @@
+"""Walks a model layer by layer in order of execution, on calibration data.
+
+Each step names the linears that share one input and can compute that input's second moment from
+everything before it *as it is now*: whoever walks may replace the step's weights before going on,
+and the next step then sees what the compressed prefix really produces (GPTQ's true-sequential
+order). Visual-token reduction is applied where the checkpoint has one, so the decoder's statistics
+are those of the sequence that the phone will run.
+
+Only the hidden state between two half blocks is kept, of all samples, in an `ActivationStore`; a
+layer's inputs are accumulated batch by batch and dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from pocketvlm.calibration.data.modality import ModalityWeighting, TokenCounts, token_weights
+from pocketvlm.calibration.data.prompts import (
+    Prompt,
+    PromptBatch,
+    batch_images,
+    batch_prompts,
+    encode_samples,
+)
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.gradients.token_weights import gradient_weights
+from pocketvlm.calibration.walk.activations import ActivationStore
+from pocketvlm.calibration.walk.paired_activations import (
+    PairedActivations,
+    advance,
+    forms_in_place,
+    measure_moments,
+)
+from pocketvlm.calibration.walk.steps import (
+    Drift,
+    FinishedSublayer,
+    HalfKind,
+    InputMoments,
+    LinearGroup,
+    Step,
+    TokenWeights,
+)
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
+from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.models.reducer import ReducerInputs
+from pocketvlm.reference_graph.forward import (
+    DecoderInputs,
+    VisualTokens,
+    embed_patches,
+    embed_prompts,
+    scoring_attention,
+    tower_features,
+)
+from pocketvlm.weights.modules import cache_dense_weights
+
+__all__ = ["BlockWalk", "Drift", "FinishedSublayer", "InputMoments", "LinearGroup"]
+
+_NOTHING = torch.zeros(0)
+
+# Tokens that run through a half block at once: enough for full speed, little enough memory.
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockWalk:
+    """One pass over a checkpoint.
+
+    Attributes:
+        checkpoint: The model; its weights may be replaced between two steps.
+        samples: The calibration set.
+        weighting: How much visual tokens count in the decoder.
+        held_out: Share of the samples, from the end, that only judge.
+        tower_tokens: The tower's moments stop at so many tokens; all images run through it
+            nevertheless.
+        spill_folder: Where activations go that do not fit into memory.
+        carry_float: Whether the float model runs along, so that moments know the drift and
+            finished halves their targets. Costs a second forward pass and the originals of one
+            half block.
+    """
+
+    checkpoint: Checkpoint
+    samples: CalibrationSet
+    weighting: ModalityWeighting = "uniform"
+    held_out: float = 0.125
+    tower_tokens: int = 32768
+    spill_folder: Path | None = None
+    carry_float: bool = False
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The samples as token ids."""
+        return encode_samples(self.checkpoint.processor, self.samples)
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        """Tokens that enter the decoder, after any reduction."""
+        spec, reducer = self.checkpoint.spec, self.checkpoint.reducer
+        kept = spec.visual_tokens if reducer is None else reducer.keep
+        total = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return TokenCounts(
+            visual=kept * len(self.prompts), text=total - spec.visual_tokens * len(self.prompts)
+        )
+
+    @property
+    def first_held_out(self) -> int:
+        """Index of the first sample that only judges."""
+        count = len(self.samples)
+        # With a single sample there is nothing to hold out.
+        held = min(math.ceil(count * self.held_out), count - 1)
+        return count - held
+
+    @property
+    def tower_samples(self) -> int:
+        """Samples whose images enter the tower's Hessians."""
+        per_image = self.checkpoint.spec.tower.tokens
+        return min(self.first_held_out, max(1, self.tower_tokens // per_image))
+
+    def __iter__(self) -> Iterator[Step]:
+        """Yields every step in order of execution.
+
+        Raises:
+            CalibrationError: A picture cannot be used, or an input is not finite.
+        """
+        spec = self.checkpoint.spec
+        # Encoded first: a bad sample should fail before an hour of work, not after it.
+        prompts = self.prompts
+        per_image = spec.tower.tokens
+        batches = batch_images(
+            len(self.samples),
+            self.first_held_out,
+            max(1, _BATCH_TOKENS // per_image),
+            fitted=self.tower_samples,
+            judging=max(1, math.ceil(self.tower_samples * self.held_out)),
+        )
+        visual, ideal = yield from self._tower(batches)
+        if not spec.decoder.tied_head:
+            yield LinearGroup(names=(spec.decoder.embedding,), moments=None)
+        yield from self._decoder(prompts, visual, ideal)
+
+    def _store(self) -> ActivationStore:
+        return ActivationStore(self.spill_folder)
+
+    def _tower(
+        self, batches: Sequence[PromptBatch]
+    ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
+        checkpoint, spec = self.checkpoint, self.checkpoint.spec
+        path = PairedActivations(
+            now=self._store(), ideal=self._store() if self.carry_float else None
+        )
+        for batch in batches:
+            path.append(self._embed(batch))
+        used = [batch if batch.in_tower_moments else None for batch in batches]
+        entering: PairedActivations | None = None
+        for block in range(spec.tower.feature_block + 1):
+            if block == spec.tower.feature_block and checkpoint.reducer is not None:
+                entering = path.copy()
+            for half in tower_halves(checkpoint.model, spec, block):
+                arguments = {"attention_mask": None} if half.kind == "attention" else {}
+                yield from self._half(half, path, used, _alike, [arguments])
+        features, indices = self._keep_features(path, entering)
+        path.close()
+        if entering is not None:
+            entering.close()
+        return (yield from self._project(batches, features, indices))
+
+    def _half(
+        self,
+        half: Sublayer,
+        path: PairedActivations,
+        batches: Sequence[PromptBatch | None],
+        weights_at: TokenWeights,
+        arguments: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Step]:
+        """The steps of a half block; at the end the path stands behind it."""
+        checkpoint = self.checkpoint
+        originals = {
+            name: checkpoint.form(name)
+            for name in (*half.first, half.last)
+            if path.ideal is not None
+        }
+
+        def arguments_of(index: int) -> Mapping[str, Any]:
+            return arguments[index % len(arguments)]
+
+        def moments_of_first(block: int | None) -> InputMoments:
+            return measure_moments(
+                path,
+                batches,
+                lambda states, _: half.inputs_of_first(states),
+                weights_of=partial(weights_at, "first"),
+                block=block,
+            )
+
+        def moments_of_last(block: int | None) -> InputMoments:
+            def inputs_of(states: Tensor, index: int) -> Tensor:
+                return half.inputs_of_last(states, arguments_of(index))
+
+            with self._store() as ideal:
+                if path.ideal is not None:
+                    # All at once: each pass wants the half's weights dense, in one of two forms.
+                    with forms_in_place(checkpoint, originals), cache_dense_weights(half.body):
+                        for index, batch in enumerate(path.ideal):
+                            ideal.append(inputs_of(batch, index) if batches[index] else _NOTHING)
+                with cache_dense_weights(half.body):
+                    return measure_moments(
+                        path,
+                        batches,
+                        inputs_of,
+                        ideal_inputs=ideal if path.ideal is not None else None,
+                        weights_of=partial(weights_at, "last"),
+                        block=block,
+                    )
+
+        yield LinearGroup(names=half.first, moments=moments_of_first)
+        yield LinearGroup(names=(half.last,), moments=moments_of_last)
+        if path.ideal is not None:
+            with forms_in_place(checkpoint, originals):
+                advance(half, path.ideal, arguments_of)
+            yield FinishedSublayer(
+                half=half,
+                inputs=path.now,
+                targets=path.ideal,
+                arguments=arguments,
+                batches=batches,
+                weights_of=partial(weights_at, "last"),
+            )
+        advance(half, path.now, arguments_of)
+
+    def _embed(self, batch: PromptBatch) -> Tensor:
+        images = [self.samples.samples[index].open_image() for index in batch.samples]
+        with torch.no_grad():
+            pixels = self.checkpoint.processor.pixels(images)
+            return embed_patches(self.checkpoint.model, self.checkpoint.spec, pixels)
+
+    @torch.no_grad()
+    def _keep_features(
+        self, path: PairedActivations, entering: PairedActivations | None
+    ) -> tuple[PairedActivations, list[Tensor]]:
+        """What enters the projector, and which tokens were kept."""
+        features = PairedActivations(
+            now=self._store(), ideal=self._store() if path.ideal is not None else None
+        )
+        indices = []
+        for number, states in enumerate(path.now):
+            before = entering.now[number] if entering is not None else None
+            kept, chosen = self._reduce(states, before)
+            features.now.append(kept)
+            indices.append(chosen)
+            if path.ideal is None or features.ideal is None:
+                continue
+            merged = self._merge(path.ideal[number])
+            if entering is None or entering.ideal is None:
+                features.ideal.append(merged)
+                continue
+            ideal, wanted = self._reduce(path.ideal[number], entering.ideal[number])
+            if not torch.equal(wanted, chosen):
+                # The float tower would keep other tokens; what is compared are the same ones.
+                places = chosen[..., None].expand(-1, -1, merged.shape[-1])
+                ideal = merged.gather(1, places)
+            features.ideal.append(ideal)
+        return features, indices
+
+    def _merge(self, states: Tensor) -> Tensor:
+        """Tower states to what a projector without reduction reads."""
+        return tower_features(self.checkpoint.model, self.checkpoint.spec, states).contiguous()
+
+    def _reduce(self, states: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The features that are kept, and their indices."""
+        checkpoint, spec = self.checkpoint, self.checkpoint.spec
+        merged = self._merge(states)
+        if checkpoint.reducer is None or entering is None:
+            return merged, torch.arange(merged.shape[1]).expand(merged.shape[0], -1)
+        queries, keys = scoring_attention(checkpoint.model, spec, entering)
+        kept, indices = checkpoint.reducer(
+            ReducerInputs(
+                features=merged,
+                queries=queries,
+                keys=keys,
+                has_cls=spec.tower.has_cls,
+                merge_factor=spec.projector.merge_factor,
+            )
+        )
+        return kept.contiguous(), indices
+
+    def _project(
+        self, batches: Sequence[PromptBatch], features: PairedActivations, indices: Sequence[Tensor]
+    ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
+        from transformers.activations import ACT2FN
+
+        checkpoint, projector = self.checkpoint, self.checkpoint.spec.projector
+        path = features
+        for number, name in enumerate(projector.linears):
+            if number:
+                path.apply(ACT2FN[projector.activation])
+            original = {name: checkpoint.form(name)} if path.ideal is not None else {}
+            yield LinearGroup(names=(name,), moments=self._moments_in_front(path, batches))
+            linear = checkpoint.model.get_submodule(name)
+            with torch.no_grad():
+                ideal_store = self._store() if path.ideal is not None else None
+                projected = PairedActivations(now=self._store(), ideal=ideal_store)
+                with cache_dense_weights(linear):
+                    projected.now.extend(linear(batch) for batch in path.now)
+                if path.ideal is not None and projected.ideal is not None:
+                    with forms_in_place(checkpoint, original), cache_dense_weights(linear):
+                        projected.ideal.extend(linear(batch) for batch in path.ideal)
+            path.close()
+            path = projected
+        chosen = torch.cat(list(indices))
+        visual = VisualTokens(embeds=torch.cat(list(path.now)), indices=chosen)
+        ideal = None
+        if path.ideal is not None:
+            ideal = VisualTokens(embeds=torch.cat(list(path.ideal)), indices=chosen)
+        path.close()
+        return visual, ideal
+
+    @staticmethod
+    def _moments_in_front(
+        path: PairedActivations, batches: Sequence[PromptBatch]
+    ) -> Callable[[int | None], InputMoments]:
+        """Moments of a path's own states."""
+
+        def moments(block: int | None) -> InputMoments:
+            return measure_moments(path, batches, lambda states, _: states, block=block)
+
+        return moments
+
+    def _decoder(
+        self, prompts: Sequence[Prompt], visual: VisualTokens, ideal: VisualTokens | None
+    ) -> Iterator[Step]:
+        checkpoint, spec = self.checkpoint, self.checkpoint.spec
+        batches = batch_prompts(prompts, self.first_held_out, _BATCH_TOKENS)
+        rotary = cast("Any", checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
+        is_visual: list[Tensor] = []
+        attention: list[dict[str, Any]] = []
+        path = PairedActivations(
+            now=self._store(), ideal=self._store() if ideal is not None else None
+        )
+        for batch in batches:
+            inputs = self._splice(batch, prompts, visual)
+            path.now.append(inputs.embeds)
+            if path.ideal is not None and ideal is not None:
+                path.ideal.append(self._splice(batch, prompts, ideal).embeds)
+            is_visual.append(inputs.is_visual)
+            angles = rotary(inputs.embeds, position_ids=inputs.positions)
+            # No mask: causal attention within the sequence, whatever gaps its positions have.
+            attention.append({"attention_mask": None, "position_embeddings": angles})
+        weights_by_half = self._weights_by_half(prompts, batches, visual, tuple(is_visual))
+        for block in range(spec.decoder.depth):
+            for half in decoder_halves(checkpoint.model, spec, block):
+                arguments = attention if half.kind == "attention" else [{}]
+                weights_at = weights_by_half(block, half.kind)
+                yield from self._half(half, path, batches, weights_at, arguments)
+                if ends_visual_rows(checkpoint, block, half.kind):
+                    for index, flags in enumerate(is_visual):
+                        attention[index] = text_arguments(attention[index], flags)
+                        path.now[index] = keep_text(path.now[index], flags)
+                        if path.ideal is not None:
+                            path.ideal[index] = keep_text(path.ideal[index], flags)
+                        is_visual[index] = _without_visual(flags)
+        norm = checkpoint.model.get_submodule(f"{spec.decoder.prefix}.norm")
+        decoder = spec.decoder
+
+        def moments_of_head(block: int | None) -> InputMoments:
+            return measure_moments(
+                path,
+                batches,
+                lambda states, _: norm(states),
+                # No logits are ever read at the image's tokens.
+                weights_of=lambda index: (~is_visual[index]).to(torch.float32),
+                block=block,
+            )
+
+        yield LinearGroup(
+            names=(decoder.embedding if decoder.tied_head else decoder.head,),
+            moments=moments_of_head,
+        )
+        path.close()
+
+    def _weights_by_half(
+        self,
+        prompts: Sequence[Prompt],
+        batches: Sequence[PromptBatch],
+        visual: VisualTokens,
+        is_visual: Sequence[Tensor],
+    ) -> Callable[[int, HalfKind], TokenWeights]:
+        """How much tokens count, by block and half of the decoder."""
+        checkpoint = self.checkpoint
+        if self.weighting == "gradient":
+            by_half = self._gradient_weights(prompts, batches, visual)
+        else:
+            by_half = self._fixed_weights(is_visual)
+
+        def without_ended(block: int, kind: HalfKind) -> TokenWeights:
+            weights_at = by_half(block, kind)
+            if not ends_visual_rows(checkpoint, block, kind):
+                return weights_at
+
+            def of_text(position: Literal["first", "last"], index: int) -> Tensor | None:
+                weights = weights_at(position, index)
+                if position == "first":
+                    return weights
+                own = (~is_visual[index]).to(torch.float32)
+                return own if weights is None else weights * own
+
+            return of_text
+
+        return without_ended
+
+    def _gradient_weights(
+        self, prompts: Sequence[Prompt], batches: Sequence[PromptBatch], visual: VisualTokens
+    ) -> Callable[[int, HalfKind], TokenWeights]:
+        importance = gradient_weights(
+            self.checkpoint, prompts, batches, visual, spill_folder=self.spill_folder
+        )
+        return lambda block, kind: (
+            lambda position, index: importance.weights(block, kind, index, position)
+        )
+
+    def _fixed_weights(
+        self, is_visual: Sequence[Tensor]
+    ) -> Callable[[int, HalfKind], TokenWeights]:
+        late = self.checkpoint.visual_layers
+
+        def weights(flags: Tensor) -> Tensor | None:
+            return token_weights(self.weighting, self.counts, flags)
+
+        whole = [weights(flags) for flags in is_visual]
+        text = [weights(_without_visual(flags)) for flags in is_visual]
+
+        def by_half(block: int, kind: HalfKind) -> TokenWeights:
+            # Visual rows end between the halves of block `late - 1`.
+            has_ended = late is not None and block + (kind == "ffn") >= late
+            return lambda _, index: (text if has_ended else whole)[index]
+
+        return by_half
+
+    @torch.no_grad()
+    def _splice(
+        self, batch: PromptBatch, prompts: Sequence[Prompt], visual: VisualTokens
+    ) -> DecoderInputs:
+        rows = list(batch.samples)
+        token_ids = torch.tensor([prompts[index].token_ids for index in rows])
+        tokens = VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows])
+        return embed_prompts(self.checkpoint, token_ids, tokens)
+
+
+def _without_visual(is_visual: Tensor) -> Tensor:
+    """Flags of the columns that remain where visual ones end."""
+    count = int((~is_visual[0]).sum())
+    return torch.zeros(len(is_visual), count, dtype=torch.bool)
+
+
+def _alike(_position: Literal["first", "last"], _index: int) -> None:
+    """All tokens of the tower weigh the same."""

@@ -1,0 +1,262 @@
+"""Writes a checkpoint in a layout that other tools read: one directory, stock tensor names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.files.publish import replace_directory
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.codebook import CodebookWeight
+from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.formats import gptq_config, to_gptq, to_vptq, vptq_layer_config
+from pocketvlm.weights.modules import FormEmbedding, FormLinear
+
+__all__ = ["LAYOUTS", "SavedLayout", "save_layout"]
+
+LAYOUTS = ("gptq", "gptq_v2", "vptq")
+_QUANTIZER = "pocketvlm"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedLayout:
+    """What `save_layout` wrote.
+
+    Attributes:
+        layout: Name of the layout.
+        quantized: Layers that keep their codes.
+        dense: Weight matrices that are float in the layout, with their type.
+        weight_bytes: Bytes of the weight file.
+        notes: What the layout could not take along, and what readers may stumble over.
+    """
+
+    layout: str
+    quantized: tuple[str, ...]
+    dense: Mapping[str, str]
+    weight_bytes: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values of every field."""
+        return asdict(self)
+
+
+def save_layout(checkpoint: Checkpoint, path: Path | str, *, layout: str) -> SavedLayout:
+    """Writes a checkpoint in the layout of another tool; takes the place of `path` when whole.
+
+    Codes, scales and codebooks are those of the checkpoint. Layers that the layout holds dense,
+    the token embedding among them, are stored in the narrowest float type that loses nothing.
+
+    Args:
+        checkpoint: A checkpoint with quantized linear layers.
+        path: A folder that does not exist, is empty, or was written here before.
+        layout: One of `LAYOUTS`: `gptq` stores zero points minus one, `gptq_v2` as they are, `vptq`
+            codebooks.
+
+    Raises:
+        UnsupportedError: No layer is quantized, or one has a form that the layout cannot hold.
+        CheckpointError: `path` holds something else, or cannot be written.
+    """
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise UnsupportedError(f"layout {layout!r} is not known; known are {', '.join(LAYOUTS)}")
+    _refuse_foreign(path)
+    linears = _linears(checkpoint)
+    quantized = _quantized(linears, layout)
+    tensors, dense = _tensors(checkpoint, linears, quantized, layout)
+    declared = _declare(checkpoint, linears, quantized, layout)
+    with replace_directory(path) as folder:
+        config = {**checkpoint.config, "quantization_config": declared}
+        _write_json(folder / "config.json", config)
+        if layout != "vptq":
+            _write_json(folder / "quantize_config.json", declared)
+        checkpoint.processor.save(folder)
+        try:
+            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The library hides an operating system's error, such as a full disk, in its own.
+            raise CheckpointError(f"{path}: cannot be written: {error}") from error
+        weight_bytes = (folder / _WEIGHTS).stat().st_size
+    return SavedLayout(
+        layout=layout,
+        quantized=tuple(quantized),
+        dense=dense,
+        weight_bytes=weight_bytes,
+        notes=_notes(checkpoint, quantized),
+    )
+
+
+def _refuse_foreign(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; --out is a folder that is made")
+    if not any(path.iterdir()):
+        return
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        ours = config["quantization_config"]["meta"]["quantizer"][0].startswith(f"{_QUANTIZER}:")
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        ours = False
+    if not ours:
+        raise CheckpointError(
+            f"{path}: holds something else; give a folder that does not exist, is empty, or that "
+            "was written here before"
+        )
+
+
+def _linears(checkpoint: Checkpoint) -> dict[str, FormLinear]:
+    """Every linear layer with a weight of its own, blocks that are never run included."""
+    decoder = checkpoint.spec.decoder
+    return {
+        name: module
+        for name, module in checkpoint.model.named_modules()
+        if isinstance(module, FormLinear) and not (decoder.tied_head and name == decoder.head)
+    }
+
+
+def _quantized(
+    linears: Mapping[str, FormLinear], layout: str
+) -> dict[str, AffineWeight | CodebookWeight]:
+    expected = CodebookWeight if layout == "vptq" else AffineWeight
+    quantized: dict[str, AffineWeight | CodebookWeight] = {}
+    for name, module in linears.items():
+        form = module.form
+        if isinstance(form, DenseWeight):
+            continue
+        if not isinstance(form, expected):
+            raise UnsupportedError(
+                f"{name}: has a weight of kind {form.kind!r}, and layout {layout} holds "
+                f"{expected.kind!r} and float weights alone"
+            )
+        quantized[name] = form
+    if not quantized:
+        raise UnsupportedError(
+            f"no linear layer is quantized; layout {layout} is for {expected.kind!r} weights, "
+            "which a quantizing stage makes"
+        )
+    return quantized
+
+
+def _tensors(
+    checkpoint: Checkpoint,
+    linears: Mapping[str, FormLinear],
+    quantized: Mapping[str, AffineWeight | CodebookWeight],
+    layout: str,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    dense: dict[str, str] = {}
+    embedding = checkpoint.spec.decoder.embedding
+    matrices: dict[str, FormEmbedding | FormLinear] = {
+        embedding: checkpoint.layer(embedding),
+        **linears,
+    }
+    for name, module in matrices.items():
+        form = quantized.get(name)
+        if isinstance(form, AffineWeight):
+            own = to_gptq(name, form, version=1 if layout == "gptq" else 2)
+        elif isinstance(form, CodebookWeight):
+            own = to_vptq(name, form)
+        else:
+            own = {"weight": _narrowed(module.form.dequantize(), torch.bfloat16)}
+            dense[name] = str(own["weight"].dtype).removeprefix("torch.")
+        tensors |= {f"{name}.{key}": value.contiguous().clone() for key, value in own.items()}
+    for name, parameter in checkpoint.model.named_parameters():
+        # Readers of both layouts keep biases of quantized layers in float16.
+        is_bias = name.rpartition(".")[0] in quantized
+        first = torch.float16 if is_bias else torch.bfloat16
+        tensors[name] = _narrowed(parameter.detach(), first).contiguous()
+    return {name: tensors[name] for name in sorted(tensors)}, dense
+
+
+def _narrowed(values: Tensor, first: torch.dtype) -> Tensor:
+    """The same float32 values in a type of 16 bits where one is exact, `first` preferred."""
+    for dtype in (first, torch.bfloat16, torch.float16):
+        narrow = values.to(dtype)
+        if torch.equal(narrow.to(torch.float32), values):
+            return narrow
+    return values.clone()
+
+
+def _declare(
+    checkpoint: Checkpoint,
+    linears: Mapping[str, FormLinear],
+    quantized: Mapping[str, AffineWeight | CodebookWeight],
+    layout: str,
+) -> dict[str, Any]:
+    quantizer = f"{_QUANTIZER}:{metadata.version(_QUANTIZER)}"
+    spec = checkpoint.spec
+    affine = {name: form for name, form in quantized.items() if isinstance(form, AffineWeight)}
+    if layout != "vptq":
+        return gptq_config(
+            {name: affine.get(name) for name in linears},
+            (
+                spec.tower.prefix,
+                spec.projector.linears[0].rpartition(".")[0],
+                spec.decoder.prefix,
+            ),
+            version=1 if layout == "gptq" else 2,
+            head=spec.decoder.head,
+            quantizer=quantizer,
+        )
+    float_layers = [name for name in linears if name not in quantized]
+    if spec.decoder.tied_head:
+        float_layers.append(spec.decoder.head)
+    return {
+        "quant_method": "vptq",
+        "config_for_layers": {
+            name: vptq_layer_config(form, has_bias=linears[name].bias is not None)
+            for name, form in quantized.items()
+            if isinstance(form, CodebookWeight)
+        },
+        "shared_layer_config": {},
+        "modules_to_not_convert": float_layers,
+        "meta": {"quantizer": [quantizer]},
+    }
+
+
+def _notes(
+    checkpoint: Checkpoint, quantized: Mapping[str, AffineWeight | CodebookWeight]
+) -> tuple[str, ...]:
+    notes = []
+    if checkpoint.reducer is not None:
+        notes.append("visual-token reduction stays behind: readers of the layout see every token")
+    if checkpoint.cache_grid is not None:
+        notes.append("the int8 grid of the KV cache stays behind: readers keep their own cache")
+    if checkpoint.visual_layers is not None:
+        notes.append(
+            f"visual tokens run through all decoder layers there, not the first "
+            f"{checkpoint.visual_layers} alone"
+        )
+    embedding = checkpoint.spec.decoder.embedding
+    if not isinstance(checkpoint.form(embedding), DenseWeight):
+        notes.append(f"{embedding} is quantized here and dense there: the layout has no tables")
+    short = [
+        name
+        for name, form in quantized.items()
+        if isinstance(form, AffineWeight)
+        and form.groups > 1
+        and form.in_features % form.group_size != 0
+    ]
+    if short:
+        notes.append(
+            f"{len(short)} layers end in a short group, which g_idx tells and vLLM refuses: "
+            f"{short[0]} is the first"
+        )
+    return tuple(notes)
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

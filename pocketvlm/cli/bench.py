@@ -1,0 +1,78 @@
+"""Commands that time bundles, and say where and with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketvlm.cli.console import print_json, print_latency, say
+from pocketvlm.cli.options import BundleArgument, JsonOption, ThreadsOption
+from pocketvlm.cli.progress import show_progress
+from pocketvlm.errors import CheckFailedError
+
+__all__ = ["bench", "devices", "doctor"]
+
+
+def bench(
+    bundle: BundleArgument,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A bundle that is timed in the same interleaved run.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="vlm, text or short.")] = "short",
+    device: Annotated[str, typer.Option(help="Where it runs.")] = "host",
+    repeats: Annotated[
+        int | None, typer.Option(min=5, max=100_000, help="Repeats, at least 5.")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a bundle: stages, two times to first token, rates, memory; raw samples kept."""
+    from dataclasses import replace
+
+    from pocketvlm.device_bench.protocol import bench_bundle
+    from pocketvlm.device_bench.workload import load_workload
+
+    chosen = load_workload(workload)
+    if repeats is not None:
+        chosen = replace(chosen, repeats=repeats)
+    with show_progress() as on_progress:
+        result = bench_bundle(
+            bundle,
+            chosen,
+            baseline=baseline,
+            device=device,
+            threads=threads,
+            on_progress=on_progress,
+        )
+    print_latency(result)
+    if as_json:
+        print_json(result)
+
+
+def devices(as_json: JsonOption = False) -> None:
+    """List device profiles."""
+    from dataclasses import asdict
+
+    from pocketvlm.device_bench.devices import list_devices
+
+    profiles = list_devices()
+    for profile in profiles:
+        say(f"{profile.name:<16} {profile.description}")
+    if as_json:
+        print_json({"devices": [asdict(profile) for profile in profiles]})
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Say whether the installed versions fit together, and what is missing for which target."""
+    from pocketvlm.pipeline.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        say(finding.line())
+    if as_json:
+        print_json({"findings": [finding.to_json() for finding in findings]})
+    broken = [finding.name for finding in findings if finding.verdict == "broken"]
+    if broken:
+        raise CheckFailedError(f"these do not fit: {', '.join(broken)}")

@@ -1,0 +1,217 @@
+"""Commands that make something of a checkpoint: plans, bundles, layouts of other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pocketvlm.cli.console import command_line, print_json, print_summary, quiet_libraries, say
+from pocketvlm.cli.interrupts import unwound_interrupts
+from pocketvlm.cli.options import (
+    MAX_QUESTIONS,
+    CalibrationOption,
+    DataOption,
+    JsonOption,
+    ModelArgument,
+    RecipeOption,
+    SeedOption,
+    SetOption,
+    TargetOption,
+    ThreadsOption,
+    out_option,
+)
+from pocketvlm.cli.progress import show_progress
+from pocketvlm.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from pocketvlm.pipeline.source_check import SourceCheckMode
+
+__all__ = ["compress", "convert", "demo", "plan", "recipes"]
+
+
+def compress(
+    model: ModelArgument,
+    out: Annotated[Path, out_option("The run's folder.")],
+    recipe: RecipeOption = "int4-balanced",
+    target: TargetOption = None,
+    settings: SetOption = None,
+    calibration: CalibrationOption = None,
+    data: DataOption = None,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions to score.")] = 200,
+    bench: Annotated[bool, typer.Option(help="Time the bundle on this host.")] = True,
+    baseline: Annotated[
+        bool, typer.Option(help="Time it interleaved with the float32 ONNX export.")
+    ] = True,
+    verify_source: Annotated[
+        bool,
+        typer.Option(help="Hold the checkpoint to transformers' own classes before any stage."),
+    ] = True,
+    allow_source_mismatch: Annotated[
+        bool,
+        typer.Option("--allow-source-mismatch", help="Go on where that fails; the report says so."),
+    ] = False,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a checkpoint, export it, prove it equal, score and time it. Resumable."""
+    quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+
+    job = Job(
+        model=model,
+        recipe=recipe,
+        targets=tuple(target or ()),
+        settings=tuple(settings or ()),
+        calibration=calibration,
+        data=data,
+        n=n,
+        bench=bench,
+        baseline=baseline,
+        source_check=_source_check_mode(verify=verify_source, allow=allow_source_mismatch),
+        seed=seed,
+        threads=threads or os.cpu_count() or 1,
+        command=command_line(),
+    )
+    with show_progress() as on_progress:
+        result = job.run(out, on_progress=on_progress)
+    print_summary(result.report)
+    say(f"report   {result.out / 'report.html'}")
+    say(f"bundle   {result.out / 'bundle'}")
+    if as_json:
+        print_json(result.report)
+    if result.failures:
+        raise CheckFailedError("; ".join(result.failures))
+
+
+def _source_check_mode(*, verify: bool, allow: bool) -> SourceCheckMode:
+    if not verify:
+        return "skip"
+    return "allow" if allow else "require"
+
+
+def plan(
+    model: ModelArgument,
+    recipe: RecipeOption = "int4-balanced",
+    target: TargetOption = None,
+    settings: SetOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="Check against a device of `pocketvlm devices`.")
+    ] = None,
+    calibration: CalibrationOption = None,
+    data: DataOption = None,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions to score.")] = 200,
+    verify_source: Annotated[
+        bool,
+        typer.Option(
+            "--verify-source",
+            help="Load the weights and hold the checkpoint to transformers' own classes.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights.
+
+    Rows of folders that --calibration and --data name are checked one by one.
+    """
+    quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+    from pocketvlm.pipeline.source_check import verify_folder
+    from pocketvlm.pipeline.sources import resolve_model
+
+    job = Job(
+        model=model,
+        recipe=recipe,
+        targets=tuple(target or ()),
+        settings=tuple(settings or ()),
+        calibration=calibration,
+        data=data,
+        n=n,
+    )
+    made = job.plan(device=device)
+    for line in made.lines():
+        say(line)
+    checked = verify_folder(resolve_model(model)) if verify_source else None
+    if checked is not None:
+        for line in checked.lines():
+            say(line)
+    if as_json:
+        found = {"source_check": checked.to_json()} if checked is not None else {}
+        print_json({**made.to_json(), **found})
+    made.raise_if_refused()
+    if checked is not None:
+        checked.raise_if_failed()
+
+
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint's folder.")
+    ],
+    layout: Annotated[str, typer.Option(help="gptq (v1), gptq_v2 or vptq.")],
+    out: Annotated[Path, out_option("The new folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint in a layout that other tools read, with the same codes."""
+    quiet_libraries()
+    from pocketvlm.checkpoint.convert import save_layout
+    from pocketvlm.pipeline.sources import load_checkpoint, resolve_model
+
+    with unwound_interrupts():
+        saved = save_layout(load_checkpoint(resolve_model(checkpoint)), out, layout=layout)
+    say(f"{layout:<8} {len(saved.quantized)} layers quantized, {len(saved.dense)} float")
+    say(f"size     {saved.weight_bytes / 1e6:.2f} MB")
+    for note in saved.notes:
+        say(f"note     {note}")
+    say(f"written  {out}")
+    if as_json:
+        print_json(saved.to_json())
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one, resolved.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or show one."""
+    quiet_libraries()
+    import yaml
+
+    from pocketvlm.recipes.load import list_recipes, load_recipe
+
+    if name is not None:
+        document = load_recipe(name).to_document()
+        print(json.dumps(document) if as_json else yaml.safe_dump(document, sort_keys=False))
+        return
+    loaded = [load_recipe(shipped) for shipped in list_recipes()]
+    for one in loaded:
+        say(f"{one.name:<16} {one.description}")
+    if as_json:
+        print_json({"recipes": [one.to_document() for one in loaded]})
+
+
+def demo(
+    out: Annotated[Path, out_option("The run's folder.")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="A reference model.")] = "reference:pocket-llava",
+    as_json: JsonOption = False,
+) -> None:
+    """Run the main job on a shipped reference model and ask the result about a picture."""
+    quiet_libraries()
+    from pocketvlm.pipeline.job import Job
+
+    job = Job(model=model, command=command_line())
+    with show_progress() as on_progress:
+        result = job.run(out, on_progress=on_progress)
+        shown = job.ask_about_a_scene(result)
+    print_summary(result.report)
+    say(f"picture  {shown.image}")
+    say(f"asked    {shown.question}")
+    say(f"answer   {shown.answer}   (expected: {shown.expected})")
+    say(f"bundle   {result.out / 'bundle'}")
+    say(f"report   {result.out / 'report.html'}")
+    if as_json:
+        print_json(result.report)
+    if result.failures:
+        raise CheckFailedError("; ".join(result.failures))

@@ -1,0 +1,118 @@
+"""Commands that ask a bundle or a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketvlm.cli.console import print_json, quiet_libraries, say
+from pocketvlm.cli.options import (
+    MAX_QUESTIONS,
+    BundleArgument,
+    JsonOption,
+    RuntimeOption,
+    ThreadsOption,
+)
+from pocketvlm.cli.progress import show_progress
+from pocketvlm.printable import printable
+
+__all__ = ["ask", "evaluate"]
+
+
+def ask(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", help="A picture; repeat for several, in their order."),
+    ] = None,
+    runtime: RuntimeOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 128,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about pictures from the bundle alone, streamed.
+
+    Pictures stand before the text, in the order in which they are named.
+
+    With --runtime executorch, the answer is that of ExecuTorch's own MultimodalRunner; with --json
+    besides, which tells token ids and timings, that of the loop which ONNX Runtime is driven by.
+    """
+    from dataclasses import asdict
+
+    from pocketvlm.bundle import Bundle
+    from pocketvlm.runtime.conversation import Conversation
+    from pocketvlm.runtime.engines import choose_engine, open_engine
+    from pocketvlm.runtime.executorch.answer import answer_once
+
+    def show(piece: str) -> None:
+        if not as_json:
+            print(printable(piece), end="", flush=True)
+
+    opened = Bundle.open(bundle)
+    if choose_engine(opened, runtime) == "executorch" and not as_json:
+        answer_once(
+            opened,
+            prompt,
+            image,
+            max_new_tokens=max_new_tokens,
+            threads=threads,
+            on_token=show,
+        )
+        print()
+        return
+    conversation = Conversation(opened, runner=open_engine(opened, runtime, threads=threads))
+
+    answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_token=show)
+    if as_json:
+        print_json(
+            {
+                "text": answer.text,
+                "token_ids": list(answer.token_ids),
+                "timings": asdict(answer.timings),
+            }
+        )
+    else:
+        print()
+
+
+def evaluate(
+    subject: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="What answers the questions.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="A folder of pictures and questions, or reference:SEED.")
+    ] = "reference:1",
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 500,
+    arithmetic: Annotated[
+        str, typer.Option(help="Round a checkpoint's activations as onnx or executorch does.")
+    ] = "float32",
+    runtime: RuntimeOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score generated answers, with a 95 % interval and the blind floor."""
+    quiet_libraries()
+    from pocketvlm.context import RunContext
+    from pocketvlm.pipeline.sources import load_evaluation, score_subject
+
+    samples = load_evaluation(data, n)
+    with show_progress() as on_progress:
+        ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
+        score = score_subject(subject, samples, ctx, arithmetic, runtime)
+    document = score.to_json()
+    for note in samples.notes:
+        say(f"note     {note}")
+    say(
+        f"{document['metric']}  {score.accuracy:.1%}  "
+        f"[{score.interval_low:.1%}, {score.interval_high:.1%}]  n={score.n}"
+    )
+    for kind, row in score.per_kind.items():
+        say(f"  {kind:<10} {row.accuracy:.1%}  n={row.n}")
+    if score.blind is not None:
+        say(f"blind floor  {score.blind:.1%}")
+    if as_json:
+        print_json({**document, "notes": list(samples.notes)})

@@ -1,0 +1,129 @@
+"""Commands that look at what is in a bundle."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pocketvlm.cli.console import print_certificate, print_json, quiet_libraries, say
+from pocketvlm.cli.options import (
+    MAX_QUESTIONS,
+    BundleArgument,
+    CheckpointOption,
+    JsonOption,
+    QuestionsOption,
+)
+from pocketvlm.cli.progress import show_progress
+from pocketvlm.errors import CheckFailedError
+
+__all__ = ["inspect", "verify_coreml"]
+
+
+def inspect(
+    bundle: BundleArgument,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Compute the Core ML packages with the reference evaluator (which is not Core ML) "
+            "and compare them with the checkpoint.",
+        ),
+    ] = False,
+    swift: Annotated[
+        bool, typer.Option("--swift", help="Print a Swift file that answers from the bundle.")
+    ] = False,
+    checkpoint: CheckpointOption = None,
+    data: QuestionsOption = None,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions for --evaluate.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
+    ] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a bundle holds, after checking the digest of every file."""
+    from pocketvlm.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if swift:
+        from pocketvlm.export.coreml.swift import render_swift
+
+        print(render_swift(opened), end="")
+        return
+    if evaluate:
+        quiet_libraries()
+        from pocketvlm.context import RunContext
+        from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml
+
+        asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
+        with show_progress() as on_progress:
+            certificate = evaluate_coreml(bundle, asked, RunContext(on_progress=on_progress))
+        print_certificate(certificate.to_json())
+        if as_json:
+            print_json(certificate.to_json())
+        certificate.raise_if_failed()
+        return
+    manifest = opened.manifest
+    say(f"model          {manifest.model} ({manifest.family})")
+    say(
+        f"visual tokens  {manifest.visual_tokens} of {manifest.visual_tokens_full}, "
+        f"positions {manifest.positions}"
+    )
+    cache = manifest.kv_cache
+    if cache.visual_layers is not None:
+        say(f"               in the first {cache.visual_layers} of {cache.layers} layers")
+    say(f"bytes          {opened.stored_bytes():,}")
+    for target, needs in manifest.runtimes.items():
+        operators = f", operators {', '.join(needs.operators)}" if needs.operators else ""
+        say(f"{target:<14} needs {needs.runtime} {needs.lowest_version} or newer{operators}")
+    for component in manifest.components:
+        precision = ", ".join(f"{part} {form}" for part, form in component.precision.items())
+        say(f"{component.target:<8} {component.role:<10} {component.file}  {precision}")
+        for signature in (*component.inputs, *component.outputs):
+            say(f"    {signature.name:<16} {signature.dtype:<8} {list(signature.shape)}")
+    for name in manifest.files:
+        say(f"{(opened.path / name).stat().st_size:>12,}  {name}")
+    if as_json:
+        print_json({**manifest.to_json(), "bundle_bytes": opened.stored_bytes()})
+
+
+def verify_coreml(
+    bundle: BundleArgument,
+    checkpoint: CheckpointOption = None,
+    data: QuestionsOption = None,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
+    ] = 16,
+    units: Annotated[
+        str, typer.Option(help="What Core ML may use: ALL, CPU_AND_NE, CPU_AND_GPU or CPU_ONLY.")
+    ] = "ALL",
+    iterations: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Timed predictions a function.")
+    ] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Certify and time a bundle's packages with Core ML itself. Needs an Apple machine."""
+    quiet_libraries()
+    from pocketvlm.context import RunContext
+    from pocketvlm.pipeline.verify_coreml import Questions
+    from pocketvlm.pipeline.verify_coreml import verify_coreml as verify
+
+    asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
+    with show_progress() as on_progress:
+        ctx = RunContext(on_progress=on_progress)
+        found = verify(bundle, asked, ctx, units=units, iterations=iterations)
+    document = found.to_json()
+    if found.certificate is not None:
+        print_certificate(found.certificate.to_json())
+    for function in document["functions"]:
+        name = " ".join(filter(None, (function["file"], function["function"])))
+        share = function["operator_shares"].get("neural_engine", 0.0)
+        say(
+            f"{name:<40} {function['predict_ms']['median']:8.2f} ms  "
+            f"Neural Engine {share:.0%} of {function['operators']} operators"
+        )
+    if as_json:
+        print_json(document)
+    if found.failures:
+        raise CheckFailedError("; ".join(found.failures))

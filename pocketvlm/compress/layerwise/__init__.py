@@ -1,0 +1,1 @@
+"""What every method shares that goes through a model layer by layer."""

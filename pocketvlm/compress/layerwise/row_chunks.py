@@ -1,0 +1,32 @@
+"""Rows of a weight, as many at a time as working memory should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.sparse import SparseWeight
+
+__all__ = ["keeps_in", "row_chunks"]
+
+_CHUNK_ELEMENTS = 1024 * 1024
+
+
+def row_chunks(form: WeightForm) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight in float64, as many at a time as working memory should hold."""
+    rows, columns = form.shape
+    step = max(1, _CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        chosen = slice(start, min(start + step, rows))
+        dense = form.take_rows(torch.arange(chosen.start, chosen.stop))
+        yield chosen, dense.to(torch.float64)
+
+
+def keeps_in(form: WeightForm, rows: slice) -> Tensor | None:
+    """Which elements of some rows a mask keeps, bool [rows, columns]; `None` without a mask."""
+    if isinstance(form, SparseWeight):
+        return form.keeps(torch.arange(rows.start, rows.stop))
+    return None

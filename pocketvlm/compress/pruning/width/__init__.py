@@ -1,0 +1,1 @@
+"""FFN channels and KV groups removed whole."""

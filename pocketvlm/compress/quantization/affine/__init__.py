@@ -1,0 +1,1 @@
+"""Group-wise affine integers: rounding to nearest, GPTQ, AWQ."""

@@ -1,0 +1,256 @@
+"""AWQ-type scaling: what rounding would hurt most is made larger before it, and undone behind it.
+
+Activation-aware weight quantization (Lin et al., arXiv 2306.00978, section 3.2): the columns of a
+weight that meet large activations are multiplied by s > 1, and the inputs divided by s, so that
+rounding errors on them weigh less. Here 1/s is folded into whatever produces the inputs (a norm,
+or the linear before), so that the float model's function is unchanged and no runtime has to know.
+
+The walk is that of GPTQ, so a layer's moments are those of the scaled model before it, which are
+those of the model as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
+from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.layerwise.scratch import find_document, keep_document
+from pocketvlm.compress.quantization.affine.rules import (
+    Assignment,
+    WeightRule,
+    assign_layers,
+    plan_forms,
+)
+from pocketvlm.compress.quantization.affine.scale_search import choose_scale
+from pocketvlm.compress.quantization.layer_report import describe_layer
+from pocketvlm.compress.quantization.transforms.folding import (
+    Fold,
+    check_transformable,
+    divide_outputs,
+    find_fold,
+    multiply_inputs,
+)
+from pocketvlm.context import RunContext
+from pocketvlm.errors import CalibrationError, CheckpointError
+from pocketvlm.machine import package_version, peak_rss_bytes
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import WeightLayout
+
+__all__ = ["Awq"]
+
+# Inputs wider than this have their second moment as diagonal blocks.
+_WHOLE_WIDTH = 8192
+_BLOCK_WIDTH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Awq:
+    """Scales float weights for the rounding that is to come, without changing the model.
+
+    Attributes:
+        rules: The bits and groups to prepare for: those of the quantizer that follows. Layers
+            that no rule rounds do not take part in the search.
+        grid_points: Exponents that are tried; the first, 0, leaves a layer as it is.
+        modality_weights: Weight of visual tokens in the decoder, as in `gptq`.
+        held_out: Share of the samples that only judge whether a scale is kept.
+        tower_tokens: Tokens after which the tower's moments are taken to be known.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
+
+    method: Literal["awq"] = "awq"
+    rules: tuple[WeightRule, ...]
+    grid_points: int = 20
+    modality_weights: ModalityWeighting = "balanced"
+    held_out: float = 0.125
+    tower_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError("rules must hold at least one rule")
+        if self.grid_points < 2:  # noqa: PLR2004  (one point would only be the layer as it is)
+            raise ValueError(f"grid_points must be at least 2, not {self.grid_points}")
+        if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
+            raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
+        if self.tower_tokens < 1:
+            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
+        check_weighting(self.modality_weights)
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
+        """Checks the rules against a model; every layer stays float.
+
+        Raises:
+            RecipeError: A rule matches nothing, or does not fit a layer.
+        """
+        return dict.fromkeys(plan_forms(self.rules, spec.linears()))
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Scales the checkpoint's weights in place.
+
+        Raises:
+            RecipeError: A rule does not fit the model, or a weight is quantized already.
+            CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
+            CheckpointError: A weight is too large for float16 scales.
+        """
+        started = time.perf_counter()
+        check_transformable(checkpoint, self.method)
+        assignments = {item.linear.name: item for item in assign_layers(self.rules, checkpoint)}
+        walk = BlockWalk(
+            checkpoint=checkpoint,
+            samples=calibration,
+            weighting=self.modality_weights,
+            held_out=self.held_out,
+            tower_tokens=self.tower_tokens,
+            spill_folder=ctx.scratch_dir,
+        )
+        rows: dict[str, Mapping[str, Any]] = {}
+        for step in walk:
+            if not isinstance(step, LinearGroup):
+                continue
+            items = [assignments[name] for name in step.names]
+            for row in self._take_step(checkpoint, step, items, ctx.scratch_dir):
+                rows[row["name"]] = row
+                ctx.report("awq", len(rows), len(assignments), f"{row['name']}: {_note(row)}")
+        ordered = [_row_of_today(rows[name], checkpoint.form(name)) for name in assignments]
+        counts = walk.counts
+        record = StageRecord(
+            method=self.method,
+            parameters=asdict(self),
+            version=package_version(),
+            calibration_sha256=calibration.sha256,
+            layers=tuple(ordered),
+            metrics={
+                "layers": len(ordered),
+                "layers_scaled": sum(row["method"] == self.method for row in ordered),
+                "calibration": {
+                    **calibration.describe(),
+                    "held_out_samples": len(calibration) - walk.first_held_out,
+                    "visual_tokens": counts.visual,
+                    "text_tokens": counts.text,
+                    "visual_per_text_token": counts.ratio,
+                },
+            },
+            notes=_notes(checkpoint, ordered),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        return checkpoint.extend(record)
+
+    def _take_step(
+        self,
+        checkpoint: Checkpoint,
+        step: LinearGroup,
+        items: Sequence[Assignment[WeightRule]],
+        folder: Path | None,
+    ) -> list[dict[str, Any]]:
+        """Finds the scale of one shared input, or reads it where a run before this one found it.
+
+        Returns:
+            The rows of its layers, whose weights are scaled.
+        """
+        fold = find_fold(checkpoint, items[0].linear)
+        path = None if folder is None else folder / f"{_digest(step.names)}.json"
+        found = None if path is None else find_document(path)
+        if found is None:
+            found = self._search(checkpoint, step, items, fold)
+            if path is not None:
+                keep_document(path, found)
+        if found["scale"] is not None and isinstance(fold, Fold):
+            scale = torch.tensor(found["scale"], dtype=torch.float64)
+            for name in step.names:
+                multiply_inputs(checkpoint, name, scale[fold.channels])
+            divide_outputs(checkpoint, fold.producer, scale)
+        return list(found["rows"])
+
+    def _search(
+        self,
+        checkpoint: Checkpoint,
+        step: LinearGroup,
+        items: Sequence[Assignment[WeightRule]],
+        fold: Fold | str,
+    ) -> dict[str, Any]:
+        """The scale of one shared input, `None` for one, and the rows of its layers."""
+        started = time.perf_counter()
+        forms = [checkpoint.form(item.linear.name) for item in items]
+        rounded = {
+            item.linear.name: (form, item.rule)
+            for item, form in zip(items, forms, strict=True)
+            if item.rule is not None
+        }
+        if isinstance(fold, str) or step.moments is None or not rounded:
+            reason = fold if isinstance(fold, str) else ""
+            rows = [
+                describe_layer(item, form, reason=reason or item.reason)
+                for item, form in zip(items, forms, strict=True)
+            ]
+            return {"scale": None, "rows": rows}
+        wide = items[0].linear.in_features > _WHOLE_WIDTH
+        try:
+            choice = choose_scale(
+                rounded,
+                step.moments(_BLOCK_WIDTH if wide else None),
+                fold.channels,
+                self.grid_points,
+            )
+        except CalibrationError as error:
+            raise CalibrationError(f"{step.names[0]}: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{step.names[0]}: {error}") from error
+        is_scaled = choice.scale is not None
+        rows = [
+            describe_layer(
+                item,
+                form,
+                method=self.method if is_scaled else "none",
+                reason="" if is_scaled else choice.reason,
+                exponent=choice.exponent,
+                folded_into=fold.producer,
+                **choice.figures.get(item.linear.name, {}),
+                seconds=(time.perf_counter() - started) / len(items),
+            )
+            for item, form in zip(items, forms, strict=True)
+        ]
+        return {"scale": None if choice.scale is None else choice.scale.tolist(), "rows": rows}
+
+
+def _row_of_today(row: Mapping[str, Any], form: WeightForm) -> dict[str, Any]:
+    # Folding widens bf16 weights, those of a producer after its own row was written.
+    return {**row, "bits_per_weight": form.bits_per_weight, "stored_bytes": form.stored_bytes}
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    if row["reason"]:
+        return str(row["reason"])
+    return f"loss {row['loss']:.2e}, unscaled {row['loss_rtn']:.2e}" if "loss" in row else "scaled"
+
+
+def _notes(checkpoint: Checkpoint, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    counts = Counter(row["reason"] for row in rows if row["reason"])
+    notes = [
+        f"{count} {'layer' if count == 1 else 'layers'} unscaled: {reason}"
+        for reason, count in counts.items()
+    ]
+    first = checkpoint.spec.projector.linears[0]
+    if any(row["name"] == first and row["method"] != "none" for row in rows):
+        notes.append("the projector's features are scaled: reduce visual tokens before, not after")
+    return tuple(notes)

@@ -1,0 +1,225 @@
+"""GPTQ on image and text: rounds weights so that each layer's *output* changes least.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv 2210.17323. The kernel is `error_feedback`, the walk `calibrated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.layerwise.error_feedback import (
+    Factor,
+    quantize_with_feedback,
+)
+from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
+from pocketvlm.compress.quantization.affine.grid import (
+    GRIDS,
+    AffineScheme,
+    Grid,
+    GridKind,
+    affine_form,
+    group_columns,
+)
+from pocketvlm.compress.quantization.affine.rounding import AffineRounding
+from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
+from pocketvlm.compress.quantization.affine.rules import Assignment, WeightRule
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, GroupQuantizer
+from pocketvlm.compress.quantization.layer_quantizer import Weighed
+from pocketvlm.compress.quantization.layer_report import behind_mask
+from pocketvlm.context import RunContext
+from pocketvlm.weights.form import WeightForm
+
+__all__ = ["AffineFitter", "Gptq", "fit_affine", "quantize_affine"]
+
+
+def quantize_affine(
+    weights: Tensor,
+    factor: Factor,
+    scheme: AffineScheme,
+    *,
+    group_size: int,
+    grid: GridKind = "min_max",
+    static_groups: bool = False,
+    diagonal: Tensor | None = None,
+    keeps: Tensor | None = None,
+    fixed: Grid | None = None,
+) -> tuple[Tensor, Grid]:
+    """Rounds rows of a weight to affine grids, with error feedback.
+
+    Args:
+        weights: float64 [rows, columns].
+        factor: Of the columns' Hessian.
+        scheme: The kind of grid.
+        group_size: Columns that share a scale.
+        grid: How a group's grid is found.
+        static_groups: Whether all grids are made from the weights as they were, rather than from
+            weights that carry the errors of the columns before.
+        diagonal: Of the Hessian, [columns]: how much an error counts where grids are searched.
+        keeps: Which elements a mask keeps, bool [rows, columns]; `None` for all.
+        fixed: Grids [rows, groups] that are known; `None` makes them.
+
+    Returns:
+        Codes [rows, groups * group_size], padding included, in the type of the weights, and the
+        grid [rows, groups]. The code of an element that the mask drops stands for nothing.
+
+    Raises:
+        ValueError: A group's range is too large for a float16 scale.
+    """
+    if static_groups and fixed is None:
+        importance = None if diagonal is None else group_columns(diagonal[None], group_size)
+        grouped = None if keeps is None else group_columns(keeps, group_size)
+        fixed = GRIDS[grid](group_columns(weights, group_size), scheme, importance, grouped)
+    rounding = AffineRounding(
+        scheme,
+        grid,
+        rows=weights.shape[0],
+        groups=len(factor.order.groups),
+        fixed=fixed,
+        importance=None if diagonal is None else factor.order.split(diagonal),
+    )
+    chosen = quantize_with_feedback(weights, factor, rounding, keeps)
+    found = rounding.grid
+    # Padding stands for zero, or for what is nearest to it.
+    codes = found.zero.round().clamp(scheme.lowest, scheme.highest)
+    codes = codes.repeat_interleave(group_size, dim=1)
+    codes[:, : weights.shape[1]] = chosen.T
+    return codes, found
+
+
+def fit_affine(
+    rule: WeightRule,
+    weight: WeightForm,
+    weighed: Weighed,
+    *,
+    grid: GridKind = "min_max",
+    static_groups: bool = False,
+) -> WeightForm:
+    """Quantizes a layer behind its mask, some rows at a time; see `quantize_affine`.
+
+    A row that shares one scale and is wider than a block of the Hessian has its grid made from the
+    weights as they were: errors are not fed on from block to block, and every block needs it.
+    """
+    group_size = rule.columns_a_group(weight.shape[1])
+    is_split = group_size > weighed.evidence.slices[0].stop
+    codes, scales, zeros = [], [], []
+    for span, rows in row_chunks(weight):
+        targets = weighed.targets(rows)
+        keeps = keeps_in(weight, span)
+        fixed = None
+        if is_split:
+            importance = weighed.evidence.importance[None, None]
+            grouped = None if keeps is None else keeps[:, None]
+            fixed = GRIDS[grid](targets[:, None], rule.scheme, importance, grouped)
+            scales.append(fixed.scale)
+            zeros.append(fixed.zero)
+        for part, factor, hessian in zip(
+            weighed.evidence.slices, weighed.factors, weighed.evidence.hessians, strict=True
+        ):
+            chosen, found = quantize_affine(
+                targets[:, part],
+                factor,
+                rule.scheme,
+                group_size=min(group_size, part.stop - part.start),
+                grid=grid,
+                static_groups=static_groups,
+                diagonal=hessian.diagonal().to(torch.float64),
+                keeps=None if keeps is None else keeps[:, part],
+                fixed=fixed,
+            )
+            codes.append(chosen.to(torch.uint8))
+            if not is_split:
+                scales.append(found.scale)
+                zeros.append(found.zero)
+    grids = 1 if is_split else len(weighed.factors)
+    form = affine_form(
+        _join(codes, len(weighed.factors)),
+        Grid(scale=_join(scales, grids), zero=_join(zeros, grids), scheme=rule.scheme),
+        group_size=group_size,
+        in_features=weight.shape[1],
+    )
+    return behind_mask(form, weight)
+
+
+def _join(pieces: Sequence[Tensor], blocks: int) -> Tensor:
+    """Puts together what was made chunk by chunk of rows, and block by block within each."""
+    rows = [
+        torch.cat(list(pieces[start : start + blocks]), dim=1)
+        for start in range(0, len(pieces), blocks)
+    ]
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineFitter:
+    """GPTQ beside round-to-nearest.
+
+    Attributes:
+        grid: How a group's grid is found.
+        static_groups: Whether grids are made before the first column is rounded.
+    """
+
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+    label: str = "gptq"
+    plain_label: str = "rtn"
+
+    def fit(self, rule: WeightRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
+        """GPTQ."""
+        return fit_affine(rule, weight, weighed, grid=self.grid, static_groups=self.static_groups)
+
+    def round(self, rule: WeightRule, weight: WeightForm) -> WeightForm:
+        """Round-to-nearest."""
+        form, _ = round_to_nearest(
+            weight,
+            scheme=rule.scheme,
+            group_size=rule.columns_a_group(weight.shape[1]),
+            grid=self.grid,
+        )
+        return form
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(CalibratedQuantizer[WeightRule]):
+    """Quantizes with error feedback (arXiv 2210.17323), calibrated on images and text.
+
+    Attributes:
+        rules: Bits and groups; the first rule that matches a layer wins.
+        grid: `min_max` spans each group's range, `mse` searches for the least squared error.
+        static_groups: Whether grids are made from the weights as they were.
+    """
+
+    method: Literal["gptq"] = "gptq"
+    rules: tuple[WeightRule, ...]
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+
+    def begin(
+        self,
+        checkpoint: Checkpoint,
+        assignments: Sequence[Assignment[WeightRule]],
+        calibration: CalibrationSet,
+        ctx: RunContext,
+    ) -> GroupQuantizer[WeightRule]:
+        """Nothing has to be known beforehand."""
+        return _Affine(AffineFitter(grid=self.grid, static_groups=self.static_groups))
+
+
+class _Affine(GroupQuantizer[WeightRule]):
+    def __init__(self, fitter: AffineFitter) -> None:
+        self._fitter = fitter
+
+    def fitter_of(self, assignment: Assignment[WeightRule]) -> AffineFitter:
+        return self._fitter

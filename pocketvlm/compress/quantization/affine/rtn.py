@@ -1,0 +1,170 @@
+"""Round-to-nearest: every weight to the closest point of its group's grid, without any data.
+
+The baseline that every calibrated method has to beat, and at 8 bits usually all that is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
+from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
+from pocketvlm.compress.quantization.affine.grid import (
+    GRIDS,
+    AffineScheme,
+    Grid,
+    GridKind,
+    affine_form,
+    decode,
+    encode,
+    group_columns,
+)
+from pocketvlm.compress.quantization.affine.rules import (
+    Assignment,
+    WeightRule,
+    assign_layers,
+    plan_forms,
+)
+from pocketvlm.compress.quantization.layer_report import behind_mask, describe_layer, float_rows
+from pocketvlm.context import RunContext
+from pocketvlm.errors import CheckpointError
+from pocketvlm.machine import package_version, peak_rss_bytes
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import WeightLayout
+
+__all__ = ["RoundToNearest", "round_to_nearest"]
+
+
+def round_to_nearest(
+    weight: WeightForm, *, scheme: AffineScheme, group_size: int, grid: GridKind = "min_max"
+) -> tuple[WeightForm, float]:
+    """Rounds a weight; grids behind a mask are those of the elements that it keeps.
+
+    Args:
+        weight: The weight, float, dense or masked.
+        scheme: The kind of grid.
+        group_size: Columns that share a scale.
+        grid: How a group's grid is found.
+
+    Returns:
+        The quantized weight, an `AffineWeight` or the same integers behind the weight's mask, and
+        its squared error relative to the weight's own squares.
+
+    Raises:
+        ValueError: A group's range is too large for a float16 scale.
+    """
+    codes, scales, zeros = [], [], []
+    lost = total = 0.0
+    for part, rows in row_chunks(weight):
+        groups = group_columns(rows, group_size)
+        mask = keeps_in(weight, part)
+        keeps = None if mask is None else group_columns(mask, group_size)
+        found = GRIDS[grid](groups, scheme, keeps=keeps)
+        chosen = encode(groups, found)
+        errors = (decode(chosen, found) - groups).square_()
+        lost += float((errors if keeps is None else errors[keeps]).sum())
+        total += float(rows.square().sum())
+        codes.append(chosen.view(rows.shape[0], -1).to(torch.uint8))
+        scales.append(found.scale)
+        zeros.append(found.zero)
+    form = affine_form(
+        torch.cat(codes),
+        Grid(scale=torch.cat(scales), zero=torch.cat(zeros), scheme=scheme),
+        group_size=group_size,
+        in_features=weight.shape[1],
+    )
+    return behind_mask(form, weight), lost / total if total else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundToNearest:
+    """Rounds every selected layer to its nearest codes.
+
+    Attributes:
+        rules: Ordered rules; the first that matches a layer wins.
+        grid: `min_max` spans each group's range, `mse` searches for the least squared error.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
+
+    method: Literal["rtn"] = "rtn"
+    rules: tuple[WeightRule, ...]
+    grid: GridKind = "min_max"
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError("rules must hold at least one rule")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Quantizes the checkpoint in place; `calibration` is not looked at.
+
+        Raises:
+            RecipeError: A rule does not fit the model, or a layer is quantized already.
+        """
+        started = time.perf_counter()
+        assignments = assign_layers(self.rules, checkpoint)
+        wanted = [item for item in assignments if item.rule is not None]
+        store = LayerStore(ctx.scratch_dir)
+        rows = []
+        for done, item in enumerate(wanted, start=1):
+            name = item.linear.name
+            layer = store.load(name)
+            if layer is None:
+                layer = self._round(item, checkpoint.form(name))
+                store.save(name, layer)
+            checkpoint.set_form(name, layer.form)
+            rows.append(layer.row)
+            ctx.report("rtn", done, len(wanted), f"{name}: {layer.row['weight_error']:.2e}")
+        record = StageRecord(
+            method=self.method,
+            parameters=asdict(self),
+            version=package_version(),
+            calibration_sha256=None,
+            layers=(*rows, *float_rows(assignments, checkpoint)),
+            metrics={"layers": len(wanted)},
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        return checkpoint.extend(record)
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
+        """What every layer will be stored as; `None` for those that stay as they are."""
+        return plan_forms(self.rules, spec.linears())
+
+    def _round(self, assignment: Assignment[WeightRule], weight: WeightForm) -> FinishedLayer:
+        started = time.perf_counter()
+        rule = assignment.rule
+        if rule is None:
+            raise ValueError(f"{assignment.linear.name} is not to be quantized")
+        try:
+            form, weight_error = round_to_nearest(
+                weight,
+                scheme=rule.scheme,
+                group_size=rule.columns_a_group(weight.shape[1]),
+                grid=self.grid,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{assignment.linear.name}: {error}") from error
+        row = describe_layer(
+            assignment,
+            form,
+            method=self.method,
+            plain=True,
+            weight_error=weight_error,
+            seconds=time.perf_counter() - started,
+        )
+        return FinishedLayer(form=form, row=row)

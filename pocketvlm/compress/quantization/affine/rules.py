@@ -1,0 +1,231 @@
+"""Which layer becomes what: the rules that every quantizer shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.affine.grid import AffineScheme
+from pocketvlm.errors import RecipeError
+from pocketvlm.models.selection import assign_rules, check_rule
+from pocketvlm.models.spec import LinearSpec, Part
+from pocketvlm.weights.float_weights import is_float
+from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout, plan_behind_mask
+from pocketvlm.weights.sparse import SparseWeight
+
+__all__ = [
+    "BITS",
+    "Assignment",
+    "LayerRule",
+    "WeightRule",
+    "assign_layers",
+    "assign_rules_to",
+    "plan_forms",
+]
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRule(ABC):
+    """Which layers a rule is for; the first rule that matches a layer wins.
+
+    Attributes:
+        part: Only layers of this part, or `None` for any.
+        match: A regular expression that a layer's whole name must match, or `None` for any.
+        blocks: Only these block indices, or `None` for any.
+    """
+
+    part: Part | None = None
+    match: str | None = None
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_rule(self)
+
+    @property
+    @abstractmethod
+    def keeps_float(self) -> bool:
+        """Whether the layers stay as they are."""
+
+    @abstractmethod
+    def plan(self, linear: LinearSpec) -> WeightLayout:
+        """What a layer will be stored as.
+
+        Raises:
+            RecipeError: The rule does not fit the layer; the message says what would.
+        """
+
+    @abstractmethod
+    def grid_columns(self, linear: LinearSpec) -> int:
+        """Columns that share a grid, and so must be rounded one after another."""
+
+    @abstractmethod
+    def describe(self, linear: LinearSpec) -> dict[str, object]:
+        """The rule's part of a layer's line in the report, as JSON values."""
+
+
+RuleT = TypeVar("RuleT", bound=LayerRule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRule(LayerRule):
+    """Integers on an affine grid.
+
+    Attributes:
+        bits: 2, 3, 4 or 8; `None` keeps the layer as it is.
+        group_size: Neighbouring columns that share a scale; `None` for all columns of a row.
+        symmetric: Whether the zero point is fixed at half of the range.
+        restricted: Whether a symmetric grid leaves out its lowest code, such as [-7, 7] for 4
+            bits, so that it spans the largest weight on either side with a finer step.
+        zero_point: `integer` puts zero on a code, `float` puts the grid's ends on the group's.
+    """
+
+    bits: int | None
+    group_size: int | None = 32
+    symmetric: bool = False
+    restricted: bool = False
+    zero_point: Literal["integer", "float"] = "integer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(
+                f"bits must be {', '.join(map(str, BITS))}, or null to keep a layer as it is, "
+                f"not {self.bits}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                f"group_size must be at least 1, or null for a whole row, not {self.group_size}"
+            )
+        if self.restricted and not self.symmetric:
+            raise ValueError("restricted leaves out a code of a symmetric grid; set symmetric too")
+        if self.zero_point not in ("integer", "float"):
+            raise ValueError(f"zero_point must be integer or float, not {self.zero_point!r}")
+        if self.zero_point == "float" and self.symmetric:
+            raise ValueError("a symmetric grid has a fixed zero point; zero_point cannot be float")
+
+    @property
+    def keeps_float(self) -> bool:
+        """Whether the layers stay as they are."""
+        return self.bits is None
+
+    @property
+    def scheme(self) -> AffineScheme:
+        """The kind of grid."""
+        if self.bits is None:
+            raise ValueError("the rule has no bits")
+        return AffineScheme(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            restricted=self.restricted,
+            float_zeros=self.zero_point == "float",
+        )
+
+    def plan(self, linear: LinearSpec) -> AffineLayout:
+        """What a layer will be stored as."""
+        if self.group_size is not None and self.group_size > linear.in_features:
+            raise RecipeError(
+                f"group_size {self.group_size} does not fit {linear.name}, which has "
+                f"{linear.in_features} columns; allowed is 1 to {linear.in_features}"
+            )
+        return AffineLayout(
+            bits=self.scheme.bits,
+            group_size=self.columns_a_group(linear.in_features),
+            symmetric=self.symmetric,
+            float_zeros=self.zero_point == "float",
+        )
+
+    def columns_a_group(self, columns: int) -> int:
+        """Columns that share a scale in a row of so many."""
+        return self.group_size or columns
+
+    def grid_columns(self, linear: LinearSpec) -> int:
+        """Columns that share a scale."""
+        return self.columns_a_group(linear.in_features)
+
+    def describe(self, linear: LinearSpec) -> dict[str, object]:
+        """The rule's part of a layer's line in the report."""
+        return {
+            "bits": self.bits,
+            "group_size": self.columns_a_group(linear.in_features),
+            "symmetric": self.symmetric,
+            "grid": "affine" if self.bits is None else self.scheme.label,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment(Generic[RuleT]):
+    """What becomes of one layer.
+
+    Attributes:
+        linear: The layer.
+        rule: The rule that quantizes it; `None` where it stays as it is.
+        reason: Why it stays as it is; empty where it does not.
+    """
+
+    linear: LinearSpec
+    rule: RuleT | None
+    reason: str = ""
+
+
+def assign_rules_to(
+    rules: Sequence[RuleT], linears: Iterable[LinearSpec]
+) -> tuple[Assignment[RuleT], ...]:
+    """Decides for every layer, from the specification alone.
+
+    Raises:
+        RecipeError: A rule matches nothing, or does not fit a layer.
+    """
+    assignments = []
+    for linear, rule in assign_rules(rules, linears).items():
+        if rule is None or rule.keeps_float:
+            reason = "no rule matches it" if rule is None else "its rule keeps it"
+            assignments.append(Assignment[RuleT](linear=linear, rule=None, reason=reason))
+            continue
+        try:
+            rule.plan(linear)
+        except RecipeError as error:
+            raise RecipeError(f"rules.{rules.index(rule)}: {error}") from error
+        assignments.append(Assignment(linear=linear, rule=rule))
+    return tuple(assignments)
+
+
+def assign_layers(rules: Sequence[RuleT], checkpoint: Checkpoint) -> tuple[Assignment[RuleT], ...]:
+    """Decides for every layer of a checkpoint.
+
+    Raises:
+        RecipeError: A rule matches nothing, does not fit a layer or its mask, or a layer that it
+            quantizes is quantized already.
+    """
+    assignments = assign_rules_to(rules, checkpoint.spec.linears())
+    for item in assignments:
+        form = checkpoint.form(item.linear.name)
+        if item.rule is None:
+            continue
+        if not is_float(form):
+            raise RecipeError(
+                f"{item.linear.name}: is quantized already; quantize a layer once, or keep "
+                "it with a rule that leaves it as it is"
+            )
+        if isinstance(form, SparseWeight):
+            mask = SparseLayout(density=form.density)
+            plan_behind_mask(item.linear.name, mask, item.rule.plan(item.linear))
+    return assignments
+
+
+def plan_forms(
+    rules: Sequence[RuleT], linears: Iterable[LinearSpec]
+) -> dict[LinearSpec, WeightLayout | None]:
+    """What every layer will be stored as; `None` for those that stay as they are.
+
+    Raises:
+        RecipeError: A rule matches nothing, or does not fit a layer.
+    """
+    return {
+        item.linear: None if item.rule is None else item.rule.plan(item.linear)
+        for item in assign_rules_to(rules, linears)
+    }

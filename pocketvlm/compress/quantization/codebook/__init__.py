@@ -1,0 +1,1 @@
+"""Weights looked up in tables, one by one or as vectors."""

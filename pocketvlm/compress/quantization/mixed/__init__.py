@@ -1,0 +1,1 @@
+"""A form for each layer under one budget of bytes."""

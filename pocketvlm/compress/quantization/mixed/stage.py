@@ -1,0 +1,427 @@
+"""Mixed precision: each layer gets the option that the whole model can best afford.
+
+Measures what every option costs every layer (`sensitivity`), solves for the choice of least total
+loss under a budget of bytes (`allocation`), and quantizes with it in the one walk that all
+calibrated quantizers share. Embedding, head, tower and projector take part like any other layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import ClassVar, Literal
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.data.modality import ModalityWeighting
+from pocketvlm.calibration.gradients.divergence import DivergenceMeter
+from pocketvlm.calibration.walk.walk import LinearGroup
+from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.compress.layerwise.error_feedback import Order
+from pocketvlm.compress.layerwise.layer_store import FinishedLayer
+from pocketvlm.compress.layerwise.scratch import find_document
+from pocketvlm.compress.quantization.affine.grid import GRIDS, GridKind
+from pocketvlm.compress.quantization.affine.rules import Assignment
+from pocketvlm.compress.quantization.calibrated import block_width
+from pocketvlm.compress.quantization.codebook.shared import assign_owners
+from pocketvlm.compress.quantization.mixed.bit_allocation import Menu, Solution, solve_menu
+from pocketvlm.compress.quantization.mixed.chosen import PerLayerQuantizer
+from pocketvlm.compress.quantization.mixed.search_space import (
+    CONTAINERS,
+    Container,
+    Option,
+    check_option,
+    float_bytes,
+    label_of,
+    plan_option,
+)
+from pocketvlm.compress.quantization.mixed.sensitivity import Sensitivity, measure_sensitivity
+from pocketvlm.context import RunContext
+from pocketvlm.errors import CalibrationError, RecipeError
+from pocketvlm.machine import peak_rss_bytes
+from pocketvlm.models.selection import assign_rules
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.float_weights import is_float
+from pocketvlm.weights.form import total_stored_bytes
+from pocketvlm.weights.layout import SparseLayout, WeightLayout
+from pocketvlm.weights.sparse import SparseWeight
+
+__all__ = ["MixedPrecision"]
+
+_TABLE = "sensitivity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision:
+    """Chooses an option for every layer by measured sensitivity, under a budget, and quantizes.
+
+    A pruned layer keeps its mask: options that cannot stand behind one are not offered to it, and
+    its bytes are those of mask and kept elements.
+
+    Attributes:
+        options: What a layer may become: rules without part, match or blocks. An option whose
+            groups are wider than a layer is not offered to it. Codebooks that layers share are
+            paid once, by whatever layers of a part take them.
+        average_bits: The budget as bits a weight over all weight matrices of the model, scales,
+            zero points and layers that stay float included.
+        budget_bytes: The budget in bytes; exactly one of the two is given.
+        pins: Rules that fix layers; the first that matches a layer takes it off the menu.
+        stored_as: Whose bytes are counted: the checkpoint's own `codes`, or `onnx`, which stores
+            3 bits as 4.
+        samples: Held-out calibration samples that sensitivity is measured on.
+        sensitivity: A table that an earlier run measured; `None` measures.
+        grid: How a group's grid is found.
+        static_groups: Whether grids are made from the weights as they were.
+        damping: Share of a Hessian's mean diagonal that is added to it.
+        order: Order in which columns are rounded.
+        drift_share: How much of the inputs' distance from the float model's is made up for.
+        modality_weights: Weight of visual tokens in the decoder's Hessians.
+        held_out: Share of the samples that no Hessian sees.
+        tower_tokens: Tokens after which the tower's Hessians are taken to be known.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
+
+    method: Literal["mixed"] = "mixed"
+    options: tuple[Option, ...]
+    average_bits: float | None = None
+    budget_bytes: int | None = None
+    pins: tuple[Option, ...] = ()
+    stored_as: Container = "codes"
+    samples: int = 24
+    sensitivity: str | None = None
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+    damping: float = 0.01
+    order: Order = "group_aware"
+    drift_share: float = 0.0
+    modality_weights: ModalityWeighting = "balanced"
+    held_out: float = 0.1875
+    tower_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError("options must hold at least one option")
+        for number, option in enumerate(self.options):
+            try:
+                check_option(option)
+            except ValueError as error:
+                raise ValueError(f"options.{number}: {error}") from error
+        if len({label_of(option) for option in self.options}) < len(self.options):
+            raise ValueError("options holds one option twice")
+        if (self.average_bits is None) == (self.budget_bytes is None):
+            raise ValueError("give either average_bits or budget_bytes")
+        budget = self.average_bits if self.budget_bytes is None else self.budget_bytes
+        if budget is None or not budget > 0:
+            raise ValueError(f"the budget must be more than 0, not {budget}")
+        if self.stored_as not in CONTAINERS:
+            raise ValueError(
+                f"stored_as {self.stored_as!r} is unknown; allowed are {', '.join(CONTAINERS)}"
+            )
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, not {self.samples}")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+        self._quantizer(self.options)  # which checks what both have
+
+    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
+        """What every layer may be stored as, from a given table or else from a prior.
+
+        Raises:
+            RecipeError: The budget is below the smallest possible, or a rule matches nothing.
+        """
+        return self.plan_forms_after(spec, {})
+
+    def plan_forms_after(
+        self, spec: ModelSpec, planned: Mapping[LinearSpec, WeightLayout | None]
+    ) -> Mapping[LinearSpec, WeightLayout | None]:
+        """The same behind stages that make some layers sparse: the budget counts masked bytes.
+
+        Args:
+            spec: The model.
+            planned: What earlier stages will have made of its layers.
+
+        Raises:
+            RecipeError: The budget is below the smallest possible, a rule matches nothing, or an
+                option cannot keep a layer's mask.
+        """
+        densities = {
+            linear.name: form.density
+            for linear, form in planned.items()
+            if isinstance(form, SparseLayout)
+        }
+        menu = self._menu(
+            spec,
+            {
+                linear: self._float_bytes(linear, densities.get(linear.name))
+                for linear in spec.linears()
+            },
+            densities,
+        )
+        table = None if self.sensitivity is None else Sensitivity.load(Path(self.sensitivity))
+        if table is not None:
+            self._require_complete(table, menu)
+        solved = solve_menu(menu, self._budget(menu), table)
+        return assign_owners(
+            {
+                linear: (
+                    option,
+                    None
+                    if option.keeps_float
+                    else plan_option(option, linear, densities.get(linear.name)),
+                )
+                for linear, option in solved.chosen.items()
+            }
+        )
+
+    def plan_notes(self) -> tuple[str, ...]:
+        """What `plan` says of its prediction."""
+        if self.sensitivity is not None:
+            return ()
+        return (
+            "mixed: bits by layer are solved from a prior without data; the run measures, and may "
+            "choose others within the same budget",
+        )
+
+    def apply(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> Checkpoint:
+        """Measures, solves and quantizes the checkpoint in place.
+
+        Raises:
+            RecipeError: The budget is below the smallest possible, a rule matches nothing, a layer
+                is quantized already, or a given table was measured on another model.
+            CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
+            CheckpointError: A weight is too large for float16 scales.
+        """
+        started = time.perf_counter()
+        forms = checkpoint.forms()
+        for linear, form in forms.items():
+            if not is_float(form):
+                raise RecipeError(f"{linear.name}: is quantized already; quantize a layer once")
+        densities = {
+            linear.name: form.density
+            for linear, form in forms.items()
+            if isinstance(form, SparseWeight)
+        }
+        floats = {
+            linear: self._float_bytes(linear, densities[linear.name])
+            if linear.name in densities
+            else form.stored_bytes
+            for linear, form in forms.items()
+        }
+        menu = self._menu(checkpoint.spec, floats, densities)
+        budget = self._budget(menu)
+        # Before hours of measuring: a budget that nothing fits into does not depend on losses.
+        solve_menu(menu, budget, None)
+        table = self._table(checkpoint, calibration, menu, ctx)
+        solved = solve_menu(menu, budget, table)
+        quantizer = self._quantizer(solved.rules())
+        scratch = None if ctx.scratch_dir is None else ctx.scratch_dir / solved.digest()
+        done = quantizer.apply(checkpoint, calibration, ctx.with_scratch(scratch))
+        record = self._record(done.history[-1], solved, table, done)
+        record = replace(
+            record, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes()
+        )
+        return replace(done, history=(*done.history[:-1], record))
+
+    def _quantizer(self, rules: tuple[Option, ...]) -> PerLayerQuantizer:
+        return PerLayerQuantizer(
+            rules=rules,
+            grid=self.grid,
+            static_groups=self.static_groups,
+            damping=self.damping,
+            order=self.order,
+            drift_share=self.drift_share,
+            modality_weights=self.modality_weights,
+            held_out=self.held_out,
+            tower_tokens=self.tower_tokens,
+        )
+
+    def _float_bytes(self, linear: LinearSpec, density: float | None) -> int:
+        """Bytes of a layer that stays float, in the container that is counted."""
+        return float_bytes(linear, density if self.stored_as == "codes" else None)
+
+    def _budget(self, menu: Menu) -> int:
+        """Bytes that all layers may take."""
+        if self.average_bits is not None:
+            return int(self.average_bits * menu.weights / 8)
+        if self.budget_bytes is None:
+            raise ValueError("a stage has one of its two budgets")
+        return self.budget_bytes
+
+    def _menu(
+        self,
+        spec: ModelSpec,
+        float_bytes: Mapping[LinearSpec, int],
+        densities: Mapping[str, float],
+    ) -> Menu:
+        """What each layer may become, for densities of pruned ones; a pinned one has no choice."""
+        linears = tuple(spec.linears())
+        try:
+            pinned = assign_rules(self.pins, linears, field="pins")
+        except RecipeError as error:
+            raise RecipeError(f"pins: {error}") from error
+        offered: dict[LinearSpec, tuple[Option, ...]] = {}
+        for linear in linears:
+            pin = pinned[linear]
+            if pin is not None:
+                if not pin.keeps_float:
+                    plan_option(pin, linear, densities.get(linear.name))
+                offered[linear] = (pin,)
+                continue
+            fitting, refusals = [], []
+            for option in self.options:
+                try:
+                    plan_option(option, linear, densities.get(linear.name))
+                except RecipeError as error:
+                    refusals.append(str(error))
+                else:
+                    fitting.append(option)
+            if not fitting:
+                raise RecipeError(f"no option fits {linear.name}: {refusals[0]}")
+            offered[linear] = tuple(fitting)
+        return Menu(
+            options=offered,
+            float_bytes=float_bytes,
+            densities=densities,
+            container=self.stored_as,
+        )
+
+    def _table(
+        self,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSet,
+        menu: Menu,
+        ctx: RunContext,
+    ) -> Sensitivity:
+        """The given table, the one of a run before this one, or what is measured now."""
+        table = Sensitivity(
+            model=checkpoint.source.sha256,
+            stages=tuple(map(_settings_of, checkpoint.history)),
+            calibration=calibration.sha256,
+            tokens=0,
+        )
+        if self.sensitivity is not None:
+            given = Sensitivity.load(Path(self.sensitivity))
+            if not given.holds_for(table):
+                raise RecipeError(
+                    f"sensitivity {self.sensitivity!r}: was measured on another model or behind "
+                    "other stages; leave it out to measure again"
+                )
+            self._require_complete(given, menu)
+            return given
+        path = None if ctx.scratch_dir is None else ctx.scratch_dir / _TABLE
+        if path is not None and find_document(path) is not None:
+            table = Sensitivity.load(path)
+        wanted = menu.choices
+        if not table.missing(wanted):
+            return table
+        quantizer = self._quantizer(self.options)
+        walk = quantizer.walk(checkpoint, calibration, ctx)
+        judges = list(calibration.samples[walk.first_held_out :])
+        if not judges:
+            raise CalibrationError(
+                f"{calibration.name}: sensitivity is measured on held-out samples, and held_out "
+                f"{self.held_out:g} of {len(calibration)} samples are none"
+            )
+        if len(judges) > self.samples:
+            judges = Random(ctx.seed).sample(judges, self.samples)
+        meter = DivergenceMeter(checkpoint, replace(calibration, samples=tuple(judges)))
+        table.tokens = meter.tokens
+        fitter = quantizer.begin_with(checkpoint, menu.readers(), ctx.seed)
+
+        def quantize(
+            step: LinearGroup, assignments: Sequence[Assignment[Option]]
+        ) -> Mapping[str, FinishedLayer]:
+            block = block_width(assignments)
+            return quantizer.quantize_step(checkpoint, step, assignments, block, fitter)
+
+        def save() -> None:
+            if path is not None:
+                table.save(path)
+
+        measure_sensitivity(table, wanted, walk, meter, quantize, ctx, save)
+        return table
+
+    def _require_complete(self, table: Sensitivity, menu: Menu) -> None:
+        missing = table.missing(menu.choices)
+        if missing:
+            raise RecipeError(
+                f"sensitivity {self.sensitivity!r}: lacks {missing} of the layers' options; leave "
+                "it out to measure them"
+            )
+
+    def _record(
+        self,
+        record: StageRecord,
+        solved: Solution,
+        table: Sensitivity,
+        done: Checkpoint,
+    ) -> StageRecord:
+        rows = tuple({**row, **solved.describe(row["name"])} for row in record.layers)
+        notes = list(record.notes)
+        offered, densities = solved.menu.options, solved.menu.densities
+        fixed = [linear.name for linear, options in offered.items() if len(options) == 1]
+        if fixed:
+            notes.append(
+                f"{len(fixed)} layers had no choice, by a pin or because a single option fits: "
+                f"{', '.join(fixed[:4])}{', …' if len(fixed) > len(fixed[:4]) else ''}"
+            )
+        masked = [linear for linear in offered if linear.name in densities]
+        for option in self.options:
+            without = [linear for linear in masked if _loses_mask(option, linear)]
+            if without:
+                notes.append(
+                    f"{len(without)} pruned layers were not offered {label_of(option)}: its "
+                    "elements cannot be stored one by one behind a mask"
+                )
+        if solved.price == 0:
+            notes.append("the budget binds nothing: every layer has the option of least loss")
+        if 0 < table.tokens < _FEW_TOKENS:
+            notes.append(f"sensitivity was measured on {table.tokens} answer tokens only")
+        return replace(
+            record,
+            method=self.method,
+            parameters=asdict(self),
+            layers=rows,
+            notes=tuple(notes),
+            metrics={
+                **record.metrics,
+                "budget_bytes": solved.budget,
+                "chosen_bytes": solved.size,
+                "chosen_average_bits": solved.size * 8 / solved.menu.weights,
+                "form_bytes": total_stored_bytes(done.forms().values()),
+                "predicted_divergence": solved.loss,
+                "divergence_per_byte": solved.price,
+                "sensitivity": table.to_json(),
+            },
+        )
+
+
+_FEW_TOKENS = 32
+
+
+def _settings_of(record: StageRecord) -> str:
+    """Names a stage and all its settings: how much was pruned changes what a bit is worth."""
+    content = json.dumps(record.parameters, sort_keys=True)
+    return f"{record.method} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _loses_mask(option: Option, linear: LinearSpec) -> bool:
+    """Whether an option fits a layer, but not behind a mask."""
+    try:
+        option.plan(linear)
+    except RecipeError:
+        return False
+    try:
+        plan_option(option, linear, 1.0)
+    except RecipeError:
+        return True
+    return False

@@ -1,0 +1,1 @@
+"""Changes of float weights that cancel, made before weights are rounded."""

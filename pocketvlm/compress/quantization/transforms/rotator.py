@@ -1,0 +1,197 @@
+"""Where a model may be rotated, and which weights have to turn together.
+
+Between two linears without anything but linear operations and norms, any orthogonal matrix and its
+inverse may be inserted. Three places allow that:
+
+- R1, the decoder's residual stream: whatever writes to it (embedding table, projector, o_proj,
+  down_proj) is rotated, whatever reads it is rotated back. An RMSNorm commutes with a rotation
+  once its weight is folded into the layers behind it.
+- R2, inside each head, between v and o.
+- R3, the tower's residual stream. Its LayerNorms subtract the mean, so only rotations that keep
+  the mean commute with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.transforms.folding import (
+    fold_norm,
+    multiply_inputs,
+    read_vector,
+    rotate_inputs,
+    rotate_outputs,
+    write_vector,
+)
+from pocketvlm.compress.quantization.transforms.orthogonal import fix_ones, random_rotation
+from pocketvlm.context import derive_seed
+
+__all__ = ["Rotator"]
+
+# Folding the bias of a norm behind its weight divides one by the other; beyond this ratio the
+# quotient would eat the digits of float32 that the function needs.
+_LARGEST_SHIFT = 1000.0
+
+
+class Rotator:
+    """Rotates one checkpoint, and keeps a record of which side of which layer was rotated.
+
+    Args:
+        checkpoint: The model, changed in place; every weight is float, the head is not tied where
+            the residual stream is to be rotated.
+        seed: Seed of all rotations.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
+        self._checkpoint = checkpoint
+        self._seed = seed
+        self._sides: dict[str, dict[str, str]] = {}
+
+    def rotate_residual(self) -> None:
+        """R1."""
+        spec = self._checkpoint.spec
+        decoder = spec.decoder
+        rotation = random_rotation(decoder.hidden_size, self._generator("residual"))
+        # A table's rows are what it puts out.
+        rotate_inputs(self._checkpoint, decoder.embedding, rotation)
+        self._note(decoder.embedding, "outputs", "residual")
+        self._outputs(spec.projector.linears[-1], rotation, "residual")
+        for block in range(decoder.depth):
+            path = f"{decoder.blocks}.{block}"
+            read = tuple(f"{path}.self_attn.{role}_proj" for role in "qkv")
+            self._read_stream(f"{path}.input_layernorm", read, rotation, "residual")
+            self._outputs(f"{path}.self_attn.o_proj", rotation, "residual")
+            read = (f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj")
+            self._read_stream(f"{path}.post_attention_layernorm", read, rotation, "residual")
+            self._outputs(f"{path}.mlp.down_proj", rotation, "residual")
+        self._read_stream(f"{decoder.prefix}.norm", (decoder.head,), rotation, "residual")
+
+    def rotate_heads(self) -> None:
+        """R2: one rotation a key-value head, which the query heads that read it share."""
+        decoder, tower = self._checkpoint.spec.decoder, self._checkpoint.spec.tower
+        for block in range(decoder.depth):
+            path = f"{decoder.blocks}.{block}.self_attn"
+            repeats = decoder.heads // decoder.kv_heads
+            turns = self._head_rotations(path, decoder.kv_heads, decoder.head_dim)
+            self._outputs(f"{path}.v_proj", turns, "heads")
+            self._inputs(f"{path}.o_proj", turns.repeat_interleave(repeats, dim=0), "heads")
+        for block in range(tower.feature_block + 1):
+            path = f"{tower.blocks}.{block}.self_attn"
+            turns = self._head_rotations(path, tower.heads, tower.head_dim)
+            self._outputs(f"{path}.v_proj", turns, "heads")
+            self._inputs(f"{path}.out_proj", turns, "heads")
+
+    def rotate_tower(self) -> str:
+        """R3. Returns why it was not done; empty where it was."""
+        spec, model = self._checkpoint.spec, self._checkpoint.model
+        tower = spec.tower
+        reason = self._why_tower_stays()
+        if reason:
+            return reason
+        rotation = fix_ones(random_rotation(tower.hidden_size, self._generator("tower")))
+        patches = model.get_submodule(f"{tower.prefix}.embeddings.patch_embedding")
+        positions = model.get_submodule(f"{tower.prefix}.embeddings.position_embedding")
+        for module, name, axis in (
+            (patches, "weight", 0),
+            (patches, "bias", 0),
+            (positions, "weight", 1),
+        ):
+            values = read_vector(module, name)
+            if values is not None:
+                turned = (values.movedim(axis, -1) @ rotation).movedim(-1, axis)
+                write_vector(module, name, turned.contiguous())
+        for block in range(tower.feature_block + 1):
+            path = f"{tower.blocks}.{block}"
+            read = tuple(f"{path}.self_attn.{role}_proj" for role in "qkv")
+            self._read_stream(f"{path}.layer_norm1", read, rotation, "tower")
+            self._outputs(f"{path}.self_attn.out_proj", rotation, "tower")
+            self._read_stream(f"{path}.layer_norm2", (f"{path}.mlp.fc1",), rotation, "tower")
+            self._outputs(f"{path}.mlp.fc2", rotation, "tower")
+        if tower.has_post_norm:
+            self._absorb_post_norm(rotation)
+        self._inputs(spec.projector.linears[0], rotation, "tower")
+        return ""
+
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
+        """One row a layer for the record."""
+        return tuple(
+            {
+                "name": linear.name,
+                "part": linear.part,
+                "role": linear.role,
+                "block": linear.block,
+                "method": "rotate" if linear.name in self._sides else "none",
+                "inputs": self._sides.get(linear.name, {}).get("inputs"),
+                "outputs": self._sides.get(linear.name, {}).get("outputs"),
+                "bits_per_weight": form.bits_per_weight,
+                "stored_bytes": form.stored_bytes,
+            }
+            for linear, form in self._checkpoint.forms().items()
+        )
+
+    def _why_tower_stays(self) -> str:
+        tower = self._checkpoint.spec.tower
+        if tower.has_pre_norm:
+            return "a norm with weights stands between its embeddings and its first block"
+        if self._checkpoint.reducer is not None:
+            return "the token reducer reads its features, and would choose other tokens"
+        if tower.has_post_norm and float(self._post_norm_shift().abs().max()) > _LARGEST_SHIFT:
+            return "its last norm has channels of almost no weight, whose bias cannot be folded"
+        return ""
+
+    def _post_norm_shift(self) -> Tensor:
+        """Bias of the last norm in units of its weight, [hidden]."""
+        norm = self._checkpoint.model.get_submodule(
+            f"{self._checkpoint.spec.tower.prefix}.post_layernorm"
+        )
+        weight, bias = read_vector(norm, "weight"), read_vector(norm, "bias")
+        if weight is None or bias is None:
+            raise TypeError("the tower's last norm has no weight and bias")
+        return torch.where(bias == 0, 0.0, bias / weight)
+
+    def _absorb_post_norm(self, rotation: Tensor) -> None:
+        """Moves the last norm's weight into the projector; its bias stays, turned.
+
+        The projector may have no bias of its own that could take it up.
+        """
+        spec, model = self._checkpoint.spec, self._checkpoint.model
+        norm = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")
+        shift, weight = self._post_norm_shift(), read_vector(norm, "weight")
+        if weight is None:
+            raise TypeError("the tower's last norm has no weight")
+        copies = spec.projector.merge_factor**2
+        multiply_inputs(self._checkpoint, spec.projector.linears[0], weight.repeat(copies))
+        write_vector(norm, "weight", torch.ones_like(weight))
+        write_vector(norm, "bias", shift @ rotation)
+
+    def _read_stream(
+        self, norm: str, linears: tuple[str, ...], rotation: Tensor, stream: str
+    ) -> None:
+        fold_norm(self._checkpoint, norm, linears)
+        for name in linears:
+            self._inputs(name, rotation, stream)
+
+    def _inputs(self, name: str, rotation: Tensor, which: str) -> None:
+        rotate_inputs(self._checkpoint, name, rotation)
+        self._note(name, "inputs", which)
+
+    def _outputs(self, name: str, rotation: Tensor, which: str) -> None:
+        rotate_outputs(self._checkpoint, name, rotation)
+        self._note(name, "outputs", which)
+
+    def _note(self, name: str, side: str, which: str) -> None:
+        self._sides.setdefault(name, {})[side] = which
+
+    def _head_rotations(self, path: str, heads: int, width: int) -> Tensor:
+        """One rotation a head, [heads, width, width]."""
+        generator = self._generator(path)
+        return torch.stack([random_rotation(width, generator) for _ in range(heads)])
+
+    def _generator(self, label: str) -> torch.Generator:
+        # Each rotation has a stream of its own: leaving one out does not change the others.
+        return torch.Generator().manual_seed(derive_seed(self._seed, label))

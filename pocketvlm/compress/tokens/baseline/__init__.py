@@ -1,0 +1,1 @@
+"""Reducers that look at nothing: what every score has to beat."""

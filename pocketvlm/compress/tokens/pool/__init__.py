@@ -1,0 +1,1 @@
+"""Reducers that average neighbours."""

@@ -1,0 +1,90 @@
+"""Average pooling: a coarser grid of features. The baseline that keeps something of every patch.
+
+Adaptive average pooling over the grid of visual tokens, as PLLaVA (arXiv 2404.16994) and DeCo
+(arXiv 2405.20985) use it, written as one constant matrix so that every runtime can multiply by it.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from pocketvlm.compress.tokens.options import ReducerOptions
+from pocketvlm.errors import RecipeError
+from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = ["AveragePoolReducer", "build", "pooled_grid", "pooling_cells", "reachable_counts"]
+
+
+def pooled_grid(side: int, keep: int) -> tuple[int, int] | None:
+    """Rows and columns of the squarest grid of `keep` cells over a square of `side` tokens.
+
+    At most twice as many columns as rows: 32 of 64 tokens are a grid of 4 x 8.
+
+    Returns:
+        The grid, or `None` where there is none.
+    """
+    for rows in range(min(isqrt(keep), side), 0, -1):
+        columns = keep // rows
+        if rows * columns == keep:
+            return (rows, columns) if columns <= min(side, 2 * rows) else None
+    return None
+
+
+def reachable_counts(side: int) -> tuple[int, ...]:
+    """Every number of tokens that pooling a square of `side` tokens can leave, ascending."""
+    return tuple(keep for keep in range(1, side * side + 1) if pooled_grid(side, keep))
+
+
+def pooling_cells(length: int, cells: int) -> tuple[tuple[int, int], ...]:
+    """First and past-the-last token of each cell along one side, as adaptive pooling cuts them."""
+    return tuple(
+        (cell * length // cells, -(-(cell + 1) * length // cells)) for cell in range(cells)
+    )
+
+
+class AveragePoolReducer(TokenReducer):
+    """Averages the tokens of each cell; a cell's index is that of its central token."""
+
+    weights: Tensor
+    centres: Tensor
+
+    def __init__(self, *, side: int, grid: tuple[int, int], positions: PositionPolicy) -> None:
+        super().__init__(keep=grid[0] * grid[1], positions=positions)
+        weights = torch.zeros(self.keep, side * side)
+        centres = []
+        rows, columns = pooling_cells(side, grid[0]), pooling_cells(side, grid[1])
+        boxes = [(row, column) for row in rows for column in columns]
+        for cell, ((top, bottom), (left, right)) in enumerate(boxes):
+            inside = [r * side + c for r in range(top, bottom) for c in range(left, right)]
+            weights[cell, inside] = 1 / len(inside)
+            centres.append((top + bottom - 1) // 2 * side + (left + right - 1) // 2)
+        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("centres", torch.tensor(centres), persistent=False)
+
+    def forward(self, inputs: ReducerInputs) -> tuple[Tensor, Tensor]:
+        """Returns pooled features [B, k, C] and the indices of their centres [B, k]."""
+        indices = self.centres.expand(inputs.features.shape[0], -1)
+        return self.weights @ inputs.features, indices
+
+
+def build(spec: ModelSpec, options: ReducerOptions) -> AveragePoolReducer:
+    """The reducer of one model.
+
+    Raises:
+        RecipeError: No grid has `keep` cells.
+    """
+    side = isqrt(spec.visual_tokens)
+    grid = pooled_grid(side, options.keep)
+    if grid is None:
+        counts = reachable_counts(side)
+        below = max(count for count in counts if count < options.keep)
+        above = min(count for count in counts if count > options.keep)
+        raise RecipeError(
+            f"reduce_tokens: keep {options.keep}: 'average_pool' cannot cut {side} x {side} visual "
+            f"tokens into that many cells; the nearest counts that it can are {below} and {above}"
+        )
+    return AveragePoolReducer(side=side, grid=grid, positions=options.positions)

@@ -1,0 +1,1 @@
+"""Reducers that keep the tokens of highest score."""

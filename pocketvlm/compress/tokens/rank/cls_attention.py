@@ -1,0 +1,58 @@
+"""FasterVLM: keep the patches that the [CLS] token of the vision tower attends to most.
+
+Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM
+Inference Faster" (arXiv 2412.01818), section 4. The score of patch i is the attention that [CLS]
+pays to it in the block whose output is the feature, averaged over heads. One softmax row is all
+that is computed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pocketvlm.compress.tokens.options import ReducerOptions
+from pocketvlm.compress.tokens.rank.ranking import ScoreReducer, pool_merge_cells
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.models.reducer import ReducerInputs
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = ["ClsAttentionReducer", "build", "cls_attention"]
+
+
+def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention from [CLS] to every patch, averaged over heads.
+
+    The softmax runs over all tokens, [CLS] included; its own column is then left out, so that a
+    row sums to less than one.
+
+    Args:
+        queries: Scaled queries [B, H, 1 + patches, d], [CLS] first.
+        keys: Keys of the same shape.
+
+    Returns:
+        [B, patches].
+    """
+    row = queries[:, :, :1] @ keys.transpose(2, 3)
+    return row.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+
+
+class ClsAttentionReducer(ScoreReducer):
+    """Keeps the k visual tokens with the highest [CLS] attention."""
+
+    def score(self, inputs: ReducerInputs) -> Tensor:
+        """[CLS] attention of each visual token, [B, N]."""
+        return pool_merge_cells(cls_attention(inputs.queries, inputs.keys), inputs.merge_factor)
+
+
+def build(spec: ModelSpec, options: ReducerOptions) -> ClsAttentionReducer:
+    """The reducer of one model.
+
+    Raises:
+        UnsupportedError: The tower has no [CLS] token.
+    """
+    if not spec.tower.has_cls:
+        raise UnsupportedError(
+            f"reduce_tokens: score 'cls_attention' needs a tower with a [CLS] token, which "
+            f"{spec.model_type} has not; use 'distinct_features' or 'auto'"
+        )
+    return ClsAttentionReducer(keep=options.keep, positions=options.positions)

@@ -1,0 +1,76 @@
+"""What the scoring methods share: exact top-k in raster order, gathering, pooling over merge cells.
+
+Only `topk`, `gather` and comparisons appear: ExecuTorch's portable kernels have no sort, and
+boolean indexing gives no static shape on any target.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.reference_graph.forward import merge_patches
+
+__all__ = ["ScoreReducer", "gather_tokens", "pool_merge_cells", "top_indices"]
+
+
+def top_indices(scores: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` largest scores, ascending; of equal scores the earlier index wins.
+
+    Runtimes break ties inside `topk` in different ways. So the k-th largest score is only used as
+    a threshold; what is ranked are integers that no two tokens share, exact in float32 up to five
+    million tokens and in float16 up to 682.
+
+    Args:
+        scores: [B, N], finite.
+        keep: k, at most N.
+
+    Returns:
+        int64 [B, k], ascending: raster order.
+    """
+    count = scores.shape[-1]
+    threshold = scores.topk(keep, dim=-1).values[..., -1:]
+    above, equal = (scores > threshold).to(scores.dtype), (scores == threshold).to(scores.dtype)
+    countdown = scores.new_tensor(list(range(count, 0, -1)))
+    rank = (2 * above + equal) * count + countdown
+    chosen = rank.topk(keep, dim=-1).indices
+    # The largest negated index is the first token: a second topk in the place of a sort.
+    return -(-chosen.to(scores.dtype)).topk(keep, dim=-1).values.to(chosen.dtype)
+
+
+def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
+    """Features [B, N, C] at indices [B, k], as [B, k, C]."""
+    return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
+
+
+def pool_merge_cells(scores: Tensor, merge_factor: int) -> Tensor:
+    """Mean score of the patches behind each visual token.
+
+    Args:
+        scores: One score a patch, [B, side * side].
+        merge_factor: Side of the square of patches that the projector merges.
+
+    Returns:
+        [B, side * side / merge_factor**2], in the order of `forward.merge_patches`.
+    """
+    if merge_factor == 1:
+        return scores
+    return merge_patches(scores[..., None], merge_factor).mean(dim=-1)
+
+
+class ScoreReducer(TokenReducer):
+    """Keeps the k tokens of the highest score, in raster order.
+
+    A method implements `score`; nothing else depends on it.
+    """
+
+    @abstractmethod
+    def score(self, inputs: ReducerInputs) -> Tensor:
+        """One score a visual token, [B, N]; the larger, the more it is worth."""
+
+    def forward(self, inputs: ReducerInputs) -> tuple[Tensor, Tensor]:
+        """Returns the kept features [B, k, C] and their indices [B, k] (int64, ascending)."""
+        indices = top_indices(self.score(inputs), self.keep)
+        return gather_tokens(inputs.features, indices), indices

@@ -1,0 +1,1 @@
+"""The certificate: whether an artifact answers like the checkpoint that was evaluated."""

@@ -1,0 +1,97 @@
+"""What a certificate asks: questions about pictures, the same turned round, and second turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.export.parity.metrics import Floats
+from pocketvlm.export.parity.sides import Prompt
+from pocketvlm.prompt.messages import Message, user_turn
+from pocketvlm.runtime.preprocess import ImagePreprocessor
+from pocketvlm.runtime.text import TextCodec
+
+if TYPE_CHECKING:
+    from pocketvlm.calibration.data.sample import Sample
+
+__all__ = ["Questions", "read_questions", "second_turn"]
+
+_SECOND_QUESTION = "what else?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What both sides are asked.
+
+    Attributes:
+        pictures: float32 [1, C, S, S] each; the last is blank.
+        prompts: The questions.
+        follow_ups: The same, answered, with another question behind each.
+    """
+
+    pictures: tuple[Floats, ...]
+    prompts: tuple[Prompt, ...]
+    follow_ups: tuple[Prompt, ...]
+
+    def swapped(self) -> list[tuple[int, Prompt]]:
+        """Every question about the pictures of the next one, and about blank ones."""
+        blank = len(self.pictures) - 1
+        return [
+            (number, Prompt(token_ids=prompt.token_ids, pictures=pictures))
+            for number, prompt in enumerate(self.prompts)
+            for pictures in dict.fromkeys(
+                (
+                    tuple((picture + len(prompt.pictures)) % blank for picture in prompt.pictures),
+                    (blank,) * len(prompt.pictures),
+                )
+            )
+            if pictures != prompt.pictures
+        ]
+
+
+def second_turn(sample: Sample) -> list[Message]:
+    """A sample's conversation with its answer, and one more question behind it."""
+    return [*sample.answered_messages(), user_turn(_SECOND_QUESTION).to_message()]
+
+
+def read_questions(
+    checkpoint: Checkpoint, bundle: Bundle, samples: Sequence[Sample]
+) -> tuple[dict[str, float], Questions]:
+    """Pixels and prompts of the checkpoint, and how far the bundle's own differ from them.
+
+    Returns:
+        The metrics `input.*`, and the questions.
+    """
+    processor = checkpoint.processor
+    codec, preprocessor = TextCodec.from_bundle(bundle), ImagePreprocessor.from_bundle(bundle)
+    pictures: list[Floats] = []
+    prompts: list[Prompt] = []
+    follow_ups: list[Prompt] = []
+    farthest, equal = 0.0, 0
+    for sample in samples:
+        places = tuple(range(len(pictures), len(pictures) + len(sample.images)))
+        for number in range(len(sample.images)):
+            image = sample.open_image(number)
+            pixels: Floats = processor.pixels([image]).numpy()
+            found = preprocessor.pixels(image)
+            same_shape = found.shape == pixels.shape
+            farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
+            pictures.append(pixels)
+        messages = sample.messages()
+        ids = processor.encode(messages)
+        equal += codec.encode(messages) == ids
+        prompts.append(Prompt(token_ids=tuple(ids), pictures=places))
+        again = processor.encode(second_turn(sample))
+        follow_ups.append(Prompt(token_ids=tuple(again), pictures=places))
+    questions = Questions(
+        pictures=(*pictures, np.zeros_like(pictures[0])),
+        prompts=tuple(prompts),
+        follow_ups=tuple(follow_ups),
+    )
+    metrics = {"input.pixels_max_abs": farthest, "input.prompts_equal": equal / len(prompts)}
+    return metrics, questions

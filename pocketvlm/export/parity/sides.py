@@ -1,0 +1,305 @@
+"""Two sides of a comparison: what a checkpoint says, and what an artifact made from it says.
+
+The checkpoint lays its prompts out through `forward.embed_prompts`, the artifact through
+`runtime.splice`: what differs between the two is found as well as what differs inside a graph.
+Nothing is judged here; `parity.py` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pocketvlm.bundle import Manifest
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.export.parity.metrics import Floats, cosine, relative_error
+from pocketvlm.reference_graph.forward import (
+    DecoderInputs,
+    VisualTokens,
+    decode_logits,
+    embed_prompts,
+    encode_images,
+)
+from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.splice import VisualFeatures, embed_rows, lay_out_prompt
+
+__all__ = [
+    "ArtifactSide",
+    "CheckpointSide",
+    "Features",
+    "GreedyTrace",
+    "Prompt",
+    "Rows",
+    "VisionAgreement",
+    "compare_features",
+    "compare_greedy",
+]
+
+_TOGETHER = 4
+"""Pictures that the checkpoint encodes at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question as both sides take it.
+
+    Attributes:
+        token_ids: The prompt, each picture as all N placeholders.
+        pictures: Numbers of the pictures, in the order of their places.
+    """
+
+    token_ids: tuple[int, ...]
+    pictures: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features:
+    """What a vision graph returned: embeds float32 [1, k, width] and indices int64 [1, k]."""
+
+    embeds: Floats
+    indices: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """A prompt after the splice.
+
+    Attributes:
+        embeds: float32 [1, rows, width].
+        positions: int64 [1, rows].
+        is_visual: bool [rows]: which come from a picture.
+        next_position: Rotary position of the first generated token.
+    """
+
+    embeds: Floats
+    positions: npt.NDArray[np.int64]
+    is_visual: npt.NDArray[np.bool_]
+    next_position: int
+
+
+class CheckpointSide:
+    """The checkpoint in torch.
+
+    Every forward pass unpacks every weight once, so prompts run together, padded on the right,
+    and no dense copy of the model is kept: a certificate needs little more memory than the
+    checkpoint itself.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, pictures: Sequence[Floats]) -> None:
+        self._checkpoint = checkpoint
+        self._embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
+        self.features: list[Features] = []
+        with torch.inference_mode():
+            for start in range(0, len(pictures), _TOGETHER):
+                pixels = torch.from_numpy(np.concatenate(pictures[start : start + _TOGETHER]))
+                visual = encode_images(checkpoint, pixels)
+                self.features += [
+                    Features(embeds=embeds[None].numpy(), indices=indices[None].numpy())
+                    for embeds, indices in zip(visual.embeds, visual.indices, strict=True)
+                ]
+
+    def embed(self, token_ids: Sequence[int]) -> Floats:
+        """Embeddings of tokens, [1, L, width]."""
+        with torch.inference_mode():
+            embeds: Floats = self._embedding(torch.tensor([list(token_ids)])).numpy()
+        return embeds
+
+    def rows(self, prompt: Prompt) -> Rows:
+        """The rows of a prompt."""
+        seen = [self.features[picture] for picture in prompt.pictures]
+        visual = VisualTokens(
+            embeds=torch.from_numpy(np.concatenate([part.embeds for part in seen])),
+            indices=torch.from_numpy(np.concatenate([part.indices for part in seen])),
+        )
+        with torch.inference_mode():
+            inputs = embed_prompts(self._checkpoint, torch.tensor([prompt.token_ids]), visual)
+        return Rows(
+            embeds=inputs.embeds.numpy(),
+            positions=inputs.positions.numpy(),
+            is_visual=inputs.is_visual[0].numpy(),
+            next_position=int(inputs.next_position[0]),
+        )
+
+    def answers(self, prompts: Sequence[Rows]) -> list[Floats]:
+        """Logits [vocabulary] behind each prompt."""
+        return [logits[0] for logits in self.along(prompts, [()] * len(prompts))]
+
+    def along(
+        self, prompts: Sequence[Rows], continuations: Sequence[Sequence[int]]
+    ) -> list[Floats]:
+        """Logits behind each prompt and behind every token of its given continuation.
+
+        Returns:
+            One array [1 + tokens, vocabulary] a prompt.
+        """
+        width = prompts[0].embeds.shape[2]
+        lengths = [rows.embeds.shape[1] for rows in prompts]
+        ends = [length + len(more) for length, more in zip(lengths, continuations, strict=True)]
+        embeds = torch.zeros(len(prompts), max(ends), width)
+        positions = torch.zeros(len(prompts), max(ends), dtype=torch.int64)
+        is_visual = torch.zeros(len(prompts), max(ends), dtype=torch.bool)
+        columns = torch.zeros(len(prompts), 1 + max(map(len, continuations)), dtype=torch.int64)
+        for row, (rows, more) in enumerate(zip(prompts, continuations, strict=True)):
+            start, end = lengths[row], ends[row]
+            embeds[row, :start] = torch.from_numpy(rows.embeds[0])
+            positions[row, :start] = torch.from_numpy(rows.positions[0])
+            is_visual[row, :start] = torch.from_numpy(rows.is_visual)
+            if more:
+                embeds[row, start:end] = torch.from_numpy(self.embed(more)[0])
+            positions[row, start:] = rows.next_position + torch.arange(max(ends) - start)
+            columns[row] = (start - 1 + torch.arange(columns.shape[1])).clamp(max=end - 1)
+        inputs = DecoderInputs(
+            embeds=embeds,
+            positions=positions,
+            is_visual=is_visual,
+            next_position=positions[:, -1] + 1,
+        )
+        with torch.inference_mode():
+            logits = decode_logits(self._checkpoint, inputs, columns=columns).numpy()
+        return [logits[row, : 1 + len(more)] for row, more in enumerate(continuations)]
+
+
+class ArtifactSide:
+    """An engine, fed as the bundle's manifest says."""
+
+    def __init__(self, runner: Runner, manifest: Manifest, pictures: Sequence[Floats]) -> None:
+        self.runner = runner
+        self._manifest = manifest
+        self.features: list[Features] = []
+        for pixels in pictures:
+            embeds, indices = runner.encode_image(pixels)
+            self.features.append(Features(embeds=embeds, indices=indices))
+
+    def rows(self, prompt: Prompt) -> Rows:
+        """The rows of a prompt."""
+        pictures = [
+            VisualFeatures(
+                embeds=self.features[picture].embeds,
+                indices=self.features[picture].indices,
+                serial=serial,
+            )
+            for serial, picture in enumerate(prompt.pictures)
+        ]
+        layout = lay_out_prompt(
+            prompt.token_ids,
+            pictures,
+            image_token_id=self._manifest.prompt.image_token_id,
+            placeholders=self._manifest.visual_tokens_full,
+            keeps_positions=self._manifest.positions == "original",
+        )
+        return Rows(
+            embeds=embed_rows(layout, pictures, self.runner.embed),
+            positions=layout.positions[None],
+            is_visual=layout.is_visual,
+            next_position=layout.next_position,
+        )
+
+    def answer(self, rows: Rows) -> Floats:
+        """Logits [vocabulary] behind rows that stand alone."""
+        self.runner.reset()
+        return self.runner.decode(rows.embeds, rows.positions, rows.is_visual).copy()
+
+    def generate(self, rows: Rows, *, tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """A greedy answer, token by token on the cache; its end token is part of it."""
+        logits = self.answer(rows)
+        found = [int(logits.argmax())]
+        while len(found) < tokens and found[-1] not in eos_token_ids:
+            place = np.array([[rows.next_position + len(found) - 1]], np.int64)
+            found.append(int(self.runner.decode(self.runner.embed(found[-1:]), place).argmax()))
+        return tuple(found)
+
+    def answer_in_turns(self, rows: Rows, first: int) -> Floats:
+        """Logits behind rows that arrive as a conversation does.
+
+        The first turn's prompt is one run, its answer comes token by token, and the second turn
+        is one run on the cache that these left. Two rows of answer are enough to take that path.
+
+        Args:
+            rows: Both turns.
+            first: Rows of the first turn's prompt.
+        """
+        self.runner.reset()
+        for start, end in ((0, first), (first, first + 1), (first + 1, first + 2)):
+            self._decode(rows, slice(start, end))
+        return self._decode(rows, slice(first + 2, None)).copy()
+
+    def _decode(self, rows: Rows, part: slice) -> Floats:
+        return self.runner.decode(
+            rows.embeds[:, part], rows.positions[:, part], rows.is_visual[part]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionAgreement:
+    """Features of one picture on both sides.
+
+    Attributes:
+        overlap: Share of the checkpoint's tokens that the artifact kept too.
+        relative_error: Of the features that both kept.
+        cosine: Of the worst of these.
+    """
+
+    overlap: float
+    relative_error: float
+    cosine: float
+
+
+def compare_features(found: Features, expected: Features) -> VisionAgreement:
+    """Compares the tokens that both sides kept."""
+    _, theirs, ours = np.intersect1d(found.indices[0], expected.indices[0], return_indices=True)
+    if not len(ours):
+        return VisionAgreement(overlap=0.0, relative_error=float("inf"), cosine=0.0)
+    twins, shared = found.embeds[0, theirs], expected.embeds[0, ours]
+    return VisionAgreement(
+        overlap=len(ours) / max(found.indices.shape[1], expected.indices.shape[1]),
+        relative_error=relative_error(twins, shared),
+        cosine=min(cosine(a, b) for a, b in zip(twins, shared, strict=True)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyTrace:
+    """A greedy answer of the artifact beside the checkpoint's, up to where they part.
+
+    Behind the first token that differs the two have different questions to answer, so nothing
+    more is compared.
+
+    Attributes:
+        found: The artifact's tokens.
+        expected: The checkpoint's, the first that differs included.
+        margin: Where they part, how much more the checkpoint gave to its own choice than to the
+            artifact's, in logits; `None` where they do not part.
+    """
+
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+    margin: float | None
+
+    @property
+    def compared(self) -> int:
+        """Tokens chosen behind the same tokens."""
+        return len(self.expected)
+
+    @property
+    def equal(self) -> int:
+        """Tokens that are the same."""
+        return self.compared - (self.margin is not None)
+
+
+def compare_greedy(found: tuple[int, ...], logits: Floats) -> GreedyTrace:
+    """Compares a greedy answer with the checkpoint's choices behind the same tokens.
+
+    Args:
+        found: The artifact's tokens.
+        logits: The checkpoint's, [tokens, vocabulary]: row i behind the first i tokens.
+    """
+    choices = [int(choice) for choice in logits.argmax(axis=1)]
+    for step, (ours, theirs) in enumerate(zip(choices, found, strict=True)):
+        if ours != theirs:
+            margin = float(logits[step, ours] - logits[step, theirs])
+            return GreedyTrace(found=found, expected=tuple(choices[: step + 1]), margin=margin)
+    return GreedyTrace(found=found, expected=tuple(choices), margin=None)

@@ -1,0 +1,1 @@
+"""Masked weights on disk: what the mask keeps and nothing else."""

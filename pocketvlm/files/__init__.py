@@ -1,0 +1,1 @@
+"""Files of anybody: read within bounds, written whole, signed."""

@@ -1,0 +1,1 @@
+"""Pictures as files, and what an image processor is told of them."""

@@ -1,0 +1,187 @@
+"""Image processor: the library's own, as a folder configures it, on its Pillow backend.
+
+The checkpoint side makes its pixels with it; `runtime.preprocess` makes the same without the
+library. What both cannot do alike, and what the model would not take, is refused when the folder
+is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pocketvlm.errors import CheckpointError
+from pocketvlm.images.settings import ImageSettings, read_image_settings
+from pocketvlm.json_io import read_json
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.processor.foreign_code import STOCK_ONLY
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageProcessor", "quiet_fallbacks"]
+
+_PROCESSOR_CLASSES = {
+    "llava": ("LlavaProcessor",),
+    "idefics3": ("Idefics3Processor", "SmolVLMProcessor"),
+}
+_DEFAULT_SEQUENCE = 169  # image_seq_len of the library's classes, where a file states none
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageProcessor:
+    """Pictures to pixels on the checkpoint's side.
+
+    Attributes:
+        stock: The library's image processor.
+        settings: What it is told, as the runtime reads it.
+        spec: The model's specification.
+        notes: Settings of the folder's processor that are not followed.
+    """
+
+    stock: Any
+    settings: ImageSettings
+    spec: ModelSpec
+    notes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: Path, spec: ModelSpec) -> ImageProcessor:
+        """Loads the image processor of a checkpoint's folder, offline.
+
+        Raises:
+            CheckpointError: It is missing or broken, the runtime could not follow it, it makes
+                pictures of another size than the tower takes, or the folder's processor belongs
+                to another family or counts other placeholders than the model makes.
+        """
+        from transformers import AutoImageProcessor
+
+        settings = read_image_settings(path, spec.family, error=CheckpointError)
+        settings.hold_side(spec.tower.image_size, "the tower of config.json", error=CheckpointError)
+        notes = [*settings.notes(), *_check_combined(path, spec)]
+        try:
+            with quiet_fallbacks():
+                stock = AutoImageProcessor.from_pretrained(str(path), backend="pil", **STOCK_ONLY)
+        except Exception as error:  # the library raises anything
+            first_line = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{settings.where}: the image processor cannot be read: {first_line}"
+            ) from error
+        return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
+
+    def pixels(self, images: Sequence[Image]) -> Tensor:
+        """Preprocesses pictures into float32 [len(images), channels, side, side].
+
+        Tiling is off: one picture is one tile, which is what a phone's vision graph takes.
+        """
+        options: dict[str, Any] = {}
+        if self.settings.kind == "idefics3":
+            options["do_image_splitting"] = False
+        batch = self.stock(
+            images=[[image] for image in images],
+            return_tensors="pt",
+            do_convert_rgb=True,
+            **options,
+        )
+        pixels: Tensor = batch["pixel_values"]
+        tower = self.spec.tower
+        shape = (tower.channels, tower.image_size, tower.image_size)
+        pixels = pixels.flatten(0, -4)
+        if tuple(pixels.shape) != (len(images), *shape):
+            raise CheckpointError(
+                f"{self.settings.where}: {len(images)} pictures become pixels of "
+                f"{tuple(pixels.shape)}, but the tower takes {(len(images), *shape)}"
+            )
+        return pixels.to(torch.float32)
+
+
+@contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """Drops transformers' notices, one per class, that torchvision is not there: that is meant."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
+    """What the folder's combined processor says of itself, held to the model."""
+    documents = [
+        (name, read_json(path / name, error=CheckpointError))
+        for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+        if (path / name).is_file()
+    ]
+    allowed = _PROCESSOR_CLASSES[spec.family]
+    where, found = next(
+        (
+            (name, document["processor_class"])
+            for name, document in documents
+            if document.get("processor_class") is not None
+        ),
+        ("", allowed[0]),
+    )
+    if found not in allowed:
+        raise CheckpointError(
+            f"{path / where}: processor_class {found!r} is not supported for {spec.model_type}; "
+            f"allowed are {', '.join(allowed)}"
+        )
+    combined = dict(documents).get("processor_config.json", {})
+    notes = _check_placeholders(path / "processor_config.json", combined, spec)
+    if (
+        combined.get("image_processor") is not None
+        and (path / "preprocessor_config.json").is_file()
+    ):
+        notes.append(
+            "preprocessor_config.json is not read: processor_config.json holds the image "
+            "processor's settings itself, as stock transformers reads it"
+        )
+    return notes
+
+
+def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) -> list[str]:
+    """The placeholders that the stock processor writes for a picture are those the model fills."""
+    expected = spec.visual_tokens
+    names = ("patch_size", "num_additional_image_tokens", "image_seq_len")
+    for name in names:
+        if type(combined.get(name, 0)) not in (int, type(None)):
+            raise CheckpointError(f"{where}: {name} must be a whole number")
+    if spec.family == "llava":
+        patch = combined.get("patch_size")
+        if patch is None:
+            return [
+                "processor_config.json states no patch_size, without which stock processors fail; "
+                f"the {expected} placeholders of a picture are those of config.json"
+            ]
+        if patch < 1:
+            raise CheckpointError(f"{where}: patch_size must be at least 1")
+        strategy = combined.get("vision_feature_select_strategy")
+        count = (spec.tower.image_size // patch) ** 2
+        count += combined.get("num_additional_image_tokens") or 0
+        count -= 1 if strategy == "default" else 0
+        stated = f"patch_size {patch} and vision_feature_select_strategy {strategy!r}"
+    else:
+        count = combined.get("image_seq_len")
+        if count is None:
+            if expected == _DEFAULT_SEQUENCE:
+                return []
+            return [
+                "processor_config.json states no image_seq_len, for which stock processors write "
+                f"{_DEFAULT_SEQUENCE} placeholders; the model makes {expected} of a picture, which "
+                "is what is written here"
+            ]
+        stated = f"image_seq_len {count}"
+    if count != expected:
+        raise CheckpointError(
+            f"{where}: {stated} means {count} placeholders for a picture, but the model makes "
+            f"{expected} visual tokens of it"
+        )
+    return []

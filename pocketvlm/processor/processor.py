@@ -1,0 +1,166 @@
+"""Processor: how a checkpoint turns pictures into pixels and messages into token ids.
+
+Hugging Face's combined processors pull in torchvision through their video halves, so this loads
+the image processor and the tokenizer on their own; prompts are written by `prompt_codec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pocketvlm.errors import CheckpointError
+from pocketvlm.json_io import read_json, write_json
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.processor.foreign_code import refuse_foreign_code
+from pocketvlm.processor.image_processor import ImageProcessor
+from pocketvlm.processor.tokenizer import StockTokenizer, read_stock_tokenizer
+from pocketvlm.prompt.codec import PromptCodec
+from pocketvlm.prompt.generation_settings import GenerationSettings, read_generation_settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["PROCESSOR_FILES", "RUNTIME_FILES", "Message", "Processor", "user_message"]
+
+Message = dict[str, Any]
+"""One chat message: `role`, and `content` as text or as a list of image and text items."""
+
+PROCESSOR_FILES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+"""Files of a checkpoint directory that travel with it unchanged."""
+
+RUNTIME_FILES: tuple[str, ...] = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+"""Those of them that a bundle takes as they are; its texts are written anew."""
+
+
+def user_message(text: str, images: int = 1) -> Message:
+    """A user's turn: `images` pictures, then the text."""
+    content: list[dict[str, str]] = [{"type": "image"}] * images
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Processor:
+    """Image processor, tokenizer and chat template of one checkpoint.
+
+    Attributes:
+        text: The tokenizer as transformers loads it, with the chat template.
+        image_processor: What turns pictures into pixels.
+        generation: What ends and steers answers.
+        files: The directory's own processor files, by name.
+        notes: Settings of the directory's processor that are not followed.
+    """
+
+    text: StockTokenizer
+    image_processor: ImageProcessor
+    generation: GenerationSettings
+    files: dict[str, bytes]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: Path, spec: ModelSpec) -> Processor:
+        """Loads the processor of a checkpoint directory, offline.
+
+        Raises:
+            CheckpointError: The tokenizer, image processor or chat template is missing or broken.
+        """
+        refuse_foreign_code(path)
+        text = read_stock_tokenizer(path, spec)
+        image_processor = ImageProcessor.load(path, text.spec)
+        files = {
+            name: (path / name).read_bytes() for name in PROCESSOR_FILES if (path / name).is_file()
+        }
+        template = text.codec.template
+        if template.origin.name not in files:  # one of a folder of named ones
+            files["chat_template.jinja"] = template.source.encode()
+        generation, unapplied = read_generation_settings(path, error=CheckpointError)
+        return cls(
+            text=text,
+            image_processor=image_processor,
+            generation=generation,
+            files=files,
+            notes=(*image_processor.notes, *text.notes, *unapplied),
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's specification, with the placeholder as the tokenizer spells it."""
+        return self.text.spec
+
+    @property
+    def codec(self) -> PromptCodec:
+        """Messages to token ids and back, the same that a bundle's runtime has."""
+        return self.text.codec
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template that turns messages into a prompt."""
+        return self.codec.template.source
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers; prompts are written by `codec`."""
+        return self.text.tokenizer
+
+    def save(self, path: Path) -> None:
+        """Writes the directory's own processor files, byte by byte as they were read."""
+        for name, content in self.files.items():
+            (path / name).write_bytes(content)
+
+    def save_for_runtime(self, path: Path) -> None:
+        """Writes what a bundle's runtime reads: texts as transformers loads them, no more.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        own = {name: self.files[name] for name in RUNTIME_FILES if name in self.files}
+        for name, content in (own | self.text.runtime_files()).items():
+            (path / name).write_bytes(content)
+        config = path / "processor_config.json"
+        if config.is_file() and "chat_template" in (document := read_json(config)):
+            # It would be looked for first, and may be one of several.
+            write_json(config, {k: v for k, v in document.items() if k != "chat_template"})
+
+    def pixels(self, images: Sequence[Image]) -> Tensor:
+        """Preprocesses pictures into float32 [len(images), channels, size, size].
+
+        Tiling is off: one picture is one tile, which is what a phone's vision graph takes.
+        """
+        return self.image_processor.pixels(images)
+
+    def encode(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, each image expanded to all N of its placeholders.
+
+        Raises:
+            InputError: As `PromptCodec.encode`.
+        """
+        return self.codec.encode(messages, add_generation_prompt=add_generation_prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out, spaces at both ends removed."""
+        return self.codec.decode(token_ids)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.generation.eos_token_ids

@@ -1,0 +1,248 @@
+"""What stock transformers makes of a model folder's tokenizer files, written down once.
+
+Much of a tokenizer stands beside tokenizer.json, and classes of transformers change the rest when
+they load it: added tokens, first tokens, prefix spaces. None of these rules is written again here:
+the stock class loads the folder, and what it then holds is serialized. Checkpoint and bundle both
+work with that text alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocketvlm.errors import CheckpointError
+from pocketvlm.json_io import read_json
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.processor.foreign_code import STOCK_ONLY
+from pocketvlm.processor.image_processor import quiet_fallbacks
+from pocketvlm.prompt.chat_template import ChatTemplate, Message, find_chat_template
+from pocketvlm.prompt.codec import PromptCodec, read_tokenizer
+
+__all__ = ["StockTokenizer", "bounded_templates", "read_stock_tokenizer"]
+
+_CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""What `clean_up_tokenization_spaces` takes the spaces from."""
+
+_IDEFICS3_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+"""What the processor class of Idefics3 adds to its tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StockTokenizer:
+    """A folder's tokenizer as transformers loads it.
+
+    Attributes:
+        tokenizer: The object of transformers.
+        serialized: Its content as tokenizer.json.
+        codec: Messages to token ids and back.
+        spec: The model's specification, with the placeholder as the tokenizer spells it.
+        notes: What is not used.
+    """
+
+    tokenizer: Any
+    serialized: str
+    codec: PromptCodec
+    spec: ModelSpec
+    notes: tuple[str, ...]
+
+    def runtime_files(self) -> dict[str, bytes]:
+        """The text files of a bundle, by name; a stock fast tokenizer loads from them as well."""
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,  # the decoder of tokenizer.json does it
+            "extra_special_tokens": [str(t) for t in self.tokenizer.extra_special_tokens],
+            **self.codec.variables,
+        }
+        if self.codec.control_words is not None:
+            config["chat_control_tokens"] = list(self.codec.control_words)
+        return {
+            "tokenizer.json": self.serialized.encode(),
+            "tokenizer_config.json": _dump(config),
+            "chat_template.jinja": self.codec.template.source.encode("utf-8", "surrogatepass"),
+        }
+
+
+def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
+    """Loads the tokenizer and the chat template of a model folder, offline.
+
+    Args:
+        path: The folder.
+        spec: The model's specification.
+
+    Raises:
+        CheckpointError: They are missing or broken, contradict the configuration, or cannot write
+            a question about a picture.
+    """
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path}: tokenizer.json is missing; a fast tokenizer is needed")
+    tokenizer = _load(path)
+    processor = _processor_settings(path)
+    kind = processor.get("processor_class") or _PROCESSOR_CLASSES.get(spec.model_type)
+    if kind == "Idefics3Processor":
+        tokenizer.add_special_tokens({"additional_special_tokens": list(_IDEFICS3_TOKENS)})
+    if tokenizer.split_special_tokens:
+        raise CheckpointError(
+            f"{path}: tokenizer_config.json sets split_special_tokens, with which no placeholder "
+            "of a picture is read as one"
+        )
+    spec = _named_by_tokenizer(path, spec, tokenizer, processor)
+    serialized, notes = _serialize(tokenizer)
+    words = getattr(tokenizer, "chat_control_tokens", None)  # since transformers 5.24
+    codec = PromptCodec(
+        tokenizer=read_tokenizer(serialized, path / "tokenizer.json", error=CheckpointError),
+        template=find_chat_template(path, error=CheckpointError),
+        variables=dict(tokenizer.special_tokens_map),
+        image_token=spec.image_token,
+        image_token_id=spec.image_token_id,
+        image_block=(spec.image_prefix + spec.image_token * spec.visual_tokens + spec.image_suffix),
+        embedding_rows=spec.decoder.vocab_size,
+        control_words=None if words is None else tuple(map(str, words)),
+    )
+    codec.check(path, error=CheckpointError)
+    return StockTokenizer(
+        tokenizer=tokenizer, serialized=serialized, codec=codec, spec=spec, notes=notes
+    )
+
+
+_PROCESSOR_CLASSES: Mapping[str, str] = {
+    "idefics3": "Idefics3Processor",
+    "llava": "LlavaProcessor",
+    "smolvlm": "SmolVLMProcessor",
+}
+
+
+def _load(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_fallbacks():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), **STOCK_ONLY)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as fault:  # anything from KeyError to a panic of Rust, no Exception
+        first_line = str(fault).strip().partition("\n")[0] or type(fault).__name__
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {first_line}") from fault
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{path}: loads as a slow tokenizer; a fast one is needed")
+    return tokenizer
+
+
+def _processor_settings(path: Path) -> dict[str, Any]:
+    """The processor's own settings; its class may stand in three files, first come first."""
+    settings: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if not (path / name).is_file():
+            continue
+        document = read_json(path / name, error=CheckpointError)
+        if name == "processor_config.json":
+            settings.update(document)
+        elif "processor_class" not in settings and document.get("processor_class"):
+            settings["processor_class"] = document["processor_class"]
+    return settings
+
+
+def _named_by_tokenizer(
+    path: Path, spec: ModelSpec, tokenizer: Any, processor: Mapping[str, Any]
+) -> ModelSpec:
+    """The specification with tokens spelled as the tokenizer spells them."""
+    named = tokenizer.special_tokens_map
+    found = tokenizer.backend_tokenizer.id_to_token(spec.image_token_id)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: config.json says that token {spec.image_token_id} is the picture's, and the "
+            "tokenizer has no such token"
+        )
+    declared = named.get("image_token", processor.get("image_token"))
+    if isinstance(declared, str) and declared != found:
+        raise CheckpointError(
+            f"{path}: the processor's image_token is {declared!r}, and token "
+            f"{spec.image_token_id}, the picture's in config.json, is {found!r}"
+        )
+    prefix, suffix = spec.image_prefix, spec.image_suffix
+    if processor.get("processor_class") != "Idefics3Processor" and prefix:
+        suffix = named.get("fake_image_token", "<fake_token_around_image>")
+        prefix = suffix + named.get("global_image_token", "<global-img>")
+    return replace(spec, image_token=found, image_prefix=prefix, image_suffix=suffix)
+
+
+def _serialize(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
+    """The tokenizer as text; what a stock processor does besides is put into it."""
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    notes: list[str] = []
+    for section in ("truncation", "padding"):
+        if document.get(section) is not None:
+            notes.append(f"{section} of tokenizer.json is not used: prompts are run as they are")
+            document[section] = None
+    if _cleans_up(tokenizer):
+        if document["decoder"] is None:
+            notes.append("clean_up_tokenization_spaces is not used: the tokenizer has no decoder")
+        else:
+            document["decoder"] = _with_cleanup(document["decoder"])
+    return json.dumps(document, indent=2, ensure_ascii=False), tuple(notes)
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    # Releases before 5.24 do not know this attribute.
+    forced = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
+    )
+    is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    return bool(tokenizer.clean_up_tokenization_spaces and (forced or not is_bpe))
+
+
+def _with_cleanup(decoder: Mapping[str, Any]) -> dict[str, Any]:
+    replacements = [
+        {"type": "Replace", "pattern": {"String": text}, "content": text.strip()}
+        for text in _CLEANUPS
+    ]
+    return {"type": "Sequence", "decoders": [decoder, {"type": "Fuse"}, *replacements]}
+
+
+def _dump(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def bounded_templates() -> Iterator[None]:
+    """Has transformers' own processors render chat templates in the bounded sandbox.
+
+    A template can tell the two apart, by the time or by a name, so that one which ended here could
+    run for ever there. That both render alike is what the project's tests show.
+    """
+    from transformers.utils import chat_template_utils
+
+    stock = chat_template_utils._compile_jinja_template  # noqa: SLF001  (there is no public place)
+    chat_template_utils._compile_jinja_template = _BoundedTemplate  # noqa: SLF001
+    try:
+        yield
+    finally:
+        chat_template_utils._compile_jinja_template = stock  # noqa: SLF001
+
+
+class _BoundedTemplate:
+    """What transformers takes for a compiled template."""
+
+    def __init__(self, source: str) -> None:
+        self._template = ChatTemplate(source, Path("the chat template"))
+        self.environment = self._template.environment
+
+    def render(
+        self,
+        *,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: Any,
+        documents: Any,
+        **variables: Any,
+    ) -> str:
+        """Renders as transformers' own object would; tools and documents are never given."""
+        if tools is not None or documents is not None:
+            raise ValueError("tools and documents are not used here")
+        return self._template.render(
+            messages, variables, add_generation_prompt=add_generation_prompt
+        )

@@ -1,0 +1,1 @@
+"""Messages to token ids: roles, chat templates, special tokens, and when an answer ends."""

@@ -1,0 +1,266 @@
+"""Random models at published shapes: honest for speed and size, worthless for quality.
+
+Dense speed and file size do not depend on the values of the weights, so seeded random weights at
+the shape of a real model measure what the real one would. The same writer makes the tiny models
+of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from pocketvlm.errors import CheckpointError
+from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.processor.foreign_code import ATTENTION
+
+__all__ = ["SHAPES", "tiny_config", "write_random_model", "write_shape"]
+
+_SMOLVLM_256M: dict[str, Any] = {
+    "architectures": ["SmolVLMForConditionalGeneration"],
+    "model_type": "smolvlm",
+    "image_token_id": 49190,
+    "pad_token_id": 2,
+    "scale_factor": 4,
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49280,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    },
+    "vision_config": {
+        "model_type": "smolvlm_vision",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    },
+}
+
+SHAPES: dict[str, dict[str, Any]] = {"smolvlm-256m": _SMOLVLM_256M}
+"""Published shapes by name, as the content of a config.json."""
+
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_IMAGE = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+_CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'image' %}<image>"
+    "{% else %} {{ line['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """A config of a few ten thousand parameters, for tests: `llava` or `smolvlm`."""
+    text = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 320,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    if family == "llava":
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": 259,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "gelu",
+            "tie_word_embeddings": True,
+            "text_config": {**text, "tie_word_embeddings": True},
+            "vision_config": {**vision, "model_type": "clip_vision_model", "projection_dim": 64},
+        }
+    if family == "smolvlm":
+        return {
+            "architectures": ["SmolVLMForConditionalGeneration"],
+            "model_type": "smolvlm",
+            "image_token_id": 259,
+            "scale_factor": 2,
+            "tie_word_embeddings": False,
+            "text_config": text,
+            "vision_config": {**vision, "model_type": "smolvlm_vision", "image_size": 64},
+        }
+    raise ValueError(f"family {family!r} has no tiny config; there are llava and smolvlm")
+
+
+def write_shape(name: str, path: Path, *, seed: int = 0) -> Path:
+    """Writes a random model at a published shape, unless it is there already.
+
+    Raises:
+        CheckpointError: No shape has this name.
+    """
+    if name not in SHAPES:
+        raise CheckpointError(f"shape {name!r} is not known; there are {', '.join(SHAPES)}")
+    if not (path / "config.json").is_file():
+        with replace_directory(path) as folder:
+            write_random_model(SHAPES[name], folder, seed=seed)
+    return path
+
+
+def write_random_model(config: dict[str, Any], path: Path, *, seed: int = 0) -> None:
+    """Writes a Hugging Face directory with seeded random bf16 weights.
+
+    Args:
+        config: Content of its config.json.
+        path: The directory; config.json is written last, so that a half-written one is no model.
+        seed: Seed of the weights.
+    """
+    spec = ModelSpec.from_config(config)
+    path.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: _random_tensor(name, shape, generator)
+        for name, shape in _tensor_shapes(config).items()
+        if not (spec.decoder.tied_head and name == "lm_head.weight")
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(path, config, spec)
+    _write_image_processor(path, spec)
+    (path / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    (path / "generation_config.json").write_text('{"eos_token_id": 2}\n', encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(**config), attn_implementation=ATTENTION, trust_remote_code=False
+        )
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if name.endswith("bias"):
+        return (torch.randn(shape, generator=generator) * 0.01).to(torch.bfloat16)
+    if len(shape) == 1 and "norm" in name.lower().replace("layrnorm", "norm"):
+        return (1 + 0.05 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
+    fan_in = math.prod(shape[1:])
+    scale = 0.02 if "embed" in name else fan_in**-0.5
+    return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
+
+
+def _write_tokenizer(path: Path, config: dict[str, Any], spec: ModelSpec) -> None:
+    """A byte-level BPE of the right size: bytes, then pairs of bytes, specials at their ids."""
+    special = {0: _SPECIAL[0], 1: _SPECIAL[1], 2: _SPECIAL[2]}
+    placeholder = spec.image_token_id
+    special |= {placeholder + offset: token for offset, token in enumerate(_IMAGE)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words: list[str] = list(alphabet)
+    merges: list[tuple[str, str]] = []
+    wanted = spec.decoder.vocab_size - len(special)
+    for first in alphabet:
+        for second in alphabet:
+            if len(words) == wanted:
+                break
+            words.append(first + second)
+            merges.append((first, second))
+    vocabulary: dict[str, int] = {}
+    remaining = iter(words)
+    for index in range(spec.decoder.vocab_size):
+        token = special.get(index) or next(remaining, f"<unused{index}>")
+        vocabulary[token] = index
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(special[index], special=True, normalized=False) for index in sorted(special)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": _SPECIAL[1],
+                "eos_token": _SPECIAL[2],
+                "pad_token": _SPECIAL[2],
+                "model_max_length": config["text_config"]["max_position_embeddings"],
+            },
+            indent=2,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+
+
+def _write_image_processor(path: Path, spec: ModelSpec) -> None:
+    size = spec.tower.image_size
+    common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    if spec.family == "llava":
+        own: dict[str, Any] = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+            "do_resize": True,
+            "do_center_crop": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+        }
+    else:
+        own = {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "size": {"longest_edge": size},
+            "max_image_size": {"longest_edge": size},
+            "do_resize": True,
+            "do_image_splitting": False,
+            "do_pad": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 1,
+        }
+    if spec.family == "llava":
+        combined: dict[str, Any] = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": spec.tower.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        }
+    else:
+        combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
+    for name, document in (
+        ("preprocessor_config.json", {**common, **own}),
+        ("processor_config.json", combined),
+    ):
+        (path / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What a checkpoint computes, in torch: the definition of truth for every artifact."""

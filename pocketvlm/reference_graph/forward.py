@@ -1,0 +1,409 @@
+"""Runs a checkpoint in torch exactly as the phone will: pixels, k embeddings, splice, decoder.
+
+This is the definition that every exported graph is held to. The blocks are the stock modules of
+transformers; what is written here is what happens between them: which hidden state becomes a
+feature, where patches are merged, where tokens are dropped, and which position ids remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.models.reducer import ReducerInputs
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.prompt.generation_settings import GenerationSettings
+from pocketvlm.reference_graph.kv_cache import cache_argument
+from pocketvlm.reference_graph.visual_cutoff import run_decoder
+
+__all__ = [
+    "DecoderInputs",
+    "VisualTokens",
+    "decode_logits",
+    "decoder_states",
+    "embed_patches",
+    "embed_prompts",
+    "encode_features",
+    "encode_images",
+    "greedy_generate",
+    "merge_patches",
+    "new_cache",
+    "project",
+    "run_tower_block",
+    "scoring_attention",
+    "tower_features",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisualTokens:
+    """What the vision graph returns.
+
+    Attributes:
+        embeds: float32 [images, k, width], ready for the decoder.
+        indices: int64 [images, k]: which of the N unreduced tokens these are, ascending.
+    """
+
+    embeds: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecoderInputs:
+    """A batch of prompts after the splice.
+
+    Attributes:
+        embeds: float32 [batch, length, width].
+        positions: int64 [batch, length]: rotary positions.
+        is_visual: bool [batch, length]: which columns came from an image.
+        next_position: int64 [batch]: rotary position of the first generated token.
+        token_ids: int64 [batch, tokens]: the prompts before the splice; `None` where rows are not
+            whole prompts.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    is_visual: Tensor
+    next_position: Tensor
+    token_ids: Tensor | None = None
+
+
+def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
+    """What enters the tower's first block: [images, tokens, hidden] from [images, C, S, S]."""
+    tower = cast("Any", model.get_submodule(spec.tower.prefix))
+    if spec.tower.has_cls:
+        hidden: Tensor = tower.embeddings(pixels)
+    else:
+        side = spec.tower.patches_per_side
+        whole = torch.ones(pixels.shape[0], side, side, dtype=torch.bool)
+        hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=whole)
+    # The spelling is that of the original CLIP checkpoint.
+    return cast("Tensor", tower.pre_layrnorm(hidden)) if spec.tower.has_pre_norm else hidden
+
+
+def run_tower_block(model: nn.Module, spec: ModelSpec, block: int, hidden: Tensor) -> Tensor:
+    """One block of the tower, [images, tokens, hidden] to the same."""
+    output = model.get_submodule(f"{spec.tower.blocks}.{block}")(hidden, attention_mask=None)
+    return cast("Tensor", output[0] if isinstance(output, tuple) else output)
+
+
+def scoring_attention(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled queries and keys of the feature block, from what enters it.
+
+    Returns:
+        Two tensors [images, heads, tokens, head_dim]; no attention matrix is ever built.
+    """
+    layer = cast("Any", model.get_submodule(f"{spec.tower.blocks}.{spec.tower.feature_block}"))
+    normed = layer.layer_norm1(hidden)
+    shape = (*normed.shape[:2], spec.tower.heads, spec.tower.head_dim)
+    queries = layer.self_attn.q_proj(normed).view(shape).transpose(1, 2)
+    keys = layer.self_attn.k_proj(normed).view(shape).transpose(1, 2)
+    return queries * spec.tower.head_dim**-0.5, keys
+
+
+def merge_patches(features: Tensor, merge_factor: int) -> Tensor:
+    """Pixel shuffle: each square of patches becomes one token, channels in raster order.
+
+    Args:
+        features: [images, side * side, C].
+        merge_factor: Side of the square, s.
+
+    Returns:
+        [images, side * side / s**2, C * s**2], tokens in raster order of the merged grid.
+    """
+    if merge_factor == 1:
+        return features
+    images, count, width = features.shape
+    side = int(count**0.5)
+    cells, factor = side // merge_factor, merge_factor
+    grid = features.view(images, cells, factor, cells, factor * width)
+    return grid.transpose(2, 3).reshape(images, cells * cells, factor * factor * width)
+
+
+def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
+    """What the projector reads where no token is dropped, from what leaves the feature block.
+
+    Args:
+        model: The model.
+        spec: Where its parts are.
+        hidden: [images, tokens, hidden].
+
+    Returns:
+        [images, N, C], N the visual tokens of an image.
+    """
+    if spec.tower.has_post_norm:
+        hidden = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")(hidden)
+    if spec.tower.has_cls:
+        hidden = hidden[:, 1:]
+    return merge_patches(hidden, spec.projector.merge_factor)
+
+
+def project(model: nn.Module, spec: ModelSpec, features: Tensor) -> Tensor:
+    """Tower features [..., C] to decoder embeddings [..., width]."""
+    from transformers.activations import ACT2FN
+
+    for index, name in enumerate(spec.projector.linears):
+        if index:
+            features = ACT2FN[spec.projector.activation](features)
+        features = model.get_submodule(name)(features)
+    return features
+
+
+def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
+    """Pixels [images, C, S, S] to k visual tokens an image.
+
+    Tokens are dropped behind the merge and before the projector: what is not kept is never
+    projected.
+    """
+    model, spec = checkpoint.model, checkpoint.spec
+    hidden = embed_patches(model, spec, pixels)
+    for block in range(spec.tower.feature_block):
+        hidden = run_tower_block(model, spec, block, hidden)
+    return encode_features(checkpoint, hidden)
+
+
+def encode_features(checkpoint: Checkpoint, entering: Tensor) -> VisualTokens:
+    """The rest of `encode_images`, from what enters the feature block, [images, tokens, hidden]."""
+    model, spec = checkpoint.model, checkpoint.spec
+    features = tower_features(
+        model, spec, run_tower_block(model, spec, spec.tower.feature_block, entering)
+    )
+    if checkpoint.reducer is None:
+        indices = torch.arange(features.shape[1]).expand(features.shape[0], -1)
+        return VisualTokens(embeds=project(model, spec, features), indices=indices)
+    queries, keys = scoring_attention(model, spec, entering)
+    kept, indices = checkpoint.reducer(
+        ReducerInputs(
+            features=features,
+            queries=queries,
+            keys=keys,
+            has_cls=spec.tower.has_cls,
+            merge_factor=spec.projector.merge_factor,
+        )
+    )
+    return VisualTokens(embeds=project(model, spec, kept), indices=indices)
+
+
+def embed_prompts(
+    checkpoint: Checkpoint, token_ids: Tensor, visual: VisualTokens | None
+) -> DecoderInputs:
+    """Splices visual tokens into prompts.
+
+    Args:
+        checkpoint: The model.
+        token_ids: int64 [batch, length]; every image is a run of all N placeholders, and the runs
+            lie in the same columns in every row.
+        visual: Tokens of all images, row by row; `None` for text alone.
+
+    Raises:
+        ValueError: Rows differ in where their images are, or placeholders and images disagree.
+    """
+    spec = checkpoint.spec
+    embedding = checkpoint.model.get_submodule(spec.decoder.embedding)
+    batch, length = token_ids.shape
+    runs = _image_runs(token_ids, spec)
+    if visual is None:
+        if runs:
+            raise ValueError(f"the prompt has {len(runs)} images, but no visual tokens were given")
+        positions = torch.arange(length).expand(batch, -1)
+        return DecoderInputs(
+            embeds=embedding(token_ids),
+            positions=positions,
+            is_visual=torch.zeros_like(positions, dtype=torch.bool),
+            next_position=torch.full((batch,), length),
+            token_ids=token_ids,
+        )
+    kept = visual.embeds.shape[1]
+    embeds = visual.embeds.view(batch, len(runs), kept, -1)
+    indices = visual.indices.view(batch, len(runs), kept)
+    keeps_positions = checkpoint.reducer is None or checkpoint.reducer.positions == "original"
+    pieces: list[Tensor] = []
+    places: list[Tensor] = []
+    flags: list[Tensor] = []
+    start, shift = 0, 0
+    for number, run in enumerate((*runs, length)):
+        pieces.append(embedding(token_ids[:, start:run]))
+        places.append(torch.arange(start, run).expand(batch, -1) - shift)
+        flags.append(torch.zeros(batch, run - start, dtype=torch.bool))
+        if number == len(runs):
+            break
+        pieces.append(embeds[:, number])
+        offsets = indices[:, number] if keeps_positions else torch.arange(kept).expand(batch, -1)
+        places.append(run - shift + offsets)
+        flags.append(torch.ones(batch, kept, dtype=torch.bool))
+        start = run + spec.visual_tokens
+        if not keeps_positions:
+            shift += spec.visual_tokens - kept
+    return DecoderInputs(
+        embeds=torch.cat(pieces, dim=1),
+        positions=torch.cat(places, dim=1),
+        is_visual=torch.cat(flags, dim=1),
+        next_position=torch.full((batch,), length - shift),
+        token_ids=token_ids,
+    )
+
+
+def new_cache(checkpoint: Checkpoint) -> Any:
+    """An empty transformers cache that keeps what the phone's would."""
+    if checkpoint.cache_grid is not None:
+        from pocketvlm.reference_graph.kv_cache import QuantizedDynamicCache
+
+        return QuantizedDynamicCache(checkpoint.cache_grid)
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = None) -> Tensor:
+    """What the head reads, [batch, length, width]: hidden states behind the decoder's last norm.
+
+    Where visual tokens end before the last layer, their columns are zero.
+
+    Args:
+        checkpoint: The model.
+        inputs: The spliced prompt, or one step of generation.
+        cache: As `decode_logits` takes it.
+    """
+    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
+    if cache is None and checkpoint.cache_grid is not None:
+        cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
+    if checkpoint.visual_layers is not None:
+        return run_decoder(
+            decoder,
+            inputs.embeds,
+            inputs.positions,
+            inputs.is_visual,
+            visual_layers=checkpoint.visual_layers,
+            cache=cache,
+        )
+    # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
+    # the positions for borders between packed sequences, and keep them from seeing each other.
+    whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
+    output = decoder(
+        inputs_embeds=inputs.embeds,
+        attention_mask=whole,
+        position_ids=inputs.positions,
+        use_cache=cache is not None,
+        **cache_argument(decoder, cache),
+    )
+    return cast("Tensor", output.last_hidden_state)
+
+
+def decode_logits(
+    checkpoint: Checkpoint,
+    inputs: DecoderInputs,
+    cache: Any = None,
+    *,
+    last_only: bool = False,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Logits of the decoder, [batch, length, vocabulary], or of fewer columns.
+
+    Args:
+        checkpoint: The model.
+        inputs: The spliced prompt, or one step of generation.
+        cache: A transformers cache that is extended in place, such as `new_cache` makes; `None`
+            to compute all of `inputs` at once.
+        last_only: Whether only the last column is needed.
+        columns: int64 [batch, m]: which columns are needed; the head runs on these alone, so that
+            prompts padded on the right can share a batch at no cost.
+
+    Raises:
+        ValueError: Only the last column is needed, and it is visual where visual tokens end early.
+    """
+    if last_only and checkpoint.visual_layers is not None and bool(inputs.is_visual[:, -1].any()):
+        raise ValueError("the last column is visual, and visual tokens end before the last layer")
+    hidden = decoder_states(checkpoint, inputs, cache)
+    if last_only:
+        hidden = hidden[:, -1:]
+    if columns is not None:
+        hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+    return cast("Tensor", checkpoint.model.get_submodule(checkpoint.spec.decoder.head)(hidden))
+
+
+def greedy_generate(
+    checkpoint: Checkpoint,
+    inputs: DecoderInputs,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int] = (),
+    settings: GenerationSettings | None = None,
+) -> list[list[int]]:
+    """Greedy continuation of every row, end-of-answer tokens left out.
+
+    Args:
+        checkpoint: The model.
+        inputs: The spliced prompts.
+        max_new_tokens: Tokens after which an answer is cut.
+        eos_token_ids: A row stops at the first of these; none always generates `max_new_tokens`.
+        settings: What else decides the next token; `None` for the model's own.
+
+    Raises:
+        ValueError: There are settings, and `inputs` does not tell the tokens of the prompts.
+    """
+    settings = checkpoint.processor.generation if settings is None else settings
+    prompts: list[list[int]] = []
+    if not settings.is_plain:
+        if inputs.token_ids is None:
+            raise ValueError("settings that change answers need the tokens of the prompts")
+        prompts = inputs.token_ids.tolist()
+    embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
+    cache = new_cache(checkpoint)
+    batch = inputs.embeds.shape[0]
+    answers: list[list[int]] = [[] for _ in range(batch)]
+    open_rows = torch.ones(batch, dtype=torch.bool)
+    step, position = inputs, inputs.next_position
+    with torch.inference_mode():
+        for _ in range(max_new_tokens):
+            logits = decode_logits(checkpoint, step, cache, last_only=True)[:, -1]
+            if prompts:
+                logits = _adjusted(logits, settings, prompts, answers)
+            chosen = logits.argmax(dim=-1)
+            for row in range(batch):
+                if not open_rows[row]:
+                    continue
+                token = int(chosen[row])
+                if token in eos_token_ids:
+                    open_rows[row] = False
+                else:
+                    answers[row].append(token)
+            if not bool(open_rows.any()):
+                break
+            step = DecoderInputs(
+                embeds=embedding(chosen[:, None]),
+                positions=position[:, None],
+                is_visual=torch.zeros(batch, 1, dtype=torch.bool),
+                next_position=position + 1,
+            )
+            position = position + 1
+    return answers
+
+
+def _adjusted(
+    logits: Tensor,
+    settings: GenerationSettings,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> Tensor:
+    """Logits of every row after the settings, by the code that a bundle's runtime runs."""
+    rows = zip(logits.float().cpu().numpy(), prompts, answers, strict=True)
+    return torch.from_numpy(np.stack([settings.adjust(*row) for row in rows]))
+
+
+def _image_runs(token_ids: Tensor, spec: ModelSpec) -> list[int]:
+    """First columns of the runs of placeholders, the same in every row."""
+    is_image = token_ids == spec.image_token_id
+    if not bool((is_image == is_image[:1]).all()):
+        raise ValueError("rows of one batch must have their images in the same columns")
+    columns = is_image[0].nonzero().flatten().tolist()
+    count = spec.visual_tokens
+    runs = columns[::count]
+    if columns != [start + offset for start in runs for offset in range(count)]:
+        raise ValueError(f"{len(columns)} image placeholders do not form whole runs of {count}")
+    return cast("list[int]", runs)

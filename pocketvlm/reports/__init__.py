@@ -1,0 +1,1 @@
+"""Renderings of `report.json`: HTML, Markdown and the model card of a bundle."""

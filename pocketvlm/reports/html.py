@@ -1,0 +1,97 @@
+"""Renderings of a report: one self-contained HTML page, and the model card of a bundle.
+
+The page needs no network, no script and no file beside it; its policy header forbids all three.
+The same report gives the same bytes, so a page can be compared and cached.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pocketvlm.printable import printable, printable_line
+from pocketvlm.reports.formatting import NOT_MEASURED, format_bytes, format_number
+from pocketvlm.reports.view import view_run
+
+__all__ = ["render_html", "render_markdown"]
+
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>|#~&$@]")
+_BLOCK = re.compile(r"^(?:[-+=!]|(?<=\A)\d+(?=[.)]))")  # what begins a list, a rule, a heading
+_LINK = re.compile(r"\bwww\.|\b[A-Za-z][A-Za-z+.-]*:(?=//)")  # what is made a link by itself
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render_html(*reports: Mapping[str, Any]) -> str:
+    """One page about one or several reports, or results of `bench_bundle`.
+
+    Args:
+        reports: Contents of report.json; blocks that are missing are shown as not measured.
+
+    Raises:
+        ValueError: No report was given.
+    """
+    if not reports:
+        raise ValueError("render_html needs at least one report")
+    runs = [view_run(report) for report in reports]
+    return _environment(autoescape=True).get_template("report.html.j2").render(runs=runs)
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The measured model card of a bundle: its README.md."""
+    return _environment(autoescape=False).get_template("card.md.j2").render(run=view_run(report))
+
+
+@cache
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=autoescape,  # noqa: S701  (Markdown is escaped by `_markdown_text`)
+        undefined=StrictUndefined,
+        finalize=_shown if autoescape else _markdown_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "number": format_number,
+        "bytes": format_bytes,
+        "command": _shell_line,
+    }
+    environment.globals["not_measured"] = NOT_MEASURED
+    return environment
+
+
+class _Escaped(str):
+    """Text that may stand in the card as it is."""
+
+    __slots__ = ()
+
+
+def _markdown_text(value: Any) -> str:
+    """What every expression of the card becomes: text on one line, no markup, no link of its own.
+
+    It cannot break out of a table either. No template has to ask for it, so none can forget to.
+    """
+    if isinstance(value, _Escaped):
+        return value
+    flat = _MARKUP.sub(r"\\\g<0>", printable_line(str(value)))
+    flat = _BLOCK.sub(r"\\\g<0>", flat)
+    return _LINK.sub(lambda found: f"{found.group()[:-1]}\\{found.group()[-1]}", flat)
+
+
+def _shell_line(text: str) -> _Escaped:
+    """A command that stays in its fenced block."""
+    return _Escaped(printable_line(str(text)).replace("```", r"\`\`\`"))
+
+
+def _shown(value: Any) -> Any:
+    """What every expression of a template becomes before it is escaped."""
+    if isinstance(value, Markup):
+        return Markup(printable(value))  # noqa: S704  (escapes bring no markup)
+    return printable(value) if isinstance(value, str) else value

@@ -1,0 +1,1 @@
+"""Answers from ONNX graphs, through ONNX Runtime."""

@@ -1,0 +1,190 @@
+"""`quantization_config` of a GPTQ checkpoint: one setting for most layers, rules for the rest.
+
+`dynamic` maps regular expressions, matched at the start of a module's name, to what differs:
+`+:pattern` overrides settings and `-:pattern` says that a layer is float. The first that matches
+decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.patterns import compile_pattern, pattern_matches
+from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.formats.gptq import GptqSettings, from_gptq
+
+__all__ = ["GptqLayout", "gptq_config"]
+
+_FORMATS: dict[str, Literal[1, 2]] = {"gptq": 1, "gptq_v2": 2}
+
+
+def gptq_config(
+    forms: Mapping[str, AffineWeight | None],
+    parts: Sequence[str],
+    *,
+    version: Literal[1, 2],
+    head: str,
+    quantizer: str,
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    A part of the model that is float, or different, as a whole costs one rule. The rule names the
+    last piece of the part's module name alone, because other tools mount the same part elsewhere.
+
+    Args:
+        forms: Every linear layer by name; `None` for one that stays float.
+        parts: Module names below which a single rule may speak for all layers.
+        version: Of the layout.
+        head: Name of the language-model head.
+        quantizer: "name:version" of the tool that chose the codes.
+
+    Returns:
+        JSON values.
+    """
+    # One group a row everywhere is written as -1, whatever the widths; so is a group wider than a
+    # row, which readers would not divide by.
+    quantized = {name: form for name, form in forms.items() if form is not None}
+    per_row = all(form.groups == 1 for form in quantized.values())
+    settings = {
+        name: GptqSettings(
+            bits=form.bits,
+            group_size=-1 if per_row or form.group_size > form.in_features else form.group_size,
+            symmetric=form.zeros is None,
+        )
+        for name, form in quantized.items()
+    }
+    base = Counter(settings.values()).most_common(1)[0][0]
+    return {
+        "quant_method": "gptq",
+        **_as_json(base),
+        "desc_act": False,
+        "lm_head": head in quantized,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "pack_dtype": "int32",
+        "dynamic": _rules({name: settings.get(name) for name in forms}, base, parts),
+        "meta": {"quantizer": [quantizer]},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqLayout:
+    """How the layers of a GPTQ checkpoint are stored.
+
+    Attributes:
+        base: Settings of a layer that no rule speaks of.
+        rules: Pattern and overrides, in order.
+        version: 1 where zero points are stored minus one.
+    """
+
+    base: GptqSettings
+    rules: tuple[tuple[str, Mapping[str, Any]], ...]
+    version: Literal[1, 2]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GptqLayout:
+        """Reads a `quantization_config`.
+
+        Raises:
+            CheckpointError: A field is missing or has no meaning.
+            UnsupportedError: The variant of the layout is not known here.
+        """
+        stored = config.get("checkpoint_format", config.get("format", "gptq"))
+        if stored not in _FORMATS:
+            raise UnsupportedError(
+                f"quantization_config: checkpoint_format {stored!r} is not supported; supported "
+                f"are {', '.join(_FORMATS)}"
+            )
+        if config.get("pack_dtype", "int32") != "int32":
+            raise UnsupportedError(
+                f"quantization_config: pack_dtype {config['pack_dtype']!r} is not supported; "
+                "supported is 'int32'"
+            )
+        dynamic = config.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping) or not all(
+            isinstance(overrides, Mapping) for overrides in dynamic.values()
+        ):
+            raise CheckpointError("quantization_config: dynamic maps patterns to objects")
+        rules = []
+        for key, overrides in dynamic.items():
+            # A layer that stays float is known by its tensors; its rule needs no reading.
+            if not key.startswith("-:"):
+                pattern = key.removeprefix("+:")
+                try:
+                    compile_pattern(pattern)
+                except ValueError as error:
+                    raise CheckpointError(
+                        f"quantization_config: dynamic {key!r} {error}"
+                    ) from error
+                rules.append((pattern, overrides))
+        return cls(base=_parse(config), rules=tuple(rules), version=_FORMATS[stored])
+
+    def holds(self, tensors: Sequence[str]) -> bool:
+        """Whether a layer with these tensors is quantized."""
+        return "qweight" in tensors
+
+    def read(self, name: str, tensors: Mapping[str, Tensor]) -> AffineWeight:
+        """The form of a layer; raises as `from_gptq` does."""
+        settings = self.base
+        for pattern, overrides in self.rules:
+            if pattern_matches(pattern, name, whole=False):
+                settings = _parse({**_as_json(self.base), **overrides})
+                break
+        return from_gptq(name, tensors, settings, version=self.version)
+
+
+def _parse(config: Mapping[str, Any]) -> GptqSettings:
+    try:
+        return GptqSettings(
+            bits=config["bits"], group_size=config["group_size"], symmetric=config.get("sym", True)
+        )
+    except KeyError as error:
+        raise CheckpointError(f"quantization_config: {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"quantization_config: {error}") from error
+
+
+def _as_json(settings: GptqSettings) -> dict[str, Any]:
+    return {
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "sym": settings.symmetric,
+    }
+
+
+def _rules(
+    settings: Mapping[str, GptqSettings | None], base: GptqSettings, parts: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    rules: dict[str, dict[str, Any]] = {}
+    left = dict(settings)
+    for part in parts:
+        inside = {name: value for name, value in left.items() if name.startswith(part + ".")}
+        if len(set(inside.values())) == 1:
+            value = next(iter(inside.values()))
+            segment = re.escape(part.rpartition(".")[2])
+            rules |= _rule(rf"(.*\.)?{segment}\..*", value, base)
+            left = {name: value for name, value in left.items() if name not in inside}
+    for name, value in left.items():
+        rules |= _rule(re.escape(name) + "$", value, base)
+    return rules
+
+
+def _rule(
+    pattern: str, settings: GptqSettings | None, base: GptqSettings
+) -> dict[str, dict[str, Any]]:
+    if settings is None:
+        return {f"-:{pattern}": {}}
+    if settings == base:
+        return {}
+    plain = _as_json(base)
+    return {
+        f"+:{pattern}": {
+            key: value for key, value in _as_json(settings).items() if value != plain[key]
+        }
+    }

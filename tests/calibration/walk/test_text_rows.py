@@ -1,0 +1,156 @@
+"""Every walk ends visual rows where the forward pass does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.data.prompts import encode_samples
+from pocketvlm.calibration.gradients.backward import answer_loss, walk_back
+from pocketvlm.calibration.gradients.token_weights import FLOOR, gradient_weights
+from pocketvlm.calibration.walk.partial_forward import PartialForward
+from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer
+from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from tests.calibration.gradients.test_token_weights import assert_near, encode, whole_graph
+
+LATE = 2
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return CalibrationSet.from_reference(0, 5)
+
+
+@pytest.fixture
+def checkpoint(deep_checkpoint):
+    return replace(deep_checkpoint, visual_layers=LATE)
+
+
+def forward_passes(checkpoint, samples):
+    """Every sample's spliced prompt and logits, one by one."""
+    for sample, prompt in zip(samples, encode_samples(checkpoint.processor, samples), strict=True):
+        visual = encode_images(checkpoint, checkpoint.processor.pixels([sample.open_image()]))
+        inputs = embed_prompts(checkpoint, torch.tensor([prompt.token_ids]), visual)
+        yield prompt, inputs, lambda inputs=inputs: decode_logits(checkpoint, inputs)[0]
+
+
+@torch.no_grad()
+def moments_by_hooks(checkpoint, samples):
+    """X^T X of every decoder linear; visual rows weigh 0.5 where they run, 0 where nobody reads."""
+    sums, totals, weights = {}, {}, {}
+
+    def watch(name):
+        def hook(_module, inputs):
+            X = inputs[0][0].double()
+            if ".o_proj" in name and name.split(".layers.")[1].startswith(f"{LATE - 1}."):
+                w = weights["text"]
+            elif len(X) == len(weights["text"]):
+                w = weights["both"]
+            else:
+                assert len(X) == int(weights["text"].sum()), name
+                w = torch.ones(len(X), dtype=torch.float64)
+            sums[name] = sums.get(name, 0) + (X * w[:, None]).T @ X
+            totals[name] = totals.get(name, 0) + float(w.sum())
+
+        return hook
+
+    for linear in checkpoint.spec.linears():
+        if linear.part == "decoder":
+            layer = checkpoint.model.get_submodule(linear.name)
+            layer.register_forward_pre_hook(watch(linear.name))
+    for _, inputs, run in forward_passes(checkpoint, samples):
+        flags = inputs.is_visual[0]
+        weights["text"] = (~flags).double()
+        weights["both"] = torch.where(flags, 0.5, 1.0).double()
+        run()
+    return {name: total / totals[name] for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("carry_float", [False, True])
+def test_moments_are_those_of_the_rows_that_run(checkpoint, samples, carry_float):
+    walk = BlockWalk(
+        checkpoint=checkpoint,
+        samples=samples,
+        weighting=0.5,
+        held_out=0.0,
+        carry_float=carry_float,
+    )
+    found, ends = {}, {}
+    for step in walk:
+        if isinstance(step, FinishedSublayer):
+            ends[step.half.last] = [
+                (tuple(states.shape[:2]), step.weights_of(index))
+                for index, states in enumerate(step.targets)
+            ]
+            continue
+        for name in step.names:
+            if step.moments is not None and name.startswith(checkpoint.spec.decoder.blocks):
+                (found[name],) = step.moments(None).calibration.blocks()
+    expected = moments_by_hooks(checkpoint, samples)
+    assert found.keys() == expected.keys()
+    for name, moments in expected.items():
+        torch.testing.assert_close(found[name].double(), moments, rtol=2e-4, atol=1e-5, msg=name)
+    if carry_float:
+        prefix = f"{checkpoint.spec.decoder.blocks}.{LATE - 1}"
+        assert all(float(w.min()) == 0 for _, w in ends[f"{prefix}.self_attn.o_proj"])
+        for (whole, _), (text, weights) in zip(
+            ends[f"{prefix}.self_attn.o_proj"], ends[f"{prefix}.mlp.down_proj"], strict=True
+        ):
+            assert text[1] == whole[1] - checkpoint.spec.visual_tokens
+            assert bool((weights == 1).all())
+
+
+def test_gradients_are_those_of_the_whole_graph(checkpoint, samples):
+    prompts, batches, visual = encode(checkpoint, samples)
+    outputs, weights = {}, {}
+    with answer_loss(checkpoint, prompts, batches, visual) as loss:
+        mean = loss.mean
+        for step in walk_back(checkpoint, loss, weights=True):
+            for name, gradient in step.outputs.items():
+                for row, sample in enumerate(batches[step.batch].samples):
+                    outputs[name, sample] = gradient[row]
+            for name, gradient in step.weights.items():
+                weights[name] = weights.get(name, 0) + gradient
+    losses, expected, expected_weights = whole_graph(checkpoint, prompts, visual)
+    assert mean == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    for (name, sample), gradient in outputs.items():
+        assert_near(gradient, expected[name][sample], f"{name}, sample {sample}")
+    for name, gradient in weights.items():
+        assert_near(gradient, expected_weights[name], name)
+
+
+def test_gradient_weights_ask_for_nothing_where_visual_rows_have_ended(checkpoint, samples):
+    prompts, batches, visual = encode(checkpoint, samples)
+    importance = gradient_weights(checkpoint, prompts, batches, visual)
+    flags = importance.is_visual[0]
+    # Keys of the last layer that sees the picture are read; what its output would be is not.
+    assert float(importance.weights(LATE - 1, "attention", 0, "first")[flags].min()) > 2 * FLOOR
+    rows = {(row["block"], row["half"], row["linears"]): row for row in importance.summary()}
+    assert rows[LATE - 1, "ffn", "first"]["visual_weight"] is None
+    assert rows[LATE - 1, "attention", "first"]["visual_weight"] > 2 * FLOOR
+    walk = BlockWalk(checkpoint=checkpoint, samples=samples, weighting="gradient", held_out=0.0)
+    counted = [step.moments(None).calibration.tokens for step in walk if step.moments is not None]
+    assert min(counted) > 0
+
+
+@torch.no_grad()
+def test_logits_behind_a_changed_layer_are_those_of_the_forward_pass(checkpoint, samples):
+    runner = PartialForward(checkpoint, samples)
+    decoder = checkpoint.spec.decoder
+    for block, role in (
+        (0, "self_attn.q_proj"),
+        (LATE - 1, "self_attn.o_proj"),
+        (3, "mlp.up_proj"),
+    ):
+        name = f"{decoder.blocks}.{block}.{role}"
+        before = checkpoint.form(name)
+        other = replace(before, values=before.values * 1.5)
+        found = runner.logits_with(name, other)
+        checkpoint.set_form(name, other)
+        for index, (prompt, inputs, run) in enumerate(forward_passes(checkpoint, samples)):
+            expected = run()[prompt.predicting(inputs.embeds.shape[1])]
+            torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-5)
+        checkpoint.set_form(name, before)

@@ -1,0 +1,161 @@
+"""Visual rows that end before the last layer: the ONNX decoder against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.errors import InputError, UnsupportedError
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.executorch.target import ToExecutorch
+from pocketvlm.export.onnx.accuracy import agreement_of_levels
+from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.parity.certify import certify
+from pocketvlm.export.torch_runner import TorchRunner
+from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.weights.kv_cache import KVCacheScales
+from tests.export.rig import make_prompt, quantize_checkpoint
+
+LATE = 2
+
+
+def bundle_of(checkpoint: Checkpoint, path: Path, level: int = 0) -> Bundle:
+    target = ToOnnx(accuracy_level=level, tower_accuracy_level=level)
+    write_graphs(checkpoint, (target,), path, "", RunContext(threads=1))
+    return Bundle.open(path)
+
+
+def noise(seed: int) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def int8_cache(checkpoint: Checkpoint) -> Checkpoint:
+    decoder = checkpoint.spec.decoder
+    scales = torch.full((decoder.depth, decoder.kv_heads, decoder.head_dim), 0.02)
+    return replace(checkpoint, cache_grid=KVCacheScales(keys=scales, values=scales))
+
+
+@pytest.mark.parametrize("change", [lambda c: c, lambda c: quantize_checkpoint(c, 4), int8_cache])
+def test_two_turns_with_a_picture_each_equal_torch(
+    deep_checkpoint: Checkpoint, tmp_path: Path, change: Callable[[Checkpoint], Checkpoint]
+) -> None:
+    """The second turn's picture comes behind cached rows; then an answer is taken back."""
+    checkpoint = replace(change(deep_checkpoint), visual_layers=LATE)
+    bundle = bundle_of(checkpoint, tmp_path)
+    assert bundle.manifest.kv_cache.visual_layers == LATE
+    engine = OnnxRunner(bundle, threads=1, capacity=200)
+    sides = [
+        Conversation(bundle, runner=engine),
+        Conversation(bundle, runner=TorchRunner(checkpoint)),
+    ]
+    whole = Conversation(bundle, runner=TorchRunner(replace(checkpoint, visual_layers=None)))
+    differs = False
+    for turn in range(2):
+        asked = [f"what is it {turn}?", noise(turn)]
+        found, expected = (side.ask(*asked, max_new_tokens=8).token_ids for side in sides)
+        assert found == expected
+        differs |= whole.ask(*asked, max_new_tokens=8).token_ids != expected
+    assert differs, "the picture is read in full where it should end early"
+    runners = [engine, sides[1]._runner]
+    visual = 2 * checkpoint.spec.visual_tokens
+    for runner in runners:
+        assert runner.text_length == runner.length - visual
+        runner.truncate(runner.length - 3)
+    row = engine.embed([7]).copy()
+    at = np.array([[runners[0].length]])
+    found, expected = (runner.decode(row, at) for runner in runners)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_logits_of_calls_that_mix_rows_equal_torch(
+    deep_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    engine = OnnxRunner(bundle_of(checkpoint, tmp_path), threads=1, capacity=64)
+    reference = TorchRunner(checkpoint)
+    _, _, prompt = make_prompt(checkpoint)
+    flags = prompt.is_visual[0].numpy()
+    rows = len(flags)
+    for edges in ((0, rows), (0, 2, rows), (0, 1, rows - 2, rows - 1, rows)):
+        engine.reset()
+        reference.reset()
+        for start, end in pairwise(edges):
+            call = (
+                prompt.embeds[:, start:end].numpy(),
+                prompt.positions[:, start:end].numpy(),
+                flags[start:end],
+            )
+            found, expected = engine.decode(*call), reference.decode(*call)
+            np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+    text = int((~flags).sum())
+    decoder = checkpoint.spec.decoder
+    for layer in range(decoder.depth):
+        written = np.abs(engine._cache[f"{layer}.key"]).sum(axis=(0, 1, 3)) > 0
+        assert written.sum() == (rows if layer < 1 else text)
+    row_bytes = 2 * 4 * decoder.kv_heads * decoder.head_dim
+    assert engine.held_bytes == row_bytes * (rows + (decoder.depth - 1) * text)
+    with pytest.raises(InputError, match="the last row of a call is visual"):
+        engine.decode(call[0], call[1], np.ones(1, np.bool_))
+    assert engine.length == rows
+
+
+def test_the_certificate_passes_and_catches_a_graph_that_masks_elsewhere(
+    deep_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    from pocketvlm.calibration.data.source import CalibrationSet
+
+    checkpoint = replace(deep_checkpoint, visual_layers=LATE)
+    bundle = bundle_of(checkpoint, tmp_path)
+    samples = list(CalibrationSet.from_reference(1, 3, split="evaluation"))
+    assert certify(checkpoint, bundle, samples, tokens=4).passed
+    other = certify(replace(checkpoint, visual_layers=1), bundle, samples, tokens=4)
+    names = {
+        check.metric for target in other.targets for check in target.checks if not check.passed
+    }
+    assert "prefill.sqnr_db" in names
+
+
+def test_graphs_of_whole_decoders_have_no_such_input(
+    deep_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    inputs = {}
+    for name, checkpoint in (
+        ("whole", deep_checkpoint),
+        ("late", replace(deep_checkpoint, visual_layers=LATE)),
+    ):
+        ToOnnx().export(checkpoint, tmp_path / name, RunContext(threads=1))
+        graph = onnx.load(tmp_path / name / "onnx" / "decoder.onnx", load_external_data=False).graph
+        inputs[name] = {value.name for value in graph.input}
+    assert inputs["late"] - inputs["whole"] == {"text_rows", "past_text_length"}
+
+
+def test_accuracy_levels_agree_where_visual_rows_end_early(deep_paths: dict[str, Path]) -> None:
+    checkpoint = quantize_checkpoint(Checkpoint.load(deep_paths["llava"]), 4)
+    checkpoint = replace(checkpoint, visual_layers=LATE)
+    prompts = [make_prompt(checkpoint)[2]]
+    agreement = agreement_of_levels(checkpoint, prompts, RunContext(threads=1))
+    assert agreement.positions == int((~prompts[0].is_visual).sum())
+    assert 0 < agreement.relative_error < 0.1
+
+
+@pytest.mark.parametrize("target", [ToExecutorch(), ToCoreml()])
+def test_other_targets_refuse(
+    deep_paths: dict[str, Path], tmp_path: Path, target: ToExecutorch | ToCoreml
+) -> None:
+    checkpoint = replace(Checkpoint.load(deep_paths["llava"]), visual_layers=LATE)
+    with pytest.raises(UnsupportedError, match=r"run through 2 of 4 .* leave skip_visual out"):
+        target.export(checkpoint, tmp_path, RunContext(threads=1))
