@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
+from tests.device_bench.rig import make_block
 
 
 @pytest.fixture(scope="session")
@@ -21,42 +21,6 @@ def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
     write_graphs(checkpoint, (ToOnnx(),), path, "", RunContext(threads=1))
     return path
-
-
-def make_answer(scale: float = 1.0) -> dict[str, Any]:
-    """An answer whose stages take round times, all of them `scale` times as long."""
-    return {
-        "preprocess_ms": 10.0 * scale,
-        "vision_ms": 40.0 * scale,
-        "tokenize_ms": 1.0 * scale,
-        "embed_ms": 1.0 * scale,
-        "prefill_ms": 20.0 * scale,
-        "decode_ms": [2.0 * scale] * 4,
-        "sample_ms": [0.5 * scale] * 5,
-        "detokenize_ms": [0.5 * scale] * 5,
-        "ttft_user_ms": 73.0 * scale,
-        "ttft_engine_ms": 20.5 * scale,
-        "decode_span_ms": 12.0 * scale,
-        "prompt_tokens": 40,
-        "new_tokens": 5,
-    }
-
-
-def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
-    """What one worker process would report."""
-    return {
-        "load_ms": 100.0 * scale,
-        "prompt": {"text_sha256": "0", "text_tokens": 32, "visual_tokens": 8, "tokens": 40},
-        "cold": make_answer(2 * scale),
-        "answers": [make_answer(scale)],
-        "memory": {
-            "before_load_rss_bytes": 50_000_000,
-            "after_load_rss_bytes": 60_000_000,
-            "peak_rss_bytes": 70_000_000,
-        },
-        "token_ids": list(token_ids),
-        "is_repeatable": True,
-    }
 
 
 @pytest.fixture

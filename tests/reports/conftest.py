@@ -1,0 +1,13 @@
+"""A measured block to render."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.device_bench.rig import make_block
+
+
+@pytest.fixture
+def block():
+    """Makes blocks."""
+    return make_block
