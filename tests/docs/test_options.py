@@ -19,7 +19,7 @@ def test_the_page_is_what_the_dataclasses_say():
     )
 
 
-@pytest.mark.parametrize("kind", (*STAGES, *TARGETS), ids=lambda kind: kind.method)
+@pytest.mark.parametrize("kind", [*STAGES, *TARGETS], ids=lambda kind: kind.method)
 def test_every_option_has_a_meaning(kind):
     meanings = option_meanings(kind)
     assert not [
