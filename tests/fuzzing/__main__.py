@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import selectors
 import signal
@@ -110,7 +111,7 @@ def _import_everything() -> None:
 
 def _spread(entries: list[Entry], n: int, first: int) -> list[tuple[Entry, int]]:
     whole = sum(entry.weight for entry in entries)
-    counts = {entry.name: max(1, round(n * entry.weight / whole)) for entry in entries}
+    counts = {entry.name: math.ceil(n * entry.weight / whole) for entry in entries}
     return [(entry, first + i) for entry in entries for i in range(counts[entry.name])]
 
 
