@@ -42,8 +42,8 @@ from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.stages import PlanState, Stage
 from pocketvlm.weights.form import total_stored_bytes
 
 # Bits of a code and most columns that may share a scale; None is one scale a row.
@@ -91,7 +91,7 @@ def mixed_stage(spec: ModelSpec, bits: float) -> MixedPrecision:
 
 
 def _planned_bytes(stages: Sequence[Stage], spec: ModelSpec) -> int:
-    forms = stages[-1].plan_forms(spec)
+    forms = stages[-1].plan(PlanState.of(spec)).layouts
     return sum(
         form.stored_bytes(linear.out_features, linear.in_features) for linear, form in forms.items()
     )

@@ -23,8 +23,8 @@ from pocketvlm.compress.quantization.codebook.stage import Codebook, CodebookRul
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.stages import Stage
 from pocketvlm.weights.form import total_stored_bytes
 
 

@@ -32,6 +32,7 @@ from pocketvlm.models.spec import LinearSpec, Part
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.layout import CodebookLayout, WeightLayout
 
@@ -54,7 +55,7 @@ def quantize(checkpoint: Checkpoint) -> Planned:
     stage = RoundToNearest(rules=tuple(rules))
     # Rounding looks at no sample.
     stage.apply(checkpoint, CalibrationSet.synthetic(1), RunContext())
-    return dict(stage.plan_forms(checkpoint.spec))
+    return dict(stage.plan(PlanState.of(checkpoint.spec)).layouts)
 
 
 def look_up(checkpoint: Checkpoint) -> Planned:

@@ -23,8 +23,8 @@ from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.width.stage import PruneWidth
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.recipes.stages import Stage
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.stages import Stage
 
 
 def pruner(text: str) -> Stage:

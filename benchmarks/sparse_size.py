@@ -42,10 +42,10 @@ from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
-from pocketvlm.recipes.stages import Target
 from pocketvlm.reference import reference_model_path
 from pocketvlm.reference.random_models import SHAPES, write_shape
 from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.stages import Target
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, plan_behind_mask
 from pocketvlm.weights.sparse import SparseWeight
 

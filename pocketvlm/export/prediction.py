@@ -1,30 +1,12 @@
-"""What a target says of a model before anything is computed."""
+"""What all targets need to predict an export: refusals in words, and counts of numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["Prediction", "join_refusals", "other_elements"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a target would make of a model.
-
-    Attributes:
-        part_bytes: Bytes by part of the model, and `other` for what is no weight matrix.
-        refused: What it cannot run, each with what would work.
-        warnings: What it can run at a price.
-        unpacked_bytes: What weights grow by when they are loaded, where the file holds them packed.
-    """
-
-    part_bytes: Mapping[str, int]
-    refused: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    unpacked_bytes: int = 0
+__all__ = ["join_refusals", "other_elements"]
 
 
 def join_refusals(target: str, misfits: Iterable[tuple[str, str]]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from pocketvlm.machine import toolchain_versions
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.recipes.stages import Target
+from pocketvlm.stages import Target
 
 __all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs", "write_processor"]
 

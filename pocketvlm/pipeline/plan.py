@@ -6,8 +6,7 @@ the reason and what would work. Predictions are labelled predictions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,16 @@ from typing import Any
 from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
-from pocketvlm.models.spec import PARTS, LinearSpec, ModelSpec
+from pocketvlm.models.spec import PARTS, ModelSpec
 from pocketvlm.pipeline.preflight import Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.recipes.stages import Stage, Target, check_order
-from pocketvlm.weights.layout import SparseLayout, WeightLayout, plan_behind_mask
+from pocketvlm.stages import PlanState, Stage, check_order
 
-__all__ = ["Plan", "kept_tokens", "plan"]
+__all__ = ["Plan", "plan", "plan_stages"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # a checkpoint is published in bf16
-_FLOAT_BITS = 32  # of a number in a KV cache that no stage quantizes
 _TURN_TOKENS = 256  # text of a short chat, beside the picture
 
 
@@ -118,32 +115,23 @@ def plan(
     """
     spec, notes = inspect_model(model)
     profile = load_device(device) if device is not None else None
-    check_order(recipe.stages)
-    kept = kept_tokens(recipe.stages, spec)
-    compressed, forms = _planned_forms(recipe.stages, spec)
-    cache_bits = _cache_bits(recipe.stages)
+    state = plan_stages(recipe.stages, spec)
     refused: list[str] = []
-    warnings = [*notes, *_notes(recipe.stages, spec)]
+    warnings = [*notes, *state.notes]
     part_bytes: dict[str, int] = {}
     loaded_bytes = 0
     for target in recipe.targets:
-        prediction = target.predict(compressed, forms)
-        refused += prediction.refused
+        prediction = target.predict(state.spec, state.layouts)
+        refused += (*prediction.refused, *target.refuse(state))
         warnings += prediction.warnings
-        refused += _cache_refusals(target, cache_bits)
-        refused += _row_refusals(target, recipe.stages)
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
         loaded = sum(prediction.part_bytes.values()) + prediction.unpacked_bytes
         loaded_bytes = max(loaded_bytes, loaded)
     weight_bytes = sum(part_bytes.values())
-    decoder = compressed.decoder
-    layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * cache_bits
-    visual_layers = _visual_layers(recipe.stages, compressed)
-    rows = visual_layers * kept + decoder.depth * _TURN_TOKENS
-    cache_bytes = layer_row_bits // 8 * rows
+    cache_bytes = _cache_bytes(state)
     files = sum(file.stat().st_size for file in model.glob("*.json"))
-    ram_bytes = loaded_bytes + cache_bytes + _activation_bytes(compressed)
+    ram_bytes = loaded_bytes + cache_bytes + _activation_bytes(state.spec)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
     if any((model / name).is_file() for name in PROCESSOR_FILES):
@@ -157,7 +145,7 @@ def plan(
                 rows_found = check_data(
                     readers,
                     recipe.targets,
-                    kept=kept,
+                    kept=state.visual_tokens,
                     calibration=calibration,
                     evaluation=evaluation,
                 )
@@ -171,7 +159,7 @@ def plan(
         model=model.name,
         recipe=recipe.name,
         targets=tuple(target.method for target in recipe.targets),
-        visual_tokens=kept,
+        visual_tokens=state.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
         source_bytes=source,
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
@@ -184,122 +172,32 @@ def plan(
     )
 
 
-def _notes(stages: Sequence[Stage], spec: ModelSpec) -> list[str]:
-    """What stages say of their own predictions and of their costs, where they have to."""
-    notes: list[str] = []
-    for stage in stages:
-        plan_notes = getattr(stage, "plan_notes", None)
-        plan_costs = getattr(stage, "plan_costs", None)
-        spec_after = getattr(stage, "spec_after", None)
-        notes += () if plan_notes is None else plan_notes()
-        notes += () if plan_costs is None else plan_costs(spec)
-        spec = spec if spec_after is None else spec_after(spec)
-    return notes
+def plan_stages(stages: Sequence[Stage], spec: ModelSpec) -> PlanState:
+    """What stages would make of a model.
 
-
-def kept_tokens(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
-    """Visual tokens that an image costs behind the stages."""
-    for stage in stages:
-        reducer = getattr(stage, "reducer", None)
-        if reducer is not None:
-            return int(reducer(spec).keep)
-    return spec.visual_tokens
-
-
-def _cache_bits(stages: tuple[Stage, ...]) -> int:
-    """Bits of a number in the KV cache."""
-    return next(
-        (int(bits) for stage in stages if (bits := getattr(stage, "cache_bits", None))), _FLOAT_BITS
-    )
-
-
-def _cache_refusals(target: Target, bits: int) -> list[str]:
-    """A target says itself which caches it keeps, beside float32 ones."""
-    supported: frozenset[int] = getattr(target, "cache_bits", frozenset())
-    if bits == _FLOAT_BITS or bits in supported:
-        return []
-    return [
-        f"{target.method}: keeps no KV cache of {bits} bits; leave quantize_cache out of the "
-        "stages for this target"
-    ]
-
-
-def _visual_layers(stages: tuple[Stage, ...], spec: ModelSpec) -> int:
-    """Layers whose cache holds visual rows; all of them where only calibration will tell."""
-    for stage in stages:
-        visual_layers = getattr(stage, "visual_layers", None)
-        if visual_layers is not None:
-            return visual_layers(spec) or spec.decoder.depth
-    return spec.decoder.depth
-
-
-def _row_refusals(target: Target, stages: tuple[Stage, ...]) -> list[str]:
-    """A target says itself whether visual rows may end before the last layer."""
-    ending = [stage.method for stage in stages if "ended_tokens" in stage.provides]
-    if not ending or getattr(target, "ends_visual_rows", False):
-        return []
-    return [
-        f"{target.method}: runs every row through every decoder layer; leave {ending[0]} out of "
-        "the stages for this target (reduce_tokens runs everywhere), or export to ONNX alone"
-    ]
-
-
-def _planned_forms(
-    stages: tuple[Stage, ...], spec: ModelSpec
-) -> tuple[ModelSpec, dict[LinearSpec, WeightLayout | None]]:
-    """The model behind all stages, and what each layer ends as; `None` for those that stay float.
-
-    A stage may change which layers there are, as one that unties the head does.
+    Raises:
+        RecipeError: A stage stands in the wrong place or does not fit; the message names it.
+        UnsupportedError: The model lacks what a stage needs.
     """
-    forms: dict[LinearSpec, WeightLayout | None] = {}
+    check_order(stages)
+    state = PlanState.of(spec)
     for stage in stages:
-        spec_after = getattr(stage, "spec_after", None)
-        if spec_after is not None:
-            spec = spec_after(spec)
-        with _naming(stage):
-            found = _forms_after(stage, spec, forms)
-        forms.update(
-            {
-                linear: _keep_mask(linear, forms.get(linear), form)
-                for linear, form in found.items()
-                if form is not None
-            }
-        )
-    return spec, {linear: forms.get(linear) for linear in spec.linears()}
+        try:
+            state = stage.plan(state)
+        except RecipeError as error:
+            if str(error).startswith(f"{stage.method}:"):
+                raise
+            raise RecipeError(f"{stage.method}: {error}") from error
+    return state
 
 
-@contextmanager
-def _naming(stage: Stage) -> Iterator[None]:
-    """A refusal names its stage: several stages have rules."""
-    try:
-        yield
-    except RecipeError as error:
-        if str(error).startswith(f"{stage.method}:"):
-            raise
-        raise RecipeError(f"{stage.method}: {error}") from error
-
-
-def _forms_after(
-    stage: Stage, spec: ModelSpec, planned: Mapping[LinearSpec, WeightLayout | None]
-) -> Mapping[LinearSpec, WeightLayout | None]:
-    """What a stage will make of layers; empty for one that changes no weights.
-
-    A stage that counts bytes has to know what it finds, others know a layer by its specification.
-    """
-    plan_forms_after = getattr(stage, "plan_forms_after", None)
-    if plan_forms_after is not None:
-        return dict(plan_forms_after(spec, planned))
-    plan_forms = getattr(stage, "plan_forms", None)
-    return {} if plan_forms is None else dict(plan_forms(spec))
-
-
-def _keep_mask(
-    linear: LinearSpec, before: WeightLayout | None, found: WeightLayout
-) -> WeightLayout:
-    """A quantizer stores the elements that an earlier stage keeps, behind the same mask."""
-    if isinstance(before, SparseLayout):
-        return plan_behind_mask(linear.name, before, found)
-    return found
+def _cache_bytes(state: PlanState) -> int:
+    """The decoder's cache for one picture and a short chat."""
+    decoder = state.spec.decoder
+    layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
+    visual_layers = decoder.depth if state.visual_layers is None else state.visual_layers
+    rows = visual_layers * state.visual_tokens + decoder.depth * _TURN_TOKENS
+    return layer_row_bits // 8 * rows
 
 
 def _activation_bytes(spec: ModelSpec) -> int:

@@ -28,9 +28,9 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.assemble import write_processor
 from pocketvlm.processor import Processor
 from pocketvlm.prompt.messages import Turn, chat_messages, user_turn
-from pocketvlm.recipes.stages import Target
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
+from pocketvlm.stages import Target
 
 __all__ = ["Findings", "Readers", "certificate_samples", "check_data", "check_model"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,14 +31,14 @@ from pocketvlm.pipeline.identity import (
     stage_settings,
 )
 from pocketvlm.pipeline.journal import Journal
-from pocketvlm.pipeline.plan import kept_tokens
+from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Bound, Recipe
-from pocketvlm.recipes.stages import Stage, check_order
 from pocketvlm.reports.html import render_html, render_markdown
 from pocketvlm.runtime.engines import EMULATED, choose_engine
+from pocketvlm.stages import Stage, check_order
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 
@@ -239,7 +238,7 @@ def _ask_first(
         CalibrationError: A row of the data cannot be used.
     """
     spec, targets = checkpoint.spec, recipe.targets
-    kept = kept_tokens(recipe.stages, spec)
+    kept = plan_stages(recipe.stages, spec).visual_tokens
     readers = Readers.open(model, spec)
     found = check_model(readers, model)
     found.raise_if_any(UnsupportedError)
@@ -285,16 +284,9 @@ def _compress(
         folder = journal.stage_dir(keys[index])
         scratch = folder / "layers"
         scratch.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
         checkpoint = recipe.stages[index].apply(checkpoint, calibration, ctx.with_scratch(scratch))
-        record = replace(
-            checkpoint.history[-1],
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-        checkpoint = replace(checkpoint, history=(*checkpoint.history[:-1], record))
         checkpoint.save(folder / "checkpoint")
-        journal.finish_stage(keys[index], asdict(record))
+        journal.finish_stage(keys[index], asdict(checkpoint.history[-1]))
     return checkpoint
 
 

@@ -17,7 +17,7 @@ from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
-from pocketvlm.recipes.stages import reducer_builders
+from pocketvlm.recipes.stages import REDUCER_BUILDERS
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.reference_graph.activation_rounding import ARITHMETICS, Arithmetic
 
@@ -112,7 +112,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: The directory is missing, damaged or holds pickled weights only.
         UnsupportedError: The model's family is not supported.
     """
-    return Checkpoint.load(path, reducers=reducer_builders())
+    return Checkpoint.load(path, reducers=REDUCER_BUILDERS)
 
 
 def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> CalibrationSet:

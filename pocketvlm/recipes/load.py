@@ -19,7 +19,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.recipes.document import apply_overrides, plain_values, read_document
-from pocketvlm.recipes.stages import STAGES, TARGETS, Stage, Target, check_order
+from pocketvlm.recipes.stages import STAGES, TARGETS
+from pocketvlm.stages import Stage, Target, check_order
 
 __all__ = [
     "Bound",

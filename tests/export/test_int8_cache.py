@@ -27,7 +27,6 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.recipes.stages import Stage, Target, check_order
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     decode_logits,
@@ -38,6 +37,7 @@ from pocketvlm.reference_graph.forward import (
 )
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.onnx.versions import INT8_CACHE_VERSION, LOWEST_ONNX_VERSION
+from pocketvlm.stages import Stage, Target, check_order
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.kv_cache import KVCacheScales
 from tests.export.rig import Decoder, make_prompt, open_session

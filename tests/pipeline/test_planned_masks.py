@@ -19,7 +19,7 @@ from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.pipeline.plan import _planned_forms, plan
+from pocketvlm.pipeline.plan import plan, plan_stages
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout
 
@@ -36,7 +36,7 @@ def path(tiny_paths):
 
 def planned(path, *stages):
     spec = Checkpoint.load(path).spec
-    return _planned_forms(stages, spec)[1]
+    return plan_stages(stages, spec).layouts
 
 
 def test_a_mask_alone_holds_floats(path):

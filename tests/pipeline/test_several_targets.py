@@ -16,12 +16,12 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.export.prediction import Prediction
 from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import run
 from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.runtime.executorch import program as executorch_program
+from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import WeightLayout
 
 REASON = "a toolkit ended in the middle of a graph"

@@ -10,7 +10,6 @@ kept, the one before the first step included.
 from __future__ import annotations
 
 import math
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pocketvlm.calibration.data.prompts import Prompt, encode_samples
 from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.objective import (
     LossWeights,
     Objective,
@@ -31,7 +30,8 @@ from pocketvlm.compress.distillation.teacher import TeacherTargets, record_targe
 from pocketvlm.compress.distillation.training import Schedule, Training, train
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
+from pocketvlm.stages import Stage, StageResult
+from pocketvlm.stages.walk_options import note_synthetic
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["Distill", "TrainedPart"]
@@ -44,7 +44,7 @@ _PASS_TOKENS = 3072
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill:
+class Distill(Stage):
     """Recovers a pruned or reduced model by a short distillation from its float source.
 
     Attributes:
@@ -66,7 +66,6 @@ class Distill:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
-    provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["distill"] = "distill"
@@ -109,9 +108,9 @@ class Distill:
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie between 0 and {most}, not {getattr(self, name)}")
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Trains the checkpoint in place.
 
         Raises:
@@ -119,7 +118,6 @@ class Distill:
             CalibrationError: A sample cannot be used or has no answer, there are fewer than two,
                 or a loss is not finite.
         """
-        started = time.perf_counter()
         prompts = encode_samples(checkpoint.processor, calibration)
         first_held_out = self._first_held_out(len(prompts))
         student = Student(
@@ -156,18 +154,12 @@ class Distill:
                 on_step=lambda step, note: ctx.report(self.method, step, self.steps, note),
             )
         rows = student.merge() if training.best.step else []
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        return StageResult(
+            checkpoint=checkpoint,
             layers=tuple(rows),
             metrics=self._metrics(training, student, calibration, len(prompts) - first_held_out),
             notes=_notes(training, targets, calibration),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return checkpoint.extend(record)
 
     def _first_held_out(self, count: int) -> int:
         if count < 2:  # noqa: PLR2004  (one to learn from, one to judge)
@@ -233,9 +225,7 @@ class Distill:
 def _notes(
     training: Training, targets: TeacherTargets, calibration: CalibrationSet
 ) -> tuple[str, ...]:
-    notes = list(targets.reasons)
-    if calibration.is_synthetic:
-        notes.append("distilled on synthetic pictures: give a folder of real ones for quality")
+    notes = [*targets.reasons, *note_synthetic(calibration, done="distilled")]
     if not training.best.step:
         notes.append(
             "distill changed nothing: on held-out samples no state was better than the one before "

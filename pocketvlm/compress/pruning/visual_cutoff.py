@@ -12,18 +12,17 @@ that is rectangular, and stays as it is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.gradients.visual_use import LayerUse, measure_visual_use
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
 
 __all__ = ["InactiveGroups", "LowDivergence", "SkipVisual"]
 
@@ -109,7 +108,7 @@ class InactiveGroups:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipVisual:
+class SkipVisual(Stage):
     """Runs visual tokens through the first layers of the decoder only.
 
     Attributes:
@@ -145,14 +144,21 @@ class SkipVisual:
                 "layers"
             )
 
-    def visual_layers(self, spec: ModelSpec) -> int | None:
-        """Layers that visual tokens will run through; `None` where calibration decides it.
+    def plan(self, state: PlanState) -> PlanState:
+        """Ends visual tokens early; all layers run them where calibration decides how many."""
+        if self.rule is None:
+            return replace(state, visual_layers=self._visual_layers(state.spec))
+        return replace(state, visual_layers=state.spec.decoder.depth).with_notes(
+            "skip_visual: how many layers run visual tokens is found on calibration samples; the "
+            "KV cache is planned for all of them"
+        )
+
+    def _visual_layers(self, spec: ModelSpec) -> int:
+        """Layers that visual tokens run through without a rule.
 
         Raises:
             RecipeError: These are all there are.
         """
-        if self.rule is not None:
-            return None
         depth = spec.decoder.depth
         given = _PUBLISHED_SHARE if self.first_layers is None else self.first_layers
         layers = given if isinstance(given, int) else max(1, round(given * depth))
@@ -163,18 +169,9 @@ class SkipVisual:
             )
         return layers
 
-    def plan_notes(self) -> tuple[str, ...]:
-        """What `plan` cannot know."""
-        if self.rule is None:
-            return ()
-        return (
-            "skip_visual: how many layers run visual tokens is found on calibration samples; the "
-            "KV cache is planned for all of them",
-        )
-
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Says where visual tokens end; the weights stay as they are.
 
         Raises:
@@ -182,7 +179,6 @@ class SkipVisual:
                 its rule finds no layer that could be skipped.
             CalibrationError: A rule needs samples with answers, and one cannot be used.
         """
-        started = time.perf_counter()
         if checkpoint.visual_layers is not None:
             raise RecipeError(
                 f"skip_visual: visual tokens end behind {checkpoint.visual_layers} layers already; "
@@ -199,14 +195,13 @@ class SkipVisual:
             layers = self.rule.choose(uses)
             rows = tuple(_row(number, use, layers) for number, use in enumerate(uses))
         else:
-            layers = self.visual_layers(spec) or spec.decoder.depth
+            layers = self._visual_layers(spec)
         depth = spec.decoder.depth
         token_bytes = 2 * spec.decoder.kv_heads * spec.decoder.head_dim * _FLOAT_BYTES
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256 if rows else None,
+        ctx.report(self.method, 1, 1, f"visual tokens in {layers} of {depth} layers")
+        return StageResult(
+            checkpoint=replace(checkpoint, visual_layers=layers),
+            is_calibrated=bool(rows),
             layers=rows,
             metrics={
                 "visual_layers": layers,
@@ -215,11 +210,7 @@ class SkipVisual:
                 "cache_bytes_per_visual_token": layers * token_bytes,
                 "cache_bytes_per_visual_token_before": depth * token_bytes,
             },
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        ctx.report(self.method, 1, 1, f"visual tokens in {layers} of {depth} layers")
-        return checkpoint.extend(record, visual_layers=layers)
 
 
 def _row(number: int, use: LayerUse, layers: int) -> dict[str, Any]:

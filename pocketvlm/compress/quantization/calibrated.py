@@ -8,16 +8,15 @@ one row a layer. A run that was killed goes on at the first layer that is missin
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
+from pocketvlm.calibration.data.modality import ModalityWeighting
 from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import ORDERS, Order
 from pocketvlm.compress.layerwise.hessian import diagonal_block_width, weigh_moments
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
@@ -25,16 +24,15 @@ from pocketvlm.compress.quantization.affine.rules import (
     Assignment,
     LayerRule,
     assign_layers,
-    plan_forms,
+    plan_layouts,
 )
 from pocketvlm.compress.quantization.codebook.shared import count_shared_once, share_codebooks
 from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer, fit_layer, round_layer
 from pocketvlm.compress.quantization.layer_report import float_rows
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.machine import package_version, peak_rss_bytes
-from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.weights.layout import WeightLayout
+from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages.walk_options import WalkOptions, note_synthetic
 
 __all__ = ["CalibratedQuantizer", "GroupQuantizer", "block_width"]
 
@@ -63,7 +61,7 @@ class GroupQuantizer(ABC, Generic[RuleT]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratedQuantizer(ABC, Generic[RuleT]):
+class CalibratedQuantizer(Stage, WalkOptions, Generic[RuleT]):
     """The stage around a calibrated method; a subclass says what becomes of one layer.
 
     Attributes:
@@ -102,16 +100,7 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
             raise ValueError(f"order {self.order!r} is unknown; allowed are {', '.join(ORDERS)}")
         if not 0 <= self.drift_share <= 1:
             raise ValueError(f"drift_share must lie between 0 and 1, not {self.drift_share}")
-        if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
-            raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
-        if self.tower_tokens < 1:
-            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
-        check_weighting(self.modality_weights)
-
-    @property
-    @abstractmethod
-    def method(self) -> str:
-        """The tag that names the stage in a recipe."""
+        self.check_walk_options()
 
     @abstractmethod
     def begin(
@@ -128,13 +117,13 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
         """Whether the float model has to run along."""
         return self.drift_share > 0
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """What every layer will be stored as; `None` for those that stay as they are."""
-        return plan_forms(self.rules, spec.linears())
+    def plan(self, state: PlanState) -> PlanState:
+        """Gives each layer the layout of its rule."""
+        return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Quantizes the checkpoint in place.
 
         Raises:
@@ -142,7 +131,6 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
             CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
             CheckpointError: A weight is too large for float16 scales.
         """
-        started = time.perf_counter()
         assignments = assign_layers(self.rules, checkpoint)
         wanted = {item.linear.name: item for item in assignments if item.rule is not None}
         walk = self.walk(checkpoint, calibration, ctx)
@@ -156,31 +144,11 @@ class CalibratedQuantizer(ABC, Generic[RuleT]):
         # A run that went on took some layers from disk and made the others.
         share_codebooks(checkpoint)
         ordered = count_shared_once(checkpoint, [rows[name] for name in wanted])
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        return StageResult(
+            checkpoint=checkpoint,
             layers=(*ordered, *float_rows(assignments, checkpoint)),
             metrics=_metrics(walk, ordered),
             notes=_notes(walk, ordered),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-        return checkpoint.extend(record)
-
-    def walk(
-        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> BlockWalk:
-        """One pass over the model with this stage's options."""
-        return BlockWalk(
-            checkpoint=checkpoint,
-            samples=calibration,
-            weighting=self.modality_weights,
-            held_out=self.held_out,
-            tower_tokens=self.tower_tokens,
-            spill_folder=ctx.scratch_dir,
-            carry_float=self.carries_float,
         )
 
     def _layers(
@@ -315,9 +283,7 @@ def _metrics(walk: BlockWalk, rows: Sequence[Mapping[str, Any]]) -> dict[str, An
 
 
 def _notes(walk: BlockWalk, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    notes = []
-    if walk.samples.is_synthetic:
-        notes.append("calibrated on synthetic pictures: give a folder of real ones for quality")
+    notes = [*note_synthetic(walk.samples)]
     if walk.tower_samples < walk.first_held_out:
         notes.append(
             f"the tower's Hessians are those of {walk.tower_samples} of {walk.first_held_out} "

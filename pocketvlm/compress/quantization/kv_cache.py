@@ -8,9 +8,8 @@ arXiv 2402.02750), from coarsening the others.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images, new_cache
+from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.kv_cache import KVCacheScales
 
 __all__ = ["QuantizeCache"]
@@ -33,14 +32,13 @@ _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeCache:
+class QuantizeCache(Stage):
     """Gives the checkpoint an int8 KV cache; stands behind every stage that changes weights.
 
     Attributes:
         bits: Width of a cached number; 8 is what the kernels run.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
@@ -51,21 +49,19 @@ class QuantizeCache:
         if self.bits != KVCacheScales.bits:
             raise ValueError(f"bits is {self.bits!r}; a KV cache is rounded to 8 bits")
 
-    @property
-    def cache_bits(self) -> int:
-        """Bits of a cached number, for whoever plans memory."""
-        return self.bits
+    def plan(self, state: PlanState) -> PlanState:
+        """Narrows the cache."""
+        return replace(state, cache_bits=self.bits)
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Measures ranges with the model as it is, and judges the grid on samples of its own.
 
         Raises:
             RecipeError: The cache is quantized already.
             CalibrationError: A sample cannot be used, or keys or values are not finite.
         """
-        started = time.perf_counter()
         if checkpoint.cache_grid is not None:
             raise RecipeError(f"{self.method}: the KV cache is quantized already")
         prompts = encode_samples(checkpoint.processor, calibration)
@@ -83,11 +79,8 @@ class QuantizeCache:
                 judge.add(layers)
             ctx.report(self.method, done + 1, len(ordered), "keys and values")
         grid = ranges.grid()
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        return StageResult(
+            checkpoint=replace(checkpoint, cache_grid=grid),
             metrics={
                 "bits": self.bits,
                 "bytes_per_token": _row_bytes(grid, 1),
@@ -95,10 +88,7 @@ class QuantizeCache:
                 "calibration_samples": first_held_out,
                 **({} if judge is None else judge.metrics(len(prompts) - first_held_out)),
             },
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return checkpoint.extend(record, cache_grid=grid)
 
 
 class _Ranges:

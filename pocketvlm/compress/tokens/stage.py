@@ -7,21 +7,20 @@ all shrink with it. A new method is one module with a `build` beside these, and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.baseline import random_tokens, uniform_stride
 from pocketvlm.compress.tokens.options import ReducerOptions
 from pocketvlm.compress.tokens.pool import average_pool
 from pocketvlm.compress.tokens.rank import cls_attention, distinct_features, received_attention
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
 from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy, TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
 
 if TYPE_CHECKING:
     from pocketvlm.calibration.data.source import CalibrationSet
@@ -51,7 +50,7 @@ SCORES: Mapping[str, Callable[[ModelSpec, ReducerOptions], TokenReducer]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReduceTokens:
+class ReduceTokens(Stage):
     """Keeps `keep` visual tokens of every image.
 
     Attributes:
@@ -133,21 +132,24 @@ class ReduceTokens:
         )
         return SCORES[self.resolved_score(spec)](spec, options).eval()
 
+    def plan(self, state: PlanState) -> PlanState:
+        """Leaves fewer visual tokens."""
+        return replace(state, visual_tokens=self.reducer(state.spec).keep)
+
     @classmethod
     def build_reducer(cls, parameters: Mapping[str, Any], spec: ModelSpec) -> TokenReducer:
         """The reducer of a saved checkpoint, from the parameters in its history."""
         return cls(**parameters).reducer(spec)
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Gives the checkpoint its reducer; the weights stay as they are.
 
         Raises:
             RecipeError: `keep` does not suit the model, or tokens are reduced already.
             UnsupportedError: The score does not suit its tower.
         """
-        started = time.perf_counter()
         if checkpoint.reducer is not None:
             raise RecipeError(
                 f"reduce_tokens: visual tokens are reduced to {checkpoint.reducer.keep} already; "
@@ -155,19 +157,14 @@ class ReduceTokens:
             )
         spec = checkpoint.spec
         reducer = self.reducer(spec)
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=None,
+        ctx.report(self.method, 1, 1, f"{reducer.keep} of {spec.visual_tokens} tokens")
+        return StageResult(
+            checkpoint=replace(checkpoint, reducer=reducer),
+            is_calibrated=False,
             metrics={
                 "score": self.resolved_score(spec),
                 "keep": reducer.keep,
                 "of": spec.visual_tokens,
                 "kept_share": reducer.keep / spec.visual_tokens,
             },
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        ctx.report(self.method, 1, 1, f"{reducer.keep} of {spec.visual_tokens} tokens")
-        return checkpoint.extend(record, reducer=reducer)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
 from pocketvlm.export.coreml.positions import TABLE_ROWS
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools
-from pocketvlm.export.prediction import Prediction, join_refusals
+from pocketvlm.export.prediction import join_refusals
 from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["form_bytes", "predict_coreml"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,8 +35,8 @@ from pocketvlm.export.coreml.reducer import convert_reducer
 from pocketvlm.export.coreml.size import predict_coreml
 from pocketvlm.export.coreml.toolkit import listen
 from pocketvlm.export.precisions import part_precisions
-from pocketvlm.export.prediction import Prediction
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.stages import Prediction, Target
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.layout import WeightLayout
 
@@ -48,7 +48,7 @@ _MAIN = "main"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToCoreml:
+class ToCoreml(Target):
     """Writes `coreml/vision.mlpackage` and `coreml/decoder.mlpackage`.
 
     For iOS 18 the decoder keeps its cache itself and has three functions over one set of weights,
@@ -67,10 +67,6 @@ class ToCoreml:
     precision: Literal["float16", "float32"] = "float16"
     chunk: int = 32
     context: int = 2048
-
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name, allowed in (("deployment", DEPLOYMENTS), ("precision", _PRECISIONS)):

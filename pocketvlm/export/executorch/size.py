@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pocketvlm.export.executorch.forms import explain_misfit, kernel_bits, needs_offsets
-from pocketvlm.export.prediction import Prediction, join_refusals, other_elements
+from pocketvlm.export.prediction import join_refusals, other_elements
 from pocketvlm.export.sparse_container.size import masked_warnings, saved_bytes
 from pocketvlm.export.sparse_container.unmasked import planned_unmasked
 from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout
 
 __all__ = ["predict_executorch"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -40,13 +40,13 @@ from pocketvlm.export.executorch.worker import (
     ConversionJob,
 )
 from pocketvlm.export.precisions import part_precisions
-from pocketvlm.export.prediction import Prediction
 from pocketvlm.export.sparse_container.pack import pack_file
 from pocketvlm.export.sparse_container.unmasked import describe_unmasked, unmasked_notes
 from pocketvlm.files.full_disk import is_full
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
 from pocketvlm.runtime.executorch.program import require_executorch
+from pocketvlm.stages import Prediction, Target
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.layout import WeightLayout
@@ -61,7 +61,7 @@ _STEPS = ("vision_encoder", "token_embedding", "text_decoder", "xnnpack", "load"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToExecutorch:
+class ToExecutorch(Target):
     """Writes `executorch/model.pte` and `executorch/conversion.json`.
 
     Quantized layers run on XNNPACK's dynamically quantized kernels with the codes of the
@@ -79,11 +79,6 @@ class ToExecutorch:
     method: Literal["executorch"] = "executorch"
     context: int = 2048
     sparse_file: bool = False
-
-    cache_bits: ClassVar[frozenset[int]] = frozenset()
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.context < 1:

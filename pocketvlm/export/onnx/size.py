@@ -10,10 +10,11 @@ from pocketvlm.export.onnx.packing import (
     FLOAT_ZERO_REFUSAL,
     container_bits,
 )
-from pocketvlm.export.prediction import Prediction, join_refusals, other_elements
+from pocketvlm.export.prediction import join_refusals, other_elements
 from pocketvlm.export.sparse_container.size import masked_warnings, saved_bytes
 from pocketvlm.export.sparse_container.unmasked import planned_unmasked
 from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["predict_onnx", "quantized_bytes"]

@@ -26,10 +26,10 @@ from pocketvlm.export.onnx.packing import container_bits
 from pocketvlm.export.onnx.size import predict_onnx
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.export.precisions import part_precisions
-from pocketvlm.export.prediction import Prediction
 from pocketvlm.export.sparse_container.pack import pack_file
 from pocketvlm.export.sparse_container.unmasked import describe_unmasked, unmasked_notes
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.stages import Prediction, Target
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.form import WeightForm
@@ -47,7 +47,7 @@ _ACCURACY_LEVELS = (0, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOnnx:
+class ToOnnx(Target):
     """Writes `onnx/vision.onnx`, `onnx/embedding.onnx`, `onnx/decoder.onnx` and their weights.
 
     Quantized layers become `MatMulNBits` with the very codes of the checkpoint. Layers of codebooks
@@ -71,10 +71,7 @@ class ToOnnx:
     sparse_file: bool = False
 
     cache_bits: ClassVar[frozenset[int]] = frozenset({8})
-    ends_visual_rows: ClassVar[bool] = True
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset()
+    supports_visual_cutoff: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("accuracy_level", "tower_accuracy_level"):

@@ -34,6 +34,7 @@ from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import total_stored_bytes
@@ -376,7 +377,7 @@ def test_mixed_precision_counts_masked_bytes(tiny_paths, samples):
     assert any(
         f"{len(masks)} pruned layers were not offered index_bits=4" in note for note in record.notes
     )
-    dense = stage.plan_forms(checkpoint.spec)
+    dense = stage.plan(PlanState.of(checkpoint.spec)).layouts
     assert len(dense) == len(record.layers)
 
 

@@ -7,15 +7,14 @@ whatever the runtime. Which blocks go is a count, filled greedily (SLEB) or by b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
 from pocketvlm.calibration.walk.walk import BlockWalk
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.block_choice import (
     BlockChoice,
     BlockWish,
@@ -33,8 +32,9 @@ from pocketvlm.compress.pruning.depth.blocks import (
 )
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages.walk_options import note_synthetic
 
 __all__ = ["BlockImportance", "PruneDepth"]
 
@@ -42,7 +42,7 @@ BlockImportance = Literal["block_influence", "greedy"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneDepth:
+class PruneDepth(Stage):
     """Removes whole blocks; the rest keep their weights, and stock classes load the result.
 
     Attributes:
@@ -59,7 +59,6 @@ class PruneDepth:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
-    provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset(
         {"quantized_weights", "quantized_cache", "reduced_tokens"}
     )
@@ -106,20 +105,21 @@ class PruneDepth:
         """
         return spec_without(spec, {stack: self._count(spec, stack) for stack in STACKS})
 
-    def plan_notes(self) -> tuple[str, ...]:
-        """What the search will cost."""
+    def plan(self, state: PlanState) -> PlanState:
+        """Leaves fewer blocks, and notes what the search will cost."""
+        state = state.with_spec(self.spec_after(state.spec))
         wishes = (self.decoder_blocks, self.tower_blocks)
         steps = sum(wish for wish in wishes if isinstance(wish, int))
         if self.importance != "greedy" or not steps:
-            return ()
-        return (
+            return state
+        return state.with_notes(
             f"prune_depth: greedy removal tries every block that may still go in each of {steps} "
-            "steps; a trial runs all calibration samples through what lies behind the block",
+            "steps; a trial runs all calibration samples through what lies behind the block"
         )
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Chooses blocks and rebuilds the model without them.
 
         Raises:
@@ -127,7 +127,6 @@ class PruneDepth:
                 measured on the model with all its blocks.
             CalibrationError: A sample cannot be used or has no answer, or a loss is not finite.
         """
-        started = time.perf_counter()
         spec = checkpoint.spec
         _require_whole(checkpoint, self.method)
         after = self.spec_after(spec)
@@ -135,13 +134,10 @@ class PruneDepth:
         path = BlockPath(checkpoint, calibration, walk.prompts)
         choice = self._choose(walk, path, ctx)
         losses, notes = _held_out_loss(path, walk, choice.removed)
-        if calibration.is_synthetic and choice.figure is not None:
-            notes += ("calibrated on synthetic pictures: give a folder of real ones for quality",)
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        if choice.figure is not None:
+            notes += note_synthetic(calibration)
+        return StageResult(
+            checkpoint=remove_blocks(checkpoint, choice.removed),
             layers=tuple(choice.row(block, spec) for block in path.blocks),
             metrics={
                 "decoder_blocks": after.decoder.depth,
@@ -157,10 +153,7 @@ class PruneDepth:
                 "calibration": calibration.describe(),
             },
             notes=notes,
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return remove_blocks(checkpoint, choice.removed).extend(record)
 
     def _wish(self, stack: Stack) -> int | tuple[int, ...]:
         return self.decoder_blocks if stack == "decoder" else self.tower_blocks

@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, InputMoments
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.calibration.data.modality import ModalityWeighting
+from pocketvlm.calibration.walk.walk import FinishedSublayer, InputMoments
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import (
     InputHessian,
     compare_outputs,
@@ -49,11 +49,11 @@ from pocketvlm.compress.pruning.unstructured.rules import (
 )
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, PocketVLMError, RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.spec import LinearSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages.walk_options import WalkOptions, note_synthetic
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.layout import WeightLayout
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["LayerPruner", "Pruned", "Pruner", "PruningTask", "Update"]
@@ -125,7 +125,7 @@ class LayerPruner(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(ABC):
+class Pruner(Stage, WalkOptions):
     """The stage around a method; a subclass says what becomes of one layer.
 
     Attributes:
@@ -142,7 +142,6 @@ class Pruner(ABC):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
-    provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     ratio: float = 0.5
@@ -166,20 +165,16 @@ class Pruner(ABC):
                 f"not {self.ratio:g}"
             )
         self.allocation.check(self.ratio, self.pattern)
-        if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
-            raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
-        if self.tower_tokens < 1:
-            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
+        self.check_walk_options()
         if self.update not in get_args(Update):
             raise ValueError(
                 f"update {self.update!r} is unknown; allowed are {', '.join(get_args(Update))}"
             )
-        check_weighting(self.modality_weights)
 
     @property
-    @abstractmethod
-    def method(self) -> str:
-        """The tag that names the stage in a recipe."""
+    def carries_float(self) -> bool:
+        """Whether the float model has to run along."""
+        return self.update == "regression"
 
     @abstractmethod
     def begin(
@@ -191,24 +186,23 @@ class Pruner(ABC):
     ) -> LayerPruner:
         """Whatever has to be known before the first layer."""
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """What every layer will be stored as; an allocation moves weights between layers."""
-        return {
-            target.linear: None
-            if target.reason
-            else plan_mask(self.pattern, 1 - (self.ratio if target.ratio is None else target.ratio))
-            for target in choose_layers(self.rules, self.pattern, spec.linears())
-        }
-
-    def plan_costs(self, spec: ModelSpec) -> tuple[str, ...]:
-        """What sharing out the budget will cost on a model."""
-        targets = choose_layers(self.rules, self.pattern, spec.linears())
+    def plan(self, state: PlanState) -> PlanState:
+        """Masks layers, as if all kept the same share, and notes what sharing out will cost."""
+        targets = choose_layers(self.rules, self.pattern, state.spec.linears())
         allocation: Allocation = self.allocation
-        return allocation.plan_notes(spec, _free_layers(targets))
+        masks = {
+            target.linear: plan_mask(
+                self.pattern, 1 - (self.ratio if target.ratio is None else target.ratio)
+            )
+            for target in targets
+            if not target.reason
+        }
+        costs = allocation.plan_notes(state.spec, _free_layers(targets))
+        return state.with_layouts(masks).with_notes(*costs)
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Prunes the checkpoint in place.
 
         Raises:
@@ -216,7 +210,6 @@ class Pruner(ABC):
             CalibrationError: A sample cannot be used, or what is measured is not finite.
             CheckpointError: A weight that is kept is too large for float16.
         """
-        started = time.perf_counter()
         targets = choose_layers(self.rules, self.pattern, checkpoint.spec.linears())
         store = LayerStore(ctx.scratch_dir)
         tasks, budget = self.share_out(checkpoint, targets, calibration, ctx)
@@ -227,11 +220,8 @@ class Pruner(ABC):
             ctx.report(self.method, len(rows), len(tasks), f"{name}: {_note(layer.row)}")
         kept = sum(task.kept for task in tasks.values())
         whole = sum(_size(task.linear) for task in tasks.values())
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        return StageResult(
+            checkpoint=checkpoint,
             layers=tuple(
                 rows.get(target.linear.name) or _kept_row(target, checkpoint) for target in targets
             ),
@@ -245,10 +235,7 @@ class Pruner(ABC):
                 "calibration": calibration.describe(),
             },
             notes=(*budget.notes, *_notes(calibration, rows.values())),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return checkpoint.extend(record)
 
     def share_out(
         self,
@@ -312,7 +299,7 @@ class Pruner(ABC):
         With an update, the last layer of a half block comes a second time when the half is done.
         """
         finished = {name: layer for name in tasks if (layer := store.load(name)) is not None}
-        refits = self.update == "regression"
+        refits = self.carries_float
         if len(finished) == len(tasks) and not refits:
             yield from finished.items()
             return
@@ -325,15 +312,7 @@ class Pruner(ABC):
                 store.save(name, layer)
                 yield name, layer
             return
-        walk = BlockWalk(
-            checkpoint=checkpoint,
-            samples=calibration,
-            weighting=self.modality_weights,
-            held_out=self.held_out,
-            tower_tokens=self.tower_tokens,
-            spill_folder=ctx.scratch_dir,
-            carry_float=refits,
-        )
+        walk = self.walk(checkpoint, calibration, ctx)
         left, made = set(tasks), dict[str, FinishedLayer]()
         for step in walk:
             if isinstance(step, FinishedSublayer):
@@ -498,9 +477,7 @@ def _note(row: Mapping[str, Any]) -> str:
 
 
 def _notes(calibration: CalibrationSet, rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    notes = []
-    if calibration.is_synthetic:
-        notes.append("calibrated on synthetic pictures: give a folder of real ones for quality")
+    notes = [*note_synthetic(calibration)]
     for row in rows:
         if row["reason"]:
             notes.append(f"{row['name']}: {row['reason']}")

@@ -8,9 +8,8 @@ that are not pruned, such as the tables, are quantized by GPTQ in the same walk.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -47,11 +46,11 @@ from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, Grou
 from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer, Weighed
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.machine import peak_rss_bytes
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.spec import LinearSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout, plan_behind_mask
+from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["SparseGptGptq", "prune_and_quantize"]
@@ -164,7 +163,7 @@ class _PruningFitter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseGptGptq:
+class SparseGptGptq(Stage):
     """Prunes by SparseGPT and quantizes by GPTQ in one pass, calibrated on images and text.
 
     Attributes:
@@ -217,34 +216,29 @@ class SparseGptGptq:
                     f"columns of {self.pattern.label}"
                 )
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """What every layer will be stored as; an allocation moves weights between layers.
+    def plan(self, state: PlanState) -> PlanState:
+        """Masks layers, as if all kept the same share, and quantizes what they keep.
 
         Raises:
             RecipeError: A rule or the pattern does not fit the model, or a layer that is pruned
                 has no rule.
         """
-        planned = dict(self._quantizing({}).plan_forms(spec))
-        for linear, mask in self._pruning().plan_forms(spec).items():
-            if not isinstance(mask, SparseLayout):
+        planned = self._quantizing({}).plan(self._pruning().plan(state))
+        for target in choose_layers(self.prune_rules, self.pattern, state.spec.linears()):
+            layout = planned.layouts[target.linear]
+            if target.reason or not isinstance(layout, SparseLayout):
                 continue
-            values = planned[linear]
-            if values is None:
+            if layout.values is None:
                 raise RecipeError(
-                    f"{self.method}: {linear.name} is pruned and no rule gives it bits; allowed "
-                    "are a rule for it, or a prune rule of ratio 0"
+                    f"{self.method}: {target.linear.name} is pruned and no rule gives it bits; "
+                    "allowed are a rule for it, or a prune rule of ratio 0"
                 )
-            _check_group(linear, values)
-            planned[linear] = plan_behind_mask(linear.name, mask, values)
+            _check_group(target.linear, layout.values)
         return planned
 
-    def plan_costs(self, spec: ModelSpec) -> tuple[str, ...]:
-        """What sharing out the budget will cost on a model."""
-        return self._pruning().plan_costs(spec)
-
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Prunes and quantizes the checkpoint in place.
 
         Raises:
@@ -253,31 +247,24 @@ class SparseGptGptq:
             CalibrationError: A sample cannot be used, or what is measured is not finite.
             CheckpointError: A weight is too large for float16 scales.
         """
-        started = time.perf_counter()
-        self.plan_forms(checkpoint.spec)  # which refuses what does not fit
+        self.plan(PlanState.of(checkpoint.spec))  # which refuses what does not fit
         targets = choose_layers(self.prune_rules, self.pattern, checkpoint.spec.linears())
         tasks, budget = self._pruning().share_out(checkpoint, targets, calibration, ctx)
-        done = self._quantizing(tasks).apply(checkpoint, calibration, ctx)
-        record = done.history[-1]
+        done = self._quantizing(tasks).compress(checkpoint, calibration, ctx)
         whole = sum(task.linear.out_features * task.linear.in_features for task in tasks.values())
         kept = sum(task.kept for task in tasks.values())
-        record = replace(
-            record,
-            method=self.method,
-            parameters=asdict(self),
+        return replace(
+            done,
             metrics={
-                **record.metrics,
+                **done.metrics,
                 "weights": whole,
                 "weights_kept": kept,
                 "sparsity": 1 - kept / whole,
                 "groups": [dict(row) for row in budget.rows],
                 **budget.metrics,
             },
-            notes=(*budget.notes, *record.notes),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
+            notes=(*budget.notes, *done.notes),
         )
-        return replace(done, history=(*done.history[:-1], record))
 
     def _pruning(self) -> SparseGpt:
         """The stage that would prune alone."""

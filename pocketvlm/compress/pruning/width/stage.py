@@ -7,7 +7,6 @@ scored by (FLAP) and that the survivors are fitted to are those of the model as 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
+from pocketvlm.calibration.data.modality import ModalityWeighting
 from pocketvlm.calibration.walk.steps import InputMoments
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.calibration.walk.walk import FinishedSublayer
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import diagonal_block_width
 from pocketvlm.compress.pruning.width.channels import (
     DecoderBiases,
@@ -50,8 +49,9 @@ from pocketvlm.compress.pruning.width.widths import (
 )
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.machine import package_version, peak_rss_bytes
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages.walk_options import WalkOptions, note_synthetic
 from pocketvlm.weights.float_weights import with_values
 from pocketvlm.weights.modules import FormLinear
 
@@ -62,7 +62,7 @@ _DEFAULT_IMPORTANCE = Flap()
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneWidth:
+class PruneWidth(Stage, WalkOptions):
     """Removes FFN channels and KV groups.
 
     Attributes:
@@ -85,7 +85,6 @@ class PruneWidth:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
-    provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["prune_width"] = "prune_width"
@@ -125,11 +124,7 @@ class PruneWidth:
             )
         if not 0 <= self.damping <= 1:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
-        if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
-            raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
-        if self.tower_tokens < 1:
-            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
-        check_weighting(self.modality_weights)
+        self.check_walk_options()
 
     def widths(self, spec: ModelSpec) -> Widths:
         """What every block keeps.
@@ -163,22 +158,24 @@ class PruneWidth:
             ),
         )
 
-    def plan_notes(self) -> tuple[str, ...]:
-        """What a reader of a plan should know."""
+    def plan(self, state: PlanState) -> PlanState:
+        """Leaves narrower blocks."""
+        state = state.with_spec(self.spec_after(state.spec))
         if self.biases or self.compensate != "bias":
-            return ()
-        return ("prune_width: biases is false, so the decoder's removed units are not made up for",)
+            return state
+        return state.with_notes(
+            "prune_width: biases is false, so the decoder's removed units are not made up for"
+        )
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Cuts the checkpoint, whose weights it changes in place before it builds a smaller model.
 
         Raises:
             RecipeError: A weight is sparse or quantized, or a width is not possible.
             CalibrationError: A sample cannot be used, or inputs or gradients are not finite.
         """
-        started = time.perf_counter()
         check_dense(checkpoint, self.method)
         before = checkpoint.spec
         expected = self.spec_after(before)
@@ -198,11 +195,8 @@ class PruneWidth:
         narrow = remove_units(checkpoint, kept) if kept else checkpoint
         if narrow.spec != expected:
             raise AssertionError("the model that was built is not the one that was planned")
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        return StageResult(
+            checkpoint=narrow,
             layers=tuple(rows),
             metrics={
                 "widths_before": asdict(Widths.of(before)),
@@ -212,10 +206,7 @@ class PruneWidth:
                 "calibration": calibration.describe(),
             },
             notes=_notes(calibration, rows),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return narrow.extend(record)
 
     def _choose(
         self,
@@ -232,14 +223,7 @@ class PruneWidth:
             units = kept_units(group_magnitude(group, checkpoint), counts[group])
             yield group, units, _row(group, units, reason="never run: ranked by magnitude")
         scorer = self.importance.begin(checkpoint, tuple(waiting.values()), calibration, ctx)
-        walk = BlockWalk(
-            checkpoint=checkpoint,
-            samples=calibration,
-            weighting=self.modality_weights,
-            held_out=self.held_out,
-            tower_tokens=self.tower_tokens,
-            spill_folder=ctx.scratch_dir,
-        )
+        walk = self.walk(checkpoint, calibration, ctx)
         for step in walk if waiting else ():
             if isinstance(step, FinishedSublayer) or step.names[0] not in waiting:
                 continue
@@ -335,9 +319,7 @@ def _note(row: Mapping[str, Any]) -> str:
 
 
 def _notes(calibration: CalibrationSet, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    notes = []
-    if calibration.is_synthetic:
-        notes.append("calibrated on synthetic pictures: give a folder of real ones for quality")
+    notes = [*note_synthetic(calibration)]
     for row in rows:
         if row["reason"]:
             notes.append(f"{row['name']}: {row['reason']}")

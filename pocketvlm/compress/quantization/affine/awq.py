@@ -15,22 +15,22 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
-from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.calibration.data.modality import ModalityWeighting
+from pocketvlm.calibration.walk.walk import LinearGroup
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.scratch import find_document, keep_document
 from pocketvlm.compress.quantization.affine.rules import (
     Assignment,
     WeightRule,
     assign_layers,
-    plan_forms,
+    assign_rules_to,
 )
 from pocketvlm.compress.quantization.affine.scale_search import choose_scale
 from pocketvlm.compress.quantization.layer_report import describe_layer
@@ -43,10 +43,9 @@ from pocketvlm.compress.quantization.transforms.folding import (
 )
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError
-from pocketvlm.machine import package_version, peak_rss_bytes
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages.walk_options import WalkOptions
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.layout import WeightLayout
 
 __all__ = ["Awq"]
 
@@ -56,7 +55,7 @@ _BLOCK_WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq:
+class Awq(Stage, WalkOptions):
     """Scales float weights for the rounding that is to come, without changing the model.
 
     Attributes:
@@ -69,7 +68,6 @@ class Awq:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
-    provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["awq"] = "awq"
@@ -84,23 +82,16 @@ class Awq:
             raise ValueError("rules must hold at least one rule")
         if self.grid_points < 2:  # noqa: PLR2004  (one point would only be the layer as it is)
             raise ValueError(f"grid_points must be at least 2, not {self.grid_points}")
-        if not 0 <= self.held_out <= 0.5:  # noqa: PLR2004  (at most half may be lost to judging)
-            raise ValueError(f"held_out must lie between 0 and 0.5, not {self.held_out}")
-        if self.tower_tokens < 1:
-            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
-        check_weighting(self.modality_weights)
+        self.check_walk_options()
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """Checks the rules against a model; every layer stays float.
+    def plan(self, state: PlanState) -> PlanState:
+        """Checks the rules against a model; every layer stays float."""
+        assign_rules_to(self.rules, state.spec.linears())
+        return state
 
-        Raises:
-            RecipeError: A rule matches nothing, or does not fit a layer.
-        """
-        return dict.fromkeys(plan_forms(self.rules, spec.linears()))
-
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Scales the checkpoint's weights in place.
 
         Raises:
@@ -108,17 +99,9 @@ class Awq:
             CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
             CheckpointError: A weight is too large for float16 scales.
         """
-        started = time.perf_counter()
         check_transformable(checkpoint, self.method)
         assignments = {item.linear.name: item for item in assign_layers(self.rules, checkpoint)}
-        walk = BlockWalk(
-            checkpoint=checkpoint,
-            samples=calibration,
-            weighting=self.modality_weights,
-            held_out=self.held_out,
-            tower_tokens=self.tower_tokens,
-            spill_folder=ctx.scratch_dir,
-        )
+        walk = self.walk(checkpoint, calibration, ctx)
         rows: dict[str, Mapping[str, Any]] = {}
         for step in walk:
             if not isinstance(step, LinearGroup):
@@ -129,11 +112,8 @@ class Awq:
                 ctx.report("awq", len(rows), len(assignments), f"{row['name']}: {_note(row)}")
         ordered = [_row_of_today(rows[name], checkpoint.form(name)) for name in assignments]
         counts = walk.counts
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=calibration.sha256,
+        return StageResult(
+            checkpoint=checkpoint,
             layers=tuple(ordered),
             metrics={
                 "layers": len(ordered),
@@ -147,10 +127,7 @@ class Awq:
                 },
             },
             notes=_notes(checkpoint, ordered),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return checkpoint.extend(record)
 
     def _take_step(
         self,

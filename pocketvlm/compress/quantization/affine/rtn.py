@@ -6,14 +6,13 @@ The baseline that every calibrated method has to beat, and at 8 bits usually all
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
 from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
 from pocketvlm.compress.quantization.affine.grid import (
@@ -30,15 +29,13 @@ from pocketvlm.compress.quantization.affine.rules import (
     Assignment,
     WeightRule,
     assign_layers,
-    plan_forms,
+    plan_layouts,
 )
 from pocketvlm.compress.quantization.layer_report import behind_mask, describe_layer, float_rows
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckpointError
-from pocketvlm.machine import package_version, peak_rss_bytes
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.layout import WeightLayout
 
 __all__ = ["RoundToNearest", "round_to_nearest"]
 
@@ -85,7 +82,7 @@ def round_to_nearest(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundToNearest:
+class RoundToNearest(Stage):
     """Rounds every selected layer to its nearest codes.
 
     Attributes:
@@ -107,15 +104,14 @@ class RoundToNearest:
         if self.grid not in GRIDS:
             raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Quantizes the checkpoint in place; `calibration` is not looked at.
 
         Raises:
             RecipeError: A rule does not fit the model, or a layer is quantized already.
         """
-        started = time.perf_counter()
         assignments = assign_layers(self.rules, checkpoint)
         wanted = [item for item in assignments if item.rule is not None]
         store = LayerStore(ctx.scratch_dir)
@@ -129,21 +125,16 @@ class RoundToNearest:
             checkpoint.set_form(name, layer.form)
             rows.append(layer.row)
             ctx.report("rtn", done, len(wanted), f"{name}: {layer.row['weight_error']:.2e}")
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=None,
+        return StageResult(
+            checkpoint=checkpoint,
+            is_calibrated=False,
             layers=(*rows, *float_rows(assignments, checkpoint)),
             metrics={"layers": len(wanted)},
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return checkpoint.extend(record)
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """What every layer will be stored as; `None` for those that stay as they are."""
-        return plan_forms(self.rules, spec.linears())
+    def plan(self, state: PlanState) -> PlanState:
+        """Gives each layer the layout of its rule."""
+        return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))
 
     def _round(self, assignment: Assignment[WeightRule], weight: WeightForm) -> FinishedLayer:
         started = time.perf_counter()

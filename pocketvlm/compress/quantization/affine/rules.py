@@ -23,7 +23,7 @@ __all__ = [
     "WeightRule",
     "assign_layers",
     "assign_rules_to",
-    "plan_forms",
+    "plan_layouts",
 ]
 
 BITS = (2, 3, 4, 8)
@@ -217,7 +217,7 @@ def assign_layers(rules: Sequence[RuleT], checkpoint: Checkpoint) -> tuple[Assig
     return assignments
 
 
-def plan_forms(
+def plan_layouts(
     rules: Sequence[RuleT], linears: Iterable[LinearSpec]
 ) -> dict[LinearSpec, WeightLayout | None]:
     """What every layer will be stored as; `None` for those that stay as they are.

@@ -29,8 +29,7 @@ from pocketvlm.compress.quantization.codebook.shared import (
 )
 from pocketvlm.compress.quantization.codebook.tuning import tune_codebooks
 from pocketvlm.context import RunContext
-from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.weights.layout import WeightLayout
+from pocketvlm.stages import PlanState
 
 __all__ = ["Codebook", "CodebookRule"]
 
@@ -70,13 +69,18 @@ class Codebook(CalibratedQuantizer[CodebookRule]):
         """Whether the float model has to run along."""
         return self.tune_steps > 0 or self.drift_share > 0
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """What every layer will be stored as; shared codebooks belong to their first layer."""
-        return assign_owners(
-            {
-                item.linear: (item.rule, None if item.rule is None else item.rule.plan(item.linear))
-                for item in assign_rules_to(self.rules, spec.linears())
-            }
+    def plan(self, state: PlanState) -> PlanState:
+        """Gives each layer the layout of its rule; shared codebooks belong to their first layer."""
+        return state.with_layouts(
+            assign_owners(
+                {
+                    item.linear: (
+                        item.rule,
+                        None if item.rule is None else item.rule.plan(item.linear),
+                    )
+                    for item in assign_rules_to(self.rules, state.spec.linears())
+                }
+            )
         )
 
     def begin(

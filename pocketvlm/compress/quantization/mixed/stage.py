@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
@@ -42,12 +41,12 @@ from pocketvlm.compress.quantization.mixed.search_space import (
 from pocketvlm.compress.quantization.mixed.sensitivity import Sensitivity, measure_sensitivity
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.machine import peak_rss_bytes
 from pocketvlm.models.selection import assign_rules
 from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.float_weights import is_float
 from pocketvlm.weights.form import total_stored_bytes
-from pocketvlm.weights.layout import SparseLayout, WeightLayout
+from pocketvlm.weights.layout import SparseLayout
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["MixedPrecision"]
@@ -56,7 +55,7 @@ _TABLE = "sensitivity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedPrecision:
+class MixedPrecision(Stage):
     """Chooses an option for every layer by measured sensitivity, under a budget, and quantizes.
 
     A pruned layer keeps its mask: options that cannot stand behind one are not offered to it, and
@@ -130,31 +129,20 @@ class MixedPrecision:
             raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
         self._quantizer(self.options)  # which checks what both have
 
-    def plan_forms(self, spec: ModelSpec) -> Mapping[LinearSpec, WeightLayout | None]:
-        """What every layer may be stored as, from a given table or else from a prior.
+    def plan(self, state: PlanState) -> PlanState:
+        """Gives each layer a layout from a given table or else from a prior.
 
-        Raises:
-            RecipeError: The budget is below the smallest possible, or a rule matches nothing.
-        """
-        return self.plan_forms_after(spec, {})
-
-    def plan_forms_after(
-        self, spec: ModelSpec, planned: Mapping[LinearSpec, WeightLayout | None]
-    ) -> Mapping[LinearSpec, WeightLayout | None]:
-        """The same behind stages that make some layers sparse: the budget counts masked bytes.
-
-        Args:
-            spec: The model.
-            planned: What earlier stages will have made of its layers.
+        The budget counts masked bytes of layers that earlier stages prune.
 
         Raises:
             RecipeError: The budget is below the smallest possible, a rule matches nothing, or an
                 option cannot keep a layer's mask.
         """
+        spec = state.spec
         densities = {
-            linear.name: form.density
-            for linear, form in planned.items()
-            if isinstance(form, SparseLayout)
+            linear.name: layout.density
+            for linear, layout in state.layouts.items()
+            if isinstance(layout, SparseLayout)
         }
         menu = self._menu(
             spec,
@@ -168,7 +156,7 @@ class MixedPrecision:
         if table is not None:
             self._require_complete(table, menu)
         solved = solve_menu(menu, self._budget(menu), table)
-        return assign_owners(
+        layouts = assign_owners(
             {
                 linear: (
                     option,
@@ -179,19 +167,17 @@ class MixedPrecision:
                 for linear, option in solved.chosen.items()
             }
         )
-
-    def plan_notes(self) -> tuple[str, ...]:
-        """What `plan` says of its prediction."""
-        if self.sensitivity is not None:
-            return ()
-        return (
+        state = state.with_layouts(layouts)
+        if table is not None:
+            return state
+        return state.with_notes(
             "mixed: bits by layer are solved from a prior without data; the run measures, and may "
-            "choose others within the same budget",
+            "choose others within the same budget"
         )
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Measures, solves and quantizes the checkpoint in place.
 
         Raises:
@@ -200,7 +186,6 @@ class MixedPrecision:
             CalibrationError: A sample cannot be used, or inputs of a layer are not finite.
             CheckpointError: A weight is too large for float16 scales.
         """
-        started = time.perf_counter()
         forms = checkpoint.forms()
         for linear, form in forms.items():
             if not is_float(form):
@@ -224,12 +209,8 @@ class MixedPrecision:
         solved = solve_menu(menu, budget, table)
         quantizer = self._quantizer(solved.rules())
         scratch = None if ctx.scratch_dir is None else ctx.scratch_dir / solved.digest()
-        done = quantizer.apply(checkpoint, calibration, ctx.with_scratch(scratch))
-        record = self._record(done.history[-1], solved, table, done)
-        record = replace(
-            record, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes()
-        )
-        return replace(done, history=(*done.history[:-1], record))
+        done = quantizer.compress(checkpoint, calibration, ctx.with_scratch(scratch))
+        return self._describe(done, solved, table)
 
     def _quantizer(self, rules: tuple[Option, ...]) -> PerLayerQuantizer:
         return PerLayerQuantizer(
@@ -358,15 +339,10 @@ class MixedPrecision:
                 "it out to measure them"
             )
 
-    def _record(
-        self,
-        record: StageRecord,
-        solved: Solution,
-        table: Sensitivity,
-        done: Checkpoint,
-    ) -> StageRecord:
-        rows = tuple({**row, **solved.describe(row["name"])} for row in record.layers)
-        notes = list(record.notes)
+    def _describe(self, done: StageResult, solved: Solution, table: Sensitivity) -> StageResult:
+        """Adds to what the quantizer says what was chosen, and why."""
+        rows = tuple({**row, **solved.describe(row["name"])} for row in done.layers)
+        notes = list(done.notes)
         offered, densities = solved.menu.options, solved.menu.densities
         fixed = [linear.name for linear, options in offered.items() if len(options) == 1]
         if fixed:
@@ -387,17 +363,15 @@ class MixedPrecision:
         if 0 < table.tokens < _FEW_TOKENS:
             notes.append(f"sensitivity was measured on {table.tokens} answer tokens only")
         return replace(
-            record,
-            method=self.method,
-            parameters=asdict(self),
+            done,
             layers=rows,
             notes=tuple(notes),
             metrics={
-                **record.metrics,
+                **done.metrics,
                 "budget_bytes": solved.budget,
                 "chosen_bytes": solved.size,
                 "chosen_average_bits": solved.size * 8 / solved.menu.weights,
-                "form_bytes": total_stored_bytes(done.forms().values()),
+                "form_bytes": total_stored_bytes(done.checkpoint.forms().values()),
                 "predicted_divergence": solved.loss,
                 "divergence_per_byte": solved.price,
                 "sensitivity": table.to_json(),

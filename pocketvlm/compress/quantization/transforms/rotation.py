@@ -7,28 +7,26 @@ multiplies by a rotation. Which weights those are is said in `rotator`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint, StageRecord
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.transforms.folding import check_transformable
 from pocketvlm.compress.quantization.transforms.rotator import Rotator
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.machine import package_version, peak_rss_bytes
 from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.dense import DenseWeight
-from pocketvlm.weights.layout import SparseLayout, WeightLayout
+from pocketvlm.weights.layout import SparseLayout
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["Rotate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rotate:
+class Rotate(Stage):
     """Rotates float weights without changing the model's function.
 
     Attributes:
@@ -42,7 +40,6 @@ class Rotate:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
-    provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
     method: Literal["rotate"] = "rotate"
@@ -75,32 +72,25 @@ class Rotate:
             )
         return replace(spec, decoder=replace(spec.decoder, tied_head=False))
 
-    def plan_forms_after(
-        self, spec: ModelSpec, planned: Mapping[LinearSpec, WeightLayout | None]
-    ) -> Mapping[LinearSpec, WeightLayout | None]:
-        """Every layer stays float.
-
-        Args:
-            spec: The model.
-            planned: What earlier stages will have made of its layers.
+    def plan(self, state: PlanState) -> PlanState:
+        """May untie the head; every layer stays float.
 
         Raises:
-            RecipeError: An earlier stage prunes a layer.
+            RecipeError: The residual stream cannot be rotated, or an earlier stage prunes a layer.
         """
-        for linear, form in planned.items():
-            if isinstance(form, SparseLayout):
+        for linear, layout in state.layouts.items():
+            if isinstance(layout, SparseLayout):
                 raise _masked(linear)
-        return {}
+        return state.with_spec(self.spec_after(state.spec))
 
-    def apply(
+    def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
-    ) -> Checkpoint:
+    ) -> StageResult:
         """Rotates the checkpoint's weights in place; `calibration` is not looked at.
 
         Raises:
             RecipeError: A weight is quantized or pruned, or the head is tied and has to stay so.
         """
-        started = time.perf_counter()
         check_transformable(checkpoint, self.method)
         _check_unmasked(checkpoint)
         spec = self.spec_after(checkpoint.spec)
@@ -122,11 +112,9 @@ class Rotate:
         if reason:
             notes.append(f"tower not rotated: {reason}")
         ctx.report(self.method, 1, 1, "; ".join(notes))
-        record = StageRecord(
-            method=self.method,
-            parameters=asdict(self),
-            version=package_version(),
-            calibration_sha256=None,
+        return StageResult(
+            checkpoint=checkpoint,
+            is_calibrated=False,
             layers=work.rows(),
             metrics={
                 "residual": self.residual,
@@ -135,10 +123,7 @@ class Rotate:
                 "untied_head_bytes": untied_bytes,
             },
             notes=tuple(notes),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
         )
-        return checkpoint.extend(record)
 
 
 def _check_unmasked(checkpoint: Checkpoint) -> None:

@@ -26,6 +26,7 @@ from pocketvlm.compress.pruning.unstructured.rules import PruneRule
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.dense import DenseWeight
 
 FREE = Unstructured()
@@ -300,7 +301,7 @@ def test_the_cost_is_known_beforehand(smol, samples):
     (note,) = Ecoflap(draws=3, samples=5).plan_notes(smol.spec, layers)
     assert f"{6 * count} forward passes of 5 samples" in note
     assert f"as much as {cost:.0f} whole ones" in note
-    (told,) = Magnitude(allocation=Ecoflap(draws=3, samples=5)).plan_costs(smol.spec)
+    (told,) = Magnitude(allocation=Ecoflap(draws=3, samples=5)).plan(PlanState.of(smol.spec)).notes
     assert told == note
     (note,) = Ecoflap(order="first", samples=5).plan_notes(smol.spec, layers)
     assert "one forward and one backward pass of 5 samples" in note

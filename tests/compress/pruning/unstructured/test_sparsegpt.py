@@ -39,6 +39,7 @@ from pocketvlm.compress.quantization.layer_quantizer import Weighed
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.models.spec import LinearSpec
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.nonzeros import AffineNonzeros, FloatNonzeros
@@ -400,7 +401,7 @@ JOINT = SparseGptGptq(
 
 def test_the_joint_stage_prunes_and_quantizes_the_model(tiny_paths, samples, tmp_path):
     checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
-    planned = JOINT.plan_forms(checkpoint.spec)
+    planned = JOINT.plan(PlanState.of(checkpoint.spec)).layouts
     done = JOINT.apply(checkpoint, samples, RunContext(scratch_dir=tmp_path))
     record = done.history[-1]
     rows = {row["name"]: row for row in record.layers}
@@ -438,14 +439,14 @@ def test_a_row_may_have_one_scale_where_its_hessian_is_whole(tiny_paths, samples
     monkeypatch.setattr(hessian_module, "_WHOLE_WIDTH", 64)
     monkeypatch.setattr(hessian_module, "_BLOCK_WIDTH", 40)
     with pytest.raises(RecipeError, match="whole Hessian.* give a group_size of at most 40"):
-        stage.plan_forms(done.spec)
+        stage.plan(PlanState.of(done.spec))
 
 
 def test_a_pruned_layer_without_bits_is_refused(tiny_paths):
     spec = Checkpoint.load(tiny_paths["smolvlm"]).spec
     rules = (WeightRule(part="decoder", bits=None), RULE)
     with pytest.raises(RecipeError, match=r"is pruned and no rule gives it bits.*ratio 0"):
-        replace(JOINT, rules=rules).plan_forms(spec)
+        replace(JOINT, rules=rules).plan(PlanState.of(spec))
 
 
 @pytest.mark.parametrize(

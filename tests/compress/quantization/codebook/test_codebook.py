@@ -37,6 +37,7 @@ from pocketvlm.compress.quantization.layer_quantizer import Weighed
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import total_stored_bytes
@@ -393,7 +394,7 @@ def test_options_out_of_range_are_refused(options):
 
 def test_small_layers_share_codebooks_and_the_plan_knows(tiny_checkpoint, samples, tmp_path):
     stage = Codebook(rules=SMALL, tune_steps=0)
-    planned = stage.plan_forms(tiny_checkpoint.spec)
+    planned = stage.plan(PlanState.of(tiny_checkpoint.spec)).layouts
     done = stage.apply(tiny_checkpoint, samples, RunContext())
     rows = {row["name"]: row for row in done.history[-1].layers}
     shared = [item for item, form in planned.items() if form.is_shared]

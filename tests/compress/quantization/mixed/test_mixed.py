@@ -24,6 +24,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.export.onnx.size import quantized_bytes
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.form import total_stored_bytes
 
 MENU = tuple(WeightRule(bits=bits, group_size=32) for bits in (2, 4, 8))
@@ -203,7 +204,9 @@ def test_a_given_table_is_not_measured_again(smol_path, tiny_paths, samples, tmp
     )
     assert stored(done) == stored(again)
     # What `plan` says of a measured table is what the stage does.
-    planned = tighter.plan_forms(done.spec)
+    state = tighter.plan(PlanState.of(done.spec))
+    assert state.notes == ()
+    planned = state.layouts
     for linear, form in done.forms().items():
         plan = planned[linear]
         assert (plan.bits, plan.group_size) == (form.bits, form.group_size)
@@ -291,7 +294,7 @@ def test_a_shared_codebook_is_paid_once(tiny_path, samples, tmp_path):
         options=(WeightRule(bits=2, group_size=16), shared), average_bits=1.9, pins=(pin,)
     )
     checkpoint = Checkpoint.load(tiny_path)
-    planned = stage.plan_forms(checkpoint.spec)
+    planned = stage.plan(PlanState.of(checkpoint.spec)).layouts
     ctx = RunContext(scratch_dir=tmp_path)
     done = stage.apply(checkpoint, samples, ctx)
     record = done.history[-1]
@@ -340,7 +343,7 @@ def test_sharing_is_never_worse_than_its_uniform_row(smol_path, samples):
     )
     alone = MixedPrecision(options=(replace(rule, share="layer"),), budget_bytes=size)
     with pytest.raises(RecipeError, match="below the smallest that the options allow"):
-        alone.plan_forms(checkpoint.spec)
+        alone.plan(PlanState.of(checkpoint.spec))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -364,8 +367,8 @@ def test_what_a_target_stores_wider_is_not_picked(tiny_checkpoint, samples):
         container: {
             form.bits
             for form in MixedPrecision(options=menu, average_bits=4.0, stored_as=container)
-            .plan_forms(spec)
-            .values()
+            .plan(PlanState.of(spec))
+            .layouts.values()
         }
         for container in CONTAINERS
     }
@@ -377,14 +380,14 @@ def test_what_a_target_stores_wider_is_not_picked(tiny_checkpoint, samples):
 def test_the_plan_keeps_the_budget_and_says_what_it_is(tiny_checkpoint):
     spec = tiny_checkpoint.spec
     stage = MixedPrecision(options=MENU, average_bits=4.0)
-    forms = stage.plan_forms(spec)
+    state = stage.plan(PlanState.of(spec))
+    forms = state.layouts
     weights = sum(linear.out_features * linear.in_features for linear in forms)
     planned = sum(
         form.stored_bytes(linear.out_features, linear.in_features) for linear, form in forms.items()
     )
     assert 0.97 * weights / 2 < planned <= weights / 2
-    assert "prior" in stage.plan_notes()[0]
-    assert replace(stage, sensitivity="table.json").plan_notes() == ()
+    assert "prior" in state.notes[0]
 
 
 def test_budgets_that_nothing_fits_are_refused_before_any_work(tiny_checkpoint, samples):
@@ -396,7 +399,7 @@ def test_budgets_that_nothing_fits_are_refused_before_any_work(tiny_checkpoint, 
         )
     assert not seen
     fits = float(str(caught.value).split()[-2])
-    MixedPrecision(options=MENU, average_bits=fits + 0.001).plan_forms(tiny_checkpoint.spec)
+    MixedPrecision(options=MENU, average_bits=fits + 0.001).plan(PlanState.of(tiny_checkpoint.spec))
     with pytest.raises(RecipeError, match="no option fits"):
         MixedPrecision(options=(WeightRule(bits=4, group_size=1024),), average_bits=4.5).apply(
             tiny_checkpoint, samples, RunContext()

@@ -1,0 +1,77 @@
+"""What is known of a model between two stages before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.weights.layout import SparseLayout, WeightLayout, plan_behind_mask
+
+__all__ = ["FLOAT_CACHE_BITS", "PlanState"]
+
+FLOAT_CACHE_BITS = 32
+"""Bits of a number in a KV cache that no stage quantizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanState:
+    """The model as the stages so far will leave it.
+
+    Attributes:
+        spec: Its specification.
+        layouts: How each weight matrix will be stored; `None` for those that stay float.
+        visual_tokens: Tokens of an image that enter the decoder.
+        visual_layers: First layers of the decoder that visual tokens run through; `None` where no
+            stage ends them, and all layers where only calibration will tell.
+        cache_bits: Bits of a number in the KV cache.
+        notes: What a reader of the plan should know.
+    """
+
+    spec: ModelSpec
+    layouts: Mapping[LinearSpec, WeightLayout | None]
+    visual_tokens: int
+    visual_layers: int | None = None
+    cache_bits: int = FLOAT_CACHE_BITS
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> PlanState:
+        """The model before the first stage."""
+        return cls(
+            spec=spec,
+            layouts=dict.fromkeys(spec.linears()),
+            visual_tokens=spec.visual_tokens,
+        )
+
+    def with_spec(self, spec: ModelSpec) -> PlanState:
+        """The same with other layers; a layer that changes its shape is float again."""
+        return replace(
+            self,
+            spec=spec,
+            layouts={linear: self.layouts.get(linear) for linear in spec.linears()},
+        )
+
+    def with_layouts(self, changed: Mapping[LinearSpec, WeightLayout | None]) -> PlanState:
+        """The same with some layers compressed, behind their masks where they have one.
+
+        Args:
+            changed: New layouts; a layer with `None` keeps the layout that it has.
+
+        Raises:
+            RecipeError: Elements of a layout cannot be stored one by one behind a mask.
+        """
+        layouts = dict(self.layouts)
+        for linear, found in changed.items():
+            if found is None:
+                continue
+            before = layouts[linear]
+            if isinstance(before, SparseLayout):
+                layouts[linear] = plan_behind_mask(linear.name, before, found)
+            else:
+                layouts[linear] = found
+        return replace(self, layouts=layouts)
+
+    def with_notes(self, *notes: str) -> PlanState:
+        """The same with more to say."""
+        return replace(self, notes=(*self.notes, *notes))

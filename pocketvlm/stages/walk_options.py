@@ -1,0 +1,81 @@
+"""Options of the stages that read the inputs of layers on a walk over the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
+from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.walk.walk import BlockWalk
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+
+__all__ = ["WalkOptions", "note_synthetic"]
+
+_LARGEST_HELD_OUT = 0.5  # at most half may be lost to judging
+
+
+class WalkOptions:
+    """What they have in common: the checks of three fields, and the walk that these ask for.
+
+    Not a dataclass: its fields would come before those of every stage and so change the order of
+    keys in recipes and records, and each method has defaults of its own. A stage declares the
+    three where they belong among its fields.
+
+    Attributes:
+        modality_weights: Weight of visual tokens in the decoder's statistics.
+        held_out: Share of the samples that only judge.
+        tower_tokens: Tokens after which the tower's statistics are taken to be known.
+    """
+
+    @property
+    @abstractmethod
+    def modality_weights(self) -> ModalityWeighting: ...  # noqa: D102  (see the class)
+
+    @property
+    @abstractmethod
+    def held_out(self) -> float: ...  # noqa: D102  (likewise)
+
+    @property
+    @abstractmethod
+    def tower_tokens(self) -> int: ...  # noqa: D102  (likewise)
+
+    @property
+    def carries_float(self) -> bool:
+        """Whether the float model runs along, which costs a second forward pass."""
+        return False
+
+    def check_walk_options(self) -> None:
+        """Checks the three fields.
+
+        Raises:
+            ValueError: One is out of range; the message names it and what is allowed.
+        """
+        if not 0 <= self.held_out <= _LARGEST_HELD_OUT:
+            raise ValueError(
+                f"held_out must lie between 0 and {_LARGEST_HELD_OUT}, not {self.held_out}"
+            )
+        if self.tower_tokens < 1:
+            raise ValueError(f"tower_tokens must be at least 1, not {self.tower_tokens}")
+        check_weighting(self.modality_weights)
+
+    def walk(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> BlockWalk:
+        """One pass over the model with these options."""
+        return BlockWalk(
+            checkpoint=checkpoint,
+            samples=calibration,
+            weighting=self.modality_weights,
+            held_out=self.held_out,
+            tower_tokens=self.tower_tokens,
+            spill_folder=ctx.scratch_dir,
+            carry_float=self.carries_float,
+        )
+
+
+def note_synthetic(calibration: CalibrationSet, *, done: str = "calibrated") -> tuple[str, ...]:
+    """What a record says where the pictures are not those of a task."""
+    if not calibration.is_synthetic:
+        return ()
+    return (f"{done} on synthetic pictures: give a folder of real ones for quality",)
