@@ -10,7 +10,8 @@ from pocketvlm.checkpoint.config_limits import check_sizes
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.reader import locate
 from pocketvlm.json_io import read_json
-from pocketvlm.models.spec import ModelSpec, supported_families
+from pocketvlm.models.families.table import read_model_spec, supported_families
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import plain_config, refuse_foreign_code
 
 __all__ = ["parse_config", "read_config", "read_spec"]
@@ -41,8 +42,8 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         CheckpointError: A value has a type that the family's class does not take.
     """
     if config.get("model_type") not in supported_families():
-        return ModelSpec.from_config(config)  # refuses, and names what is supported
-    return ModelSpec.from_config(parse_config(config).to_dict())
+        return read_model_spec(config)  # refuses, and names what is supported
+    return read_model_spec(parse_config(config).to_dict())
 
 
 def parse_config(config: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pocketvlm.bundle import TensorSignature
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.spec import FfnSpec, ModelSpec
 
 __all__ = [
     "GraphOps",
@@ -121,24 +121,22 @@ class TextRows(Generic[ValueT]):
 def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tuple[ValueT, ValueT]:
     """Pixels to the embeddings and indices of the visual tokens that are kept."""
     tower = spec.tower
+    blocks = tower.blocks[: tower.feature_block + 1]
     hidden = ops.embed_patches(pixels)
-    if tower.has_pre_norm:
-        hidden = ops.norm(hidden, f"{tower.prefix}.pre_layrnorm")
-    normed = ops.norm(hidden, f"{tower.blocks}.0.layer_norm1")
-    for block in range(tower.feature_block + 1):
-        layer = f"{tower.blocks}.{block}"
-        names = [f"{layer}.self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj")]
+    if tower.pre_norm is not None:
+        hidden = ops.norm(hidden, tower.pre_norm)
+    normed = ops.norm(hidden, blocks[0].attention.norm)
+    for block, following in zip(blocks, (*blocks[1:], None), strict=True):
+        attention, ffn = block.attention, block.ffn
+        names = attention.inputs
         queries, keys, values = ops.split(ops.linear(normed, *names), *names)
-        attended = ops.attention(queries, keys, values)
-        attended = ops.linear(attended, f"{layer}.self_attn.out_proj")
-        normed, hidden = ops.add_norm(attended, hidden, f"{layer}.layer_norm2")
-        inner = ops.activation(ops.linear(normed, f"{layer}.mlp.fc1"), tower.activation)
-        inner = ops.linear(inner, f"{layer}.mlp.fc2")
-        if block < tower.feature_block:
-            following = f"{tower.blocks}.{block + 1}.layer_norm1"
-            normed, hidden = ops.add_norm(inner, hidden, following)
+        attended = ops.linear(ops.attention(queries, keys, values), attention.o)
+        normed, hidden = ops.add_norm(attended, hidden, ffn.norm)
+        inner = _ffn(ops, ffn, normed, tower.activation)
+        if following is not None:
+            normed, hidden = ops.add_norm(inner, hidden, following.attention.norm)
     if tower.has_post_norm:
-        features, _ = ops.add_norm(inner, hidden, f"{tower.prefix}.post_layernorm")
+        features, _ = ops.add_norm(inner, hidden, tower.post_norm)
     else:
         features = ops.add(inner, hidden)
     if tower.has_cls:
@@ -150,6 +148,15 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
             features = ops.activation(features, spec.projector.activation)
         features = ops.linear(features, name)
     return features, indices
+
+
+def _ffn(ops: GraphOps[ValueT], ffn: FfnSpec, normed: ValueT, activation: str) -> ValueT:
+    joined = ops.linear(normed, *ffn.inputs)
+    if ffn.gate is None:
+        inner = ops.activation(joined, activation)
+    else:
+        inner = ops.gated(joined, ffn.gate, ffn.up, activation)
+    return ops.linear(inner, ffn.down)
 
 
 def build_embedding(ops: GraphOps[ValueT], token_ids: ValueT) -> ValueT:
@@ -171,25 +178,21 @@ def build_decoder(
     """
     decoder = spec.decoder
     hidden = embeds
-    normed = ops.norm(hidden, f"{decoder.blocks}.0.input_layernorm")
-    for block in range(decoder.depth):
-        layer = f"{decoder.blocks}.{block}"
-        is_last = block == decoder.depth - 1
-        names = [f"{layer}.self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj")]
-        attended = ops.cached_attention(ops.linear(normed, *names), block, *names)
-        if is_last:
-            attended, hidden = ops.last(attended), ops.last(hidden)
-        elif text_rows is not None and block == text_rows.layers - 1:
-            attended, hidden = text_rows.select(attended), text_rows.select(hidden)
-        attended = ops.linear(attended, f"{layer}.self_attn.o_proj")
-        normed, hidden = ops.add_norm(attended, hidden, f"{layer}.post_attention_layernorm")
-        gate, up = f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"
-        inner = ops.gated(ops.linear(normed, gate, up), gate, up, decoder.activation)
-        inner = ops.linear(inner, f"{layer}.mlp.down_proj")
-        following = (
-            f"{decoder.prefix}.norm" if is_last else f"{decoder.blocks}.{block + 1}.input_layernorm"
+    normed = ops.norm(hidden, decoder.blocks[0].attention.norm)
+    following = (*(block.attention.norm for block in decoder.blocks[1:]), decoder.norm)
+    for index, block in enumerate(decoder.blocks):
+        attention, ffn = block.attention, block.ffn
+        attended = ops.cached_attention(
+            ops.linear(normed, *attention.inputs), index, *attention.inputs
         )
-        normed, hidden = ops.add_norm(inner, hidden, following)
+        if index == decoder.depth - 1:
+            attended, hidden = ops.last(attended), ops.last(hidden)
+        elif text_rows is not None and index == text_rows.layers - 1:
+            attended, hidden = text_rows.select(attended), text_rows.select(hidden)
+        attended = ops.linear(attended, attention.o)
+        normed, hidden = ops.add_norm(attended, hidden, ffn.norm)
+        inner = _ffn(ops, ffn, normed, decoder.activation)
+        normed, hidden = ops.add_norm(inner, hidden, following[index])
     return ops.linear(normed, decoder.head)
 
 

@@ -34,7 +34,7 @@ def other_elements(spec: ModelSpec) -> tuple[int, int]:
         patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
     ) * tower.hidden_size
     # A layer norm has a weight and a bias, an RMS norm a weight.
-    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
+    outer_norms = int(tower.pre_norm is not None) + int(tower.has_post_norm)
     tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
     decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
     biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)

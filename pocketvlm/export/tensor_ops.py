@@ -39,12 +39,13 @@ class TensorOps(ABC):
 
     def embed_patches(self, pixels: Tensor) -> Tensor:
         tower = self._spec.tower
-        embeddings = cast("Any", self._module(f"{tower.prefix}.embeddings"))
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        if tower.has_cls:
-            patches = torch.cat([embeddings.class_embedding.view(1, 1, -1), patches], dim=1)
+        patches = self._module(tower.patch_embedding)(pixels).flatten(2).transpose(1, 2)
+        if tower.class_embedding is not None:
+            token = getattr(self._module(tower.embeddings), tower.class_embedding)
+            patches = torch.cat([token.view(1, 1, -1), patches], dim=1)
         # Row by row: the patches of one whole image are in raster order.
-        return cast("Tensor", patches + embeddings.position_embedding.weight[None])
+        positions = cast("Any", self._module(tower.position_embedding))
+        return cast("Tensor", patches + positions.weight[None])
 
     def add_norm(self, inputs: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
         total = inputs + residual

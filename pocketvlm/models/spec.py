@@ -1,30 +1,31 @@
 """ModelSpec: where the parts of a vision-language model are, as plain data read from config.json.
 
-Everything downstream asks the spec instead of the family: which linears exist and how wide they
-are, whether the tower has a [CLS] token, which hidden state feeds the projector, how many visual
-tokens an image costs. It needs neither weights nor torch, so `plan` can reason about a model that
-it never loads. To add a family: one function here, one line in `_FAMILIES`, one tiny config in
-the tests.
+Everything downstream asks the spec instead of the family: which linears exist, what they are named
+and how wide they are, whether the tower has a [CLS] token, which hidden state feeds the projector,
+how many visual tokens an image costs. It needs neither weights nor torch, so `plan` can reason
+about a model that it never loads. A family is one reader in `models/families`, which alone knows
+how transformers names modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from pocketvlm.errors import CheckpointError, UnsupportedError
-from pocketvlm.json_io import decode
+from pocketvlm.errors import CheckpointError
 
 __all__ = [
     "PARTS",
+    "AttentionSpec",
+    "BlockSpec",
     "DecoderSpec",
+    "FfnSpec",
     "LinearSpec",
     "ModelSpec",
     "Part",
+    "ProcessorSpec",
     "ProjectorSpec",
     "TowerSpec",
-    "supported_families",
 ]
 
 Part = Literal["tower", "projector", "decoder", "embedding", "head"]
@@ -58,20 +59,108 @@ class LinearSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """The attention of a block, by the names of its modules: x + attention(norm(x)).
+
+    Attributes:
+        module: The whole.
+        norm: What is applied to the hidden state first.
+        q: The linear that makes queries.
+        k: Keys.
+        v: Values.
+        o: What projects the heads back to the hidden state.
+    """
+
+    module: str
+    norm: str
+    q: str
+    k: str
+    v: str
+    o: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Linears that read the norm's output."""
+        return (self.q, self.k, self.v)
+
+    @property
+    def output(self) -> str:
+        """The linear that ends the sublayer."""
+        return self.o
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnSpec:
+    """The feed-forward network of a block, by the names of its modules: x + ffn(norm(x)).
+
+    Attributes:
+        module: The whole.
+        norm: What is applied to the hidden state first.
+        gate: The linear whose activation multiplies `up`, or `None` where `up` itself is activated.
+        up: The linear that widens.
+        down: The linear that narrows again.
+    """
+
+    module: str
+    norm: str
+    gate: str | None
+    up: str
+    down: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Linears that read the norm's output."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def output(self) -> str:
+        """The linear that ends the sublayer."""
+        return self.down
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """One transformer block, by the names of its modules.
+
+    Attributes:
+        module: The block.
+        attention: Its first sublayer.
+        ffn: Its second.
+    """
+
+    module: str
+    attention: AttentionSpec
+    ffn: FfnSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """A pre-norm vision transformer of the CLIP or SigLIP kind.
+    """A pre-norm vision transformer.
 
     Attributes:
         prefix: Module name of the tower.
+        embeddings: Module name of what turns pixels into tokens.
+        patch_embedding: Module name of the convolution in it.
+        class_embedding: Name of the parameter in it that is the [CLS] token.
+        position_embedding: Module name of its table of positions.
+        pre_norm: Module name of the norm before the first block, where there is one.
+        post_norm: Module name of the norm after the last block.
+        stack: Module name of the list of blocks.
+        blocks: All of them, also those that are never run.
         feature_block: Index of the last block that is run; its output feeds the projector.
-        has_cls: Whether token 0 is a [CLS] token (dropped before the projector).
-        has_pre_norm: Whether a norm stands between the embeddings and the first block.
-        has_post_norm: Whether the features pass the tower's final norm.
+        has_post_norm: Whether the features pass `post_norm`.
         activation: Hugging Face's name of the FFN's activation.
     """
 
     prefix: str
-    depth: int
+    embeddings: str
+    patch_embedding: str
+    class_embedding: str | None
+    position_embedding: str
+    pre_norm: str | None
+    post_norm: str
+    stack: str
+    blocks: tuple[BlockSpec, ...]
     feature_block: int
     hidden_size: int
     ffn_size: int
@@ -79,12 +168,20 @@ class TowerSpec:
     image_size: int
     patch_size: int
     channels: int
-    has_cls: bool
     has_patch_bias: bool
-    has_pre_norm: bool
     has_post_norm: bool
     activation: str
     norm_eps: float
+
+    @property
+    def depth(self) -> int:
+        """Blocks, also those that are never run."""
+        return len(self.blocks)
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether token 0 is a [CLS] token, which is dropped before the projector."""
+        return self.class_embedding is not None
 
     @property
     def head_dim(self) -> int:
@@ -100,11 +197,6 @@ class TowerSpec:
     def tokens(self) -> int:
         """Tokens that one image is inside the tower: its patches, and [CLS] where there is one."""
         return self.patches_per_side**2 + int(self.has_cls)
-
-    @property
-    def blocks(self) -> str:
-        """Module name of the list of blocks."""
-        return f"{self.prefix}.encoder.layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,19 +217,26 @@ class ProjectorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A Llama-shaped decoder.
+    """A pre-norm decoder with rotary positions and grouped queries.
 
     Attributes:
         prefix: Module name of the text model.
         embedding: Module name of the token embedding.
+        rotary: Module name of what computes rotary angles.
+        stack: Module name of the list of blocks.
+        blocks: All of them.
+        norm: Module name of the norm after the last block.
         head: Module name of the language-model head.
         tied_head: Whether the head shares the embedding's weight.
     """
 
     prefix: str
     embedding: str
+    rotary: str
+    stack: str
+    blocks: tuple[BlockSpec, ...]
+    norm: str
     head: str
-    depth: int
     hidden_size: int
     ffn_size: int
     heads: int
@@ -153,9 +252,9 @@ class DecoderSpec:
     has_mlp_bias: bool
 
     @property
-    def blocks(self) -> str:
-        """Module name of the list of blocks."""
-        return f"{self.prefix}.layers"
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self.blocks)
 
     @property
     def context_length(self) -> int:
@@ -167,19 +266,38 @@ class DecoderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessorSpec:
+    """What a family's stock processor is and does.
+
+    Attributes:
+        classes: Classes that may process for the family; the first where a folder names none.
+        counts_patches: Whether the stock processor counts a picture's placeholders from the
+            patches of a side, or takes `image_seq_len` of them.
+        stand_in: A stock class that writes the same prompts, for where the first cannot be loaded
+            without packages that a picture does not need; `None` where there is none.
+    """
+
+    classes: tuple[str, ...]
+    counts_patches: bool
+    stand_in: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Where everything is in one vision-language model.
 
     Attributes:
-        family: `llava` or `idefics3` (which SmolVLM is a member of).
+        family: The family's name in `models.families.FAMILIES`.
+        processor: The family's stock processor.
         model_type: `model_type` of config.json.
         image_token_id: The placeholder that stands in `input_ids` once a visual token.
         image_token: The same placeholder as text.
         image_prefix: Text that the family's processor puts before an image's placeholders.
-        image_suffix: Text that it puts behind them.
+        image_suffix: Text that it puts after them.
     """
 
-    family: Literal["llava", "idefics3"]
+    family: str
+    processor: ProcessorSpec
     model_type: str
     tower: TowerSpec
     projector: ProjectorSpec
@@ -188,34 +306,6 @@ class ModelSpec:
     image_token: str
     image_prefix: str
     image_suffix: str
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Reads a spec from the content of a config.json.
-
-        Raises:
-            UnsupportedError: The family, or an option of it, is not supported.
-            CheckpointError: The config lacks a field that its family needs, or a field has a type
-                or value that no model of the family can have.
-        """
-        model_type = config.get("model_type")
-        reader = _FAMILIES.get(str(model_type))
-        if reader is None:
-            raise UnsupportedError(
-                f"config.json: model_type {model_type!r} is not supported; "
-                f"supported are {', '.join(supported_families())}"
-            )
-        try:
-            # Through `decode`: what the reader took from anybody's JSON has the types it says.
-            spec = decode(cls, asdict(reader(config)))
-        except KeyError as error:
-            raise CheckpointError(
-                f"config.json: field {error.args[0]!r}, which {model_type} needs, is missing"
-            ) from error
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(f"config.json: cannot be understood: {error}") from error
-        spec.check()
-        return spec
 
     def check(self) -> None:
         """Checks that the sizes fit together.
@@ -256,16 +346,16 @@ class ModelSpec:
         features are taken from within; a directory may leave them out.
         """
         tower = self.tower
-        rest = weight.removeprefix(f"{tower.blocks}.")
+        rest = weight.removeprefix(f"{tower.stack}.")
         if rest != weight:
             return int(rest.partition(".")[0]) <= tower.feature_block
-        return tower.has_post_norm or not weight.startswith(f"{tower.prefix}.post_layernorm.")
+        return tower.has_post_norm or not weight.startswith(f"{tower.post_norm}.")
 
     def linears(self) -> tuple[LinearSpec, ...]:
         """Every weight matrix of the model, in order of execution.
 
         A tied head is not listed: it is the embedding's weight, used twice. Blocks of the tower
-        behind `feature_block` are not listed either: no phone will ever run them.
+        after `feature_block` are not listed either: no phone will ever run them.
         """
         return (
             *_tower_linears(self.tower),
@@ -276,230 +366,63 @@ class ModelSpec:
         )
 
 
-def supported_families() -> tuple[str, ...]:
-    """Values of `model_type` that can be loaded."""
-    return tuple(_FAMILIES)
-
-
 def _tower_linears(tower: TowerSpec) -> tuple[LinearSpec, ...]:
     hidden, ffn = tower.hidden_size, tower.ffn_size
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (hidden, hidden),
-        "self_attn.v_proj": (hidden, hidden),
-        "self_attn.out_proj": (hidden, hidden),
-        "mlp.fc1": (ffn, hidden),
-        "mlp.fc2": (hidden, ffn),
-    }
     return tuple(
-        LinearSpec(
-            name=f"{tower.blocks}.{block}.{path}",
-            part="tower",
-            role=path.rpartition(".")[2],
-            block=block,
-            out_features=rows,
-            in_features=columns,
-            has_bias=True,
+        _linear(name, "tower", index, shape, has_bias=True)
+        for index, block in enumerate(tower.blocks[: tower.feature_block + 1])
+        for name, shape in (
+            *((name, (hidden, hidden)) for name in (*block.attention.inputs, block.attention.o)),
+            *((name, (ffn, hidden)) for name in block.ffn.inputs),
+            (block.ffn.down, (hidden, ffn)),
         )
-        for block in range(tower.feature_block + 1)
-        for path, (rows, columns) in shapes.items()
     )
+
+
+def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
+    hidden, ffn = decoder.hidden_size, decoder.ffn_size
+    query, key = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    linears = []
+    for index, block in enumerate(decoder.blocks):
+        attention, mlp = block.attention, block.ffn
+        shapes = {attention.q: (query, hidden), attention.k: (key, hidden)}
+        shapes |= {attention.v: (key, hidden), attention.o: (hidden, query)}
+        for name, shape in shapes.items():
+            has_bias = decoder.has_attention_bias
+            linears.append(_linear(name, "decoder", index, shape, has_bias=has_bias))
+        shapes = dict.fromkeys(mlp.inputs, (ffn, hidden)) | {mlp.down: (hidden, ffn)}
+        for name, shape in shapes.items():
+            linears.append(_linear(name, "decoder", index, shape, has_bias=decoder.has_mlp_bias))
+    return tuple(linears)
 
 
 def _projector_linears(spec: ModelSpec) -> tuple[LinearSpec, ...]:
     width = spec.tower.hidden_size * spec.projector.merge_factor**2
     linears = []
     for name in spec.projector.linears:
-        linears.append(
-            LinearSpec(
-                name=name,
-                part="projector",
-                role=name.rpartition(".")[2],
-                block=None,
-                out_features=spec.decoder.hidden_size,
-                in_features=width,
-                has_bias=spec.projector.has_bias,
-            )
-        )
+        shape = (spec.decoder.hidden_size, width)
+        linears.append(_linear(name, "projector", None, shape, has_bias=spec.projector.has_bias))
         width = spec.decoder.hidden_size
     return tuple(linears)
-
-
-def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
-    hidden, ffn = decoder.hidden_size, decoder.ffn_size
-    query, key = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    attention, mlp = decoder.has_attention_bias, decoder.has_mlp_bias
-    shapes = {
-        "self_attn.q_proj": (query, hidden, attention),
-        "self_attn.k_proj": (key, hidden, attention),
-        "self_attn.v_proj": (key, hidden, attention),
-        "self_attn.o_proj": (hidden, query, attention),
-        "mlp.gate_proj": (ffn, hidden, mlp),
-        "mlp.up_proj": (ffn, hidden, mlp),
-        "mlp.down_proj": (hidden, ffn, mlp),
-    }
-    return tuple(
-        LinearSpec(
-            name=f"{decoder.blocks}.{block}.{path}",
-            part="decoder",
-            role=path.rpartition(".")[2],
-            block=block,
-            out_features=rows,
-            in_features=columns,
-            has_bias=has_bias,
-        )
-        for block in range(decoder.depth)
-        for path, (rows, columns, has_bias) in shapes.items()
-    )
 
 
 def _embedding_and_head(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
     names: tuple[tuple[str, Part], ...] = ((decoder.embedding, "embedding"),)
     if not decoder.tied_head:
         names = (*names, (decoder.head, "head"))
-    return tuple(
-        LinearSpec(
-            name=name,
-            part=part,
-            role=name.rpartition(".")[2],
-            block=None,
-            out_features=decoder.vocab_size,
-            in_features=decoder.hidden_size,
-            has_bias=False,
-        )
-        for name, part in names
+    shape = (decoder.vocab_size, decoder.hidden_size)
+    return tuple(_linear(name, part, None, shape, has_bias=False) for name, part in names)
+
+
+def _linear(
+    name: str, part: Part, block: int | None, shape: tuple[int, int], *, has_bias: bool
+) -> LinearSpec:
+    return LinearSpec(
+        name=name,
+        part=part,
+        role=name.rpartition(".")[2],
+        block=block,
+        out_features=shape[0],
+        in_features=shape[1],
+        has_bias=has_bias,
     )
-
-
-def _read_decoder(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
-    text = config["text_config"]
-    supported = ("llama",)
-    if text.get("model_type") not in supported:
-        raise UnsupportedError(
-            f"config.json: text_config.model_type {text.get('model_type')!r} is not supported; "
-            f"supported are {', '.join(supported)}"
-        )
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UnsupportedError(
-            f"config.json: text_config rope_type {rope['rope_type']!r} is not supported; "
-            "supported is 'default'"
-        )
-    # transformers 4 wrote the base beside the scaling, transformers 5 writes it inside.
-    theta = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
-    heads, hidden = text["num_attention_heads"], text["hidden_size"]
-    return DecoderSpec(
-        prefix=prefix,
-        embedding=f"{prefix}.embed_tokens",
-        head="lm_head",
-        depth=text["num_hidden_layers"],
-        hidden_size=hidden,
-        ffn_size=text["intermediate_size"],
-        heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or hidden // heads,
-        vocab_size=text["vocab_size"],
-        max_positions=text.get("max_position_embeddings", 2048),
-        rope_theta=float(theta),
-        norm_eps=text.get("rms_norm_eps", 1e-6),
-        activation=text.get("hidden_act", "silu"),
-        tied_head=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        has_attention_bias=bool(text.get("attention_bias", False)),
-        has_mlp_bias=bool(text.get("mlp_bias", False)),
-    )
-
-
-def _read_tower(
-    vision: Mapping[str, Any], prefix: str, *, feature_block: int, is_clip: bool
-) -> TowerSpec:
-    """CLIP has [CLS], a norm before its blocks and features from within; SigLIP has neither."""
-    return TowerSpec(
-        prefix=prefix,
-        depth=vision["num_hidden_layers"],
-        feature_block=feature_block,
-        hidden_size=vision["hidden_size"],
-        ffn_size=vision["intermediate_size"],
-        heads=vision["num_attention_heads"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        channels=vision.get("num_channels", 3),
-        has_cls=is_clip,
-        has_patch_bias=not is_clip,
-        has_pre_norm=is_clip,
-        has_post_norm=not is_clip,
-        activation=vision.get("hidden_act", "quick_gelu" if is_clip else "gelu_pytorch_tanh"),
-        norm_eps=vision.get("layer_norm_eps", 1e-5 if is_clip else 1e-6),
-    )
-
-
-def _read_llava(config: Mapping[str, Any]) -> ModelSpec:
-    vision = config["vision_config"]
-    if vision.get("model_type") != "clip_vision_model":
-        raise UnsupportedError(
-            f"config.json: vision_config.model_type {vision.get('model_type')!r} is not supported "
-            "for llava; supported is 'clip_vision_model'"
-        )
-    layer = config.get("vision_feature_layer", -2)
-    strategy = config.get("vision_feature_select_strategy", "default")
-    if not isinstance(layer, int) or strategy != "default":
-        raise UnsupportedError(
-            f"config.json: vision_feature_layer {layer!r} with strategy {strategy!r} is not "
-            "supported; supported is one layer with strategy 'default'"
-        )
-    depth = vision["num_hidden_layers"]
-    # hidden_states[0] is what enters the first block, so state i leaves block i - 1.
-    state = layer if layer >= 0 else depth + 1 + layer
-    if not 1 <= state <= depth:
-        raise UnsupportedError(
-            f"config.json: vision_feature_layer {layer} lies outside a tower of {depth} blocks"
-        )
-    return ModelSpec(
-        family="llava",
-        model_type=config["model_type"],
-        tower=_read_tower(vision, "model.vision_tower", feature_block=state - 1, is_clip=True),
-        projector=ProjectorSpec(
-            linears=(
-                "model.multi_modal_projector.linear_1",
-                "model.multi_modal_projector.linear_2",
-            ),
-            merge_factor=1,
-            activation=config.get("projector_hidden_act", "gelu"),
-            has_bias=config.get("multimodal_projector_bias", True),
-        ),
-        decoder=_read_decoder(config, "model.language_model"),
-        image_token_id=config["image_token_id"]
-        if "image_token_id" in config
-        else config["image_token_index"],
-        image_token="<image>",  # noqa: S106  (a token of text, not a secret)
-        image_prefix="",
-        image_suffix="",
-    )
-
-
-def _read_idefics3(config: Mapping[str, Any]) -> ModelSpec:
-    vision = config["vision_config"]
-    boundary = "<fake_token_around_image>"
-    return ModelSpec(
-        family="idefics3",
-        model_type=config["model_type"],
-        tower=_read_tower(
-            vision,
-            "model.vision_model",
-            feature_block=vision["num_hidden_layers"] - 1,
-            is_clip=False,
-        ),
-        projector=ProjectorSpec(
-            linears=("model.connector.modality_projection.proj",),
-            merge_factor=config["scale_factor"],
-            activation=None,
-            has_bias=False,
-        ),
-        decoder=_read_decoder(config, "model.text_model"),
-        image_token_id=config["image_token_id"],
-        image_token="<image>",  # noqa: S106  (a token of text, not a secret)
-        image_prefix=f"{boundary}<global-img>",
-        image_suffix=boundary,
-    )
-
-
-_FAMILIES = {"llava": _read_llava, "idefics3": _read_idefics3, "smolvlm": _read_idefics3}

@@ -143,24 +143,25 @@ class StockModel:
 
 
 def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Idefics3Processor
+    import transformers
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     path, notes = str(folder.path), []
     pictures = AutoImageProcessor.from_pretrained(path, backend="pil", **STOCK_ONLY)
     try:
         processor = AutoProcessor.from_pretrained(path, **STOCK_ONLY)
     except Exception:
-        # SmolVLM's class wants packages for videos before it looks at a picture.
-        if folder.spec.model_type != "smolvlm":
+        stand_in = folder.spec.processor.stand_in
+        if stand_in is None:
             raise
         tokenizer = AutoTokenizer.from_pretrained(path, **STOCK_ONLY)
-        processor = Idefics3Processor(
+        processor = getattr(transformers, stand_in)(
             image_processor=pictures, tokenizer=tokenizer, image_seq_len=folder.spec.visual_tokens
         )
         processor.chat_template = _own_template(folder.path, tokenizer)
         notes.append(
-            "SmolVLMProcessor cannot be loaded without the packages of its video half; "
-            "Idefics3Processor, which writes the same prompt for pictures, stands in for it"
+            f"{folder.spec.processor.classes[0]} cannot be loaded without the packages of its "
+            f"video half; {stand_in}, which writes the same prompt for pictures, stands in for it"
         )
     processor.image_processor = pictures
     if hasattr(pictures, "do_image_splitting"):

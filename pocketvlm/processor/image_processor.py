@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageProcessor", "quiet_fallbacks"]
 
-_PROCESSOR_CLASSES = {
-    "llava": ("LlavaProcessor",),
-    "idefics3": ("Idefics3Processor", "SmolVLMProcessor"),
-}
 _DEFAULT_SEQUENCE = 169  # image_seq_len of the library's classes, where a file states none
 
 
@@ -120,7 +116,7 @@ def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
         if (path / name).is_file()
     ]
-    allowed = _PROCESSOR_CLASSES[spec.family]
+    allowed = spec.processor.classes
     where, found = next(
         (
             (name, document["processor_class"])
@@ -154,7 +150,7 @@ def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) 
     for name in names:
         if type(combined.get(name, 0)) not in (int, type(None)):
             raise CheckpointError(f"{where}: {name} must be a whole number")
-    if spec.family == "llava":
+    if spec.processor.counts_patches:
         patch = combined.get("patch_size")
         if patch is None:
             return [

@@ -82,7 +82,7 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
         raise CheckpointError(f"{path}: tokenizer.json is missing; a fast tokenizer is needed")
     tokenizer = _load(path)
     processor = _processor_settings(path)
-    kind = processor.get("processor_class") or _PROCESSOR_CLASSES.get(spec.model_type)
+    kind = processor.get("processor_class") or spec.processor.classes[0]
     if kind == "Idefics3Processor":
         tokenizer.add_special_tokens({"additional_special_tokens": list(_IDEFICS3_TOKENS)})
     if tokenizer.split_special_tokens:
@@ -107,13 +107,6 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
     return StockTokenizer(
         tokenizer=tokenizer, serialized=serialized, codec=codec, spec=spec, notes=notes
     )
-
-
-_PROCESSOR_CLASSES: Mapping[str, str] = {
-    "idefics3": "Idefics3Processor",
-    "llava": "LlavaProcessor",
-    "smolvlm": "SmolVLMProcessor",
-}
 
 
 def _load(path: Path) -> Any:

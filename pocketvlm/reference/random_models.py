@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import ATTENTION
 
@@ -145,7 +146,7 @@ def write_random_model(config: dict[str, Any], path: Path, *, seed: int = 0) -> 
         path: The directory; config.json is written last, so that a half-written one is no model.
         seed: Seed of the weights.
     """
-    spec = ModelSpec.from_config(config)
+    spec = read_model_spec(config)
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {

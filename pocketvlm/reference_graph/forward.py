@@ -76,20 +76,20 @@ class DecoderInputs:
 
 def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
     """What enters the tower's first block: [images, tokens, hidden] from [images, C, S, S]."""
-    tower = cast("Any", model.get_submodule(spec.tower.prefix))
+    embeddings = cast("Any", model.get_submodule(spec.tower.embeddings))
     if spec.tower.has_cls:
-        hidden: Tensor = tower.embeddings(pixels)
+        hidden: Tensor = embeddings(pixels)
     else:
         side = spec.tower.patches_per_side
         whole = torch.ones(pixels.shape[0], side, side, dtype=torch.bool)
-        hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=whole)
-    # The spelling is that of the original CLIP checkpoint.
-    return cast("Tensor", tower.pre_layrnorm(hidden)) if spec.tower.has_pre_norm else hidden
+        hidden = embeddings(pixel_values=pixels, patch_attention_mask=whole)
+    norm = spec.tower.pre_norm
+    return hidden if norm is None else cast("Tensor", model.get_submodule(norm)(hidden))
 
 
 def run_tower_block(model: nn.Module, spec: ModelSpec, block: int, hidden: Tensor) -> Tensor:
     """One block of the tower, [images, tokens, hidden] to the same."""
-    output = model.get_submodule(f"{spec.tower.blocks}.{block}")(hidden, attention_mask=None)
+    output = model.get_submodule(spec.tower.blocks[block].module)(hidden, attention_mask=None)
     return cast("Tensor", output[0] if isinstance(output, tuple) else output)
 
 
@@ -99,11 +99,11 @@ def scoring_attention(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> tupl
     Returns:
         Two tensors [images, heads, tokens, head_dim]; no attention matrix is ever built.
     """
-    layer = cast("Any", model.get_submodule(f"{spec.tower.blocks}.{spec.tower.feature_block}"))
-    normed = layer.layer_norm1(hidden)
+    attention = spec.tower.blocks[spec.tower.feature_block].attention
+    normed = model.get_submodule(attention.norm)(hidden)
     shape = (*normed.shape[:2], spec.tower.heads, spec.tower.head_dim)
-    queries = layer.self_attn.q_proj(normed).view(shape).transpose(1, 2)
-    keys = layer.self_attn.k_proj(normed).view(shape).transpose(1, 2)
+    queries = model.get_submodule(attention.q)(normed).view(shape).transpose(1, 2)
+    keys = model.get_submodule(attention.k)(normed).view(shape).transpose(1, 2)
     return queries * spec.tower.head_dim**-0.5, keys
 
 
@@ -138,7 +138,7 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
         [images, N, C], N the visual tokens of an image.
     """
     if spec.tower.has_post_norm:
-        hidden = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")(hidden)
+        hidden = model.get_submodule(spec.tower.post_norm)(hidden)
     if spec.tower.has_cls:
         hidden = hidden[:, 1:]
     return merge_patches(hidden, spec.projector.merge_factor)
@@ -270,18 +270,19 @@ def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = N
         inputs: The spliced prompt, or one step of generation.
         cache: As `decode_logits` takes it.
     """
-    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
     if cache is None and checkpoint.cache_grid is not None:
         cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
     if checkpoint.visual_layers is not None:
         return run_decoder(
-            decoder,
+            checkpoint.model,
+            checkpoint.spec.decoder,
             inputs.embeds,
             inputs.positions,
             inputs.is_visual,
             visual_layers=checkpoint.visual_layers,
             cache=cache,
         )
+    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
     # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
     # the positions for borders between packed sequences, and keep them from seeing each other.
     whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None

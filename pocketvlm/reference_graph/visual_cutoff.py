@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pocketvlm.models.spec import DecoderSpec
 from pocketvlm.reference_graph.kv_cache import cache_argument
 
 __all__ = ["run_decoder", "take_columns", "text_columns"]
@@ -34,7 +35,8 @@ def take_columns(states: Tensor, columns: Tensor) -> Tensor:
 
 
 def run_decoder(
-    decoder: Any,
+    model: nn.Module,
+    spec: DecoderSpec,
     embeds: Tensor,
     positions: Tensor,
     is_visual: Tensor,
@@ -45,7 +47,8 @@ def run_decoder(
     """Hidden states behind the decoder's last norm, [batch, length, width]; zero at visual columns.
 
     Args:
-        decoder: The stock decoder: `layers`, `rotary_emb`, `norm`.
+        model: The stock model.
+        spec: Where the parts of its decoder are.
         embeds: float32 [batch, length, width].
         positions: Rotary positions, int64 [batch, length].
         is_visual: bool [batch, length].
@@ -61,13 +64,14 @@ def run_decoder(
     if cache is not None and bool(is_filled.any()):
         raise ValueError("rows of one batch must have equally much text to share a cache")
     hidden = embeds
-    angles = decoder.rotary_emb(hidden, position_ids=positions)
-    for index, layer in enumerate(decoder.layers):
-        attended, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden),
+    angles = cast("Any", model.get_submodule(spec.rotary))(hidden, position_ids=positions)
+    for index, block in enumerate(spec.blocks):
+        attention = model.get_submodule(block.attention.module)
+        attended, _ = attention(
+            hidden_states=model.get_submodule(block.attention.norm)(hidden),
             position_embeddings=angles,
             attention_mask=_causal_mask(hidden.shape[1], _held_rows(cache, index)),
-            **cache_argument(layer.self_attn, cache),
+            **cache_argument(attention, cache),
         )
         hidden = hidden + attended
         if hides_rows and index == visual_layers - 1:
@@ -77,8 +81,9 @@ def run_decoder(
             angles = tuple(
                 take_columns(part.expand(len(columns), -1, -1), columns) for part in angles
             )
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    hidden = decoder.norm(hidden)
+        normed = model.get_submodule(block.ffn.norm)(hidden)
+        hidden = hidden + model.get_submodule(block.ffn.module)(normed)
+    hidden = model.get_submodule(spec.norm)(hidden)
     if not hides_rows:
         return cast("Tensor", hidden)
     hidden = hidden.masked_fill(is_filled[..., None], 0.0)

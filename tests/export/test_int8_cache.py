@@ -213,7 +213,7 @@ def test_what_the_stage_refuses(
     with pytest.raises(ValueError, match="bits is 4; a KV cache is rounded to 8 bits"):
         QuantizeCache(bits=4)
     checkpoint = replace(rounded, cache_grid=None)
-    name = f"{checkpoint.spec.decoder.blocks}.0.self_attn.k_proj"
+    name = f"{checkpoint.spec.decoder.stack}.0.self_attn.k_proj"
     broken = torch.full_like(checkpoint.form(name).dequantize(), 3e38)
     checkpoint.set_form(name, DenseWeight(values=broken))
     with pytest.raises(CalibrationError, match="not finite"):

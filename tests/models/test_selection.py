@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.models.selection import assign_rules, check_rule
-from pocketvlm.models.spec import ModelSpec, Part
+from pocketvlm.models.spec import Part
 from pocketvlm.reference.random_models import tiny_config
 
 
@@ -18,7 +19,7 @@ class Named:
     blocks: tuple[int, ...] | None = None
 
 
-LINEARS = ModelSpec.from_config(tiny_config("smolvlm")).linears()
+LINEARS = read_model_spec(tiny_config("smolvlm")).linears()
 
 
 def test_the_first_matching_rule_wins_and_the_rest_stay_without():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.reference.random_models import SHAPES, tiny_config
 
 
@@ -17,9 +17,9 @@ def test_every_linear_of_the_model_is_listed_with_its_shape(tiny_checkpoint):
             continue
         if spec.decoder.tied_head and name == "lm_head":
             continue
-        if name.startswith(spec.tower.blocks) and name not in listed:
+        if name.startswith(spec.tower.stack) and name not in listed:
             assert (
-                int(name.removeprefix(spec.tower.blocks).split(".")[1]) > spec.tower.feature_block
+                int(name.removeprefix(spec.tower.stack).split(".")[1]) > spec.tower.feature_block
             )
             continue
         linear = listed.pop(name)
@@ -30,14 +30,14 @@ def test_every_linear_of_the_model_is_listed_with_its_shape(tiny_checkpoint):
 
 
 def test_llava_stops_at_its_feature_layer():
-    spec = ModelSpec.from_config(tiny_config("llava"))
+    spec = read_model_spec(tiny_config("llava"))
     assert spec.tower.feature_block == 1
     assert spec.visual_tokens == 16
     assert spec.decoder.tied_head
 
 
 def test_smolvlm_256m_has_the_published_counts():
-    spec = ModelSpec.from_config(SHAPES["smolvlm-256m"])
+    spec = read_model_spec(SHAPES["smolvlm-256m"])
     assert spec.visual_tokens == 64
     weights = sum(linear.out_features * linear.in_features for linear in spec.linears())
     assert weights == pytest.approx(256e6, rel=0.02)
@@ -54,11 +54,11 @@ def test_smolvlm_256m_has_the_published_counts():
 )
 def test_unsupported_configs_are_refused_by_name(change, error, message):
     with pytest.raises(error, match=message):
-        ModelSpec.from_config({**tiny_config("llava"), **change})
+        read_model_spec({**tiny_config("llava"), **change})
 
 
 def test_a_missing_field_is_named():
     config = tiny_config("smolvlm")
     del config["text_config"]["hidden_size"]
     with pytest.raises(CheckpointError, match="'hidden_size'"):
-        ModelSpec.from_config(config)
+        read_model_spec(config)

@@ -76,7 +76,7 @@ def test_scoring_attention_reproduces_the_blocks_own_attention(tiny_checkpoint):
     hidden = torch.randn(1, 5, spec.tower.hidden_size)
     queries, keys = scoring_attention(model, spec, hidden)
     weights = functional.softmax(queries @ keys.transpose(-1, -2), dim=-1)
-    block = model.get_submodule(f"{spec.tower.blocks}.{spec.tower.feature_block}")
+    block = model.get_submodule(spec.tower.blocks[spec.tower.feature_block].module)
     normed = block.layer_norm1(hidden)
     values = block.self_attn.v_proj(normed).view(1, 5, spec.tower.heads, -1).transpose(1, 2)
     mixed = (weights @ values).transpose(1, 2).reshape(1, 5, -1)

@@ -90,7 +90,7 @@ def masked_logits(checkpoint, inputs, visual_layers):
 
         hidden = embeds
         for block in range(decoder.depth):
-            layer = f"{decoder.blocks}.{block}"
+            layer = f"{decoder.stack}.{block}"
             normed = norm(f"{layer}.input_layernorm", hidden)
             q, k, v = (dense(f"{layer}.self_attn.{x}_proj", normed) for x in "qkv")
             mixed = []
@@ -109,7 +109,7 @@ def masked_logits(checkpoint, inputs, visual_layers):
             opened = torch.nn.functional.silu(dense(f"{layer}.mlp.gate_proj", normed))
             inner = opened * dense(f"{layer}.mlp.up_proj", normed)
             hidden = hidden + dense(f"{layer}.mlp.down_proj", inner)
-        final = norm(f"{decoder.prefix}.norm", hidden)
+        final = norm(decoder.norm, hidden)
         answers.append(dense(decoder.head, final))
     return torch.stack(answers)
 

@@ -134,7 +134,7 @@ def answer_loss(
                         middle = keep_text(middle, is_visual[index])
                     states[index] = halves[1].run(middle, {})
         total = 0.0
-        norm = model.get_submodule(f"{spec.decoder.prefix}.norm")
+        norm = model.get_submodule(spec.decoder.norm)
         head = model.get_submodule(spec.decoder.head)
         with torch.enable_grad(), cache_dense_weights(head):
             for index, batch in enumerate(batches):

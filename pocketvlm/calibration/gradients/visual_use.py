@@ -134,11 +134,11 @@ def attention_ratios(
     """
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    body, normed = attention.body, attention.inputs_of_first(hidden)
+    normed = attention.inputs_of_first(hidden)
     batch, length = hidden.shape[:2]
     queries, keys = (
-        body.get_submodule(name)(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
-        for name in ("q_proj", "k_proj")
+        project(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
+        for project in attention.first_modules[:2]
     )
     queries, keys = apply_rotary_pos_emb(queries, keys, *arguments["position_embeddings"])
     flags = is_visual[0]
@@ -170,6 +170,6 @@ def _answers(checkpoint: Checkpoint, batch: _Batch, hidden: Tensor) -> Tensor:
         states[prompt.predicting(hidden.shape[1])]
         for prompt, states in zip(batch.prompts, hidden, strict=True)
     ]
-    normed = model.get_submodule(f"{decoder.prefix}.norm")(torch.cat(rows))
+    normed = model.get_submodule(decoder.norm)(torch.cat(rows))
     logits: Tensor = model.get_submodule(decoder.head)(normed)
     return logits.double().log_softmax(dim=-1)

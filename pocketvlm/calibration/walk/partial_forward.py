@@ -182,7 +182,7 @@ class PartialForward:
             for block in range(spec.tower.feature_block)
             for half in tower_halves(model, spec, block)
         ]
-        last = f"{spec.tower.blocks}.{spec.tower.feature_block}"
+        last = spec.tower.blocks[spec.tower.feature_block].module
         encoder = [model.get_submodule(name) for name in (last, *spec.projector.linears)]
         # One segment, because the reducer reads what enters the block as well as what leaves it.
         segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
@@ -228,7 +228,7 @@ class PartialForward:
         token_ids = torch.tensor([self.prompts[row].token_ids for row in self._rows[number]])
         visual = VisualTokens(embeds=state.hidden, indices=cast("Tensor", state.indices))
         inputs = embed_prompts(self._checkpoint, token_ids, visual)
-        rotary = cast("Any", self._checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
+        rotary = cast("Any", self._checkpoint.model.get_submodule(spec.decoder.rotary))
         angles = rotary(inputs.embeds, position_ids=inputs.positions)
         return _State(hidden=inputs.embeds, angles=angles, is_visual=inputs.is_visual)
 
@@ -239,7 +239,7 @@ class PartialForward:
             hidden[self.prompts[row].predicting(hidden.shape[0])]
             for row, hidden in zip(self._rows[number], state.hidden, strict=True)
         ]
-        normed = model.get_submodule(f"{spec.decoder.prefix}.norm")(torch.cat(rows))
+        normed = model.get_submodule(spec.decoder.norm)(torch.cat(rows))
         return _State(hidden=model.get_submodule(spec.decoder.head)(normed))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.spec import AttentionSpec, BlockSpec, FfnSpec, ModelSpec
 
 __all__ = ["Sublayer", "decoder_halves", "tower_halves"]
 
@@ -27,6 +27,7 @@ class Sublayer:
         norm: What is applied to the hidden state first.
         body: What follows.
         first: Names of the linears that read the norm's output.
+        first_modules: These linears.
         last: Name of the linear that ends the body.
         last_module: That linear.
     """
@@ -35,6 +36,7 @@ class Sublayer:
     norm: nn.Module
     body: nn.Module
     first: tuple[str, ...]
+    first_modules: tuple[nn.Module, ...]
     last: str
     last_module: nn.Module
 
@@ -81,58 +83,30 @@ class _ReachedError(Exception):
 
 def tower_halves(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
     """Both halves of a block of the vision tower."""
-    prefix = f"{spec.tower.blocks}.{block}"
-    return (
-        _half(
-            model,
-            prefix,
-            "attention",
-            ("layer_norm1", "self_attn"),
-            ("q_proj", "k_proj", "v_proj"),
-            "out_proj",
-        ),
-        _half(model, prefix, "ffn", ("layer_norm2", "mlp"), ("fc1",), "fc2"),
-    )
+    return _halves(model, spec.tower.blocks[block])
 
 
 def decoder_halves(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
     """Both halves of a block of the decoder."""
-    prefix = f"{spec.decoder.blocks}.{block}"
+    return _halves(model, spec.decoder.blocks[block])
+
+
+def _halves(model: nn.Module, block: BlockSpec) -> tuple[Sublayer, Sublayer]:
     return (
-        _half(
-            model,
-            prefix,
-            "attention",
-            ("input_layernorm", "self_attn"),
-            ("q_proj", "k_proj", "v_proj"),
-            "o_proj",
-        ),
-        _half(
-            model,
-            prefix,
-            "ffn",
-            ("post_attention_layernorm", "mlp"),
-            ("gate_proj", "up_proj"),
-            "down_proj",
-        ),
+        _half(model, "attention", block.attention),
+        _half(model, "ffn", block.ffn),
     )
 
 
 def _half(
-    model: nn.Module,
-    prefix: str,
-    kind: Literal["attention", "ffn"],
-    modules: tuple[str, str],
-    first: tuple[str, ...],
-    last: str,
+    model: nn.Module, kind: Literal["attention", "ffn"], described: AttentionSpec | FfnSpec
 ) -> Sublayer:
-    norm, body = modules
-    path = f"{prefix}.{body}"
     return Sublayer(
         kind=kind,
-        norm=model.get_submodule(f"{prefix}.{norm}"),
-        body=model.get_submodule(path),
-        first=tuple(f"{path}.{name}" for name in first),
-        last=f"{path}.{last}",
-        last_module=model.get_submodule(f"{path}.{last}"),
+        norm=model.get_submodule(described.norm),
+        body=model.get_submodule(described.module),
+        first=described.inputs,
+        first_modules=tuple(model.get_submodule(name) for name in described.inputs),
+        last=described.output,
+        last_module=model.get_submodule(described.output),
     )

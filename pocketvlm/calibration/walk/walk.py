@@ -338,7 +338,7 @@ class BlockWalk:
     ) -> Iterator[Step]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
         batches = batch_prompts(prompts, self.first_held_out, _BATCH_TOKENS)
-        rotary = cast("Any", checkpoint.model.get_submodule(spec.decoder.prefix)).rotary_emb
+        rotary = cast("Any", checkpoint.model.get_submodule(spec.decoder.rotary))
         is_visual: list[Tensor] = []
         attention: list[dict[str, Any]] = []
         path = PairedActivations(
@@ -366,7 +366,7 @@ class BlockWalk:
                         if path.ideal is not None:
                             path.ideal[index] = keep_text(path.ideal[index], flags)
                         is_visual[index] = _without_visual(flags)
-        norm = checkpoint.model.get_submodule(f"{spec.decoder.prefix}.norm")
+        norm = checkpoint.model.get_submodule(spec.decoder.norm)
         decoder = spec.decoder
 
         def moments_of_head(block: int | None) -> InputMoments:

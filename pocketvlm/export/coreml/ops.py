@@ -73,12 +73,11 @@ class MilOps:
 
     def embed_patches(self, pixels: Any) -> Any:
         tower = self._spec.tower
-        name = f"{tower.prefix}.embeddings"
-        module = cast("Any", self._checkpoint.model.get_submodule(name))
-        convolution = module.patch_embedding
-        operands = {"weight": self._float(f"{name}.patch_embedding.weight", convolution.weight)}
+        model, name = self._checkpoint.model, tower.embeddings
+        convolution = cast("Any", model.get_submodule(tower.patch_embedding))
+        operands = {"weight": self._float(f"{tower.patch_embedding}.weight", convolution.weight)}
         if convolution.bias is not None:
-            operands["bias"] = self._float(f"{name}.patch_embedding.bias", convolution.bias)
+            operands["bias"] = self._float(f"{tower.patch_embedding}.bias", convolution.bias)
         size = [tower.patch_size, tower.patch_size]
         pixels = self._mb.cast(x=pixels, dtype=self._short, name="pixels")
         patches = self._mb.conv(
@@ -87,11 +86,13 @@ class MilOps:
         count = tower.patches_per_side**2
         patches = self._reshape(patches, [1, tower.hidden_size, count], "patches_flat")
         patches = self._transpose(patches, [0, 2, 1], "patches_tokens")
-        if tower.has_cls:
-            cls = self._float(f"{name}.class_embedding", module.class_embedding.view(1, 1, -1))
+        if tower.class_embedding is not None:
+            token = getattr(model.get_submodule(name), tower.class_embedding)
+            cls = self._float(f"{name}.{tower.class_embedding}", token.view(1, 1, -1))
             patches = self._mb.concat(values=[cls, patches], axis=1, name="patches_cls")
         # Row by row: the patches of one whole image are in raster order.
-        table = self._float(f"{name}.positions", module.position_embedding.weight[None])
+        positions = cast("Any", model.get_submodule(tower.position_embedding))
+        table = self._float(f"{name}.positions", positions.weight[None])
         return self._mb.add(x=patches, y=table, name="patches_positions")
 
     def embed_tokens(self, token_ids: Any) -> Any:

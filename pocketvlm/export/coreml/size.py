@@ -179,7 +179,7 @@ def _float_bytes(spec: ModelSpec, float_bytes: int, capacity: int) -> int:
     values = [patch_weights * tower.hidden_size, patches * tower.hidden_size]
     values += [tower.hidden_size] * (int(tower.has_cls) + int(tower.has_patch_bias))
     # A layer norm has a weight and a bias; an RMS norm's weight is stored twice over.
-    outer_norms = int(tower.has_pre_norm) + int(tower.has_post_norm)
+    outer_norms = int(tower.pre_norm is not None) + int(tower.has_post_norm)
     values += [tower.hidden_size] * (2 * (2 * (tower.feature_block + 1) + outer_norms))
     values += [2 * decoder.hidden_size] * (2 * decoder.depth + 1)
     values += [linear.out_features for linear in spec.linears() if linear.has_bias]

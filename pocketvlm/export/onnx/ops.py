@@ -64,24 +64,23 @@ class OnnxOps:
 
     def embed_patches(self, pixels: str) -> str:
         tower = self._spec.tower
-        module = cast("Any", self._checkpoint.model.get_submodule(f"{tower.prefix}.embeddings"))
-        name = f"{tower.prefix}.embeddings"
-        convolution = module.patch_embedding
-        inputs = [pixels, self._float(f"{name}.patch_embedding.weight", convolution.weight)]
+        model, name = self._checkpoint.model, tower.embeddings
+        convolution = cast("Any", model.get_submodule(tower.patch_embedding))
+        inputs = [pixels, self._float(f"{tower.patch_embedding}.weight", convolution.weight)]
         if convolution.bias is not None:
-            inputs.append(self._float(f"{name}.patch_embedding.bias", convolution.bias))
+            inputs.append(self._float(f"{tower.patch_embedding}.bias", convolution.bias))
         size = [tower.patch_size, tower.patch_size]
         patches = self._graph.node(
-            "Conv", inputs, name=f"{name}.patch_embedding", kernel_shape=size, strides=size
+            "Conv", inputs, name=tower.patch_embedding, kernel_shape=size, strides=size
         )
         shape = self._graph.constant(
             f"{name}.shape", np.array([1, tower.hidden_size, -1], dtype=np.int64)
         )
         patches = self._graph.node("Reshape", [patches, shape], name=f"{name}.flatten")
         patches = self._graph.node("Transpose", [patches], name=f"{name}.tokens", perm=[0, 2, 1])
-        if tower.has_cls:
-            cls = module.class_embedding.view(1, 1, -1)
-            token = self._float(f"{name}.class_embedding", cls)
+        if tower.class_embedding is not None:
+            cls = getattr(model.get_submodule(name), tower.class_embedding).view(1, 1, -1)
+            token = self._float(f"{name}.{tower.class_embedding}", cls)
             patches = self._graph.node("Concat", [token, patches], name=f"{name}.cls", axis=1)
         positions = self._float(f"{name}.positions", self._positions()[None])
         return self._graph.node("Add", [patches, positions], name=f"{name}.add_positions")
@@ -183,7 +182,7 @@ class OnnxOps:
         kept: _Rows = "text" if late is not None and block >= late else "all"
         before, total = self._sequence_lengths(kept)
         cosine, sine = self._rotary_rows(kept)
-        label = f"{decoder.blocks}.{block}.self_attn"
+        label = decoder.blocks[block].attention.module
         attended, _, _ = self._graph.nodes(
             "GroupQueryAttention",
             [
@@ -407,8 +406,7 @@ class OnnxOps:
         forward pass over an empty image.
         """
         tower = self._spec.tower
-        name = f"{tower.prefix}.embeddings.position_embedding"
-        module = self._checkpoint.model.get_submodule(name)
+        module = self._checkpoint.model.get_submodule(tower.position_embedding)
         seen: list[Tensor] = []
         handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
         try:

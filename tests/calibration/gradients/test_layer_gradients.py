@@ -104,9 +104,9 @@ def test_block_gradients_are_those_of_the_length_of_a_blocks_output(
     stock, weights, runs = stock_runs(tiny_checkpoint, tiny_path, unanswered)
     projector = "model.connector" if spec.family == "idefics3" else "model.multi_modal_projector"
     blocks = [
-        *(f"{spec.tower.blocks}.{block}" for block in range(spec.tower.feature_block + 1)),
+        *(f"{spec.tower.stack}.{block}" for block in range(spec.tower.feature_block + 1)),
         projector,
-        *(f"{spec.decoder.blocks}.{block}" for block in range(spec.decoder.depth)),
+        *(f"{spec.decoder.stack}.{block}" for block in range(spec.decoder.depth)),
     ]
     behind = {}
     for name in blocks:
@@ -156,7 +156,7 @@ def test_no_more_than_one_block_is_dense_at_a_time(tiny_checkpoint, samples, wal
 
 def test_a_layer_that_nothing_reads_is_an_error_that_names_it(tiny_checkpoint, samples):
     spec = tiny_checkpoint.spec
-    layer = f"{spec.decoder.blocks}.1.mlp.down_proj"
+    layer = f"{spec.decoder.stack}.1.mlp.down_proj"
     down = tiny_checkpoint.layer(layer)
     down.form = replace(down.form, values=torch.zeros_like(down.form.values))
     for walk in (walk_gradients, block_gradients):
@@ -166,7 +166,7 @@ def test_a_layer_that_nothing_reads_is_an_error_that_names_it(tiny_checkpoint, s
 
 def test_a_gradient_that_is_not_finite_names_sample_and_layer(tiny_checkpoint, samples):
     spec = tiny_checkpoint.spec
-    name = f"{spec.tower.blocks}.0.self_attn.v_proj"
+    name = f"{spec.tower.stack}.0.self_attn.v_proj"
     layer = tiny_checkpoint.layer(name)
     layer.form = replace(layer.form, values=layer.form.values * float("nan"))
     with pytest.raises(CalibrationError, match="reference scene 0: the loss of its answer is not"):

@@ -144,7 +144,7 @@ def test_weights_follow_the_gradient_and_have_mean_one(tiny_checkpoint, samples)
     importance = gradient_weights(tiny_checkpoint, prompts, batches, visual)
     _, expected, _ = whole_graph(tiny_checkpoint, prompts, visual)
     last = tiny_checkpoint.spec.decoder.depth - 1
-    prefix = f"{tiny_checkpoint.spec.decoder.blocks}.{last}"
+    prefix = f"{tiny_checkpoint.spec.decoder.stack}.{last}"
     joined = {
         ("attention", "first"): ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("attention", "last"): ("self_attn.o_proj",),

@@ -87,14 +87,14 @@ def test_moments_are_those_of_the_rows_that_run(checkpoint, samples, carry_float
             ]
             continue
         for name in step.names:
-            if step.moments is not None and name.startswith(checkpoint.spec.decoder.blocks):
+            if step.moments is not None and name.startswith(checkpoint.spec.decoder.stack):
                 (found[name],) = step.moments(None).calibration.blocks()
     expected = moments_by_hooks(checkpoint, samples)
     assert found.keys() == expected.keys()
     for name, moments in expected.items():
         torch.testing.assert_close(found[name].double(), moments, rtol=2e-4, atol=1e-5, msg=name)
     if carry_float:
-        prefix = f"{checkpoint.spec.decoder.blocks}.{LATE - 1}"
+        prefix = f"{checkpoint.spec.decoder.stack}.{LATE - 1}"
         assert all(float(w.min()) == 0 for _, w in ends[f"{prefix}.self_attn.o_proj"])
         for (whole, _), (text, weights) in zip(
             ends[f"{prefix}.self_attn.o_proj"], ends[f"{prefix}.mlp.down_proj"], strict=True
@@ -145,7 +145,7 @@ def test_logits_behind_a_changed_layer_are_those_of_the_forward_pass(checkpoint,
         (LATE - 1, "self_attn.o_proj"),
         (3, "mlp.up_proj"),
     ):
-        name = f"{decoder.blocks}.{block}.{role}"
+        name = f"{decoder.stack}.{block}.{role}"
         before = checkpoint.form(name)
         other = replace(before, values=before.values * 1.5)
         found = runner.logits_with(name, other)

@@ -120,7 +120,7 @@ def test_reduction_shortens_the_sequence_that_is_calibrated(tiny_checkpoint, sam
 
     def decoder_tokens(walk):
         for step in walk:
-            if step.names[0].startswith(spec.decoder.blocks):
+            if step.names[0].startswith(spec.decoder.stack):
                 moments = step.moments(None)
                 return moments.calibration.tokens + moments.held_out.tokens
         raise AssertionError

@@ -144,7 +144,7 @@ def test_a_narrower_student_of_dense_weights_keeps_their_type(tiny_path, samples
     }
     for block in range(decoder.depth):
         for role in ("gate_proj", "up_proj", "down_proj"):
-            name = f"{decoder.blocks}.{block}.mlp.{role}"
+            name = f"{decoder.stack}.{block}.mlp.{role}"
             values = forms[name].values
             cut = values[:, :width] if role == "down_proj" else values[:width]
             forms[name] = DenseWeight(values=cut.contiguous())
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tiny_path, samples) -> None:
     with pytest.raises(CalibrationError, match="of step 2 of 4 is not finite"):
         wild.apply(_pruned(tiny_path, samples), samples, RunContext(source_dir=tiny_path))
     broken = _pruned(tiny_path, samples)
-    norm = broken.model.get_parameter(f"{broken.spec.decoder.prefix}.norm.weight")
+    norm = broken.model.get_parameter(f"{broken.spec.decoder.norm}.weight")
     with torch.no_grad():
         norm[0] = math.inf
     with pytest.raises(CalibrationError, match="held-out loss after 0 steps is not finite"):

@@ -137,7 +137,7 @@ def test_attention_ratios_are_those_of_a_plain_softmax(
     normed = attention.norm(inputs.embeds)[0].double()
 
     def rotated(role: str, head: int) -> torch.Tensor:
-        weight = deep_checkpoint.form(f"{spec.decoder.blocks}.0.self_attn.{role}")
+        weight = deep_checkpoint.form(f"{spec.decoder.stack}.0.self_attn.{role}")
         states = normed @ weight.dequantize().double().T[:, head * width : (head + 1) * width]
         turned = torch.cat([-states[:, width // 2 :], states[:, : width // 2]], dim=-1)
         return states * angles[0][0].double() + turned * angles[1][0].double()
@@ -225,7 +225,7 @@ def test_what_follows_is_calibrated_on_the_rows_that_run(
         assert done.visual_layers == layers
         losses[layers] = {row["name"]: row.get("loss") for row in done.history[-1].layers}
     changed = {name for name, loss in losses[1].items() if loss != losses[None][name]}
-    blocks = deep_checkpoint.spec.decoder.blocks
+    blocks = deep_checkpoint.spec.decoder.stack
     assert f"{blocks}.3.mlp.down_proj" in changed
     assert not any("vision" in name for name in changed)
     rounded = QuantizeCache().apply(done, samples, ctx)

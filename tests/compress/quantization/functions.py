@@ -50,7 +50,7 @@ def plant_outliers(checkpoint: Checkpoint, factor: float = 20.0) -> Checkpoint:
     if spec.tower.has_post_norm:
         readers[f"{spec.tower.prefix}.post_layernorm"] = [spec.projector.linears[0]]
     if not spec.decoder.tied_head:
-        readers[f"{spec.decoder.prefix}.norm"] = [spec.decoder.head]
+        readers[spec.decoder.norm] = [spec.decoder.head]
     for norm, names in readers.items():
         module = model.get_submodule(norm)
         module.weight[3::16] *= factor

@@ -366,7 +366,7 @@ def test_bad_data_changes_no_weight(tiny_checkpoint, samples):
 
 
 def test_inputs_that_are_not_finite_name_their_layer(tiny_checkpoint, samples):
-    block = f"{tiny_checkpoint.spec.tower.blocks}.1"
+    block = f"{tiny_checkpoint.spec.tower.stack}.1"
     norm = tiny_checkpoint.model.get_submodule(f"{block}.layer_norm2")
     with torch.no_grad():
         norm.weight.fill_(float("inf"))

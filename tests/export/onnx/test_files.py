@@ -135,7 +135,7 @@ def test_components_describe_the_graphs(tiny_checkpoint: Checkpoint, tmp_path: P
 def test_group_sizes_without_kernel_name_the_layer(
     tiny_checkpoint: Checkpoint, tmp_path: Path, ctx: RunContext
 ) -> None:
-    name = f"{tiny_checkpoint.spec.decoder.blocks}.1.mlp.down_proj"
+    name = f"{tiny_checkpoint.spec.decoder.stack}.1.mlp.down_proj"
     weight = tiny_checkpoint.form(name).dequantize()
     tiny_checkpoint.set_form(name, quantize_affine(weight, 4, 48))
     with pytest.raises(UnsupportedError, match=r"1\.mlp\.down_proj: group size 48.*16, 32, 64"):

@@ -117,9 +117,9 @@ def test_without_reducer_every_token_is_kept(
 def test_layers_of_one_input_may_have_different_forms(
     tiny_checkpoint: Checkpoint, tmp_path: Path, exact: ToOnnx, ctx: RunContext
 ) -> None:
-    kept = tiny_checkpoint.form(f"{tiny_checkpoint.spec.decoder.blocks}.0.self_attn.k_proj")
+    kept = tiny_checkpoint.form(f"{tiny_checkpoint.spec.decoder.stack}.0.self_attn.k_proj")
     checkpoint = quantize_checkpoint(tiny_checkpoint, 8)
-    checkpoint.set_form(f"{checkpoint.spec.decoder.blocks}.0.self_attn.k_proj", kept)
+    checkpoint.set_form(f"{checkpoint.spec.decoder.stack}.0.self_attn.k_proj", kept)
     components = exact.export(checkpoint, tmp_path, ctx)
     assert "float32 (1 layers)" in components[2].precision["decoder"]
     _, _, prompt = make_prompt(checkpoint)

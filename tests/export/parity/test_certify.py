@@ -194,7 +194,7 @@ def test_a_broken_artifact_is_caught(
 def test_a_corrupted_weight_is_caught(reduced: Checkpoint, tiny_path: Path, tmp_path: Path) -> None:
     def corrupted(checkpoint: Checkpoint) -> Runner:
         broken = Checkpoint.load(tiny_path)
-        name = f"{broken.spec.decoder.blocks}.1.mlp.down_proj"
+        name = f"{broken.spec.decoder.stack}.1.mlp.down_proj"
         values = broken.form(name).dequantize()
         values[:8] *= -1
         broken.set_form(name, DenseWeight(values=values))

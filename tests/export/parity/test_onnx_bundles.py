@@ -110,7 +110,7 @@ def test_shuffled_bytes_are_caught(built: Built, copied: Bundle) -> None:
 
 
 def test_the_bundle_of_another_checkpoint_is_caught(built: Built) -> None:
-    name = f"{built.checkpoint.spec.decoder.blocks}.0.self_attn.o_proj"
+    name = f"{built.checkpoint.spec.decoder.stack}.0.self_attn.o_proj"
     form = built.checkpoint.form(name)
     values = form.dequantize()
     values[:8] *= -1

@@ -104,7 +104,7 @@ class BlockPath:
             torch.tensor([self._prompts[row].token_ids for row in state.rows]),
             VisualTokens(embeds=visual, indices=indices),
         )
-        rotary = cast("Any", model.get_submodule(spec.decoder.prefix)).rotary_emb
+        rotary = cast("Any", model.get_submodule(spec.decoder.rotary))
         return PathState(
             rows=state.rows,
             hidden=inputs.embeds,
@@ -133,7 +133,7 @@ class BlockPath:
             CalibrationError: A sample has no answer, or its answer was cut off.
         """
         model, decoder = self._checkpoint.model, self._checkpoint.spec.decoder
-        norm = model.get_submodule(f"{decoder.prefix}.norm")
+        norm = model.get_submodule(decoder.norm)
         head = model.get_submodule(decoder.head)
         found = []
         for row, hidden in zip(state.rows, state.hidden, strict=True):

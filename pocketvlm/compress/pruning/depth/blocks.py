@@ -65,16 +65,16 @@ def all_blocks(spec: ModelSpec) -> tuple[Block, ...]:
 
 
 def spec_without(spec: ModelSpec, removed: Mapping[Stack, int]) -> ModelSpec:
-    """The specification with so many blocks fewer, by stack."""
+    """The specification with that many blocks fewer, by stack: those that stay are counted anew."""
     tower, decoder = removed.get("tower", 0), removed.get("decoder", 0)
     return replace(
         spec,
         tower=replace(
             spec.tower,
-            depth=spec.tower.depth - tower,
+            blocks=spec.tower.blocks[: spec.tower.depth - tower],
             feature_block=spec.tower.feature_block - tower,
         ),
-        decoder=replace(spec.decoder, depth=spec.decoder.depth - decoder),
+        decoder=replace(spec.decoder, blocks=spec.decoder.blocks[: spec.decoder.depth - decoder]),
     )
 
 
@@ -127,7 +127,7 @@ def remove_blocks(checkpoint: Checkpoint, removed: Collection[Block]) -> Checkpo
 
 
 def _list_name(spec: ModelSpec, stack: Stack) -> str:
-    return spec.decoder.blocks if stack == "decoder" else spec.tower.blocks
+    return spec.decoder.stack if stack == "decoder" else spec.tower.stack
 
 
 def _renumber(

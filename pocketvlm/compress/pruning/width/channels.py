@@ -238,49 +238,49 @@ def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Ch
 
 def _kv_groups(spec: ModelSpec, block: int) -> UnitGroup:
     decoder = spec.decoder
-    path = f"{decoder.blocks}.{block}.self_attn"
+    attention = decoder.blocks[block].attention
     # repeat_kv lets consecutive query heads read one key-value head.
     queries = decoder.heads // decoder.kv_heads * decoder.head_dim
     return UnitGroup(
-        name=path,
+        name=attention.module,
         part="decoder",
         kind="kv_groups",
         block=block,
         count=decoder.kv_heads,
         rows={
-            f"{path}.q_proj": queries,
-            f"{path}.k_proj": decoder.head_dim,
-            f"{path}.v_proj": decoder.head_dim,
+            attention.q: queries,
+            attention.k: decoder.head_dim,
+            attention.v: decoder.head_dim,
         },
-        last=f"{path}.o_proj",
+        last=attention.o,
         columns=queries,
     )
 
 
 def _decoder_ffn(spec: ModelSpec, block: int) -> UnitGroup:
-    path = f"{spec.decoder.blocks}.{block}.mlp"
+    ffn = spec.decoder.blocks[block].ffn
     return UnitGroup(
-        name=path,
+        name=ffn.module,
         part="decoder",
         kind="ffn",
         block=block,
         count=spec.decoder.ffn_size,
-        rows={f"{path}.gate_proj": 1, f"{path}.up_proj": 1},
-        last=f"{path}.down_proj",
+        rows=dict.fromkeys(ffn.inputs, 1),
+        last=ffn.down,
         columns=1,
     )
 
 
 def _tower_ffn(spec: ModelSpec, block: int) -> UnitGroup:
-    path = f"{spec.tower.blocks}.{block}.mlp"
+    ffn = spec.tower.blocks[block].ffn
     return UnitGroup(
-        name=path,
+        name=ffn.module,
         part="tower",
         kind="ffn",
         block=block,
         count=spec.tower.ffn_size,
-        rows={f"{path}.fc1": 1},
-        last=f"{path}.fc2",
+        rows=dict.fromkeys(ffn.inputs, 1),
+        last=ffn.down,
         columns=1,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import DecoderSpec, LinearSpec, TowerSpec
+from pocketvlm.models.spec import BlockSpec, DecoderSpec, LinearSpec, TowerSpec
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import is_float, with_values
 from pocketvlm.weights.modules import FormLinear
@@ -150,41 +150,42 @@ def rotate_outputs(checkpoint: Checkpoint, name: str, rotation: Tensor) -> None:
 def find_fold(checkpoint: Checkpoint, linear: LinearSpec) -> Fold | str:
     """Where the inverse scale of a layer's inputs goes, or why it can go nowhere."""
     columns, decoder = torch.arange(linear.in_features), checkpoint.spec.decoder
-    if linear.part == "decoder":
-        return _find_in_decoder(decoder, linear, columns)
-    if linear.part == "tower":
-        return _find_in_tower(checkpoint.spec.tower, linear, columns)
+    if linear.part == "decoder" and linear.block is not None:
+        block = decoder.blocks[linear.block]
+        return _find_in_decoder(decoder, block, linear.name, columns)
+    if linear.part == "tower" and linear.block is not None:
+        tower = checkpoint.spec.tower
+        return _find_in_tower(tower, tower.blocks[linear.block], linear.name, columns)
     if linear.part == "projector":
         return _find_in_projector(checkpoint, linear, columns)
     if linear.part == "head":
-        return Fold(producer=f"{decoder.prefix}.norm", channels=columns)
+        return Fold(producer=decoder.norm, channels=columns)
     if decoder.tied_head:
         return "head and embedding are one weight: a scale of the one would change the other"
     return "a lookup has no inputs to scale"
 
 
-def _find_in_decoder(decoder: DecoderSpec, linear: LinearSpec, columns: Tensor) -> Fold:
-    block = f"{decoder.blocks}.{linear.block}"
-    if linear.role == "o_proj":
+def _find_in_decoder(decoder: DecoderSpec, block: BlockSpec, name: str, columns: Tensor) -> Fold:
+    if name == block.attention.o:
         # The query heads of a group read the same channels of one head of v.
         width, repeats = decoder.head_dim, decoder.heads // decoder.kv_heads
         shared = columns // (width * repeats) * width + columns % width
-        return Fold(producer=f"{block}.self_attn.v_proj", channels=shared)
-    if linear.role == "down_proj":
-        return Fold(producer=f"{block}.mlp.up_proj", channels=columns)
-    is_ffn = linear.role in ("gate_proj", "up_proj")
-    norm = "post_attention_layernorm" if is_ffn else "input_layernorm"
-    return Fold(producer=f"{block}.{norm}", channels=columns)
+        return Fold(producer=block.attention.v, channels=shared)
+    if name == block.ffn.down:
+        return Fold(producer=block.ffn.up, channels=columns)
+    return Fold(producer=_norm_before(block, name), channels=columns)
 
 
-def _find_in_tower(tower: TowerSpec, linear: LinearSpec, columns: Tensor) -> Fold | str:
-    block = f"{tower.blocks}.{linear.block}"
-    if linear.role == "fc2":
+def _find_in_tower(tower: TowerSpec, block: BlockSpec, name: str, columns: Tensor) -> Fold | str:
+    if name == block.ffn.down:
         return f"{tower.activation} stands before it, and no scale passes through it"
-    if linear.role == "out_proj":
-        return Fold(producer=f"{block}.self_attn.v_proj", channels=columns)
-    norm = "layer_norm2" if linear.role == "fc1" else "layer_norm1"
-    return Fold(producer=f"{block}.{norm}", channels=columns)
+    if name == block.attention.o:
+        return Fold(producer=block.attention.v, channels=columns)
+    return Fold(producer=_norm_before(block, name), channels=columns)
+
+
+def _norm_before(block: BlockSpec, name: str) -> str:
+    return block.ffn.norm if name in block.ffn.inputs else block.attention.norm
 
 
 def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tensor) -> Fold | str:
@@ -196,8 +197,7 @@ def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tens
     if checkpoint.reducer is not None:
         return "the token reducer reads the same features, and would choose other tokens"
     # Merged patches are copies of the norm's channels, side by side.
-    post_norm = f"{tower.prefix}.post_layernorm"
-    return Fold(producer=post_norm, channels=columns % tower.hidden_size)
+    return Fold(producer=tower.post_norm, channels=columns % tower.hidden_size)
 
 
 def _read_weight(checkpoint: Checkpoint, name: str) -> Tensor:

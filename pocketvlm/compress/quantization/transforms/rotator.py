@@ -3,8 +3,8 @@
 Between two linears without anything but linear operations and norms, any orthogonal matrix and its
 inverse may be inserted. Three places allow that:
 
-- R1, the decoder's residual stream: whatever writes to it (embedding table, projector, o_proj,
-  down_proj) is rotated, whatever reads it is rotated back. An RMSNorm commutes with a rotation
+- R1, the decoder's residual stream: whatever writes to it (embedding table, projector, o,
+  down) is rotated, whatever reads it is rotated back. An RMSNorm commutes with a rotation
   once its weight is folded into the layers behind it.
 - R2, inside each head, between v and o.
 - R3, the tower's residual stream. Its LayerNorms subtract the mean, so only rotations that keep
@@ -30,6 +30,7 @@ from pocketvlm.compress.quantization.transforms.folding import (
 )
 from pocketvlm.compress.quantization.transforms.orthogonal import fix_ones, random_rotation
 from pocketvlm.context import derive_seed
+from pocketvlm.models.spec import BlockSpec
 
 __all__ = ["Rotator"]
 
@@ -61,30 +62,24 @@ class Rotator:
         rotate_inputs(self._checkpoint, decoder.embedding, rotation)
         self._note(decoder.embedding, "outputs", "residual")
         self._outputs(spec.projector.linears[-1], rotation, "residual")
-        for block in range(decoder.depth):
-            path = f"{decoder.blocks}.{block}"
-            read = tuple(f"{path}.self_attn.{role}_proj" for role in "qkv")
-            self._read_stream(f"{path}.input_layernorm", read, rotation, "residual")
-            self._outputs(f"{path}.self_attn.o_proj", rotation, "residual")
-            read = (f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj")
-            self._read_stream(f"{path}.post_attention_layernorm", read, rotation, "residual")
-            self._outputs(f"{path}.mlp.down_proj", rotation, "residual")
-        self._read_stream(f"{decoder.prefix}.norm", (decoder.head,), rotation, "residual")
+        for block in decoder.blocks:
+            self._rotate_block(block, rotation, "residual")
+        self._read_stream(decoder.norm, (decoder.head,), rotation, "residual")
 
     def rotate_heads(self) -> None:
         """R2: one rotation a key-value head, which the query heads that read it share."""
         decoder, tower = self._checkpoint.spec.decoder, self._checkpoint.spec.tower
-        for block in range(decoder.depth):
-            path = f"{decoder.blocks}.{block}.self_attn"
-            repeats = decoder.heads // decoder.kv_heads
-            turns = self._head_rotations(path, decoder.kv_heads, decoder.head_dim)
-            self._outputs(f"{path}.v_proj", turns, "heads")
-            self._inputs(f"{path}.o_proj", turns.repeat_interleave(repeats, dim=0), "heads")
-        for block in range(tower.feature_block + 1):
-            path = f"{tower.blocks}.{block}.self_attn"
-            turns = self._head_rotations(path, tower.heads, tower.head_dim)
-            self._outputs(f"{path}.v_proj", turns, "heads")
-            self._inputs(f"{path}.out_proj", turns, "heads")
+        repeats = decoder.heads // decoder.kv_heads
+        for block in decoder.blocks:
+            attention = block.attention
+            turns = self._head_rotations(attention.module, decoder.kv_heads, decoder.head_dim)
+            self._outputs(attention.v, turns, "heads")
+            self._inputs(attention.o, turns.repeat_interleave(repeats, dim=0), "heads")
+        for block in tower.blocks[: tower.feature_block + 1]:
+            attention = block.attention
+            turns = self._head_rotations(attention.module, tower.heads, tower.head_dim)
+            self._outputs(attention.v, turns, "heads")
+            self._inputs(attention.o, turns, "heads")
 
     def rotate_tower(self) -> str:
         """R3. Returns why it was not done; empty where it was."""
@@ -94,8 +89,8 @@ class Rotator:
         if reason:
             return reason
         rotation = fix_ones(random_rotation(tower.hidden_size, self._generator("tower")))
-        patches = model.get_submodule(f"{tower.prefix}.embeddings.patch_embedding")
-        positions = model.get_submodule(f"{tower.prefix}.embeddings.position_embedding")
+        patches = model.get_submodule(tower.patch_embedding)
+        positions = model.get_submodule(tower.position_embedding)
         for module, name, axis in (
             (patches, "weight", 0),
             (patches, "bias", 0),
@@ -105,13 +100,8 @@ class Rotator:
             if values is not None:
                 turned = (values.movedim(axis, -1) @ rotation).movedim(-1, axis)
                 write_vector(module, name, turned.contiguous())
-        for block in range(tower.feature_block + 1):
-            path = f"{tower.blocks}.{block}"
-            read = tuple(f"{path}.self_attn.{role}_proj" for role in "qkv")
-            self._read_stream(f"{path}.layer_norm1", read, rotation, "tower")
-            self._outputs(f"{path}.self_attn.out_proj", rotation, "tower")
-            self._read_stream(f"{path}.layer_norm2", (f"{path}.mlp.fc1",), rotation, "tower")
-            self._outputs(f"{path}.mlp.fc2", rotation, "tower")
+        for block in tower.blocks[: tower.feature_block + 1]:
+            self._rotate_block(block, rotation, "tower")
         if tower.has_post_norm:
             self._absorb_post_norm(rotation)
         self._inputs(spec.projector.linears[0], rotation, "tower")
@@ -134,9 +124,15 @@ class Rotator:
             for linear, form in self._checkpoint.forms().items()
         )
 
+    def _rotate_block(self, block: BlockSpec, rotation: Tensor, stream: str) -> None:
+        """What reads a residual stream is turned back, what writes to it is turned."""
+        for sublayer in (block.attention, block.ffn):
+            self._read_stream(sublayer.norm, sublayer.inputs, rotation, stream)
+            self._outputs(sublayer.output, rotation, stream)
+
     def _why_tower_stays(self) -> str:
         tower = self._checkpoint.spec.tower
-        if tower.has_pre_norm:
+        if tower.pre_norm is not None:
             return "a norm with weights stands between its embeddings and its first block"
         if self._checkpoint.reducer is not None:
             return "the token reducer reads its features, and would choose other tokens"
@@ -146,9 +142,7 @@ class Rotator:
 
     def _post_norm_shift(self) -> Tensor:
         """Bias of the last norm in units of its weight, [hidden]."""
-        norm = self._checkpoint.model.get_submodule(
-            f"{self._checkpoint.spec.tower.prefix}.post_layernorm"
-        )
+        norm = self._checkpoint.model.get_submodule(self._checkpoint.spec.tower.post_norm)
         weight, bias = read_vector(norm, "weight"), read_vector(norm, "bias")
         if weight is None or bias is None:
             raise TypeError("the tower's last norm has no weight and bias")
@@ -160,7 +154,7 @@ class Rotator:
         The projector may have no bias of its own that could take it up.
         """
         spec, model = self._checkpoint.spec, self._checkpoint.model
-        norm = model.get_submodule(f"{spec.tower.prefix}.post_layernorm")
+        norm = model.get_submodule(spec.tower.post_norm)
         shift, weight = self._post_norm_shift(), read_vector(norm, "weight")
         if weight is None:
             raise TypeError("the tower's last norm has no weight")

@@ -17,7 +17,7 @@ from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import recipe_from_document
 from pocketvlm.reference_graph.forward import (
@@ -131,7 +131,7 @@ def test_removing_a_block_that_does_nothing_changes_no_logit(checkpoint):
 
 def test_the_cache_of_the_result_has_no_gap(checkpoint):
     pruned = remove_blocks(checkpoint, [Block(stack="decoder", index=0)])
-    layers = pruned.model.get_submodule(pruned.spec.decoder.blocks)
+    layers = pruned.model.get_submodule(pruned.spec.decoder.stack)
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(DECODER - 1))
     inputs = inputs_of(pruned)
     _, ids = prompt_of(pruned.spec)
@@ -148,13 +148,13 @@ def test_the_cache_of_the_result_has_no_gap(checkpoint):
 def test_blocks_behind_the_feature_stay_and_the_index_points_at_the_same_feature(paths):
     for name, layer in (("llava", -2), ("llava-from-front", TOWER - 2)):
         checkpoint = Checkpoint.load(paths[name])
-        behind = f"{checkpoint.spec.tower.blocks}.{TOWER}"
+        behind = f"{checkpoint.spec.tower.stack}.{TOWER}"
         kept = checkpoint.form(f"{behind}.mlp.fc1")
         norm = checkpoint.vectors()[f"{behind}.layer_norm1.weight"]
         pruned = remove_blocks(checkpoint, [Block(stack="tower", index=i) for i in (0, 1)])
         assert pruned.config["vision_feature_layer"] == layer
         assert pruned.config["vision_config"]["num_hidden_layers"] == TOWER - 1
-        moved = f"{pruned.spec.tower.blocks}.{TOWER - 2}"
+        moved = f"{pruned.spec.tower.stack}.{TOWER - 2}"
         assert pruned.form(f"{moved}.mlp.fc1") is kept
         assert torch.equal(pruned.vectors()[f"{moved}.layer_norm1.weight"], norm)
 
@@ -162,7 +162,7 @@ def test_blocks_behind_the_feature_stay_and_the_index_points_at_the_same_feature
 def test_every_weight_that_stays_is_the_same_object(checkpoint):
     before = checkpoint.forms()
     pruned = remove_blocks(checkpoint, [Block(stack="decoder", index=1)])
-    blocks = checkpoint.spec.decoder.blocks
+    blocks = checkpoint.spec.decoder.stack
     for linear, form in pruned.forms().items():
         name = linear.name
         for index in (2, 1):
@@ -175,7 +175,7 @@ def test_the_planned_model_is_the_one_that_comes_out(checkpoint, samples):
     planned = stage.spec_after(checkpoint.spec)
     pruned = stage.apply(checkpoint, samples, CONTEXT)
     assert pruned.spec == planned
-    assert ModelSpec.from_config(pruned.config) == planned
+    assert read_model_spec(pruned.config) == planned
     assert planned == spec_without(checkpoint.spec, {"decoder": 2, "tower": 1})
     metrics = pruned.history[-1].metrics
     assert metrics["weights"] == sum(

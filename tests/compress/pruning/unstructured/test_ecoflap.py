@@ -149,9 +149,9 @@ def test_a_score_is_the_mean_length_of_gradients_times_the_weights_scale():
 
 
 def test_a_score_does_not_change_where_a_norm_takes_up_the_weights_scale(smol, samples):
-    names = [f"{smol.spec.decoder.blocks}.0.mlp.{name}" for name in ("gate_proj", "up_proj")]
+    names = [f"{smol.spec.decoder.stack}.0.mlp.{name}" for name in ("gate_proj", "up_proj")]
     before = zeroth_order_scores(smol, names, samples, RunContext(), noise=0.01, draws=1)
-    smol.model.get_submodule(f"{smol.spec.decoder.blocks}.0.post_attention_layernorm").weight /= 4
+    smol.model.get_submodule(f"{smol.spec.decoder.stack}.0.post_attention_layernorm").weight /= 4
     for name in names:
         smol.set_form(name, DenseWeight(values=smol.form(name).values * 4))
     after = zeroth_order_scores(smol, names, samples, RunContext(), noise=0.01, draws=1)
@@ -239,7 +239,7 @@ def test_the_budget_is_exact_and_no_group_beyond_its_bound(
 @pytest.mark.parametrize("order", ["zeroth", "first"])
 def test_what_the_answers_do_not_depend_on_loses_most(tiny_checkpoint, samples, order):
     spec = tiny_checkpoint.spec
-    block = f"{spec.decoder.blocks}.{spec.decoder.depth - 1}"
+    block = f"{spec.decoder.stack}.{spec.decoder.depth - 1}"
     for last in (f"{block}.self_attn.o_proj", f"{block}.mlp.down_proj"):
         form = tiny_checkpoint.form(last)
         # Not zero: a layer without any gradient is refused by the first order.
@@ -258,7 +258,7 @@ def test_what_the_answers_do_not_depend_on_loses_most(tiny_checkpoint, samples, 
 
 def test_a_block_that_does_nothing_is_named(smol, samples):
     spec = smol.spec
-    block = f"{spec.decoder.blocks}.{spec.decoder.depth - 1}"
+    block = f"{spec.decoder.stack}.{spec.decoder.depth - 1}"
     for last in (f"{block}.self_attn.o_proj", f"{block}.mlp.down_proj"):
         smol.set_form(last, DenseWeight(values=torch.zeros(smol.form(last).shape)))
     budget = Ecoflap(samples=1).allocate(smol, prunable(smol), 0.5, FREE, samples, RunContext())

@@ -230,9 +230,9 @@ def test_a_row_is_judged_by_the_tokens_on_which_it_matters():
 def chosen_layers(spec):
     """One layer of each part, far from each other."""
     return (
-        f"{spec.tower.blocks}.0.mlp.fc1",
+        f"{spec.tower.stack}.0.mlp.fc1",
         spec.projector.linears[-1],
-        f"{spec.decoder.blocks}.0.self_attn.v_proj",
+        f"{spec.decoder.stack}.0.self_attn.v_proj",
     )
 
 

@@ -138,7 +138,7 @@ def test_rounding_a_scaled_model_changes_its_answers_less(tiny_path, samples):
 
 def test_query_heads_of_a_group_share_the_scale_of_their_value_head(tiny_checkpoint, samples):
     decoder = tiny_checkpoint.spec.decoder
-    path = f"{decoder.blocks}.0.self_attn"
+    path = f"{decoder.stack}.0.self_attn"
     value = tiny_checkpoint.form(f"{path}.v_proj")
     # Output channels of v that differ in size are what o_proj's inputs need a scale for.
     sizes = torch.logspace(0, 1.5, value.shape[0])[:, None]
@@ -270,7 +270,7 @@ def test_candidates_start_at_one_and_grow_with_the_activations(magnitudes, point
 
 def test_layers_that_stay_float_follow_the_scale_of_their_neighbours(tiny_checkpoint, samples):
     checkpoint = plant_outliers(tiny_checkpoint)
-    block = f"{checkpoint.spec.decoder.blocks}.0"
+    block = f"{checkpoint.spec.decoder.stack}.0"
     rules = (WeightRule(match=rf"{block}.self_attn.k_proj".replace(".", r"\."), bits=2),)
     expected = logits_of(checkpoint)
     done = Awq(rules=rules).apply(checkpoint, samples, CONTEXT)
@@ -292,7 +292,7 @@ def test_the_head_of_an_untied_model_is_scaled_too(tiny_checkpoint, samples):
         assert done.form(decoder.head) is done.form(decoder.embedding)
     else:
         assert "lookup" in rows[decoder.embedding]["reason"]
-        assert rows[decoder.head]["folded_into"] == f"{decoder.prefix}.norm"
+        assert rows[decoder.head]["folded_into"] == decoder.norm
         assert rows[decoder.head]["method"] == "awq"
     assert relative_error(logits_of(done), expected) < 1e-5
 
@@ -352,7 +352,7 @@ def test_wrong_input_is_named(tiny_checkpoint, samples):
         Awq(rules=RULES, modality_weights="loud")
     with pytest.raises(RecipeError, match="matches none"):
         Awq(rules=(WeightRule(match="nothing", bits=4),)).apply(tiny_checkpoint, samples, CONTEXT)
-    norm = tiny_checkpoint.model.get_submodule(f"{tiny_checkpoint.spec.tower.blocks}.0.layer_norm1")
+    norm = tiny_checkpoint.model.get_submodule(f"{tiny_checkpoint.spec.tower.stack}.0.layer_norm1")
     norm.weight[0] = float("inf")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj.*not finite"):
         Awq(rules=RULES).apply(tiny_checkpoint, samples, CONTEXT)

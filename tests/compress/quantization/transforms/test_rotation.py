@@ -105,7 +105,7 @@ def test_the_float_model_computes_what_it_did(tiny_checkpoint, samples, reduced)
         assert any("tower not rotated" in note and reason in note for note in record.notes)
     rows = {row["name"]: row for row in record.layers}
     assert rows.keys() == {linear.name for linear in done.spec.linears()}
-    block = f"{done.spec.decoder.blocks}.1"
+    block = f"{done.spec.decoder.stack}.1"
     assert rows[f"{block}.self_attn.v_proj"]["inputs"] == "residual"
     assert rows[f"{block}.self_attn.v_proj"]["outputs"] == "heads"
     assert rows[f"{block}.mlp.down_proj"]["inputs"] is None
@@ -138,7 +138,7 @@ def test_each_rotation_alone_keeps_the_function(tiny_paths, samples, which):
 def test_weights_are_those_of_the_formula(tiny_checkpoint, samples):
     """One query and one output weight of the decoder, and what one head's value becomes."""
     decoder = tiny_checkpoint.spec.decoder
-    path = f"{decoder.blocks}.0"
+    path = f"{decoder.stack}.0"
     names = {role: f"{path}.self_attn.{role}_proj" for role in "qo"} | {"table": decoder.embedding}
     before = {key: tiny_checkpoint.form(name).dequantize().double() for key, name in names.items()}
     gamma = tiny_checkpoint.model.get_submodule(f"{path}.input_layernorm").weight.double().clone()
@@ -158,7 +158,7 @@ def test_weights_are_those_of_the_formula(tiny_checkpoint, samples):
 
 def test_query_heads_of_a_group_share_the_rotation_of_their_value_head(tiny_checkpoint, samples):
     decoder = tiny_checkpoint.spec.decoder
-    path = f"{decoder.blocks}.0.self_attn"
+    path = f"{decoder.stack}.0.self_attn"
     before = {
         role: tiny_checkpoint.form(f"{path}.{role}_proj").dequantize().double() for role in "vo"
     }

@@ -1,0 +1,1 @@
+"""Families of models: one reader each, `config.json -> ModelSpec`; nothing else knows a family."""

@@ -1,0 +1,51 @@
+"""Idefics3 (arXiv 2408.12637) and SmolVLM (2504.05299): SigLIP, pixel shuffle, a Llama decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pocketvlm.models.families.clip import read_siglip
+from pocketvlm.models.families.llama import read_llama
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec, ProjectorSpec
+
+__all__ = ["read_idefics3"]
+
+_BOUNDARY = "<fake_token_around_image>"
+_PROCESSORS = {
+    "idefics3": ProcessorSpec(
+        classes=("Idefics3Processor", "SmolVLMProcessor"), counts_patches=False
+    ),
+    # SmolVLM's class wants packages for videos before it looks at a picture.
+    "smolvlm": ProcessorSpec(
+        classes=("SmolVLMProcessor", "Idefics3Processor"),
+        counts_patches=False,
+        stand_in="Idefics3Processor",
+    ),
+}
+
+
+def read_idefics3(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a config.json of this family.
+
+    Raises:
+        UnsupportedError: The decoder is another.
+        KeyError: A field is missing.
+    """
+    return ModelSpec(
+        family="idefics3",
+        processor=_PROCESSORS[config["model_type"]],
+        model_type=config["model_type"],
+        tower=read_siglip(config["vision_config"], "model.vision_model"),
+        projector=ProjectorSpec(
+            linears=("model.connector.modality_projection.proj",),
+            merge_factor=config["scale_factor"],
+            activation=None,
+            has_bias=False,
+        ),
+        decoder=read_llama(config, "model.text_model"),
+        image_token_id=config["image_token_id"],
+        image_token="<image>",  # noqa: S106  (a token of text, not a secret)
+        image_prefix=f"{_BOUNDARY}<global-img>",
+        image_suffix=_BOUNDARY,
+    )

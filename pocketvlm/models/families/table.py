@@ -1,0 +1,55 @@
+"""The table of families, and the one way from a config.json to a `ModelSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.json_io import decode
+from pocketvlm.models.families.idefics3 import read_idefics3
+from pocketvlm.models.families.llava import read_llava
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = ["FAMILIES", "read_model_spec", "supported_families"]
+
+FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
+    "llava": read_llava,
+    "idefics3": read_idefics3,
+    "smolvlm": read_idefics3,
+}
+"""Readers by `model_type` of config.json."""
+
+
+def supported_families() -> tuple[str, ...]:
+    """Values of `model_type` that can be loaded."""
+    return tuple(FAMILIES)
+
+
+def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Reads a spec from the content of a config.json.
+
+    Raises:
+        UnsupportedError: The family, or an option of it, is not supported.
+        CheckpointError: The config lacks a field that its family needs, or a field has a type
+            or value that no model of the family can have.
+    """
+    model_type = config.get("model_type")
+    reader = FAMILIES.get(str(model_type))
+    if reader is None:
+        raise UnsupportedError(
+            f"config.json: model_type {model_type!r} is not supported; "
+            f"supported are {', '.join(supported_families())}"
+        )
+    try:
+        # Through `decode`: what the reader took from anybody's JSON has the types it says.
+        spec = decode(ModelSpec, asdict(reader(config)))
+    except KeyError as error:
+        raise CheckpointError(
+            f"config.json: field {error.args[0]!r}, which {model_type} needs, is missing"
+        ) from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json: cannot be understood: {error}") from error
+    spec.check()
+    return spec
