@@ -18,9 +18,7 @@ def test_every_linear_of_the_model_is_listed_with_its_shape(tiny_checkpoint):
         if spec.decoder.tied_head and name == "lm_head":
             continue
         if name.startswith(spec.tower.stack) and name not in listed:
-            assert (
-                int(name.removeprefix(spec.tower.stack).split(".")[1]) > spec.tower.feature_block
-            )
+            assert int(name.removeprefix(spec.tower.stack).split(".")[1]) > spec.tower.feature_block
             continue
         linear = listed.pop(name)
         assert module.form.shape == (linear.out_features, linear.in_features)

@@ -225,8 +225,8 @@ def enter_decoder(
         torch.tensor([prompts[index].token_ids for index in rows]),
         VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows]),
     )
-    decoder = cast("Any", checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix))
-    angles = decoder.rotary_emb(inputs.embeds, position_ids=inputs.positions)
+    rotary = cast("Any", checkpoint.model.get_submodule(checkpoint.spec.decoder.rotary))
+    angles = rotary(inputs.embeds, position_ids=inputs.positions)
     # No mask: causal attention within the sequence, whatever gaps its positions have.
     return inputs, {"attention_mask": None, "position_embeddings": angles}
 

@@ -19,6 +19,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.models.spec import DecoderSpec
 from pocketvlm.reference_graph.forward import encode_images
+from pocketvlm.reference_graph.rotary import rotate_by_position
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["LayerUse", "attention_ratios", "measure_visual_use"]
@@ -132,15 +133,14 @@ def attention_ratios(
         arguments: Its rotary angles.
         is_visual: bool [batch, length], the same in every row.
     """
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
     normed = attention.inputs_of_first(hidden)
     batch, length = hidden.shape[:2]
     queries, keys = (
         project(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
         for project in attention.first_modules[:2]
     )
-    queries, keys = apply_rotary_pos_emb(queries, keys, *arguments["position_embeddings"])
+    angles = arguments["position_embeddings"]
+    queries, keys = (rotate_by_position(states, *angles) for states in (queries, keys))
     flags = is_visual[0]
     # Only rows behind the first visual one can see any.
     first = int(flags.to(torch.uint8).argmax())
