@@ -1,7 +1,8 @@
 """The one table of everything that a recipe may name.
 
 A new method is one module, one line here, one test file, one page in the docs and one line in the
-changelog. What an entry has to be able to do is said by `pocketvlm.stages`.
+changelog. What an entry has to be able to do is said by `pocketvlm.stages` and tested by
+`tests/contracts`.
 """
 
 from __future__ import annotations
