@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import numpy as np
 import psutil
 
 from pocketvlm.bundle import Bundle
@@ -23,13 +21,14 @@ from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
 from pocketvlm.images.file import read_image
 from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
+from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import choose_engine, open_engine
+from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
-from pocketvlm.runtime.sampling import GREEDY
-from pocketvlm.runtime.splice import VisualFeatures, embed_rows, lay_out_prompt
+from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import Message, TextCodec, user_message
 
 __all__ = ["AnswerTimes", "measure_block"]
@@ -70,25 +69,6 @@ class AnswerTimes:
     new_tokens: int
 
 
-@dataclass(kw_only=True)
-class _Laps:
-    """Times since the lap before, in milliseconds."""
-
-    start: float = field(default_factory=perf_counter)
-
-    def __post_init__(self) -> None:
-        self._last = self.start
-
-    def lap(self) -> float:
-        now = perf_counter()
-        elapsed = (now - self._last) * 1e3
-        self._last = now
-        return elapsed
-
-    def total(self) -> float:
-        return (self._last - self.start) * 1e3
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Loaded:
     """A bundle that is ready to answer one workload."""
@@ -121,19 +101,19 @@ def measure_block(
         InputError: The workload does not fit the model.
     """
     before_bytes = _rss_bytes()
-    laps = _Laps()
+    clock = StageClock()
     bundle = Bundle.open(path, verify=False)
     codec = TextCodec.from_bundle(bundle)
     preprocessor = ImagePreprocessor.from_bundle(bundle)
-    load_ms = laps.lap()
+    clock.lap("load")
     text, text_tokens = _fit(codec, workload)
     manifest = bundle.manifest
     visual_tokens = manifest.visual_tokens if workload.has_image else 0
     rows = workload.prompt_tokens + visual_tokens + workload.new_tokens
     _require_positions(bundle, workload)
-    laps.lap()
+    clock.skip()
     runner = _open(bundle, threads, rows)
-    load_ms += laps.lap()
+    clock.lap("load")
     loaded = _Loaded(
         bundle=bundle,
         codec=codec,
@@ -148,7 +128,7 @@ def measure_block(
         _answer(loaded, image)
     measured = [_answer(loaded, image) for _ in range(workload.answers)]
     return {
-        "load_ms": load_ms,
+        "load_ms": sum(clock.laps("load")),
         "expand_ms": runner.expand_ms,
         "prompt": {
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -171,18 +151,16 @@ def measure_block(
 def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, list[int]]:
     """One answer from an empty cache."""
     runner, codec, manifest = loaded.runner, loaded.codec, loaded.bundle.manifest
-    generator = GREEDY.generator()
     stream = TextStream(codec.decode_raw)
     runner.reset()
-    preprocess_ms = vision_ms = None
     pictures: list[VisualFeatures] = []
-    laps = _Laps()
+    clock = StageClock()
     if image is not None:
         pixels = loaded.preprocessor.pixels(read_image(image, "the workload's picture"))
-        preprocess_ms = laps.lap()
+        clock.lap("preprocess")
         embeds, indices = runner.encode_image(pixels)
         pictures.append(VisualFeatures(embeds=embeds, indices=indices))
-        vision_ms = laps.lap()
+        clock.lap("vision")
     layout = lay_out_prompt(
         codec.encode(loaded.messages),
         pictures,
@@ -190,40 +168,34 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, list[int
         placeholders=manifest.visual_tokens_full,
         keeps_positions=manifest.positions == "original",
     )
-    tokenize_ms = laps.lap()
-    rows = embed_rows(layout, pictures, runner.embed)
-    embed_ms = laps.lap()
-    logits = runner.decode(rows, layout.positions[None], layout.is_visual)
-    prefill_ms = laps.lap()
-    token_ids = [GREEDY.choose(logits, generator)]
-    sample_ms = [laps.lap()]
-    stream.push(token_ids[0])
-    detokenize_ms = [laps.lap()]
-    ttft_user_ms = laps.total()
-    decode_ms: list[float] = []
-    while len(token_ids) < loaded.workload.new_tokens:
-        if not loaded.workload.ignore_eos and token_ids[-1] in codec.eos_token_ids:
-            break
-        position = layout.next_position + len(token_ids) - 1
-        step = runner.embed(token_ids[-1:])
-        logits = runner.decode(step, np.array([[position]], np.int64))
-        decode_ms.append(laps.lap())
-        token_ids.append(GREEDY.choose(logits, generator))
-        sample_ms.append(laps.lap())
-        stream.push(token_ids[-1])
-        detokenize_ms.append(laps.lap())
+    clock.lap("tokenize")
+    rows = prompt_rows(layout, pictures, runner)
+    clock.lap("embed")
+    stop = StopRules(
+        max_new_tokens=loaded.workload.new_tokens,
+        end_token_ids=() if loaded.workload.ignore_eos else codec.eos_token_ids,
+    )
+    token_ids: list[int] = []
+    ttft_user_ms = 0.0
+    for token in generate(runner, rows, stop, lap=clock.lap):
+        token_ids.append(token)
+        stream.push(token)
+        clock.lap("detokenize")
+        ttft_user_ms = ttft_user_ms or clock.total()
+    sample_ms = clock.laps("sample")
+    (prefill_ms,) = clock.laps("prefill")
     times = AnswerTimes(
-        preprocess_ms=preprocess_ms,
-        vision_ms=vision_ms,
-        tokenize_ms=tokenize_ms,
-        embed_ms=embed_ms,
+        preprocess_ms=sum(clock.laps("preprocess")) if pictures else None,
+        vision_ms=sum(clock.laps("vision")) if pictures else None,
+        tokenize_ms=sum(clock.laps("tokenize")),
+        embed_ms=sum(clock.laps("embed")),
         prefill_ms=prefill_ms,
-        decode_ms=tuple(decode_ms),
-        sample_ms=tuple(sample_ms),
-        detokenize_ms=tuple(detokenize_ms),
+        decode_ms=clock.laps("decode"),
+        sample_ms=sample_ms,
+        detokenize_ms=clock.laps("detokenize"),
         ttft_user_ms=ttft_user_ms,
         ttft_engine_ms=prefill_ms + sample_ms[0],
-        decode_span_ms=laps.total() - ttft_user_ms,
+        decode_span_ms=clock.total() - ttft_user_ms,
         prompt_tokens=len(layout.codes),
         new_tokens=len(token_ids),
     )

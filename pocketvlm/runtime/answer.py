@@ -66,7 +66,7 @@ class StageClock:
 
     def __init__(self) -> None:
         self._laps: dict[str, list[float]] = {}
-        self._last = perf_counter()
+        self._start = self._last = perf_counter()
 
     def lap(self, stage: str) -> None:
         """Counts the time since the last lap towards a stage."""
@@ -78,6 +78,14 @@ class StageClock:
         """Counts the time since the last lap towards nothing: the caller had it."""
         self._last = perf_counter()
 
+    def laps(self, stage: str) -> tuple[float, ...]:
+        """What a stage took, one entry per lap."""
+        return tuple(self._laps.get(stage, ()))
+
+    def total(self) -> float:
+        """From the start to the last lap."""
+        return (self._last - self._start) * 1000
+
     def timings(self, *, prompt_tokens: int, visual_tokens: int, reused_tokens: int) -> Timings:
         """Everything measured so far."""
         total = {stage: sum(laps) for stage, laps in self._laps.items()}
@@ -86,7 +94,7 @@ class StageClock:
             vision_ms=total.get("vision", 0.0),
             tokenize_ms=total["tokenize"],
             prefill_ms=total["prefill"],
-            decode_ms=tuple(self._laps.get("decode", ())),
+            decode_ms=self.laps("decode"),
             sample_ms=total["sample"],
             detokenize_ms=total.get("detokenize", 0.0),
             prompt_tokens=prompt_tokens,

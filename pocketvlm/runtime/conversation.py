@@ -22,10 +22,11 @@ from pocketvlm.prompt.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import open_engine
+from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
-from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, lay_out_prompt
+from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message
 
 __all__ = ["Conversation", "PictureInput", "question_turn", "require_room"]
@@ -200,47 +201,41 @@ class Conversation:
         shared = self._shared_rows(layout)
         # The last row is always run: its logits are what the first token is chosen from.
         reused = min(shared, len(layout.codes) - 1)
-        run_ids: list[int] = []
-        self._runner.truncate(reused)
-        self._cached_layout, self._cached_ids = layout, run_ids
         text, token_ids = TextStream(self._codec.decode_raw), list[int]()
-        stop_reason: StopReason = "max_new_tokens"
-        generator = sampling.generator()
-        embeds = embed_rows(layout, pictures, self._runner.embed, start=reused)
-        logits = self._runner.decode(
-            embeds, layout.positions[None, reused:], layout.is_visual[reused:]
+        self._runner.truncate(reused)
+        self._cached_layout, self._cached_ids = layout, token_ids
+        tokens = generate(
+            self._runner,
+            prompt_rows(layout, pictures, self._runner, start=reused),
+            StopRules(
+                max_new_tokens=max_new_tokens,
+                end_token_ids=self._codec.eos_token_ids,
+                max_positions=self._manifest.generation.max_positions,
+            ),
+            sampling=sampling,
+            adjust=lambda logits, said: self._codec.generation.adjust(logits, prompt_ids, said),
+            lap=clock.lap,
         )
-        clock.lap("prefill")
         while True:
-            adjusted = self._codec.generation.adjust(logits, prompt_ids, token_ids)
-            token = sampling.choose(adjusted, generator)
-            clock.lap("sample")
-            if token in self._codec.eos_token_ids:
-                stop_reason = "end"
+            try:
+                token = next(tokens)
+            except StopIteration as end:
+                stop_reason: StopReason = end.value
                 break
+            if token in self._codec.eos_token_ids:
+                continue
             token_ids.append(token)
             piece = text.push(token)
             clock.lap("detokenize")
             if piece:
                 yield piece
-                self._require_current(run_ids)
+                self._require_current(token_ids)
                 clock.skip()
-            if len(token_ids) == max_new_tokens:
-                break
-            position = layout.next_position + len(run_ids)
-            if not self._has_room(position):
-                stop_reason = "capacity"
-                break
-            logits = self._runner.decode(
-                self._runner.embed([token]), np.array([[position]], np.int64)
-            )
-            run_ids.append(token)
-            clock.lap("decode")
         piece = text.finish()
         clock.lap("detokenize")
         if piece:
             yield piece
-            self._require_current(run_ids)
+            self._require_current(token_ids)
         answer = Answer(
             text=text.text,
             token_ids=tuple(token_ids),
@@ -284,12 +279,7 @@ class Conversation:
         cached = self._cached_layout.extended(self._cached_ids).first(self._runner.length)
         return cached.shared_rows(layout)
 
-    def _require_current(self, run_ids: list[int]) -> None:
+    def _require_current(self, token_ids: list[int]) -> None:
         """Refuses to go on with a stream whose cache another turn has taken over."""
-        if self._cached_ids is not run_ids:
+        if self._cached_ids is not token_ids:
             raise RuntimeError("another turn began while this answer was being streamed")
-
-    def _has_room(self, position: int) -> bool:
-        """Whether one more row, at this position, can be run."""
-        limit = self._manifest.generation.max_positions
-        return self._runner.length < self._runner.capacity and position < limit

@@ -24,8 +24,9 @@ from pocketvlm.reference_graph.forward import (
     embed_prompts,
     encode_images,
 )
+from pocketvlm.runtime.generate import Rows, StopRules, generate, prompt_rows
 from pocketvlm.runtime.runner import Runner
-from pocketvlm.runtime.splice import VisualFeatures, embed_rows, lay_out_prompt
+from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 
 __all__ = [
     "ArtifactSide",
@@ -62,23 +63,6 @@ class Features:
 
     embeds: Floats
     indices: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
-    """A prompt after the splice.
-
-    Attributes:
-        embeds: float32 [1, rows, width].
-        positions: int64 [1, rows].
-        is_visual: bool [rows]: which come from a picture.
-        next_position: Rotary position of the first generated token.
-    """
-
-    embeds: Floats
-    positions: npt.NDArray[np.int64]
-    is_visual: npt.NDArray[np.bool_]
-    next_position: int
 
 
 class CheckpointSide:
@@ -191,12 +175,7 @@ class ArtifactSide:
             placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",
         )
-        return Rows(
-            embeds=embed_rows(layout, pictures, self.runner.embed),
-            positions=layout.positions[None],
-            is_visual=layout.is_visual,
-            next_position=layout.next_position,
-        )
+        return prompt_rows(layout, pictures, self.runner)
 
     def answer(self, rows: Rows) -> Floats:
         """Logits [vocabulary] behind rows that stand alone."""
@@ -205,12 +184,9 @@ class ArtifactSide:
 
     def generate(self, rows: Rows, *, tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
         """A greedy answer, token by token on the cache; its end token is part of it."""
-        logits = self.answer(rows)
-        found = [int(logits.argmax())]
-        while len(found) < tokens and found[-1] not in eos_token_ids:
-            place = np.array([[rows.next_position + len(found) - 1]], np.int64)
-            found.append(int(self.runner.decode(self.runner.embed(found[-1:]), place).argmax()))
-        return tuple(found)
+        self.runner.reset()
+        stop = StopRules(max_new_tokens=tokens, end_token_ids=eos_token_ids)
+        return tuple(generate(self.runner, rows, stop))
 
     def answer_in_turns(self, rows: Rows, first: int) -> Floats:
         """Logits behind rows that arrive as a conversation does.
