@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from pocketvlm.weights.layout import LayerBytes
 
 __all__ = ["Progress", "ProgressCallback", "RunContext", "derive_seed", "ignore_progress"]
 
@@ -56,6 +58,8 @@ class RunContext:
             everything that the stage's result depends on.
         source_dir: Directory of the model that the run started from, for stages that learn from
             it; `None` where it is not known.
+        layer_bytes: What a layer takes in the files of each target, by the target's tag, for
+            stages that solve under a budget of bytes.
         on_progress: Called from the working thread after each step.
     """
 
@@ -63,6 +67,7 @@ class RunContext:
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     scratch_dir: Path | None = None
     source_dir: Path | None = None
+    layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
     on_progress: ProgressCallback = ignore_progress
 
     def report(self, task: str, done: int, total: int, note: str = "") -> None:

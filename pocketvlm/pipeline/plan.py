@@ -19,7 +19,8 @@ from pocketvlm.pipeline.preflight import Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.stages import PlanState, Stage, check_order
+from pocketvlm.recipes.stages import layer_bytes_by_target
+from pocketvlm.stages import PlanState, Stage, Target, check_order
 
 __all__ = ["Plan", "plan", "plan_stages"]
 
@@ -115,7 +116,7 @@ def plan(
     """
     spec, notes = inspect_model(model)
     profile = load_device(device) if device is not None else None
-    state = plan_stages(recipe.stages, spec)
+    state = plan_stages(recipe.stages, spec, recipe.targets)
     refused: list[str] = []
     warnings = [*notes, *state.notes]
     part_bytes: dict[str, int] = {}
@@ -172,15 +173,22 @@ def plan(
     )
 
 
-def plan_stages(stages: Sequence[Stage], spec: ModelSpec) -> PlanState:
+def plan_stages(
+    stages: Sequence[Stage], spec: ModelSpec, targets: Sequence[Target] = ()
+) -> PlanState:
     """What stages would make of a model.
+
+    Args:
+        stages: In the order in which they would run.
+        spec: The model.
+        targets: What it would be exported to, for stages that count a target's bytes.
 
     Raises:
         RecipeError: A stage stands in the wrong place or does not fit; the message names it.
         UnsupportedError: The model lacks what a stage needs.
     """
     check_order(stages)
-    state = PlanState.of(spec)
+    state = PlanState.of(spec, layer_bytes_by_target(targets))
     for stage in stages:
         try:
             state = stage.plan(state)

@@ -36,6 +36,7 @@ from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_dat
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Bound, Recipe
+from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.reports.html import render_html, render_markdown
 from pocketvlm.runtime.engines import EMULATED, choose_engine
 from pocketvlm.stages import Stage, check_order
@@ -120,7 +121,7 @@ def run(
             checkpoint,
             recipe,
             calibration=calibration,
-            ctx=replace(ctx, source_dir=model),
+            ctx=replace(ctx, source_dir=model, layer_bytes=layer_bytes_by_target(recipe.targets)),
             evaluation=evaluation,
             workload=workload,
             baseline=baseline,
@@ -238,7 +239,7 @@ def _ask_first(
         CalibrationError: A row of the data cannot be used.
     """
     spec, targets = checkpoint.spec, recipe.targets
-    kept = plan_stages(recipe.stages, spec).visual_tokens
+    kept = plan_stages(recipe.stages, spec, targets).visual_tokens
     readers = Readers.open(model, spec)
     found = check_model(readers, model)
     found.raise_if_any(UnsupportedError)
@@ -259,6 +260,7 @@ def compress_checkpoint(
         RecipeError: A stage stands in the wrong place.
     """
     check_order(stages)
+    ctx = replace(ctx, layer_bytes={**layer_bytes_by_target(()), **ctx.layer_bytes})
     for stage in stages:
         checkpoint = stage.apply(checkpoint, calibration, ctx)
     return checkpoint

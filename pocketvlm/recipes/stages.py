@@ -7,7 +7,7 @@ changelog. What an entry has to be able to do is said by `pocketvlm.stages` and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pocketvlm.checkpoint import ReducerBuilder
 from pocketvlm.compress.distillation.stage import Distill
@@ -31,8 +31,9 @@ from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.stages import Stage, Target
+from pocketvlm.weights.layout import LayerBytes
 
-__all__ = ["REDUCER_BUILDERS", "STAGES", "TARGETS"]
+__all__ = ["REDUCER_BUILDERS", "STAGES", "TARGETS", "layer_bytes_by_target"]
 
 
 STAGES: tuple[type[Stage], ...] = (
@@ -60,3 +61,13 @@ REDUCER_BUILDERS: Mapping[str, ReducerBuilder] = {
     "reduce_tokens": ReduceTokens.build_reducer,
 }
 """How a saved checkpoint gets its visual-token reducer back, by stage tag."""
+
+
+def layer_bytes_by_target(targets: Sequence[Target]) -> Mapping[str, LayerBytes]:
+    """What a layer takes in the files of each target, by its tag.
+
+    Args:
+        targets: Those of the recipe; a target that is not among them counts with its defaults.
+    """
+    defaults = [target() for target in TARGETS]
+    return {target.method: target.layer_bytes for target in (*defaults, *targets)}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.weights.layout import SparseLayout, WeightLayout, plan_behind_mask
+from pocketvlm.weights.layout import LayerBytes, SparseLayout, WeightLayout, plan_behind_mask
 
 __all__ = ["FLOAT_CACHE_BITS", "PlanState"]
 
@@ -26,6 +26,7 @@ class PlanState:
             stage ends them, and all layers where only calibration will tell.
         cache_bits: Bits of a number in the KV cache.
         notes: What a reader of the plan should know.
+        layer_bytes: What a layer takes in the files of each target, by the target's tag.
     """
 
     spec: ModelSpec
@@ -34,14 +35,16 @@ class PlanState:
     visual_layers: int | None = None
     cache_bits: int = FLOAT_CACHE_BITS
     notes: tuple[str, ...] = ()
+    layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> PlanState:
-        """The model before the first stage."""
+    def of(cls, spec: ModelSpec, layer_bytes: Mapping[str, LayerBytes] | None = None) -> PlanState:
+        """The model before the first stage, and what its layers would take in files."""
         return cls(
             spec=spec,
             layouts=dict.fromkeys(spec.linears()),
             visual_tokens=spec.visual_tokens,
+            layer_bytes=layer_bytes or {},
         )
 
     def with_spec(self, spec: ModelSpec) -> PlanState:

@@ -58,6 +58,14 @@ class Target(ABC):
         """What the export would weigh, and what the target cannot run, before any compute."""
 
     @abstractmethod
+    def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int], /) -> int:
+        """Bytes of one matrix [rows, columns] in the files, without the graph around it.
+
+        Raises:
+            UnsupportedError: The target's files cannot hold such a matrix.
+        """
+
+    @abstractmethod
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache that a conversation with the exported model may take."""
 

@@ -6,6 +6,7 @@ compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pocketvlm.errors import RecipeError
@@ -13,6 +14,7 @@ from pocketvlm.errors import RecipeError
 __all__ = [
     "AffineLayout",
     "CodebookLayout",
+    "LayerBytes",
     "SparseLayout",
     "WeightLayout",
     "plan_behind_mask",
@@ -182,6 +184,9 @@ class SparseLayout:
 
 
 WeightLayout = AffineLayout | CodebookLayout | SparseLayout
+
+LayerBytes = Callable[[WeightLayout | None, tuple[int, int]], int]
+"""Bytes of one matrix [rows, columns] in a file, by its layout; `None` for one that stays float."""
 
 
 def plan_behind_mask(name: str, mask: SparseLayout, values: WeightLayout) -> SparseLayout:

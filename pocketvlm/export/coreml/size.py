@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
 from pocketvlm.export.coreml.positions import TABLE_ROWS
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools
@@ -12,7 +13,7 @@ from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["form_bytes", "predict_coreml"]
+__all__ = ["layer_bytes", "predict_coreml"]
 
 _RECORD = 64  # each array of the weight file has a record of this size and starts at a multiple
 _BYTE = 8
@@ -51,9 +52,7 @@ def predict_coreml(
     narrow: list[str] = []
     for linear, form in forms.items():
         rows, columns = linear.out_features, linear.in_features
-        if form is None:
-            count = _stored(rows * columns * float_bytes)
-        else:
+        if form is not None:
             reason = explain_misfit(form, rows, columns, deployment)
             if reason is not None:
                 misfits.append((linear.name, reason))
@@ -61,7 +60,7 @@ def predict_coreml(
             grid = form.values if isinstance(form, SparseLayout) else form
             if isinstance(grid, AffineLayout) and grid.bits < _NIBBLE:
                 narrow.append(linear.name)
-            count = form_bytes(form, rows, columns, deployment=deployment, float_bytes=float_bytes)
+        count = layer_bytes(form, (rows, columns), deployment=deployment, float_bytes=float_bytes)
         parts[linear.part] = parts.get(linear.part, 0) + count
         # Without functions that share weights, a tied head is stored with the decoder again.
         if deployment == "iOS17" and linear.part == "embedding" and spec.decoder.tied_head:
@@ -92,10 +91,24 @@ def predict_coreml(
     )
 
 
-def form_bytes(
-    form: WeightLayout, rows: int, columns: int, *, deployment: Deployment, float_bytes: int
+def layer_bytes(
+    form: WeightLayout | None,
+    shape: tuple[int, int],
+    *,
+    deployment: Deployment,
+    float_bytes: int,
 ) -> int:
-    """Bytes of one matrix [rows, columns] in the weight file."""
+    """Bytes of one matrix [rows, columns] in the weight file.
+
+    Raises:
+        UnsupportedError: No operator can hold such a matrix.
+    """
+    rows, columns = shape
+    if form is None:
+        return _stored(rows * columns * float_bytes)
+    reason = explain_misfit(form, rows, columns, deployment)
+    if reason is not None:
+        raise UnsupportedError(f"coreml: {reason}")
     if isinstance(form, SparseLayout):
         return _sparse_bytes(form, rows, columns, deployment, float_bytes)
     if isinstance(form, AffineLayout):

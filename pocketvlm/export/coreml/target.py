@@ -32,7 +32,7 @@ from pocketvlm.export.coreml.ops import MilOps
 from pocketvlm.export.coreml.positions import DecoderPositions
 from pocketvlm.export.coreml.program import PackageWriter
 from pocketvlm.export.coreml.reducer import convert_reducer
-from pocketvlm.export.coreml.size import predict_coreml
+from pocketvlm.export.coreml.size import layer_bytes, predict_coreml
 from pocketvlm.export.coreml.toolkit import listen
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
@@ -88,9 +88,21 @@ class ToCoreml(Target):
             spec,
             forms,
             deployment=self.deployment,
-            float_bytes=2 if self.precision == "float16" else 4,
+            float_bytes=self._float_bytes,
             capacity=self.capacity(spec),
         )
+
+    def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int]) -> int:
+        """Bytes of one matrix [rows, columns] in the weight file.
+
+        Raises:
+            UnsupportedError: No operator can hold such a matrix.
+        """
+        return layer_bytes(layout, shape, deployment=self.deployment, float_bytes=self._float_bytes)
+
+    @property
+    def _float_bytes(self) -> int:
+        return 2 if self.precision == "float16" else 4
 
     def export(
         self, checkpoint: Checkpoint, folder: Path, ctx: RunContext

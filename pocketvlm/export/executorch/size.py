@@ -12,7 +12,7 @@ from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout
 
-__all__ = ["predict_executorch"]
+__all__ = ["layer_bytes", "predict_executorch"]
 
 _FLOAT_BYTES = 4  # XNNPACK computes in float32 and stores what it computes with
 _GROUP_SCALE_BYTES = 2  # of a blockwise kernel; one a row is float32
@@ -42,12 +42,13 @@ def predict_executorch(
     dearer: list[str] = []
     for linear, planned in forms.items():
         form = planned_unmasked(planned)
-        count = linear.out_features * linear.in_features * _FLOAT_BYTES
+        shape = linear.out_features, linear.in_features
+        count = layer_bytes(planned, shape, sparse_file=sparse_file)
+        unpacked += layer_bytes(planned, shape) - count
         if isinstance(form, AffineLayout):
             reason = _misfit(spec, linear, form)
             if reason is not None:
                 misfits.append((linear.name, reason))
-            count = _stored_bytes(linear, form)
             if linear.part == "embedding":
                 count += _table_scale_bytes(linear, form) if spec.decoder.tied_head else 0
             if linear.part != "embedding" or spec.decoder.tied_head:
@@ -58,10 +59,6 @@ def predict_executorch(
                     dearer.append(linear.name)
         elif form is not None:
             dense.append(linear.name)
-        if sparse_file and isinstance(planned, SparseLayout):
-            saved = _saved_bytes(linear, planned)
-            count -= saved
-            unpacked += saved
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
     warnings = []
@@ -91,35 +88,50 @@ def _misfit(spec: ModelSpec, linear: LinearSpec, form: AffineLayout) -> str | No
     return explain_misfit(group_size=form.group_size, in_features=linear.in_features)
 
 
-def _stored_bytes(linear: LinearSpec, form: AffineLayout) -> int:
+def layer_bytes(
+    layout: WeightLayout | None, shape: tuple[int, int], *, sparse_file: bool = False
+) -> int:
+    """Bytes of one matrix [rows, columns] in the program, as a kernel stores it."""
+    rows, columns = shape
+    form = planned_unmasked(layout)
+    if isinstance(form, AffineLayout):
+        count = _affine_bytes(form, rows, columns)
+    else:
+        count = rows * columns * _FLOAT_BYTES
+    if sparse_file and isinstance(layout, SparseLayout):
+        count -= _saved_bytes(layout, shape)
+    return count
+
+
+def _affine_bytes(form: AffineLayout, rows: int, columns: int) -> int:
     """Codes and scales as a kernel stores them."""
-    groups = -(-linear.in_features // form.group_size)
+    groups = -(-columns // form.group_size)
     bits = kernel_bits(form.bits)
     is_row = groups == 1
     if is_row:
-        row = -(-linear.in_features * bits // 8) + _FLOAT_BYTES
+        row = -(-columns * bits // 8) + _FLOAT_BYTES
     else:
         digits = bits // _DIGIT_BITS
         row = groups * form.group_size * bits // 8 + groups * digits * _GROUP_SCALE_BYTES
     if form.float_zeros or needs_offsets(bits=form.bits, is_row=is_row, symmetric=form.symmetric):
         row += groups * _FLOAT_BYTES
-    return linear.out_features * row
+    return rows * row
 
 
-def _saved_bytes(linear: LinearSpec, form: SparseLayout) -> int:
-    """What the packed file leaves out of a layer."""
+def _saved_bytes(form: SparseLayout, shape: tuple[int, int]) -> int:
+    """What the packed file leaves out of a matrix."""
     plain = planned_unmasked(form)
     if not isinstance(plain, AffineLayout):
-        return saved_bytes(linear, form, bits=_FLOAT_BYTES * 8)
-    groups = -(-linear.in_features // plain.group_size)
+        return saved_bytes(form, shape, bits=_FLOAT_BYTES * 8)
+    groups = -(-shape[1] // plain.group_size)
     bits = kernel_bits(plain.bits)
     # Narrower codes are stored around their zero point, which then is the same everywhere.
     has_fills = bits == plain.bits and not plain.symmetric
     if groups == 1:
-        return saved_bytes(linear, form, bits=bits, has_fills=has_fills)
+        return saved_bytes(form, shape, bits=bits, has_fills=has_fills)
     return saved_bytes(
-        linear,
         form,
+        shape,
         bits=_DIGIT_BITS,
         width=groups * plain.group_size,
         copies=bits // _DIGIT_BITS,

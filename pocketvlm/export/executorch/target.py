@@ -32,7 +32,7 @@ from pocketvlm.export.executorch.schema import (
     constant_methods,
     has_position_channels,
 )
-from pocketvlm.export.executorch.size import predict_executorch
+from pocketvlm.export.executorch.size import layer_bytes, predict_executorch
 from pocketvlm.export.executorch.worker import (
     JOB_FILE,
     PROGRAM_FILE,
@@ -95,6 +95,10 @@ class ToExecutorch(Target):
             refused = (f"executorch: {error}", *prediction.refused)
             return replace(prediction, refused=refused)
         return prediction
+
+    def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int]) -> int:
+        """Bytes of one matrix [rows, columns] in the program."""
+        return layer_bytes(layout, shape, sparse_file=self.sparse_file)
 
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache: fixed when the program is made."""

@@ -17,7 +17,7 @@ from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["predict_onnx", "quantized_bytes"]
+__all__ = ["layer_bytes", "predict_onnx"]
 
 _FLOAT_BYTES = 2  # a published checkpoint is bf16, which is stored exactly
 _SCALE_BYTES = 2
@@ -46,12 +46,15 @@ def predict_onnx(
         sparse_file: Whether masked weights are packed in the file.
     """
     parts: dict[str, int] = {}
+    unpacked = 0
     for linear, grid in grids.items():
-        count = _layer_bytes(linear, grid, sparse_file=sparse_file)
+        shape = linear.out_features, linear.in_features
+        count = layer_bytes(grid, shape, sparse_file=sparse_file)
+        unpacked += layer_bytes(grid, shape) - count
+        if isinstance(grid, CodebookLayout):
+            count += _expanding_nodes(grid) * _NODE_BYTES
         parts[linear.part] = parts.get(linear.part, 0) + count
     parts["other"] = _other_bytes(spec)
-    dense = sum(_layer_bytes(*item, sparse_file=False) for item in grids.items())
-    unpacked = dense + parts["other"] - sum(parts.values())
     misfits = [
         (linear.name, reason) for linear, grid in grids.items() for reason in _refusals(grid)
     ]
@@ -63,36 +66,42 @@ def predict_onnx(
     )
 
 
-def _layer_bytes(linear: LinearSpec, grid: WeightLayout | None, *, sparse_file: bool) -> int:
-    if isinstance(grid, SparseLayout):
-        plain = planned_unmasked(grid)
-        if isinstance(plain, AffineLayout):
-            count = _affine_bytes(linear, plain)
-            bits, groups = container_bits(plain.bits), -(-linear.in_features // plain.group_size)
-            width, has_fills = groups * plain.group_size, not plain.symmetric
-        else:
-            element = _dense_bytes(grid)
-            count = linear.out_features * linear.in_features * element
-            bits, width, has_fills = element * _BYTE, linear.in_features, False
-        if sparse_file:
-            count -= saved_bytes(linear, grid, bits=bits, width=width, has_fills=has_fills)
-        return count
-    if isinstance(grid, CodebookLayout):
-        count = grid.stored_bytes(linear.out_features, linear.in_features)
-        return count + _expanding_nodes(grid) * _NODE_BYTES
-    if isinstance(grid, AffineLayout):
-        return _affine_bytes(linear, grid)
-    return linear.out_features * linear.in_features * _FLOAT_BYTES
+def layer_bytes(
+    layout: WeightLayout | None, shape: tuple[int, int], *, sparse_file: bool = False
+) -> int:
+    """Bytes of one matrix [rows, columns] in the files, without the nodes that read it."""
+    rows, columns = shape
+    if layout is None:
+        return rows * columns * _FLOAT_BYTES
+    if isinstance(layout, CodebookLayout):
+        return layout.stored_bytes(rows, columns)
+    if isinstance(layout, AffineLayout):
+        return _affine_bytes(layout, rows, columns)
+    plain = planned_unmasked(layout)
+    if isinstance(plain, AffineLayout):
+        count = _affine_bytes(plain, rows, columns)
+        bits, groups = container_bits(plain.bits), -(-columns // plain.group_size)
+        width, has_fills = groups * plain.group_size, not plain.symmetric
+    else:
+        element = _dense_bytes(layout)
+        count = rows * columns * element
+        bits, width, has_fills = element * _BYTE, columns, False
+    if sparse_file:
+        count -= saved_bytes(layout, shape, bits=bits, width=width, has_fills=has_fills)
+    return count
 
 
-def _affine_bytes(linear: LinearSpec, grid: AffineLayout) -> int:
-    return quantized_bytes(
-        linear,
-        bits=grid.bits,
-        group_size=grid.group_size,
-        symmetric=grid.symmetric,
-        float_zeros=grid.float_zeros,
-    )
+def _affine_bytes(layout: AffineLayout, rows: int, columns: int) -> int:
+    """Codes, scales and zero points as `MatMulNBits` stores them."""
+    stored = container_bits(layout.bits)
+    groups = -(-columns // layout.group_size)
+    row = groups * layout.group_size * stored // 8 + groups * _SCALE_BYTES
+    # The zero point that the operator assumes is the container's, not that of a narrower code.
+    if layout.float_zeros:
+        row += groups * _SCALE_BYTES
+    elif not layout.symmetric or stored != layout.bits:
+        row += -(-groups * stored // 8)
+    return rows * row
 
 
 def _refusals(grid: WeightLayout | None) -> Iterator[str]:
@@ -140,21 +149,6 @@ def _dense_bytes(form: SparseLayout) -> int:
     values = form.values
     is_scaled = isinstance(values, AffineLayout) or (values is not None and values.row_scales)
     return 2 * _FLOAT_BYTES if is_scaled else _FLOAT_BYTES
-
-
-def quantized_bytes(
-    linear: LinearSpec, *, bits: int, group_size: int, symmetric: bool, float_zeros: bool = False
-) -> int:
-    """Bytes of one layer's codes, scales and zero points as `MatMulNBits` stores them."""
-    stored = container_bits(bits)
-    groups = -(-linear.in_features // group_size)
-    row = groups * group_size * stored // 8 + groups * _SCALE_BYTES
-    # The zero point that the operator assumes is the container's, not that of a narrower code.
-    if float_zeros:
-        row += groups * _SCALE_BYTES
-    elif not symmetric or stored != bits:
-        row += -(-groups * stored // 8)
-    return linear.out_features * row
 
 
 def _expanding_nodes(form: CodebookLayout) -> int:

@@ -23,7 +23,7 @@ from pocketvlm.export.builders import (
 )
 from pocketvlm.export.onnx.ops import OnnxOps
 from pocketvlm.export.onnx.packing import container_bits
-from pocketvlm.export.onnx.size import predict_onnx
+from pocketvlm.export.onnx.size import layer_bytes, predict_onnx
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.sparse_container.pack import pack_file
@@ -85,6 +85,10 @@ class ToOnnx(Target):
     ) -> Prediction:
         """What the export of a model would weigh, and which layers no kernel can run."""
         return predict_onnx(spec, grids, sparse_file=self.sparse_file)
+
+    def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int]) -> int:
+        """Bytes of one matrix [rows, columns] in the files."""
+        return layer_bytes(layout, shape, sparse_file=self.sparse_file)
 
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache: chosen when a session starts, up to the whole context."""

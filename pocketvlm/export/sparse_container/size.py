@@ -7,7 +7,6 @@ from typing import Any
 
 from pocketvlm.export.sparse_container.pack import CHOICES
 from pocketvlm.export.sparse_container.unmasked import planned_unmasked
-from pocketvlm.models.spec import LinearSpec
 from pocketvlm.runtime.sparse_span import MaskedSpan
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
@@ -19,8 +18,8 @@ _SPAN_BYTES = 150  # of the document, for a matrix and for what lies behind it; 
 
 
 def saved_bytes(
-    linear: LinearSpec,
     form: SparseLayout,
+    shape: tuple[int, int],
     *,
     bits: int,
     width: int | None = None,
@@ -30,41 +29,42 @@ def saved_bytes(
     """Bytes that a packed file is smaller by.
 
     Args:
-        linear: The layer.
-        form: What it will be.
+        form: What the matrix will be.
+        shape: Its rows and columns.
         bits: Width of an element in the file that is packed.
         width: Elements that a row has there; `None` for the layer's columns.
         copies: Matrices of these elements that share the mask, such as the digits of a code.
         has_fills: Whether every row and group has a zero of its own.
     """
+    rows, columns = shape
     layout: dict[str, Any] = {}
     values = form.values
     if isinstance(values, AffineLayout) and has_fills:
-        layout["group"] = min(values.group_size, width or linear.in_features)
+        layout["group"] = min(values.group_size, width or columns)
     elif isinstance(values, CodebookLayout) and (bits == _WORD or not values.row_scales):
         layout["tables"] = (values.index_bits, values.row_groups, 1 << values.index_bits)
         layout["row_scales"] = values.row_scales
     elif values is None and bits == _WORD:
         layout["is_half"] = True
-    width = width or linear.in_features
+    width = width or columns
     width += -width % max(1, _BYTE // bits)  # a row of the file begins with a byte
     span = MaskedSpan(
-        rows=linear.out_features,
-        columns=linear.in_features,
+        rows=rows,
+        columns=columns,
         width=width,
         bits=bits,
-        kept=form.kept(linear.out_features, linear.in_features),
+        kept=form.kept(rows, columns),
         **layout,
-        **_mask_layout(linear, form),
+        **_mask_layout(form, rows, columns),
     )
     packed = copies * (sum(span.sections) + _SPAN_BYTES) - (copies - 1) * span.mask_bytes
     return max(0, copies * span.whole_bytes - packed)
 
 
-def _mask_layout(linear: LinearSpec, form: SparseLayout) -> dict[str, Any]:
+def _mask_layout(form: SparseLayout, rows: int, columns: int) -> dict[str, Any]:
     """How `sparse_file.pack_file` will find the mask to be."""
     high, wide = form.block
-    if high * wide > 1 and linear.out_features % high == 0 and linear.in_features % wide == 0:
+    if high * wide > 1 and rows % high == 0 and columns % wide == 0:
         return {"block": form.block}
     if form.choice is not None and form.choice[1] in CHOICES:
         return {"choice": form.choice}

@@ -34,6 +34,7 @@ from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
+from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -391,7 +392,9 @@ def test_onnx_stores_no_mask_and_is_counted_so(tiny_paths, samples):
     fits.apply(checkpoint, samples, RunContext())
     checkpoint = prune(Checkpoint.load(tiny_paths["smolvlm"]), 0.4, parts)
     with pytest.raises(RecipeError, match="below the smallest"):
-        replace(fits, stored_as="onnx").apply(checkpoint, samples, RunContext())
+        replace(fits, stored_as="onnx").apply(
+            checkpoint, samples, RunContext(layer_bytes=layer_bytes_by_target(()))
+        )
 
 
 @pytest.mark.parametrize(

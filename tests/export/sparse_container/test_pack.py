@@ -18,7 +18,6 @@ from pocketvlm.errors import BundleError, ExportError
 from pocketvlm.export.sparse_container.pack import MaskedPlace, pack_file
 from pocketvlm.export.sparse_container.size import saved_bytes
 from pocketvlm.export.sparse_container.unmasked import has_zero_code, unmasked, zero_codes
-from pocketvlm.models.spec import LinearSpec
 from pocketvlm.runtime.sparse_file import expand, expanded_path
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.bitpack import pack_codes
@@ -207,15 +206,6 @@ def test_predicted_bytes(tmp_path: Path, kind: str, pattern: str) -> None:
     stored, (place, values) = make_stored(kind, mask, 5, symmetric=False)
     (tmp_path / "whole.bin").write_bytes(stored)
     pack_file(tmp_path / "whole.bin", tmp_path / "packed", [place])
-    linear = LinearSpec(
-        name="layer",
-        part="decoder",
-        role="up",
-        block=0,
-        out_features=256,
-        in_features=320,
-        has_bias=False,
-    )
     choices = {"2:4": (2, 4), "3:8": (3, 8)}
     planned = SparseLayout(
         density=place.form.density,
@@ -224,7 +214,9 @@ def test_predicted_bytes(tmp_path: Path, kind: str, pattern: str) -> None:
         choice=choices.get(pattern),
     )
     has_fills = isinstance(values, AffineLayout)
-    saved = saved_bytes(linear, planned, bits=place.bits, width=place.width, has_fills=has_fills)
+    saved = saved_bytes(
+        planned, mask.shape, bits=place.bits, width=place.width, has_fills=has_fills
+    )
     written = (tmp_path / "packed").stat().st_size
     assert len(stored) - saved == pytest.approx(written, rel=0.01)
     # Two bits, of which half are kept, and a mask: as much as without one.

@@ -17,16 +17,15 @@ from pocketvlm.compress.quantization.mixed.knapsack import (
     total_bytes,
 )
 from pocketvlm.compress.quantization.mixed.search_space import (
-    Container,
     Option,
     label_of,
     plan_option,
     prior_loss,
-    stored_bytes,
 )
 from pocketvlm.compress.quantization.mixed.sensitivity import Sensitivity
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
+from pocketvlm.weights.layout import LayerBytes, WeightLayout
 
 __all__ = ["Menu", "Solution", "solve_menu"]
 
@@ -39,13 +38,13 @@ class Menu:
         options: Of each layer; a pinned one has a single option.
         float_bytes: Bytes of each layer that stays as it is.
         densities: Shares of kept elements by name, for layers behind a mask.
-        container: Whose bytes are counted.
+        layer_bytes: What a layout takes in the files that are counted.
     """
 
     options: Mapping[LinearSpec, Sequence[Option]]
     float_bytes: Mapping[LinearSpec, int]
     densities: Mapping[str, float]
-    container: Container
+    layer_bytes: LayerBytes
 
     @property
     def weights(self) -> int:
@@ -65,11 +64,16 @@ class Menu:
 
     def shared_bytes(self) -> dict[SharedKey, int]:
         """Bytes of all codebooks that several layers may share."""
-        return {
-            key: key[0].plan(linear).codebook_bytes()
-            for option, linear in self.readers()
-            if (key := shared_key(option, linear)) is not None
-        }
+        found: dict[SharedKey, int] = {}
+        for option, linear in self.readers():
+            key = shared_key(option, linear)
+            if key is not None:
+                owner = replace(key[0].plan(linear), owns_codebooks=True)
+                found[key] = self._count(owner, linear) - self._count(disown(owner), linear)
+        return found
+
+    def _count(self, layout: WeightLayout, linear: LinearSpec) -> int:
+        return self.layer_bytes(layout, (linear.out_features, linear.in_features))
 
     def candidate(
         self, linear: LinearSpec, option: Option, tables: Sequence[SharedKey], loss: float | None
@@ -81,7 +85,7 @@ class Menu:
         key = shared_key(option, linear)
         return Candidate(
             loss=prior_loss(form, linear) if loss is None else loss,
-            size=stored_bytes(disown(form), linear, self.container),
+            size=self._count(disown(form), linear),
             table=None if key is None else tables.index(key),
         )
 

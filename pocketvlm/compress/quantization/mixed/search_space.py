@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Literal, get_args
 
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
+from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
-from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout, plan_behind_mask
+from pocketvlm.weights.layout import (
+    AffineLayout,
+    LayerBytes,
+    SparseLayout,
+    WeightLayout,
+    plan_behind_mask,
+)
 
 __all__ = [
     "CONTAINERS",
     "Container",
     "Option",
     "check_option",
-    "float_bytes",
+    "count_codes",
+    "find_layer_bytes",
     "label_of",
     "plan_option",
     "prior_loss",
-    "stored_bytes",
 ]
 
 Option = WeightRule | CodebookRule
 """Every kind of rule that a menu may hold."""
 
-Container = Literal["codes", "onnx"]
+Container = Literal["codes", "onnx", "coreml", "executorch"]
 CONTAINERS: tuple[Container, ...] = get_args(Container)
 
-# No kernel of ONNX Runtime reads 3 bits.
-_ONNX_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
-_SCALE_BYTES = 2
 _FLOAT_BYTES = 2
 
 
@@ -64,43 +69,32 @@ def label_of(option: Option) -> str:
     )
 
 
-def stored_bytes(form: WeightLayout, linear: LinearSpec, container: Container) -> int:
-    """Bytes of a layer's codes, scales, zero points and codebooks.
+def count_codes(layout: WeightLayout | None, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix in the checkpoint's own form; floats are bf16, as published."""
+    rows, columns = shape
+    if layout is None:
+        return rows * columns * _FLOAT_BYTES
+    return layout.stored_bytes(rows, columns)
+
+
+def find_layer_bytes(container: Container, targets: Mapping[str, LayerBytes]) -> LayerBytes:
+    """What counts the bytes of a layer in a container.
 
     Args:
-        form: What it will be stored as.
-        linear: The layer.
-        container: `codes` counts the checkpoint's own form, `onnx` what `MatMulNBits` stores,
-            whose containers are wider than 3 bits, whose zero points are packed, and which knows
-            no mask: a matrix without a code of zero is floats there, of 32 bits where a scale
-            gives them more digits than float16 has.
+        container: `codes`, or the tag of a target.
+        targets: What the pipeline passes: one function per target.
+
+    Raises:
+        RecipeError: The caller passed none for the target.
     """
-    if container == "onnx" and isinstance(form, SparseLayout):
-        values = form.values
-        if isinstance(values, AffineLayout) and not values.float_zeros:
-            return stored_bytes(values, linear, container)  # dropped elements take the code of zero
-        is_scaled = isinstance(values, AffineLayout) or bool(values and values.row_scales)
-        return float_bytes(linear, None) * (2 if is_scaled else 1)
-    if container == "codes" or not isinstance(form, AffineLayout):
-        return form.stored_bytes(linear.out_features, linear.in_features)
-    bits = _ONNX_BITS[form.bits]
-    groups = -(-linear.in_features // form.group_size)
-    row = -(-groups * form.group_size * bits // 8) + groups * _SCALE_BYTES
-    if not form.symmetric or bits != form.bits:
-        row += -(-groups * bits // 8)
-    return linear.out_features * row
-
-
-def float_bytes(linear: LinearSpec, density: float | None) -> int:
-    """Bytes of a layer that stays float, as published: bf16, or float16 behind a mask.
-
-    Args:
-        linear: The layer.
-        density: Share of its elements that a mask keeps; `None` without a mask.
-    """
-    if density is None:
-        return linear.out_features * linear.in_features * _FLOAT_BYTES
-    return SparseLayout(density=density).stored_bytes(linear.out_features, linear.in_features)
+    if container == "codes":
+        return count_codes
+    if container not in targets:
+        raise RecipeError(
+            f"stored_as {container!r}: nothing here counts bytes of this target; use "
+            "compress_checkpoint(), or give RunContext(layer_bytes=...)"
+        )
+    return targets[container]
 
 
 def plan_option(option: Option, linear: LinearSpec, density: float | None) -> WeightLayout:

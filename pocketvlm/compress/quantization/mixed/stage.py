@@ -34,7 +34,7 @@ from pocketvlm.compress.quantization.mixed.search_space import (
     Container,
     Option,
     check_option,
-    float_bytes,
+    find_layer_bytes,
     label_of,
     plan_option,
 )
@@ -46,7 +46,7 @@ from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.float_weights import is_float
 from pocketvlm.weights.form import total_stored_bytes
-from pocketvlm.weights.layout import SparseLayout
+from pocketvlm.weights.layout import LayerBytes, SparseLayout
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["MixedPrecision"]
@@ -69,8 +69,8 @@ class MixedPrecision(Stage):
             zero points and layers that stay float included.
         budget_bytes: The budget in bytes; exactly one of the two is given.
         pins: Rules that fix layers; the first that matches a layer takes it off the menu.
-        stored_as: Whose bytes are counted: the checkpoint's own `codes`, or `onnx`, which stores
-            3 bits as 4.
+        stored_as: Whose bytes are counted: the checkpoint's own `codes`, or those of a target's
+            files, such as `onnx`, which stores 3 bits as 4.
         samples: Held-out calibration samples that sensitivity is measured on.
         sensitivity: A table that an earlier run measured; `None` measures.
         grid: How a group's grid is found.
@@ -144,14 +144,12 @@ class MixedPrecision(Stage):
             for linear, layout in state.layouts.items()
             if isinstance(layout, SparseLayout)
         }
-        menu = self._menu(
-            spec,
-            {
-                linear: self._float_bytes(linear, densities.get(linear.name))
-                for linear in spec.linears()
-            },
-            densities,
-        )
+        count = find_layer_bytes(self.stored_as, state.layer_bytes)
+        floats = {
+            linear: _float_bytes(count, linear, densities.get(linear.name))
+            for linear in spec.linears()
+        }
+        menu = self._menu(spec, floats, densities, count)
         table = None if self.sensitivity is None else Sensitivity.load(Path(self.sensitivity))
         if table is not None:
             self._require_complete(table, menu)
@@ -195,13 +193,13 @@ class MixedPrecision(Stage):
             for linear, form in forms.items()
             if isinstance(form, SparseWeight)
         }
-        floats = {
-            linear: self._float_bytes(linear, densities[linear.name])
-            if linear.name in densities
-            else form.stored_bytes
-            for linear, form in forms.items()
-        }
-        menu = self._menu(checkpoint.spec, floats, densities)
+        count = find_layer_bytes(self.stored_as, ctx.layer_bytes)
+        floats: dict[LinearSpec, int] = {}
+        for linear, form in forms.items():
+            size = _float_bytes(count, linear, densities.get(linear.name))
+            # Floats that the checkpoint holds in 32 bits are wider than a published one's.
+            floats[linear] = size if linear.name in densities else max(size, form.stored_bytes)
+        menu = self._menu(checkpoint.spec, floats, densities, count)
         budget = self._budget(menu)
         # Before hours of measuring: a budget that nothing fits into does not depend on losses.
         solve_menu(menu, budget, None)
@@ -225,10 +223,6 @@ class MixedPrecision(Stage):
             tower_tokens=self.tower_tokens,
         )
 
-    def _float_bytes(self, linear: LinearSpec, density: float | None) -> int:
-        """Bytes of a layer that stays float, in the container that is counted."""
-        return float_bytes(linear, density if self.stored_as == "codes" else None)
-
     def _budget(self, menu: Menu) -> int:
         """Bytes that all layers may take."""
         if self.average_bits is not None:
@@ -242,6 +236,7 @@ class MixedPrecision(Stage):
         spec: ModelSpec,
         float_bytes: Mapping[LinearSpec, int],
         densities: Mapping[str, float],
+        layer_bytes: LayerBytes,
     ) -> Menu:
         """What each layer may become, for densities of pruned ones; a pinned one has no choice."""
         linears = tuple(spec.linears())
@@ -272,7 +267,7 @@ class MixedPrecision(Stage):
             options=offered,
             float_bytes=float_bytes,
             densities=densities,
-            container=self.stored_as,
+            layer_bytes=layer_bytes,
         )
 
     def _table(
@@ -399,3 +394,9 @@ def _loses_mask(option: Option, linear: LinearSpec) -> bool:
     except RecipeError:
         return True
     return False
+
+
+def _float_bytes(count: LayerBytes, linear: LinearSpec, density: float | None) -> int:
+    """Bytes of a layer that stays float, behind a mask where it has a density."""
+    layout = None if density is None else SparseLayout(density=density)
+    return count(layout, (linear.out_features, linear.in_features))
