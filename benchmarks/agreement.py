@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet
-from pocketvlm.context import RunContext
-from pocketvlm.export.parity.certify import RUNNERS
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.processor import user_message
 from pocketvlm.reference_graph.forward import embed_prompts, encode_images, greedy_generate
 from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.engines import ENGINES, open_engine
 from pocketvlm.weights.modules import cache_dense_weights
 
 _NEW_TOKENS = 16
@@ -32,7 +31,7 @@ def compare(run: Path, n: int, seed: int, target: str) -> dict[str, Any]:
     """Answers `n` held-out questions twice."""
     checkpoint = load_checkpoint(run / "checkpoint")
     bundle = Bundle.open(run / "bundle")
-    conversation = Conversation(bundle, runner=RUNNERS[target](bundle, RunContext()))
+    conversation = Conversation(bundle, runner=open_engine(bundle, target))
     eos = checkpoint.processor.eos_token_ids
     equal = same_text = 0
     with cache_dense_weights(checkpoint.model), torch.inference_mode():
@@ -62,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--target", choices=sorted(RUNNERS), default="onnx")
+    parser.add_argument("--target", choices=sorted(ENGINES), default="onnx")
     parser.add_argument("--seed", type=int, default=11)
     arguments = parser.parse_args()
     rows = [compare(run, arguments.n, arguments.seed, arguments.target) for run in arguments.runs]

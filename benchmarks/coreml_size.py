@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.context import RunContext

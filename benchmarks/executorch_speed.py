@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.tokens.stage import ReduceTokens

@@ -285,6 +285,11 @@ def flip_bits(trial: Trial, work: Path, random: Random, limit: int | None, count
             counts.faults.append(f"{trial.name}, {name} flipped: {said[-300:]}")
         else:
             check_end(trial, out, f"{name} flipped", counts)
+        if counts.flipped % 10 == 0:
+            print(
+                f"{trial.name:<10} {counts.flipped} flipped, faults {len(counts.faults)}",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.evaluation.answers import exact_match
 from pocketvlm.pipeline.sources import load_checkpoint

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import SCORES, ReduceTokens
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pocketvlm.bundle import Bundle
-    from pocketvlm.calibration.data.source import CalibrationSet, Sample
+    from pocketvlm.calibration.source import CalibrationSet, Sample
     from pocketvlm.checkpoint import Checkpoint, StageRecord
     from pocketvlm.compress.distillation.stage import Distill
     from pocketvlm.compress.pruning.depth.stage import PruneDepth
@@ -112,7 +112,7 @@ hush_imports()
 _HOMES = {
     "Awq": "compress.quantization.affine.awq",
     "Bundle": "bundle",
-    "CalibrationSet": "calibration.data.source",
+    "CalibrationSet": "calibration.source",
     "Checkpoint": "checkpoint",
     "Codebook": "compress.quantization.codebook.stage",
     "CodebookRule": "compress.quantization.codebook.rules",
@@ -136,7 +136,7 @@ _HOMES = {
     "RoundToNearest": "compress.quantization.affine.rtn",
     "RunContext": "context",
     "RunResult": "pipeline.run",
-    "Sample": "calibration.data.source",
+    "Sample": "calibration.source",
     "SkipVisual": "compress.pruning.visual_cutoff",
     "SparseGpt": "compress.pruning.unstructured.sparsegpt",
     "SparseGptGptq": "compress.pruning.unstructured.sparsegpt_gptq",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.calibration.source import CalibrationSet, Sample
 
 __all__ = ["CalibrationSet", "Sample"]

@@ -19,7 +19,7 @@ import psutil
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
-from pocketvlm.images.file import read_image
+from pocketvlm.image_file import read_image
 from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
 from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pocketvlm.errors import InputError
 from pocketvlm.files.reader import read_bytes
-from pocketvlm.images.file import MAX_FILE_BYTES, read_image
+from pocketvlm.image_file import MAX_FILE_BYTES, read_image
 
 __all__ = ["PRESETS", "Workload", "draw_picture", "fit_prompt", "load_workload"]
 

@@ -14,7 +14,7 @@ from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
 from pocketvlm.prompt.messages import Message
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.data.source import Sample
+    from pocketvlm.calibration.source import Sample
 
 __all__ = [
     "PromptLimits",

@@ -20,7 +20,7 @@ from pocketvlm.evaluation.intervals import PairedDifference, compare_paired, wil
 
 if TYPE_CHECKING:
     from pocketvlm.bundle import Bundle
-    from pocketvlm.calibration.data.source import Sample
+    from pocketvlm.calibration.source import Sample
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.reference_graph.activation_rounding import Arithmetic
 

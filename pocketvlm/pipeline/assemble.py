@@ -17,7 +17,7 @@ from pocketvlm.bundle import (
     PromptLayout,
     sign_bundle,
 )
-from pocketvlm.calibration.data.source import Sample
+from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import PocketVLMError, StorageError

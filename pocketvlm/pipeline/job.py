@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.files.publish import replace_file

@@ -19,7 +19,7 @@ from PIL import Image
 from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.calibration.data.prompts import encode_sample
 from pocketvlm.calibration.data.sample import Sample
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.errors import CalibrationError, PocketVLMError, UnsupportedError, join_problems
 from pocketvlm.evaluation.prompts import PromptLimits, answer_problem
 from pocketvlm.evaluation.score import MAX_NEW_TOKENS

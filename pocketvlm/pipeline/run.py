@@ -11,7 +11,7 @@ import yaml
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.data.sample import Sample
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.protocol import bench_bundle

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, read_config, read_model_folder, read_spec
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError

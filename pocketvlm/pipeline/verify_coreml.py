@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.bundle import Bundle, write_manifest
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckFailedError, CheckpointError, RecipeError, UnsupportedError
 from pocketvlm.export.parity.certificate import ParityReport
-from pocketvlm.export.parity.certify import RUNNERS, RunnerFactory, certify
+from pocketvlm.export.parity.certify import certify
 from pocketvlm.files.publish import replace_directory
 from pocketvlm.files.reader import file_sha256
 from pocketvlm.json_io import read_json, write_json
@@ -30,6 +30,7 @@ from pocketvlm.pipeline.sources import load_checkpoint, load_evaluation
 from pocketvlm.reference import REFERENCE_MODELS
 from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS
 from pocketvlm.runtime.coreml.session import WORKER, RemoteRunner, measure_function
+from pocketvlm.runtime.engines import ENGINES, Engine
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["FunctionMeasurement", "Questions", "Verification", "evaluate_coreml", "verify_coreml"]
@@ -140,7 +141,7 @@ def evaluate_coreml(path: Path, questions: Questions, ctx: RunContext) -> Parity
         BundleError: There are no Core ML packages, or one cannot be read.
         CheckpointError: There is no checkpoint to compare with.
     """
-    return _certify(Bundle.open(path), questions, RUNNERS[_TARGET], ctx)
+    return _certify(Bundle.open(path), questions, ENGINES[_TARGET], ctx)
 
 
 def verify_coreml(
@@ -190,9 +191,7 @@ def verify_coreml(
     return found
 
 
-def _certify(
-    bundle: Bundle, questions: Questions, factory: RunnerFactory, ctx: RunContext
-) -> ParityReport:
+def _certify(bundle: Bundle, questions: Questions, engine: Engine, ctx: RunContext) -> ParityReport:
     """The certificate of the Core ML target alone."""
     bundle.component(_TARGET, "decoder")  # says what there is, if there is none
     checkpoint_path = questions.checkpoint or bundle.path.parent / "checkpoint"
@@ -207,7 +206,7 @@ def _certify(
         replace(bundle, manifest=replace(bundle.manifest, components=own)),
         _samples(bundle, questions),
         tokens=questions.tokens,
-        runners={_TARGET: factory},
+        engines={_TARGET: engine},
         ctx=ctx,
     )
 
@@ -230,7 +229,7 @@ def _certify_remotely(
 ) -> ParityReport | None:
     opened: list[RemoteRunner] = []
 
-    def start(found: Bundle, _ctx: RunContext) -> Runner:
+    def start(found: Bundle, _threads: int | None, _rows: int) -> Runner:
         opened.append(RemoteRunner(found, units=units, worker=worker))
         return opened[-1]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
-from pocketvlm.images.settings import ImageSettings, read_image_settings
 from pocketvlm.json_io import read_json
+from pocketvlm.models.image_settings import ImageSettings, read_image_settings
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 

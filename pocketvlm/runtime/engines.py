@@ -16,7 +16,10 @@ from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.onnx.runner import DEFAULT_CAPACITY, OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
-__all__ = ["EMULATED", "ENGINES", "choose_engine", "open_engine"]
+__all__ = ["EMULATED", "ENGINES", "Engine", "choose_engine", "open_engine"]
+
+Engine = Callable[[Bundle, int | None, int], Runner]
+"""Opens a bundle, given threads (`None`: the engine's own choice) and rows of KV cache needed."""
 
 
 def _open_onnx(bundle: Bundle, threads: int | None, rows: int) -> Runner:
@@ -31,7 +34,7 @@ def _open_coreml(bundle: Bundle, _threads: int | None, _rows: int) -> Runner:
     return CoremlRunner(bundle)
 
 
-ENGINES: Mapping[str, Callable[[Bundle, int | None, int], Runner]] = {
+ENGINES: Mapping[str, Engine] = {
     "onnx": _open_onnx,
     "executorch": _open_executorch,
     "coreml": _open_coreml,

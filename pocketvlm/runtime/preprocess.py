@@ -20,8 +20,8 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.images.file import MAX_PIXELS
-from pocketvlm.images.settings import ImageSettings, parse_image_settings, read_image_settings
+from pocketvlm.image_file import MAX_PIXELS
+from pocketvlm.models.image_settings import ImageSettings, parse_image_settings, read_image_settings
 
 __all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "TwoStepSquare", "to_rgb"]
 

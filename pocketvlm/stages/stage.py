@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
 from pocketvlm.context import RunContext
 from pocketvlm.machine import package_version, peak_rss_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext

@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.cli.app import app
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx

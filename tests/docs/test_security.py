@@ -14,7 +14,7 @@ from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.images.file import FORMATS
+from pocketvlm.image_file import FORMATS
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.processor.foreign_code import CODE_KEYS
 

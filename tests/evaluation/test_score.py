@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import CalibrationError

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from pocketvlm.calibration.data.sample import Sample
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import read_config, read_spec
 from pocketvlm.cli import main
 from pocketvlm.context import RunContext

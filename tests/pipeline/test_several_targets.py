@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from pocketvlm.bundle import Bundle, Component
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError
@@ -21,14 +21,14 @@ from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import run
 from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.runtime.executorch import program as executorch_program
-from pocketvlm.stages import Prediction
+from pocketvlm.stages import Prediction, Target
 from pocketvlm.weights.layout import WeightLayout
 
 REASON = "a toolkit ended in the middle of a graph"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Broken:
+class Broken(Target):
     """A target that writes half of a file and fails, as a toolkit does."""
 
     method: Literal["broken"] = "broken"
@@ -37,6 +37,9 @@ class Broken:
         self, spec: ModelSpec, grids: Mapping[LinearSpec, WeightLayout | None]
     ) -> Prediction:
         return Prediction(part_bytes={"other": 0})
+
+    def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int], /) -> int:
+        return 0
 
     def capacity(self, spec: ModelSpec) -> int:
         return spec.decoder.context_length

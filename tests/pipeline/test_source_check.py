@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.errors import SourceMismatchError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pocketvlm.calibration.data.source import Sample
+from pocketvlm.calibration.source import Sample
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.evaluation.bundle_answers import answer_with_bundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.errors import CalibrationError, PocketVLMError
 from pocketvlm.processor import Processor
 

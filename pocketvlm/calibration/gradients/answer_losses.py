@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.calibration.data.prompts import Prompt
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.partial_forward import PartialForward
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError

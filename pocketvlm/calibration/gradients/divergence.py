@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.partial_forward import PartialForward, suffix_shares
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError

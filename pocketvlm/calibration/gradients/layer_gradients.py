@@ -25,7 +25,6 @@ from pocketvlm.calibration.data.prompts import (
     batch_prompts,
     encode_samples,
 )
-from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.gradients.backward import (
     answer_loss,
     enter_decoder,
@@ -38,6 +37,7 @@ from pocketvlm.calibration.gradients.block_graph import (
     record_block,
     run_halves,
 )
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
 from pocketvlm.checkpoint import Checkpoint

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
-from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.gradients.backward import enter_decoder
 from pocketvlm.calibration.gradients.divergence import mean_divergence
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves
 from pocketvlm.calibration.walk.text_rows import keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.calibration.data.prompts import Prompt, batch_prompts, encode_samples
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint

@@ -30,8 +30,8 @@ from pocketvlm.calibration.data.prompts import (
     batch_prompts,
     encode_samples,
 )
-from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.gradients.token_weights import gradient_weights
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.paired_activations import (
     PairedActivations,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import Prompt
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.answers import (

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from pocketvlm.calibration.data.prompts import Prompt, encode_samples
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.objective import (

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.gradients.visual_use import LayerUse, measure_visual_use
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError

@@ -23,7 +23,7 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Stage, StageResult
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.data.source import CalibrationSet
+    from pocketvlm.calibration.source import CalibrationSet
 
 __all__ = ["SCORES", "ReduceTokens", "ScoreName"]
 

@@ -28,43 +28,12 @@ from pocketvlm.export.parity.sides import (
     compare_greedy,
 )
 from pocketvlm.machine import describe_processor
-from pocketvlm.runtime.coreml.runner import CoremlRunner
-from pocketvlm.runtime.executorch.runner import ExecutorchRunner
-from pocketvlm.runtime.onnx.runner import OnnxRunner
-from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.engines import ENGINES, Engine
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.data.source import Sample
+    from pocketvlm.calibration.source import Sample
 
-__all__ = ["RUNNERS", "ParityReport", "RunnerFactory", "certify"]
-
-RunnerFactory = Callable[[Bundle, RunContext], Runner]
-
-
-def _onnx_runner(bundle: Bundle, ctx: RunContext) -> Runner:
-    # Room for the longest question there may be: rows that are not used cost no memory.
-    rows = bundle.manifest.generation.max_positions
-    return OnnxRunner(bundle, threads=ctx.threads, capacity=rows)
-
-
-def _coreml_runner(bundle: Bundle, _ctx: RunContext) -> Runner:
-    return CoremlRunner(bundle)
-
-
-def _executorch_runner(bundle: Bundle, ctx: RunContext) -> Runner:
-    return ExecutorchRunner(bundle, threads=ctx.threads)
-
-
-RUNNERS: Mapping[str, RunnerFactory] = {
-    "coreml": _coreml_runner,
-    "executorch": _executorch_runner,
-    "onnx": _onnx_runner,
-}
-"""The engines of this host, by target.
-
-Core ML packages are computed by the reference evaluator, which reads what Core ML would load and
-is not Core ML; `pocketvlm verify-coreml` asks Core ML itself.
-"""
+__all__ = ["ParityReport", "certify"]
 
 TIE_ERRORS = 6.0
 """Two choices are a near-tie where the reference separates them by at most so many RMS logit
@@ -77,7 +46,7 @@ def certify(
     samples: Iterable[Sample],
     *,
     tokens: int = 16,
-    runners: Mapping[str, RunnerFactory] = RUNNERS,
+    engines: Mapping[str, Engine] = ENGINES,
     ctx: RunContext | None = None,
 ) -> ParityReport:
     """Runs every target of a bundle beside the checkpoint and judges what it finds.
@@ -88,7 +57,8 @@ def certify(
         samples: Questions about pictures; four to eight are enough. Those without a picture are
             left out.
         tokens: Longest greedy answer that is compared.
-        runners: The engine for each target.
+        engines: The engine for each target. Core ML packages are computed by the reference
+            evaluator, which is not Core ML; `pocketvlm verify-coreml` asks Core ML itself.
         ctx: Threads, and whom to tell about progress.
 
     Raises:
@@ -106,10 +76,12 @@ def certify(
     reached: list[TargetParity] = []
     unverified: dict[str, str] = {}
     for name in names:
-        if name not in runners:
+        if name not in engines:
             unverified[name] = "no engine on this host runs it"
             continue
-        runner = runners[name](bundle, context)
+        # Room for the longest question there may be: rows that are not used cost no memory.
+        rows = bundle.manifest.generation.max_positions
+        runner = engines[name](bundle, context.threads, rows)
         metrics, details = _measure(
             reference,
             ArtifactSide(runner, bundle.manifest, questions.pictures),

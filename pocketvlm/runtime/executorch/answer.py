@@ -20,7 +20,7 @@ from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import InputError
-from pocketvlm.images.file import open_image
+from pocketvlm.image_file import open_image
 from pocketvlm.runtime.conversation import (
     Conversation,
     PictureInput,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
-from pocketvlm.patterns import compile_pattern, pattern_matches
+from pocketvlm.models.patterns import compile_pattern, pattern_matches
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.formats.gptq import GptqSettings, from_gptq
 

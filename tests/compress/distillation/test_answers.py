@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pocketvlm.calibration.data.prompts import encode_samples
-from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.compress.distillation.answers import (
     answer_states,
     make_batch,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.distillation.training import rate_share

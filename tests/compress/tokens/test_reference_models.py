@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.context import RunContext

@@ -116,7 +116,7 @@ def test_logits_of_calls_that_mix_rows_equal_torch(
 def test_the_certificate_passes_and_catches_a_graph_that_masks_elsewhere(
     deep_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    from pocketvlm.calibration.data.source import CalibrationSet
+    from pocketvlm.calibration.source import CalibrationSet
 
     checkpoint = replace(deep_checkpoint, visual_layers=LATE)
     bundle = bundle_of(checkpoint, tmp_path)

@@ -21,7 +21,7 @@ from pocketvlm.bundle import (
     Manifest,
     PromptLayout,
 )
-from pocketvlm.calibration.data.source import Sample
+from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.context import RunContext
@@ -90,8 +90,8 @@ def certify_runner(
     **changes: Any,
 ) -> ParityReport:
     bundle = write_bundle(checkpoint, folder, **changes)
-    runners = {"torch": lambda _bundle, _ctx: make(checkpoint)}
-    return certify(checkpoint, bundle, samples, tokens=6, runners=runners)
+    engines = {"torch": lambda _bundle, _threads, _rows: make(checkpoint)}
+    return certify(checkpoint, bundle, samples, tokens=6, engines=engines)
 
 
 def failed(report: ParityReport) -> set[str]:
@@ -224,8 +224,8 @@ def test_other_pixels_are_caught(reduced: Checkpoint, tmp_path: Path) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["image_mean"] = [0.1, 0.1, 0.1]
     file.write_text(json.dumps(config), encoding="utf-8")
-    runners = {"torch": lambda _bundle, _ctx: TorchRunner(reduced)}
-    report = certify(reduced, bundle, SAMPLES, tokens=2, runners=runners)
+    engines = {"torch": lambda _bundle, _threads, _rows: TorchRunner(reduced)}
+    report = certify(reduced, bundle, SAMPLES, tokens=2, engines=engines)
     assert failed(report) == {"input.pixels_max_abs"}
 
 
@@ -267,7 +267,7 @@ def test_a_wrong_token_is_told_from_a_near_tie(reduced: Checkpoint, tmp_path: Pa
 
 
 def test_a_target_without_an_engine_is_not_certified(reduced: Checkpoint, tmp_path: Path) -> None:
-    report = certify(reduced, write_bundle(reduced, tmp_path), SAMPLES, runners={})
+    report = certify(reduced, write_bundle(reduced, tmp_path), SAMPLES, engines={})
     assert report.unverified == {"torch": "no engine on this host runs it"}
     assert not report.passed
     with pytest.raises(ParityError, match="no target could be run"):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.calibration.data.source import CalibrationSet, Sample
+from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.calibration.data.source import CalibrationSet
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import weigh_moments

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from pocketvlm.calibration.data.prompts import encode_samples
-from pocketvlm.calibration.data.source import CalibrationSet
 from pocketvlm.calibration.gradients.layer_gradients import LayerGradient
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.width.channels import unit_groups
 from pocketvlm.compress.pruning.width.taylor import GradientMeans, Taylor, taylor_elements

@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 
 import pocketvlm
 from pocketvlm.errors import InputError
-from pocketvlm.images.file import image_size, open_image
+from pocketvlm.image_file import image_size, open_image
 
 
 def noise(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
@@ -308,4 +308,4 @@ def test_nothing_else_opens_pictures():
     sources = [*root.rglob("*.py"), *(root.parent / "benchmarks").glob("*.py")]
     opening = re.compile(r"\bImage\.open\b|from PIL\.Image import .*\bopen\b|\bload_image\b")
     found = {file for file in sources if opening.search(file.read_text(encoding="utf-8"))}
-    assert found == {root / "images" / "file.py"}
+    assert found == {root / "image_file.py"}

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from pocketvlm.errors import RecipeError
-from pocketvlm.patterns import compile_pattern, pattern_matches
+from pocketvlm.models.patterns import compile_pattern, pattern_matches
 
 
 def test_a_whole_name_matches_or_its_beginning():

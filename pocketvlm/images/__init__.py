@@ -1,1 +1,0 @@
-"""Pictures as files, and what an image processor is told of them."""
