@@ -6,14 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pocketvlm.bundle.manifest import (
-    BUNDLE_SCHEMA,
-    CacheLayout,
     Component,
-    Generation,
     Manifest,
-    PromptLayout,
-    RuntimeNeeds,
-    TensorSignature,
 )
 from pocketvlm.errors import BundleError
 from pocketvlm.files.reader import locate
@@ -26,19 +20,7 @@ from pocketvlm.files.signed_folder import (
 )
 from pocketvlm.json_io import read_json, write_json
 
-__all__ = [
-    "BUNDLE_SCHEMA",
-    "Bundle",
-    "CacheLayout",
-    "Component",
-    "Generation",
-    "Manifest",
-    "PromptLayout",
-    "RuntimeNeeds",
-    "TensorSignature",
-    "sign_bundle",
-    "write_manifest",
-]
+__all__ = ["Bundle", "sign_bundle", "write_manifest"]
 
 _MANIFEST = "manifest.json"
 _UNSIGNED = ("README.md", "report.html", ".gitattributes")

@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.runtime.engines import open_engine
+from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
-from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows, lay_out_prompt
+from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import TextCodec
 
 if TYPE_CHECKING:
@@ -154,14 +153,13 @@ def _greedy(
     max_new_tokens: int,
 ) -> list[int]:
     runner.reset()
-    tokens: list[int] = []
-    rows = embed_rows(layout, pictures, runner.embed)
-    logits = runner.decode(rows, layout.positions[None], layout.is_visual)
     ends = settings.eos_token_ids
-    while (token := int(settings.adjust(logits, prompt, tokens).argmax())) not in ends:
-        tokens.append(token)
-        if len(tokens) == max_new_tokens:
-            break
-        position = np.array([[layout.next_position + len(tokens) - 1]], np.int64)
-        logits = runner.decode(runner.embed([token]), position)
-    return tokens
+    tokens = list(
+        generate(
+            runner,
+            prompt_rows(layout, pictures, runner),
+            StopRules(max_new_tokens=max_new_tokens, end_token_ids=ends),
+            adjust=lambda logits, chosen: settings.adjust(logits, prompt, chosen),
+        )
+    )
+    return tokens[:-1] if tokens[-1] in ends else tokens

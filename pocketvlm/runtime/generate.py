@@ -1,7 +1,7 @@
 """The generate loop: rows of a prompt in, tokens out, over any `Runner`.
 
-Conversations, the benchmark and the certificate run this one loop. They differ in when it stops,
-in what is done to the logits, and in who watches the time.
+Conversations, evaluation, the benchmark and the certificate run this one loop. They differ in when
+it stops, in what is done to the logits, and in who watches the time.
 """
 
 from __future__ import annotations

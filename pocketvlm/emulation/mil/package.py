@@ -113,17 +113,6 @@ class Function:
     operations: tuple[Operation, ...]
     outputs: tuple[str, ...]
 
-    def input_shape(self, name: str) -> tuple[int | None, ...]:
-        """Shape of an input or state.
-
-        Raises:
-            KeyError: There is none of that name.
-        """
-        for parameter in self.inputs:
-            if parameter.name == name:
-                return parameter.type.shape
-        raise KeyError(name)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MilPackage:
