@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 
 def test_the_page_is_what_the_dataclasses_say():
     assert PAGE.read_text(encoding="utf-8") == render_options(), (
-        "write it anew: python -m pocketvlm.recipes.options > docs/options.md"
+        "write it again: python -m pocketvlm.recipes.options > docs/options.md"
     )
 
 
