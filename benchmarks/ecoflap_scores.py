@@ -27,6 +27,7 @@ from pocketvlm.calibration.gradients.layer_gradients import walk_gradients
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.allocation import Uniform
 from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext, derive_seed
 from pocketvlm.reference import reference_model_path
@@ -146,7 +147,7 @@ def measure_groups(
     }
     for ratio in ratios:
         for label, allocation in kinds.items():
-            stage = Wanda(ratio=ratio, allocation=allocation)
+            stage = Prune(score=Wanda(), ratio=ratio, allocation=allocation)
             path = reference_model_path(model)
             done = stage.apply(Checkpoint.load(path), samples, RunContext())
             loss = float(AnswerLosses(done, judges).plain.mean())

@@ -28,6 +28,7 @@ def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, 
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.compress.pruning.unstructured.gblm import Gblm
+    from pocketvlm.compress.pruning.unstructured.pruner import Prune
     from pocketvlm.context import RunContext
     from pocketvlm.machine import peak_rss_bytes
 
@@ -39,7 +40,7 @@ def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, 
     # but it is no part of the loaded model either: it counts.
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    stage = Gblm(gradient=gradient, held_out=0.0)
+    stage = Prune(score=Gblm(gradient=gradient), held_out=0.0)
     started = time.perf_counter()
     _forget_peak()
 

@@ -49,7 +49,7 @@ stages:
 """
 STAGES = {
     "gradients": """
-  - {method: gblm, ratio: 0.5, update: regression}
+  - {method: prune, score: {kind: gblm}, ratio: 0.5, update: regression}
   - {method: reduce_tokens, keep: 0.5}
   - {method: distill, steps: 6, batch_size: 2, check_every: 2}
   - {method: gptq, rules: [{match: '.*', bits: 4, group_size: 32}]}
@@ -64,7 +64,10 @@ STAGES = {
 """,
     "tables": """
   - {method: prune_width, ffn_ratio: 0.25}
-  - {method: wanda, ratio: 0.3, allocation: {kind: ecoflap, order: zeroth}}
+  - method: prune
+    score: {kind: wanda}
+    ratio: 0.3
+    allocation: {kind: ecoflap, order: zeroth}
   - {method: codebook, rules: [{match: '.*', index_bits: 4, vector_length: 1}]}
 """,
 }

@@ -30,7 +30,7 @@ from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.unstructured.gblm import Gblm
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern, SemiStructured, Unstructured
-from pocketvlm.compress.pruning.unstructured.pruner import Pruner
+from pocketvlm.compress.pruning.unstructured.pruner import Prune, Score
 from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext
@@ -38,11 +38,11 @@ from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
-SCORES: dict[str, type[Pruner]] = {
-    "Wanda": Wanda,
-    "magnitude": Magnitude,
-    "GBLM": Gblm,
-    "SparseGPT": SparseGpt,
+SCORES: dict[str, Score] = {
+    "Wanda": Wanda(),
+    "magnitude": Magnitude(),
+    "GBLM": Gblm(),
+    "SparseGPT": SparseGpt(),
 }
 ALLOCATIONS = {
     "uniform": Uniform(),
@@ -107,7 +107,7 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
                 continue  # 2 of 4 leaves nothing to share out
             for score in arguments.score:
                 shared = Remembered(allocation=ALLOCATIONS[allocation], folder=scratch)
-                stage = SCORES[score](ratio=ratio, pattern=pattern, allocation=shared)
+                stage = Prune(score=SCORES[score], ratio=ratio, pattern=pattern, allocation=shared)
                 scores, seconds = [], 0.0
                 for calibration in sets:
                     started = time.perf_counter()

@@ -20,6 +20,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.width.stage import PruneWidth
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.evaluation.score import score_checkpoint
@@ -31,7 +32,7 @@ def pruner(text: str) -> Stage:
     """`magnitude:RATIO`, `width:SHARE` of the decoder's parameters, or `depth:BLOCK,BLOCK`."""
     kind, _, value = text.partition(":")
     if kind == "magnitude":
-        return Magnitude(ratio=float(value))
+        return Prune(score=Magnitude(), ratio=float(value))
     if kind == "width":
         return PruneWidth(decoder_parameters=float(value))
     if kind == "depth":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
     from pocketvlm.compress.pruning.unstructured.gblm import Gblm
     from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+    from pocketvlm.compress.pruning.unstructured.pruner import Prune
     from pocketvlm.compress.pruning.unstructured.rules import PruneRule
     from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
     from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq
@@ -75,6 +76,7 @@ __all__ = [
     "ModelSpec",
     "PocketVLMError",
     "Progress",
+    "Prune",
     "PruneDepth",
     "PruneRule",
     "PruneWidth",
@@ -126,6 +128,7 @@ _HOMES = {
     "ModelSpec": "models.spec",
     "PocketVLMError": "errors",
     "Progress": "context",
+    "Prune": "compress.pruning.unstructured.pruner",
     "PruneDepth": "compress.pruning.depth.stage",
     "PruneRule": "compress.pruning.unstructured.rules",
     "PruneWidth": "compress.pruning.width.stage",

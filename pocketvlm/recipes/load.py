@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.recipes.document import apply_overrides, plain_values, read_document
+from pocketvlm.recipes.former import refuse_former_spelling
 from pocketvlm.recipes.stages import STAGES, TARGETS
 from pocketvlm.stages import Stage, Target, check_order
 
@@ -181,6 +182,7 @@ def default_target(name: str) -> Target:
 
 
 def _validate(kind: Any, value: Any, path: str) -> Any:
+    _check_kinds(kind, value, path)
     try:
         # As JSON, where strict means what a recipe's author expects: a list may be a tuple and 1 a
         # float, but no text is a number and `true` is not 1.
@@ -197,12 +199,46 @@ def _validate_tagged(kinds: Sequence[type[Any]], value: Any, path: str) -> tuple
     items = []
     for index, item in enumerate(value):
         tag = item.get("method") if isinstance(item, dict) else None
+        if isinstance(item, dict):
+            refuse_former_spelling(item, f"{path}.{index}")
         if not isinstance(tag, str) or tag not in by_tag:
             raise RecipeError(
                 f"{path}.{index}.method: is {_shown(tag)}; allowed are {', '.join(by_tag)}"
             )
         items.append(_validate(by_tag[tag], item, f"{path}.{index}"))
     return tuple(items)
+
+
+def _check_kinds(hint: Any, value: Any, path: str) -> None:
+    """Checks what may be one of several dataclasses as the one that its `kind` names.
+
+    Without this, each of them would say why it is not meant.
+    """
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        for item in fields(hint):
+            if isinstance(value, dict) and item.name in value:
+                _check_kinds(hints[item.name], value[item.name], f"{path}.{item.name}")
+        return
+    if get_origin(hint) in (tuple, list) and isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_kinds(get_args(hint)[0], item, f"{path}.{index}")
+        return
+    kinds = {kind.kind: kind for kind in get_args(hint) if hasattr(kind, "kind")}
+    if not kinds or (value is None and type(None) in get_args(hint)):
+        return
+    if not isinstance(value, dict):
+        example = value if isinstance(value, str) and value in kinds else next(iter(kinds))
+        raise RecipeError(f"{path}: is {_shown(value)}; write {{kind: {example}}}")
+    tag = value.get("kind")
+    if not isinstance(tag, str) or tag not in kinds:
+        raise RecipeError(f"{path}.kind: is {_shown(tag)}; allowed are {', '.join(kinds)}")
+    names = [item.name for item in fields(kinds[tag]) if item.name != "kind"]
+    unknown = sorted(value.keys() - {"kind", *names})
+    if unknown:
+        allowed = f"its options are {', '.join(names)}" if names else "it has no options"
+        raise RecipeError(f"{path}.{unknown[0]}: unknown key of kind {tag}; {allowed}")
+    _validate(kinds[tag], value, path)
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
@@ -234,25 +270,12 @@ def _tag(kind: type[Any]) -> str:
     return str(default)
 
 
-def _most_telling(problems: list[Any]) -> Any:
-    """The first problem, of values with a `kind` the first of the kind that was meant.
-
-    A value that may be one of several dataclasses is tried as each of them, and each complains.
-    """
-    kinds = [p for p in problems if p["type"] == "literal_error" and p["loc"][-1] == "kind"]
-    others = [place["loc"][:-1] for place in kinds]
-    meant = [p for p in problems if not any(p["loc"][: len(o)] == o for o in others)]
-    if meant or not kinds:
-        return (meant or problems)[0]
-    allowed = ", ".join(kind["ctx"]["expected"] for kind in kinds)
-    first = kinds[0]
-    return {**first, "loc": (*first["loc"][:-2], "kind"), "msg": f"allowed are {allowed}"}
-
-
 def _first_problem(error: ValidationError, path: str) -> str:
-    problem = _most_telling(error.errors(include_url=False))
+    problem = error.errors(include_url=False)[0]
     location = ".".join([path, *(str(step) for step in problem["loc"])])
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{location}: is missing"
     if problem["type"] == "unexpected_keyword_argument":
         message = "unknown key"
     suffix = "" if "value_error" in problem["type"] else f", not {_shown(problem.get('input'))}"

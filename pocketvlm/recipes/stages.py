@@ -12,11 +12,8 @@ from collections.abc import Mapping, Sequence
 from pocketvlm.checkpoint import ReducerBuilder
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
-from pocketvlm.compress.pruning.unstructured.gblm import Gblm
-from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
-from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq
-from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.compress.pruning.width.stage import PruneWidth
 from pocketvlm.compress.quantization.affine.awq import Awq
@@ -39,10 +36,7 @@ __all__ = ["REDUCER_BUILDERS", "STAGES", "TARGETS", "layer_bytes_by_target"]
 STAGES: tuple[type[Stage], ...] = (
     PruneDepth,
     PruneWidth,
-    Magnitude,
-    Wanda,
-    Gblm,
-    SparseGpt,
+    Prune,
     ReduceTokens,
     SkipVisual,
     Distill,

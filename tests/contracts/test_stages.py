@@ -26,10 +26,7 @@ RULES = [{"part": "decoder", "bits": 4, "group_size": 16}]
 OPTIONS: dict[str, dict[str, Any]] = {
     "prune_depth": {"decoder_blocks": 1},
     "prune_width": {"ffn_ratio": 0.5},
-    "magnitude": {},
-    "wanda": {},
-    "gblm": {},
-    "sparsegpt": {},
+    "prune": {"score": {"kind": "wanda"}},
     "reduce_tokens": {"keep": 0.5},
     "skip_visual": {"first_layers": 1},
     "distill": {"steps": 2, "batch_size": 2, "check_every": 1},

@@ -15,6 +15,7 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.quantization.affine.gptq import Gptq
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
@@ -241,7 +242,7 @@ def test_plan_counts_a_quarter_and_refuses_targets_without_the_kernel(tiny_path:
         RoundToNearest(rules=(WeightRule(bits=8),)),
         Gptq(rules=(WeightRule(bits=4),)),
         MixedPrecision(options=(WeightRule(bits=4),), average_bits=5),
-        Magnitude(),
+        Prune(score=Magnitude()),
         ReduceTokens(keep=0.5),
     ],
     ids=lambda stage: stage.method,

@@ -130,6 +130,7 @@ _YAML_WORDS = (
         "mixed",
         "codebook",
         "distill",
+        "prune",
         "sparsegpt",
         "prune_depth",
         "(a|aa)+b",

@@ -10,6 +10,7 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import SemiStructured
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
@@ -23,7 +24,7 @@ from pocketvlm.pipeline.plan import plan, plan_stages
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout
 
-PRUNE = Magnitude(rules=(PruneRule(part="decoder"),), pattern=SemiStructured())
+PRUNE = Prune(score=Magnitude(), rules=(PruneRule(part="decoder"),), pattern=SemiStructured())
 RULES = (WeightRule(bits=4, group_size=16, symmetric=True),)
 PALETTE = CodebookRule(part="decoder", index_bits=3, vector_length=1, share="layer")
 

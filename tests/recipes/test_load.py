@@ -10,6 +10,9 @@ from pocketvlm.recipes.stages import STAGES, TARGETS
 GPTQ = {"method": "gptq", "rules": [{"part": "decoder", "bits": 4}]}
 
 
+PRUNE = {"method": "prune", "score": {"kind": "wanda"}}
+
+
 def document(**changes):
     return {
         "schema": 1,
@@ -56,6 +59,39 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name, tmp_path)
         (document(calibration={"samples": 0}), "samples must be at least 1"),
         (document(expect={"beauty": {"min": 1}}), r"expect\.beauty: unknown key"),
         (document(stages=[GPTQ, GPTQ]), r"stages\.1 \(gptq\): .*float_weights"),
+        (document(stages=[{"method": "prune"}]), r"stages\.0\.score: is missing"),
+        (
+            document(stages=[{**PRUNE, "score": {"kind": "beauty"}}]),
+            r"stages\.0\.score\.kind: is .beauty.; allowed are magnitude, wanda, gblm, sparsegpt",
+        ),
+        (
+            document(stages=[{**PRUNE, "score": {"alpha": 2.0}}]),
+            r"stages\.0\.score\.kind: is null; allowed are magnitude",
+        ),
+        (
+            document(stages=[{**PRUNE, "score": "gblm"}]),
+            r"stages\.0\.score: is .gblm.; write \{kind: gblm\}",
+        ),
+        (
+            document(stages=[{**PRUNE, "score": {"kind": "gblm", "damping": 0.1}}]),
+            r"stages\.0\.score\.damping: unknown key of kind gblm; its options are gradient, norm",
+        ),
+        (
+            document(stages=[{**PRUNE, "score": {"kind": "wanda", "alpha": 2.0}}]),
+            r"stages\.0\.score\.alpha: unknown key of kind wanda; it has no options",
+        ),
+        (
+            document(stages=[{**PRUNE, "score": {"kind": "gblm", "alpha": "much"}}]),
+            r"stages\.0\.score\.alpha: .*not .much.",
+        ),
+        (
+            document(stages=[{**PRUNE, "score": {"kind": "gblm", "alpha": -1.0}}]),
+            r"stages\.0\.score: alpha must be at least 0",
+        ),
+        (
+            document(stages=[{**PRUNE, "allocation": {"kind": "uniform", "order": "first"}}]),
+            r"stages\.0\.allocation\.order: unknown key of kind uniform; it has no options",
+        ),
         (document(targets=[{"method": "vhs"}]), r"targets\.0\.method: is .vhs.; allowed are onnx"),
     ],
 )
@@ -63,6 +99,27 @@ def test_a_wrong_recipe_gets_one_line_with_its_path(content, message):
     with pytest.raises(RecipeError, match=message) as caught:
         recipe_from_document(content, where="test.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            {"method": "wanda", "ratio": 0.5},
+            r"stages.0.method: wanda is a score of prune; "
+            r"write {method: prune, score: {kind: wanda}}",
+        ),
+        (
+            {"method": "gblm", "alpha": 2.0, "ratio": 0.5},
+            r"stages.0.method: gblm is a score of prune; "
+            r"write {method: prune, score: {kind: gblm, alpha: 2.0}}",
+        ),
+    ],
+)
+def test_a_former_spelling_says_the_new_one(stage, message):
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_document(document(stages=[stage]), where="test.yaml")
+    assert str(caught.value) == f"test.yaml: {message}"
 
 
 def test_reducing_after_quantizing_is_refused():

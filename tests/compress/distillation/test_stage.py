@@ -14,6 +14,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.distillation.training import rate_share
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.tokens.stage import ReduceTokens
@@ -33,7 +34,7 @@ def samples() -> CalibrationSet:
 
 
 def _pruned(path: Path, samples: CalibrationSet) -> Checkpoint:
-    return Magnitude(ratio=0.5).apply(Checkpoint.load(path), samples, RunContext())
+    return Prune(score=Magnitude(), ratio=0.5).apply(Checkpoint.load(path), samples, RunContext())
 
 
 def _digest(checkpoint: Checkpoint, folder: Path) -> str:

@@ -247,10 +247,11 @@ def recipe(*stages: dict[str, Any], targets: tuple[str, ...] = ("onnx",)) -> Any
 def test_order_is_prune_reduce_skip_quantize() -> None:
     skip = {"method": "skip_visual"}
     rtn = {"method": "rtn", "rules": [{"match": ".*", "bits": 8}]}
-    recipe({"method": "wanda"}, {"method": "reduce_tokens"}, skip, rtn)
-    for late in ("wanda", "reduce_tokens"):
+    prune = {"method": "prune", "score": {"kind": "wanda"}}
+    recipe(prune, {"method": "reduce_tokens"}, skip, rtn)
+    for late in (prune, {"method": "reduce_tokens"}):
         with pytest.raises(RecipeError, match="needs all_tokens"):
-            recipe(skip, {"method": late})
+            recipe(skip, late)
     with pytest.raises(RecipeError, match="needs float_weights"):
         recipe(rtn, skip)
     with pytest.raises(RecipeError, match="cannot follow a stage that leaves ended_tokens"):

@@ -11,6 +11,7 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import Blocked, Pattern, SemiStructured
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.context import RunContext
@@ -27,7 +28,9 @@ NO_SAMPLES = CalibrationSet.from_reference(1, 2)
 
 def prune(checkpoint: Checkpoint, pattern: Pattern, bits: int | None) -> Checkpoint:
     """Half of every layer but embedding and head, as the stages do it."""
-    checkpoint = Magnitude(pattern=pattern).apply(checkpoint, NO_SAMPLES, RunContext(threads=1))
+    checkpoint = Prune(score=Magnitude(), pattern=pattern).apply(
+        checkpoint, NO_SAMPLES, RunContext(threads=1)
+    )
     if bits is None:
         return checkpoint
     stage = RoundToNearest(rules=(WeightRule(match=".*", bits=bits, group_size=32),))

@@ -72,6 +72,8 @@ class Ecoflap:
             raise ValueError(f"noise must lie between 0 and 1, not {self.noise}")
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, not {self.draws}")
+        if self.order == "first" and (self.noise, self.draws) != (Ecoflap.noise, Ecoflap.draws):
+            raise ValueError("noise and draws are options of order zeroth, and order is first")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, not {self.samples}")
 

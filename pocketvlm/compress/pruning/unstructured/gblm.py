@@ -33,11 +33,15 @@ from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import InputHessian
 from pocketvlm.compress.pruning.unstructured.gradient_norms import GradientNorm, GradientNorms
-from pocketvlm.compress.pruning.unstructured.patterns import select
-from pocketvlm.compress.pruning.unstructured.pruner import LayerPruner, Pruned, Pruner, PruningTask
+from pocketvlm.compress.pruning.unstructured.score import (
+    LayerPruner,
+    Pruned,
+    PruningScore,
+    PruningTask,
+    prune_by_score,
+)
 from pocketvlm.compress.pruning.unstructured.wanda import score_wanda
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CalibrationError
 from pocketvlm.weights.form import WeightForm
 
 __all__ = ["Gblm", "Loss", "gradient_scale", "score_gblm"]
@@ -81,7 +85,7 @@ def score_gblm(weights: Tensor, mean_squares: Tensor, norms: Tensor, alpha: floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gblm(Pruner):
+class Gblm(PruningScore):
     """Keeps what moves outputs and the loss most (arXiv 2311.04902).
 
     Gradients are those of the dense model, as published; inputs are those behind the layers that
@@ -93,13 +97,12 @@ class Gblm(Pruner):
         alpha: Weight of gradients beside inputs; 0 is Wanda, and takes no gradients.
     """
 
-    method: Literal["gblm"] = "gblm"
+    kind: Literal["gblm"] = "gblm"
     gradient: Loss = "answer"
     norm: GradientNorm = "l1"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for field, allowed in (("gradient", Loss), ("norm", GradientNorm)):
             if getattr(self, field) not in get_args(allowed):
                 raise ValueError(
@@ -114,6 +117,7 @@ class Gblm(Pruner):
         checkpoint: Checkpoint,
         tasks: Sequence[PruningTask],
         calibration: CalibrationSet,
+        held_out: float,
         ctx: RunContext,
     ) -> LayerPruner:
         """Takes the gradients of the samples that are fitted, unless an earlier run has them.
@@ -123,13 +127,13 @@ class Gblm(Pruner):
                 has no gradient at all.
         """
         if self.alpha == 0:
-            return _Gblm(alpha=0.0, norms=None)
+            return self
         scratch = ctx.scratch_dir
         found = GradientNorms(None if scratch is None else scratch / "gradients")
         names = [task.linear.name for task in tasks]
         if not found.holds(names):
             judged = BlockWalk(
-                checkpoint=checkpoint, samples=calibration, held_out=self.held_out
+                checkpoint=checkpoint, samples=calibration, held_out=held_out
             ).first_held_out
             samples = replace(calibration, samples=calibration.samples[:judged])
             walk = walk_gradients if self.gradient == "answer" else block_gradients
@@ -140,25 +144,26 @@ class Gblm(Pruner):
                 ctx.report("gradients", len(done), len(names), name)
 
             found.collect(walk(checkpoint, samples, spill_folder=scratch), names, self.norm, report)
-        return _Gblm(alpha=self.alpha, norms=found)
+        return _MeasuredGblm(alpha=self.alpha, norms=found)
+
+    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+        """Keeps what scores highest without gradients: `alpha` is 0."""
+        if evidence is None:
+            raise TypeError("GBLM needs its layers' inputs")
+        scores = score_wanda(weight.dequantize(), evidence.importance)
+        return prune_by_score(task, weight, scores, {"gradient_scale": 0.0})
 
 
-class _Gblm(LayerPruner):
-    def __init__(self, *, alpha: float, norms: GradientNorms | None) -> None:
-        self._alpha = alpha
-        self._norms = norms
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _MeasuredGblm(LayerPruner):
+    alpha: float
+    norms: GradientNorms
 
     def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
         if evidence is None:
             raise TypeError("GBLM needs its layers' inputs")
         weights, squares = weight.dequantize(), evidence.importance
-        if self._norms is None:
-            scores, figures = score_wanda(weights, squares), {"gradient_scale": 0.0}
-        else:
-            norms = self._norms[task.linear.name]
-            scores = score_gblm(weights, squares, norms, self._alpha)
-            figures = {"gradient_scale": gradient_scale(weights, squares, norms)}
-        if not bool(torch.isfinite(scores).all()):
-            raise CalibrationError("its score is not finite on the calibration data")
-        pruned = Pruned.from_mask(weight, select(scores, task.pattern, task.kept))
-        return replace(pruned, figures=figures)
+        norms = self.norms[task.linear.name]
+        scores = score_gblm(weights, squares, norms, self.alpha)
+        figures = {"gradient_scale": gradient_scale(weights, squares, norms)}
+        return prune_by_score(task, weight, scores, figures)

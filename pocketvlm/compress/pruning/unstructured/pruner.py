@@ -8,7 +8,6 @@ quantizer or an exporter that finds it keeps every zero exactly zero.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -18,13 +17,12 @@ from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.modality import ModalityWeighting
-from pocketvlm.calibration.walk.walk import FinishedSublayer, InputMoments
+from pocketvlm.calibration.walk.walk import FinishedSublayer
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import (
     InputHessian,
     compare_outputs,
     diagonal_block_width,
-    weigh_moments,
 )
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
 from pocketvlm.compress.pruning.unstructured.allocation import (
@@ -34,6 +32,8 @@ from pocketvlm.compress.pruning.unstructured.allocation import (
     uniform_counts,
 )
 from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
+from pocketvlm.compress.pruning.unstructured.gblm import Gblm
+from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import (
     Pattern,
     Unstructured,
@@ -47,6 +47,9 @@ from pocketvlm.compress.pruning.unstructured.rules import (
     Target,
     choose_layers,
 )
+from pocketvlm.compress.pruning.unstructured.score import LayerPruner, PruningScore, PruningTask
+from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
+from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, PocketVLMError, RecipeError
 from pocketvlm.models.spec import LinearSpec
@@ -54,11 +57,14 @@ from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.stages.walk_options import WalkOptions, note_synthetic
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.sparse import SparseWeight
 
-__all__ = ["LayerPruner", "Pruned", "Pruner", "PruningTask", "Update"]
+__all__ = ["SCORES", "Prune", "Score", "Update"]
 
 Update = Literal["none", "regression"]
+Score = Magnitude | Wanda | Gblm | SparseGpt
+"""Everything that a recipe may name as `score`."""
+SCORES: Mapping[str, type[PruningScore]] = {kind.kind: kind for kind in get_args(Score)}
+"""The same by name."""
 
 _ONE_BY_ONE = Unstructured()
 _ALIKE = Uniform()
@@ -66,69 +72,11 @@ _REFITTED = ".refitted"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningTask:
-    """One layer that is to be pruned.
+class Prune(Stage, WalkOptions):
+    """Sets the weights to zero that a score finds dispensable.
 
     Attributes:
-        linear: The layer.
-        pattern: Which elements may be removed together.
-        kept: How many elements it keeps.
-    """
-
-    linear: LinearSpec
-    pattern: Pattern
-    kept: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pruned:
-    """What a method made of a layer.
-
-    Attributes:
-        mask: bool [rows, columns], true for what is kept.
-        form: The weight; zero wherever the mask is false.
-        figures: More for the layer's line in the report, as JSON values.
-    """
-
-    mask: Tensor
-    form: WeightForm
-    figures: Mapping[str, Any]
-
-    @classmethod
-    def from_mask(cls, weight: WeightForm, mask: Tensor) -> Pruned:
-        """Keeps some elements of a float weight as they are."""
-        return cls(mask=mask, form=SparseWeight.from_form(weight, mask), figures={})
-
-
-class LayerPruner(ABC):
-    """What a stage does with one run's layers; made anew for every run, so it may remember."""
-
-    needs_inputs: ClassVar[bool] = True
-
-    def weigh(self, moments: InputMoments) -> InputHessian:
-        """What has to be known of a layer's input."""
-        return weigh_moments(moments, (), damping=0.0, order="natural")
-
-    @abstractmethod
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
-        """Chooses what a layer keeps.
-
-        Args:
-            task: The layer and how much of it is kept.
-            weight: Its float weight.
-            evidence: Of its input; `None` for methods that need none.
-
-        Raises:
-            CalibrationError: A score is not finite.
-            UnsupportedError: A kept value is too large for float16.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruner(Stage, WalkOptions):
-    """The stage around a method; a subclass says what becomes of one layer.
-
-    Attributes:
+        score: What a weight is worth.
         ratio: Share of the weights that is removed, over all layers that rules leave to the
             allocation; at least 0 and below 1.
         rules: Ordered rules; the first that matches a layer wins.
@@ -144,6 +92,8 @@ class Pruner(Stage, WalkOptions):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
+    method: Literal["prune"] = "prune"
+    score: Score
     ratio: float = 0.5
     rules: tuple[PruneRule, ...] = DEFAULT_RULES
     pattern: Pattern = _ONE_BY_ONE
@@ -175,16 +125,6 @@ class Pruner(Stage, WalkOptions):
     def carries_float(self) -> bool:
         """Whether the float model has to run along."""
         return self.update == "regression"
-
-    @abstractmethod
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        tasks: Sequence[PruningTask],
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> LayerPruner:
-        """Whatever has to be known before the first layer."""
 
     def plan(self, state: PlanState) -> PlanState:
         """Masks layers, as if all kept the same share, and notes what sharing out will cost."""
@@ -303,7 +243,8 @@ class Pruner(Stage, WalkOptions):
         if len(finished) == len(tasks) and not refits:
             yield from finished.items()
             return
-        pruner = self.begin(checkpoint, tuple(tasks.values()), calibration, ctx)
+        score: PruningScore = self.score
+        pruner = score.begin(checkpoint, tuple(tasks.values()), calibration, self.held_out, ctx)
         if not pruner.needs_inputs and not refits:
             for name, task in tasks.items():
                 layer = finished.get(name)
@@ -327,7 +268,9 @@ class Pruner(Stage, WalkOptions):
             if step.moments is not None and any(name not in finished for name in names):
                 width = max(tasks[name].linear.in_features for name in names)
                 try:
-                    evidence = pruner.weigh(step.moments(diagonal_block_width(width, ())))
+                    evidence = pruner.weigh(
+                        step.moments(diagonal_block_width(width, ())), self.pattern
+                    )
                 except CalibrationError as error:
                     raise CalibrationError(f"{names[0]}: {error}") from error
             for name in names:

@@ -28,9 +28,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.walk.walk import InputMoments
-from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import (
     Factor,
     Rounding,
@@ -44,9 +42,13 @@ from pocketvlm.compress.pruning.unstructured.patterns import (
     keep_highest,
     select,
 )
-from pocketvlm.compress.pruning.unstructured.pruner import LayerPruner, Pruned, Pruner, PruningTask
+from pocketvlm.compress.pruning.unstructured.score import (
+    Pruned,
+    PruningScore,
+    PruningTask,
+    prune_by_score,
+)
 from pocketvlm.compress.pruning.unstructured.wanda import score_wanda
-from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
@@ -282,7 +284,7 @@ def layer_scores(weights: Tensor, evidence: InputHessian, factors: Sequence[Fact
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseGpt(Pruner):
+class SparseGpt(PruningScore):
     """Drops weights and lets those that stay make up for it (arXiv 2301.00774).
 
     Attributes:
@@ -291,25 +293,47 @@ class SparseGpt(Pruner):
             reported, where the factorization fails.
     """
 
-    method: Literal["sparsegpt"] = "sparsegpt"
+    kind: Literal["sparsegpt"] = "sparsegpt"
     compare: Compare = "rows"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_compare(self.compare)
         if not 0 <= self.damping <= 1:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        tasks: Sequence[PruningTask],
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> LayerPruner:
-        """Nothing has to be known beforehand."""
-        return _SparseGpt(self)
+    def weigh(self, moments: InputMoments, pattern: Pattern) -> InputHessian:
+        """Factors of the input's Hessian, in the groups of columns that choose together."""
+        return weigh_moments(
+            moments, (mask_columns(pattern),), damping=self.damping, order="natural"
+        )
+
+    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+        """Drops weights, and updates those that stay."""
+        if evidence is None:
+            raise TypeError("SparseGPT needs its layers' inputs")
+        dense = weight.dequantize().to(torch.float64)
+        width = mask_columns(task.pattern)
+        found = evidence.factors[width]
+        factors = [factor for factor in found if factor is not None]
+        if len(factors) < len(found):
+            scores = score_wanda(dense, evidence.importance)
+            return prune_by_score(task, weight, scores, {"reason": _NOT_POSITIVE})
+        mask, values = prune_with_feedback(
+            dense,
+            evidence,
+            factors,
+            task.pattern,
+            task.kept,
+            compare=self.compare,
+            width=width,
+        )
+        damping = max(factor.damping for factor in factors)
+        return Pruned(
+            mask=mask,
+            form=SparseWeight.from_form(DenseWeight(values=values), mask),
+            figures={"damping": damping, "damping_raised": damping > evidence.damping},
+        )
 
 
 def check_compare(compare: str) -> None:
@@ -321,41 +345,6 @@ def check_compare(compare: str) -> None:
     if compare not in get_args(Compare):
         raise ValueError(
             f"compare {compare!r} is unknown; allowed are {', '.join(get_args(Compare))}"
-        )
-
-
-class _SparseGpt(LayerPruner):
-    def __init__(self, stage: SparseGpt) -> None:
-        self._stage = stage
-        self._width = mask_columns(stage.pattern)
-
-    def weigh(self, moments: InputMoments) -> InputHessian:
-        return weigh_moments(moments, (self._width,), damping=self._stage.damping, order="natural")
-
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
-        if evidence is None:
-            raise TypeError("SparseGPT needs its layers' inputs")
-        dense = weight.dequantize().to(torch.float64)
-        found = evidence.factors[self._width]
-        factors = [factor for factor in found if factor is not None]
-        if len(factors) < len(found):
-            scores = score_wanda(dense, evidence.importance)
-            pruned = Pruned.from_mask(weight, select(scores, task.pattern, task.kept))
-            return Pruned(mask=pruned.mask, form=pruned.form, figures={"reason": _NOT_POSITIVE})
-        mask, values = prune_with_feedback(
-            dense,
-            evidence,
-            factors,
-            task.pattern,
-            task.kept,
-            compare=self._stage.compare,
-            width=self._width,
-        )
-        damping = max(factor.damping for factor in factors)
-        return Pruned(
-            mask=mask,
-            form=SparseWeight.from_form(DenseWeight(values=values), mask),
-            figures={"damping": damping, "damping_raised": damping > evidence.damping},
         )
 
 

@@ -26,8 +26,9 @@ from pocketvlm.compress.layerwise.hessian import diagonal_block_width
 from pocketvlm.compress.pruning.unstructured.allocation import Uniform
 from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern, Unstructured, select
-from pocketvlm.compress.pruning.unstructured.pruner import PruningTask
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import DEFAULT_RULES, PruneRule, choose_layers
+from pocketvlm.compress.pruning.unstructured.score import PruningTask
 from pocketvlm.compress.pruning.unstructured.sparsegpt import (
     Compare,
     MaskedRounding,
@@ -266,14 +267,14 @@ class SparseGptGptq(Stage):
             notes=(*budget.notes, *done.notes),
         )
 
-    def _pruning(self) -> SparseGpt:
+    def _pruning(self) -> Prune:
         """The stage that would prune alone."""
-        return SparseGpt(
+        return Prune(
+            score=SparseGpt(compare=self.compare),
             ratio=self.ratio,
             rules=self.prune_rules,
             pattern=self.pattern,
             allocation=self.allocation,
-            compare=self.compare,
         )
 
     def _quantizing(self, tasks: Mapping[str, PruningTask]) -> _Joint:

@@ -8,19 +8,19 @@ within a row that changes no comparison. Tokens of the decoder may be weighed by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import InputHessian
-from pocketvlm.compress.pruning.unstructured.patterns import select
-from pocketvlm.compress.pruning.unstructured.pruner import LayerPruner, Pruned, Pruner, PruningTask
-from pocketvlm.context import RunContext
+from pocketvlm.compress.pruning.unstructured.score import (
+    Pruned,
+    PruningScore,
+    PruningTask,
+    prune_by_score,
+)
 from pocketvlm.weights.form import WeightForm
 
 __all__ = ["Wanda", "score_wanda"]
@@ -37,25 +37,13 @@ def score_wanda(weights: Tensor, mean_squares: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanda(Pruner):
+class Wanda(PruningScore):
     """Keeps what moves outputs most, by the size of weights and inputs (arXiv 2306.11695)."""
 
-    method: Literal["wanda"] = "wanda"
+    kind: Literal["wanda"] = "wanda"
 
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        tasks: Sequence[PruningTask],
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> LayerPruner:
-        """Nothing has to be known beforehand."""
-        return _Wanda()
-
-
-class _Wanda(LayerPruner):
     def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+        """Keeps what scores highest."""
         if evidence is None:
             raise TypeError("Wanda needs its layers' inputs")
-        scores = score_wanda(weight.dequantize(), evidence.importance)
-        return Pruned.from_mask(weight, select(scores, task.pattern, task.kept))
+        return prune_by_score(task, weight, score_wanda(weight.dequantize(), evidence.importance))

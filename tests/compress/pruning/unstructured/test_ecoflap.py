@@ -22,6 +22,7 @@ from pocketvlm.compress.pruning.unstructured.loss_scores import (
 )
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import Blocked, SemiStructured, Unstructured
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
@@ -301,7 +302,11 @@ def test_the_cost_is_known_beforehand(smol, samples):
     (note,) = Ecoflap(draws=3, samples=5).plan_notes(smol.spec, layers)
     assert f"{6 * count} forward passes of 5 samples" in note
     assert f"as much as {cost:.0f} whole ones" in note
-    (told,) = Magnitude(allocation=Ecoflap(draws=3, samples=5)).plan(PlanState.of(smol.spec)).notes
+    (told,) = (
+        Prune(score=Magnitude(), allocation=Ecoflap(draws=3, samples=5))
+        .plan(PlanState.of(smol.spec))
+        .notes
+    )
     assert told == note
     (note,) = Ecoflap(order="first", samples=5).plan_notes(smol.spec, layers)
     assert "one forward and one backward pass of 5 samples" in note
@@ -309,7 +314,8 @@ def test_the_cost_is_known_beforehand(smol, samples):
 
 def test_a_stage_shares_out_what_rules_leave(smol, samples):
     fixed = PruneRule(part="tower", ratio=0.25)
-    stage = Magnitude(
+    stage = Prune(
+        score=Magnitude(),
         ratio=0.6,
         rules=(fixed, PruneRule(part="decoder")),
         allocation=Ecoflap(samples=1, max_excess=0.2),
@@ -337,6 +343,7 @@ def test_a_stage_shares_out_what_rules_leave(smol, samples):
         ({"noise": 0.0}, "noise must lie between 0 and 1"),
         ({"noise": math.nan}, "noise must lie between 0 and 1"),
         ({"draws": 0}, "draws must be at least 1"),
+        ({"order": "first", "draws": 2}, "noise and draws are options of order zeroth"),
         ({"samples": 0}, "samples must be at least 1"),
     ],
 )
@@ -356,7 +363,7 @@ def test_what_cannot_be_shared_out_is_refused(smol, samples):
     with pytest.raises(RecipeError, match="on top of ratio 0.95 .* allowed is less than 0.05"):
         allocate(Ecoflap(), 0.95, FREE)
     with pytest.raises(ValueError, match="nothing to share out; allowed is kind uniform"):
-        Magnitude(pattern=SemiStructured(), allocation=Ecoflap())
+        Prune(score=Magnitude(), pattern=SemiStructured(), allocation=Ecoflap())
     with pytest.raises(RecipeError, match=r"give a larger max_excess or wider groups"):
         narrow = Ecoflap(samples=1, group="layer", max_excess=0.001)
         allocate(narrow, 0.6, Blocked(rows=16, columns=16))

@@ -21,8 +21,9 @@ from pocketvlm.compress.pruning.unstructured import gblm, gradient_norms
 from pocketvlm.compress.pruning.unstructured.gblm import Gblm, gradient_scale, score_gblm
 from pocketvlm.compress.pruning.unstructured.gradient_norms import GradientNorms, NormMean
 from pocketvlm.compress.pruning.unstructured.patterns import Unstructured, select
-from pocketvlm.compress.pruning.unstructured.pruner import PruningTask
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
+from pocketvlm.compress.pruning.unstructured.score import PruningTask
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda, score_wanda
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
@@ -279,9 +280,8 @@ def test_a_pruned_model_keeps_what_the_naive_score_keeps(tiny_checkpoint, tiny_p
     expected = naive_scores(tiny_checkpoint, tiny_path, samples, names, norm, 2.0)
     for name in names:
         dense = tiny_checkpoint.form(name)
-        stage = Gblm(
-            rules=(PruneRule(match=name.replace(".", r"\.")),), norm=norm, alpha=2.0, held_out=0.0
-        )
+        rule = PruneRule(match=name.replace(".", r"\."))
+        stage = Prune(score=Gblm(norm=norm, alpha=2.0), rules=(rule,), held_out=0.0)
         pruned = stage.apply(tiny_checkpoint, samples, RunContext())
         mask = keeps_of(pruned.form(name))
         kept = mask.numel() // 2
@@ -312,12 +312,12 @@ def test_without_alpha_it_is_wanda(tiny_checkpoint, samples, monkeypatch):
         raise AssertionError("no gradients are needed")
 
     monkeypatch.setattr(gblm, "walk_gradients", refuse)
-    found = masks_after(Gblm(alpha=0.0), tiny_checkpoint, samples)
-    expected = masks_after(Wanda(), tiny_checkpoint, samples)
+    found = masks_after(Prune(score=Gblm(alpha=0.0)), tiny_checkpoint, samples)
+    expected = masks_after(Prune(score=Wanda()), tiny_checkpoint, samples)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
     monkeypatch.undo()
-    ours = masks_after(Gblm(alpha=3.0), tiny_checkpoint, samples)
+    ours = masks_after(Prune(score=Gblm(alpha=3.0)), tiny_checkpoint, samples)
     moved = sum(int((ours[name] != mask).sum()) for name, mask in expected.items())
     assert moved > 0.02 * sum(mask.numel() for mask in expected.values())
 
@@ -326,7 +326,7 @@ def test_without_alpha_it_is_wanda(tiny_checkpoint, samples, monkeypatch):
 def test_masks_depend_on_neither_repetition_nor_batches(
     tiny_checkpoint, samples, monkeypatch, gradient
 ):
-    stage = Gblm(gradient=gradient, held_out=0.0, alpha=3.0)
+    stage = Prune(score=Gblm(gradient=gradient, alpha=3.0), held_out=0.0)
     few = samples.take(2)
     expected = masks_after(stage, tiny_checkpoint, few)
     monkeypatch.setattr(layer_gradients, "_BATCH_TOKENS", 1)
@@ -346,7 +346,7 @@ def test_samples_that_only_judge_give_no_gradients(tiny_checkpoint, samples, mon
         return layer_gradients.walk_gradients(checkpoint, given, **options)
 
     monkeypatch.setattr(gblm, "walk_gradients", walk)
-    masks_after(Gblm(held_out=0.25), tiny_checkpoint, samples)
+    masks_after(Prune(score=Gblm(), held_out=0.25), tiny_checkpoint, samples)
     assert seen == [samples.samples[:3]]
 
 
@@ -355,16 +355,16 @@ def test_a_killed_run_finds_its_gradients(tiny_checkpoint, samples, tmp_path, mo
     linears = {linear.name: linear for linear in tiny_checkpoint.spec.linears()}
     names = chosen_layers(tiny_checkpoint.spec)
     tasks = [PruningTask(linear=linears[name], pattern=Unstructured(), kept=64) for name in names]
-    Gblm().begin(tiny_checkpoint, tasks, samples, ctx)
+    Gblm().begin(tiny_checkpoint, tasks, samples, 0.125, ctx)
     files = GradientNorms(tmp_path / "gradients")
     expected = {name: files[name].clone() for name in names}
     monkeypatch.setattr(gblm, "walk_gradients", None)
-    Gblm().begin(tiny_checkpoint, tasks, samples, ctx)
+    Gblm().begin(tiny_checkpoint, tasks, samples, 0.125, ctx)
     monkeypatch.undo()
     # A file that lost its content is no file: all are made again, and come out the same.
     next((tmp_path / "gradients").iterdir()).write_bytes(b"")
     assert not files.holds(names)
-    Gblm().begin(tiny_checkpoint, tasks, samples, ctx)
+    Gblm().begin(tiny_checkpoint, tasks, samples, 0.125, ctx)
     assert all(torch.equal(files[name], norms) for name, norms in expected.items())
 
 
@@ -411,5 +411,5 @@ def test_answers_are_needed_for_their_gradient_alone(tiny_checkpoint, samples):
         name="silent", samples=tuple(replace(sample, answer="") for sample in samples)
     )
     with pytest.raises(CalibrationError, match="reference scene 0: has no answer"):
-        Gblm().apply(tiny_checkpoint, silent, RunContext())
-    assert masks_after(Gblm(gradient="block"), tiny_checkpoint, silent)
+        Prune(score=Gblm()).apply(tiny_checkpoint, silent, RunContext())
+    assert masks_after(Prune(score=Gblm(gradient="block")), tiny_checkpoint, silent)

@@ -10,6 +10,7 @@ from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import Blocked, SemiStructured
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda, score_wanda
 from pocketvlm.context import RunContext
@@ -39,7 +40,7 @@ def test_wanda_is_the_published_score(tiny_path, calibration):
     assert isinstance(first, LinearGroup)
     assert first.moments is not None
     energy = first.moments(None).calibration.blocks()[0].diagonal().to(torch.float64)
-    pruned = Wanda(ratio=0.4, held_out=0.0).apply(
+    pruned = Prune(score=Wanda(), ratio=0.4, held_out=0.0).apply(
         Checkpoint.load(tiny_path), calibration, RunContext()
     )
     for name in first.names:
@@ -67,7 +68,9 @@ def test_wanda_loses_less_output_than_magnitude_where_inputs_differ():
     assert loss(score_wanda(weights, energy)) < 0.5 * loss(weights.abs())
 
 
-@pytest.mark.parametrize("stage", [Magnitude(ratio=0.5), Wanda(ratio=0.5)])
+@pytest.mark.parametrize(
+    "stage", [Prune(score=Magnitude(), ratio=0.5), Prune(score=Wanda(), ratio=0.5)]
+)
 def test_what_is_kept_stays_and_the_rest_is_zero(tiny_path, calibration, stage):
     before = Checkpoint.load(tiny_path)
     after = stage.apply(Checkpoint.load(tiny_path), calibration, RunContext())
@@ -89,7 +92,7 @@ def test_rules_fix_a_layer_by_hand(tiny_path, calibration):
         PruneRule(match=r".*\.o_proj", ratio=0),
         PruneRule(part="decoder"),
     )
-    done = Magnitude(ratio=0.75, rules=rules).apply(
+    done = Prune(score=Magnitude(), ratio=0.75, rules=rules).apply(
         Checkpoint.load(tiny_path), calibration, RunContext()
     )
     masks = masks_of(done)
@@ -105,7 +108,7 @@ def test_rules_fix_a_layer_by_hand(tiny_path, calibration):
 
 
 def test_masks_survive_a_save_and_a_resumed_run(tiny_path, calibration, tmp_path):
-    stage = Wanda(ratio=0.5)
+    stage = Prune(score=Wanda(), ratio=0.5)
     ctx = RunContext(scratch_dir=tmp_path / "layers")
     once = stage.apply(Checkpoint.load(tiny_path), calibration, ctx)
     once.save(tmp_path / "a")
@@ -122,7 +125,7 @@ def test_masks_survive_a_save_and_a_resumed_run(tiny_path, calibration, tmp_path
 
 def test_two_of_four_and_blocks_reach_every_layer(tiny_path, calibration):
     for pattern in (SemiStructured(), Blocked(rows=2, columns=4)):
-        done = Wanda(ratio=0.5, pattern=pattern).apply(
+        done = Prune(score=Wanda(), ratio=0.5, pattern=pattern).apply(
             Checkpoint.load(tiny_path), calibration, RunContext()
         )
         for mask in masks_of(done).values():
@@ -132,18 +135,18 @@ def test_two_of_four_and_blocks_reach_every_layer(tiny_path, calibration):
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
 def test_ratios_outside_of_zero_and_one_are_refused(ratio):
     with pytest.raises(ValueError, match="at least 0 and below 1"):
-        Wanda(ratio=ratio)
+        Prune(score=Wanda(), ratio=ratio)
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         PruneRule(ratio=ratio)
 
 
 def test_a_pattern_fixes_its_ratio():
     with pytest.raises(ValueError, match=r"2:4 removes 0.5"):
-        Wanda(ratio=0.6, pattern=SemiStructured())
+        Prune(score=Wanda(), ratio=0.6, pattern=SemiStructured())
 
 
 def test_a_pattern_that_does_not_divide_is_refused(tiny_checkpoint, calibration):
-    stage = Wanda(ratio=0.5, pattern=SemiStructured(keep=7, of=14))
+    stage = Prune(score=Wanda(), ratio=0.5, pattern=SemiStructured(keep=7, of=14))
     with pytest.raises(RecipeError, match="does not divide"):
         stage.apply(tiny_checkpoint, calibration, RunContext())
 
@@ -154,9 +157,9 @@ def test_tables_cannot_be_asked_for():
 
 
 def test_a_layer_is_pruned_once(tiny_checkpoint, calibration):
-    done = Magnitude(ratio=0.5).apply(tiny_checkpoint, calibration, RunContext())
+    done = Prune(score=Magnitude(), ratio=0.5).apply(tiny_checkpoint, calibration, RunContext())
     with pytest.raises(RecipeError, match="pruned or quantized already"):
-        Wanda(ratio=0.5).apply(done, calibration, RunContext())
+        Prune(score=Wanda(), ratio=0.5).apply(done, calibration, RunContext())
 
 
 def test_a_weight_too_large_for_float16_is_named(tiny_checkpoint, calibration):
@@ -165,14 +168,14 @@ def test_a_weight_too_large_for_float16_is_named(tiny_checkpoint, calibration):
     values[0, 0] = 1e6
     tiny_checkpoint.set_form(name, DenseWeight(values=values))
     with pytest.raises(CheckpointError, match=f"{name}.*1e\\+06"):
-        Magnitude(ratio=0.5).apply(tiny_checkpoint, calibration, RunContext())
+        Prune(score=Magnitude(), ratio=0.5).apply(tiny_checkpoint, calibration, RunContext())
 
 
 def test_a_layer_of_zeros_is_named(tiny_checkpoint, calibration):
     name = tiny_checkpoint.spec.linears()[0].name
     zeros = torch.zeros(tiny_checkpoint.form(name).shape)
     tiny_checkpoint.set_form(name, DenseWeight(values=zeros))
-    done = Wanda(ratio=0.5).apply(tiny_checkpoint, calibration, RunContext())
+    done = Prune(score=Wanda(), ratio=0.5).apply(tiny_checkpoint, calibration, RunContext())
     assert f"{name}: all of its weights are zero" in done.history[-1].notes
 
 

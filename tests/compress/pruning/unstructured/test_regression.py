@@ -14,6 +14,7 @@ from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearG
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import weigh_moments
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.regression import (
     aligned_targets,
     fit_kept,
@@ -208,8 +209,10 @@ def _check_half(checkpoint, step: FinishedSublayer) -> None:
 def test_update_of_a_stage_keeps_masks_and_comes_nearer(tiny_path, tmp_path) -> None:
     """Same masks as without the update, every half no worse, and a killed run goes on alike."""
     samples = CalibrationSet.from_reference(3, 12)
-    plain = Magnitude(ratio=0.5).apply(Checkpoint.load(tiny_path), samples, RunContext())
-    stage = Magnitude(ratio=0.5, update="regression")
+    plain = Prune(score=Magnitude(), ratio=0.5).apply(
+        Checkpoint.load(tiny_path), samples, RunContext()
+    )
+    stage = Prune(score=Magnitude(), ratio=0.5, update="regression")
     fitted = stage.apply(Checkpoint.load(tiny_path), samples, RunContext(scratch_dir=tmp_path))
     for linear, form in plain.forms().items():
         if isinstance(form, SparseWeight):
@@ -230,4 +233,4 @@ def test_update_of_a_stage_keeps_masks_and_comes_nearer(tiny_path, tmp_path) -> 
 
 def test_an_unknown_update_is_refused() -> None:
     with pytest.raises(ValueError, match="allowed are none, regression"):
-        Magnitude(update="ols")  # type: ignore[arg-type]
+        Prune(score=Magnitude(), update="ols")  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ from pocketvlm.compress.pruning.unstructured.patterns import (
     Unstructured,
     select,
 )
-from pocketvlm.compress.pruning.unstructured.pruner import PruningTask
+from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
+from pocketvlm.compress.pruning.unstructured.score import PruningTask
 from pocketvlm.compress.pruning.unstructured.sparsegpt import (
     SparseGpt,
     mask_columns,
@@ -360,7 +361,10 @@ def samples():
 
 @pytest.mark.parametrize(
     "stage",
-    [SparseGpt(ratio=0.6, compare="layer"), SparseGpt(pattern=SemiStructured())],
+    [
+        Prune(score=SparseGpt(compare="layer"), ratio=0.6),
+        Prune(score=SparseGpt(), pattern=SemiStructured()),
+    ],
 )
 def test_the_stage_prunes_the_model(tiny_paths, samples, tmp_path, stage):
     done = stage.apply(Checkpoint.load(tiny_paths["smolvlm"]), samples, RunContext())
@@ -383,8 +387,8 @@ def test_the_stage_prunes_the_model(tiny_paths, samples, tmp_path, stage):
 def test_a_hessian_without_a_factor_is_told(tiny_paths, samples):
     checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
     W, moments = problem(32, 128, seed=12)
-    pruner = SparseGpt().begin(checkpoint, (), samples, RunContext())
-    evidence = pruner.weigh(moments)
+    pruner = SparseGpt().begin(checkpoint, (), samples, 0.0, RunContext())
+    evidence = pruner.weigh(moments, Unstructured())
     task = PruningTask(linear=LINEAR, pattern=Unstructured(), kept=W.numel() // 2)
     broken = replace(evidence, factors={32: [None]})
     pruned = pruner.prune(task, DenseWeight(values=W.float()), broken)
@@ -460,9 +464,11 @@ def test_a_pruned_layer_without_bits_is_refused(tiny_paths):
 )
 def test_values_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        SparseGpt(**options)
-    with pytest.raises(ValueError, match=match):
         replace(JOINT, **options)
+    own = {name: options[name] for name in ("compare", "damping") if name in options}
+    rest = {name: value for name, value in options.items() if name not in own}
+    with pytest.raises(ValueError, match=match):
+        Prune(score=SparseGpt(**own), **rest)
 
 
 def test_a_group_that_cuts_the_pattern_is_refused():

@@ -1,0 +1,43 @@
+"""What recipes used to write otherwise: refused, with the line that says it now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from pocketvlm.errors import RecipeError
+
+__all__ = ["refuse_former_spelling"]
+
+# Scores of `prune` that were stages, each with the options that went along.
+_SCORES = {
+    "magnitude": (),
+    "wanda": (),
+    "gblm": ("gradient", "norm", "alpha"),
+    "sparsegpt": ("compare", "damping"),
+}
+
+
+def refuse_former_spelling(stage: Mapping[str, Any], path: str) -> None:
+    """Refuses a stage as an earlier version wrote it.
+
+    Args:
+        stage: The stage, as a recipe gives it.
+        path: Where it stands, for the message.
+
+    Raises:
+        RecipeError: It is written so; the message says how to write it now.
+    """
+    method = stage.get("method")
+    if isinstance(method, str) and method in _SCORES:
+        own = {name: stage[name] for name in _SCORES[method] if name in stage}
+        now = {"method": "prune", "score": {"kind": method, **own}}
+        raise RecipeError(f"{path}.method: {method} is a score of prune; write {_spell(now)}")
+
+
+def _spell(value: Mapping[str, Any]) -> str:
+    """A value as a recipe writes it, on one line."""
+    text = yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=1000)
+    return text.strip()
