@@ -38,7 +38,7 @@ from random import Random
 import psutil
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
-LINE = "interrupted; the same command goes on where this one stopped"
+LINE = "interrupted; the same command resumes where this one stopped"
 UNCOMPARED = ("README.md", "report.html")
 
 HEAD = """schema: 1

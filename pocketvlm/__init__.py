@@ -9,8 +9,8 @@ gptq = Gptq(rules=(WeightRule(part="decoder", bits=4, group_size=32),))
 checkpoint = gptq.apply(checkpoint, calibration, RunContext())
 ```
 
-Importing the package loads neither torch nor transformers: every name below is imported when it
-is first used.
+Importing the package loads neither torch nor transformers: each name below is imported on first
+use.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Before any library is imported: afterwards is too late.
+# Must run before any library is imported.
 stop_reporting()
 hush_imports()
 
@@ -158,7 +158,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name from its home when it is first asked for."""
+    """Imports a public name from its module on first use."""
     from importlib import import_module
 
     if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""`python -m pocketvlm`: the command line where the script is not on the path."""
+"""`python -m pocketvlm`: the command line if the script is not on the path."""
 
 from pocketvlm.cli import main
 

@@ -1,4 +1,4 @@
-"""Child processes of our own programs, which end when their parent does, however it ends."""
+"""Child processes of this package, which end when their parent does, however it ends."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _POLL_S = 1.0
 def module_command(module: str) -> list[str]:
     """The command that runs one of our modules with this Python.
 
-    A child looks for modules in the folder that it is started in only where this process does: that
-    folder may be a stranger's.
+    A child looks for modules in its working directory only if this process does: that folder may be
+    untrusted.
     """
     looks_there = "" in sys.path
     with suppress(OSError):  # the folder may be gone
@@ -36,13 +36,13 @@ def module_command(module: str) -> list[str]:
 
 @contextmanager
 def start_child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Runs one of our programs; it is ended when the block ends, if it has not ended by itself.
+    """Runs one of our programs; it is terminated at the end of the block if it is still running.
 
     Args:
         command: The program, which calls `end_with_parent` first.
-        options: Of `subprocess.Popen`, as text.
+        options: Options of `subprocess.Popen`.
     """
-    # Linux counts the end of the thread that started a child as the end of its parent.
+    # Linux treats the end of the thread that started a child as the end of its parent.
     ties = threading.current_thread() is threading.main_thread()
     environment = {**os.environ, _PARENT: f"{os.getpid()}{'' if ties else _THREAD}"}
     process = subprocess.Popen(  # noqa: S603  (our own program)
@@ -75,8 +75,8 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == pid:
             return
-    # The parent ended before it could be tied to, something stands between it and this process, or
-    # a thread started it that may end earlier.
+    # The parent ended before this process was tied to it, another process stands between the two,
+    # or a thread started it that may end earlier.
     threading.Thread(target=_wait_for_end, args=(pid,), daemon=True).start()
 
 
@@ -94,7 +94,7 @@ def _wait_for_end(pid: int) -> None:
 
 
 def _is_dead(pid: int) -> bool:
-    """Whether a process has ended while its number is still taken: nobody has asked how it did."""
+    """Whether a process is a zombie: it has ended and has not been waited for."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

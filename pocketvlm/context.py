@@ -1,4 +1,4 @@
-"""RunContext: what a stage may know about the run it is part of; passed, never global."""
+"""RunContext: what a stage may know about its run; passed, never global."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Progress", "ProgressCallback", "RunContext", "derive_seed", "ignore_
 def derive_seed(seed: int, label: str) -> int:
     """The seed of one of a run's random streams, below 2**63.
 
-    A stream of its own for every label: leaving one out, or another order, changes no other.
+    Every label has its own stream: leaving one out, or changing the order, changes no other.
     """
     digest = hashlib.sha256(f"{seed} {label}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -29,7 +29,7 @@ class Progress:
     Attributes:
         task: What is going on, such as `gptq decoder`.
         done: Steps finished.
-        total: Steps in all, or 0 where that is not known.
+        total: Steps in all, or 0 if unknown.
         note: The last step in a few words, such as a layer's name and its error.
     """
 
@@ -43,7 +43,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """The callback of a caller who does not want to know."""
+    """The default callback, which does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class RunContext:
         scratch_dir: Where a stage may keep finished layers, so that a killed run resumes; `None`
             keeps nothing. The folder belongs to one stage of one run: its name holds a hash of
             everything that the stage's result depends on.
-        source_dir: Directory of the model that the run started from, for stages that learn from
-            it; `None` where it is not known.
+        source_dir: Directory of the model that the run started from, for stages that learn from it;
+            `None` if unknown.
         layer_bytes: What a layer takes in the files of each target, by the target's tag, for
             stages that solve under a budget of bytes.
         on_progress: Called from the working thread after each step.
@@ -71,7 +71,7 @@ class RunContext:
     on_progress: ProgressCallback = ignore_progress
 
     def report(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Tells whoever listens that `done` of `total` steps of `task` are finished."""
+        """Reports that `done` of `total` steps of `task` are finished."""
         self.on_progress(Progress(task=task, done=done, total=total, note=note))
 
     def with_scratch(self, scratch_dir: Path | None) -> RunContext:

@@ -1,13 +1,13 @@
-"""What libraries find in this process before they are imported: report to nobody, and keep quiet.
+"""Sets up libraries before they are imported: no telemetry, no import-time messages.
 
-ONNX Runtime's wheels from PyPI keep a queue of events in the user's cache folder and look up their
-collector from the moment they are imported; asking it to stop afterwards is too late. Hugging
-Face's client names the machine's libraries in every request. Both heed a variable that must be set
-before the import, so the package sets it when it is imported itself: before any module of its own,
-and before any library that imports ONNX Runtime behind its back. Child processes inherit it.
+ONNX Runtime's wheels from PyPI queue events in the user's cache folder and look up their collector
+as soon as they are imported; turning it off afterwards is too late. Hugging Face's client names the
+machine's libraries in every request. Both obey a variable that must be set before the import, so
+the package sets it when it is imported itself: before any of its modules, and before any library
+that imports ONNX Runtime behind its back. Child processes inherit it.
 
-This runs before anything else, also before the command line can answer an interrupt: it imports
-nothing that takes time.
+This runs before anything else, even before the command line can handle an interrupt, so it imports
+nothing slow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPORTING = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
 
 _WANTED = {"0", "false", "no", "off"}
 
-# What libraries log while they are imported: of GPU code they lack, and of each other's habits.
+# What libraries log while they are imported: missing GPU code, and complaints about each other.
 _CHATTER = {
     "torchao": r"Failed to load \S*\.so\b",
     "torch.utils._pytree": r"is an Enum subclass and is now natively supported",
@@ -30,9 +30,9 @@ _CHATTER = {
 
 
 def stop_reporting() -> None:
-    """Sets the variables, but where their user has plainly chosen that libraries may report.
+    """Sets the variables, unless the user has explicitly allowed libraries to report.
 
-    A value of 0, false, no or off stays, in any spelling; an empty one counts as none.
+    A value of 0, false, no or off, in any case, is kept; an empty one counts as unset.
     """
     for name in REPORTING:
         if os.environ.get(name, "").strip().lower() not in _WANTED:
@@ -40,9 +40,9 @@ def stop_reporting() -> None:
 
 
 def hush_imports() -> None:
-    """Drops the messages above from their loggers; whatever else those say is heard.
+    """Drops the messages above from their loggers; all others still pass.
 
-    All of these libraries import torch first, so nothing is done before somebody does.
+    All of these libraries import torch first, so nothing is done before torch is imported.
     """
     if "torch" in sys.modules:
         _hush_loggers()
@@ -51,10 +51,10 @@ def hush_imports() -> None:
 
 
 class _BeforeTorch:
-    """A finder of modules that finds none, and notices when torch is looked for."""
+    """A module finder that finds nothing, and notices when torch is imported."""
 
     def find_spec(self, name: str, _path: object = None, _target: object = None) -> None:
-        """Leaves the search to the others."""
+        """Returns nothing, so that the other finders search."""
         if name == "torch" and self in sys.meta_path:
             sys.meta_path.remove(self)
             _hush_loggers()

@@ -6,14 +6,14 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 │   └── UnsupportedError      it can be read, but not by this family, stage or target
 ├── RecipeError               a recipe, rule or option is not valid
 ├── CalibrationError          calibration or evaluation data is missing or unreadable
-├── BundleError               a bundle is damaged, or is no bundle
-├── InputError                a picture or a prompt cannot be answered about
+├── BundleError               a bundle is damaged, or is not a bundle
+├── InputError                a picture or a prompt cannot be used
 ├── MissingExtraError         an optional toolkit is not installed
 ├── ExportError               a toolkit could not convert a graph
 ├── StorageError              a file cannot be written: a full disk, a quota, a read-only place
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
-    ├── SourceMismatchError   the checkpoint is read otherwise than stock transformers reads it
-    ├── ParityError           the artifact does not answer like what was evaluated
+    ├── SourceMismatchError   the checkpoint is read differently than stock transformers reads it
+    ├── ParityError           the artifact does not answer like the model that was evaluated
     └── ExpectationError      size, latency or quality is beyond what the recipe expects
 ```
 
@@ -66,11 +66,11 @@ class CalibrationError(PocketVLMError):
 
 
 class BundleError(PocketVLMError):
-    """A bundle is damaged, was changed after it was signed, or is no bundle."""
+    """A bundle is damaged, was changed after it was signed, or is not a bundle."""
 
 
 class InputError(PocketVLMError):
-    """A picture or a prompt cannot be answered about: unreadable, too large, too long, or empty."""
+    """A picture or a prompt cannot be used: unreadable, too large, too long, or empty."""
 
 
 class MissingExtraError(PocketVLMError):
@@ -92,7 +92,7 @@ class CheckFailedError(PocketVLMError):
 
 
 class SourceMismatchError(CheckFailedError):
-    """The checkpoint as it is read here is not what stock transformers makes of its folder."""
+    """The checkpoint is read differently here than stock transformers reads its folder."""
 
 
 class ParityError(CheckFailedError):
@@ -100,17 +100,17 @@ class ParityError(CheckFailedError):
 
 
 class ExpectationError(CheckFailedError):
-    """Size, latency or quality lies beyond the bound that was asked for."""
+    """Size, latency or quality is beyond the bound of the recipe."""
 
 
 def name_some(names: Iterable[str], most: int = 3) -> str:
-    """The first of many names, and how many there are, for a message of one line."""
+    """The first of many names, and how many more there are, for a one-line message."""
     known = list(names)
     shown = ", ".join(known[:most])
     return shown if len(known) <= most else f"{shown} and {len(known) - most} more"
 
 
 def join_problems(problems: Sequence[str], most: int = 3) -> str:
-    """One line of several problems: the first of them, and how many there are besides."""
+    """One line for several problems: the first of them, and how many more there are."""
     shown = "; ".join(problems[:most])
     return shown if len(problems) <= most else f"{shown}; and {len(problems) - most} more"

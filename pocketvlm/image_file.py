@@ -1,12 +1,12 @@
-"""Picture files as an app receives them: a few formats, upright, within bounded memory.
+"""Picture files as an app receives them: a few formats, upright, in bounded memory.
 
-A file is read as a person sees it: the EXIF orientation of phone cameras is applied (Hugging
-Face's file loader does the same; its image processors, and `ImagePreprocessor`, take pixels as
-they are). Transparency is kept; the preprocessor lays it on white. Colour profiles are ignored.
+A file is read as a person sees it: the EXIF orientation of phone cameras is applied (as Hugging
+Face's file loader does; its image processors, and `ImagePreprocessor`, take pixels as they are).
+Transparency is kept; the preprocessor composites it onto white. Colour profiles are ignored.
 
 Pillow would try more than forty formats on any file, whatever its name says: one of them starts
-Ghostscript, others are readers that nobody keeps. Only `FORMATS` are tried here, and nothing else
-in this package opens a picture.
+Ghostscript, others are unmaintained. Only `FORMATS` are tried here, and nothing else in this
+package opens a picture.
 
 Greys of more than eight bits: a format that declares sixteen bits keeps the upper eight (Pillow's
 own conversion would clip them to white), unless every value fits into eight bits, which are then
@@ -34,10 +34,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What is read: what phones and the web make, and what data sets are kept in."""
 
 MAX_PIXELS = 2**26
-"""Pixels that are decoded at once: 8192 x 8192, or 192 MiB as RGB."""
+"""The most pixels that are decoded: 8192 x 8192, or 192 MiB as RGB."""
 
 MAX_FILE_BYTES = 2**29
-"""Bytes that a picture file may have: `MAX_PIXELS` uncompressed, with 16 bits a channel, fit."""
+"""The largest picture file that is read: `MAX_PIXELS` uncompressed, at 16 bits per channel, fit."""
 
 _ORIENTATION, _SAMPLE_FORMAT = 274, 339  # tags of EXIF and TIFF
 _TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
@@ -45,29 +45,29 @@ _CHANNEL_BITS = 8
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_KEPT_CHUNK = 2**16
-_MAX_CHUNKS = 2**18  # of a PNG file; each costs its reader time, however small it is
-# What Pillow finds an orientation in, where a picture has no EXIF block.
+_MAX_CHUNKS = 2**18  # in a PNG file; each costs the reader time, however small it is
+# Where Pillow finds an orientation if a picture has no EXIF block.
 _KEPT_KEYWORDS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
 def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads a picture file, upright, decoded, with eight bits a channel.
+    """Reads a picture file: upright, decoded, eight bits per channel.
 
     A JPEG beyond `max_pixels` is decoded at 1/2, 1/4 or 1/8 of its size, which its format allows
-    without ever holding the whole; every other format is refused beyond it.
+    without ever holding the whole picture; every other format is refused beyond it.
 
     Args:
         path: The file; of an animation, the first frame is taken.
         max_pixels: Pixels that may be decoded.
 
     Raises:
-        InputError: The file is missing, is no picture, is damaged or truncated, or is too large.
+        InputError: The file is missing, not a picture, damaged, truncated or too large.
     """
     return read_image(_content(path), str(path), max_pixels=max_pixels)
 
 
 def read_image(content: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `open_image`, of a file that is already in memory.
+    """Like `open_image`, for a file that is already in memory.
 
     Args:
         content: The file's bytes.
@@ -84,15 +84,15 @@ def read_image(content: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> I
 
 
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the upright picture, read without decoding it.
+    """Width and height of the upright picture, without decoding it.
 
     Raises:
-        InputError: As `open_image`, as far as the header tells.
+        InputError: As `open_image`, as far as the header shows.
     """
     with _opened(_content(path), str(path), max_pixels) as image:
         width, height = image.size
         _bound(image, str(path), max_pixels)
-        # A PNG picture's own method would decode the pixels, to find a block behind them.
+        # A PNG picture's own method would decode the pixels to find a block after them.
         orientation = Image.Image.getexif(image).get(_ORIENTATION)
         return (height, width) if orientation in _TURNED else (width, height)
 
@@ -103,13 +103,13 @@ def _content(path: Path) -> bytes:
 
 @contextmanager
 def _opened(content: bytes, where: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture behind some bytes; what goes wrong with it inside the block is one line."""
+    """Opens a picture; whatever goes wrong with it inside the block becomes one line."""
     Image.init()  # some builds of Pillow lack a format
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             # Pillow warns of sizes, which `max_pixels` decides, and of damaged metadata, which a
-            # picture can do without; damaged pixels are errors all the same.
+            # picture does not need; damaged pixels are errors anyway.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(_without_texts(content)), formats=formats) as image:
                 yield image
@@ -133,15 +133,17 @@ def _opened(content: bytes, where: str, max_pixels: int) -> Iterator[Image.Image
 def _unknown(content: bytes, formats: list[str]) -> str:
     allowed = f"allowed are {', '.join(formats)}"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
-        return f"is a HEIF picture, whose codec is not free to ship; save it as JPEG ({allowed})"
+        return (
+            f"is a HEIF picture, whose codec cannot be shipped freely; save it as JPEG ({allowed})"
+        )
     return f"not a picture in a format that is read, or its header is damaged; {allowed}"
 
 
 def _without_texts(content: bytes) -> bytes:
-    """A PNG file without its texts and colour profile, which are not needed; others as they are.
+    """Drops the texts and the colour profile of a PNG file, which are not needed.
 
-    Tools keep whole workflows in text chunks. Pillow expands them while it opens the file, and
-    calls the picture damaged where they are long.
+    Tools store whole workflows in text chunks. Pillow expands them while it opens the file, and
+    reports long ones as damage.
     """
     if not content.startswith(_PNG_SIGNATURE):
         return content
@@ -174,7 +176,7 @@ def _bound(image: Image.Image, where: str, max_pixels: int) -> None:
         return
     for scale in (2, 4, 8):
         if (width // scale) * (height // scale) <= max_pixels:
-            # Only JPEG's reader follows; every other one leaves the size as it is.
+            # Only the JPEG reader obeys; the others leave the size as it is.
             image.draft(image.mode, (max(width // scale, 1), max(height // scale, 1)))
             break
     if image.width * image.height > max_pixels:
@@ -185,7 +187,7 @@ def _bound(image: Image.Image, where: str, max_pixels: int) -> None:
 
 
 def _eight_bits(upright: Image.Image, file: Image.Image, where: str) -> Image.Image:
-    """The picture with eight bits a channel; `file` is what tells how its greys are meant."""
+    """Converts to eight bits per channel; `file` says how its greys are encoded."""
     if file.mode == "F":
         raise InputError(f"{where}: floating-point pixels have no defined range; use 8 or 16 bits")
     if file.mode != "I" and not file.mode.startswith("I;16"):

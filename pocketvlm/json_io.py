@@ -1,9 +1,8 @@
-"""JSON in and out: documents of anybody are read within bounds, ours are written whole.
+"""JSON in and out: untrusted documents are read within bounds, ours are written atomically.
 
-A stranger's file can be anything: a pipe, not UTF-8, gigabytes long, nested a million times.
-`read_json` ends in a document or in one line of the caller's own error. What the document holds is
-then `decode`d into frozen dataclasses, so that no later line meets a value of a type that it does
-not expect.
+An untrusted file can be anything: a pipe, not UTF-8, gigabytes long, nested a million times.
+`read_json` returns a document or raises the caller's own error with one line. The document is then
+`decode`d into frozen dataclasses, so that later code never meets a value of an unexpected type.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ __all__ = ["DecodeError", "decode", "parse_json", "read_json", "write_json"]
 
 _T = TypeVar("_T")
 _SHOWN = 60
-# JSON can spell half a pair, which is no character: whatever encodes such a text later would raise.
+# JSON can spell a lone surrogate, which is not a character: encoding the text later would raise.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STEERING = re.compile(f"[{STEERING}]")
 
 
 class DecodeError(ValueError):
-    """A value is not what a dataclass says; the message has its path and what is allowed."""
+    """A value is not what a dataclass declares; the message has its path and what is allowed."""
 
 
 def read_json(
@@ -46,11 +45,11 @@ def read_json(
     Args:
         path: The file.
         error: What is raised when it cannot be read.
-        max_bytes: Bytes that it may have.
+        max_bytes: The largest file that is read.
 
     Raises:
-        PocketVLMError: `error`, with one line, where the file is missing, no regular file, too
-            large, no UTF-8 or no JSON object.
+        PocketVLMError: `error`, with one line: the file is missing, not a regular file, too large,
+            not UTF-8 or not a JSON object.
     """
     document = parse_json(read_text(path, error=error, max_bytes=max_bytes), str(path), error=error)
     if not isinstance(document, dict):
@@ -88,15 +87,15 @@ def parse_json(text: str | bytes, where: str, *, error: type[Exception] = Bundle
         raise error(f"{where}: cannot be read as JSON: {fault.msg} ({place})") from fault
     except RecursionError as fault:
         raise error(f"{where}: cannot be read as JSON: it is nested too deeply") from fault
-    except ValueError as fault:  # a number of more digits than Python converts
+    except ValueError as fault:  # a number with more digits than Python converts
         raise error(f"{where}: cannot be read as JSON: {fault}") from fault
     return document
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes a document aside and renames it into place; same content, same bytes."""
+    """Writes a document to a temporary file and renames it into place; same content, same bytes."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    # Inside a string, the only place where they can stand, each has an escape that JSON knows.
+    # They can occur only inside a string, where JSON has an escape for each.
     text = _STEERING.sub(_json_escape, text) + "\n"
     with replace_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -110,15 +109,15 @@ def _json_escape(found: re.Match[str]) -> str:
 def decode(kind: type[_T], value: Any, path: str = "") -> _T:
     """Builds a dataclass, or any type that its fields are annotated with, from JSON values.
 
-    What counts is the annotation: `bool` is not a number, a whole number may stand for a `float`,
-    a list becomes a tuple, unknown keys and numbers that are not finite are refused. Annotations
-    may be plain types, dataclasses, `Literal`, unions, `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`,
+    The annotation decides: `bool` is not a number, a whole number is accepted as a `float`, a list
+    becomes a tuple, unknown keys and numbers that are not finite are refused. Annotations may be
+    plain types, dataclasses, `Literal`, unions, `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`,
     `Mapping[str, X]`, `dict[str, X]` and `Any`.
 
     Args:
         kind: The type.
         value: What `json.loads` returned.
-        path: Where the value stands, for the message.
+        path: Where the value is in the document, for the message.
 
     Raises:
         DecodeError: The value does not fit, or the dataclass itself refuses it.
@@ -175,7 +174,7 @@ def _decode_plain(kind: Any, value: Any, path: str) -> Any:
             raise DecodeError(f"{_place(path)}must be a finite number")
         return number
     if kind not in (bool, int, str, float):
-        raise TypeError(f"{kind!r} cannot be read from JSON")  # a fault of the dataclass
+        raise TypeError(f"{kind!r} cannot be read from JSON")  # an error in the dataclass
     if type(value) is not kind:
         words = {bool: "true or false", int: "a whole number", str: "text", float: "a number"}
         raise DecodeError(f"{_place(path)}must be {words[kind]}, not {_shown(value)}")
@@ -201,7 +200,7 @@ def _decode_fields(kind: type[Any], value: Any, path: str) -> Any:
         return kind(**content)
     except DecodeError:
         raise
-    except ValueError as fault:  # its own check of ranges
+    except ValueError as fault:  # the dataclass checks its own ranges
         raise DecodeError(f"{_place(path)}{fault}") from fault
 
 
@@ -212,7 +211,7 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
             return _decode(kind, value, path)
         except DecodeError as fault:
             problems.append(fault)
-    # The complaint that got deepest into the value is about the alternative that was meant.
+    # The error deepest in the value is about the alternative that was intended.
     raise max(problems, key=lambda fault: str(fault).partition(":")[0].count("."))
 
 

@@ -1,4 +1,4 @@
-"""Measurements and the report: JSON is the product, HTML and Markdown are renderings of it.
+"""The machine that figures are measured on: processor, memory, versions, and raw samples.
 
 Units are part of a field's name, raw samples are kept, and statistics are derived from them.
 """
@@ -42,7 +42,7 @@ _TOOLCHAIN = (
     "coremltools",
 )
 
-# What /proc/cpuinfo calls its line of flags on x86-64 and on ARM, and which of them count.
+# The name of the line of flags in /proc/cpuinfo on x86-64 and on ARM, and which flags count.
 _FOR_KERNELS = {
     "flags": re.compile(r"avx\w*|amx_\w+|fma|f16c"),
     "Features": re.compile(r"asimd\w*|i8mm|bf16|fphp|sve\w*|sme\w*"),
@@ -64,7 +64,7 @@ class Samples:
         return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
     def to_json(self) -> dict[str, Any]:
-        """Samples, median and 90 % quantile; nothing is claimed of an empty list."""
+        """Samples, median and 90 % quantile; the last two are null for an empty list."""
         if not self.values:
             return {"samples": [], "median": None, "p90": None}
         return {
@@ -75,7 +75,7 @@ class Samples:
 
 
 def describe_environment(threads: int) -> dict[str, Any]:
-    """What the figures of a report were measured on."""
+    """The machine and the versions that the figures of a report were measured on."""
     import psutil  # the runtime reads JSON through this module, and needs no psutil
 
     return {
@@ -101,7 +101,7 @@ def package_version() -> str:
 
 
 def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | None]:
-    """Installed versions by package name; `None` for what is not installed."""
+    """Installed versions by package name; `None` if not installed."""
     versions: dict[str, str | None] = {}
     for name in names:
         try:
@@ -113,8 +113,8 @@ def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | Non
 
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far, in bytes."""
-    # Linux hands ru_maxrss of the parent down through exec, so a small program that a large
-    # one started would report the large one's peak; VmHWM belongs to this program alone.
+    # On Linux a child inherits its parent's ru_maxrss through exec, so a small program started by a
+    # large one would report the large one's peak; VmHWM belongs to this program alone.
     known = process_peak_bytes("self")
     if known is not None:
         return known
@@ -127,7 +127,7 @@ def peak_rss_bytes() -> int:
 
 
 def process_peak_bytes(pid: int | Literal["self"]) -> int | None:
-    """The largest resident set of a process so far; `None` where the system does not tell."""
+    """The largest resident set of a process so far; `None` if the system does not say."""
     status = Path(f"/proc/{pid}/status")
     if status.exists():
         for line in status.read_text(encoding="utf-8").splitlines():
@@ -137,7 +137,7 @@ def process_peak_bytes(pid: int | Literal["self"]) -> int | None:
 
 
 def _instruction_sets() -> list[str]:
-    """Those of the processor that numeric kernels are written for; numpy's list off Linux."""
+    """Instruction sets that numeric kernels are written for; numpy's list except on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: tiny models of both families, written once a run."""
+"""Fixtures that every test may use: tiny models of both families, written once per run."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ __all__ = ["Bundle", "sign_bundle", "write_manifest"]
 
 _MANIFEST = "manifest.json"
 _UNSIGNED = ("README.md", "report.html", ".gitattributes")
-"""Files that no reader takes: two that are written after signing, and the hub's own."""
+"""Files that no runtime reads: two that are written after signing, and the hub's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A folder with a manifest.
+    """A bundle that was opened, and checked unless told otherwise.
 
     Attributes:
         path: The folder.
@@ -41,12 +41,12 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> Bundle:
-        """Opens a bundle: every file in it must be listed, regular, inside, and as it was signed.
+        """Opens a bundle; every file must be regular, listed, inside the folder and as signed.
 
         Args:
             path: The folder.
-            verify: Whether the folder is compared with its manifest. A process that was started
-                by one that has done so need not do it again.
+            verify: Whether to compare the folder with its manifest. A child of a process that has
+                already done so can skip it.
 
         Raises:
             BundleError: There is no bundle, or a file is missing, was changed, or is not listed.
@@ -80,10 +80,10 @@ class Bundle:
         """Path of a signed file.
 
         Raises:
-            BundleError: The manifest does not list it, or it is no file inside the bundle.
+            BundleError: The manifest does not list it, or it is not a file inside the bundle.
         """
         if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: has no file {name!r} that is signed")
+            raise BundleError(f"{self.path}: has no signed file {name!r}")
         return locate(self.path, name)
 
     def has(self, name: str) -> bool:
@@ -91,7 +91,7 @@ class Bundle:
         return name in self.manifest.files
 
     def component(self, target: str, role: str, function: str | None = None) -> Component:
-        """The graph of one target and role; the first one where no function is named.
+        """The graph of one target and role; the first one if no function is given.
 
         Raises:
             BundleError: The bundle has none.
@@ -112,7 +112,7 @@ class Bundle:
 
 
 def sign_bundle(path: Path, manifest: Manifest) -> Manifest:
-    """The manifest with the digest of every file that is in the folder; writes it there."""
+    """Adds the digest of every file in the folder to the manifest, and writes it there."""
     files = sign_files(path, (_MANIFEST, *_UNSIGNED))
     signed = replace(manifest, files=files)
     write_manifest(path, signed)
@@ -120,5 +120,5 @@ def sign_bundle(path: Path, manifest: Manifest) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest of a bundle folder, with the digest of itself."""
+    """Writes the manifest of a bundle folder, with its own digest."""
     write_json(path / _MANIFEST, sign_document(manifest.to_json()))

@@ -29,7 +29,7 @@ _MAX_POSITIONS = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSignature:
-    """One input or output of a graph; a string in `shape` names a dimension that varies."""
+    """One input or output of a graph; a string in `shape` names a dynamic dimension."""
 
     name: str
     dtype: str
@@ -45,9 +45,9 @@ class Component:
         role: `vision`, `embedding` or `decoder`.
         file: Path of the graph inside the bundle.
         precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
-        function: Which function of the file it is, where a file holds several that share weights.
+        function: Its function in the file, if the file holds several that share weights.
         states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
-        notes: What the toolkit said while it converted the graph, and what is done at a price.
+        notes: Warnings of the toolkit that converted the graph, and what costs time or accuracy.
         sparse_file: Path of the packed file that the graph's weights, or the graph itself, are
             expanded from when it is loaded; `None` where nothing is packed.
     """
@@ -66,15 +66,15 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLayout:
-    """How a picture stands in a prompt.
+    """How a picture is written in a prompt.
 
     Attributes:
         image_token: The placeholder, as text.
         image_token_id: The placeholder, as a token.
         image_prefix: Text before the placeholders of a picture.
         image_suffix: Text after them.
-        embedding_rows: Rows of the embedding table, which every other token must lie below;
-            `None` where that is not known.
+        embedding_rows: Rows of the embedding table; every other token id must be smaller. `None` if
+            unknown.
     """
 
     image_token: str
@@ -85,18 +85,18 @@ class PromptLayout:
 
     def __post_init__(self) -> None:
         if not self.image_token or self.image_token_id < 0:
-            raise ValueError("image_token must not be empty, and image_token_id not below 0")
+            raise ValueError("image_token must not be empty, and image_token_id must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How an answer ends, and how it is chosen.
+    """How answer tokens are chosen, and what ends an answer.
 
     Attributes:
         eos_token_ids: Tokens that end it.
         max_positions: Positions of a whole conversation.
-        settings: What else decides the next token (`generation_settings`), where it is not simply
-            the likeliest.
+        settings: What else decides the next token (`generation_settings`), if it is not simply the
+            likeliest.
     """
 
     eos_token_ids: tuple[int, ...]
@@ -113,10 +113,10 @@ class CacheLayout:
     """The decoder's key-value cache.
 
     Attributes:
-        layers: Layers that keep one.
-        kv_heads: Heads of each.
-        head_dim: Numbers of a head.
-        dtype: How a number is kept.
+        layers: Layers that have one.
+        kv_heads: Key-value heads per layer.
+        head_dim: Width of a head.
+        dtype: Type of its elements.
         visual_layers: First layers that hold visual rows; `None` for all.
     """
 
@@ -139,12 +139,12 @@ class CacheLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeNeeds:
-    """What the files of a target need of the runtime that opens them.
+    """What the files of a target require of the runtime that opens them.
 
     Attributes:
         runtime: Its name; `iOS` for Core ML, whose runtime is the system.
-        lowest_version: The lowest version that reads the files as they are meant.
-        formats: Versions of the formats that they are written in, by name.
+        lowest_version: The lowest version that reads the files correctly.
+        formats: Versions of the formats in which they are written, by name.
         operators: Operators beyond the standard ones, by domain and name.
     """
 
@@ -155,7 +155,7 @@ class RuntimeNeeds:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", self.lowest_version):
-            raise ValueError("lowest_version must be numbers with points between them")
+            raise ValueError("lowest_version must be numbers separated by dots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +169,14 @@ class Manifest:
         recipe_sha256: Digest of the resolved recipe.
         visual_tokens: Embeddings that the vision graph returns for one image, k.
         visual_tokens_full: Positions that one image takes when `positions` is `original`, N.
-        positions: `original` or `consecutive`; see `reduction.TokenReducer`.
-        prompt: How a picture stands in a prompt.
-        generation: How an answer ends.
+        positions: `original` or `consecutive`; see `models.reducer.TokenReducer`.
+        prompt: How a picture is written in a prompt.
+        generation: How answers are generated.
         kv_cache: The decoder's cache.
         components: The graphs.
-        files: sha256 of every file of the bundle but the manifest, the report and the card.
+        files: sha256 of every file of the bundle except the manifest, the report and the card.
         toolchain: Versions that produced the bundle.
-        runtimes: What each target needs of the runtime that opens it.
+        runtimes: What each target requires of the runtime that opens it.
     """
 
     model: str
@@ -203,7 +203,7 @@ class Manifest:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values; what was added later is left out where it says nothing."""
+        """The manifest as JSON values; later additions are left out if they are empty."""
         document = asdict(self)
         for component in document["components"]:
             if component["sparse_file"] is None:
@@ -219,7 +219,7 @@ class Manifest:
         """Reads what `to_json` wrote.
 
         Raises:
-            BundleError: A field is missing or unknown or of another type, or the schema is of
+            BundleError: A field is missing, unknown or of the wrong type, or the schema is of
                 another version.
         """
         if document.get("schema") != BUNDLE_SCHEMA:

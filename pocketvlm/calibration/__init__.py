@@ -1,4 +1,4 @@
-"""Calibration: image+text samples, and the statistics of what each layer sees on them."""
+"""Calibration: image+text samples, and the statistics of each layer's inputs on them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where samples come from: a folder of pictures and conversations, generated scenes, or noise.
 
-Evaluation reads its data through the same types. Everything is deterministic, and a set is known by
-the digest of its pictures and words, so that a report can say what it was calibrated on.
+Evaluation reads its data through the same types. Everything is deterministic, and a set is
+identified by the digest of its pictures and texts, so that a report can say which set was used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CalibrationSet:
     Attributes:
         name: Where they come from, for people.
         samples: The samples.
-        is_synthetic: Whether the pictures are noise, which the report then says.
+        is_synthetic: Whether the pictures are noise, which the report states.
         notes: What was left out or not read, for the report.
     """
 
@@ -57,7 +57,7 @@ class CalibrationSet:
     def from_folder(
         cls, path: Path | str, *, limit: int | None = None, require_images: bool = True
     ) -> CalibrationSet:
-        """Reads the rows of `data.jsonl`, or of `data.json`, and the pictures beside it.
+        """Reads the rows of `data.jsonl` or `data.json`, and their pictures.
 
         A row is `{"image": "a.png", "question": "...", "answer": "..."}`, or
         `{"image": "a.png", "messages": [{"role": "user", "content": "..."}, ...]}` whose last two
@@ -65,7 +65,7 @@ class CalibrationSet:
 
         Args:
             path: The folder.
-            limit: How many rows are read; `None` for all.
+            limit: The most rows that are read; `None` for all.
             require_images: Whether a row without a picture is an error.
 
         Raises:
@@ -81,8 +81,8 @@ class CalibrationSet:
         """Generated scenes of the kind that the reference models were trained on.
 
         Args:
-            seed: Seed inside of the split.
-            n: How many.
+            seed: Seed within the split.
+            n: The number of samples.
             split: Which of the disjoint seed spaces to draw from.
         """
         from pocketvlm.reference.questions import generate_examples
@@ -101,12 +101,12 @@ class CalibrationSet:
 
     @classmethod
     def synthetic(cls, n: int, seed: int = 0) -> CalibrationSet:
-        """Smooth coloured noise with stock questions: better than nothing, and declared as such.
+        """Smooth coloured noise with stock questions: better than nothing, and labelled as such.
 
         Its pictures have the falling spectrum of photographs and no content.
 
         Args:
-            n: How many.
+            n: The number of samples.
             seed: Seed of the noise.
         """
         samples = tuple(
@@ -121,19 +121,19 @@ class CalibrationSet:
         return cls(name=f"synthetic:{seed}", samples=samples, is_synthetic=True)
 
     def take(self, n: int) -> CalibrationSet:
-        """The first `n` samples, or all where there are fewer."""
+        """The first `n` samples, or all if there are fewer."""
         return replace(self, samples=self.samples[:n])
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of all pictures and words, in order."""
+        """Digest of all pictures and texts, in order."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.digest())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of the set: name, size, digest, and the pictures' sizes."""
+        """The set's description for a report: name, size, digest, and the pictures' sizes."""
         sizes = [size for sample in self.samples for size in sample.image_sizes()]
         return {
             "name": self.name,
@@ -148,7 +148,7 @@ class CalibrationSet:
 
 
 def _noise_image(rng: np.random.Generator) -> Image.Image:
-    """Noise whose amplitude falls as one over frequency, as that of photographs does."""
+    """Noise whose amplitude falls as one over frequency, as in photographs."""
     total = np.zeros((_SYNTHETIC_SIDE, _SYNTHETIC_SIDE, 3), dtype=np.float32)
     cells = 3
     while cells <= _SYNTHETIC_SIDE:

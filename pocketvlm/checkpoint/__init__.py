@@ -1,9 +1,9 @@
-"""Checkpoint: a model with its processor, its specification and everything that was done to it.
+"""Checkpoint: a model with its processor, its specification and its history.
 
 `config` reads config.json; `weight_files`, `tensors` and `names` say which files hold the weights,
-what is in them and which weight each is, and `folder` settles it all before anything is loaded.
-`build` and `load` make the model, `save` and `manifest` write and read the directories of this
-package, and `checkpoint` is the class that all stages work on.
+what is in them and which weight each tensor is, and `folder` resolves all of that before anything
+is loaded. `build` and `load` make the model, `save` and `manifest` write and read the directories
+of this package, and `checkpoint` is the class that all stages work on.
 """
 
 from pocketvlm.checkpoint.checkpoint import Checkpoint

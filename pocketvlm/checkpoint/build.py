@@ -1,4 +1,4 @@
-"""Building: the stock model of a config.json, before any weight is read."""
+"""Builds the stock model of a config.json, before any weight is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["build_model", "build_skeleton"]
 
 
 class _MatricesOnMeta(TorchFunctionMode):
-    """Gives memory to vectors and buffers, none to matrices, which are loaded one by one."""
+    """Allocates vectors and buffers, but not matrices, which are loaded one by one."""
 
     def __torch_function__(
         self,
@@ -35,7 +35,7 @@ class _MatricesOnMeta(TorchFunctionMode):
 
 
 def build_model(config: Mapping[str, Any]) -> nn.Module:
-    """The stock model of a config.json, in float32, its weight matrices without memory.
+    """The stock model of a config.json, in float32, with its weight matrices on the meta device.
 
     Raises:
         CheckpointError: The config cannot be understood.
@@ -49,7 +49,7 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Any:
-    """The same model without any memory: what weights there are, and how they are named.
+    """The same model on the meta device: which weights it has, and their names.
 
     Raises:
         CheckpointError: The config cannot be understood.
@@ -66,6 +66,6 @@ def _stock_model(config: Mapping[str, Any]) -> Any:
         return AutoModelForImageTextToText.from_config(
             parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
         )
-    except Exception as error:  # modules assert, divide and look up what a config says
+    except Exception as error:  # modules assert, divide by and look up values of the config
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"config.json: no model can be built from it: {words}") from error

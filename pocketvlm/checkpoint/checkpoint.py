@@ -1,8 +1,8 @@
-"""Checkpoint: a model with its processor, its specification and everything that was done to it.
+"""Checkpoint: a model with its processor, its specification and its history.
 
 A checkpoint is loaded from a Hugging Face directory (safetensors only) or from one that `save`
-wrote. Weight matrices stay in the type in which they are stored and are widened where they are
-used, so that a bf16 model costs its file size in memory and computes in float32.
+wrote. Weight matrices keep the type in which they are stored and are widened on use, so that a bf16
+model takes its file size in memory and computes in float32.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ _LAYOUT_KEYS = ("quantization_config", "transformers_weights")
 class Checkpoint:
     """A model on its way to the phone.
 
-    The model is owned by the checkpoint that was made last: a stage may change it in place and
-    returns a new `Checkpoint` that holds it.
+    The newest checkpoint owns the model: a stage may change it in place and returns a new
+    `Checkpoint` that holds it.
 
     Attributes:
         model: The stock transformers model; its weight matrices are `FormLinear` and
             `FormEmbedding` modules.
         processor: Tokenizer and image processor.
-        spec: Where everything is.
+        spec: The model's specification.
         config: Content of config.json.
         source: Where the weights came from.
         reducer: The visual-token reduction, or `None` for all tokens.
-        cache_grid: What the KV cache is rounded to, or `None` where it stays float32.
+        cache_grid: Scales that the KV cache is rounded to, or `None` if it stays float32.
         visual_layers: First layers of the decoder that visual tokens run through
             (`pocketvlm.reference_graph.visual_cutoff`), or `None` for all of them.
-        history: One record a stage, in order.
+        history: One record per stage, in order.
     """
 
     model: nn.Module
@@ -80,12 +80,12 @@ class Checkpoint:
     ) -> Checkpoint:
         """Loads a Hugging Face directory, or one that `save` or `save_layout` wrote.
 
-        Layers in a layout of other tools (GPTQ, VPTQ) keep their codes.
+        Layers in the layout of another tool (GPTQ, VPTQ) keep their codes.
 
         Args:
             path: The directory.
             reducers: Builders of visual-token reducers by stage tag, for directories whose
-                history holds one; `pocketvlm.load_checkpoint` passes all there are.
+                history holds one; `pocketvlm.load_checkpoint` passes all of them.
 
         Raises:
             CheckpointError: The directory is missing, damaged or holds pickled weights only.
@@ -94,7 +94,7 @@ class Checkpoint:
         folder = read_model_folder(Path(path))
         manifest = folder.manifest
         processor = Processor.load(folder.path, folder.spec)
-        spec = processor.spec  # the tokenizer knows how the placeholder is spelled
+        spec = processor.spec  # with the placeholder as the tokenizer spells it
         digests = verify_blobs(folder.files)
         model = build_model(folder.config)
         load_weights(model, folder)
@@ -102,7 +102,7 @@ class Checkpoint:
             model=model,
             processor=processor,
             spec=spec,
-            # What the directory's layout was, the forms tell now; it is not how `save` stores them.
+            # The forms say now what the directory's layout was; `save` stores them differently.
             config={k: v for k, v in folder.config.items() if k not in _LAYOUT_KEYS},
             source=Source(
                 name=folder.path.resolve().name,
@@ -123,7 +123,7 @@ class Checkpoint:
         )
 
     def save(self, path: Path | str) -> None:
-        """Writes the checkpoint with its history; takes the place of `path` only when whole."""
+        """Writes the checkpoint with its history; replaces `path` only when complete."""
         path = Path(path)
         with replace_directory(path) as folder:
             write_checkpoint(self, folder, path)
@@ -154,7 +154,7 @@ class Checkpoint:
         return {linear: self.form(linear.name) for linear in self.spec.linears()}
 
     def vectors(self) -> dict[str, Tensor]:
-        """Everything that is no weight matrix: biases, norms, position tables, by name."""
+        """Everything that is not a weight matrix: biases, norms, position tables, by name."""
         return {name: value.detach() for name, value in self.model.named_parameters()}
 
     def rebuild(
@@ -167,13 +167,13 @@ class Checkpoint:
 
         Args:
             config: The changed content of config.json.
-            forms: Weight of every linear and of the embedding, by the new model's names, blocks
-                of the tower that are never run included; a tied head follows its embedding.
+            forms: Weight of every linear and of the embedding, by the new model's names, including
+                blocks of the tower that are never run; a tied head follows its embedding.
             vectors: Everything else, as `vectors` names it.
 
         Raises:
             CheckpointError: The config cannot be understood, a shape does not fit it, or layers
-                would be counted anew where visual tokens end behind one of them.
+                would be renumbered although visual tokens end after one of them.
             UnsupportedError: The config asks for something that the family does not support.
             KeyError: A weight or a vector is missing.
         """
@@ -185,7 +185,7 @@ class Checkpoint:
         )
         if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:
             raise CheckpointError(
-                f"visual tokens end behind {self.visual_layers} of {self.spec.decoder.depth} "
+                f"visual tokens end after {self.visual_layers} of {self.spec.decoder.depth} "
                 f"decoder layers, and {spec.decoder.depth} would be left; remove layers before "
                 "skip_visual"
             )
@@ -210,5 +210,5 @@ class Checkpoint:
         return replace(self, model=model, spec=spec, config=dict(config))
 
     def extend(self, record: StageRecord, **changes: Any) -> Checkpoint:
-        """The checkpoint after a stage: one record more, and whatever else changed."""
+        """The checkpoint after a stage: with one more record, and whatever else changed."""
         return replace(self, history=(*self.history, record), **changes)

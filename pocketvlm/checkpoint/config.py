@@ -1,4 +1,4 @@
-"""Configuration: config.json of a model directory, and the specification behind it."""
+"""Configuration: config.json of a model directory, and the specification read from it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """Content of a checkpoint directory's config.json.
 
     Raises:
-        CheckpointError: It is missing, no JSON object, or asks for code of its own.
+        CheckpointError: It is missing, not a JSON object, or asks for its own code.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is no directory; a model is a local directory")
+        raise CheckpointError(f"{path}: is not a directory; a model is a local directory")
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: no checkpoint here: config.json is missing")
@@ -35,7 +35,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """The specification behind a config.json, which leaves out what its class has as default.
+    """The specification of a config.json, with the defaults of its class filled in.
 
     Raises:
         UnsupportedError: The family, or an option of it, is not supported.
@@ -58,6 +58,6 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     known = {key: value for key, value in plain.items() if key != "quantization_config"}
     try:
         return AutoConfig.for_model(**known)
-    except Exception as error:  # its validators raise classes of their own, which vary by version
+    except Exception as error:  # its validators raise their own classes, which vary by version
         first_line = " ".join(str(error).split())
         raise CheckpointError(f"config.json: cannot be understood: {first_line}") from error

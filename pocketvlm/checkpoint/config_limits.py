@@ -1,7 +1,7 @@
-"""Limits of a config.json: sizes that no model has are refused before a library builds for them.
+"""Limits of a config.json: sizes that no model has are refused before a library allocates for them.
 
-A configuration of a billion layers costs its author one line and its reader all of the memory: the
-library writes lists as long as a size says, and modules for each of their items.
+A configuration of a billion layers costs its author one line and its reader all memory: the library
+makes lists as long as a size says, and a module for each item.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIZES: Mapping[str, int] = {
     "scale_factor": 64,
     "image_seq_length": 2**20,
 }
-"""Whole numbers of at least 1, by the names that every family uses, with the most that is read."""
+"""Whole numbers of at least 1, by names that every family uses, with the largest allowed value."""
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -43,8 +43,8 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
         where: The file, for the message.
 
     Raises:
-        CheckpointError: A model type is no text, or a size is none or larger than that of any
-            model; the message has its path.
+        CheckpointError: A model type is not a string, or a size is not a whole number or larger
+            than that of any model; the message has its path.
     """
     for count, (path, key, value) in enumerate(_values(config, "", 0, where)):
         if count > _MAX_VALUES:
@@ -53,7 +53,8 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {path}: must be the name of a model type")
         most = _SIZES.get(key)
         if most is not None and value is not None:
-            # A list of sizes, such as an image's height and width, is the family's to read.
+            # A list of sizes, such as an image's height and width, is checked by the family's
+            # reader.
             sizes = value if isinstance(value, list) else [value]
             if not all(type(size) is int and 1 <= size <= most for size in sizes):
                 shown = repr(value) if len(repr(value)) <= 60 else "something else"  # noqa: PLR2004

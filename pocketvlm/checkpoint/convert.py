@@ -37,9 +37,9 @@ class SavedLayout:
     Attributes:
         layout: Name of the layout.
         quantized: Layers that keep their codes.
-        dense: Weight matrices that are float in the layout, with their type.
+        dense: Weight matrices that the layout stores as float, with their type.
         weight_bytes: Bytes of the weight file.
-        notes: What the layout could not take along, and what readers may stumble over.
+        notes: What the layout could not hold, and what readers may stumble over.
     """
 
     layout: str
@@ -54,10 +54,10 @@ class SavedLayout:
 
 
 def save_layout(checkpoint: Checkpoint, path: Path | str, *, layout: str) -> SavedLayout:
-    """Writes a checkpoint in the layout of another tool; takes the place of `path` when whole.
+    """Writes a checkpoint in the layout of another tool; replaces `path` only when complete.
 
     Codes, scales and codebooks are those of the checkpoint. Layers that the layout holds dense,
-    the token embedding among them, are stored in the narrowest float type that loses nothing.
+    including the token embedding, are stored in the narrowest lossless float type.
 
     Args:
         checkpoint: A checkpoint with quantized linear layers.
@@ -118,7 +118,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _linears(checkpoint: Checkpoint) -> dict[str, FormLinear]:
-    """Every linear layer with a weight of its own, blocks that are never run included."""
+    """Every linear layer that has its own weight, including blocks that are never run."""
     decoder = checkpoint.spec.decoder
     return {
         name: module
@@ -232,9 +232,9 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if checkpoint.reducer is not None:
-        notes.append("visual-token reduction stays behind: readers of the layout see every token")
+        notes.append("visual-token reduction is not stored: readers of the layout see every token")
     if checkpoint.cache_grid is not None:
-        notes.append("the int8 grid of the KV cache stays behind: readers keep their own cache")
+        notes.append("the int8 grid of the KV cache is not stored: readers keep their own cache")
     if checkpoint.visual_layers is not None:
         notes.append(
             f"visual tokens run through all decoder layers there, not the first "

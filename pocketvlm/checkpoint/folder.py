@@ -1,9 +1,9 @@
-"""Model folder: what a directory holds, settled from its headers before any weight is loaded.
+"""Model folder: what a directory holds, resolved from its headers before any weight is loaded.
 
 `plan` and `Checkpoint.load` read a folder through this one function: which files count, which
 weight each tensor is, whether the head is tied to the embedding table, what is missing, and what
-is left out. Stock transformers decides each of these; where it goes on after a warning, so does
-this, with a note, except that it never goes on with weights that it would have to invent.
+is left out. Stock transformers decides each of these; where it continues after a warning, so does
+this, with a note, except that it never continues with weights that it would have to invent.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class ModelFolder:
 
     Attributes:
         path: The directory.
-        config: Content of config.json; a head that is not tied is not tied here either.
-        spec: Where the model's parts are.
+        config: Content of config.json; `tie_word_embeddings` is false if the head is not tied.
+        spec: The model's specification.
         manifest: pocketvlm.json of a directory that `Checkpoint.save` wrote, else `None`.
         layout: How another tool stored its quantized layers, or `None`.
         files: The weight files.
-        tensors: Every tensor that has a place in the model, by today's name.
-        notes: What is ignored, or is otherwise than the directory's own files say.
+        tensors: Every tensor that has a place in the model, by its current name.
+        notes: What is ignored, or differs from what the directory's own files say.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class ModelFolder:
 
 
 def read_model_folder(path: Path) -> ModelFolder:
-    """Reads a Hugging Face directory, or one of ours, up to the headers of its weight files.
+    """Reads a Hugging Face directory, or a saved checkpoint, up to the headers of its weight files.
 
     Raises:
         CheckpointError: The directory is missing or damaged, holds pickled weights only, or lacks
@@ -82,7 +82,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         tensors=stored,
         notes=(*notes, *weights.notes),
     )
-    # What this package wrote has today's names and nothing else in it.
+    # What this package wrote has current names and nothing else in it.
     return folder if manifest else _settle(folder)
 
 
@@ -110,7 +110,7 @@ def _settle(folder: ModelFolder) -> ModelFolder:
 
 
 def _settle_head(folder: ModelFolder) -> ModelFolder:
-    """Ties and unties as stock does: by what the files hold where config.json says to tie."""
+    """Ties and unties as stock does: by what the files hold if config.json says to tie."""
     decoder = folder.spec.decoder
     if not decoder.tied_head:
         return folder
@@ -127,8 +127,8 @@ def _settle_head(folder: ModelFolder) -> ModelFolder:
         if isinstance(text, Mapping) and "tie_word_embeddings" in text:
             config["text_config"] = {**text, "tie_word_embeddings": False}
         note = (
-            "config.json ties the head to the embedding table, but the weights hold a head of its "
-            "own, which is used, as stock transformers does"
+            "config.json ties the head to the embedding table, but the weights hold a separate "
+            "head, which is used, as stock transformers does"
         )
         return replace(folder, config=config, spec=read_spec(config), notes=(*folder.notes, note))
     return replace(folder, tensors=tensors)
@@ -137,7 +137,7 @@ def _settle_head(folder: ModelFolder) -> ModelFolder:
 def _check_weights(
     folder: ModelFolder, expected: Mapping[str, tuple[int, ...]], quantized: Container[str]
 ) -> list[str]:
-    """Holds every weight to the model's shapes; what is missing must be what no phone runs."""
+    """Checks the shape of every weight; only weights that are never run may be missing."""
     spec = folder.spec
     head = f"{spec.decoder.head}.weight" if spec.decoder.tied_head else None
     unused: list[str] = []
@@ -176,5 +176,5 @@ def _quantized_layers(
 
 
 def _layer_of(name: str, expected: Container[str]) -> tuple[str, str]:
-    """The layer that a tensor is a part of, and the part's name."""
+    """The layer that a tensor is part of, and the name of the part."""
     return next((x for x in split_layer(name) if f"{x[0]}.weight" in expected), (name, ""))

@@ -1,4 +1,4 @@
-"""Loading: a stock model whose weight matrices are read from the files one by one."""
+"""Loads a stock model whose weight matrices are read from the files one by one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
 __all__ = ["CACHE_PREFIX", "load_cache_grid", "load_weights"]
 
-# What a form of weights raises where its numbers and tensors do not belong together.
+# What a weight form raises if its metadata and tensors do not match.
 _FORM_ERRORS = (ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError)
 CACHE_PREFIX = "kv_cache."
-"""What the names of the KV cache's scales begin with, in the weights of a saved checkpoint."""
+"""Prefix of the KV cache's scales in the weights of a saved checkpoint."""
 
 
 def load_weights(model: nn.Module, folder: ModelFolder) -> None:
@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
 
     Args:
         model: The model, changed in place.
-        folder: Where its weights are.
+        folder: The folder that holds its weights.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or has no place in the model.
@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
             kind = "quantized" if layout is not None else repr(metadata["kind"])
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
-                f"{folder.path}: {name} is no weight of kind {kind}: {words}"
+                f"{folder.path}: {name} is not a weight of kind {kind}: {words}"
             ) from error
 
     shared: dict[str, WeightForm] = {}
@@ -127,7 +127,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
 
 
 def _owners(name: str, metadata: Mapping[str, Any]) -> Mapping[str, str]:
-    """Tensors that a layer shares, by the field's name: names of the layers that hold them."""
+    """Layers that hold the tensors that a layer shares, by field name."""
     try:
         return decode(dict[str, str], metadata.get("shared", {}), f"forms.{name}.shared")
     except DecodeError as error:
@@ -135,7 +135,7 @@ def _owners(name: str, metadata: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def load_cache_grid(folder: ModelFolder) -> KVCacheScales | None:
-    """What the KV cache of a saved checkpoint is rounded to; `None` where it stays float32."""
+    """Scales of the KV cache of a saved checkpoint; `None` if it stays float32."""
     tensors = {
         name.removeprefix(CACHE_PREFIX): read_tensor(stored)
         for name, stored in folder.tensors.items()

@@ -1,7 +1,7 @@
-"""Manifest of a saved checkpoint: pocketvlm.json, which signs every file beside it.
+"""Manifest of a saved checkpoint: pocketvlm.json, which signs every file next to it.
 
 Versions before schema 2 signed the weights alone: a changed template, tokenizer or history of such
-a directory could not be told from the one that was saved, so they are not read any more.
+a directory could not be told from the one that was saved, so they are no longer read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StoredReducer:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """What a saved checkpoint says of itself.
+    """The description of a saved checkpoint.
 
     Attributes:
         source: Where the weights came from.
@@ -78,8 +78,8 @@ def read_manifest(path: Path) -> CheckpointManifest | None:
     """The manifest of a directory that `Checkpoint.save` wrote, `None` for a foreign one.
 
     Raises:
-        CheckpointError: It cannot be read, is of an earlier version, or the directory is not as it
-            was signed.
+        CheckpointError: It cannot be read, is of an earlier version, or the directory was changed
+            after it was signed.
     """
     file = path / _MANIFEST
     if not file.exists() and not file.is_symlink():
@@ -110,7 +110,7 @@ def write_manifest(
     visual_layers: int | None,
     history: tuple[StageRecord, ...],
 ) -> None:
-    """Signs every file of a folder; what the clock said is left out of its history."""
+    """Signs every file of a folder; timings are left out of its history."""
     manifest = CheckpointManifest(
         source=source,
         forms=forms,
@@ -154,7 +154,7 @@ def read_visual_layers(manifest: CheckpointManifest, spec: ModelSpec, path: Path
     """How many layers of a saved checkpoint visual tokens run through.
 
     Raises:
-        CheckpointError: The stored number is none of the decoder's.
+        CheckpointError: The stored number is not one of the decoder's layers.
     """
     stored = manifest.visual_layers
     if stored is None:

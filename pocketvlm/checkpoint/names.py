@@ -1,7 +1,7 @@
-"""Names: which weight of today's model a stored tensor is, as stock transformers decides it.
+"""Names: which weight of the current model a stored tensor is, as stock transformers decides.
 
-Every release of transformers wrote some models under other names and reads them all. The table of
-renamings is the library's own, asked instead of copied, so that what it loads is loaded here.
+Releases of transformers have used different names for some models, and read them all. The table of
+renamings is the library's own, used rather than copied, so that whatever it loads is loaded here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 def stock_names(
     config: Mapping[str, Any], stored: Iterable[str]
 ) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:
-    """Today's name of each stored tensor, and the weights that the model has.
+    """The current name of each stored tensor, and the weights that the model has.
 
     A tensor of a quantized layer (`qweight`, `scales`) is named as the layer's weight would be.
 
@@ -29,8 +29,9 @@ def stock_names(
         stored: Names in the weight files.
 
     Returns:
-        The name in today's model by stored name, `None` for what has no place in it, without the
-        buffers that the model computes itself; and the shape of each weight of the model by name.
+        The name in the current model by stored name, `None` for a tensor that has no place in it,
+        without the buffers that the model computes itself; and the shape of each weight of the
+        model by name.
 
     Raises:
         CheckpointError: The config cannot be understood.
@@ -48,7 +49,7 @@ def stock_names(
         prefix = model.base_model_prefix
         found, _ = rename_source_key(name, renamings, converters, prefix, expected)
         if found not in expected and name in expected:
-            # A name that needed no renaming, save perhaps for the prefix: stock's own second try.
+            # Names that need no renaming, except perhaps for the prefix: stock's second try.
             found, _ = rename_source_key(name, [], [], prefix, expected)
         return str(found)
 
@@ -61,7 +62,7 @@ def stock_names(
 
 
 def split_layer(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to read a tensor's name as a layer and what of it, the longest layer first."""
+    """Every way to split a tensor's name into a layer and one of its parts, longest layer first."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         yield ".".join(parts[:end]), ".".join(parts[end:])
@@ -70,7 +71,7 @@ def split_layer(name: str) -> Iterator[tuple[str, str]]:
 def _name_of_a_part(
     name: str, rename: Callable[[str], str], expected: Container[str]
 ) -> str | None:
-    """A tensor of a quantized layer (`qweight`, `centroids.weight`) moves with its layer."""
+    """The current name of a quantized layer's tensor (`qweight`, `centroids.weight`)."""
     for layer, rest in split_layer(name):
         whole = rename(f"{layer}.weight")
         if whole in expected:

@@ -17,12 +17,12 @@ class StageRecord:
         method: The stage's tag.
         parameters: Its configuration, as JSON values.
         version: Version of pocketvlm.
-        calibration_sha256: Digest of the calibration set, or `None` where none was used.
-        layers: One row a layer: name, form, bits, losses, fallbacks with reasons.
+        calibration_sha256: Digest of the calibration set, or `None` if none was used.
+        layers: One row per layer: name, form, bits, losses, fallbacks with reasons.
         metrics: Figures of the stage as a whole.
         notes: What a reader must know: fallbacks, skipped modules, failed bounds.
-        seconds: Wall time; in the run's log and report, not in a saved checkpoint.
-        peak_rss_bytes: Largest resident set of the process at the end of the stage; likewise.
+        seconds: Wall time; written to the run's log and report, not to a saved checkpoint.
+        peak_rss_bytes: Peak resident set of the process at the end of the stage; likewise.
     """
 
     method: str
@@ -42,9 +42,9 @@ class Source:
 
     Attributes:
         name: Folder name of the original model.
-        sha256: Digest over its weight files.
+        sha256: Digest of its weight files.
         weight_bytes: Bytes of its weight files.
-        notes: What of its directory is ignored, or is otherwise than its own files say.
+        notes: What is ignored in its directory, or differs from what its own files say.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Source:
 
 
 def timeless(record: StageRecord) -> dict[str, Any]:
-    """A record without what the clock said: the same work ends in the same bytes."""
+    """A record without timings, so that the same work ends in the same bytes."""
     document = asdict(record)
     for key in ("seconds", "peak_rss_bytes"):
         del document[key]

@@ -1,4 +1,4 @@
-"""Saving: a checkpoint's tensors, processor and history as a directory that loads again."""
+"""Saves a checkpoint's tensors, processor and history as a directory that can be loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
     Args:
         checkpoint: The checkpoint.
         folder: The folder that is written.
-        path: Where the folder will stand, for messages.
+        path: The final path of the folder, for messages.
 
     Raises:
         CheckpointError: The weights cannot be written.
@@ -43,7 +43,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
     try:
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        # The library hides an operating system's error, such as a full disk, in its own.
+        # The library wraps an operating system's error, such as a full disk, in its own.
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
     reducing = [r for r in checkpoint.history if checkpoint.reducer and "keep" in r.metrics]
     write_manifest(
@@ -63,7 +63,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
 def _stored_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     forms: dict[str, Any] = {}
-    # A codebook that several layers share is one tensor: stored with the first of them.
+    # A codebook shared by several layers is one tensor, stored with the first of them.
     owners: dict[int, str] = {}
     tied = checkpoint.spec.decoder.head if checkpoint.spec.decoder.tied_head else None
     for name, module in checkpoint.model.named_modules():

@@ -1,4 +1,4 @@
-"""Stored tensors: what the headers of weight files say, and single tensors read from them."""
+"""Stored tensors: the headers of weight files, and single tensors read from them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = [
 ]
 
 FLOAT_TYPES = ("BF16", "F16", "F32", "F64")
-"""Types of a weight that is not quantized, as safetensors spells them."""
+"""Types of weights that are not quantized, in safetensors' spelling."""
 
 _CODE_TYPES = ("BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies, and what the file's header says of it.
+    """Where a tensor is stored, and what the file's header says about it.
 
     Attributes:
         file: Its file.
         key: Its name there.
-        dtype: Its type, as safetensors spells it.
+        dtype: Its type, in safetensors' spelling.
         shape: Its shape.
     """
 
@@ -50,11 +50,11 @@ def read_headers(files: Sequence[Path], placed: Mapping[str, str]) -> dict[str, 
 
     Args:
         files: The weight files.
-        placed: Where an index says that each tensor lies; empty without an index.
+        placed: The file that an index names for each tensor; empty without an index.
 
     Raises:
-        CheckpointError: A file is truncated or damaged, lacks a tensor that the index places in
-            it, or two files hold different tensors of one name.
+        CheckpointError: A file is truncated or damaged, lacks a tensor that the index places in it,
+            or two files hold different tensors of the same name.
     """
     stored: dict[str, StoredTensor] = {}
     for file in files:
@@ -85,8 +85,8 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     """One tensor of a weight file; float64 becomes float32, as stock transformers narrows it.
 
     Raises:
-        CheckpointError: It cannot be read, is of a type that is not read here, or holds values
-            that are not finite.
+        CheckpointError: It cannot be read, is of an unsupported type, or holds values that are not
+            finite.
     """
     file, key = stored.file, stored.key
     if stored.dtype not in FLOAT_TYPES + _CODE_TYPES:
@@ -94,7 +94,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
             f"{file}: tensor {key} is of type {stored.dtype}, which is not read here; allowed are "
             f"{', '.join(FLOAT_TYPES)}"
         )
-    # Opened anew for each tensor: a mapping that lives on would keep every page it touched.
+    # Opened again for each tensor: an open mapping would keep every page it touched.
     try:
         with safe_open(file, framework="pt") as tensors:
             value: Tensor = tensors.get_tensor(key).clone()
@@ -111,7 +111,7 @@ def hold_equal(first: StoredTensor, second: StoredTensor) -> None:
     """Refuses two tensors that stand for one weight, unless they are the same.
 
     Raises:
-        CheckpointError: They differ: which of them was meant, nothing says.
+        CheckpointError: They differ, and nothing says which of them is right.
     """
     if not tensors_equal(first, second):
         raise CheckpointError(
@@ -128,7 +128,7 @@ def tensors_equal(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Holds a tensor's shape to the one that config.json implies.
+    """Checks a tensor's shape against the one that config.json implies.
 
     Raises:
         CheckpointError: They differ.

@@ -1,9 +1,9 @@
 """Weight files: which files of a directory hold its weights, by the rule of stock transformers.
 
-A `model.safetensors` counts alone; where there is none, exactly the shards that
+A `model.safetensors` is read alone; without one, exactly the shards that
 `model.safetensors.index.json` names. `transformers_weights` in config.json names one of the two
-itself. Whatever else lies there (shards of an earlier save, other variants, adapters, pickled
-copies) is not read, and a note says so.
+itself. Other files (shards of an earlier save, other variants, adapters, pickled copies) are not
+read, and a note says so.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class WeightFiles:
     """The files that hold a model's weights.
 
     Attributes:
-        files: They, in order of their names.
-        placed: Where an index says that each tensor lies, by the tensor's stored name; empty
+        files: The files, sorted by name.
+        placed: The file that an index names for each tensor, by the tensor's stored name; empty
             without an index.
-        notes: What lies beside them and is not read.
+        notes: Other weight files that are not read.
     """
 
     files: tuple[Path, ...]
@@ -52,7 +52,7 @@ def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
         config: Content of its config.json.
 
     Raises:
-        CheckpointError: There are none, one is missing, lies elsewhere or is a pointer of git-lfs,
+        CheckpointError: There are none, one is missing, outside the directory or a git-lfs pointer,
             the index is damaged, or the weights are pickled.
     """
     named = config.get("transformers_weights")
@@ -90,10 +90,10 @@ def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
 
 
 def verify_blobs(files: Sequence[Path]) -> list[str]:
-    """Digests of weight files, compared with what is known of them.
+    """Digests of weight files, checked against their names in a hub cache.
 
-    In a hub cache the name of the file behind the link is the digest. Another foreign file cannot
-    be told from a changed one; those of our own directories are signed by their manifest.
+    In a hub cache a link points to a file that is named by its digest. Other foreign files cannot
+    be checked; those of saved checkpoints are signed by their manifest.
 
     Raises:
         CheckpointError: A file is not what its name says.
@@ -128,7 +128,7 @@ def _read_index(index: Path) -> dict[str, str]:
     for tensor, name in placed.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: weight_map places {tensor} in {name!r}, which is no *.safetensors file"
+                f"{index}: weight_map places {tensor} in {name!r}, not a *.safetensors file"
             )
     return placed
 

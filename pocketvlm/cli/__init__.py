@@ -1,6 +1,6 @@
 """The command line: parse, call the API, print. The only place that prints and draws progress.
 
-Importing it imports no library: an interrupt is answered from the first moment.
+Importing it imports no library, so that an interrupt is handled from the first moment.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The command line: parse, call the API, print. The only place that prints and draws progress.
 
 Human text goes to stderr; `--json` puts one JSON document on stdout. Exit codes: 0 done, 1 a check
-or bound failed, 2 the input was wrong, 70 a fault of pocketvlm, 130 interrupted, 141 nobody reads
-the output.
+or bound failed, 2 the input was wrong, 70 a bug in pocketvlm, 130 interrupted, 141 the reader of
+the output is gone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ app.command()(compress.demo)
 
 
 def run() -> None:
-    """Runs what the process was started with, and ends the process."""
+    """Runs the process's own command line, and ends the process."""
     arguments, shows_traceback = take_traceback_flag(sys.argv[1:])
     sys.exit(run_to_exit_code(lambda: run_command(arguments), shows_traceback=shows_traceback))
 
@@ -54,9 +54,9 @@ def run_command(arguments: list[str]) -> object:
     """Runs one command in this process; failures are raised.
 
     Raises:
-        PocketVLMError: What the command foresees.
+        PocketVLMError: Any failure that the command foresees.
     """
-    # Not `app(...)`: it turns an interrupt, a closed pipe and an end of file into codes of its own.
+    # Not `app(...)`: it turns an interrupt, a closed pipe and an end of file into its own codes.
     check_arguments(arguments)
     command = _command()
     with command.make_context("pocketvlm", arguments) as context:
@@ -75,7 +75,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     traceback: Annotated[  # noqa: ARG001  (`run` takes it from anywhere; --help shows it here)
         bool,
-        typer.Option("--traceback", help="Show where a failure came from; with every command."),
+        typer.Option(
+            "--traceback", help="Show where a failure came from; works with every command."
+        ),
     ] = False,
 ) -> None:
     if version:

@@ -1,4 +1,4 @@
-"""Commands that time bundles, and say where and with what."""
+"""Commands that time bundles, list devices and check the installation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["bench", "devices", "doctor"]
 def bench(
     bundle: BundleArgument,
     baseline: Annotated[
-        Path | None, typer.Option(help="A bundle that is timed in the same interleaved run.")
+        Path | None, typer.Option(help="A bundle to time in the same interleaved run.")
     ] = None,
     workload: Annotated[str, typer.Option(help="vlm, text or short.")] = "short",
-    device: Annotated[str, typer.Option(help="Where it runs.")] = "host",
+    device: Annotated[str, typer.Option(help="The device that runs it.")] = "host",
     repeats: Annotated[
         int | None, typer.Option(min=5, max=100_000, help="Repeats, at least 5.")
     ] = None,
@@ -65,7 +65,7 @@ def devices(as_json: JsonOption = False) -> None:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say whether the installed versions fit together, and what is missing for which target."""
+    """Check whether the installed versions fit together, and what each target lacks."""
     from pocketvlm.pipeline.doctor import examine
 
     findings = examine()
@@ -75,4 +75,4 @@ def doctor(as_json: JsonOption = False) -> None:
         print_json({"findings": [finding.to_json() for finding in findings]})
     broken = [finding.name for finding in findings if finding.verdict == "broken"]
     if broken:
-        raise CheckFailedError(f"these do not fit: {', '.join(broken)}")
+        raise CheckFailedError(f"these versions do not fit: {', '.join(broken)}")

@@ -1,4 +1,4 @@
-"""Commands that make something of a checkpoint: plans, bundles, layouts of other tools."""
+"""Commands that turn a checkpoint into something: plans, bundles, layouts of other tools."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ def compress(
     ] = True,
     verify_source: Annotated[
         bool,
-        typer.Option(help="Hold the checkpoint to transformers' own classes before any stage."),
+        typer.Option(
+            help="Compare the checkpoint with transformers' own classes before any stage."
+        ),
     ] = True,
     allow_source_mismatch: Annotated[
         bool,
-        typer.Option("--allow-source-mismatch", help="Go on where that fails; the report says so."),
+        typer.Option("--allow-source-mismatch", help="Continue if that fails; the report says so."),
     ] = False,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -109,14 +111,14 @@ def plan(
         bool,
         typer.Option(
             "--verify-source",
-            help="Load the weights and hold the checkpoint to transformers' own classes.",
+            help="Load the weights and compare the checkpoint with transformers' own classes.",
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights.
 
-    Rows of folders that --calibration and --data name are checked one by one.
+    Rows of the folders given as --calibration and --data are checked one by one.
     """
     quiet_libraries()
     from pocketvlm.pipeline.job import Job
@@ -172,7 +174,7 @@ def convert(
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this one, resolved.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The recipe to show, resolved.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the shipped recipes, or show one."""

@@ -1,4 +1,4 @@
-"""What is printed: text to stderr, documents to stdout."""
+"""Printing: text to stderr, documents to stdout."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _LONGEST_LINE = 1200
 
 
 def say(line: str) -> None:
-    """One line of text, whatever the names in it hold."""
-    if sys.stderr is not None:  # `print` would take stdout instead, where the document belongs
+    """Prints one line of text, whatever the names in it hold."""
+    if sys.stderr is not None:  # `print` would use stdout instead, which is for the document
         print(printable(line).replace("\n", "\\n"), file=sys.stderr)
 
 
 def one_line(text: str) -> str:
-    """Text of anybody as one line of bounded length that a terminal shows and does not obey."""
+    """Untrusted text as one line of bounded length, without control characters."""
     line = " ".join(text.split())
     if len(line) > _LONGEST_LINE:
         half = _LONGEST_LINE // 2
@@ -40,7 +40,7 @@ def one_line(text: str) -> str:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One document on one line, in ASCII: it is valid whatever the terminal's encoding."""
+    """Prints one document on one line, in ASCII, which is valid in every terminal's encoding."""
     print(json.dumps(document, allow_nan=False))
 
 
@@ -51,14 +51,14 @@ def quiet_libraries() -> None:
 
 
 def command_line() -> str:
-    """The command as it can be typed again."""
+    """The command, quoted for a shell."""
     import shlex
 
     return shlex.join(["pocketvlm", *sys.argv[1:]])
 
 
 def print_summary(document: Mapping[str, Any]) -> None:
-    """What a run made: size, answers, proof and speed."""
+    """Prints the results of a run: size, answers, certificate and speed."""
     size, quality = document["size"], document["quality"]
     several = len(size["parts"]) > 2  # noqa: PLR2004  (one target, and the processor's files)
     which = "the largest target " if several else ""
@@ -82,7 +82,7 @@ def print_summary(document: Mapping[str, Any]) -> None:
 
 
 def print_certificate(document: Mapping[str, Any]) -> None:
-    """Every check of a certificate, with its bound."""
+    """Prints every check of a certificate, with its bound."""
     for name, target in document["targets"].items():
         say(f"{name}: {target['details']['engine']}")
         for check in target["checks"]:
@@ -102,7 +102,7 @@ def print_certificate(document: Mapping[str, Any]) -> None:
 
 
 def print_latency(result: Mapping[str, Any]) -> None:
-    """Medians of a benchmark, and their ratios to the baseline."""
+    """Prints medians of a benchmark, and their ratios to the baseline."""
     for target, block in result["latency"].items():
         shown = [
             f"{name} {block[name]['median']:.1f}"

@@ -1,4 +1,4 @@
-"""Commands that ask a bundle or a checkpoint."""
+"""Commands that ask a bundle or a checkpoint questions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def ask(
 
 def evaluate(
     subject: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="What answers the questions.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT_OR_BUNDLE",
+            help="The checkpoint or bundle that answers the questions.",
+        ),
     ],
     data: Annotated[
         str, typer.Option(help="A folder of pictures and questions, or reference:SEED.")

@@ -1,8 +1,8 @@
 """How a command ends: every failure is one line on stderr and an exit code, whatever it was.
 
-`pocketvlm.errors` holds the failures that are foreseen. Beyond them there are the operating
-system's, which name a file; memory; a reader that went away; and faults of this package, which
-say so and ask to be reported.
+`pocketvlm.errors` holds the failures that are foreseen. Others are the operating system's, which
+name a file; lack of memory; a closed pipe; and bugs of this package, which say so and ask to be
+reported.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ __all__ = [
 
 WRONG_INPUT = 2
 FAULT = 70
-"""EX_SOFTWARE of sysexits.h: a fault of this package."""
+"""EX_SOFTWARE of sysexits.h: a bug in this package."""
 BROKEN_PIPE = 141
-"""128 + SIGPIPE: whoever read the output stopped reading, as `head` does."""
+"""128 + SIGPIPE: the reader of the output stopped reading, as `head` does."""
 
 _FLAG = "--traceback"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# torch and ONNX Runtime have no class of error for memory that is not there.
+# torch and ONNX Runtime have no error class for lack of memory.
 _OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "Failed to allocate memory")
 
 
 def take_traceback_flag(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Arguments without `--traceback`, which may stand anywhere, and whether it is asked for."""
+    """Arguments without `--traceback`, which may be anywhere, and whether it was given."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     left = [one for one in arguments[:end] if one != _FLAG]
     asked = len(left) < end or bool(os.environ.get("POCKETVLM_TRACEBACK"))
@@ -66,20 +66,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def run_to_exit_code(command: Callable[[], object], *, shows_traceback: bool = False) -> int:
-    """Runs a command to its end; no exception leaves here.
+    """Runs a command and returns its exit code; never raises.
 
     Args:
-        command: What is run; a whole number that it returns is the exit code.
+        command: The command; a whole number that it returns is the exit code.
         shows_traceback: Whether a failure is shown with its traceback, before its line.
     """
     _let_every_character_through()
     try:
         code = command()
         _flush_output()
-    except BaseException as error:  # noqa: BLE001  (panics of Rust libraries are no `Exception`)
+    except BaseException as error:  # noqa: BLE001  (panics of Rust libraries are not an `Exception`)
         if shows_traceback and not isinstance(error, SystemExit | typer.Exit):
             with contextlib.suppress(OSError, ValueError):
-                # Messages quote files of anybody; a line break of the traceback itself stays.
+                # Messages quote untrusted files; line breaks of the traceback itself stay.
                 print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
         code = _end(error)
     _drop_what_cannot_be_written()
@@ -87,8 +87,8 @@ def run_to_exit_code(command: Callable[[], object], *, shows_traceback: bool = F
 
 
 def _end(error: BaseException) -> int:
-    """Says what failed, in one line; returns the exit code."""
-    # Whatever a library made of it, it is the signal that ended the command.
+    """Prints what failed, in one line; returns the exit code."""
+    # Whatever a library turned it into, the signal ended the command.
     if is_interrupted() or isinstance(error, KeyboardInterrupt | typer.Abort):
         return announce()
     if isinstance(error, PocketVLMError):
@@ -112,20 +112,20 @@ def _end(error: BaseException) -> int:
     if full_disk is not None:
         return _fail(f"{full_disk}; nothing that was there before is lost", WRONG_INPUT)
     return _fail(
-        f"this is a fault of pocketvlm: {_words(error)}{_place(error)}; run the same command with "
+        f"this is a bug in pocketvlm: {_words(error)}{_place(error)}; run the same command with "
         f"{_FLAG} and report what it prints",
         FAULT,
     )
 
 
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads stderr: the code tells
+    with contextlib.suppress(OSError, ValueError):  # nothing reads stderr: the exit code remains
         say("error: " + one_line(message))
     return code
 
 
 def _fail_usage(error: typer.TyperException) -> int:
-    """A usage error is one line too; only a command without arguments shows its help."""
+    """Prints a usage error as one line; only a command without arguments shows its help."""
     context = getattr(error, "ctx", None)
     format_message = getattr(error, "format_message", None)
     message = str(error) if format_message is None else format_message()
@@ -151,7 +151,7 @@ def _describe_system_error(error: OSError) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The error's class and message; an exception whose text cannot be made still has a class."""
+    """The error's class and message; an exception whose text cannot be read still has a class."""
     try:
         text = str(error)
     except Exception as fault:  # noqa: BLE001  (its own `__str__` is a library's code)
@@ -160,7 +160,7 @@ def _words(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where in this package it came from: the innermost of its own lines."""
+    """Where in this package it was raised: the innermost frame in it."""
     package = Path(pocketvlm.__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
@@ -170,7 +170,7 @@ def _place(error: BaseException) -> str:
 
 
 def _let_every_character_through() -> None:
-    """A terminal of another encoding shows what it cannot as escapes, and raises nothing."""
+    """Makes terminals show characters outside their encoding as escapes, without raising."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -178,7 +178,7 @@ def _let_every_character_through() -> None:
 
 
 def _flush_output() -> None:
-    """What was printed is out, or the command failed."""
+    """Flushes the output; a failure fails the command."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -197,7 +197,7 @@ def _is_broken(stream: TextIO | None) -> bool:
 
 
 def _drop_what_cannot_be_written() -> None:
-    """What still waits for a reader who went away would be a traceback when Python ends."""
+    """Discards buffered output for a closed pipe, which would be a traceback when Python ends."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and _is_broken(stream):
             with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Commands that look at what is in a bundle."""
+"""Commands that look into a bundle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def inspect(
         ),
     ] = False,
     swift: Annotated[
-        bool, typer.Option("--swift", help="Print a Swift file that answers from the bundle.")
+        bool,
+        typer.Option("--swift", help="Print a Swift file that answers questions from the bundle."),
     ] = False,
     checkpoint: CheckpointOption = None,
     data: QuestionsOption = None,
@@ -41,7 +42,7 @@ def inspect(
     ] = 16,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a bundle holds, after checking the digest of every file."""
+    """Show what a bundle holds, after checking the digest of every file."""
     from pocketvlm.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -99,7 +100,7 @@ def verify_coreml(
         str, typer.Option(help="What Core ML may use: ALL, CPU_AND_NE, CPU_AND_GPU or CPU_ONLY.")
     ] = "ALL",
     iterations: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Timed predictions a function.")
+        int, typer.Option(min=1, max=100_000, help="Timed predictions per function.")
     ] = 20,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,8 +1,8 @@
 """Signals that ask a command to end: one line, exit code 128 and the signal's number, no traceback.
 
-Nothing that a command leaves half done does harm, so while it imports its libraries it is ended at
-once: an exception there would end up anywhere. At work, the first signal unwinds it, which removes
-what it wrote aside and ends its child processes; the second one ends it at once.
+A command may be ended at any point without harm, so while it imports its libraries it is ended at
+once: an exception there could end up anywhere. During the work, the first signal unwinds it, which
+removes its temporary files and ends its child processes; the second one ends it at once.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _announced: list[bool] = []
 
 
 def install() -> None:
-    """From here on, a signal ends the process at once, with its line.
+    """From here on, a signal ends the process at once, with one line.
 
-    A signal that is ignored, as by `nohup`, stays so; but shells ignore SIGINT for whatever they
-    start in the background, where somebody may send it all the same.
+    A signal that is ignored, as by `nohup`, stays so; except SIGINT, which shells ignore for
+    background jobs, where it may be sent nevertheless.
     """
     with suppress(ValueError):  # not in the main thread
         for number in _heeded():
@@ -39,12 +39,12 @@ def install() -> None:
 
 
 def is_interrupted() -> bool:
-    """Whether a signal asked this process to end."""
+    """Whether a signal has asked this process to end."""
     return bool(_received)
 
 
 def announce() -> int:
-    """Says that the command was interrupted, once; returns the exit code."""
+    """Prints once that the command was interrupted; returns the exit code."""
     if not _announced:
         _announced.append(True)
         with suppress(OSError, ValueError):  # the terminal is gone, or stderr is closed
@@ -57,8 +57,8 @@ def unwound_interrupts() -> Iterator[Callable[[], None]]:
     """Inside, the first signal is a `KeyboardInterrupt`.
 
     Yields:
-        A function that raises it once more: Python prints and forgets one that hits a finalizer,
-        and libraries may swallow it.
+        A function that raises it again: Python prints and forgets one that hits a finalizer, and
+        libraries may swallow it.
     """
     try:
         before = {number: signal.signal(number, _unwind) for number in _heeded()}
@@ -85,7 +85,7 @@ def _heeded() -> list[int]:
 
 def _line() -> str:
     goes_on = sys.argv[1:2] and sys.argv[1] in _RESUMABLE
-    return "interrupted" + ("; the same command goes on where this one stopped" if goes_on else "")
+    return "interrupted" + ("; the same command resumes where this one stopped" if goes_on else "")
 
 
 def _exit_code() -> int:
@@ -96,7 +96,7 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
     _received.append(number)
     if not _announced:
         with suppress(OSError):
-            os.write(2, (_line() + "\n").encode())  # `print` may be what was interrupted
+            os.write(2, (_line() + "\n").encode())  # the interrupt may have hit `print`
     os._exit(_exit_code())
 
 
@@ -113,6 +113,6 @@ def _raise_if_interrupted() -> None:
 
 
 def _forget_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
-    """The next step raises it again."""
+    """Notes that a finalizer swallowed the interrupt; the next step raises it again."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)

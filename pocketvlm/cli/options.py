@@ -39,7 +39,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(
-        help="The checkpoint that the bundle was made from. Default: the one beside the bundle."
+        help="The checkpoint that the bundle was made from. Default: the one next to the bundle."
     ),
 ]
 QuestionsOption = Annotated[
@@ -74,7 +74,7 @@ TargetOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Changes the recipe, e.g. stages.0.keep=0.25."),
+    typer.Option("--set", metavar="A.B=C", help="Change to the recipe, e.g. stages.0.keep=0.25."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ThreadsOption = Annotated[
@@ -91,14 +91,14 @@ SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random choice.")
 ]
 MAX_QUESTIONS = 100_000
-"""Questions that one command scores; they are generated, or read, before the first is asked."""
+"""The most questions that one command scores; all are read or made before the first is asked."""
 
 
 def parse_out(name: str | Path) -> Path:
-    """Refuses a folder without a name: `--out "$UNSET"` must not write into the current one.
+    """Refuses an empty name: `--out "$UNSET"` must not write into the current folder.
 
     Raises:
-        InputError: The name is empty, or means standard output to other tools.
+        InputError: The name is empty, or is `-`, which means standard output to other tools.
     """
     if str(name).strip() in ("", "-"):
         raise InputError(f"--out: {str(name)!r} does not name a file or folder; ./- would")
@@ -106,5 +106,5 @@ def parse_out(name: str | Path) -> Path:
 
 
 def out_option(meaning: str) -> Any:
-    """`--out` of a command that writes what `meaning` says."""
+    """The option `--out`, with `meaning` as its help text."""
     return typer.Option("--out", "-o", parser=parse_out, metavar="PATH", help=meaning)

@@ -17,7 +17,7 @@ __all__ = ["show_progress"]
 
 @contextmanager
 def show_progress() -> Iterator[ProgressCallback]:
-    """A progress bar per task on stderr; plain silence where stderr is no terminal.
+    """Shows one progress bar per task on stderr, or nothing if stderr is not a terminal.
 
     Inside, an interrupt unwinds the command instead of ending it at once.
     """

@@ -1,4 +1,4 @@
-"""Commands that compare and show what was timed."""
+"""Commands that compare and show measurements."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["compare", "report"]
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A report.json, or its folder.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The one that must not be worse.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The report that must not be worse.")],
     max_regress: Annotated[
         list[str] | None,
         typer.Option(metavar="METRIC=SHARE", help="Allowed regression, e.g. decode_tok_s=0.05."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Exit with 1 when B is worse than A beyond the bound."""
+    """Exit with 1 if B is worse than A beyond the bound."""
     from pocketvlm.device_bench.compare import compare_reports, parse_bounds
 
     rows = compare_reports(first, second, parse_bounds(max_regress or ()))
@@ -38,7 +38,7 @@ def compare(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
-    out: Annotated[Path, out_option("The page.")] = Path("report.html"),
+    out: Annotated[Path, out_option("The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from pocketvlm.files.publish import replace_file

@@ -1,1 +1,1 @@
-"""Files of anybody: read within bounds, written whole, signed."""
+"""Files: read within bounds, written atomically, signed."""

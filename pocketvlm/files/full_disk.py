@@ -1,8 +1,8 @@
-"""A full disk, told from every other failure.
+"""Tells a full disk from every other failure.
 
-The system reports it as an `OSError`. Toolkits hide that: safetensors and protobuf keep its words
-alone, torch and coremltools not even those. What was raised is therefore looked at in three ways:
-by its error number, by its words, and by asking whether the disk has room.
+The system reports it as an `OSError`. Toolkits hide that: safetensors and protobuf keep only its
+message, torch and coremltools not even that. So an exception is examined in three ways: by its
+error number, by its message, and by asking whether the disk has room.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _WORDS = re.compile(
 # torch's writer of archives says where it failed and not why; nothing but a write can fail there.
 _WRITER = re.compile(r"PytorchStreamWriter failed|failed writing (?:file|central directory)")
 _ROOM_BYTES = 2**16
-"""A disk with less room than this is full: no weights fit into it."""
+"""A disk with less room than this counts as full: no weights fit into it."""
 
 
 def describe_fault(error: BaseException, folder: Path | None = None) -> str | None:
-    """How a disk ran full, in a few words; `None` where the error is another.
+    """Describes a full disk in a few words; `None` for any other error.
 
     Args:
-        error: What was raised; its causes and contexts are looked at too.
+        error: The exception; its causes and contexts are examined too.
         folder: Where something was being written: an error of a toolkit while that disk is full is
-            laid to the disk.
+            attributed to the disk.
     """
     for link in _chain(error):
         if isinstance(link, StorageError):
@@ -56,7 +56,7 @@ def describe_fault(error: BaseException, folder: Path | None = None) -> str | No
 
 
 def is_full(folder: Path) -> bool:
-    """Whether the disk of a folder has no room left, as far as that can be asked."""
+    """Whether the disk of a folder has no room left, as far as the system says."""
     try:
         return shutil.disk_usage(folder).free < _ROOM_BYTES
     except OSError:
@@ -65,7 +65,7 @@ def is_full(folder: Path) -> bool:
 
 @contextmanager
 def naming_faults(folder: Path) -> Iterator[None]:
-    """Turns what the block raises for a full disk, whatever its class, into one line.
+    """Turns whatever the block raises because of a full disk into one line.
 
     Args:
         folder: What is being written.

@@ -16,15 +16,15 @@ __all__ = ["Message"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MORE = 0x80
-"""Set in every byte of a number but its last."""
+"""Set in every byte of a number except its last."""
 _LAST_SHIFT = 63
 
 
 class Message:
-    """One message: the payloads of its fields, in the order of the file.
+    """One message: the payloads of its fields, in file order.
 
     Raises:
-        ValueError: The bytes are no message.
+        ValueError: The bytes are not a message.
     """
 
     def __init__(self, data: bytes | memoryview = b"") -> None:
@@ -33,7 +33,7 @@ class Message:
             self._fields.setdefault(number, []).append(payload)
 
     def has(self, number: int) -> bool:
-        """Whether a field is there."""
+        """Whether a field is present."""
         return number in self._fields
 
     def messages(self, number: int) -> list[Message]:
@@ -41,7 +41,7 @@ class Message:
         return [Message(self._slice(value)) for value in self._fields.get(number, ())]
 
     def message(self, number: int) -> Message:
-        """A message, empty where the field is not there; the last one where it is repeated."""
+        """A message, empty if the field is absent; the last one if it is repeated."""
         found = self._fields.get(number)
         return Message(self._slice(found[-1])) if found else Message()
 
@@ -50,12 +50,12 @@ class Message:
         return {entry.text(1): entry.message(2) for entry in self.messages(number)}
 
     def data(self, number: int) -> bytes:
-        """A field of bytes, empty where it is not there."""
+        """A bytes field, empty if absent."""
         found = self._fields.get(number)
         return bytes(self._slice(found[-1])) if found else b""
 
     def text(self, number: int) -> str:
-        """A string, empty where the field is not there."""
+        """A string, empty if the field is absent."""
         return self.data(number).decode()
 
     def texts(self, number: int) -> list[str]:
@@ -63,12 +63,12 @@ class Message:
         return [bytes(self._slice(value)).decode() for value in self._fields.get(number, ())]
 
     def integer(self, number: int) -> int:
-        """A number, 0 where the field is not there."""
+        """A number, 0 if the field is absent."""
         found = self._fields.get(number)
         if not found:
             return 0
         if not isinstance(found[-1], int):
-            raise ValueError(f"field {number} is no number")  # noqa: TRY004  (the file is wrong)
+            raise ValueError(f"field {number} is not a number")  # noqa: TRY004  (the file is wrong)
         return _signed(found[-1])
 
     def integers(self, number: int) -> list[int]:
@@ -114,7 +114,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         else:
             raise ValueError(f"a field is of kind {kind}")
         if place + size > len(data):
-            raise ValueError("a field ends behind the end of its message")
+            raise ValueError("a field ends after the end of its message")
         yield number, data[place : place + size]
         place += size
 
@@ -133,5 +133,5 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
 
 
 def _signed(value: int) -> int:
-    """Negative numbers are written as 64 bits, whatever their type."""
+    """Negative numbers are encoded in 64 bits, whatever their type."""
     return value - (1 << 64) if value >> _LAST_SHIFT else value

@@ -1,13 +1,12 @@
-"""Publishing: a file or a folder is written aside, and takes its place whole or not at all.
+"""Publishing: a file or folder is written aside, and replaces the old one whole or not at all.
 
-Whoever looks, at any moment, sees what was there before or what takes its place: two folders are
-exchanged by one system call. Everything is flushed first, so that a power cut leaves one of the two
-as well. What is written has the mode that the user's umask says, which libraries that write to a
-private temporary file forget.
+A reader sees either the old content or the new, at any moment: two folders are exchanged by one
+system call. Everything is flushed first, so that a power cut leaves one of the two as well. Files
+get the mode of the user's umask, which libraries that write to a private temporary file forget.
 
-An aside is named after what it becomes, with an ending of its own and `.partial`; while it is being
-filled it is locked, so that the next attempt can tell what a dead process left from what a living
-one is writing.
+The temporary name is the final one with a unique suffix and `.partial`. It is locked while it is
+being filled, so that the next attempt can tell what a dead process left from what a living one is
+writing.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ _RETIRED = ".retired.partial"
 
 @contextmanager
 def replace_file(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
-    """Yields a path to write to, which takes the place of `path` only when the block succeeds.
+    """Yields a path to write to, which replaces `path` only if the block succeeds.
 
     Args:
         path: The file.
-        scratch: Folder of the same file system that the aside lies in, where a kill may leave it;
-            `None` for the file's own.
+        scratch: Folder on the same file system for the temporary file, where a kill may leave it;
+            `None` for the file's own folder.
 
     Raises:
         StorageError: The disk is full.
@@ -62,11 +61,11 @@ def replace_file(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the place of `path` only when the block succeeds.
+    """Yields a folder to fill, which replaces `path` only if the block succeeds.
 
-    A failure leaves what was there before; a kill leaves it too, beside a `.partial` folder that
-    the next attempt removes. Several processes may write the same folder: each fills one of its
-    own, and the last one stays.
+    A failure leaves the old folder; a kill leaves it too, next to a `.partial` folder that the next
+    attempt removes. Several processes may write the same folder: each fills its own, and the last
+    one wins.
 
     Raises:
         StorageError: The disk is full.
@@ -85,18 +84,18 @@ def replace_directory(path: Path) -> Iterator[Path]:
 
 
 def take_place(folder: Path, path: Path) -> None:
-    """Puts a finished folder of the same disk in the place of another, in one step.
+    """Replaces a folder with a finished one on the same disk, in one step.
 
-    What was there before, if anything, lies where the folder was.
+    The old content, if any, is left where the finished folder was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _put(folder, path)
 
 
 def recover(path: Path) -> None:
-    """Puts a folder back that a kill left without its name, and removes what dead processes left.
+    """Restores a folder that a kill left without its name, and removes what dead processes left.
 
-    Without an exchange, two renames publish a folder, and there is none between them.
+    Where the system cannot exchange, two renames publish a folder, and it is missing between them.
     """
     pattern = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?(\.retired)?\.partial")
     for left in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
@@ -105,7 +104,7 @@ def recover(path: Path) -> None:
         if not _is_abandoned(left):
             continue
         if left.name.endswith(_RETIRED) and not path.exists():
-            with suppress(OSError):  # somebody else was quicker
+            with suppress(OSError):  # another process was faster
                 left.rename(path)
         else:
             shutil.rmtree(left, ignore_errors=True)
@@ -117,7 +116,7 @@ def _aside(path: Path) -> Path:
 
 @contextmanager
 def _locked_aside(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, under a lock that ends with this process."""
+    """Makes a folder next to `path`, under a lock that ends with this process."""
     while True:
         aside = _aside(path)
         aside.mkdir()
@@ -125,9 +124,9 @@ def _locked_aside(path: Path) -> Iterator[Path]:
             yield aside
             return
         descriptor = os.open(aside, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: nobody there can tell
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if aside.is_dir():  # nobody took it for abandoned before it was locked
+        if aside.is_dir():  # no other process took it for abandoned before it was locked
             break
         os.close(descriptor)
     try:
@@ -144,7 +143,7 @@ def _remove(path: Path) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Gives everything in a folder its usual mode, and flushes it."""
+    """Gives everything in a folder its normal mode, and flushes it."""
     mode = folder.stat().st_mode & 0o777
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
@@ -157,7 +156,7 @@ def _settle(folder: Path) -> None:
 
 
 def _put(aside: Path, path: Path) -> None:
-    """Lets two folders change places, or one take a place that is free."""
+    """Exchanges two folders, or renames one if the other does not exist."""
     try:
         _exchange(aside, path)
     except FileNotFoundError:
@@ -199,21 +198,21 @@ def _exchange(first: Path, second: Path) -> None:
 def _flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     if sys.platform == "win32" and path.is_dir():
-        return  # folders cannot be opened there, and need not be
+        return  # folders cannot be opened there, and need not be flushed
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what cannot be flushed, such as a network's folder
+        if error.errno != errno.EINVAL:  # cannot be flushed, such as a network folder
             raise
     finally:
         os.close(descriptor)
 
 
 def _is_abandoned(aside: Path) -> bool:
-    """Whether no living process is writing there."""
+    """Whether no living process is writing it."""
     if sys.platform == "win32":
-        return False  # a folder cannot be locked: it stays until somebody removes it
+        return False  # a folder cannot be locked there: it stays until the user removes it
     try:
         descriptor = os.open(aside, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

@@ -1,8 +1,8 @@
-"""Files: read only where they may be, and written so that a kill leaves the old or the new one.
+"""Reads untrusted files: only inside their folder, and only up to a bound.
 
-A bundle, a checkpoint or a data set of a stranger names files. What it names is read only inside
-its own folder, and only if it is a regular file: a link that leaves the folder, a pipe or a device
-is refused in one line.
+An untrusted bundle, checkpoint or data set names files. These are read only inside its own folder,
+and only if they are regular files: a link that leaves the folder, a pipe or a device is refused in
+one line.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pocketvlm.errors import BundleError, PocketVLMError
 __all__ = ["MAX_TEXT_BYTES", "file_sha256", "is_lfs_pointer", "locate", "read_bytes", "read_text"]
 
 MAX_TEXT_BYTES = 2**28
-"""Bytes of a text file that is read whole; the largest published tokenizers have 35 MB."""
+"""The largest text file that is read; the largest published tokenizers have 35 MB."""
 
-# Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever; O_BINARY is Windows'.
+# Without O_NONBLOCK, opening a pipe without a writer would block forever; O_BINARY is for Windows.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _PIECE_BYTES = 2**18
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def locate(folder: Path, name: str, *, error: type[PocketVLMError] = BundleError) -> Path:
-    """The path of a file that a document of a folder names.
+    """The path of a file that is named by a document in a folder.
 
     Links are followed inside the folder. In a hub's cache, where every file of a snapshot is a link
     to a blob, they are followed to the blobs of the same repository as well.
 
     Args:
-        folder: The folder that the document lies in.
+        folder: The folder of the document.
         name: The file's name, relative, with forward slashes.
         error: What is raised when the file may not be read.
 
     Raises:
-        PocketVLMError: `error`, where the name is no relative path inside the folder, nothing is
-            there, or it is no regular file.
+        PocketVLMError: `error`: the name is not a relative path inside the folder, the file is
+            missing, or it is not a regular file.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -59,7 +59,7 @@ def locate(folder: Path, name: str, *, error: type[PocketVLMError] = BundleError
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:
-    """Where files of a folder may lie: in it, and in the blobs beside a snapshot of a hub."""
+    """Where files of a folder may be: in it, and in the blobs next to a hub's snapshot."""
     for parent in folder.parents:
         if parent.name == "snapshots":
             # `blobs` itself is not resolved: were it a link, it could lead anywhere.
@@ -73,8 +73,8 @@ def read_bytes(
     """Content of a regular file of bounded size.
 
     Raises:
-        PocketVLMError: `error`, where it is missing, no regular file, too large, or the pointer
-            that git leaves in place of a large file.
+        PocketVLMError: `error`: it is missing, not a regular file, too large, or the pointer that
+            git leaves in place of a large file.
     """
     try:
         descriptor = os.open(path, _FLAGS)
@@ -107,7 +107,7 @@ def read_text(
     Line ends stay as they are.
 
     Raises:
-        PocketVLMError: `error`, as `read_bytes`, or where it is not text.
+        PocketVLMError: `error`, as in `read_bytes`, or if it is not text.
     """
     content = read_bytes(path, error=error, max_bytes=max_bytes)
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -132,7 +132,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _read_up_to(stream: BinaryIO, limit: int) -> bytes:
-    """Up to `limit` bytes; one `read` of that many would take the memory for all of them."""
+    """Reads up to `limit` bytes; one `read` of that many would allocate all of them."""
     pieces: list[bytes] = []
     while limit > 0 and (piece := stream.read(min(limit, _PIECE_BYTES))):
         pieces.append(piece)

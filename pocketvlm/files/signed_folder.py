@@ -1,12 +1,11 @@
 """A signed folder: its document lists the digest of every file that may be read from it.
 
-A bundle (manifest.json) and a saved checkpoint (pocketvlm.json) are signed folders. What is there
-and not listed is refused as well as what was changed: a reader that looks for a file which the
-writer did not need would take it. The document has a digest of itself, so that no bit of it changes
-unseen either.
+A bundle (manifest.json) and a saved checkpoint (pocketvlm.json) are signed folders. Unlisted files
+are refused as well as changed ones: a reader that looks for an optional file would take them. The
+document has its own digest, so that no bit of it changes unnoticed either.
 
 A digest proves that nothing changed since the document was written. It does not prove who wrote it:
-`docs/security.md` tells how to sign the document with a key.
+`docs/security.md` says how to sign the document with a key.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from pocketvlm.files.reader import file_sha256, locate
 __all__ = ["DIGEST_KEY", "sign_document", "sign_files", "verify_document", "verify_files"]
 
 DIGEST_KEY = "sha256"
-"""Where a document keeps the digest of everything else in it."""
+"""The key of a document's own digest, which covers everything else in it."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 12
 
 
 def sign_files(folder: Path, unsigned: Iterable[str]) -> dict[str, str]:
-    """Digests of every file below a folder, by its relative name, in sorted order."""
+    """Digests of every file in a folder, by relative name, sorted."""
     left_out = frozenset(unsigned)
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
     return {
@@ -55,20 +54,20 @@ def verify_files(
     Args:
         folder: The folder.
         files: What its document lists: digests by relative name.
-        document: Name of the document. Itself, and files that are named after it, such as a
-            detached signature, are not listed.
-        unsigned: Other files that need not be listed, because no reader takes them.
+        document: Name of the document. It is not listed itself, nor are files named after it, such
+            as a detached signature.
+        unsigned: Other files that need not be listed, because no reader uses them.
         error: What is raised.
 
     Raises:
-        PocketVLMError: `error`, where nothing is listed, a file is missing, no regular file, leads
-            out of the folder, was changed, or is not listed.
+        PocketVLMError: `error`: nothing is listed, or a file is missing, not a regular file,
+            outside the folder, changed, or not listed.
     """
     if not files:
         raise error(f"{folder / document}: lists no files; every file that is used must be listed")
     for name, expected in files.items():
         if not _DIGEST.fullmatch(expected):
-            raise error(f"{folder / document}: the digest of {name!r} is no sha256")
+            raise error(f"{folder / document}: the digest of {name!r} is not a sha256")
         path = locate(folder, name, error=error)
         found = file_sha256(path)
         if found != expected:
@@ -87,7 +86,7 @@ def verify_files(
 
 
 def sign_document(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with the digest of itself."""
+    """The document with its own digest."""
     content = {key: value for key, value in document.items() if key != DIGEST_KEY}
     return {**content, DIGEST_KEY: _digest(content)}
 
@@ -95,10 +94,10 @@ def sign_document(document: Mapping[str, Any]) -> dict[str, Any]:
 def verify_document(
     document: Mapping[str, Any], path: Path, *, error: type[PocketVLMError]
 ) -> None:
-    """Compares a document with the digest of itself, where it has one.
+    """Compares a document with its own digest, if it has one.
 
     Raises:
-        PocketVLMError: `error`, where it was changed.
+        PocketVLMError: `error`: it was changed.
     """
     content = {key: value for key, value in document.items() if key != DIGEST_KEY}
     try:
@@ -110,13 +109,13 @@ def verify_document(
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    # As it is read back: a tuple is a list, and the order of keys says nothing.
+    # As it is read back: a tuple becomes a list, and the order of keys does not count.
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _entries(folder: Path, error: type[PocketVLMError]) -> Iterator[str]:
-    """Everything below a folder that a name can stand for; of folders, those that are empty."""
+    """Every file in a folder, and every empty folder."""
 
     def refuse(fault: OSError) -> None:
         raise error(f"{fault.filename}: cannot be read: {fault.strerror}") from fault

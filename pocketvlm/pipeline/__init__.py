@@ -1,1 +1,1 @@
-"""The only modules that know the order of things: plan a recipe, run it, assemble the bundle."""
+"""The only modules that know the order of the work: plan a recipe, run it, assemble the bundle."""

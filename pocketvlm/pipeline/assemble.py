@@ -1,4 +1,4 @@
-"""Puts a bundle together: graphs, processor files, manifest, certificate, in this order."""
+"""Assembles a bundle: graphs, processor files, manifest, certificate, in this order."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ PARITY_FILE = "parity.json"
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltBundle:
-    """A bundle with its proof.
+    """A bundle with its certificate.
 
     Attributes:
         bundle: The bundle.
         parity: Its certificate.
-        failed: Why a target is not in it, by target.
+        failed: Why a target is missing, by target.
     """
 
     bundle: Bundle
@@ -60,18 +60,18 @@ def build_bundle(
     samples: Sequence[Sample],
     ctx: RunContext,
 ) -> BuiltBundle:
-    """Exports every target and certifies it; `path` is replaced only when something was exported.
+    """Exports every target and certifies it; replaces `path` only if something was exported.
 
-    A certificate that fails is no reason to throw the bundle away: it is written with its verdict,
-    so that somebody can look at what went wrong. Neither is a target that cannot be exported: the
-    others are whole without it.
+    A bundle whose certificate fails is still written, with its verdict, so that the failure can be
+    examined. So is one without a target that could not be exported: the others are complete without
+    it.
 
     Args:
-        checkpoint: What was evaluated.
-        recipe: Where it came from.
-        targets: What is exported.
+        checkpoint: The checkpoint that was evaluated.
+        recipe: The recipe that made it.
+        targets: The targets to export.
         path: The bundle's folder.
-        samples: Questions with pictures that the certificate is made on.
+        samples: Questions with pictures for the certificate.
         ctx: The run.
 
     Raises:
@@ -99,7 +99,7 @@ def write_graphs(
     recipe_sha256: str,
     ctx: RunContext,
 ) -> Manifest:
-    """Writes a bundle without certificate into a folder: graphs, processor files, manifest."""
+    """Writes a bundle without a certificate into a folder: graphs, processor files, manifest."""
     components = tuple(
         component for target in targets for component in target.export(checkpoint, folder, ctx)
     )
@@ -109,12 +109,12 @@ def write_graphs(
 def _export_each(
     checkpoint: Checkpoint, targets: Sequence[Target], folder: Path, ctx: RunContext
 ) -> tuple[tuple[Component, ...], dict[str, PocketVLMError]]:
-    """Exports what can be; of a target that cannot, nothing stays in the folder."""
+    """Exports every target that can be; a failed one leaves nothing in the folder."""
     components: list[Component] = []
     failed: dict[str, PocketVLMError] = {}
     for target in targets:
         try:
-            # A full disk is no fault of the target: the others would be exported without it.
+            # A full disk is not the target's fault: the others would be exported without it.
             with naming_faults(folder):
                 components += target.export(checkpoint, folder, ctx)
         except StorageError:
@@ -126,11 +126,12 @@ def _export_each(
 
 
 def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Manifest:
-    """Writes what a bundle reads text and pictures with, and describes the unreduced model.
+    """Writes the processor files of a bundle, and describes the unreduced model.
 
     Args:
         processor: The checkpoint's processor.
-        spec: The model as it is exported: pruning changes it, and the processor does not know.
+        spec: The exported model's specification, which pruning changes; the processor's is the
+            source's.
         folder: The bundle's folder.
 
     Returns:

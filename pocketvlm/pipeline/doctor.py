@@ -1,4 +1,4 @@
-"""Whether the installed versions fit together, and what is missing for which target."""
+"""Checks whether the installed versions fit together, and what each target lacks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MIN_FREE_BYTES = 2_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was checked.
 
     Attributes:
-        verdict: `ok`, `missing` (optional, and what it would bring) or `broken`.
+        verdict: `ok`, `missing` (optional) or `broken`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Looks at Python, every requirement of the package and its extras, memory and disk."""
+    """Checks Python, every requirement of the package and its extras, memory and disk."""
     return (
         Finding(name="python", verdict="ok", detail=platform.python_version()),
         *(_check_requirement(text) for text in metadata.requires("pocketvlm") or ()),
@@ -65,7 +65,7 @@ def _check_requirement(text: str) -> Finding:
         return Finding(
             name=requirement.name,
             verdict="missing",
-            detail=f"pip install 'pocketvlm[{extra}]' brings it",
+            detail=f"pip install 'pocketvlm[{extra}]' installs it",
         )
     if requirement.specifier.contains(found, prereleases=True):
         told = _told(requirement.name, found)
@@ -76,7 +76,7 @@ def _check_requirement(text: str) -> Finding:
 
 
 def _told(name: str, found: str) -> str:
-    """What the version of a runtime means for bundles."""
+    """Adds to a runtime's version what it means for bundles."""
     if name != "onnxruntime":
         return ""
     told = f"; bundles need {LOWEST_ONNX_VERSION} or newer in an app"

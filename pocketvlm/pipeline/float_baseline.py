@@ -1,4 +1,4 @@
-"""The float32 export of a run's model: what the compressed bundle is timed against."""
+"""The float32 export of a run's model, against which the compressed bundle is timed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _RECIPE = "float"
 
 
 def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
-    """Makes the bundle `OUT/float-baseline`, unless it is there and whole.
+    """Makes the bundle `OUT/float-baseline`, unless it exists and is complete.
 
-    It is made in a process of its own, so that its memory is not counted as that of the run, by a
+    A separate process makes it, so that its memory does not count as the run's; that process is a
     run inside the run's working folder.
 
     Args:
         model: The model's directory.
-        out: The run folder, whose own bundle is finished.
-        ctx: Threads, and where progress is told.
+        out: The run folder, whose bundle is finished.
+        ctx: Threads and progress.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        ExportError: The export failed; the message is the other process's.
+        ExportError: The export failed; the message is from the other process.
     """
     place = out / "float-baseline"
     source = Bundle.open(out / "bundle", verify=False).manifest.source_sha256
@@ -46,7 +46,7 @@ def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
         *("compress", str(model), "--recipe", _RECIPE),
         *("--out", str(work), "--no-bench", "--no-verify-source", "--data", "none"),
         *("--threads", str(ctx.threads)),
-        "--no-verify-source",  # the run itself has looked at the model
+        "--no-verify-source",  # the run itself has checked the model
     ]
     with start_child(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         _, said = process.communicate()
@@ -59,7 +59,7 @@ def make_float_baseline(model: Path, out: Path, ctx: RunContext) -> Path:
 
 
 def _is_baseline(path: Path, source_sha256: str) -> bool:
-    """Whether a whole float bundle of the same weights, made by the same versions, is there."""
+    """Whether a complete float bundle of the same weights exists, made by the same versions."""
     try:
         manifest = Bundle.open(path).manifest
     except BundleError:

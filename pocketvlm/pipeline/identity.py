@@ -1,9 +1,9 @@
-"""Identity: what a run, and each of its stages, depends on; a digest each.
+"""Identity: digests of what a run, and each of its stages, depends on.
 
 A run is its model, recipe, calibration set and seed. A stage's result depends on more: on the
-versions of what computes it, and on how many threads do, since sums are then taken in another
-order. Work that was done under other conditions is not taken over, it is done again: a run that
-was stopped ends with the bytes of one that was not.
+versions of the libraries, and on the number of threads, which changes the order of sums. Work done
+under other conditions is not reused but repeated, so that an interrupted run ends with the bytes of
+one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = ["RunIdentity", "conditions", "model_sha256", "stage_keys", "stage_set
 
 _COMPUTES = ("pocketvlm", "torch", "transformers", "tokenizers", "numpy", "pillow", "scipy")
 _TEXTS = (".json", ".jinja", ".model", ".txt")
-"""Endings of files beside the weights that a model is read from."""
+"""Suffixes of the files other than weights that a model is read from."""
 
 _UNREAD = frozenset({"license.txt", "readme.txt"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run folder belongs to.
+    """The run that a folder belongs to.
 
     Attributes:
         model: Digest of the model's weights, configuration, tokenizer and processor.
-        weights: Digest of its weights alone, as bundles and checkpoints name it.
+        weights: Digest of its weights alone, as in bundles and checkpoints.
         recipe: Digest of the resolved recipe.
         calibration: Digest of the calibration set.
         seed: Seed of every random choice.
@@ -58,7 +58,7 @@ class RunIdentity:
 
 
 def conditions() -> dict[str, Any]:
-    """What a stage's result depends on beside the run: versions, threads, the processor's kind."""
+    """What a stage's result depends on besides the run: versions, threads, the processor's kind."""
     return {
         "versions": toolchain_versions(_COMPUTES),
         "threads": torch.get_num_threads(),
@@ -83,7 +83,7 @@ def stage_keys(*before: Any, stages: Sequence[Any]) -> list[str]:
 
 
 def stage_settings(recipe: Recipe) -> list[Any]:
-    """Settings of every stage, with digests of the files that they name.
+    """The settings of every stage, with digests of the files that they name.
 
     Raises:
         RecipeError: Such a file cannot be read.
@@ -97,7 +97,7 @@ def stage_settings(recipe: Recipe) -> list[Any]:
 
 
 def model_sha256(model: Path, weights_sha256: str) -> str:
-    """Digest of a model's folder: its weights, and every small file that it is read from."""
+    """Digest of a model's folder: its weights, and every small file that is read."""
     names = sorted(
         path.relative_to(model).as_posix()
         for pattern in ("*", "*/*.jinja")

@@ -1,4 +1,4 @@
-"""Job: the main job as the command line states it, with names resolved and defaults filled in."""
+"""Job: the main job as given on the command line, with names resolved and defaults filled in."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SceneAnswer:
     """One question about one generated scene, answered by the bundle.
 
     Attributes:
-        image: Where the picture was written.
+        image: Path of the picture.
         expected: The right answer.
     """
 
@@ -46,7 +46,7 @@ class SceneAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the user asked for.
+    """The user's request.
 
     Attributes:
         model: A name that `resolve_model` understands.
@@ -55,10 +55,10 @@ class Job:
         settings: `a.b=c` changes to the recipe.
         calibration: A calibration source instead of the recipe's.
         data: Questions to score, `none`, or `None` for the default of the model.
-        n: How many.
+        n: The number of questions.
         bench: Whether the bundle is timed.
-        baseline: Whether it is timed beside the float32 export.
-        source_check: Whether the checkpoint is held to the stock classes first.
+        baseline: Whether it is timed together with the float32 export.
+        source_check: Whether the checkpoint is first compared with the stock classes.
     """
 
     model: str
@@ -79,8 +79,8 @@ class Job:
         """Plans, then runs.
 
         Raises:
-            PocketVLMError: Something about the input is wrong; found, where it can be, before any
-                compute.
+            PocketVLMError: Something about the input is wrong; found before any compute if
+                possible.
         """
         recipe = self._recipe()
         path = resolve_model(self.model)
@@ -103,7 +103,7 @@ class Job:
         )
 
     def plan(self, *, device: str | None = None) -> Plan:
-        """Plans, with every row of the folders that were named, and computes nothing.
+        """Plans, checking every row of the given folders, and computes nothing.
 
         Args:
             device: Name of a device profile whose memory the result must fit.
@@ -130,7 +130,7 @@ class Job:
         return replace(recipe, calibration=options)
 
     def ask_about_a_scene(self, result: RunResult) -> SceneAnswer:
-        """Asks the finished bundle about one held-out scene, whose picture is kept beside it."""
+        """Asks the finished bundle about one held-out scene, whose picture is stored next to it."""
         example = next(generate_examples(7, 1, split="evaluation"))
         picture = result.out / "scene.png"
         with replace_file(picture) as aside:

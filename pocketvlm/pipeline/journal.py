@@ -1,10 +1,10 @@
-"""What a run remembers of itself, so that a killed one goes on where it stopped.
+"""The state of a run on disk, from which a killed run resumes.
 
-A run folder belongs to one run; `run.json` says which. What an unfinished run needs lies in
-`.work`: a folder for each stage, named by its key, with the layers that are finished and, once it
-is done, its checkpoint. Everything there is kept with a digest. What is damaged, and what was made
-under other conditions, counts as not there and is made again; so no folder is ever stuck.
-`log.jsonl` is written for people and is never read.
+A run folder belongs to one run; `run.json` says which. What an unfinished run needs is in `.work`:
+one folder per stage, named by its key, with the layers that are finished and, once it is done, its
+checkpoint. Everything there is stored with a digest. What is damaged, or was made under other
+conditions, counts as missing and is made again, so no folder is ever stuck. `log.jsonl` is written
+for people and is never read.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _WORDS = (b'"key"', b'"what"', b'"sha256"', b'"model"')
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """The memory of one run folder.
+    """The journal of one run folder.
 
     Attributes:
         out: The run folder.
-        identity: What it belongs to.
+        identity: The run that it belongs to.
     """
 
     out: Path
@@ -58,15 +58,15 @@ class Journal:
     @classmethod
     @contextmanager
     def open(cls, out: Path, identity: RunIdentity, what: str) -> Iterator[Journal]:
-        """Opens a run folder, or starts one in an empty folder, and keeps other processes out.
+        """Opens a run folder, or starts one in an empty folder, and locks it.
 
         Args:
             out: The run folder.
-            identity: What the run is.
-            what: The same in words, for whoever finds the folder.
+            identity: The run.
+            what: The same in words, for people.
 
         Raises:
-            RecipeError: The folder holds something else, which is not touched, or another process
+            RecipeError: The folder holds something else, which stays untouched, or another process
                 is writing it.
         """
         _require_own(out, identity)
@@ -82,7 +82,7 @@ class Journal:
 
     @staticmethod
     def refuse_if_busy(out: Path) -> None:
-        """Asks, before anything is loaded, whether another process writes a run folder.
+        """Checks, before anything is loaded, that no other process is writing a run folder.
 
         Raises:
             RecipeError: One does.
@@ -91,15 +91,15 @@ class Journal:
 
     @property
     def work(self) -> Path:
-        """What only an unfinished run needs."""
+        """The working folder, which only an unfinished run needs."""
         return self.out / _WORK
 
     def stage_dir(self, stage_key: str) -> Path:
-        """Where a stage keeps its finished layers, and its checkpoint once it is done."""
+        """The folder of a stage's finished layers, and of its checkpoint once it is done."""
         return self.work / stage_key[:16]
 
     def finish_stage(self, stage_key: str, record: Mapping[str, Any]) -> None:
-        """Notes that a stage's checkpoint is whole, and what the stage's record says."""
+        """Records that a stage's checkpoint is complete, with the stage's record."""
         folder = self.stage_dir(stage_key)
         files = sign_files(folder / "checkpoint", ())
         keep_document(
@@ -108,7 +108,7 @@ class Journal:
         self.log("stage", key=stage_key, record=record)
 
     def finished_checkpoint(self, stage_key: str) -> Path | None:
-        """The checkpoint that a stage finished in this or an earlier attempt, if it is whole."""
+        """The checkpoint that a stage finished in this or an earlier attempt, if undamaged."""
         path = self.stage_dir(stage_key) / "checkpoint"
         if not path.is_dir():
             return None
@@ -126,11 +126,11 @@ class Journal:
         return None if note is None else dict(note["record"])
 
     def keep(self, name: str, key: str, value: Mapping[str, Any]) -> None:
-        """Keeps a result of this run that is no stage's."""
+        """Stores a result of this run that does not belong to a stage."""
         keep_document(self.work / f"{name}.json", {"key": key, "value": value})
 
     def find(self, name: str, key: str) -> Mapping[str, Any] | None:
-        """What `keep` kept under the same key, if it is whole."""
+        """What `keep` stored under the same key, if it is undamaged."""
         found = find_document(self.work / f"{name}.json")
         return dict(found["value"]) if found is not None and found["key"] == key else None
 
@@ -140,19 +140,19 @@ class Journal:
         with (self.out / "log.jsonl").open("a+b") as stream:
             if stream.tell():
                 stream.seek(-1, 2)
-                if stream.read(1) != b"\n":  # the run was killed while it wrote that line
+                if stream.read(1) != b"\n":  # the run was killed while writing that line
                     line = "\n" + line
             stream.write(line.encode())
 
     def clean(self) -> None:
-        """Removes what only an unfinished run needs."""
+        """Removes the working folder."""
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 def _require_own(out: Path, identity: RunIdentity) -> None:
     """Makes sure that a folder is this run's, or new.
 
-    One whose `run.json` is damaged is this run's where nothing in it says that it is another's.
+    A folder with a damaged `run.json` counts as this run's unless something in it says otherwise.
 
     Raises:
         RecipeError: The folder holds something else.
@@ -167,7 +167,7 @@ def _require_own(out: Path, identity: RunIdentity) -> None:
     names = {path.name for path in out.iterdir()}
     marker = out / _MARKER
     if _MARKER not in names:
-        # A run makes its lock first and `run.json` next, and may be killed in between.
+        # A run makes its lock first and `run.json` next, and may be killed between the two.
         has_lock = (out / _WORK / "lock").is_file()
         foreign = [name for name in names if not (_ASIDE.fullmatch(name) or name in _OWN)]
         if foreign or (names & set(_OWN) and not has_lock):
@@ -192,7 +192,7 @@ def _require_own(out: Path, identity: RunIdentity) -> None:
 
 
 def _was_ours(marker: Path) -> bool:
-    """Whether a `run.json` that cannot be read was written here: torn, emptied, or one bit off."""
+    """Whether an unreadable `run.json` was written here: truncated, empty or with a flipped bit."""
     try:
         content = marker.read_bytes()[:4096]
     except OSError:
@@ -202,7 +202,7 @@ def _was_ours(marker: Path) -> bool:
 
 
 def _require_matching_results(out: Path, identity: RunIdentity) -> None:
-    """Makes sure that no results of another run are replaced where `run.json` cannot tell."""
+    """Makes sure that no results of another run are replaced if `run.json` is unreadable."""
     expected = {
         "checkpoint/pocketvlm.json": {"source.sha256": identity.weights},
         "bundle/manifest.json": {
@@ -214,7 +214,7 @@ def _require_matching_results(out: Path, identity: RunIdentity) -> None:
         try:
             document = read_json(out / name)
         except BundleError:
-            continue  # nothing is there, or it is damaged as well
+            continue  # it is missing, or damaged as well
         for key, digest in digests.items():
             value: Any = document
             for step in key.split("."):
@@ -227,7 +227,7 @@ def _require_matching_results(out: Path, identity: RunIdentity) -> None:
 
 
 def _sweep(out: Path) -> None:
-    """Removes what attempts that were killed left half written."""
+    """Removes what killed attempts left half written."""
     for path in out.iterdir():
         if _ASIDE.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)

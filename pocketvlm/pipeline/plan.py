@@ -24,25 +24,25 @@ from pocketvlm.stages import PlanState, Stage, Target, check_order
 
 __all__ = ["Plan", "plan", "plan_stages"]
 
-_SOURCE_BYTES_A_WEIGHT = 2  # a checkpoint is published in bf16
-_TURN_TOKENS = 256  # text of a short chat, beside the picture
+_SOURCE_BYTES_A_WEIGHT = 2  # checkpoints are published in bf16
+_TURN_TOKENS = 256  # the text of a short chat, in addition to the picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe would do to a model.
+    """The predicted outcome of a recipe for a model.
 
     Attributes:
-        visual_tokens: Tokens an image costs after reduction.
-        visual_tokens_full: Before it.
-        source_bytes: The weights in bf16.
+        visual_tokens: Tokens per image after reduction.
+        visual_tokens_full: Tokens per image before it.
+        source_bytes: Bytes of the source's weights in bf16.
         part_bytes: Predicted weight bytes by part of the model, scales included.
         weight_bytes: Predicted bytes of the largest target's weights.
-        bundle_bytes: The same with graphs and processor files.
-        kv_cache_bytes: The decoder's cache for one picture and a short chat.
+        bundle_bytes: The same, with graphs and processor files.
+        kv_cache_bytes: Bytes of the decoder's cache for one picture and a short chat.
         ram_bytes: Predicted memory on the device: weights, cache and activations.
-        refused: What a target or the device cannot run, with what would work.
-        warnings: What is allowed, and should be known.
+        refused: What a target or the device cannot run, and what would work.
+        warnings: What is allowed, but should be known.
     """
 
     model: str
@@ -105,10 +105,10 @@ def plan(
 
     Args:
         model: A checkpoint directory; no weight of it is loaded.
-        recipe: What would be done.
+        recipe: The recipe.
         device: Name of a device profile whose memory it must fit.
-        calibration: What stages would look at, to check every row of it.
-        evaluation: Questions that would be scored, likewise.
+        calibration: The calibration set, of which every row is checked.
+        evaluation: The questions to score, likewise.
 
     Raises:
         RecipeError: A rule matches nothing, a count is too large, an order is wrong.
@@ -176,15 +176,15 @@ def plan(
 def plan_stages(
     stages: Sequence[Stage], spec: ModelSpec, targets: Sequence[Target] = ()
 ) -> PlanState:
-    """What stages would make of a model.
+    """The state of a model after planned stages.
 
     Args:
-        stages: In the order in which they would run.
+        stages: The stages, in order.
         spec: The model.
-        targets: What it would be exported to, for stages that count a target's bytes.
+        targets: The targets to export, for stages that count a target's bytes.
 
     Raises:
-        RecipeError: A stage stands in the wrong place or does not fit; the message names it.
+        RecipeError: A stage is in the wrong position or does not fit; the message names it.
         UnsupportedError: The model lacks what a stage needs.
     """
     check_order(stages)
@@ -200,7 +200,7 @@ def plan_stages(
 
 
 def _cache_bytes(state: PlanState) -> int:
-    """The decoder's cache for one picture and a short chat."""
+    """Bytes of the decoder's cache for one picture and a short chat."""
     decoder = state.spec.decoder
     layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
     visual_layers = decoder.depth if state.visual_layers is None else state.visual_layers
@@ -209,7 +209,7 @@ def _cache_bytes(state: PlanState) -> int:
 
 
 def _activation_bytes(spec: ModelSpec) -> int:
-    """The widest layer of the tower, twice, in float32: what the vision graph peaks at."""
+    """Peak activations of the vision graph: the tower's widest layer, twice, in float32."""
     tower = spec.tower
     tokens = tower.tokens
     return 2 * 4 * tokens * max(tower.ffn_size, 3 * tower.hidden_size)

@@ -1,7 +1,7 @@
-"""Preflight: what the runtime would refuse in the end is asked before any compute.
+"""Preflight: finds before any compute what the runtime would refuse in the end.
 
-The processor's files are written as a bundle has them, and opened with the readers of the runtime
-itself: what passes here is what an app will read. No weights are needed.
+The processor's files are written as in a bundle, and opened with the runtime's own readers: what
+passes here is what an app will read. No weights are needed.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _SIZES = ((64, 48), (33, 90))
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found.
+    """The result of checks.
 
     Attributes:
-        problems: What would be refused, a line each.
-        notes: What is allowed, and should be known.
+        problems: What would be refused, one line each.
+        notes: What is allowed, but should be known.
     """
 
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def joined(self, other: Findings) -> Findings:
-        """What was found in two places."""
+        """The results of two checks together."""
         return Findings(
             problems=(*self.problems, *other.problems), notes=(*self.notes, *other.notes)
         )
@@ -61,7 +61,7 @@ class Findings:
         """Raises the problems as one line.
 
         Raises:
-            PocketVLMError: `error`, where there are any.
+            PocketVLMError: `error`, if there are any.
         """
         if self.problems:
             raise error(join_problems(self.problems))
@@ -72,7 +72,7 @@ class Readers:
     """The runtime's own readers of one model.
 
     Attributes:
-        processor: The checkpoint's processor, which they must agree with.
+        processor: The checkpoint's processor, with which they must agree.
         codec: Messages to token ids.
         preprocessor: Pictures to pixels.
     """
@@ -83,7 +83,7 @@ class Readers:
 
     @classmethod
     def open(cls, model: Path, spec: ModelSpec) -> Readers:
-        """Opens them on files as a bundle has them.
+        """Opens them on the files that a bundle would have.
 
         Args:
             model: The checkpoint directory.
@@ -105,13 +105,13 @@ class Readers:
                     preprocessor=ImagePreprocessor.from_bundle(bundle),
                 )
             except PocketVLMError as error:
-                # The bundle is to be made of the model's own files: name these.
+                # The bundle would be made from the model's own files: name those.
                 raise UnsupportedError(str(error).replace(str(folder), str(model))) from error
             except ValueError as error:
                 raise UnsupportedError(f"{model}: {error}") from error
 
     def limits(self, rows: int | None = None, kept: int | None = None) -> PromptLimits:
-        """What prompts must fit into, before and after compression.
+        """The limits that prompts must fit into, before and after compression.
 
         Args:
             rows: Rows of KV cache.
@@ -122,7 +122,7 @@ class Readers:
             image_token_id=spec.image_token_id,
             placeholders=spec.visual_tokens,
             kept=spec.visual_tokens if kept is None else kept,
-            keeps_positions=True,  # the float model is asked too
+            keeps_positions=True,  # the float model is evaluated too
             vocabulary=spec.decoder.vocab_size,
             positions=spec.decoder.context_length,
             rows=rows,
@@ -130,7 +130,7 @@ class Readers:
 
 
 def check_model(readers: Readers, path: Path) -> Findings:
-    """Asks the runtime's readers of a model about pictures, and has the checkpoint's own agree.
+    """Checks that the runtime's readers of a model agree with the checkpoint's about pictures.
 
     Args:
         readers: The readers.
@@ -148,14 +148,14 @@ def check_data(
     calibration: CalibrationSet | None,
     evaluation: CalibrationSet | None,
 ) -> Findings:
-    """Reads every row of the data as it will be used: its pictures, its prompt, its length.
+    """Checks every row of the data as it will be used: pictures, prompt, length.
 
     Args:
         readers: The runtime's readers.
-        targets: What will answer.
+        targets: The targets that will answer.
         kept: Rows of one picture after reduction.
-        calibration: What stages will look at.
-        evaluation: Questions that will be scored.
+        calibration: The calibration set of the stages.
+        evaluation: The questions to score.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -187,17 +187,17 @@ def certificate_samples(
     calibration: CalibrationSet,
     evaluation: CalibrationSet | None,
 ) -> tuple[tuple[Sample, ...], Findings]:
-    """The questions about pictures that the certificate is made on.
+    """The questions about pictures for the certificate.
 
-    They are the first rows with a picture that leave room for a second turn: of the questions, else
-    of the calibration set, else synthetic ones, which the note then says.
+    These are the first rows with a picture that leave room for a second turn: of the questions,
+    else of the calibration set, else synthetic ones, with a note that says so.
 
     Args:
         readers: The runtime's readers.
-        targets: What will answer.
+        targets: The targets that will answer.
         kept: Rows of one picture after reduction.
-        calibration: What stages look at.
-        evaluation: Questions that are scored.
+        calibration: The calibration set of the stages.
+        evaluation: The questions to score.
     """
     limits = readers.limits(_rows(targets, readers.processor.spec), kept)
 
@@ -220,12 +220,12 @@ def certificate_samples(
 
 
 def _rows(targets: Sequence[Target], spec: ModelSpec) -> int:
-    """Rows that every target has."""
+    """Cache rows that every target has."""
     return min((target.capacity(spec) for target in targets), default=spec.decoder.context_length)
 
 
 def _picture_problems(readers: Readers, path: Path) -> list[str]:
-    """Whether the runtime makes the pixels that the checkpoint's processor makes."""
+    """Checks that the runtime makes the same pixels as the checkpoint's processor."""
     processor, tower = readers.processor, readers.processor.spec.tower
     for size in _SIZES:
         values = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -249,7 +249,7 @@ def _picture_problems(readers: Readers, path: Path) -> list[str]:
 
 
 def _prompt_problems(readers: Readers, path: Path) -> list[str]:
-    """Whether a question about a picture, and a second one, become the prompts that they should."""
+    """Checks the prompts of a question about a picture and of a second question."""
     answered = Turn(role="assistant", parts=("red",))
     asked = [user_turn("what is it?", 1)]
     conversations = (asked, [*asked, answered, user_turn("and what else?")])
@@ -273,7 +273,7 @@ def _prompt_problems(readers: Readers, path: Path) -> list[str]:
 
 
 def _token_notes(readers: Readers) -> list[str]:
-    """What is to be known of the tokens."""
+    """Notes about the tokens."""
     table = readers.processor.spec.decoder.vocab_size
     vocabulary = readers.codec.tokenizer.get_vocab()
     beyond = sorted(token for token, number in vocabulary.items() if number >= table)
@@ -281,15 +281,15 @@ def _token_notes(readers: Readers) -> list[str]:
     if beyond:
         notes.append(
             f"{len(beyond)} tokens of the tokenizer, such as {beyond[0]!r}, have no row in the "
-            f"model's table of {table:,}: a text that has one is refused"
+            f"model's table of {table:,}: a text with one of them is refused"
         )
     if not any(0 <= token < table for token in readers.codec.eos_token_ids):
-        notes.append("no token ends an answer: every one is as long as it may be")
+        notes.append("no token ends an answer: every answer has the maximal length")
     return notes
 
 
 def _calibration_problem(readers: Readers, sample: Sample) -> tuple[str | None, bool]:
-    """Why stages cannot look at a row, or whether it is cut."""
+    """Why stages cannot use a row, or whether it is cut."""
     _, problem = _attempt(
         readers.codec.encode, sample.answered_messages(), add_generation_prompt=False
     )
@@ -325,7 +325,7 @@ def _question_problem(readers: Readers, limits: PromptLimits, sample: Sample) ->
 
 
 def _attempt(call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, str | None]:
-    """What a reader gives, or the first line of why it does not."""
+    """The result of a reader, or the first line of its error."""
     try:
         return call(*arguments, **options), None
     except Exception as error:  # noqa: BLE001  (a stranger's template or processor raises anything)

@@ -1,4 +1,4 @@
-"""run: the main job. Stages, then export and proof, then scores and timings, then the report."""
+"""run: the main job. Stages, then export and certificate, then scores and timings, then report."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ from pocketvlm.stages import Stage, check_order
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 
 _TIMED = "onnx"
-"""The engine that the bench knows how to time."""
+"""The engine that the benchmark can time."""
 
 _BESIDE = "processor"
-"""What a report calls the files of a bundle that belong to no target."""
+"""The report's name for files of a bundle that belong to no target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run leaves behind.
+    """The outcome of a run.
 
     Attributes:
         out: The run directory.
         report: Content of its report.json.
-        failures: Checks and bounds that were not met, a line each; empty when all is well.
+        failures: Checks and bounds that were not met, one line each; empty if all were.
     """
 
     out: Path
@@ -78,29 +78,27 @@ def run(
     source_check: SourceCheckMode = "require",
     command: str = "",
 ) -> RunResult:
-    """Compresses a model, exports it, proves the result equal, scores and times it.
+    """Compresses a model, exports it, certifies the result, scores and times it.
 
-    A run that was killed is continued by the same call: at the first unfinished layer of the first
-    unfinished stage, with byte-identical checkpoint and bundle. What was damaged meanwhile is done
-    again.
+    The same call resumes a run that was killed: at the first unfinished layer of the first
+    unfinished stage, with byte-identical checkpoint and bundle. Whatever was damaged in between is
+    done again.
 
     Args:
         model: A checkpoint directory.
-        recipe: What is done.
+        recipe: The recipe.
         out: The run directory.
-        calibration: What the stages look at.
+        calibration: The calibration set of the stages.
         ctx: Seed, threads, progress.
-        evaluation: Questions whose answers are scored; `None` leaves quality unmeasured.
-        workload: What is timed; `None` leaves latency unmeasured.
-        baseline: Makes a bundle that is timed in the same interleaved run; called when all else
-            is done.
-        source_check: Whether the checkpoint, as it is read, has to be what stock transformers
-            makes of the folder (`require`), is only said not to be (`allow`), or is not looked
-            at (`skip`).
+        evaluation: The questions to score; `None` leaves quality unmeasured.
+        workload: The workload to time; `None` leaves latency unmeasured.
+        baseline: Makes a bundle that is timed in the same interleaved run; called last.
+        source_check: Whether a checkpoint that is read differently than by stock transformers is an
+            error (`require`), a note (`allow`), or not checked (`skip`).
         command: The command line, for the report.
 
     Raises:
-        SourceMismatchError: It is required and is not; no stage has run.
+        SourceMismatchError: A required source check failed; no stage has run.
         PocketVLMError: The input is wrong, another process writes the folder, or the disk is full;
             nothing that was there before is lost.
     """
@@ -212,7 +210,7 @@ def _run(
     write_json(out / "report.json", report)
     html = render_html(report)
     _write(out / "report.html", html)
-    # Nothing may lie in a bundle, even for a moment, that it does not list.
+    # A bundle may never hold a file that it does not list, not even for a moment.
     _write(bundle.path / "report.html", html, scratch=journal.work)
     _write(bundle.path / "README.md", render_markdown(report), scratch=journal.work)
     journal.log("finished", failures=list(failures))
@@ -232,7 +230,7 @@ def _ask_first(
     calibration: CalibrationSet,
     evaluation: CalibrationSet | None,
 ) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
-    """Refuses what the runtime would refuse; the certificate's questions, and notes.
+    """Refuses what the runtime would refuse; returns the certificate's questions, and notes.
 
     Raises:
         UnsupportedError: The runtime cannot read the model.
@@ -254,10 +252,10 @@ def _ask_first(
 def compress_checkpoint(
     checkpoint: Checkpoint, stages: Sequence[Stage], calibration: CalibrationSet, ctx: RunContext
 ) -> Checkpoint:
-    """Applies stages one after another, in memory; the Python API's short way.
+    """Applies stages one after another, in memory; a shortcut of the Python API.
 
     Raises:
-        RecipeError: A stage stands in the wrong place.
+        RecipeError: A stage is in the wrong position.
     """
     check_order(stages)
     ctx = replace(ctx, layer_bytes={**layer_bytes_by_target(()), **ctx.layer_bytes})
@@ -274,7 +272,7 @@ def _compress(
     keys: Sequence[str],
     ctx: RunContext,
 ) -> Checkpoint:
-    """Runs the stages that no earlier attempt has finished."""
+    """Runs the stages that earlier attempts have not finished."""
     first = 0
     for index in reversed(range(len(keys))):
         finished = journal.finished_checkpoint(keys[index])
@@ -295,7 +293,7 @@ def _compress(
 def _check_source(
     journal: Journal, checkpoint: Checkpoint, mode: SourceCheckMode, ctx: RunContext
 ) -> SourceReport:
-    """Compares the checkpoint with the stock classes, or finds what an earlier attempt found."""
+    """Compares the checkpoint with the stock classes, or reads what an earlier attempt found."""
     if mode == "skip" or ctx.source_dir is None:
         return SourceReport(verdict="skipped", reason="--no-verify-source")
     (key,) = stage_keys(journal.identity.model, conditions(), stages=["source_check"])
@@ -306,7 +304,7 @@ def _check_source(
         ctx.report("source check", 0, 1)
         report = check_source(checkpoint, read_model_folder(ctx.source_dir))
         ctx.report("source check", 1, 1)
-        if report.verdict != "not verified":  # what was missing may be there next time
+        if report.verdict != "not verified":  # what is missing may be there next time
             journal.keep("source_check", key, report.to_json())
     journal.log("source_check", verdict=report.verdict)
     if mode == "require":
@@ -332,7 +330,7 @@ def _score_float(
 def _stage_rows(
     journal: Journal, keys: Sequence[str], history: Sequence[StageRecord]
 ) -> list[dict[str, Any]]:
-    """Records with the timings of the attempt that really ran them."""
+    """Records with the timings of the attempt that ran them."""
     return [
         dict(journal.stage_record(key) or asdict(record))
         for key, record in zip(keys, history[len(history) - len(keys) :], strict=True)
@@ -354,7 +352,7 @@ def _sizes(
     for name in bundle.manifest.files:
         part = name.partition("/")[0] if "/" in name else _BESIDE
         parts[part] = parts.get(part, 0) + (bundle.path / name).stat().st_size
-    # An app ships one target, with the processor's files beside it.
+    # An app ships one target, with the processor's files.
     beside = parts.get(_BESIDE, 0)
     largest = max(count for part, count in parts.items() if part != _BESIDE) + beside
     return {
@@ -399,10 +397,10 @@ def _notes(
         )
     engine = choose_engine(bundle)
     if engine != _TIMED and engine not in EMULATED:
-        notes.append(f"nothing is timed: the bench times {_TIMED}, and the bundle has {engine}")
+        notes.append(f"nothing is timed: the benchmark times {_TIMED}, and the bundle has {engine}")
     if engine in EMULATED:
         notes.append(
-            "answers are of the reference evaluator, which is not Core ML, and nothing is timed: "
+            "answers are from the reference evaluator, which is not Core ML, and nothing is timed: "
             "run `pocketvlm verify-coreml` on an Apple machine"
         )
     return [*notes, *(bench["notes"] if bench else ())]

@@ -1,7 +1,7 @@
-"""A lock on a run folder: two processes that write one folder destroy each other's work.
+"""A lock on a run folder: two processes that write one folder would destroy each other's work.
 
 The system holds the lock and drops it when the process ends, however it ends: a killed run leaves
-nothing that somebody has to remove.
+nothing that has to be removed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ else:
 
 _LOCK = "lock"
 _BEYOND = 2**20
-"""Where Windows locks a byte: locked bytes cannot be read, and the owner's name shall be."""
+"""The byte that Windows locks, beyond the owner's name: locked bytes cannot be read."""
 
 
 @contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder that one process alone may write.
+    """Holds the lock of a folder that only one process may write.
 
     Args:
-        folder: The run's working folder; it is made.
+        folder: The run's working folder, which is made.
 
     Raises:
         RecipeError: Another process holds it; the message says which, and since when.
@@ -49,13 +49,13 @@ def hold_lock(folder: Path) -> Iterator[None]:
                 _write_owner(descriptor)
                 yield
                 return
-            # It was removed by a run that finished between opening and locking.
+            # A run that finished between opening and locking has removed it.
         finally:
             os.close(descriptor)
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Asks before any work whether another process writes a folder; takes nothing.
+    """Checks before any work that no other process is writing a folder; takes no lock.
 
     Raises:
         RecipeError: As `hold_lock`.
@@ -72,7 +72,7 @@ def refuse_if_held(folder: Path) -> None:
 
 
 def _take(descriptor: int) -> bool:
-    """Locks a file; `False` where another process has it. File systems without locks let it be."""
+    """Locks a file, on file systems that have locks; `False` if another process holds it."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, _BEYOND, os.SEEK_SET)
@@ -82,7 +82,7 @@ def _take(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return sys.platform != "win32"  # where a lock that is held is a plain permission error
+        return sys.platform != "win32"  # there a held lock is a plain permission error
     return True
 
 

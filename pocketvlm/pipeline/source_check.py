@@ -1,9 +1,9 @@
-"""Source check: the checkpoint as this package reads it, held to the stock classes.
+"""Source check: compares the checkpoint as this package reads it with the stock classes.
 
-The parity certificate compares a bundle with this package's own torch side; what both read wrongly
-passes it. Here that torch side is compared with transformers' model and processor, loaded from the
-same folder by the library alone, before any stage: pixels (the runtime's too), prompt, number of
-placeholders, logits after the prompt and a greedy answer.
+The parity certificate compares a bundle with this package's own torch side; an error that both
+share passes it. Here that torch side is compared with transformers' model and processor, loaded
+from the same folder by the library alone, before any stage: pixels (the runtime's too), prompt,
+number of placeholders, logits after the prompt and a greedy answer.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ BOUNDS: Mapping[str, Bound] = {
     "prefill_relative_error": Bound(at_most=1e-3),
     "tokens_equal": Bound(at_least=1.0),
 }
-"""How far each metric may go."""
+"""The bound of each metric."""
 
 _NEW_TOKENS = 16
-_TIE = 1e-4  # scores this close, relative to the largest, are chosen between by rounding
+_TIE = 1e-4  # between scores this close, relative to the largest, rounding decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,12 @@ class SourceCheck:
     """One metric on one sample.
 
     Attributes:
-        sample: Which conversation.
+        sample: The conversation.
         metric: A name in `BOUNDS`.
-        value: What was measured; `None` where it is not finite.
-        bound: How far it may go.
+        value: The measured value; `None` if it is not finite.
+        bound: The most that is allowed.
         passed: Whether it is within the bound.
-        difference: What differs, where something does.
+        difference: What differs, if anything.
     """
 
     sample: str
@@ -90,15 +90,15 @@ class SourceCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What a source check found.
+    """The result of a source check.
 
     Attributes:
-        verdict: `passed`, `failed`, or why there is neither: the stock classes could not be
-            loaded, or nobody asked for it.
+        verdict: `passed`, `failed`, or why there is neither: the stock classes could not be loaded,
+            or the check was not requested.
         reason: Why it is not verified.
         checks: Every metric on every sample.
         notes: How the stock side differs from the library's own choice.
-        stock: Classes and version of what was compared with.
+        stock: Classes and version of the stock side.
         seconds: How long it took.
     """
 
@@ -114,7 +114,7 @@ class SourceReport:
         """The report that `to_json` wrote.
 
         Raises:
-            DecodeError: It is something else.
+            DecodeError: It is not such a report.
         """
         return decode(cls, document, "source_check")
 
@@ -123,7 +123,7 @@ class SourceReport:
         return asdict(self)
 
     def line(self) -> str:
-        """The verdict with its reason, or what differs first."""
+        """The verdict with its reason, or with the first difference."""
         if self.verdict == "failed":
             first = next(check for check in self.checks if not check.passed)
             return f"failed: {first.metric} of {first.sample}: {first.difference or first.value}"
@@ -138,22 +138,22 @@ class SourceReport:
         ]
 
     def run_notes(self) -> list[str]:
-        """What the report of a run has to say of it."""
+        """Notes for the report of a run."""
         notes = [f"source check: {note}" for note in self.notes]
         if self.verdict != "passed":
             notes.insert(0, f"source check: {self.line()}")
         return notes
 
     def raise_if_failed(self) -> None:
-        """Raises what differs first.
+        """Raises the first difference.
 
         Raises:
-            SourceMismatchError: The checkpoint is read otherwise than the stock classes read it.
+            SourceMismatchError: The checkpoint is read differently than by the stock classes.
         """
         if self.verdict == "failed":
             raise SourceMismatchError(
                 "the checkpoint as it is read here is not what stock transformers makes of it: "
-                f"{self.line().removeprefix('failed: ')}; --allow-source-mismatch goes on"
+                f"{self.line().removeprefix('failed: ')}; --allow-source-mismatch continues"
             )
 
 
@@ -174,7 +174,7 @@ def check_source(checkpoint: Checkpoint, folder: ModelFolder) -> SourceReport:
         folder: The folder.
 
     Raises:
-        PocketVLMError: This package itself refuses a sample.
+        PocketVLMError: This package refuses a sample.
     """
     started = time.perf_counter()
     samples, prompts, unasked = _ask_template(checkpoint)
@@ -211,9 +211,9 @@ def verify_folder(path: Path) -> SourceReport:
 def _ask_template(
     checkpoint: Checkpoint,
 ) -> tuple[tuple[_Sample, ...], list[list[int]], tuple[str, ...]]:
-    """The samples and their prompts, and what the chat template does not render of them.
+    """The samples and their prompts, and a note if the chat template cannot render one.
 
-    Ours comes first: a template that hangs is refused here, within bounds, and never reaches stock.
+    Our renderer comes first: it refuses a template that hangs, which then never reaches stock.
     """
     samples = _samples()
     prompts, notes = [], []
@@ -224,7 +224,7 @@ def _ask_template(
         except InputError as error:
             if number == 0:
                 raise
-            # Some templates take a single question; then its picture is asked about in one turn.
+            # Some templates take a single question; then its picture is used in one turn.
             samples = (samples[0], replace(sample, name="wide picture", turns=samples[0].turns))
             prompts.append(checkpoint.processor.encode(chat_messages(samples[1].turns)))
             notes.append(f"one turn alone is compared: {error}")
@@ -292,7 +292,7 @@ def _compare(
         inputs = embed_prompts(checkpoint, torch.tensor([prompt]), visual)
         logits = decode_logits(checkpoint, inputs, new_cache(checkpoint), last_only=False)[0]
         generated = _generate(checkpoint, inputs)
-    # Prompts of different tokens can be compared by what they end in alone.
+    # Prompts with different tokens can only be compared by their last logits.
     rows = slice(None) if prompt == stock.token_ids else slice(-1, None)
     error = relative_error(logits[rows].numpy(), stock.logits[rows])
     hold("prefill_relative_error", error, f"logits after the prompt differ by {error:.3g}")

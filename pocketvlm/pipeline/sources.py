@@ -1,4 +1,4 @@
-"""What the command line's names stand for: models, calibration sets and evaluation data."""
+"""Resolves names on the command line: models, calibration sets and evaluation data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LONGEST_SEED = 18
 
 
 GENERATED_SOURCES = ("auto", "reference", "synthetic")
-"""Calibration sources that are made, not read from a folder."""
+"""Calibration sources that are generated, not read from a folder."""
 
 
 def resolve_model(name: str) -> Path:
@@ -48,7 +48,7 @@ def resolve_model(name: str) -> Path:
             that is in the local cache or can be downloaded.
 
     Raises:
-        CheckpointError: No model has this name.
+        CheckpointError: There is no model of this name.
     """
     scheme, separator, rest = name.partition(":")
     if separator and scheme == "reference":
@@ -73,10 +73,10 @@ def resolve_model(name: str) -> Path:
 
 
 def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The specification of a checkpoint directory, and what is to be known of the directory.
+    """The specification of a checkpoint directory, and notes about the directory.
 
-    Only configuration and the headers of the weight files are read. A directory that holds a
-    config.json and no weights at all, which is enough for a plan, is said to be one.
+    Only configuration and the headers of the weight files are read. A directory with a config.json
+    and without weights is enough for a plan; a note says so.
 
     Raises:
         CheckpointError: The directory is missing or damaged, or lacks a weight.
@@ -91,7 +91,7 @@ def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe with the targets of these names; its own options for a target are kept.
+    """The recipe with the targets of these names; its own options of a target are kept.
 
     Raises:
         RecipeError: There is no such target, or the recipe names none and neither does the user.
@@ -106,7 +106,7 @@ def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Loads any checkpoint directory, visual-token reduction included.
+    """Loads any checkpoint directory, including its visual-token reduction.
 
     Raises:
         CheckpointError: The directory is missing, damaged or holds pickled weights only.
@@ -130,7 +130,7 @@ def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> C
         return CalibrationSet.synthetic(n=options.samples, seed=options.seed)
     try:
         return CalibrationSet.from_folder(Path(source), limit=options.samples)
-    except OSError as error:  # a name that no file system takes
+    except OSError as error:  # a name that no file system accepts
         raise CalibrationError(f"calibration.source: {error.strerror}: {source[:60]}") from error
 
 
@@ -158,14 +158,14 @@ def score_subject(
     arithmetic: str = "float32",
     runtime: str | None = None,
 ) -> Score:
-    """Scores a bundle, or whatever `resolve_model` understands, by the same code.
+    """Scores a bundle, or anything that `resolve_model` understands, with the same code.
 
     Args:
-        subject: What answers.
+        subject: The bundle or model.
         samples: The questions.
         ctx: The run.
-        arithmetic: Whose rounding of activations a checkpoint follows; a bundle has its own.
-        runtime: Which engine runs a bundle; `None` for the first that it has graphs for.
+        arithmetic: The runtime whose rounding of activations is simulated for a checkpoint.
+        runtime: The engine that runs a bundle; `None` for the first that it has graphs for.
 
     Raises:
         InputError: The arithmetic is unknown, or given for a bundle; the runtime is unknown, or
@@ -182,7 +182,7 @@ def score_subject(
             )
         return score_bundle(Bundle.open(Path(subject)), samples, runtime=runtime, ctx=ctx)
     if runtime is not None:
-        raise InputError(f"{subject}: is no bundle; --runtime chooses what runs a bundle")
+        raise InputError(f"{subject}: is not a bundle; --runtime chooses what runs a bundle")
     checkpoint = load_checkpoint(resolve_model(subject))
     return score_checkpoint(checkpoint, samples, ctx=ctx, arithmetic=cast("Arithmetic", arithmetic))
 
@@ -201,5 +201,5 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{name}: is neither a local directory nor to be had from the hub: {first_line}"
+            f"{name}: is neither a local directory nor available from the hub: {first_line}"
         ) from error

@@ -1,9 +1,9 @@
 """Stock: the model and the processor as transformers itself loads them from a folder.
 
-This is the oracle of the source check, so it shares as little as can be with the rest of the
-package: the library reads weights, processor and generation settings by its own code. Only what
-would run a stranger's code or fetch a kernel is kept from it, and pictures are made by its Pillow
-backend, one tile each, which is what a bundle shows.
+This is the oracle of the source check, so it shares as little as possible with the rest of the
+package: the library reads weights, processor and generation settings with its own code. Only what
+would run foreign code or fetch a kernel is kept from it, and pictures go through its Pillow
+backend, one tile each, as in a bundle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pocketvlm.prompt.messages import Picture, Turn
 __all__ = ["StockAnswer", "StockModel", "StockUnavailable"]
 
 _BYTES_A_WEIGHT = 4  # it computes in float32
-_USABLE_SHARE = 0.8  # of the memory that is free
+_USABLE_SHARE = 0.8  # of the free memory
 
 
 class StockUnavailable(Exception):  # noqa: N818  (a state that a report names, not a failure)
@@ -38,7 +38,7 @@ class StockUnavailable(Exception):  # noqa: N818  (a state that a report names, 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StockAnswer:
-    """What the stock classes make of one conversation.
+    """The stock classes' result for one conversation.
 
     Attributes:
         pixels: float32 [pictures, channels, side, side].
@@ -46,7 +46,7 @@ class StockAnswer:
         logits: float32 [length, vocabulary] after the prompt's tokens.
         generated: Tokens of a greedy answer under the model's own generation configuration, end
             token included.
-        scores: float32 [generated, vocabulary], what each of them was chosen by.
+        scores: float32 [generated, vocabulary], by which each of them was chosen.
     """
 
     pixels: Floats
@@ -63,7 +63,7 @@ class StockModel:
     Attributes:
         model: The model, float32.
         processor: The combined processor.
-        notes: Where it is not what the library's own choice would be.
+        notes: Where it differs from the library's own choice.
     """
 
     model: Any
@@ -81,7 +81,7 @@ class StockModel:
             raise StockUnavailable("the folder was written by pocketvlm, not by transformers")
         if folder.layout is not None:
             raise StockUnavailable(
-                "the folder holds quantized layers, which transformers hands to other packages"
+                "the folder holds quantized layers, which transformers leaves to other packages"
             )
         _hold_memory(folder)
         refuse_foreign_code(folder.path)
@@ -98,7 +98,7 @@ class StockModel:
                     use_safetensors=True,
                     **STOCK_ONLY,
                 ).eval()
-            except Exception as error:  # the library raises anything
+            except Exception as error:  # the library may raise anything
                 raise StockUnavailable(f"transformers cannot load it: {_line(error)}") from error
         return cls(model=model, processor=processor, notes=notes)
 
@@ -129,7 +129,7 @@ class StockModel:
                     output_scores=True,
                     return_dict_in_generate=True,
                 )
-            except Exception as error:  # the library raises anything
+            except Exception as error:  # the library may raise anything
                 raise StockUnavailable(f"transformers cannot run it: {_line(error)}") from error
         token_ids = inputs["input_ids"][0].tolist()
         pixels = inputs["pixel_values"].to(torch.float32)
@@ -161,7 +161,7 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
         processor.chat_template = _own_template(folder.path, tokenizer)
         notes.append(
             f"{folder.spec.processor.classes[0]} cannot be loaded without the packages of its "
-            f"video half; {stand_in}, which writes the same prompt for pictures, stands in for it"
+            f"video part; {stand_in}, which writes the same prompt for pictures, stands in for it"
         )
     processor.image_processor = pictures
     if hasattr(pictures, "do_image_splitting"):

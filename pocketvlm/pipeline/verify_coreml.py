@@ -1,4 +1,4 @@
-"""Core ML packages held against the checkpoint: by the reference evaluator, or by Core ML itself.
+"""Compares Core ML packages with the checkpoint: by the reference evaluator, or by Core ML itself.
 
 `evaluate_coreml` runs anywhere. `verify_coreml` needs an Apple machine, makes the same certificate
 with the real runtime, times every function, reads where its operators run, and writes all of it
@@ -37,19 +37,19 @@ __all__ = ["FunctionMeasurement", "Questions", "Verification", "evaluate_coreml"
 
 _TARGET = "coreml"
 _BLOCK = "core_ml"
-"""Where parity.json keeps what Core ML itself did."""
+"""The key of Core ML's own results in parity.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What both sides are asked.
+    """The questions for both sides.
 
     Attributes:
-        checkpoint: The checkpoint that the bundle was made from; `None` for the one beside it.
+        checkpoint: The checkpoint that the bundle was made from; `None` for the one next to it.
         data: A folder of pictures and questions, or `reference:SEED`; `None` for generated scenes
-            where the model is a reference model, and for synthetic pictures else.
-        n: Questions.
-        tokens: Longest greedy answer that is compared.
+            if the model is a reference model, else for synthetic pictures.
+        n: The number of questions.
+        tokens: The longest greedy answer that is compared.
     """
 
     checkpoint: Path | None = None
@@ -60,14 +60,14 @@ class Questions:
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionMeasurement:
-    """What Core ML said of one function.
+    """Core ML's measurements of one function.
 
     Attributes:
         file: The package inside the bundle.
         function: Its function; `None` for the only one.
         load_ms: Raw samples of loading.
         predict_ms: Raw samples of predicting: a whole chunk of rows, or one.
-        plan: Where each operator is meant to run, and its estimated share of the cost.
+        plan: Where each operator should run, and its estimated share of the cost.
     """
 
     file: str
@@ -112,12 +112,12 @@ class FunctionMeasurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        certificate: The parity certificate; `None` where Core ML did not get that far.
-        functions: What was measured.
-        failures: One line for each thing that failed.
+        certificate: The parity certificate; `None` if Core ML did not get that far.
+        functions: Measurements of each function.
+        failures: One line per failure.
     """
 
     certificate: ParityReport | None
@@ -135,7 +135,7 @@ class Verification:
 
 
 def evaluate_coreml(path: Path, questions: Questions, ctx: RunContext) -> ParityReport:
-    """Reads a bundle's Core ML packages back and certifies them by the reference evaluator.
+    """Reads a bundle's Core ML packages back and certifies them with the reference evaluator.
 
     Raises:
         BundleError: There are no Core ML packages, or one cannot be read.
@@ -155,20 +155,20 @@ def verify_coreml(
 ) -> Verification:
     """Certifies and times a bundle with Core ML itself, and writes the result into the bundle.
 
-    Every use of Core ML has a process of its own. One that fails is a failure of the
-    verification, and the others go on.
+    Every use of Core ML has its own process. If one fails, the verification fails, and the others
+    continue.
 
     Args:
         path: The bundle.
-        questions: What is asked.
-        ctx: Told about progress.
-        units: What Core ML may use.
+        questions: The questions.
+        ctx: The run, for progress.
+        units: The compute units that Core ML may use.
         iterations: Timed predictions of each function.
         worker: The command that runs Core ML.
 
     Raises:
-        RecipeError: There are no such compute units.
-        UnsupportedError: This is no Apple machine.
+        RecipeError: The compute units are unknown.
+        UnsupportedError: This is not an Apple machine.
         BundleError: There are no Core ML packages, or one cannot be read.
         CheckpointError: There is no checkpoint to compare with.
     """
@@ -193,7 +193,7 @@ def verify_coreml(
 
 def _certify(bundle: Bundle, questions: Questions, engine: Engine, ctx: RunContext) -> ParityReport:
     """The certificate of the Core ML target alone."""
-    bundle.component(_TARGET, "decoder")  # says what there is, if there is none
+    bundle.component(_TARGET, "decoder")  # lists what there is, if there is none
     checkpoint_path = questions.checkpoint or bundle.path.parent / "checkpoint"
     if not checkpoint_path.is_dir():
         raise CheckpointError(
@@ -282,7 +282,7 @@ def _measure(
 
 
 def _write(bundle: Bundle, found: Verification) -> None:
-    """The bundle with what was found, put in the place of the one without."""
+    """Replaces the bundle with one that holds the results."""
     with replace_directory(bundle.path) as folder:
         shutil.copytree(bundle.path, folder, copy_function=os.link, dirs_exist_ok=True)
         parity = folder / PARITY_FILE

@@ -1,4 +1,4 @@
-"""Processor: the image processor, tokenizer and chat template as stock runs them."""
+"""Processor: the image processor, tokenizer and chat template as stock transformers runs them."""
 
 from pocketvlm.processor.processor import (
     PROCESSOR_FILES,

@@ -1,9 +1,9 @@
-"""Code of strangers: a model folder may ask libraries to fetch and run some; here it never does.
+"""Foreign code: a model folder may ask libraries to fetch and run code; here nothing runs it.
 
 Hugging Face's configuration files can name Python modules of the folder, or of another repository
 (`owner/repo--module.Class`), and kernels that are fetched from a hub. The library asks at the
-terminal and runs them after one "y". So every configuration file is looked through before a library
-sees the folder, and what steers the choice of kernels is taken out of what it is given.
+terminal and runs them after one "y". So every configuration file is searched before a library sees
+the folder, and whatever selects kernels is removed from what the library gets.
 
 `STOCK_ONLY` goes to every call that loads from a folder.
 """
@@ -25,13 +25,13 @@ __all__ = ["ATTENTION", "CODE_KEYS", "STOCK_ONLY", "plain_config", "refuse_forei
 STOCK_ONLY: Mapping[str, bool] = MappingProxyType(
     {"trust_remote_code": False, "local_files_only": True}
 )
-"""Arguments of every `from_pretrained`: no code but the library's own, no look-up at a hub."""
+"""Arguments of every `from_pretrained`: only the library's own code, no hub access."""
 
 ATTENTION = "sdpa"
-"""Whose attention a stock model is built with: torch's own, which is also the library's default."""
+"""The attention implementation of stock models: torch's own, also the library's default."""
 
 CODE_KEYS = ("auto_map", "custom_pipelines")
-"""Keys that name code, wherever they stand."""
+"""Keys that name code, at any depth."""
 
 _REMOTE_CLASS = re.compile(r"[\w.-]+(?:/[\w.-]+)?--[\w.-]+\.\w+")
 _KERNEL_KEYS = frozenset(
@@ -42,17 +42,17 @@ _KERNEL_KEYS = frozenset(
 ) | {"use_kernels", "kernel_config"}
 _READ_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
 _READ_FOLDERS = ("additional_chat_templates",)
-# Keys of these are words of a text, or names of tensors.
+# Keys in these are words of a text, or names of tensors.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json"})
 _SHOWN = 60
 
 
 def refuse_foreign_code(folder: Path) -> None:
-    """Looks through every file of a model folder that a library may read.
+    """Searches every file of a model folder that a library may read.
 
     Raises:
-        CheckpointError: One asks for code, leads out of the folder, is no regular file, or a
-            pointer of git-lfs in place of one; the message names file and key.
+        CheckpointError: One asks for code, leads out of the folder, is not a regular file, or is a
+            git-lfs pointer; the message names file and key.
     """
     for place in (folder, *(folder / name for name in _READ_FOLDERS)):
         if not place.is_dir():
@@ -71,7 +71,7 @@ def refuse_foreign_code(folder: Path) -> None:
 
 
 def plain_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A configuration without what chooses kernels, and a note for each choice that is ignored.
+    """A configuration without keys that choose kernels, and a note for each one that is ignored.
 
     Raises:
         CheckpointError: It is nested too deeply.
@@ -110,19 +110,19 @@ def _refuse_code(file: Path) -> None:
     try:
         document = parse_json(text, str(file), error=CheckpointError)
     except CheckpointError:
-        return  # no library can read it either; whose business the file is says what is wrong
+        return  # no library can read it either; the reader of that file reports what is wrong
     for path, key, value in _entries(document):
         if (key in CODE_KEYS and value) or (
             isinstance(value, str) and _REMOTE_CLASS.fullmatch(value)
         ):
             raise CheckpointError(
-                f"{file}: needs code of its own ({path}: {_shown(value)}), which is never run; "
+                f"{file}: needs its own code ({path}: {_shown(value)}), which is never run; "
                 "convert the model to stock transformers classes first"
             )
 
 
 def _entries(document: Any) -> Iterator[tuple[str, str, Any]]:
-    """Every value of a document with its path and its key; no recursion, whatever the depth."""
+    """Every value of a document with its path and key, without recursion."""
     waiting: list[tuple[str, str, Any]] = [("", "", document)]
     while waiting:
         path, key, value = waiting.pop()

@@ -1,8 +1,8 @@
-"""Image processor: the library's own, as a folder configures it, on its Pillow backend.
+"""Image processor: transformers' own, as a folder configures it, on its Pillow backend.
 
-The checkpoint side makes its pixels with it; `runtime.preprocess` makes the same without the
-library. What both cannot do alike, and what the model would not take, is refused when the folder
-is read.
+The checkpoint side makes its pixels with it; `runtime.preprocess` makes the same pixels without the
+library. What the two cannot do identically, and what the model would not accept, is refused when
+the folder is read.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageProcessor", "quiet_fallbacks"]
 
-_DEFAULT_SEQUENCE = 169  # image_seq_len of the library's classes, where a file states none
+_DEFAULT_SEQUENCE = 169  # image_seq_len of the library's classes, if a file states none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageProcessor:
-    """Pictures to pixels on the checkpoint's side.
+    """Turns pictures into pixels on the checkpoint side.
 
     Attributes:
         stock: The library's image processor.
-        settings: What it is told, as the runtime reads it.
+        settings: Its settings, as the runtime reads them.
         spec: The model's specification.
         notes: Settings of the folder's processor that are not followed.
     """
@@ -52,9 +52,9 @@ class ImageProcessor:
         """Loads the image processor of a checkpoint's folder, offline.
 
         Raises:
-            CheckpointError: It is missing or broken, the runtime could not follow it, it makes
-                pictures of another size than the tower takes, or the folder's processor belongs
-                to another family or counts other placeholders than the model makes.
+            CheckpointError: It is missing or broken, the runtime could not reproduce it, its
+                pictures do not have the tower's size, or the folder's processor belongs to another
+                family or writes another number of placeholders than the model needs.
         """
         from transformers import AutoImageProcessor
 
@@ -64,7 +64,7 @@ class ImageProcessor:
         try:
             with quiet_fallbacks():
                 stock = AutoImageProcessor.from_pretrained(str(path), backend="pil", **STOCK_ONLY)
-        except Exception as error:  # the library raises anything
+        except Exception as error:  # the library may raise anything
             first_line = " ".join(str(error).split())
             raise CheckpointError(
                 f"{settings.where}: the image processor cannot be read: {first_line}"
@@ -99,7 +99,7 @@ class ImageProcessor:
 
 @contextmanager
 def quiet_fallbacks() -> Iterator[None]:
-    """Drops transformers' notices, one per class, that torchvision is not there: that is meant."""
+    """Silences transformers' per-class warning that torchvision is missing, which is intended."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -110,7 +110,7 @@ def quiet_fallbacks() -> Iterator[None]:
 
 
 def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
-    """What the folder's combined processor says of itself, held to the model."""
+    """Checks what the folder's combined processor declares against the model."""
     documents = [
         (name, read_json(path / name, error=CheckpointError))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -144,7 +144,7 @@ def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
 
 
 def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) -> list[str]:
-    """The placeholders that the stock processor writes for a picture are those the model fills."""
+    """Checks that stock's processor writes as many placeholders per picture as the model fills."""
     expected = spec.visual_tokens
     names = ("patch_size", "num_additional_image_tokens", "image_seq_len")
     for name in names:

@@ -1,7 +1,7 @@
 """Processor: how a checkpoint turns pictures into pixels and messages into token ids.
 
-Hugging Face's combined processors pull in torchvision through their video halves, so this loads
-the image processor and the tokenizer on their own; prompts are written by `prompt_codec`.
+Hugging Face's combined processors pull in torchvision through their video part, so this loads the
+image processor and the tokenizer separately; prompts are written by `prompt.codec`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RUNTIME_FILES: tuple[str, ...] = (
     "preprocessor_config.json",
     "generation_config.json",
 )
-"""Those of them that a bundle takes as they are; its texts are written anew."""
+"""Those of them that a bundle copies unchanged; its text files are written by this package."""
 
 
 def user_message(text: str, images: int = 1) -> Message:
@@ -63,7 +63,7 @@ class Processor:
 
     Attributes:
         text: The tokenizer as transformers loads it, with the chat template.
-        image_processor: What turns pictures into pixels.
+        image_processor: Turns pictures into pixels.
         generation: What ends and steers answers.
         files: The directory's own processor files, by name.
         notes: Settings of the directory's processor that are not followed.
@@ -89,7 +89,7 @@ class Processor:
             name: (path / name).read_bytes() for name in PROCESSOR_FILES if (path / name).is_file()
         }
         template = text.codec.template
-        if template.origin.name not in files:  # one of a folder of named ones
+        if template.origin.name not in files:  # one of several named templates
             files["chat_template.jinja"] = template.source.encode()
         generation, unapplied = read_generation_settings(path, error=CheckpointError)
         return cls(
@@ -107,7 +107,7 @@ class Processor:
 
     @property
     def codec(self) -> PromptCodec:
-        """Messages to token ids and back, the same that a bundle's runtime has."""
+        """Messages to token ids and back, as in a bundle's runtime."""
         return self.text.codec
 
     @property
@@ -126,7 +126,7 @@ class Processor:
             (path / name).write_bytes(content)
 
     def save_for_runtime(self, path: Path) -> None:
-        """Writes what a bundle's runtime reads: texts as transformers loads them, no more.
+        """Writes what a bundle's runtime reads: text files as transformers loads them.
 
         Raises:
             OSError: A file cannot be written.
@@ -136,7 +136,7 @@ class Processor:
             (path / name).write_bytes(content)
         config = path / "processor_config.json"
         if config.is_file() and "chat_template" in (document := read_json(config)):
-            # It would be looked for first, and may be one of several.
+            # It would be found first, and may be one of several.
             write_json(config, {k: v for k, v in document.items() if k != "chat_template"})
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
@@ -149,7 +149,7 @@ class Processor:
     def encode(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation, each image expanded to all N of its placeholders.
+        """Token ids of a conversation, each image expanded to its N placeholders.
 
         Raises:
             InputError: As `PromptCodec.encode`.
@@ -157,7 +157,7 @@ class Processor:
         return self.codec.encode(messages, add_generation_prompt=add_generation_prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out, spaces at both ends removed."""
+        """Text of generated tokens, without special tokens, stripped."""
         return self.codec.decode(token_ids)
 
     @property

@@ -1,9 +1,9 @@
-"""What stock transformers makes of a model folder's tokenizer files, written down once.
+"""The tokenizer of a model folder as stock transformers loads it, serialized once.
 
-Much of a tokenizer stands beside tokenizer.json, and classes of transformers change the rest when
-they load it: added tokens, first tokens, prefix spaces. None of these rules is written again here:
-the stock class loads the folder, and what it then holds is serialized. Checkpoint and bundle both
-work with that text alone.
+Much of a tokenizer is configured outside tokenizer.json, and classes of transformers change the
+rest when they load it: added tokens, first tokens, prefix spaces. None of these rules is
+reimplemented here: the stock class loads the folder, and its state is serialized. Checkpoint and
+bundle both use only that serialization.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pocketvlm.prompt.codec import PromptCodec, read_tokenizer
 __all__ = ["StockTokenizer", "bounded_templates", "read_stock_tokenizer"]
 
 _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-"""What `clean_up_tokenization_spaces` takes the spaces from."""
+"""Where `clean_up_tokenization_spaces` removes the space."""
 
 _IDEFICS3_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 """What the processor class of Idefics3 adds to its tokenizer."""
@@ -41,7 +41,7 @@ class StockTokenizer:
         serialized: Its content as tokenizer.json.
         codec: Messages to token ids and back.
         spec: The model's specification, with the placeholder as the tokenizer spells it.
-        notes: What is not used.
+        notes: Settings that are not used.
     """
 
     tokenizer: Any
@@ -75,7 +75,7 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
         spec: The model's specification.
 
     Raises:
-        CheckpointError: They are missing or broken, contradict the configuration, or cannot write
+        CheckpointError: They are missing or broken, contradict the configuration, or cannot format
             a question about a picture.
     """
     if not (path / "tokenizer.json").is_file():
@@ -117,7 +117,7 @@ def _load(path: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(path), **STOCK_ONLY)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as fault:  # anything from KeyError to a panic of Rust, no Exception
+    except BaseException as fault:  # anything from KeyError to a Rust panic, not an Exception
         first_line = str(fault).strip().partition("\n")[0] or type(fault).__name__
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {first_line}") from fault
     if not tokenizer.is_fast:
@@ -126,7 +126,7 @@ def _load(path: Path) -> Any:
 
 
 def _processor_settings(path: Path) -> dict[str, Any]:
-    """The processor's own settings; its class may stand in three files, first come first."""
+    """The processor's own settings; the first of three files that names its class counts."""
     settings: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if not (path / name).is_file():
@@ -164,7 +164,7 @@ def _named_by_tokenizer(
 
 
 def _serialize(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
-    """The tokenizer as text; what a stock processor does besides is put into it."""
+    """The tokenizer as text, including what a stock processor does in addition."""
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     notes: list[str] = []
     for section in ("truncation", "padding"):
@@ -202,10 +202,10 @@ def _dump(document: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def bounded_templates() -> Iterator[None]:
-    """Has transformers' own processors render chat templates in the bounded sandbox.
+    """Makes transformers' own processors render chat templates in the bounded sandbox.
 
-    A template can tell the two apart, by the time or by a name, so that one which ended here could
-    run for ever there. That both render alike is what the project's tests show.
+    A template can tell the two apart, by time or by a name, so that one which ends here could run
+    forever there. The tests show that both render the same text.
     """
     from transformers.utils import chat_template_utils
 
@@ -218,7 +218,7 @@ def bounded_templates() -> Iterator[None]:
 
 
 class _BoundedTemplate:
-    """What transformers takes for a compiled template."""
+    """Stands in for a compiled template of transformers."""
 
     def __init__(self, source: str) -> None:
         self._template = ChatTemplate(source, Path("the chat template"))
@@ -233,7 +233,7 @@ class _BoundedTemplate:
         documents: Any,
         **variables: Any,
     ) -> str:
-        """Renders as transformers' own object would; tools and documents are never given."""
+        """Renders like transformers' own object; tools and documents are never passed."""
         if tools is not None or documents is not None:
             raise ValueError("tools and documents are not used here")
         return self._template.render(

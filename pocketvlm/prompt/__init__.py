@@ -1,1 +1,1 @@
-"""Messages to token ids: roles, chat templates, special tokens, and when an answer ends."""
+"""Messages to token ids: roles, chat templates, special tokens, end tokens."""

@@ -1,9 +1,9 @@
-"""Messages to token ids and back: one reading for checkpoints and bundles.
+"""Messages to token ids and back, for checkpoints and bundles alike.
 
 The result is that of transformers' processors with `sanitize_control_tokens=True`: what a user
-types is never control. Hugging Face's default tokenizes the rendered prompt as a whole, so that a
-user who writes `<image>` or `<|im_end|>` injects a picture or ends the turn. Such words are marked
-before the template runs, and what is marked is read as the plain characters that it is.
+types is never a control token. Hugging Face's default tokenizes the rendered prompt as a whole, so
+that a user who writes `<image>` or `<|im_end|>` injects a picture or ends the turn. Such words are
+marked before the template runs, and marked words are read as plain characters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pocketvlm.prompt.chat_template import ChatTemplate, Message
 
 __all__ = ["PromptCodec", "read_tokenizer"]
 
-# Private-use characters, those of transformers; nobody can type them, because they are taken out.
+# Private-use characters, as in transformers; users cannot type them, because they are removed.
 _START, _END = "\U000f0000", "\U000f0001"
 _PROBE = "What is in the picture?"
 
@@ -31,16 +31,15 @@ class PromptCodec:
     """Tokenizer, chat template and picture block of one model.
 
     Attributes:
-        tokenizer: The tokenizer, which reads special tokens as control.
-        template: What turns messages into a prompt.
-        variables: What the template may name besides, such as `bos_token`.
+        tokenizer: The tokenizer, which reads special tokens as control tokens.
+        template: Turns messages into a prompt.
+        variables: Other names that the template may use, such as `bos_token`.
         image_token: The placeholder that the template writes for a picture.
         image_token_id: The same as an id.
-        image_block: What the placeholder is expanded to: all N placeholders, in their frame.
-        embedding_rows: Rows of the embedding table, which ids must lie below; `None` where that
-            is not known.
-        control_words: Added tokens that are control besides the special ones; `None` for those
-            that the template writes.
+        image_block: What the placeholder is expanded to: N placeholders with prefix and suffix.
+        embedding_rows: Rows of the embedding table; ids must be smaller. `None` if unknown.
+        control_words: Added tokens that are control tokens in addition to the special ones; `None`
+            for those that the template writes.
     """
 
     tokenizer: Tokenizer
@@ -53,19 +52,19 @@ class PromptCodec:
     control_words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        # Control even where the tokenizer's files do not say so.
+        # Control tokens even if the tokenizer's files do not say so.
         token = AddedToken(self.image_token, special=True, normalized=False)
         self.tokenizer.add_special_tokens([token])
 
     def check(self, where: object, *, error: type[PocketVLMError]) -> None:
-        """Asks what every prompt depends on: a question about a picture can be written.
+        """Checks what every prompt depends on: that a question about a picture can be formatted.
 
         Args:
             where: The folder, for the message.
-            error: What is raised where it cannot.
+            error: What is raised when it cannot.
 
         Raises:
-            PocketVLMError: `error`; the template is no Jinja, drops the picture, or prints Python.
+            PocketVLMError: `error`: the template is not Jinja, drops the picture, or prints Python.
         """
         self.template.check(error=error)
         content = [{"type": "image"}, {"type": "text", "text": _PROBE}]
@@ -85,15 +84,15 @@ class PromptCodec:
     def encode(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation, every picture expanded to all N of its placeholders.
+        """Token ids of a conversation, every picture expanded to its N placeholders.
 
         Args:
             messages: The whole conversation, oldest turn first.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Raises:
-            InputError: The chat template refuses the conversation, does not write one placeholder
-                per picture, no token at all is left, or one has no row in the embedding table.
+            InputError: The chat template refuses the conversation or does not write one placeholder
+                per picture, the prompt is empty, or a token has no row in the embedding table.
         """
         text = self.template.render(
             [_mark(message, self._control) for message in messages],
@@ -115,20 +114,20 @@ class PromptCodec:
             ids = self._encode_text(text, adds_tokens=adds_tokens)
         except (InputError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as fault:  # a panic of the Rust side is no Exception
+        except BaseException as fault:  # a Rust panic is not an Exception
             first_line = str(fault).partition("\n")[0]
             raise InputError(f"the prompt cannot be tokenized: {first_line}") from fault
         if not ids:
-            raise InputError("the chat template makes no tokens of this prompt")
+            raise InputError("the chat template turns this prompt into no tokens")
         self._require_rows(ids)
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out, spaces at both ends removed."""
+        """Text of generated tokens, without special tokens, stripped."""
         return self.decode_raw(token_ids).strip()
 
     def decode_raw(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out, spaces kept.
+        """Text of generated tokens, without special tokens, with all spaces.
 
         Raises:
             InputError: The tokenizer's decoder breaks on them.
@@ -148,12 +147,12 @@ class PromptCodec:
         first, *pieces = self._marked.split(text)
         ids = [*before, *self.tokenizer.encode(first, add_special_tokens=False).ids]
         for number, piece in enumerate(pieces):
-            if piece and number % 2 == 0:  # what was marked
+            if piece and number % 2 == 0:  # a marked word
                 found = self._encode_inside(piece, plain=True)
                 if self.tokenizer.token_to_id(piece) in found:
                     raise InputError(
-                        f"{piece!r} cannot be read as plain text: the tokenizer makes the control "
-                        "token of its letters"
+                        f"{piece!r} cannot be read as plain text: the tokenizer turns its letters "
+                        "into the control token"
                     )
                 ids += found
             elif piece:
@@ -161,7 +160,7 @@ class PromptCodec:
         return ids + behind
 
     def _encode_inside(self, text: str, *, plain: bool) -> list[int]:
-        """Ids of text inside a prompt: no space is put before it, as at the start of a text."""
+        """Ids of text inside a prompt, without the space that is added at the start of a text."""
         encode = self._encode_plain if plain else self._encode_piece
         newline, ids = self._encode_piece("\n"), encode(f"\n{text}")
         return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
@@ -170,7 +169,7 @@ class PromptCodec:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids without any added token: the tokenizer's pipeline behind their search."""
+        """Ids without added tokens: the tokenizer's pipeline after the search for those."""
         tokenizer = self.tokenizer
         if tokenizer.normalizer is not None:
             text = tokenizer.normalizer.normalize_str(text)
@@ -184,7 +183,7 @@ class PromptCodec:
         if rows is None:
             return
         for token in ids:
-            # A placeholder's own row is never read: the picture's rows take its place.
+            # A placeholder's own row is never read: the picture's rows replace it.
             if token >= rows and token != self.image_token_id:
                 raise InputError(
                     f"the prompt holds {self.tokenizer.id_to_token(token)!r}, token {token}, but "
@@ -193,7 +192,7 @@ class PromptCodec:
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind a text."""
+        """What the tokenizer puts before and after a text."""
         bare = self.tokenizer.encode("a", add_special_tokens=False).ids
         ids = self.tokenizer.encode("a", add_special_tokens=True).ids
         for start in range(len(ids) - len(bare) + 1):
@@ -203,7 +202,7 @@ class PromptCodec:
 
     @cached_property
     def _placeholder(self) -> re.Pattern[str]:
-        """A placeholder that the template wrote, not the user."""
+        """A placeholder that was written by the template, not by the user."""
         return re.compile(f"(?<!{_START}){re.escape(self.image_token)}")
 
     @cached_property
@@ -234,7 +233,7 @@ def read_tokenizer(text: str, where: object, *, error: type[PocketVLMError]) -> 
     Args:
         text: The content.
         where: Where it comes from, for the message.
-        error: What is raised when it is no tokenizer.
+        error: What is raised when it is not a tokenizer.
 
     Raises:
         PocketVLMError: `error`, with one line.
@@ -245,14 +244,14 @@ def read_tokenizer(text: str, where: object, *, error: type[PocketVLMError]) -> 
         tokenizer.no_truncation()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as fault:  # a panic of the Rust side is no Exception
+    except BaseException as fault:  # a Rust panic is not an Exception
         first_line = str(fault).partition("\n")[0]
         raise error(f"{where}: not a tokenizer: {first_line}") from fault
     return tokenizer
 
 
 def _mark(value: Any, control: re.Pattern[str]) -> Any:
-    """A message in whose texts control words are marked; names of fields stay."""
+    """Marks control words in the texts of a message; names of fields stay."""
     if isinstance(value, str):
         bare = value.replace(_START, "").replace(_END, "")
         return control.sub(f"{_START}\\g<0>{_END}", bare)

@@ -1,8 +1,8 @@
-"""How an answer is chosen: end tokens, and settings of generation_config.json that change it.
+"""How answer tokens are chosen: end tokens, and the settings of generation_config.json.
 
-Every setting that a greedy answer depends on is applied here, on logits of one row, the same code
-for a checkpoint in torch and for a bundle's runtime, in the order in which transformers applies
-them. What is not applied is named in `notes`.
+Every setting that a greedy answer depends on is applied here, to one row of logits, by the same
+code for a checkpoint in torch and for a bundle's runtime, in the order of transformers. Settings
+that are not applied are named in `notes`.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _UNAPPLIED: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
-"""Settings that change answers and are not applied, with the values that change nothing."""
+"""Settings that change answers and are not applied, with the values that have no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What decides the next token besides the logits, under the names of transformers.
+    """What decides the next token in addition to the logits, under the names of transformers.
 
     Attributes:
         eos_token_ids: Tokens that end an answer.
-        sequence_bias: Pairs of a sequence of tokens and what is added to the last one's logit
-            where the others stand before it.
+        sequence_bias: Pairs of a token sequence and what is added to the logit of its last token if
+            the others come before it.
         encoder_repetition_penalty: Favours tokens of the prompt above 1.
         repetition_penalty: Weakens tokens of prompt and answer above 1.
-        no_repeat_ngram_size: Runs of this many tokens that may stand only once; 0 for any.
+        no_repeat_ngram_size: Runs of this many tokens may occur only once; 0 for no limit.
         bad_words_ids: Sequences of tokens that must not be written.
         min_length: Tokens of prompt and answer before which the answer does not end.
         min_new_tokens: Tokens of the answer before which it does not end.
@@ -96,9 +96,9 @@ class GenerationSettings:
         """Reads what transformers' `GenerationConfig.to_dict` holds, or generation_config.json.
 
         Args:
-            document: The content; other keys are left aside.
+            document: The content; other keys are ignored.
             where: Where it comes from, for the message.
-            error: What is raised where a value does not fit.
+            error: What is raised when a value does not fit.
 
         Raises:
             PocketVLMError: `error`, with one line.
@@ -113,7 +113,7 @@ class GenerationSettings:
             raise error(f"{where}: {fault}") from fault
 
     def to_json(self) -> dict[str, Any]:
-        """What differs from the defaults, without the end tokens, as JSON values."""
+        """Settings that differ from the defaults, without the end tokens, as JSON values."""
         values = asdict(self)
         return {
             item.name: values[item.name]
@@ -123,7 +123,7 @@ class GenerationSettings:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the likeliest token is simply the next one."""
+        """Whether the next token is simply the likeliest."""
         return not self.to_json()
 
     def adjust(self, logits: Logits, prompt: Sequence[int], answer: Sequence[int]) -> Logits:
@@ -131,7 +131,7 @@ class GenerationSettings:
 
         Args:
             logits: float32 [vocabulary].
-            prompt: Tokens of the prompt, every placeholder of a picture among them.
+            prompt: Tokens of the prompt, including every placeholder of a picture.
             answer: Tokens of the answer so far.
         """
         if self.is_plain:
@@ -143,7 +143,7 @@ class GenerationSettings:
         _penalize(scores, prompt, 1 / self.encoder_repetition_penalty)
         _penalize(scores, said, self.repetition_penalty)
         self._forbid_repeats(scores, said)
-        # An end that was forbidden as a word would never come; transformers leaves it out too.
+        # With its end token forbidden an answer would never end; transformers ignores such words.
         words = [word for word in self.bad_words_ids if word[1:] or word[0] not in ends]
         self._add_bias(scores, tuple((word, -np.inf) for word in words), said)
         if len(said) < self.min_length or len(answer) < self.min_new_tokens:
@@ -194,14 +194,14 @@ class GenerationSettings:
 def read_generation_settings(
     folder: Path, *, error: type[PocketVLMError]
 ) -> tuple[GenerationSettings, tuple[str, ...]]:
-    """The settings of a model folder, from where transformers takes them.
+    """The settings of a model folder, from the files that transformers uses.
 
-    That is generation_config.json; where there is none, config.json and, for what it leaves open,
-    its text_config. The tokenizer's own end token ends nothing.
+    That is generation_config.json; without one, config.json and, for what it leaves open, its
+    text_config. The tokenizer's own end token does not count.
 
     Args:
         folder: The folder.
-        error: What is raised where a value does not fit.
+        error: What is raised when a value does not fit.
 
     Returns:
         The settings, and a note per setting that changes answers and is not applied.
@@ -226,7 +226,7 @@ def read_generation_settings(
             shown = str(value)
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
             notes.append(
-                f"{name}: {key}={shown} is not applied: answers are greedy, a token at a time"
+                f"{name}: {key}={shown} is not applied: answers are greedy, one token at a time"
             )
     if not settings.is_plain:
         applied = ", ".join(settings.to_json())

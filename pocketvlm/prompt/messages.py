@@ -1,8 +1,8 @@
-"""Messages: who says what in a conversation, and where its pictures stand.
+"""Messages: who says what in a conversation, and where its pictures are.
 
 Calibration, evaluation, certificate and runtime read conversations through these types, so that the
-rule for the place of a picture exists once: as it is written where a part of a message says it,
-else before the text of the user's first turn.
+rule for the place of a picture exists once: where a part of a message puts it, else before the text
+of the user's first turn.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ Message = dict[str, Any]
 """One message as chat templates take it: `role`, and `content`, a list of image and text items."""
 
 PLACEHOLDER = "<image>"
-"""What data sets in LLaVA's manner write where a picture stands, whatever the model's own is."""
+"""The placeholder in LLaVA-style data sets, whatever the model's own is."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The place of a picture; which one stands there is said by the order of all places."""
+    """The place of a picture; the order of all places says which picture it is."""
 
 
 PICTURE = Picture()
 
 Part = str | Picture
-"""What a turn is made of."""
+"""A part of a turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What one side says at once.
+    """One turn of a conversation.
 
     Attributes:
-        role: Who says it.
+        role: The speaker.
         parts: Texts and places of pictures, in order.
     """
 
@@ -60,12 +60,12 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Its words, without the pictures."""
+        """Its text, without the pictures."""
         return " ".join(part for part in self.parts if isinstance(part, str))
 
     @property
     def pictures(self) -> int:
-        """How many pictures stand in it."""
+        """The number of its pictures."""
         return sum(isinstance(part, Picture) for part in self.parts)
 
     def to_message(self) -> Message:
@@ -93,17 +93,17 @@ def place_pictures(
 ) -> tuple[Turn, ...]:
     """Gives every picture its place.
 
-    Where no part is a picture's place, `<image>` at the start or at the end of a user's text is
-    one, which is how LLaVA's data is written; elsewhere it is text. Where none is written at all,
-    the pictures stand before the text of the user's first turn.
+    If no part is a picture's place, `<image>` at the start or at the end of a user's text is one,
+    as in LLaVA's data; elsewhere it is text. If there is no place at all, the pictures come before
+    the text of the user's first turn.
 
     Args:
         turns: The conversation.
         count: How many pictures it has.
-        anywhere: Whether `<image>` is a place in the middle of a text too.
+        anywhere: Whether `<image>` in the middle of a text is a place too.
 
     Raises:
-        ValueError: There are more or fewer places than pictures, or no turn of the user.
+        ValueError: There are more or fewer places than pictures, or there is no user turn.
     """
     placed = tuple(turns)
     if (count or anywhere) and not _places(placed):
@@ -111,7 +111,7 @@ def place_pictures(
     if count and not _places(placed):
         first = next((at for at, turn in enumerate(placed) if turn.role == "user"), None)
         if first is None:
-            raise ValueError("a picture belongs to a turn of the user, and there is none")
+            raise ValueError("a picture belongs to a user turn, and there is none")
         turn = placed[first]
         turn = replace(turn, parts=(*[PICTURE] * count, *turn.parts))
         placed = (*placed[:first], turn, *placed[first + 1 :])
@@ -137,7 +137,7 @@ def _read_placeholders(turn: Turn, *, anywhere: bool) -> Turn:
 
 
 def _split(text: str, *, anywhere: bool) -> list[Part]:
-    """Takes the placeholders at both ends off a text, with the line breaks between."""
+    """Splits the placeholders at both ends off a text, with the line breaks between."""
     pieces = text.split(PLACEHOLDER)
     front = back = 0
     while front < len(pieces) - 1 and not pieces[front].strip():

@@ -1,7 +1,7 @@
 """The two architectures: what is fixed before any weight is trained.
 
-Both put an 8x8 grid of visual tokens in front of one and the same decoder, so the decoder is
-pretrained once. Every linear dimension is a multiple of 32, which group-wise int4 and Core ML like.
+Both put an 8x8 grid of visual tokens before the same decoder, so the decoder is pretrained once.
+Every linear dimension is a multiple of 32, which suits group-wise int4 and Core ML.
 """
 
 from __future__ import annotations

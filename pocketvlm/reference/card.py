@@ -1,7 +1,7 @@
 """The model card of a reference model, from its measured figures.
 
-``python -m pocketvlm.reference.card MODEL --figures FILE`` writes ``README.md`` beside the weights;
-the figures are what ``pocketvlm.reference.evaluate --json`` wrote.
+``python -m pocketvlm.reference.card MODEL --figures FILE`` writes ``README.md`` next to the
+weights; the figures are what ``pocketvlm.reference.evaluate --json`` wrote.
 """
 
 from __future__ import annotations

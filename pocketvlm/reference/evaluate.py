@@ -1,8 +1,8 @@
 """Held-out accuracy and blind floor of a model: ``python -m pocketvlm.reference.evaluate MODEL``.
 
 Answers are generated greedily through the model's own processor and chat template and compared as
-they are. The blind floor is the same questions with every picture replaced by noise: what a model
-scores that knows the questions and sees nothing.
+they are. The blind floor is the same questions with every picture replaced by noise: the score of a
+model that knows the questions and sees nothing.
 """
 
 from __future__ import annotations

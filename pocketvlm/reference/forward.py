@@ -1,8 +1,8 @@
-"""Forward passes for training: the stock modules, called in shapes that a CPU runs fast.
+"""Forward passes for training: the stock modules, in shapes that run fast on a CPU.
 
 They compute what the transformers classes compute, for packed sequences and fixed shapes, in a form
-that ``torch.compile`` fuses: written out, a step takes less than half the time. The tests hold both
-against each other.
+that ``torch.compile`` fuses: written out, a step takes less than half the time. The tests compare
+the two.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The image is by far the longest part of a prompt. A pack holds it once, followed by as many turns
 as fit; a block-diagonal mask lets every turn see the image and itself, and positions restart after
 the image, so each turn is exactly the single-question problem at a tenth of its cost. Some segments
-hold two turns in a row, which is how the models learn that a chat goes on.
+hold two turns in a row, which is how the models learn that a chat continues.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _prefix(dialect: str) -> tuple[int, ...]:
 
 
 def image_span(dialect: str) -> slice:
-    """Where the visual tokens stand in every pack of a dialect."""
+    """Where the visual tokens are in every pack of a dialect."""
     start = _prefix(dialect).index(IMAGE_ID)
     return slice(start, start + VISUAL_TOKENS)
 

@@ -143,7 +143,8 @@ def write_random_model(config: dict[str, Any], path: Path, *, seed: int = 0) -> 
 
     Args:
         config: Content of its config.json.
-        path: The directory; config.json is written last, so that a half-written one is no model.
+        path: The directory; config.json is written last, so that a half-written directory is not a
+            model.
         seed: Seed of the weights.
     """
     spec = read_model_spec(config)

@@ -101,7 +101,7 @@ class WrittenWord:
 
 @dataclass(frozen=True, kw_only=True)
 class Background:
-    """What is behind the objects: one tone, a ramp between two tones, or one tone with grain."""
+    """The background of the objects: one tone, a ramp between two tones, or one tone with grain."""
 
     style: Style
     start: tuple[int, int, int]

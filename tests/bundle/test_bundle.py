@@ -169,7 +169,7 @@ def test_only_signed_files_are_handed_out(bundle_path):
     assert bundle.file("tokenizer.json").is_file()
     assert not bundle.has("README.md")
     for name in ("README.md", "chat_template.jinja", "../bundle/tokenizer.json"):
-        with pytest.raises(BundleError, match="has no file .* that is signed"):
+        with pytest.raises(BundleError, match="has no signed file"):
             bundle.file(name)
     # Also where somebody exchanges it after the bundle was opened.
     (bundle_path / "tokenizer.json").unlink()

@@ -306,7 +306,7 @@ def test_a_flipped_bit_in_a_hub_cache_is_noticed(tiny_path, tmp_path):
 
 
 def test_a_path_that_is_no_directory_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         Checkpoint.load(tmp_path / "nothing")
 
 

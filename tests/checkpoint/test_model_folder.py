@@ -34,7 +34,7 @@ LLAVA = {
     },
     "three models deep": {r"^model\.language_model\.": "language_model.model.model."},
     "base model": {r"^model\.": ""},
-    "base model with a tower of its own": {r"^model\.(vision_tower)\.": r"\1.vision_model."},
+    "base model with its own tower": {r"^model\.(vision_tower)\.": r"\1.vision_model."},
 }
 IDEFICS3 = {"today": {}, "base model": {r"^model\.": ""}}
 LAYOUTS = [
@@ -45,7 +45,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Tiny models that hold a head of their own, so that every kind of weight is in the files."""
+    """Tiny models with a separate head, so that every kind of weight is in the files."""
     made = {}
     for family in ("llava", "idefics3", "smolvlm"):
         config = tiny_config("llava" if family == "llava" else "smolvlm")
@@ -290,8 +290,8 @@ def place(name):
         (index_of(lambda _: []), "not an object"),
         (place("../model.safetensors"), "not the name of a file inside"),
         (place("/etc/passwd.safetensors"), "not the name of a file inside"),
-        (place("config.json"), "no [*].safetensors file"),
-        (place(3), "no [*].safetensors file"),
+        (place("config.json"), "not a [*].safetensors file"),
+        (place(3), "not a [*].safetensors file"),
         (place("model-9.safetensors"), "is missing"),
         (without("model-00002-of-00002.safetensors"), "is missing"),
         (without("model.safetensors.index.json"), "neither model.safetensors nor"),
@@ -372,7 +372,7 @@ def test_a_head_is_tied_as_stock_ties_it(llava, tmp_path, at_top, in_text, holds
     checkpoint = assert_stock_s_answer(llava)
     is_own = holds == "its own"
     assert checkpoint.spec.decoder.tied_head is not is_own
-    assert any("head of its own" in note for note in checkpoint.source.notes) is is_own
+    assert any("separate head" in note for note in checkpoint.source.notes) is is_own
     # Saved, rebuilt and loaded again, it is what it was.
     checkpoint.save(tmp_path / "saved")
     saved = Checkpoint.load(tmp_path / "saved")

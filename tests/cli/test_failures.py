@@ -1,4 +1,4 @@
-"""Whatever a command ends in: one line, a code that tells, and a traceback for whoever asks."""
+"""Whatever a command ends in: one line, an exit code, and a traceback on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pocketvlm.errors import InputError, ParityError, RecipeError
 
 
 class UnreadableError(Exception):
-    """As ONNX Runtime's own, whose text may hold bytes that are no UTF-8."""
+    """As ONNX Runtime's own, whose text may hold bytes that are not UTF-8."""
 
     def __str__(self):
         b"\xff".decode()
@@ -27,7 +27,7 @@ class UnreadableError(Exception):
 
 
 class PanicException(BaseException):
-    """PyO3's name of a Rust panic, which is no `Exception`."""
+    """PyO3's name of a Rust panic, which is not an `Exception`."""
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ class PanicException(BaseException):
     [
         (RecipeError("a.yaml: no\nstages"), 2, "error: a.yaml: no stages"),
         (ParityError("beyond the bound"), 1, "error: beyond the bound"),
-        (KeyError("head"), 70, "this is a fault of pocketvlm: KeyError: 'head'"),
-        (RecursionError("deep"), 70, "this is a fault of pocketvlm: RecursionError: deep"),
-        (EOFError("truncated"), 70, "this is a fault of pocketvlm: EOFError"),
+        (KeyError("head"), 70, "this is a bug in pocketvlm: KeyError: 'head'"),
+        (RecursionError("deep"), 70, "this is a bug in pocketvlm: RecursionError: deep"),
+        (EOFError("truncated"), 70, "this is a bug in pocketvlm: EOFError"),
         (UnreadableError(), 70, "UnreadableError: (its message cannot be read"),
         (PanicException("index out of bounds"), 70, "PanicException: index out of bounds"),
         (MemoryError(), 2, "not enough memory: MemoryError"),

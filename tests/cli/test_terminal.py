@@ -55,7 +55,7 @@ def test_an_answer_is_shown_and_not_obeyed(tiny_paths, tmp_path, monkeypatch):
     real = Conversation.ask
 
     def hostile(self, *arguments, on_token, **options):
-        """The answer of the model, and behind each piece what one could be trained to say."""
+        """The answer of the model, and after each piece what one could be trained to say."""
         return real(
             self, *arguments, on_token=lambda piece: on_token(piece + HOSTILE + "\té"), **options
         )

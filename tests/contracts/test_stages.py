@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "quantize_cache": {},
 }
-# Solved anew from what is measured, and so planned within the same budget only.
+# Solved from new measurements, and so planned only to the same budget.
 MEASURED = {"mixed"}
 
 

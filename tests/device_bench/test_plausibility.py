@@ -36,10 +36,10 @@ def test_honest_figures_pass_every_check(block):
     [
         ("decode_tok_s", 0.0, "decode_tok_s is above zero"),
         ("prefill_tok_s", 0.0, "prefill_tok_s is above zero"),
-        # 40 tokens at 2,000 a second take 20 ms; 9 ms is another definition.
+        # 40 tokens at 2,000 tok/s take 20 ms; 9 ms is another definition.
         ("ttft_engine_ms", 9.0, "time to first token covers the prompt"),
         ("ttft_user_ms", 12.0, "the user's time to first token contains the engine's"),
-        # 60 MB at 1,000 tokens a second are 60 GB/s on a machine that reads 20.
+        # 60 MB at 1,000 tokens per second are 60 GB/s on a machine that reads 20.
         ("decode_tok_s", 1000.0, "decoding reads no faster than memory"),
     ],
 )

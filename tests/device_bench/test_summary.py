@@ -41,7 +41,7 @@ def test_nothing_is_claimed_of_no_samples():
 def test_rates_and_times_follow_their_definitions(block):
     figures = summarise_blocks([block(1.0), block(3.0)])
     assert set(figures) == {"load_ms", "cold_ttft_user_ms", *FIGURES}
-    # 40 rows in 20 ms and in 60 ms; 4 tokens behind the first in 12 ms and in 36 ms.
+    # 40 rows in 20 ms and in 60 ms; 4 tokens after the first in 12 ms and in 36 ms.
     assert figures["prefill_tok_s"]["samples"] == pytest.approx([2000.0, 666.6667])
     assert figures["decode_tok_s"]["samples"] == pytest.approx([333.3333, 111.1111])
     assert figures["decode_ms"]["samples"] == [2.0] * 4 + [6.0] * 4
@@ -62,7 +62,7 @@ def test_pairing_cancels_the_drift_that_medians_keep(block):
     drift = [1.0, 1.5, 2.25, 3.375, 5.0625]
     candidate = {index: block(0.5 * scale) for index, scale in enumerate(drift)}
     baseline = {index: block(scale) for index, scale in enumerate(drift)}
-    del candidate[0]  # a repeat that failed on one side is no pair
+    del candidate[0]  # a repeat that failed on one side is not a pair
     ratios = paired_ratios(candidate, baseline)
     assert ratios["ttft_user_ms"] == pytest.approx([0.5] * 4)
     assert ratios["decode_tok_s"] == pytest.approx([2.0] * 4, rel=1e-4)

@@ -40,7 +40,7 @@ def samples() -> list[Sample]:
 
 
 def about_several_pictures() -> list[Sample]:
-    """Two pictures in front, two in a second turn between texts, and one picture twice."""
+    """Two pictures first, two in a second turn between texts, and one picture twice."""
     pair, earlier = (picture(3), picture(4)), (user_turn("hello"), assistant)
     between = Turn(role="user", parts=("this ", PICTURE, " or ", PICTURE, " then?"))
     return [

@@ -98,7 +98,7 @@ class Decoder:
         self.cache: dict[str, np.ndarray] = {}
         for block in range(spec.decoder.depth):
             for kind in ("key", "value"):
-                # Garbage behind the past must never be seen.
+                # Garbage after the past must never be seen.
                 buffer = self.cache[f"{block}.{kind}"] = np.full(shape, 100, cache_dtype)
                 buffer *= 1 if cache_dtype is np.int8 else 100
                 self._bind("input", f"past.{block}.{kind}", buffer)

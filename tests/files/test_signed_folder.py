@@ -114,7 +114,7 @@ def test_pipes_devices_sockets_and_folders_are_refused_at_once(folder):
 
 @pytest.mark.parametrize("digest", ["", "0", "g" * 64, "A" * 64])
 def test_a_digest_that_is_none_is_refused(folder, digest):
-    with pytest.raises(BundleError, match="the digest of 'tokenizer.json' is no sha256"):
+    with pytest.raises(BundleError, match="the digest of 'tokenizer.json' is not a sha256"):
         verify(folder, {**signed(folder), "tokenizer.json": digest})
 
 

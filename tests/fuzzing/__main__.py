@@ -78,7 +78,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _make(root: Path, targets: tuple[str, ...], *, runs: bool) -> Materials:
-    """Makes the materials in a process of its own: a thread of it would not survive a fork."""
+    """Makes the materials in a child process: its threads would not survive a fork."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -96,7 +96,7 @@ def _make(root: Path, targets: tuple[str, ...], *, runs: bool) -> Materials:
 def _import_everything() -> None:
     """What every worker needs is imported once, before the fork."""
     import torch
-    from transformers import (  # noqa: F401  (each is a module of its own, imported when first named)
+    from transformers import (  # noqa: F401  (each is a module, imported when first named)
         AutoImageProcessor,
         AutoModelForImageTextToText,
         AutoTokenizer,

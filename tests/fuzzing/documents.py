@@ -1,6 +1,6 @@
 """Documents changed by structure: types, ranges, names and nesting, mostly still documents.
 
-What a parser refuses shows little of what stands behind it.
+What a parser refuses shows little of the code after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VALUES = (*NUMBERS, *TEXTS, True, False, None, [], {}, [[]], [None], {"": None},
 
 
 def mutate_value(rng: random.Random, value: Any) -> Any:
-    """Another value in the place of one: of its own type as often as of another."""
+    """Another value in place of one: of its own type as often as of another."""
     kind = rng.random()
     if kind < 0.45:
         return _neighbour(rng, value)
@@ -129,7 +129,7 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
     document = mutate_document(rng, json.loads(content))
     try:
         text = json.dumps(document, ensure_ascii=rng.random() < 0.5)
-    except (ValueError, TypeError):  # a key that is no text
+    except (ValueError, TypeError):  # a key that is not a string
         text = json.dumps(str(document))
     dress = rng.random()
     if dress < 0.02:

@@ -168,7 +168,7 @@ def sign_again(folder: Path, name: str, *, files: bool = True) -> None:
 
     Args:
         folder: The folder.
-        name: The document; what is no document stays as it is.
+        name: The document; anything else stays as it is.
         files: Whether the digests of files are made true as well as that of the document.
     """
     file = folder / name

@@ -1,4 +1,4 @@
-"""Worker: runs inputs in a process of its own and judges what each of them did."""
+"""Worker: runs inputs in a separate process and judges what each of them did."""
 
 from __future__ import annotations
 

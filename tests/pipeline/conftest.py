@@ -48,7 +48,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cli(*arguments, check=None, **options):
-    """Runs the command line in a process of its own."""
+    """Runs the command line in a separate process."""
     finished = subprocess.run(
         [sys.executable, "-m", "pocketvlm", *map(str, arguments)],
         capture_output=True,

@@ -50,7 +50,7 @@ def test_models_that_are_none(run_cli, tmp_path):
         (tmp_path / "nothing", "no such directory"),
         ("reference:pocket-gpt", "pocket-llava"),
         ("shape:gpt-5", "smolvlm-256m"),
-        ("nobody/no-such-model", "neither a local directory nor to be had from the hub"),
+        ("nobody/no-such-model", "neither a local directory nor available from the hub"),
     ]:
         assert_one_line(run_cli("compress", model, "--out", out), message)
     assert not out.exists()
@@ -212,5 +212,5 @@ def test_a_signal_while_libraries_are_imported_is_one_line(number, code, tiny_pa
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert finished.returncode == code
-    assert finished.stderr == "interrupted; the same command goes on where this one stopped\n"
+    assert finished.stderr == "interrupted; the same command resumes where this one stopped\n"
     assert not list(tmp_path.iterdir())

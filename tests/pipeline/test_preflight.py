@@ -38,7 +38,7 @@ def readers_of(path: Path) -> Readers:
 
 
 def refusal_of(path: Path) -> str:
-    """What `plan` says of a model, whether it can go on after that or not."""
+    """What `plan` says of a model, whether or not it continues after that."""
     with pytest.raises(CheckpointError) as caught:
         plan(path, recipe_from_document(RECIPE, where="test")).raise_if_refused()
     return str(caught.value)
@@ -46,7 +46,7 @@ def refusal_of(path: Path) -> str:
 
 @pytest.fixture
 def model(tiny_paths: dict[str, Path], tmp_path: Path) -> Path:
-    """A tiny model of one's own to alter."""
+    """A copy of a tiny model to alter."""
     return Path(shutil.copytree(tiny_paths["llava"], tmp_path / "model"))
 
 

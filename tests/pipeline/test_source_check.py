@@ -157,7 +157,7 @@ def test_a_mismatch_stops_a_run_before_any_stage(start, tmp_path, monkeypatch):
     with pytest.raises(SourceMismatchError, match="logits after the prompt differ"):
         start()
     assert not (tmp_path / "run" / "checkpoint").exists()
-    # What was found is kept with the run, and goes on only where it is allowed to.
+    # The result is kept with the run, which continues only if that is allowed.
     monkeypatch.setattr(run_module, "check_source", None)
     result = start(source_check="allow")
     assert result.failures == ()

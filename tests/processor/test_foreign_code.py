@@ -63,17 +63,17 @@ def change(file: Path, **keys) -> None:
 def test_code_is_refused_wherever_it_is_asked_for(copy, tmp_path, name, keys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     change(copy / name, **keys)
-    with pytest.raises(CheckpointError, match=rf"{name}: needs code of its own \(.*never run") as e:
+    with pytest.raises(CheckpointError, match=rf"{name}: needs its own code \(.*never run") as e:
         Checkpoint.load(copy)
     assert "\n" not in str(e.value)
-    with pytest.raises(CheckpointError, match="needs code of its own"):
+    with pytest.raises(CheckpointError, match="needs its own code"):
         read_model_folder(copy)
     assert not (tmp_path / "ran").exists()
 
 
 def test_the_processor_alone_refuses_it_too(copy, tiny_checkpoint):
     change(copy / "processor_config.json", auto_map={"AutoImageProcessor": "strange.X"})
-    with pytest.raises(CheckpointError, match=r"processor_config.json: needs code of its own"):
+    with pytest.raises(CheckpointError, match=r"processor_config.json: needs its own code"):
         Processor.load(copy, tiny_checkpoint.spec)
 
 

@@ -344,7 +344,7 @@ def test_a_template_that_knows_stock_by_its_names_is_bounded_there_too(tmp_path)
 
 
 def test_a_panic_of_the_tokenizer_is_one_line(tmp_path):
-    """The Rust side panics with a BaseException of its own."""
+    """The Rust side panics with its own BaseException."""
 
     class PanicException(BaseException):
         pass

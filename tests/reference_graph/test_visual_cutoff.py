@@ -36,7 +36,7 @@ class KeepEvery(TokenReducer):
 
 
 def prompt(checkpoint, *, images=1, batch=1, seed=0):
-    """Random visual tokens in front of, between and behind text."""
+    """Random visual tokens before, between and after text."""
     spec = checkpoint.spec
     torch.manual_seed(seed)
     kept = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
@@ -101,7 +101,7 @@ def masked_logits(checkpoint, inputs, visual_layers):
                 hides = torch.ones_like(scores, dtype=torch.bool).triu(1)
                 if block >= visual_layers:
                     hides |= visual[None]
-                # A visual row in front of all text sees nothing late; nobody reads what it becomes.
+                # A visual row before all text sees nothing late; nothing reads what it becomes.
                 weights = scores.masked_fill(hides, -1e30).softmax(dim=-1)
                 mixed.append(weights @ v[:, group])
             hidden = hidden + dense(f"{layer}.self_attn.o_proj", torch.cat(mixed, dim=-1))

@@ -195,7 +195,7 @@ def test_every_figure_has_its_place(report):
 
 def test_every_sample_is_a_dot(report):
     html = render_html(report)
-    charts = 7  # figures with a chart of their own
+    charts = 7  # figures with their own chart
     assert html.count('class="dot fill-candidate"') == charts * 5
     assert html.count('class="dot fill-baseline"') == charts * 5
 
@@ -319,7 +319,7 @@ CARD = (
 
 
 def poison(value, text):
-    """The report with the text in place of every text, and behind every name."""
+    """The report with the text in place of every text, and after every name."""
     if isinstance(value, dict):
         return {key: poison(item, text) for key, item in value.items()}
     if isinstance(value, list):

@@ -58,7 +58,7 @@ def pairs(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         family, _, policy = kind.partition("-")
         checkpoint = Checkpoint.load(tiny_paths[family])
         if policy == "ended":
-            # Fewer visual rows as well, behind the first layer none.
+            # Fewer visual rows as well, none after the first layer.
             reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
             checkpoint = replace(checkpoint, reducer=reducer, visual_layers=1)
         elif policy:

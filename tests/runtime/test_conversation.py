@@ -76,7 +76,7 @@ def test_turns_equal_fresh_runs_in_torch(pair):
 
 
 def test_several_pictures_in_one_turn_equal_torch(pair):
-    """Two in front of the first question, two among the words of the second."""
+    """Two before the first question, two among the words of the second."""
     talk = Conversation(pair.bundle)
     pictures = [noise(seed) for seed in (1, 2, 3, 1)]
     first = talk.ask("One", pictures[:2], max_new_tokens=6)

@@ -112,7 +112,7 @@ def test_bytes_fall_with_the_elements() -> None:
     form = make_form(AffineLayout(bits=4, group_size=32, symmetric=True), 64, 96, generator)
     mask = torch.arange(96).expand(64, 96) % 4 == 0
     sparse = SparseWeight.from_form(form, mask)
-    # A bit an element, four bits a kept one, a scale a group.
+    # One bit per element, four bits per kept one, one scale per group.
     assert sparse.stored_bytes == 64 * 96 // 8 + 64 * 24 // 2 + 64 * 3 * 2
     assert sparse.stored_bytes < 0.6 * form.stored_bytes
 

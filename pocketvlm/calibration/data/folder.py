@@ -1,7 +1,7 @@
-"""A folder of pictures and conversations, as people and other tools write it.
+"""A folder of pictures and conversations, written by people or other tools.
 
-`data.jsonl` has one row per line, `data.json` a list of rows. A row is typed before anything is
-made of it: whatever does not fit is one line that names file and row.
+`data.jsonl` has one row per line, `data.json` a list of rows. The types of a row are checked first:
+an error is one line that names file and row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class FolderContent:
-    """What was read.
+    """The content of a folder.
 
     Attributes:
         samples: The rows.
@@ -52,11 +52,11 @@ class FolderContent:
 
 
 def read_folder(folder: Path, *, limit: int | None, require_images: bool) -> FolderContent:
-    """Reads the first rows of a folder; their pictures must be there, and look like pictures.
+    """Reads the first rows of a folder; their pictures must exist and have a picture's header.
 
     Args:
         folder: The folder.
-        limit: How many rows; `None` for all.
+        limit: The most rows that are read; `None` for all.
         require_images: Whether a row without a picture is an error.
 
     Raises:
@@ -104,13 +104,13 @@ def _notes(
 
 
 def _rows(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and the row: a line of text, or a value that is parsed already."""
+    """The place of each row, and the row: a line of text, or an already parsed value."""
     if not (folder / name).exists():
         raise CalibrationError(f"{folder}: {_LINES} is missing; {_SHAPES}, one per line")
     path = locate(folder, name, error=CalibrationError)
     text = read_text(path, error=CalibrationError)
     if name == _LINES:
-        # Lines end at a line feed alone: U+2028, U+0085 and the like are data.
+        # Only a line feed ends a line: U+2028, U+0085 and the like are data.
         for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
             if line.strip(" \t\r\n"):
                 yield f"{path}:{number}", line
@@ -214,7 +214,7 @@ def _read_part(item: object, where: str, pictures: _PictureNames) -> Part:
 
 
 class _PictureNames:
-    """Which file stands at which place, where parts of messages say so."""
+    """Which file belongs to which place, if parts of messages say so."""
 
     def __init__(self, listed: Sequence[str], where: str) -> None:
         self._listed = listed
@@ -223,7 +223,7 @@ class _PictureNames:
         self._where = where
 
     def stand(self, name: object, index: object) -> None:
-        """The next place: of a file of its own, of one of the row's by number, or the next."""
+        """Fills the next place: with the part's file, a numbered one of the row, or the next."""
         if name is not None:
             self._placed.append(_picture_name(name, self._where))
             return
@@ -237,10 +237,10 @@ class _PictureNames:
         self._placed.append(self._listed[number])
 
     def finish(self) -> Sequence[str]:
-        """All pictures in the order of their places.
+        """Returns all pictures in the order of their places.
 
         Raises:
-            CalibrationError: Some have a place and others none.
+            CalibrationError: Some have a place and others do not.
         """
         if not self._placed:
             return self._listed

@@ -1,4 +1,4 @@
-"""How much a visual token counts beside a token of text.
+"""How much a visual token counts relative to a text token.
 
 An image costs hundreds of tokens and a question a few dozen, so an unweighted Hessian is mostly
 visual, although errors on words cost the answer more (MBQ, arXiv 2412.19509; VLMQ, 2508.03351). In
@@ -19,7 +19,7 @@ __all__ = ["ModalityWeighting", "TokenCounts", "check_weighting", "token_weights
 ModalityWeighting = Literal["uniform", "balanced", "gradient"] | float
 """`uniform`: all tokens alike; `balanced`: both modalities weigh the same in total; `gradient`:
 each token by how much the answer's loss changes with it (`calibration.gradients`); a number: the
-weight of a visual token where a token of text weighs one."""
+weight of a visual token relative to a text token."""
 
 _WORDS = ("uniform", "balanced", "gradient")
 
@@ -38,7 +38,7 @@ class TokenCounts:
 
     @property
     def ratio(self) -> float | None:
-        """Visual tokens a token of text; `None` where there is no text."""
+        """Visual tokens per text token; `None` if there is no text."""
         return self.visual / self.text if self.text else None
 
 
@@ -61,10 +61,10 @@ def check_weighting(weighting: ModalityWeighting) -> None:
 def token_weights(
     weighting: ModalityWeighting, counts: TokenCounts, is_visual: Tensor
 ) -> Tensor | None:
-    """Weights that modality alone decides, float32 of the shape of `is_visual`.
+    """Weights that depend on modality alone, float32 of the shape of `is_visual`.
 
     Returns:
-        The weights; `None` for all alike.
+        The weights; `None` if all are equal.
 
     Raises:
         ValueError: The weighting is `gradient`, which differs by token and by block.

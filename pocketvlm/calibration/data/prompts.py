@@ -1,4 +1,4 @@
-"""Calibration conversations as token ids, and which of them share one batch."""
+"""Calibration conversations as token ids, and their batches."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _MAX_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One sample as token ids: prompt and answer, the image as all N of its placeholders.
+    """One sample as token ids: prompt and answer, with all N placeholders of the image.
 
     Attributes:
         token_ids: The ids.
         image_start: Column of the first placeholder.
-        is_truncated: Whether the end was cut off at the longest length that is used.
+        is_truncated: Whether the end was cut off at the maximal length.
         answer_start: Column of the answer's first token.
-        answer_end: Column behind the token that ends the answer; equal to `answer_start` where
-            the sample has no answer, or all of it was cut off.
+        answer_end: Column after the token that ends the answer; equal to `answer_start` if the
+            sample has no answer, or all of it was cut off.
         where: File and line that the sample came from, for messages.
     """
 
@@ -51,8 +51,8 @@ class Prompt:
         """Columns whose logits predict the answer: each token is predicted one column earlier.
 
         Args:
-            length: Of the sequence that enters the decoder. The image stands before the answer, so
-                tokens that were removed from it move all of the answer.
+            length: Length of the sequence that enters the decoder. The image comes before the
+                answer, so tokens removed from it shift the whole answer.
         """
         shift = len(self.token_ids) - length + 1
         return slice(self.answer_start - shift, self.answer_end - shift)
@@ -64,7 +64,7 @@ class PromptBatch:
 
     Attributes:
         samples: Their indices in the calibration set.
-        held_out: Whether they only judge the result and never enter a Hessian.
+        held_out: Whether they only evaluate the result and never enter a Hessian.
         in_tower_moments: Whether the tower's moments are taken from them too.
     """
 
@@ -78,7 +78,7 @@ def encode_samples(processor: Processor, samples: CalibrationSet) -> tuple[Promp
 
     Raises:
         CalibrationError: A sample has no image, has the image's placeholder in its text, or its
-            image does not fit into the longest length that is used.
+            image does not fit into the maximal length.
     """
     return tuple(encode_sample(processor, sample) for sample in samples)
 
@@ -90,10 +90,10 @@ def batch_images(
 
     Args:
         count: Samples in all.
-        first_held_out: The first that only judges.
-        per_batch: Images that run together.
+        first_held_out: The first that only evaluates.
+        per_batch: Images per batch.
         fitted: How many of those before `first_held_out` enter the tower's moments.
-        judging: How many of those behind it do.
+        judging: How many of those after it do.
     """
     parts = (
         (0, min(fitted, first_held_out), False, True),
@@ -115,7 +115,7 @@ def batch_images(
 def batch_prompts(
     prompts: Sequence[Prompt], first_held_out: int, max_tokens: int
 ) -> tuple[PromptBatch, ...]:
-    """Batches of prompts of one length whose images stand in the same columns.
+    """Batches of prompts of the same length whose images are in the same columns.
 
     No prompt is padded: a padded column would need a mask that the phone does not have.
     """
@@ -176,9 +176,10 @@ def encode_sample(processor: Processor, sample: Sample) -> Prompt:
 
 
 def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[int]) -> range:
-    """Columns that the model would have had to generate, the end of the answer included."""
+    """Columns that the model would have had to generate, including the end of the answer."""
     question = processor.encode(sample.messages())
-    # Counted along both: a tokenizer may merge the prompt's last character with the answer's first.
+    # Compared token by token: a tokenizer may merge the prompt's last character with the answer's
+    # first.
     start = next(
         (
             column
@@ -190,6 +191,6 @@ def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[in
     if not sample.answer.strip():
         return range(start, start)
     ends = processor.eos_token_ids
-    # Templates may add a line break behind the end, which nobody generates.
+    # Templates may add a line break after the end, which is never generated.
     stop = next((at + 1 for at in range(start, len(token_ids)) if token_ids[at] in ends), None)
     return range(start, len(token_ids) if stop is None else stop)

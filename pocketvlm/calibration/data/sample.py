@@ -1,4 +1,4 @@
-"""Sample: pictures, a conversation about them, and the answer that is expected."""
+"""Sample: pictures, a conversation about them, and the expected answer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Sample:
     Attributes:
         images: The pictures, in the order of their places; empty for text alone.
         turns: The conversation up to the question, with the place of every picture.
-        answer: What the assistant should say.
-        kind: Which sort of question it is, where that is known.
+        answer: The expected answer.
+        kind: The kind of question, if known.
         where: File and line that the sample came from, for messages.
     """
 
@@ -53,17 +53,17 @@ class Sample:
         """Gives every picture its place, by the rule of `messages.place_pictures`.
 
         Args:
-            answer: What the assistant should say.
-            question: What the user asks, where that is the whole conversation.
-            turns: The conversation instead; its last turn is the user's question.
+            answer: The expected answer.
+            question: The question, if it is the whole conversation.
+            turns: The conversation, in place of `question`; its last turn is the user's question.
             image: The only picture.
-            images: The pictures instead.
-            kind: Which sort of question it is.
+            images: The pictures, in place of `image`.
+            kind: The kind of question.
             where: File and line, for messages.
 
         Raises:
             CalibrationError: Pictures and their places do not match.
-            TypeError: There is no question, or one of two exclusive arguments too many.
+            TypeError: There is no question, or both of two exclusive arguments are given.
         """
         if (question is None) == (turns is None):
             raise TypeError("a sample has either a question or turns")
@@ -87,7 +87,7 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """The words of the last turn."""
+        """The text of the last turn."""
         return self.turns[-1].text
 
     @property
@@ -112,14 +112,14 @@ class Sample:
         return chat_messages((*self.turns, Turn(role="assistant", parts=(self.answer,))))
 
     def open_image(self, number: int | None = None) -> Image.Image:
-        """A decoded picture, upright; read exactly as the runtime reads an app's pictures.
+        """Decodes a picture, upright, exactly as the runtime reads an app's pictures.
 
         Args:
             number: Which one; `None` for the only one.
 
         Raises:
-            CalibrationError: There is none, there are several and none was named, or it cannot be
-                decoded.
+            CalibrationError: There is none, there are several and `number` is `None`, or it cannot
+                be decoded.
         """
         image = self.image if number is None else self.images[number]
         if image is None:
@@ -135,7 +135,7 @@ class Sample:
         """Width and height of every picture, read without decoding.
 
         Raises:
-            CalibrationError: A file is missing, is no picture, or holds too many pixels.
+            CalibrationError: A file is missing, not a picture, or too large.
         """
         return [self._size(image) for image in self.images]
 
@@ -148,7 +148,7 @@ class Sample:
             raise CalibrationError(f"{self.where}: {error}") from error
 
     def digest(self) -> bytes:
-        """Digest of the words, the places of the pictures, and the pictures."""
+        """Digest of the text, the places of the pictures, and the pictures."""
         words = [
             [turn.role, [part if isinstance(part, str) else None for part in turn.parts]]
             for turn in self.turns

@@ -1,8 +1,8 @@
 """Chat templates: the one reader and the one renderer, for checkpoints and bundles alike.
 
-A chat template is a program of a stranger. `find` looks where transformers looks, `template`
-renders what transformers renders; `sandbox`, with `instrument`, `filters` and `budget`, sees to it
-that nothing takes long, grows large or reaches anything else.
+A chat template is an untrusted program. `find` looks where transformers looks, `template` renders
+what transformers renders; `sandbox`, with `instrument`, `filters` and `budget`, bounds its time and
+memory and keeps it away from everything else.
 """
 
 from pocketvlm.prompt.chat_template.find import TEMPLATE_FILE, find_chat_template

@@ -25,11 +25,11 @@ MAX_WIDTH = 4096
 MAX_INTEGER_BITS = 64
 UNITS_PER_ITEM = 8
 
-_UNITS = 2**24  # a character is one; some seconds of the slowest work, and 150 MB at the most
+_UNITS = 2**24  # a character is one unit; a few seconds of the slowest work, and at most 150 MB
 _LARGEST = 2**22
 _PER_CHARACTER_OF_INPUT = 64
 _UNITS_PER_STEP = 64
-_SECONDS = 5.0  # a second net: what the units misjudge ends here
+_SECONDS = 5.0  # a second limit, in case the units misjudge
 _CONTAINERS: tuple[type[Any], ...] = (
     list,
     tuple,
@@ -46,17 +46,17 @@ class TemplateLimitError(TemplateError):
 
 
 class Budget:
-    """What one rendering may still compute.
+    """The work that one rendering may still do.
 
     Attributes:
-        largest: Units of the largest value; a character is one, an item of a list eight.
+        largest: Units of the largest value; a character counts one, a list item eight.
     """
 
     def __init__(self, inputs: Any = ()) -> None:
-        """Starts to count.
+        """Starts counting.
 
         Args:
-            inputs: What the template is given; more of it allows more work.
+            inputs: What the template receives; larger inputs allow more work.
         """
         self.largest = 2**62
         self._left = 2**62
@@ -66,7 +66,7 @@ class Budget:
         self._deadline = time.monotonic() + _SECONDS
 
     def step(self) -> None:
-        """Counts a turn of a loop or a call."""
+        """Counts an iteration of a loop, or a call."""
         self.spend(_UNITS_PER_STEP)
         if time.monotonic() > self._deadline:
             raise TemplateLimitError(f"it runs for more than {_SECONDS:.0f} seconds")
@@ -78,12 +78,12 @@ class Budget:
             raise TemplateLimitError("it computes too much")
 
     def admit(self, units: int) -> None:
-        """Refuses a value that would be too large, before it is there."""
+        """Refuses a value that would be too large, before it is made."""
         if units > self.largest:
             raise TemplateLimitError(f"it makes a value of more than {self.largest:,} characters")
 
     def weigh(self, value: Any) -> int:
-        """Counts the work of copying, comparing or writing a value; its units."""
+        """Counts the work of copying, comparing or writing a value; returns its units."""
         units = self._size(value, 0)
         self.spend(units)
         return units
@@ -118,7 +118,7 @@ class Budget:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, or true or false."""
+    """Whether a value is a number or a boolean."""
     return isinstance(value, int | float)
 
 

@@ -1,4 +1,4 @@
-"""Jinja's filters that chat templates may use, and what is checked before those that make much."""
+"""Jinja's filters that chat templates may use, and the checks before those with large results."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ FILTERS = frozenset(
     "map max min random reject rejectattr replace reverse round safe select selectattr "
     "slice sort string sum title tojson trim truncate unique upper urlencode wordcount".split()
 )
-"""Filters of Jinja whose cost grows with their input; wordwrap, striptags and the like do worse."""
+"""Jinja's filters whose cost is linear in their input; wordwrap and striptags, say, cost more."""
 
 
 class Arguments:
-    """Arguments of a filter, by place or by name."""
+    """Arguments of a filter, by position or by name."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._args, self._kwargs = args, kwargs
 
     def get(self, place: int, name: str, default: Any) -> Any:
-        """The argument that stands at a place, or has a name."""
+        """The argument at a position, or with a name."""
         if place < len(self._args):
             return self._args[place]
         return self._kwargs.get(name, default)
@@ -64,7 +64,7 @@ def _check_groups(budget: Budget, value: Any, arguments: Arguments) -> None:
 
 def _check_sum(budget: Budget, value: Any, arguments: Arguments) -> None:
     if not is_number(arguments.get(1, "start", 0)):
-        raise TemplateLimitError("it sums something else than numbers")
+        raise TemplateLimitError("it sums something other than numbers")
 
 
 def _check_replacement(budget: Budget, value: Any, arguments: Arguments) -> None:
@@ -88,4 +88,4 @@ FILTER_CHECKS: Mapping[str, Callable[[Budget, Any, Arguments], None]] = {
     "slice": _check_groups,
     "sum": _check_sum,
 }
-"""What filters that make more out of less are checked for before they run."""
+"""The checks that run before filters whose results can be larger than their inputs."""

@@ -1,6 +1,6 @@
 """Where a checkpoint or bundle keeps its chat template.
 
-The order of places is that of transformers' processors: processor_config.json, the older
+The search order is that of transformers' processors: processor_config.json, the older
 chat_template.json, chat_template.jinja with its folder of named templates, and last
 tokenizer_config.json.
 """
@@ -29,7 +29,7 @@ def find_chat_template(folder: Path, *, error: type[PocketVLMError]) -> ChatTemp
         error: What is raised when there is none, or its file cannot be read.
 
     Raises:
-        PocketVLMError: `error`; none of several templates is called default, for instance.
+        PocketVLMError: `error`; for instance, none of several templates is called default.
     """
 
     def read(name: str) -> str | None:
@@ -37,7 +37,7 @@ def find_chat_template(folder: Path, *, error: type[PocketVLMError]) -> ChatTemp
             return None
         path = locate(folder, name, error=error)
         try:
-            # As it stands: what is kept here reaches the prompt in transformers too.
+            # Unchanged: whatever is kept here reaches the prompt in transformers too.
             return read_bytes(path, error=error).decode("utf-8")
         except UnicodeDecodeError as fault:
             raise error(f"{path}: is not UTF-8 text: byte {fault.start}") from fault
@@ -81,7 +81,7 @@ def find_chat_template(folder: Path, *, error: type[PocketVLMError]) -> ChatTemp
 
 
 def _default_template(value: Any, where: Path, error: type[PocketVLMError]) -> str:
-    """The template that is used where none is asked for by name."""
+    """The template that is used if none is chosen by name."""
     if isinstance(value, list):
         try:
             value = {item["name"]: item["template"] for item in value}

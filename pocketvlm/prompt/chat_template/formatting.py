@@ -1,4 +1,4 @@
-"""Formats of text, `"%5d" % x` and `"{:>5}".format(x)`, where padding is bounded."""
+"""Text formatting, `"%5d" % x` and `"{:>5}".format(x)`, with bounded padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIRECTIVE = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
 
 
 def format_percent(budget: Budget, text: str, arguments: Any) -> str:
-    """What `text % arguments` is.
+    """The value of `text % arguments`.
 
     Raises:
         TemplateLimitError: It would be too large.
@@ -31,7 +31,7 @@ def format_percent(budget: Budget, text: str, arguments: Any) -> str:
 
 
 class BoundedFormat(SandboxedFormatter):
-    """`"...".format`, where padding is bounded."""
+    """`"...".format` with bounded padding."""
 
     def __init__(
         self, sandbox: SandboxedEnvironment, budget: Budget, text: str, *, by_map: bool

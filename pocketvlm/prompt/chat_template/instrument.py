@@ -1,4 +1,4 @@
-"""The counting that is put into a parsed template, before Jinja compiles it."""
+"""Inserts counting into a parsed template, before Jinja compiles it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["CHARGE", "CONCAT", "TICK", "GenerationTag", "Instrument"]
 
-# Templates cannot spell these names as filters: they do not begin with a letter.
+# Templates cannot use these names as filters: they do not begin with a letter.
 CHARGE, TICK, CONCAT = " charge", " tick", " concat"
 
 
 class Instrument(NodeTransformer):
-    """Puts the counting into a parsed template."""
+    """Inserts counting into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -61,7 +61,7 @@ class Instrument(NodeTransformer):
         raise TemplateSyntaxError(f"{kind} is not available to chat templates", node.lineno)
 
     visit_Include = visit_Import = visit_FromImport = visit_Extends = _refuse
-    # {% autoescape %}: its argument is computed while the template is compiled.
+    # {% autoescape %}: its argument is evaluated while the template is compiled.
     visit_EvalContextModifier = visit_ScopedEvalContextModifier = _refuse
 
 
@@ -81,7 +81,7 @@ class GenerationTag(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: what is set inside stays inside.
+        # A call block, as in transformers: variables set inside stay inside.
         return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
     def _render(self, caller: Macro) -> Any:

@@ -1,10 +1,11 @@
-"""A Jinja environment for templates of strangers: bounded in time and memory, closed to the rest.
+"""A Jinja environment for untrusted templates: bounded in time and memory, without any access.
 
-A chat template is a program that comes with a model. Jinja's sandbox keeps it away from Python, not
-from `"x" * 10**10`. Here nothing is computed before its size is known: literals, operators,
-filters, calls and text that is put together are charged to a budget, every turn of a loop is
-counted, and what makes more out of less (padding, repetition, formats, powers) is checked first.
-No value may be larger than the budget's `largest`, however often parts of it are shared.
+A chat template is a program that comes with a model. Jinja's sandbox keeps it away from Python, but
+not from `"x" * 10**10`. Here nothing is computed before its size is known: literals, operators,
+filters, calls and concatenated text are charged to a budget, every iteration of a loop is counted,
+and operations whose results can be larger than their inputs (padding, repetition, formats, powers)
+are checked first. No value may be larger than the budget's `largest`, however often parts of it are
+shared.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     """Jinja as transformers sets it up for chat templates, with a budget.
 
     Attributes:
-        budget: What the rendering under way may compute; set anew for each.
+        budget: The work that the current rendering may do; reset for each.
     """
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
@@ -77,8 +78,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            autoescape=False,  # a prompt is no HTML
-            # Nothing is computed while a template is compiled, when nobody counts.
+            autoescape=False,  # a prompt is not HTML
+            # Nothing is evaluated while a template is compiled, since nothing is counted then.
             optimized=False,
             finalize=_count_output,
             extensions=[GenerationTag, loopcontrols],
@@ -105,7 +106,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self._functions = {id(function) for function in self.globals.values()}
 
     def parse_bounded(self, source: str) -> nodes.Template:
-        """Parses a template, with the counting put in."""
+        """Parses a template, and inserts the counting."""
         tree = self.parse(source)
         bounded: nodes.Template = Instrument().visit(tree)
         bounded.set_environment(self)
@@ -149,7 +150,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return require_small(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Text's own `format`, with its widths bounded."""
+        """`str.format` with bounded widths."""
         if (
             isinstance(value, types.MethodType | types.BuiltinMethodType)
             and value.__name__ in ("format", "format_map")
@@ -166,7 +167,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         budget.step()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) or type(owner) in _METHODS:
-            # What compiled templates pass to macros; Jinja takes it away from other calls as well.
+            # What compiled templates pass to macros; Jinja removes it from other calls as well.
             kwargs = {name: value for name, value in kwargs.items() if name not in _SCOPES}
         if isinstance(owner, str):
             __self._require_method(str, __obj)
@@ -227,14 +228,14 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         bounded = self._bounded(function)
         if check is None:
             return bounded
-        # The environment, or a context of it, may stand before the value.
+        # The environment, or a context, may come before the value.
         start = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         @functools.wraps(bounded)
         def checked(*args: Any, **kwargs: Any) -> Any:
             passed, value, others = args[:start], args[start], args[start + 1 :]
             if name == "join":
-                value = list(value)  # the items of a generator are counted as well
+                value = list(value)  # items of a generator are counted as well
             self.budget.weigh((value, others, kwargs))
             check(self.budget, value, Arguments(others, kwargs))
             return bounded(*passed, value, *others, **kwargs)
@@ -292,7 +293,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 @pass_context
 def _count_output(context: Context, value: Any) -> Any:
     sandbox = context.environment
-    if isinstance(sandbox, TemplateSandbox):  # there is no other
+    if isinstance(sandbox, TemplateSandbox):  # there is no public alternative
         sandbox.budget.weigh(value)
     return value
 

@@ -1,4 +1,4 @@
-"""A chat template, rendered as transformers renders it, within bounds."""
+"""A chat template, rendered as in transformers, within bounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ChatTemplate", "Message"]
 Message = Mapping[str, Any]
 """One chat message: `role`, and `content` as text or as a list of image and text items."""
 
-_MAX_SOURCE_BYTES = 2**16  # the longest published ones have a third of it
+_MAX_SOURCE_BYTES = 2**16  # three times the longest published ones
 _SHOWN = 200
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -31,7 +31,7 @@ class ChatTemplate:
 
     Attributes:
         source: Its Jinja source.
-        origin: The file that it stands in, for messages.
+        origin: The file that holds it, for messages.
     """
 
     source: str
@@ -41,10 +41,10 @@ class ChatTemplate:
         """Compiles the template.
 
         Args:
-            error: What is raised where that fails.
+            error: What is raised when that fails.
 
         Raises:
-            PocketVLMError: `error`, where it is no Jinja, too long, or uses what is not available.
+            PocketVLMError: `error`: it is not Jinja, too long, or uses what is not available.
         """
         size = len(self.source.encode("utf-8", "surrogatepass"))
         if size > _MAX_SOURCE_BYTES:
@@ -56,10 +56,10 @@ class ChatTemplate:
             self._compiled  # noqa: B018  (compiles it once, for good)
         except TemplateSyntaxError as fault:
             raise error(
-                f"{self.origin}: the chat template is no Jinja, line {fault.lineno}: "
+                f"{self.origin}: the chat template is not Jinja, line {fault.lineno}: "
                 f"{_one_line(fault.message)}"
             ) from fault
-        except Exception as fault:  # compiling goes through Python's own compiler
+        except Exception as fault:  # compiling uses Python's own compiler
             raise error(
                 f"{self.origin}: the chat template cannot be compiled: {_reason(fault)}"
             ) from fault
@@ -75,7 +75,7 @@ class ChatTemplate:
 
         Args:
             messages: The whole conversation, oldest turn first.
-            variables: What the template may name besides, such as `bos_token`.
+            variables: Other names that the template may use, such as `bos_token`.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Raises:
@@ -84,7 +84,7 @@ class ChatTemplate:
         plain = [_template_message(message) for message in messages]
         with _RENDERING:
             try:
-                compiled = self._compiled  # has a budget of its own
+                compiled = self._compiled  # has its own budget
                 _SANDBOX.budget = Budget((plain, dict(variables)))
                 return compiled.render(
                     {
@@ -95,19 +95,19 @@ class ChatTemplate:
                         **variables,
                     }
                 )
-            except Exception as fault:  # a template may raise whatever Python can
+            except Exception as fault:  # a template may raise anything
                 raise InputError(
                     f"the chat template refuses this conversation: {_reason(fault)}"
                 ) from fault
 
     @property
     def environment(self) -> TemplateSandbox:
-        """What it is parsed and rendered in."""
+        """The environment that parses and renders it."""
         return _SANDBOX
 
     @cached_property
     def literals(self) -> str:
-        """Every text that the template itself may write, with NUL between."""
+        """Every text that the template itself may write, separated by NUL."""
         with _RENDERING:
             tree = _SANDBOX.parse(self.source)
         found = {node.data for node in tree.find_all(nodes.TemplateData)}
@@ -123,7 +123,7 @@ class ChatTemplate:
 
 
 def _template_message(message: Message) -> dict[str, Any]:
-    """A message as a template sees it: plain data, no empty keys, one name for a picture."""
+    """A message as templates see it: plain data, no empty keys, one name for pictures."""
     plain = {key: _plain(value) for key, value in message.items() if value is not None}
     content = plain.get("content")
     if isinstance(content, list):
@@ -150,12 +150,12 @@ def _plain(value: Any) -> Any:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return f"<{type(value).__name__}>"  # a picture, say
+    return f"<{type(value).__name__}>"  # such as a picture
 
 
 def _reason(fault: BaseException) -> str:
     if isinstance(fault, RecursionError):
-        return "it calls itself without end"
+        return "it recurses endlessly"
     if isinstance(fault, MemoryError):
         return "it is nested too deeply, or needs too much memory"
     return _one_line(str(fault)) or type(fault).__name__
@@ -169,4 +169,4 @@ def _one_line(text: str | None) -> str:
 
 _SANDBOX = TemplateSandbox()
 _RENDERING = threading.RLock()
-"""One rendering at a time: the sandbox counts for one."""
+"""One rendering at a time: the sandbox has one budget."""

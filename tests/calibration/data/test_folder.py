@@ -1,4 +1,4 @@
-"""Rows as people and other tools write them: read as they are meant, or one line for the row."""
+"""Rows as people and other tools write them: read as intended, or one line for the row."""
 
 from __future__ import annotations
 

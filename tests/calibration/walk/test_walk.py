@@ -130,7 +130,7 @@ def test_reduction_shortens_the_sequence_that_is_calibrated(tiny_checkpoint, sam
 
 
 def test_a_step_sees_what_the_layers_before_it_produce_now(tiny_checkpoint, samples):
-    """Replacing a weight changes the inputs behind it and not those before it."""
+    """Replacing a weight changes the inputs after it and not those before it."""
 
     def moments(change):
         found = {}

@@ -115,7 +115,7 @@ def test_same_bytes_twice_and_after_a_kill(tiny_paths, samples, tmp_path) -> Non
             steps.append(progress.done)
 
     assert learn(scratch_dir=scratch, on_progress=count) == whole
-    assert steps == [5, 6, 7, 8]  # went on behind the check at step 4
+    assert steps == [5, 6, 7, 8]  # resumed after the check at step 4
     (scratch / "training.safetensors").write_bytes(b"lost power")
     assert learn(scratch_dir=scratch) == whole
 

@@ -60,7 +60,7 @@ def output_loss(W, H, codes, scales, zeros, group_size):
         (200, 32),  # a ragged last group, and blocks that end at group borders
         (200, 24),  # a block of 120 columns
         (300, 160),  # groups wider than a block
-        (150, 150),  # one scale a row
+        (150, 150),  # one scale per row
         (130, 128),
         (7, 3),
         (5, 1),

@@ -18,7 +18,7 @@ DECODER, TOWER = 4, 3
 
 
 def write_tall(family: str, path: Path, feature_layer: int = -2) -> Path:
-    """Four blocks in the decoder, three that are run in the tower; LLaVA's has one behind them."""
+    """Four blocks in the decoder, three that are run in the tower; LLaVA's has one after them."""
     config = tiny_config(family)
     config["text_config"]["num_hidden_layers"] = DECODER
     config["vision_config"]["num_hidden_layers"] = TOWER + (family == "llava")

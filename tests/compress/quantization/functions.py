@@ -10,7 +10,7 @@ from pocketvlm.weights.dense import DenseWeight
 
 
 def logits_of(checkpoint: Checkpoint, seed: int = 0) -> torch.Tensor:
-    """Logits behind every token of a prompt with a picture of noise."""
+    """Logits after every token of a prompt with a picture of noise."""
     spec = checkpoint.spec
     side = spec.tower.image_size
     pixels = torch.randn(
@@ -35,7 +35,7 @@ READERS = {
 
 
 def plant_outliers(checkpoint: Checkpoint, factor: float = 20.0) -> Checkpoint:
-    """Makes one channel in sixteen behind every norm much larger than the others.
+    """Makes one channel in sixteen after every norm much larger than the others.
 
     The columns that read it become as much smaller: the model computes what it did, and rounding
     it hurts more, since those columns are now small beside their neighbours.

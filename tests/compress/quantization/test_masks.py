@@ -1,4 +1,4 @@
-"""Masks survive quantizers: what a pruning method set to zero is exactly zero behind each."""
+"""Masks survive quantizers: what a pruning method set to zero is exactly zero after each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pocketvlm.weights.form import total_stored_bytes
 from pocketvlm.weights.nonzeros import AffineNonzeros, CodebookNonzeros, FloatNonzeros
 from pocketvlm.weights.sparse import SparseWeight
 
-# Test folders are no packages, so neighbours are loaded by their paths.
+# Test folders are not packages, so neighbours are loaded by their paths.
 _FOLDER = Path(__file__).parent
 
 

@@ -68,6 +68,6 @@ def test_pooled_scores_follow_the_merge(side: int, factor: int) -> None:
             expected[:, row * cells + column] = block.mean(axis=(1, 2))
     pooled = pool_merge_cells(torch.from_numpy(scores.reshape(2, -1)), factor)
     np.testing.assert_allclose(pooled.numpy(), expected, rtol=1e-12)
-    # The same patches stand behind a token and behind its score.
+    # A token and its score come from the same patches.
     merged = merge_patches(torch.from_numpy(scores.reshape(2, -1, 1)), factor)
     np.testing.assert_allclose(merged.numpy().mean(-1), expected, rtol=1e-12)

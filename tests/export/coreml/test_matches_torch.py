@@ -64,7 +64,7 @@ def test_both_packages(
     assert difference(seen["embeds"], visual.embeds) < close
     np.testing.assert_array_equal(seen["indices"], visual.indices)
 
-    # Kept tokens keep their positions, so that there are gaps; the prompt is no multiple of 8.
+    # Kept tokens keep their positions, so that there are gaps; the prompt is not a multiple of 8.
     decoder, definition = Decoder(folder / "decoder.mlpackage"), TorchDecoder(checkpoint)
     logits = decoder.prefill(prompt.embeds.numpy(), prompt.positions.numpy())
     assert prompt.embeds.shape[1] % decoder.chunk

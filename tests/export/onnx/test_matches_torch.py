@@ -67,7 +67,7 @@ def test_all_graphs(
         expected = decode_logits(checkpoint, prompt, cache, last_only=True)
         found = decoder(prompt.embeds.numpy(), prompt.positions.numpy())
         assert relative_error(found, expected[0, 0]) < 2e-5
-        # Two steps of one token, then a second turn of four behind a filled cache.
+        # Two steps of one token, then a second turn of four after a filled cache.
         position = int(prompt.positions[0, -1]) + 1
         for length in (1, 1, 4):
             step = DecoderInputs(

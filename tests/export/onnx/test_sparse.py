@@ -42,7 +42,7 @@ def grid(bits: int, *, symmetric: bool) -> AffineLayout:
 def make_masked(
     form: WeightForm, values: Values, pattern: str, seed: int
 ) -> tuple[SparseWeight, SparseLayout]:
-    """A weight behind half a mask, and its plan."""
+    """A weight with half of it masked, and its plan."""
     dense = form.dequantize()
     mask = make_mask(pattern, *form.shape, seed)
     if isinstance(values, AffineLayout):
@@ -189,7 +189,7 @@ def test_packed_bundles_are_the_dense_ones(bundles: dict[bool, Path]) -> None:
     assert (
         "packed in the file, 50% kept" in packed.component("onnx", "decoder").precision["decoder"]
     )
-    # Bundles without packed files are written as ever.
+    # Bundles without packed files are written as before.
     assert "sparse_file" not in str(dense.manifest.to_json())
     assert Manifest.from_json(packed.manifest.to_json(), packed.path) == packed.manifest
 

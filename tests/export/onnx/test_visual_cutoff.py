@@ -53,7 +53,7 @@ def int8_cache(checkpoint: Checkpoint) -> Checkpoint:
 def test_two_turns_with_a_picture_each_equal_torch(
     deep_checkpoint: Checkpoint, tmp_path: Path, change: Callable[[Checkpoint], Checkpoint]
 ) -> None:
-    """The second turn's picture comes behind cached rows; then an answer is taken back."""
+    """The second turn's picture comes after cached rows; then an answer is taken back."""
     checkpoint = replace(change(deep_checkpoint), visual_layers=LATE)
     bundle = bundle_of(checkpoint, tmp_path)
     assert bundle.manifest.kv_cache.visual_layers == LATE

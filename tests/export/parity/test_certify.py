@@ -230,7 +230,7 @@ def test_other_pixels_are_caught(reduced: Checkpoint, tmp_path: Path) -> None:
 
 
 class SwapsItsFavourites(TorchRunner):
-    """Exchanges the two best logits behind the prompt: a wrong token with hardly any error."""
+    """Exchanges the two best logits after the prompt: a wrong token with hardly any error."""
 
     def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
         logits = super().decode(embeds, position_ids, is_visual).copy()

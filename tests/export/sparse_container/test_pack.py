@@ -179,7 +179,7 @@ def test_bytes_come_back_and_the_format_is_the_documented_one(
     mask = make_mask(pattern, *size, seed)
     stored, (place, _) = make_stored(kind, mask, seed, symmetric=symmetric)
     head, tail = bytes(range(70)), b"tail"
-    # The same weight twice: the second has no mask of its own.
+    # The same weight twice: the second has no separate mask.
     data = head + stored + tail + stored
     (folder / "whole.bin").write_bytes(data)
     places = [place.moved(len(head) + len(stored) + len(tail)), place.moved(len(head))]

@@ -81,7 +81,7 @@ def test_empty_keys_are_left_out_and_links_are_pictures():
 
 def test_a_template_knows_the_time_and_may_refuse():
     now = ChatTemplate("{{ strftime_now('%Y') }}", Path("t")).render([], {})
-    assert now == datetime.now().strftime("%Y")  # noqa: DTZ005  (local time is meant)
+    assert now == datetime.now().strftime("%Y")  # noqa: DTZ005  (local time is intended)
     refusing = ChatTemplate("{{ raise_exception('no\nsystem \x1b[31m role') }}", Path("t"))
     with pytest.raises(InputError, match=r"refuses this conversation: no system .\[31m role$"):
         refusing.render([], {})

@@ -31,5 +31,5 @@ def write_coreml_bundle(checkpoint: Checkpoint, path: Path, **options: Any) -> B
 
 
 def stand_in(mode: str) -> tuple[str, ...]:
-    """The worker's command with the stand-in in the place of Core ML; see its modes there."""
+    """The worker's command with the stand-in in place of Core ML; see its modes there."""
     return (sys.executable, str(Path(__file__).with_name("standin.py")), mode)

@@ -54,7 +54,7 @@ def cases(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def look_up_vectors(checkpoint: Checkpoint) -> None:
-    """Two bits a weight in the decoder: 256 vectors of four, of the weights' own size."""
+    """Two bits per weight in the decoder: 256 vectors of four, of the weights' own size."""
     generator = torch.Generator().manual_seed(0)
     for linear, form in checkpoint.forms().items():
         rows, columns = form.shape
@@ -99,7 +99,7 @@ def test_the_cache_can_be_filled_to_its_end_and_not_beyond(case: Case) -> None:
     ours, theirs = CoremlRunner(case.bundle), TorchRunner(case.checkpoint)
     assert (ours.chunk, ours.capacity) == (CHUNK, CONTEXT)
     embeds, positions = rows(case, CONTEXT)
-    # The border is no multiple of the chunk, so that the last one no longer fits.
+    # The border is not a multiple of the chunk, so that the last one no longer fits.
     for part in (slice(0, 3), slice(3, CONTEXT)):
         found = ours.decode(embeds[:, part], positions[:, part])
         expected = theirs.decode(embeds[:, part], positions[:, part])

@@ -1,4 +1,4 @@
-"""A program runs in a process of its own, whatever becomes of that process."""
+"""A program runs in its own process, whatever becomes of that process."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_an_interrupted_answer_ends_the_process(bundle: Bundle, process: Program
 
     tokenizer = str(bundle.file("tokenizer.json"))
     with pytest.raises(KeyboardInterrupt):
-        # A random model says what it likes, and some tokens are no whole character.
+        # A random model says anything, and some tokens are not whole characters.
         for token in range(5, 100):
             with suppress(UnspeakablePieceError):
                 process.generate(tokenizer, [[token]], max_new_tokens=4, on_piece=stop)

@@ -54,7 +54,7 @@ def test_graphs_agree_with_onnx(bundle: Bundle, runner: ExecutorchRunner) -> Non
     ids = [5, 9, 5, 301]
     np.testing.assert_array_equal(runner.embed(ids), onnx.embed(ids))
     rows = np.concatenate([runner.embed(ids), ours[0]], axis=1)
-    # Gaps, jumps ahead, and a second turn behind rows that are forgotten again.
+    # Gaps, jumps ahead, and a second turn after rows that are forgotten again.
     for positions in ([0, 1, 2, 3, 5, 8, 10, 15, 18], list(range(40, 49))):
         at = np.array([positions])
         for engine in (runner, onnx):

@@ -1,6 +1,6 @@
 """The readers of the other tools, where they are installed, find the very same weights.
 
-`vptq` and `gptqmodel` are no dependencies: the first brings a demo server and CUDA, the second
+`vptq` and `gptqmodel` are not dependencies: the first brings a demo server and CUDA, the second
 asks for a newer torch. Each is asked about every layer of a written directory.
 """
 

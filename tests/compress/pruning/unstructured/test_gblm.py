@@ -276,7 +276,7 @@ def naive_scores(checkpoint, path, samples, names, norm, alpha):
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_a_pruned_model_keeps_what_the_naive_score_keeps(tiny_checkpoint, tiny_path, samples, norm):
     names = chosen_layers(tiny_checkpoint.spec)
-    # One layer a run: inputs behind another pruned layer would not be the stock model's.
+    # One layer per run: inputs after another pruned layer would not be the stock model's.
     expected = naive_scores(tiny_checkpoint, tiny_path, samples, names, norm, 2.0)
     for name in names:
         dense = tiny_checkpoint.form(name)
@@ -361,7 +361,7 @@ def test_a_killed_run_finds_its_gradients(tiny_checkpoint, samples, tmp_path, mo
     monkeypatch.setattr(gblm, "walk_gradients", None)
     Gblm().begin(tiny_checkpoint, tasks, samples, 0.125, ctx)
     monkeypatch.undo()
-    # A file that lost its content is no file: all are made again, and come out the same.
+    # An empty file counts as missing: all are made again, and are the same.
     next((tmp_path / "gradients").iterdir()).write_bytes(b"")
     assert not files.holds(names)
     Gblm().begin(tiny_checkpoint, tasks, samples, 0.125, ctx)

@@ -207,7 +207,7 @@ def _check_half(checkpoint, step: FinishedSublayer) -> None:
 
 
 def test_update_of_a_stage_keeps_masks_and_comes_nearer(tiny_path, tmp_path) -> None:
-    """Same masks as without the update, every half no worse, and a killed run goes on alike."""
+    """Same masks as without the update, every half no worse, and a killed run ends alike."""
     samples = CalibrationSet.from_reference(3, 12)
     plain = Prune(score=Magnitude(), ratio=0.5).apply(
         Checkpoint.load(tiny_path), samples, RunContext()

@@ -101,7 +101,7 @@ def surgeon_pivot(H, column):
 
 
 def surgeon_remove(w, H, column):
-    """Drops one weight of a row and moves those behind it as the exact inverse says."""
+    """Drops one weight of a row and moves those after it as the exact inverse says."""
     inverse = np.linalg.inv(H[column:, column:])
     w[column:] -= w[column] / inverse[0, 0] * inverse[:, 0]
 

@@ -24,7 +24,7 @@ CONTEXT = RunContext(threads=1)
 
 
 def textbook(w: float, gradients: list[float], order: str) -> float:
-    """The element's saliency from its gradients, one a sample."""
+    """The element's saliency from its gradients, one per sample."""
     g = sum(gradients) / len(gradients)
     fisher = sum(value**2 for value in gradients) / len(gradients)
     return abs(

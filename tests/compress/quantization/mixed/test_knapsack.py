@@ -1,4 +1,4 @@
-"""The solver behind mixed precision, against trying every choice."""
+"""The solver of mixed precision, against trying every choice."""
 
 from __future__ import annotations
 
