@@ -193,7 +193,7 @@ def test_template_cannot_leave_its_sandbox(copy):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("chat_template.jinja", "{% if %}", "no Jinja, line 1"),
+        ("chat_template.jinja", "{% if %}", "not Jinja, line 1"),
         ("tokenizer.json", "{}", "not a tokenizer"),
         ("tokenizer.json", None, "tokenizer.json: is missing"),
     ],

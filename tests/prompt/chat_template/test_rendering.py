@@ -95,7 +95,7 @@ def test_what_is_set_inside_a_generation_block_stays_inside():
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        ("{% if %}", "no Jinja, line 1"),
+        ("{% if %}", "not Jinja, line 1"),
         ("{{ 'a' | wordwrap }}", "No filter named 'wordwrap'"),
         ("{% include 'x' %}", "line 1: Include is not available"),
         ("{% import 'x' as y %}", "line 1: Import is not available"),
