@@ -46,7 +46,7 @@ from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.stages import PlanState, Stage
 from pocketvlm.weights.form import total_stored_bytes
 
-# Bits of a code and most columns that may share a scale; None is one scale a row.
+# Bits of a code and most columns that may share a scale; None is one scale per row.
 SCALAR = {2.0: (2, None), 2.25: (2, 128), 3.0: (3, None), 4.0: (4, None), 8.0: (8, None)}
 # Bits of an index and rows that it stands for.
 VECTOR = {2.0: (8, 4), 2.25: (9, 4), 3.0: (6, 2), 4.0: (8, 2), 8.0: (8, 1)}
@@ -67,7 +67,7 @@ def affine_rules(spec: ModelSpec, bits: float) -> tuple[WeightRule, ...]:
 
 
 def palette_rules(bits: float) -> tuple[CodebookRule, ...]:
-    """Scalar palettes; a quarter of a bit more buys every two rows a palette of their own."""
+    """Scalar palettes; a quarter of a bit more buys every two rows their own palette."""
     rows = 2 if bits % 1 else None
     return (CodebookRule(index_bits=int(bits), vector_length=1, rows_a_group=rows),)
 

@@ -1,4 +1,4 @@
-"""Measurements in a process of its own, whose memory is no other one's."""
+"""Measurements in a separate process, so that its memory is counted alone."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 Every weight matrix is quantized: tower, projector, decoder and the tied table. All rows answer the
 same held-out questions in torch. Effective bits count indices, tables, scales and zero points; a
-table that layers share counts once. Prints one line a row, and one JSON line at the end.
+table that layers share counts once. Prints one line per row, and one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def stages_for(spec: ModelSpec, table_bits: int) -> dict[str, Stage]:
     table = CodebookRule(part="embedding", index_bits=table_bits, vector_length=1)
     vectors = CodebookRule(part="embedding", index_bits=8, vector_length=8 // table_bits)
     return {
-        "GPTQ, a scale a row": Gptq(rules=scalar),
+        "GPTQ, one scale per row": Gptq(rules=scalar),
         "LUT": Codebook(rules=(table, CodebookRule(index_bits=2, vector_length=1))),
         "VPTQ, vectors of 4": Codebook(rules=(vectors, CodebookRule(index_bits=8))),
     }

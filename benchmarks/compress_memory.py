@@ -2,7 +2,7 @@
 
     python benchmarks/compress_memory.py --recipe int4-small --samples 8
 
-The job runs in a process of its own, whose peak is read by the kernel's own accounting. Random
+The job runs in a separate process, whose peak is read by the kernel's own accounting. Random
 weights: memory, time and bytes do not depend on their values. Prints a table and one JSON line.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/coreml_codebook.py [MODEL ...] [--rows 48]
 
-Every matrix of decoder and embedding becomes indices into 256 vectors of 4 (2 bits a weight), by a
-few rounds of k-means. Whether that answers well is not the question here; whether the package
+Every matrix of decoder and embedding becomes indices into 256 vectors of 4 (2 bits per weight), by
+a few rounds of k-means. Whether that answers well is not the question here; whether the package
 computes what torch computes is. The packages are computed by the reference evaluator, which is not
 Core ML. MODEL is what `pocketvlm compress` takes. Prints a table, and one JSON line at the end.
 """
@@ -65,7 +65,7 @@ def compress(checkpoint: Checkpoint) -> None:
 
 
 def compare(model: str, precision: str, rows: int) -> dict[str, Any]:
-    """Logits behind a prompt of random rows and behind eight single rows."""
+    """Logits after a prompt of random rows and after eight single rows."""
     checkpoint = Checkpoint.load(resolve_model(model))
     source = sum(form.shape[0] * form.shape[1] * 2 for form in checkpoint.forms().values())
     compress(checkpoint)

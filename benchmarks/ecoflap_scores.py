@@ -139,7 +139,7 @@ def measure_noise(
 def measure_groups(
     model: str, samples: CalibrationSet, judges: CalibrationSet, ratios: Sequence[float], order: Any
 ) -> list[Mapping[str, Any]]:
-    """The loss of answers behind Wanda with each grouping."""
+    """The loss of answers after Wanda with each grouping."""
     rows: list[Mapping[str, Any]] = []
     kinds = {"uniform": Uniform()} | {
         group: Ecoflap(order=order, group=group, samples=len(samples))

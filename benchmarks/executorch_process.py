@@ -1,4 +1,4 @@
-"""What it costs to run an ExecuTorch program in a process of its own, by call and by token.
+"""What it costs to run an ExecuTorch program in a separate process, by call and by token.
 
     python benchmarks/executorch_process.py BUNDLE [--repeats 300]
 

@@ -3,7 +3,7 @@
     python benchmarks/executorch_speed.py --out FOLDER [--shape smolvlm-256m] [--repeats 15]
 
 Weights are random and rounded to nearest, on the grids that `int4-small` names: dense speed does
-not depend on values. Both programs are loaded, each in a process of its own, and take turns, so
+not depend on values. Both programs are loaded, each in a separate process, and take turns, so
 that whatever else the machine does falls on both. Bundles that FOLDER already holds are used again.
 """
 
@@ -62,7 +62,7 @@ def compress(checkpoint: Checkpoint, kind: str) -> Checkpoint:
 
 
 def measure(runner: ExecutorchRunner, width: int, repeats: int) -> dict[str, float]:
-    """One turn: milliseconds of a picture, of a prompt, and of a token behind it."""
+    """One turn: milliseconds of a picture, of a prompt, and of a token after it."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((1, _PROMPT, width)).astype(np.float32)
     runner.reset()

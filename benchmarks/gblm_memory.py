@@ -2,7 +2,7 @@
 
     python benchmarks/gblm_memory.py --samples 4
 
-Each kind of gradient runs in a process of its own: the model is loaded, then the kernel's record of
+Each kind of gradient runs in a separate process: the model is loaded, then the kernel's record of
 the peak is reset. Random weights: memory does not depend on their values. Prints a table and one
 JSON line.
 """
@@ -24,7 +24,7 @@ LIMIT = 4.0  # bytes a parameter above the loaded model
 
 
 def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, Any]:
-    """Loads, prunes, and reads what either took; called in a process of its own."""
+    """Loads, prunes, and reads what either took; called in a separate process."""
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.compress.pruning.unstructured.gblm import Gblm
@@ -36,8 +36,8 @@ def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, 
     calibration = CalibrationSet.synthetic(samples)
     checkpoint = Checkpoint.load(model)
     loaded = resident_bytes()
-    # What torch and the image library keep once they have run at all is no part of a gradient,
-    # but it is no part of the loaded model either: it counts.
+    # What torch and the image library keep after their first run does not belong to a gradient, but
+    # not to the loaded model either: it counts.
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}
     stage = Prune(score=Gblm(gradient=gradient), held_out=0.0)

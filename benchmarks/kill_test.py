@@ -7,7 +7,7 @@ python benchmarks/kill_test.py --kills 50 --flips all --work /tmp/kills
 First every recipe runs undisturbed. Then a run of it is started and killed, at a moment and by a
 signal that the seed draws, and started again until it ends; every file of its checkpoint and bundle
 is compared with the undisturbed one. A killed process must have printed its line and no traceback,
-and left no process. At last a run is killed half way, and for each file in its folder a copy of
+and left no process. Finally a run is killed half way, and for each file in its folder a copy of
 the folder, with one bit of that file flipped, is resumed and compared.
 
 A quarter of the kills come before work begins, to processes started as users start them. The others
@@ -193,7 +193,7 @@ def compare(trial: Trial, out: Path) -> list[str]:
 
 
 def kill_once(trial: Trial, out: Path, random: Random, number: int, counts: Counts) -> bool:
-    """Starts a run, or goes on with one, and kills it; returns whether it ended before that."""
+    """Starts a run, or resumes one, and kills it; returns whether it ended before that."""
     is_resumed = has_begun(out)
     is_early = random.random() < 0.25
     process = trial.start(out, forked=not is_early)

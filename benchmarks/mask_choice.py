@@ -84,7 +84,7 @@ def losses_of(form: WeightForm, evidence: InputHessian, ratio: float) -> dict[st
 
 
 def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str, object]]:
-    """One row a layer and ratio."""
+    """One row per layer and ratio."""
     checkpoint = Checkpoint.load(reference_model_path(model))
     linears = checkpoint.spec.linears()
     wanted = {t.linear.name for t in choose_layers(DEFAULT_RULES, PATTERN, linears) if not t.reason}

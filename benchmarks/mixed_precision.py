@@ -2,8 +2,8 @@
 
     python benchmarks/mixed_precision.py --n 500
 
-Sensitivity is measured once a model; every budget is solved from the same table. A mixed row has
-the bytes of the uniform row above it, or fewer; further budgets are averages of bits a weight.
+Sensitivity is measured once per model; every budget is solved from the same table. A mixed row has
+the bytes of the uniform row above it, or fewer; further budgets are averages of bits per weight.
 Every row answers the same held-out questions in torch. Prints a table for each model, and one JSON
 line at the end.
 """

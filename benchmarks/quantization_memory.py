@@ -2,7 +2,7 @@
 
     python benchmarks/quantization_memory.py --blocks 1
 
-Each method runs in a process of its own, reading the model included. The first blocks of tower and
+Each method runs in a separate process, reading the model included. The first blocks of tower and
 decoder are quantized, and token table, head and projector; all other blocks are walked through and
 kept, since a later block takes what the first one takes. Random weights: memory does not depend on
 their values. Prints a table and one JSON line; exits with 1 where a peak is more than 2 GB above
@@ -53,7 +53,7 @@ def stages_for(blocks: int, depth: int) -> Mapping[str, Callable[[], Any]]:
 
 
 def quantize(model: Path, method: str, blocks: int, samples: int, scratch: Path) -> dict[str, Any]:
-    """Loads and quantizes; called in a process of its own."""
+    """Loads and quantizes; called in a separate process."""
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint
     from pocketvlm.context import RunContext

@@ -4,8 +4,8 @@
     python benchmarks/quantization_quality.py --n 300 --before none awq rotate --bits 3 2
 
 Every weight matrix is quantized: tower, projector, decoder, tables and head. Every row answers the
-same held-out questions in torch, so differences are paired; a group size of 0 is one scale a row,
-and a layer narrower than a group has one scale a row too. Prints a table for each model, and one
+same held-out questions in torch, so differences are paired; a group size of 0 is one scale per row,
+and a layer narrower than a group has one scale per row too. Prints a table for each model, and one
 JSON line at the end.
 """
 
@@ -35,7 +35,7 @@ from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 Stage = Awq | Gptq | Rotate | RoundToNearest
 ROTATIONS = {
     "rotate": Rotate(untie_head=True),
-    "rotate_tied": Rotate(residual=False),  # what costs no table of its own
+    "rotate_tied": Rotate(residual=False),  # what costs no separate table
 }
 
 
@@ -58,7 +58,7 @@ def rules_for(
 def pipelines_for(
     spec: ModelSpec, bits: int, group_size: int, arguments: argparse.Namespace
 ) -> dict[str, tuple[Stage, ...]]:
-    """What is done to the float model, by label: each quantizer behind each transform."""
+    """What is done to the float model, by label: each quantizer after each transform."""
     pipelines: dict[str, tuple[Stage, ...]] = {}
     for before in arguments.before:
         turned = ROTATIONS[before].spec_after(spec) if before in ROTATIONS else spec

@@ -5,7 +5,7 @@ git worktree add ../before COMMIT
 python benchmarks/recipe_bytes.py --before ../before --work DIR
 ```
 
-Each recipe compresses each reference model by either version, in a process of its own. Every file
+Each recipe compresses each reference model by either version, in a separate process. Every file
 of `checkpoint/` and `bundle/` is compared: binary files by digest, JSON documents by value, so that
 a field that is new, gone or changed is named. Not compared are the bundle's `README.md` and
 `report.html`, which hold timings, and digests of files that are compared themselves.

@@ -1,11 +1,11 @@
-"""Distillation behind a pruner: answers before and after, and what held-out samples say.
+"""Distillation after a pruner: answers before and after, and what held-out samples say.
 
     python benchmarks/recovery_quality.py --prune depth:3,5
     python benchmarks/recovery_quality.py --prune magnitude:0.6 --rank 0 --rate 5e-4
 
 Prunes a reference model, distills it from the float model, and answers the same questions with all
 three in torch. `--split calibration` asks questions of the calibration split that nothing is
-trained on: what options are chosen on. Prints one line a model, and one JSON line at the end.
+trained on: what options are chosen on. Prints one line per model, and one JSON line at the end.
 """
 
 from __future__ import annotations

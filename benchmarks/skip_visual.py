@@ -7,7 +7,7 @@
 weights, all of them in turns in one process, and the bytes of KV cache that a prompt leaves.
 `--quality`: accuracy of a reference model on held-out questions by where visual tokens end, with
 what the calibration samples had said of each layer; `--distill N` adds rows with N steps of
-distillation behind the cut. Prints tables, and one JSON line with every raw sample at the end.
+distillation after the cut. Prints tables, and one JSON line with every raw sample at the end.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _quality_row(layers: int, steps: int, score: Score, whole: Score) -> dict[st
 
 
 def print_quality(rows: list[dict[str, Any]]) -> None:
-    """One line a row."""
+    """One line per row."""
     for row in rows:
         low, high = row["interval"]
         ended = "" if row["divergence"] is None else f"  {row['divergence']:.4f} nats"

@@ -5,11 +5,11 @@
 
 Random weights at a published shape: the speed of dense weights does not depend on their values, so
 which units go does not matter, only how many. The rule of `prune_width` chooses the widths, and
-`--blocks` leaves so many decoder blocks. Both models are exported as float32 and as int4; all four
-bundles take turns in one run, and ratios are taken round by round. Prints what was removed, with
-and without embedding and head, a table, and one JSON line with every raw sample. Beside wall time
-stands the processor time of the same tokens, which tells the same on a busy machine; only with one
-thread, since more of them also burn time while they wait for each other.
+`--blocks` is the number of decoder blocks that stay. Both models are exported as float32 and as
+int4; all four bundles take turns in one run, and ratios are taken round by round. Prints what was
+removed, with and without embedding and head, a table, and one JSON line with every raw sample.
+Beside wall time stands the processor time of the same tokens, which tells the same on a busy
+machine; only with one thread, since more of them also burn time while they wait for each other.
 """
 
 from __future__ import annotations

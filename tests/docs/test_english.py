@@ -66,9 +66,7 @@ EXEMPT = {
 }
 # Not swept yet. This list only shrinks.
 NOT_SWEPT = (
-    "CHANGELOG.md",
-    "benchmarks/",
-    "docs/",
+    "docs/options.md",
     "pocketvlm/calibration/",
     "pocketvlm/compress/",
     "pocketvlm/device_bench/",

@@ -191,14 +191,14 @@ $name_function            return try await MLModel.load(
         guard let start = prompt.firstIndex(of: Self.placeholder) else {
             throw Failure.promptWithoutPicture
         }
-        let behind = start + Self.placeholders
+        let end = start + Self.placeholders
         let shift: Int32 = $shift
         var positions = (0..<start).map(Int32.init)
         positions += (0..<Self.visualTokens).map { row in Int32(start) + $offset }
-        positions += (behind..<prompt.count).map { Int32($$0) - shift }
+        positions += (end..<prompt.count).map { Int32($$0) - shift }
         var rows = try await embed(Array(prompt[..<start]))
         rows += visual
-        rows += try await embed(Array(prompt[behind...]))
+        rows += try await embed(Array(prompt[end...]))
 
         cache = $new_cache
         past = 0
@@ -228,7 +228,7 @@ $name_function            return try await MLModel.load(
         return rows
     }
 
-    /// Runs rows behind those in the cache; the most likely token behind the last one.
+    /// Runs rows after those in the cache; the most likely token after the last one.
     private func next(_ rows: [Float], _ positions: [Int32]) async throws -> Int32 {
         guard past + positions.count <= Self.capacity else { throw Failure.cacheIsFull }
         var logits: [Float] = []
