@@ -4,7 +4,7 @@
     python benchmarks/sparse_size.py --work shapes --speed
 
 Random weights at the SmolVLM-256M shape, of which tower, projector and decoder lose half: element
-by element, 2 of 4, or in blocks; alone as floats, and with int4 codes. Bytes do not depend on values,
+by element, 2 of 4, or in blocks; alone as floats, and with int4. Bytes do not depend on values,
 nor does dense speed, so masks are drawn. `--speed` times ONNX bundles that the first command wrote:
 load times take turns, dense and packed, and so do decode steps of a model of which half is zero and
 of the same model with nothing masked. Prints tables, and one JSON line.
