@@ -22,12 +22,14 @@ from answer_rows import COLUMNS, RULE, Row
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.depth.stage import BlockImportance, PruneDepth
+from pocketvlm.compress.pruning.depth.block_influence import BlockInfluence
+from pocketvlm.compress.pruning.depth.greedy_blocks import Greedy
+from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, score_checkpoint
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
-IMPORTANCES: tuple[BlockImportance, ...] = ("block_influence", "greedy")
+IMPORTANCES = (BlockInfluence(), Greedy())
 
 
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -64,7 +66,7 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             which = " / ".join("+".join(map(str, blocks)) for blocks in chosen)
             row = Row.of(
                 path.name,
-                (str(count), importance, which),
+                (str(count), importance.kind, which),
                 [known[blocks] for blocks in chosen],
                 floats=floats,
                 baseline=baseline,

@@ -52,7 +52,7 @@ def build(shape: str, folder: Path, kind: str) -> tuple[Bundle, int]:
 
 def compress(checkpoint: Checkpoint, kind: str) -> Checkpoint:
     """Half of the tokens for both, and the grids of int4-small for one."""
-    stages: list[Any] = [ReduceTokens(score="auto", keep=0.5)]
+    stages: list[Any] = [ReduceTokens(keep=0.5)]
     if kind == "int4":
         rules = next(
             stage.rules for stage in load_recipe("int4-small").stages if hasattr(stage, "rules")

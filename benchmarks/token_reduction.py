@@ -12,14 +12,15 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens import SCORES, ReduceTokens
+from pocketvlm.compress.tokens import REDUCERS, ReduceTokens
+from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
 from pocketvlm.models.reducer import POSITION_POLICIES
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
@@ -28,36 +29,38 @@ _RANDOM_SEEDS = (0, 1)
 
 
 def configurations(
-    checkpoint: Checkpoint, shares: list[float], scores: list[str]
+    checkpoint: Checkpoint, shares: list[float], kinds: list[str]
 ) -> Iterator[ReduceTokens]:
     """Every stage that suits the model; random tokens with several seeds, for one may be lucky."""
     for share in shares:
-        for score in scores:
-            if score == "cls_attention" and not checkpoint.spec.tower.has_cls:
+        for kind in kinds:
+            if kind == "cls_attention" and not checkpoint.spec.tower.has_cls:
                 continue
-            seeds = _RANDOM_SEEDS if score == "random_tokens" else (0,)
+            reducers: list[Any] = [REDUCERS[kind]()]
+            if kind == "random_tokens":
+                reducers = [RandomTokens(seed=seed) for seed in _RANDOM_SEEDS]
             for positions in POSITION_POLICIES:
-                for seed in seeds:
-                    yield ReduceTokens(score=score, keep=share, positions=positions, seed=seed)
+                for reducer in reducers:
+                    yield ReduceTokens(reducer=reducer, keep=share, positions=positions)
 
 
 def measure(
-    name: str, samples: CalibrationSet, shares: list[float], scores: list[str]
+    name: str, samples: CalibrationSet, shares: list[float], kinds: list[str]
 ) -> list[dict[str, Any]]:
     """One row a configuration, all tokens first."""
     whole = Checkpoint.load(reference_model_path(name))
     baseline = score_checkpoint(whole, samples)
     print(f"\n{name}: all {whole.spec.visual_tokens} visual tokens, n={baseline.n}")
     print(f"  {_spell(baseline)}  blind {baseline.blind:.1%}")
-    header = ("score", "keep", "positions", "accuracy [95 %]", "points lost [95 %]")
+    header = ("reducer", "keep", "positions", "accuracy [95 %]", "points lost [95 %]")
     print("  {:<20}{:>5}  {:<12}{:<24}{}".format(*header))
     rows = [_row(name, None, baseline, baseline, whole.spec.visual_tokens)]
     pooled: dict[tuple[float | int, str], list[Score]] = {}
-    for stage in configurations(whole, shares, scores):
-        reducer = stage.reducer(whole.spec)
+    for stage in configurations(whole, shares, kinds):
+        reducer = stage.build(whole.spec)
         score = score_checkpoint(replace(whole, reducer=reducer), samples, blind=False)
         rows.append(_row(name, stage, score, baseline, reducer.keep))
-        if stage.score == "random_tokens":
+        if stage.reducer.kind == "random_tokens":
             seeds = pooled.setdefault((stage.keep, stage.positions), [])
             seeds.append(score)
             if len(seeds) < len(_RANDOM_SEEDS):
@@ -65,14 +68,14 @@ def measure(
             mean = sum(other.accuracy for other in seeds) / len(seeds)
             low, high = min(s.accuracy for s in seeds), max(s.accuracy for s in seeds)
             print(
-                f"  {stage.score:<20}{reducer.keep:>5}  {stage.positions:<12}"
+                f"  {stage.reducer.kind:<20}{reducer.keep:>5}  {stage.positions:<12}"
                 f"{mean:>6.1%} ({low:.1%} to {high:.1%} of {len(seeds)} seeds)",
                 flush=True,
             )
             continue
         lost = rows[-1]["points_lost"]
         print(
-            f"  {stage.score:<20}{reducer.keep:>5}  {stage.positions:<12}{_spell(score):<24}"
+            f"  {stage.reducer.kind:<20}{reducer.keep:>5}  {stage.positions:<12}{_spell(score):<24}"
             f"{lost[0]:+.1f} [{lost[1]:+.1f}, {lost[2]:+.1f}]",
             flush=True,
         )
@@ -86,9 +89,8 @@ def _row(
     lost = (0 - paired.difference, 0 - paired.interval_high, 0 - paired.interval_low)
     return {
         "model": name,
-        "score": stage.score if stage else None,
+        "reducer": asdict(stage.reducer) if stage else None,
         "positions": stage.positions if stage else "original",
-        "seed": stage.seed if stage else 0,
         "keep": keep,
         "n": score.n,
         "accuracy": score.accuracy,
@@ -107,7 +109,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", action="append", choices=REFERENCE_MODELS)
-    parser.add_argument("--score", action="append", choices=SCORES)
+    parser.add_argument("--reducer", action="append", choices=REDUCERS)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
@@ -116,10 +118,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
     started = time.perf_counter()
+    kinds = arguments.reducer or [kind for kind in REDUCERS if kind != "auto"]
     rows = [
         row
         for name in arguments.model or REFERENCE_MODELS
-        for row in measure(name, samples, arguments.keep, arguments.score or list(SCORES))
+        for row in measure(name, samples, arguments.keep, kinds)
     ]
     document = {"seed": arguments.seed, "seconds": time.perf_counter() - started, "rows": rows}
     print(json.dumps(document))

@@ -37,35 +37,19 @@ def ask(
     """Answer a question about pictures from the bundle alone, streamed.
 
     Pictures stand before the text, in the order in which they are named.
-
-    With --runtime executorch, the answer is that of ExecuTorch's own MultimodalRunner; with --json
-    besides, which tells token ids and timings, that of the loop which ONNX Runtime is driven by.
     """
     from dataclasses import asdict
 
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
-    from pocketvlm.runtime.engines import choose_engine, open_engine
-    from pocketvlm.runtime.executorch.answer import answer_once
+    from pocketvlm.runtime.engines import open_engine
 
     def show(piece: str) -> None:
         if not as_json:
             print(printable(piece), end="", flush=True)
 
     opened = Bundle.open(bundle)
-    if choose_engine(opened, runtime) == "executorch" and not as_json:
-        answer_once(
-            opened,
-            prompt,
-            image,
-            max_new_tokens=max_new_tokens,
-            threads=threads,
-            on_token=show,
-        )
-        print()
-        return
     conversation = Conversation(opened, runner=open_engine(opened, runtime, threads=threads))
-
     answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_token=show)
     if as_json:
         print_json(

@@ -30,13 +30,20 @@ def inspect(
             "and compare them with the checkpoint.",
         ),
     ] = False,
+    native_runner: Annotated[
+        bool,
+        typer.Option(
+            "--native-runner",
+            help="Ask ExecuTorch's own MultimodalRunner as well, and compare the answers.",
+        ),
+    ] = False,
     swift: Annotated[
         bool,
         typer.Option("--swift", help="Print a Swift file that answers questions from the bundle."),
     ] = False,
     checkpoint: CheckpointOption = None,
     data: QuestionsOption = None,
-    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions for --evaluate.")] = 4,
+    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions that are asked.")] = 4,
     tokens: Annotated[
         int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
     ] = 16,
@@ -63,6 +70,20 @@ def inspect(
         if as_json:
             print_json(certificate.to_json())
         certificate.raise_if_failed()
+        return
+    if native_runner:
+        from pocketvlm.context import RunContext
+        from pocketvlm.pipeline.native_runner import compare_native_runner
+        from pocketvlm.pipeline.verify_coreml import Questions
+
+        asked = Questions(data=data, n=n, tokens=tokens)
+        with show_progress() as on_progress:
+            found = compare_native_runner(bundle, asked, RunContext(on_progress=on_progress))
+        same = found.compared - len(found.differences)
+        say(f"MultimodalRunner gives {same} of {found.compared} answers as this package does")
+        if as_json:
+            print_json(found.to_json())
+        found.raise_if_failed()
         return
     manifest = opened.manifest
     say(f"model          {manifest.model} ({manifest.family})")

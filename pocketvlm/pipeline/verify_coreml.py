@@ -33,7 +33,14 @@ from pocketvlm.runtime.coreml.session import WORKER, RemoteRunner, measure_funct
 from pocketvlm.runtime.engines import ENGINES, Engine
 from pocketvlm.runtime.runner import Runner
 
-__all__ = ["FunctionMeasurement", "Questions", "Verification", "evaluate_coreml", "verify_coreml"]
+__all__ = [
+    "FunctionMeasurement",
+    "Questions",
+    "Verification",
+    "choose_samples",
+    "evaluate_coreml",
+    "verify_coreml",
+]
 
 _TARGET = "coreml"
 _BLOCK = "core_ml"
@@ -204,14 +211,15 @@ def _certify(bundle: Bundle, questions: Questions, engine: Engine, ctx: RunConte
     return certify(
         load_checkpoint(checkpoint_path),
         replace(bundle, manifest=replace(bundle.manifest, components=own)),
-        _samples(bundle, questions),
+        choose_samples(bundle, questions),
         tokens=questions.tokens,
         engines={_TARGET: engine},
         ctx=ctx,
     )
 
 
-def _samples(bundle: Bundle, questions: Questions) -> CalibrationSet:
+def choose_samples(bundle: Bundle, questions: Questions) -> CalibrationSet:
+    """The pictures and prompts of the questions."""
     if questions.data is not None:
         return load_evaluation(questions.data, questions.n)
     if bundle.manifest.model in REFERENCE_MODELS:

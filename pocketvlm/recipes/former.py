@@ -35,6 +35,21 @@ def refuse_former_spelling(stage: Mapping[str, Any], path: str) -> None:
         own = {name: stage[name] for name in _SCORES[method] if name in stage}
         now = {"method": "prune", "score": {"kind": method, **own}}
         raise RecipeError(f"{path}.method: {method} is a score of prune; write {_spell(now)}")
+    if method == "reduce_tokens" and ("score" in stage or "seed" in stage):
+        kind = stage.get("score", "auto")
+        own = {"seed": stage["seed"]} if kind == "random_tokens" and "seed" in stage else {}
+        key = "score" if "score" in stage else "seed"
+        spelled = _spell({"reducer": {"kind": kind, **own}})[1:-1]
+        raise RecipeError(f"{path}.{key}: is no longer an option; write {spelled}")
+    if method == "prune_depth" and (
+        isinstance(stage.get("importance"), str) or "modality_weights" in stage
+    ):
+        kind = stage.get("importance", "greedy")
+        weighs = kind == "block_influence" and "modality_weights" in stage
+        own = {"modality_weights": stage["modality_weights"]} if weighs else {}
+        key = "importance" if "importance" in stage else "modality_weights"
+        spelled = _spell({"importance": {"kind": kind, **own}})[1:-1]
+        raise RecipeError(f"{path}.{key}: an importance has options of its own; write {spelled}")
 
 
 def _spell(value: Mapping[str, Any]) -> str:

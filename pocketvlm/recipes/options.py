@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
@@ -72,7 +73,7 @@ def _attributes(doc: str) -> Iterator[tuple[str, str]]:
     """Entries of a docstring's `Attributes` section, each on one line."""
     _, _, section = doc.partition("Attributes:\n")
     name, text = "", ""
-    for line in inspect.cleandoc(section).splitlines():
+    for line in textwrap.dedent(section).splitlines():
         if section and line and not line.startswith(" "):
             if name:
                 yield name, text

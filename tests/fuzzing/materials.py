@@ -21,7 +21,7 @@ name: fuzzed
 description: what inputs are made from
 calibration: {source: synthetic, samples: 2, seed: 0}
 stages:
-  - {method: reduce_tokens, score: uniform_stride, keep: 0.5, positions: original}
+  - {method: reduce_tokens, reducer: {kind: uniform_stride}, keep: 0.5, positions: original}
   - method: rtn
     rules:
       - {part: tower, bits: 8, group_size: 32}

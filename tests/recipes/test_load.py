@@ -114,6 +114,28 @@ def test_a_wrong_recipe_gets_one_line_with_its_path(content, message):
             r"stages.0.method: gblm is a score of prune; "
             r"write {method: prune, score: {kind: gblm, alpha: 2.0}}",
         ),
+        (
+            {"method": "reduce_tokens", "score": "auto", "keep": 0.5, "seed": 0},
+            "stages.0.score: is no longer an option; write reducer: {kind: auto}",
+        ),
+        (
+            {"method": "reduce_tokens", "score": "random_tokens", "seed": 3},
+            "stages.0.score: is no longer an option; write reducer: {kind: random_tokens, seed: 3}",
+        ),
+        (
+            {
+                "method": "prune_depth",
+                "importance": "block_influence",
+                "modality_weights": "balanced",
+            },
+            "stages.0.importance: an importance has options of its own; "
+            "write importance: {kind: block_influence, modality_weights: balanced}",
+        ),
+        (
+            {"method": "prune_depth", "decoder_blocks": 1, "modality_weights": "balanced"},
+            "stages.0.modality_weights: an importance has options of its own; "
+            "write importance: {kind: greedy}",
+        ),
     ],
 )
 def test_a_former_spelling_says_the_new_one(stage, message):

@@ -1,5 +1,5 @@
-"""Visual-token reduction: one file per method, `stage.py` chooses among them."""
+"""Visual-token reduction: one file per reducer, `stage.py` has the table of them."""
 
-from pocketvlm.compress.tokens.stage import SCORES, ReduceTokens
+from pocketvlm.compress.tokens.stage import REDUCERS, ReduceTokens
 
-__all__ = ["SCORES", "ReduceTokens"]
+__all__ = ["REDUCERS", "ReduceTokens"]

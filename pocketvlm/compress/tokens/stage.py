@@ -1,21 +1,24 @@
-"""The stage that reduces visual tokens, and the one table of the scores that it knows.
+"""The stage that reduces visual tokens, and the one table of the reducers that it knows.
 
 Tokens are removed physically and their number is static, so that sequence, KV cache and graph
-all shrink with it. A new method is one module with a `build` beside these, and one line in
-`SCORES`.
+all shrink with it. A new reducer is one module beside these and one line in `AnyReducer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens.baseline import random_tokens, uniform_stride
-from pocketvlm.compress.tokens.options import ReducerOptions
-from pocketvlm.compress.tokens.pool import average_pool
-from pocketvlm.compress.tokens.rank import cls_attention, distinct_features, received_attention
+from pocketvlm.compress.tokens.auto import Auto
+from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
+from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
+from pocketvlm.compress.tokens.pool.average_pool import AveragePool
+from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
+from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures
+from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention
+from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy, TokenReducer
@@ -25,28 +28,22 @@ from pocketvlm.stages import PlanState, Stage, StageResult
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import CalibrationSet
 
-__all__ = ["SCORES", "ReduceTokens", "ScoreName"]
+__all__ = ["REDUCERS", "AnyReducer", "ReduceTokens"]
 
-ScoreName = Literal[
-    "auto",
-    "cls_attention",
-    "received_attention",
-    "distinct_features",
-    "uniform_stride",
-    "random_tokens",
-    "average_pool",
-]
+AnyReducer = (
+    Auto
+    | ClsAttention
+    | ReceivedAttention
+    | DistinctFeatures
+    | UniformStride
+    | RandomTokens
+    | AveragePool
+)
+"""Everything that a recipe may name as `reducer`."""
+REDUCERS: Mapping[str, type[Reducer]] = {kind.kind: kind for kind in get_args(AnyReducer)}
+"""The same by name."""
 
-
-SCORES: Mapping[str, Callable[[ModelSpec, ReducerOptions], TokenReducer]] = {
-    "cls_attention": cls_attention.build,
-    "received_attention": received_attention.build,
-    "distinct_features": distinct_features.build,
-    "uniform_stride": uniform_stride.build,
-    "random_tokens": random_tokens.build,
-    "average_pool": average_pool.build,
-}
-"""Every method by the name that a recipe gives it."""
+_AUTO = Auto()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +51,11 @@ class ReduceTokens(Stage):
     """Keeps `keep` visual tokens of every image.
 
     Attributes:
-        score: What a token is worth; `auto` is `cls_attention` where the tower has a [CLS] token
-            and `distinct_features` where it has none (`docs/methods/visual_tokens.md` has the
-            measurement that decided against `received_attention`).
-        keep: A share of the tokens (a float in (0, 1], rounded to the nearest count, for
-            `average_pool` to the nearest count that a grid has), or their number (an integer).
+        reducer: What becomes of the tokens.
+        keep: A share of the tokens (a float in (0, 1], rounded to the nearest number that the
+            reducer can leave), or their number (an integer).
         positions: Whether kept tokens keep their rotary positions among all N (`original`), or
             are counted anew (`consecutive`).
-        seed: Which subset `random_tokens` draws.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"all_tokens"})
@@ -72,16 +66,11 @@ class ReduceTokens(Stage):
     )
 
     method: Literal["reduce_tokens"] = "reduce_tokens"
-    score: ScoreName = "auto"
+    reducer: AnyReducer = _AUTO
     keep: float | int = 0.5
     positions: PositionPolicy = "original"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.score not in get_args(ScoreName):
-            raise ValueError(
-                f"score is {self.score!r}; allowed are {', '.join(get_args(ScoreName))}"
-            )
         if self.positions not in POSITION_POLICIES:
             raise ValueError(
                 f"positions is {self.positions!r}; allowed are {', '.join(POSITION_POLICIES)}"
@@ -93,12 +82,6 @@ class ReduceTokens(Stage):
             raise ValueError(
                 f"keep is {self.keep!r}; allowed are a share in (0, 1] or a whole number of tokens"
             )
-
-    def resolved_score(self, spec: ModelSpec) -> str:
-        """The method that scores this model's tokens; never `auto`."""
-        if self.score != "auto":
-            return self.score
-        return "cls_attention" if spec.tower.has_cls else "distinct_features"
 
     def resolved_keep(self, spec: ModelSpec) -> int:
         """The number of tokens that remain of this model's.
@@ -114,32 +97,44 @@ class ReduceTokens(Stage):
                     f"an image; allowed are 1 to {total}"
                 )
             return self.keep
-        count = max(1, round(self.keep * total))
-        if self.score == "average_pool":
-            reachable = average_pool.reachable_counts(round(total**0.5))
-            return min(reachable, key=lambda candidate: abs(candidate - count))
-        return count
+        reducer = self.reducer.choose(spec)
+        return reducer.nearest_count(spec, max(1, round(self.keep * total)))
 
-    def reducer(self, spec: ModelSpec) -> TokenReducer:
+    def build(self, spec: ModelSpec) -> TokenReducer:
         """The module that reduces this model's tokens.
 
         Raises:
             RecipeError: `keep` does not suit the model.
-            UnsupportedError: The score does not suit its tower.
+            UnsupportedError: The reducer does not suit its tower.
         """
-        options = ReducerOptions(
-            keep=self.resolved_keep(spec), positions=self.positions, seed=self.seed
-        )
-        return SCORES[self.resolved_score(spec)](spec, options).eval()
+        reducer, keep = self.reducer.choose(spec), self.resolved_keep(spec)
+        return reducer.build(spec, keep=keep, positions=self.positions).eval()
 
     def plan(self, state: PlanState) -> PlanState:
         """Leaves fewer visual tokens."""
-        return replace(state, visual_tokens=self.reducer(state.spec).keep)
+        return replace(state, visual_tokens=self.build(state.spec).keep)
 
     @classmethod
     def build_reducer(cls, parameters: Mapping[str, Any], spec: ModelSpec) -> TokenReducer:
-        """The reducer of a saved checkpoint, from the parameters in its history."""
-        return cls(**parameters).reducer(spec)
+        """The reducer of a saved checkpoint, from the parameters in its history.
+
+        Args:
+            parameters: The configuration of the stage, as JSON values; also as it was recorded
+                before reducers had options of their own.
+            spec: The model.
+
+        Raises:
+            ValueError: A value is none that the stage can have.
+            KeyError: There is no such reducer.
+            TypeError: A name is none of an option.
+        """
+        given = dict(parameters)
+        if "reducer" not in given:
+            kind, seed = given.pop("score"), given.pop("seed")
+            given["reducer"] = {"kind": kind, **({"seed": seed} if kind == "random_tokens" else {})}
+        options = dict(given.pop("reducer"))
+        reducer: Any = REDUCERS[options["kind"]](**options)
+        return cls(reducer=reducer, **given).build(spec)
 
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -148,7 +143,7 @@ class ReduceTokens(Stage):
 
         Raises:
             RecipeError: `keep` does not suit the model, or tokens are reduced already.
-            UnsupportedError: The score does not suit its tower.
+            UnsupportedError: The reducer does not suit its tower.
         """
         if checkpoint.reducer is not None:
             raise RecipeError(
@@ -156,13 +151,13 @@ class ReduceTokens(Stage):
                 "a checkpoint is reduced once"
             )
         spec = checkpoint.spec
-        reducer = self.reducer(spec)
+        reducer = self.build(spec)
         ctx.report(self.method, 1, 1, f"{reducer.keep} of {spec.visual_tokens} tokens")
         return StageResult(
             checkpoint=replace(checkpoint, reducer=reducer),
             is_calibrated=False,
             metrics={
-                "score": self.resolved_score(spec),
+                "reducer": self.reducer.choose(spec).kind,
                 "keep": reducer.keep,
                 "of": spec.visual_tokens,
                 "kept_share": reducer.keep / spec.visual_tokens,

@@ -22,6 +22,7 @@ from pocketvlm.compress.pruning.visual_cutoff import InactiveGroups, LowDivergen
 from pocketvlm.compress.quantization.affine.gptq import Gptq
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
+from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
@@ -161,7 +162,7 @@ def test_attention_ratios_are_those_of_a_plain_softmax(
 def test_divergences_are_those_of_a_checkpoint_that_ends_there(
     deep_checkpoint: Checkpoint, samples: CalibrationSet
 ) -> None:
-    reducer = ReduceTokens(keep=0.5, score="uniform_stride").reducer(deep_checkpoint.spec)
+    reducer = ReduceTokens(keep=0.5, reducer=UniformStride()).build(deep_checkpoint.spec)
     checkpoint = replace(deep_checkpoint, reducer=reducer)
     found = measure_visual_use(checkpoint, samples)
     assert [use.divergence is None for use in found] == [False, False, False, True]

@@ -12,6 +12,7 @@ import torch
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import ReduceTokens
+from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.reference import reference_model_path
@@ -28,7 +29,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 
 
 def reduced(checkpoint: Checkpoint, **options: Any) -> Checkpoint:
-    return replace(checkpoint, reducer=ReduceTokens(**options).reducer(checkpoint.spec))
+    return replace(checkpoint, reducer=ReduceTokens(**options).build(checkpoint.spec))
 
 
 def object_share_kept(checkpoint: Checkpoint, **options: Any) -> float:
@@ -46,9 +47,12 @@ def object_share_kept(checkpoint: Checkpoint, **options: Any) -> float:
 
 
 def test_the_score_keeps_objects_and_chance_does_not(checkpoint: Checkpoint) -> None:
-    by_score = object_share_kept(checkpoint, score="auto", keep=0.5)
+    by_score = object_share_kept(checkpoint, keep=0.5)
     by_chance = np.mean(
-        [object_share_kept(checkpoint, score="random_tokens", keep=0.5, seed=s) for s in range(4)]
+        [
+            object_share_kept(checkpoint, reducer=RandomTokens(seed=seed), keep=0.5)
+            for seed in range(4)
+        ]
     )
     assert abs(by_chance - 0.5) < 0.08
     assert by_score > by_chance + 0.1
@@ -72,6 +76,6 @@ def test_half_of_the_tokens_by_score_answer_better_than_half_by_chance(
     options: dict[str, Any] = {"blind": False, "ctx": RunContext(threads=1)}
     by_score = score_checkpoint(reduced(checkpoint, keep=0.5), samples, **options)
     by_chance = score_checkpoint(
-        reduced(checkpoint, score="random_tokens", keep=0.5), samples, **options
+        reduced(checkpoint, reducer=RandomTokens(), keep=0.5), samples, **options
     )
     assert by_score.accuracy > by_chance.accuracy

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from pocketvlm.compress.tokens.baseline.random_tokens import random_indices
 from pocketvlm.compress.tokens.baseline.uniform_stride import uniform_indices
 from pocketvlm.compress.tokens.pool.average_pool import AveragePoolReducer, pooled_grid
-from pocketvlm.compress.tokens.rank.cls_attention import ClsAttentionReducer, cls_attention
-from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeaturesReducer, distinctness
-from pocketvlm.compress.tokens.rank.received_attention import (
-    ReceivedAttentionReducer,
-    received_attention,
-)
+from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention, cls_attention
+from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures, distinctness
+from pocketvlm.compress.tokens.rank.ranking import Ranking, RankingReducer
+from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention, received_attention
 from pocketvlm.models.reducer import ReducerInputs
 
 
@@ -76,8 +74,13 @@ def test_the_odd_one_out_is_kept() -> None:
     inputs = ReducerInputs(
         features=features, queries=queries, keys=keys, has_cls=False, merge_factor=1
     )
-    _, indices = DistinctFeaturesReducer(keep=2, positions="original")(inputs)
+    _, indices = chosen(DistinctFeatures(), inputs, 2)
     assert indices.tolist() == [[4, 7]]
+
+
+def chosen(ranking: Ranking, inputs: ReducerInputs, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    kept, indices = RankingReducer(ranking.score, keep=keep, positions="original")(inputs)
+    return kept, indices
 
 
 def inputs_of(queries: np.ndarray, keys: np.ndarray, *, has_cls: bool, merge: int) -> ReducerInputs:
@@ -101,7 +104,7 @@ def test_received_attention_ranks_merged_tokens(has_cls: bool, merge: int) -> No
     cells = 4 // merge
     grid = received.reshape(2, cells, merge, cells, merge).mean(axis=(2, 4)).reshape(2, -1)
     expected = np.sort(np.argsort(-grid, axis=-1)[:, :3], axis=-1)
-    kept, indices = ReceivedAttentionReducer(keep=3, positions="original")(inputs)
+    kept, indices = chosen(ReceivedAttention(), inputs, 3)
     assert indices.tolist() == expected.tolist()
     for image in range(2):
         assert torch.equal(kept[image], inputs.features[image, indices[image]])
@@ -114,8 +117,8 @@ def test_cls_attention_keeps_what_cls_looks_at_and_not_what_patches_look_at() ->
     keys[0, 0, [3, 9], 0] = 5
     keys[0, 0, [5, 6], 1] = 5
     inputs = inputs_of(queries, keys, has_cls=True, merge=1)
-    by_cls = ClsAttentionReducer(keep=2, positions="original")(inputs)[1]
-    by_all = ReceivedAttentionReducer(keep=2, positions="original")(inputs)[1]
+    by_cls = chosen(ClsAttention(), inputs, 2)[1]
+    by_all = chosen(ReceivedAttention(), inputs, 2)[1]
     assert by_cls.tolist() == [[2, 8]]
     assert by_all.tolist() == [[4, 5]]
 

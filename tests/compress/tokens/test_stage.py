@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens import SCORES, ReduceTokens
+from pocketvlm.compress.tokens import REDUCERS, ReduceTokens
+from pocketvlm.compress.tokens.auto import Auto
+from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
+from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
+from pocketvlm.compress.tokens.pool.average_pool import AveragePool
+from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
+from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.context import RunContext
-from pocketvlm.errors import RecipeError, UnsupportedError
-from pocketvlm.models.reducer import ReducerInputs
+from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError
 from pocketvlm.reference_graph.forward import embed_prompts, encode_images
-from pocketvlm.runtime.onnx.engine import onnxruntime
 
 NO_CALIBRATION: Any = None  # token reduction looks at no data
 
@@ -40,7 +43,6 @@ def pixels_of(checkpoint: Checkpoint, images: int = 2) -> Tensor:
         {"keep": 1.5},
         {"keep": True},
         {"keep": float("nan")},
-        {"score": "best"},
         {"positions": "relative"},
     ],
 )
@@ -61,18 +63,18 @@ def test_reducing_twice_is_a_recipe_error(tiny_checkpoint: Checkpoint) -> None:
 
 
 def test_cls_attention_needs_cls(tiny_paths: dict[str, Path]) -> None:
-    with pytest.raises(UnsupportedError, match=r"\[CLS\] token, which smolvlm has not"):
-        reduce(Checkpoint.load(tiny_paths["smolvlm"]), score="cls_attention", keep=4)
+    with pytest.raises(UnsupportedError, match=r"\[CLS\] token, which smolvlm does not have"):
+        reduce(Checkpoint.load(tiny_paths["smolvlm"]), reducer=ClsAttention(), keep=4)
 
 
 def test_a_grid_that_cannot_be_is_a_recipe_error(tiny_checkpoint: Checkpoint) -> None:
     with pytest.raises(RecipeError, match="nearest counts that it can are 6 and 8"):
-        reduce(tiny_checkpoint, score="average_pool", keep=7)
+        reduce(tiny_checkpoint, reducer=AveragePool(), keep=7)
 
 
 def test_auto_follows_the_tower(tiny_paths: dict[str, Path]) -> None:
     chosen = {
-        family: reduce(Checkpoint.load(path), keep=0.5).history[-1].metrics["score"]
+        family: reduce(Checkpoint.load(path), keep=0.5).history[-1].metrics["reducer"]
         for family, path in tiny_paths.items()
     }
     assert chosen == {"llava": "cls_attention", "smolvlm": "distinct_features"}
@@ -87,27 +89,28 @@ def test_the_record_says_what_was_kept(tiny_checkpoint: Checkpoint) -> None:
     assert record.parameters == asdict(ReduceTokens(keep=0.26))
 
 
-def scores_for(checkpoint: Checkpoint) -> list[str]:
-    return [name for name in SCORES if checkpoint.spec.tower.has_cls or name != "cls_attention"]
+def reducers_for(checkpoint: Checkpoint) -> list[Reducer]:
+    has_cls = checkpoint.spec.tower.has_cls
+    return [kind() for name, kind in REDUCERS.items() if has_cls or name != "cls_attention"]
 
 
 def test_keeping_every_token_changes_nothing(tiny_checkpoint: Checkpoint) -> None:
     pixels = pixels_of(tiny_checkpoint)
     whole = encode_images(tiny_checkpoint, pixels)
-    for score in scores_for(tiny_checkpoint):
-        same = encode_images(reduce(tiny_checkpoint, score=score, keep=1.0), pixels)
-        assert torch.equal(same.indices, whole.indices), score
+    for reducer in reducers_for(tiny_checkpoint):
+        same = encode_images(reduce(tiny_checkpoint, reducer=reducer, keep=1.0), pixels)
+        assert torch.equal(same.indices, whole.indices), reducer
         torch.testing.assert_close(same.embeds, whole.embeds, rtol=1e-5, atol=1e-6)
 
 
 def test_kept_tokens_are_those_of_the_whole_image(tiny_checkpoint: Checkpoint) -> None:
     pixels = pixels_of(tiny_checkpoint)
     whole = encode_images(tiny_checkpoint, pixels)
-    for score in scores_for(tiny_checkpoint):
-        kept = encode_images(reduce(tiny_checkpoint, score=score, keep=6), pixels)
+    for reducer in reducers_for(tiny_checkpoint):
+        kept = encode_images(reduce(tiny_checkpoint, reducer=reducer, keep=6), pixels)
         assert kept.embeds.shape[:2] == (2, 6)
         assert bool((kept.indices[:, 1:] > kept.indices[:, :-1]).all())
-        if score != "average_pool":
+        if reducer.kind != "average_pool":
             for image in range(2):
                 expected = whole.embeds[image, kept.indices[image]]
                 torch.testing.assert_close(kept.embeds[image], expected, rtol=1e-5, atol=1e-6)
@@ -132,11 +135,11 @@ def test_positions_of_kept_tokens(tiny_checkpoint: Checkpoint) -> None:
             assert after == first + 5
 
 
-@pytest.mark.parametrize("score", ["auto", "random_tokens", "uniform_stride", "average_pool"])
+@pytest.mark.parametrize("reducer", [Auto(), RandomTokens(seed=3), UniformStride(), AveragePool()])
 def test_a_saved_checkpoint_reduces_the_same(
-    score: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+    reducer: Reducer, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    reduced = reduce(tiny_checkpoint, score=score, keep=6, positions="consecutive", seed=3)
+    reduced = reduce(tiny_checkpoint, reducer=reducer, keep=6, positions="consecutive")
     reduced.save(tmp_path / "saved")
     builders = {"reduce_tokens": ReduceTokens.build_reducer}
     restored = Checkpoint.load(tmp_path / "saved", reducers=builders)
@@ -148,53 +151,26 @@ def test_a_saved_checkpoint_reduces_the_same(
     assert torch.equal(found.embeds, expected.embeds)
 
 
-class Traceable(nn.Module):
-    """A reducer between plain tensors, as an exporter sees it."""
-
-    def __init__(self, reducer: nn.Module, *, has_cls: bool, merge_factor: int) -> None:
-        super().__init__()
-        self.reducer, self.has_cls, self.merge_factor = reducer, has_cls, merge_factor
-
-    def forward(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = ReducerInputs(
-            features=features,
-            queries=queries,
-            keys=keys,
-            has_cls=self.has_cls,
-            merge_factor=self.merge_factor,
-        )
-        kept, indices = self.reducer(inputs)
-        return kept, indices
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter's own imports
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_exported_reducers_choose_what_eager_chooses(
-    tiny_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_record_of_before_reducers_had_options_is_read(tiny_checkpoint: Checkpoint) -> None:
     spec = tiny_checkpoint.spec
-    merge, tower = spec.projector.merge_factor, spec.tower
-    tokens = tower.patches_per_side**2 + int(tower.has_cls)
-    generator = torch.Generator().manual_seed(5)
-    width = tower.hidden_size * merge**2
-    for score in scores_for(tiny_checkpoint):
-        reducer = ReduceTokens(score=score, keep=6).reducer(spec)
-        module = Traceable(reducer, has_cls=tower.has_cls, merge_factor=merge).eval()
-        shapes = ((1, spec.visual_tokens, width), *[(1, tower.heads, tokens, tower.head_dim)] * 2)
-        args = tuple(torch.randn(shape, generator=generator) for shape in shapes)
-        program = torch.export.export(module, args, strict=False)
-        operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-        assert not {name for name in operators if "sort" in name or "nonzero" in name}
-        file = tmp_path / f"{score}.onnx"
-        torch.onnx.export(program, (), str(file), dynamo=True, verbose=False)
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        names = {value.name for value in session.get_inputs()}
-        for _ in range(5):
-            args = tuple(torch.randn(shape, generator=generator) for shape in shapes)
-            feeds = dict(zip(("features", "queries", "keys"), args, strict=True))
-            kept, indices = session.run(
-                None, {name: value.numpy() for name, value in feeds.items() if name in names}
-            )
-            expected, expected_indices = module(*args)
-            np.testing.assert_array_equal(indices, expected_indices.numpy())
-            np.testing.assert_allclose(kept, expected.numpy(), rtol=1e-5, atol=1e-6)
+    former = {"method": "reduce_tokens", "keep": 6, "positions": "original", "seed": 3}
+    pixels = pixels_of(tiny_checkpoint)
+    for kind, reducer in (("random_tokens", RandomTokens(seed=3)), ("auto", Auto())):
+        read = ReduceTokens.build_reducer({**former, "score": kind}, spec)
+        found = encode_images(replace(tiny_checkpoint, reducer=read), pixels)
+        expected = encode_images(reduce(tiny_checkpoint, reducer=reducer, keep=6), pixels)
+        assert torch.equal(found.indices, expected.indices)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"kind": "beauty"}, {"kind": ["auto"]}, {"kind": "auto", "seed": 1}, 7]
+)
+def test_parameters_that_fit_nothing_are_one_line(
+    broken: Any, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    reduced = reduce(tiny_checkpoint, keep=6)
+    parameters = {**reduced.history[-1].parameters, "reducer": broken}
+    record = replace(reduced.history[-1], parameters=parameters)
+    replace(reduced, history=(record,)).save(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match=r"reducer\.parameters do not fit reduce_tokens"):
+        Checkpoint.load(tmp_path / "broken", reducers={"reduce_tokens": ReduceTokens.build_reducer})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens.stage import ReduceTokens, ScoreName
+from pocketvlm.compress.tokens.stage import REDUCERS
 from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError, UnsupportedError
 from pocketvlm.export.coreml import toolkit as coreml_toolkit
@@ -97,11 +96,11 @@ def test_the_toolkit_reads_its_own_language_in_them(
         assert all(function.operations for function in program.functions.values())
 
 
-@pytest.mark.parametrize("name", get_args(ScoreName))
+@pytest.mark.parametrize("name", REDUCERS)
 def test_every_reducer_becomes_a_program(tiny_path: Path, tmp_path: Path, name: str) -> None:
     checkpoint = Checkpoint.load(tiny_path)
     try:
-        reducer = ReduceTokens(score=name, keep=8).reducer(checkpoint.spec)
+        reducer = REDUCERS[name]().build(checkpoint.spec, keep=8, positions="original")
     except UnsupportedError:
         pytest.skip("no [CLS] token")
     checkpoint = replace(checkpoint, reducer=reducer)

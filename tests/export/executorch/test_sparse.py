@@ -22,7 +22,7 @@ from pocketvlm.models.spec import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference_graph.forward import decode_logits
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.executorch.answer import answer_once
+from pocketvlm.runtime.executorch.native_runner import answer_with_multimodal_runner
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.sparse_file import expand
 from pocketvlm.weights.affine import AffineWeight
@@ -142,7 +142,10 @@ def test_multimodal_runner_reads_it_too(masked: tuple[Checkpoint, Bundle, dict])
         if expected:
             break
     assert expected
-    assert answer_once(bundle, "What?", picture, max_new_tokens=3, threads=1) == expected
+    found = answer_with_multimodal_runner(
+        bundle, "What?", picture, max_new_tokens=3, process=runner.process
+    )
+    assert found == expected
 
 
 def test_damage_is_refused(masked: tuple[Checkpoint, Bundle, dict]) -> None:

@@ -14,13 +14,13 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.cli import main
-from pocketvlm.errors import BundleError, InputError
+from pocketvlm.errors import BundleError, CheckFailedError, InputError
+from pocketvlm.pipeline.native_runner import NativeComparison
 from pocketvlm.printable import printable
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.engines import choose_engine, open_engine
-from pocketvlm.runtime.executorch.answer import (
+from pocketvlm.runtime.executorch.native_runner import (
     UnspeakablePieceError,
-    answer_once,
     answer_with_multimodal_runner,
 )
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
@@ -102,10 +102,33 @@ def test_multimodal_runner_gives_the_same_answer(
             assert text == "".join(pieces)
             assert text == expected.text
             answered += 1
-        pieces.clear()
-        assert answer_once(*ask, max_new_tokens=3, on_token=pieces.append) == expected.text
-        assert "".join(pieces) == expected.text
     assert answered
+
+
+def test_inspect_compares_the_native_runner(
+    bundle: Bundle, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["inspect", str(bundle.path), "--native-runner", "--n", "6", "--tokens", "2"]
+    monkeypatch.setattr("sys.argv", ["pocketvlm", *command, "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    told = capfd.readouterr()
+    assert stop.value.code == 0
+    document = json.loads(told.out)
+    assert document["asked"] == 6
+    assert document["compared"] > 0
+    assert not document["differences"]
+    assert f"{document['compared']} of {document['compared']} answers" in told.err
+
+
+def test_a_difference_or_nothing_to_compare_is_a_failed_check() -> None:
+    NativeComparison(asked=2, compared=1, differences=()).raise_if_failed()
+    with pytest.raises(CheckFailedError, match="MultimodalRunner: scene 3: answers"):
+        NativeComparison(
+            asked=2, compared=1, differences=("scene 3: answers 'a', and this package 'b'",)
+        ).raise_if_failed()
+    with pytest.raises(CheckFailedError, match="none of 2 answers can be compared"):
+        NativeComparison(asked=2, compared=0, differences=()).raise_if_failed()
 
 
 def test_ask_prints_the_answer_and_nothing_else(

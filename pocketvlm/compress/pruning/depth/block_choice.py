@@ -1,22 +1,19 @@
-"""Which blocks a depth pruner takes: those named by hand, of least influence, or greedily."""
+"""Which blocks a depth pruner takes: what is asked for, what is chosen, and who chooses."""
 
 from __future__ import annotations
 
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pocketvlm.calibration.data.modality import ModalityWeighting
 from pocketvlm.calibration.walk.walk import BlockWalk
-from pocketvlm.compress.pruning.depth.block_influence import block_influences
 from pocketvlm.compress.pruning.depth.block_path import BlockPath
 from pocketvlm.compress.pruning.depth.blocks import Block, Stack
-from pocketvlm.compress.pruning.depth.greedy_blocks import count_trials, remove_greedily
 from pocketvlm.context import RunContext
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["BlockChoice", "BlockWish", "choose_by_influence", "choose_by_loss"]
+__all__ = ["BlockChoice", "BlockImportance", "BlockWish", "Progress"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,74 +61,37 @@ class BlockChoice:
         }
 
 
-def choose_by_influence(
-    walk: BlockWalk, path: BlockPath, wish: BlockWish, weighting: ModalityWeighting, ctx: RunContext
-) -> BlockChoice:
-    """Takes the blocks of least influence in the model without the named ones, all at once.
+class BlockImportance(ABC):
+    """What decides which blocks go: a frozen dataclass that is its own configuration."""
 
-    Raises:
-        CalibrationError: A sample cannot be used, or a hidden state is not finite.
-    """
-    rows = range(walk.first_held_out)
-    figures = block_influences(
-        path,
-        rows,
-        removed=wish.named,
-        weighting=weighting,
-        counts=walk.counts,
-        on_samples=_Progress(ctx, len(rows)).add,
-    )
-    # Stable: of equal influences the block that runs first goes first.
-    ranked = sorted(wish.candidates, key=lambda block: figures[block])
-    taken: Counter[str] = Counter()
-    chosen = []
-    for block in ranked:
-        if taken[block.stack] < wish.counts[block.stack]:
-            taken[block.stack] += 1
-            chosen.append(block)
-    return BlockChoice(
-        removed=(*wish.named, *chosen),
-        named=len(wish.named),
-        figure="influence",
-        figures=figures,
-    )
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The tag that names it in a recipe."""
+
+    @abstractmethod
+    def choose(
+        self, walk: BlockWalk, path: BlockPath, wish: BlockWish, ctx: RunContext
+    ) -> BlockChoice:
+        """Fills the counts of a wish.
+
+        Raises:
+            CalibrationError: A sample cannot be used, or what is measured is not finite.
+        """
+
+    def plan_notes(self, steps: int) -> tuple[str, ...]:
+        """What the choice of so many blocks will cost, before any compute."""
+        return ()
 
 
-def choose_by_loss(
-    walk: BlockWalk, path: BlockPath, wish: BlockWish, ctx: RunContext
-) -> BlockChoice:
-    """Takes blocks greedily, behind the named ones.
-
-    Raises:
-        CalibrationError: A sample has no answer or cannot be used, or a loss is not finite.
-    """
-    rows = range(walk.first_held_out)
-    progress = _Progress(ctx, count_trials(wish.candidates, wish.counts) * len(rows))
-    steps = remove_greedily(
-        path,
-        rows,
-        removed=wish.named,
-        counts=wish.counts,
-        candidates=wish.candidates,
-        on_forwards=progress.add,
-        folder=ctx.scratch_dir,
-    )
-    progress.finish()
-    return BlockChoice(
-        removed=(*wish.named, *(step.removed for step in steps)),
-        named=len(wish.named),
-        figure="loss",
-        figures={block: loss for step in steps for block, loss in step.losses.items()},
-    )
-
-
-class _Progress:
+class Progress:
     """Counts forward passes of a sample."""
 
     def __init__(self, ctx: RunContext, total: int) -> None:
         self._ctx, self._total, self._done = ctx, total, 0
 
     def add(self, samples: int) -> None:
+        """Counts so many more, and reports it."""
         self._done += samples
         self._ctx.report("prune_depth", self._done, self._total, "forward passes")
 

@@ -11,17 +11,33 @@ tower blocks are scored too, among themselves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.data.modality import ModalityWeighting, TokenCounts, token_weights
+from pocketvlm.calibration.data.modality import (
+    ModalityWeighting,
+    TokenCounts,
+    check_weighting,
+    token_weights,
+)
+from pocketvlm.calibration.walk.walk import BlockWalk
+from pocketvlm.compress.pruning.depth.block_choice import (
+    BlockChoice,
+    BlockImportance,
+    BlockWish,
+    Progress,
+)
 from pocketvlm.compress.pruning.depth.block_path import BlockPath
 from pocketvlm.compress.pruning.depth.blocks import Block
+from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 
-__all__ = ["block_influences", "cosines"]
+__all__ = ["BlockInfluence", "block_influences", "cosines"]
 
 
 def cosines(entering: Tensor, leaving: Tensor) -> Tensor:
@@ -83,3 +99,56 @@ def block_influences(
             weights[block] = weights.get(block, 0.0) + float(wanted.sum())
         on_samples(len(batch))
     return {block: 1 - sums[block] / weights[block] for block in sums}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInfluence(BlockImportance):
+    """Removes the blocks of least influence (ShortGPT), all at once.
+
+    Attributes:
+        modality_weights: How much visual tokens count in a block's influence; see
+            `calibration.modality`. `gradient` is not supported.
+    """
+
+    kind: Literal["block_influence"] = "block_influence"
+    modality_weights: ModalityWeighting = "uniform"
+
+    def __post_init__(self) -> None:
+        check_weighting(self.modality_weights)
+        if self.modality_weights == "gradient":
+            raise ValueError(
+                "modality_weights 'gradient' weighs inputs of layers, not blocks; allowed are "
+                "'uniform', 'balanced' or the weight of a visual token"
+            )
+
+    def choose(
+        self, walk: BlockWalk, path: BlockPath, wish: BlockWish, ctx: RunContext
+    ) -> BlockChoice:
+        """Measures the model without the named blocks.
+
+        Raises:
+            CalibrationError: A sample cannot be used, or a hidden state is not finite.
+        """
+        rows = range(walk.first_held_out)
+        figures = block_influences(
+            path,
+            rows,
+            removed=wish.named,
+            weighting=self.modality_weights,
+            counts=walk.counts,
+            on_samples=Progress(ctx, len(rows)).add,
+        )
+        # Stable: of equal influences the block that runs first goes first.
+        ranked = sorted(wish.candidates, key=lambda block: figures[block])
+        taken: Counter[str] = Counter()
+        chosen = []
+        for block in ranked:
+            if taken[block.stack] < wish.counts[block.stack]:
+                taken[block.stack] += 1
+                chosen.append(block)
+        return BlockChoice(
+            removed=(*wish.named, *chosen),
+            named=len(wish.named),
+            figure="influence",
+            figures=figures,
+        )

@@ -13,15 +13,24 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.compress.layerwise.scratch import find_document, keep_document
+from pocketvlm.compress.pruning.depth.block_choice import (
+    BlockChoice,
+    BlockImportance,
+    BlockWish,
+    Progress,
+)
 from pocketvlm.compress.pruning.depth.block_path import BlockPath, PathState
 from pocketvlm.compress.pruning.depth.blocks import Block, Stack
+from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 
-__all__ = ["GreedyStep", "count_trials", "losses_without", "remove_greedily"]
+__all__ = ["Greedy", "GreedyStep", "count_trials", "losses_without", "remove_greedily"]
 
 _FILE = "greedy_blocks.json"
 
@@ -164,3 +173,46 @@ def _load(folder: Path | None, blocks: Sequence[Block]) -> list[dict[Block, floa
         {by_place[row["stack"], row["index"]]: float(row["loss"]) for row in step}
         for step in found["steps"]
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(BlockImportance):
+    """Removes one block after another, each time the one that the answers need least (SLEB)."""
+
+    kind: Literal["greedy"] = "greedy"
+
+    def plan_notes(self, steps: int) -> tuple[str, ...]:
+        """How many trials it takes."""
+        if not steps:
+            return ()
+        return (
+            f"prune_depth: greedy removal tries every block that may still go in each of {steps} "
+            "steps; a trial runs all calibration samples through what lies behind the block",
+        )
+
+    def choose(
+        self, walk: BlockWalk, path: BlockPath, wish: BlockWish, ctx: RunContext
+    ) -> BlockChoice:
+        """Tries blocks in the model without the named ones.
+
+        Raises:
+            CalibrationError: A sample has no answer or cannot be used, or a loss is not finite.
+        """
+        rows = range(walk.first_held_out)
+        progress = Progress(ctx, count_trials(wish.candidates, wish.counts) * len(rows))
+        steps = remove_greedily(
+            path,
+            rows,
+            removed=wish.named,
+            counts=wish.counts,
+            candidates=wish.candidates,
+            on_forwards=progress.add,
+            folder=ctx.scratch_dir,
+        )
+        progress.finish()
+        return BlockChoice(
+            removed=(*wish.named, *(step.removed for step in steps)),
+            named=len(wish.named),
+            figure="loss",
+            figures={block: loss for step in steps for block, loss in step.losses.items()},
+        )

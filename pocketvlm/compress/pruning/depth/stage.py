@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
 from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.block_choice import (
     BlockChoice,
+    BlockImportance,
     BlockWish,
-    choose_by_influence,
-    choose_by_loss,
 )
+from pocketvlm.compress.pruning.depth.block_influence import BlockInfluence
 from pocketvlm.compress.pruning.depth.block_path import BlockPath
 from pocketvlm.compress.pruning.depth.blocks import (
     STACKS,
@@ -30,15 +29,16 @@ from pocketvlm.compress.pruning.depth.blocks import (
     remove_blocks,
     spec_without,
 )
+from pocketvlm.compress.pruning.depth.greedy_blocks import Greedy
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.stages.walk_options import note_synthetic
 
-__all__ = ["BlockImportance", "PruneDepth"]
+__all__ = ["PruneDepth"]
 
-BlockImportance = Literal["block_influence", "greedy"]
+_GREEDY = Greedy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,6 @@ class PruneDepth(Stage):
         importance: What decides which go, where a count is given.
         keep_first: So many blocks at the start of a stack are never chosen.
         keep_last: So many at its end.
-        modality_weights: How much visual tokens count in a block's influence; see
-            `calibration.modality`. `gradient` is not supported.
         held_out: Share of the samples, from the end, on which the answers' loss before and after
             is measured, and nothing else.
     """
@@ -66,10 +64,9 @@ class PruneDepth(Stage):
     method: Literal["prune_depth"] = "prune_depth"
     decoder_blocks: int | tuple[int, ...] = 0
     tower_blocks: int | tuple[int, ...] = 0
-    importance: BlockImportance = "greedy"
+    importance: Greedy | BlockInfluence = _GREEDY
     keep_first: int = 0
     keep_last: int = 0
-    modality_weights: ModalityWeighting = "uniform"
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
@@ -80,20 +77,9 @@ class PruneDepth(Stage):
                 "decoder_blocks and tower_blocks are both 0: nothing would be removed; give a "
                 "count or a list of indices"
             )
-        if self.importance not in get_args(BlockImportance):
-            raise ValueError(
-                f"importance is {self.importance!r}; allowed are "
-                f"{', '.join(get_args(BlockImportance))}"
-            )
         for name, value in (("keep_first", self.keep_first), ("keep_last", self.keep_last)):
             if value < 0:
                 raise ValueError(f"{name} is {value}; a number of blocks is at least 0")
-        check_weighting(self.modality_weights)
-        if self.modality_weights == "gradient":
-            raise ValueError(
-                "modality_weights 'gradient' weighs inputs of layers, not blocks; allowed are "
-                "'uniform', 'balanced' or the weight of a visual token"
-            )
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; allowed is a share in [0, 1)")
 
@@ -110,12 +96,8 @@ class PruneDepth(Stage):
         state = state.with_spec(self.spec_after(state.spec))
         wishes = (self.decoder_blocks, self.tower_blocks)
         steps = sum(wish for wish in wishes if isinstance(wish, int))
-        if self.importance != "greedy" or not steps:
-            return state
-        return state.with_notes(
-            f"prune_depth: greedy removal tries every block that may still go in each of {steps} "
-            "steps; a trial runs all calibration samples through what lies behind the block"
-        )
+        importance: BlockImportance = self.importance
+        return state.with_notes(*importance.plan_notes(steps))
 
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -207,9 +189,8 @@ class PruneDepth(Stage):
         )
         if not any(counts.values()):
             return BlockChoice(removed=wanted.named, named=len(named), figure=None, figures={})
-        if self.importance == "block_influence":
-            return choose_by_influence(walk, path, wanted, self.modality_weights, ctx)
-        return choose_by_loss(walk, path, wanted, ctx)
+        importance: BlockImportance = self.importance
+        return importance.choose(walk, path, wanted, ctx)
 
 
 def _require_whole(checkpoint: Checkpoint, method: str) -> None:

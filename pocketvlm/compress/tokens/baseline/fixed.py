@@ -1,16 +1,19 @@
-"""A reducer whose indices are the same for every image: what the position-only baselines share."""
+"""Reducers whose indices are the same for every image: what the position-only baselines share."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pocketvlm.compress.tokens.rank.ranking import gather_tokens
+from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
+from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["FixedReducer"]
+__all__ = ["Fixed", "FixedReducer"]
 
 
 class FixedReducer(TokenReducer):
@@ -26,3 +29,15 @@ class FixedReducer(TokenReducer):
         """Returns the kept features [B, k, C] and their indices [B, k] (int64, ascending)."""
         indices = self.chosen.expand(inputs.features.shape[0], -1)
         return gather_tokens(inputs.features, indices), indices
+
+
+class Fixed(Reducer):
+    """A reducer that looks at no feature; a subclass says which tokens it keeps."""
+
+    @abstractmethod
+    def indices(self, count: int, keep: int) -> Sequence[int]:
+        """Which `keep` of `count` tokens, ascending."""
+
+    def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
+        """The module of one model."""
+        return FixedReducer(self.indices(spec.visual_tokens, keep), positions=positions)

@@ -6,12 +6,12 @@ On LLaVA-1.5-7B six of eight published methods fall behind it (UniPruneBench, ar
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from typing import Literal
 
-from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
-from pocketvlm.compress.tokens.options import ReducerOptions
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.compress.tokens.baseline.fixed import Fixed
 
-__all__ = ["build", "random_indices"]
+__all__ = ["RandomTokens", "random_indices"]
 
 
 def random_indices(count: int, keep: int, seed: int) -> tuple[int, ...]:
@@ -19,8 +19,17 @@ def random_indices(count: int, keep: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(random.Random(seed).sample(range(count), keep)))
 
 
-def build(spec: ModelSpec, options: ReducerOptions) -> FixedReducer:
-    """The reducer of one model."""
-    return FixedReducer(
-        random_indices(spec.visual_tokens, options.keep, options.seed), positions=options.positions
-    )
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens(Fixed):
+    """Keeps one random subset, the same of every picture; a baseline.
+
+    Attributes:
+        seed: Which subset.
+    """
+
+    kind: Literal["random_tokens"] = "random_tokens"
+    seed: int = 0
+
+    def indices(self, count: int, keep: int) -> tuple[int, ...]:
+        """The subset."""
+        return random_indices(count, keep, self.seed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
-from pocketvlm.compress.tokens.options import ReducerOptions
-from pocketvlm.models.spec import ModelSpec
+from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["build", "uniform_indices"]
+from pocketvlm.compress.tokens.baseline.fixed import Fixed
+
+__all__ = ["UniformStride", "uniform_indices"]
 
 
 def uniform_indices(count: int, keep: int) -> tuple[int, ...]:
@@ -14,8 +15,12 @@ def uniform_indices(count: int, keep: int) -> tuple[int, ...]:
     return tuple((2 * index + 1) * count // (2 * keep) for index in range(keep))
 
 
-def build(spec: ModelSpec, options: ReducerOptions) -> FixedReducer:
-    """The reducer of one model."""
-    return FixedReducer(
-        uniform_indices(spec.visual_tokens, options.keep), positions=options.positions
-    )
+@dataclass(frozen=True, kw_only=True)
+class UniformStride(Fixed):
+    """Keeps the middle of each of k equal stretches; a baseline."""
+
+    kind: Literal["uniform_stride"] = "uniform_stride"
+
+    def indices(self, count: int, keep: int) -> tuple[int, ...]:
+        """The middles."""
+        return uniform_indices(count, keep)

@@ -6,17 +6,25 @@ Adaptive average pooling over the grid of visual tokens, as PLLaVA (arXiv 2404.1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.tokens.options import ReducerOptions
+from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["AveragePoolReducer", "build", "pooled_grid", "pooling_cells", "reachable_counts"]
+__all__ = [
+    "AveragePool",
+    "AveragePoolReducer",
+    "pooled_grid",
+    "pooling_cells",
+    "reachable_counts",
+]
 
 
 def pooled_grid(side: int, keep: int) -> tuple[int, int] | None:
@@ -71,20 +79,35 @@ class AveragePoolReducer(TokenReducer):
         return self.weights @ inputs.features, indices
 
 
-def build(spec: ModelSpec, options: ReducerOptions) -> AveragePoolReducer:
-    """The reducer of one model.
+@dataclass(frozen=True, kw_only=True)
+class AveragePool(Reducer):
+    """Averages the tokens of each cell of a coarser grid; a baseline.
 
-    Raises:
-        RecipeError: No grid has `keep` cells.
+    A share is rounded to the nearest number of tokens that a grid has.
     """
-    side = isqrt(spec.visual_tokens)
-    grid = pooled_grid(side, options.keep)
-    if grid is None:
-        counts = reachable_counts(side)
-        below = max(count for count in counts if count < options.keep)
-        above = min(count for count in counts if count > options.keep)
-        raise RecipeError(
-            f"reduce_tokens: keep {options.keep}: 'average_pool' cannot cut {side} x {side} visual "
-            f"tokens into that many cells; the nearest counts that it can are {below} and {above}"
-        )
-    return AveragePoolReducer(side=side, grid=grid, positions=options.positions)
+
+    kind: Literal["average_pool"] = "average_pool"
+
+    def nearest_count(self, spec: ModelSpec, count: int) -> int:
+        """The number of cells closest to `count`."""
+        counts = reachable_counts(isqrt(spec.visual_tokens))
+        return min(counts, key=lambda candidate: abs(candidate - count))
+
+    def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
+        """The module of one model.
+
+        Raises:
+            RecipeError: No grid has `keep` cells.
+        """
+        side = isqrt(spec.visual_tokens)
+        grid = pooled_grid(side, keep)
+        if grid is None:
+            counts = reachable_counts(side)
+            below = max(count for count in counts if count < keep)
+            above = min(count for count in counts if count > keep)
+            raise RecipeError(
+                f"reduce_tokens: keep {keep}: average_pool cannot cut {side} x {side} visual "
+                f"tokens into that many cells; the nearest counts that it can are {below} and "
+                f"{above}"
+            )
+        return AveragePoolReducer(side=side, grid=grid, positions=positions)

@@ -8,15 +8,17 @@ that is computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
-from pocketvlm.compress.tokens.options import ReducerOptions
-from pocketvlm.compress.tokens.rank.ranking import ScoreReducer, pool_merge_cells
+from pocketvlm.compress.tokens.rank.ranking import Ranking, pool_merge_cells
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.models.reducer import ReducerInputs
+from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["ClsAttentionReducer", "build", "cls_attention"]
+__all__ = ["ClsAttention", "cls_attention"]
 
 
 def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
@@ -36,23 +38,25 @@ def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
     return row.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
 
 
-class ClsAttentionReducer(ScoreReducer):
+@dataclass(frozen=True, kw_only=True)
+class ClsAttention(Ranking):
     """Keeps the k visual tokens with the highest [CLS] attention."""
+
+    kind: Literal["cls_attention"] = "cls_attention"
 
     def score(self, inputs: ReducerInputs) -> Tensor:
         """[CLS] attention of each visual token, [B, N]."""
         return pool_merge_cells(cls_attention(inputs.queries, inputs.keys), inputs.merge_factor)
 
+    def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
+        """The module of one model.
 
-def build(spec: ModelSpec, options: ReducerOptions) -> ClsAttentionReducer:
-    """The reducer of one model.
-
-    Raises:
-        UnsupportedError: The tower has no [CLS] token.
-    """
-    if not spec.tower.has_cls:
-        raise UnsupportedError(
-            f"reduce_tokens: score 'cls_attention' needs a tower with a [CLS] token, which "
-            f"{spec.model_type} has not; use 'distinct_features' or 'auto'"
-        )
-    return ClsAttentionReducer(keep=options.keep, positions=options.positions)
+        Raises:
+            UnsupportedError: The tower has no [CLS] token.
+        """
+        if not spec.tower.has_cls:
+            raise UnsupportedError(
+                f"reduce_tokens: reducer cls_attention needs a tower with a [CLS] token, which "
+                f"{spec.model_type} does not have; use distinct_features or auto"
+            )
+        return super().build(spec, keep=keep, positions=positions)

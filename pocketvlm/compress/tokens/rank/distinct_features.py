@@ -11,14 +11,15 @@ background patches serve as registers (see `docs/methods`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
-from pocketvlm.compress.tokens.options import ReducerOptions
-from pocketvlm.compress.tokens.rank.ranking import ScoreReducer
+from pocketvlm.compress.tokens.rank.ranking import Ranking
 from pocketvlm.models.reducer import ReducerInputs
-from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["DistinctFeaturesReducer", "build", "distinctness"]
+__all__ = ["DistinctFeatures", "distinctness"]
 
 
 def distinctness(features: Tensor) -> Tensor:
@@ -34,15 +35,12 @@ def distinctness(features: Tensor) -> Tensor:
     return away.square().sum(dim=-1).sqrt()
 
 
-class DistinctFeaturesReducer(ScoreReducer):
+@dataclass(frozen=True, kw_only=True)
+class DistinctFeatures(Ranking):
     """Keeps the k visual tokens that are least like the mean of their picture."""
+
+    kind: Literal["distinct_features"] = "distinct_features"
 
     def score(self, inputs: ReducerInputs) -> Tensor:
         """Distinctness of each visual token, [B, N]."""
         return distinctness(inputs.features)
-
-
-def build(spec: ModelSpec, options: ReducerOptions) -> DistinctFeaturesReducer:
-    """The reducer of one model."""
-    del spec  # every tower has features
-    return DistinctFeaturesReducer(keep=options.keep, positions=options.positions)

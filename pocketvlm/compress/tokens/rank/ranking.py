@@ -7,13 +7,16 @@ boolean indexing gives no static shape on any target.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
-from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.forward import merge_patches
 
-__all__ = ["ScoreReducer", "gather_tokens", "pool_merge_cells", "top_indices"]
+__all__ = ["Ranking", "RankingReducer", "gather_tokens", "pool_merge_cells", "top_indices"]
 
 
 def top_indices(scores: Tensor, keep: int) -> Tensor:
@@ -46,10 +49,10 @@ def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
 
 
 def pool_merge_cells(scores: Tensor, merge_factor: int) -> Tensor:
-    """Mean score of the patches behind each visual token.
+    """Mean score of the patches that make up each visual token.
 
     Args:
-        scores: One score a patch, [B, side * side].
+        scores: One score per patch, [B, side * side].
         merge_factor: Side of the square of patches that the projector merges.
 
     Returns:
@@ -60,17 +63,34 @@ def pool_merge_cells(scores: Tensor, merge_factor: int) -> Tensor:
     return merge_patches(scores[..., None], merge_factor).mean(dim=-1)
 
 
-class ScoreReducer(TokenReducer):
+class RankingReducer(TokenReducer):
     """Keeps the k tokens of the highest score, in raster order.
 
-    A method implements `score`; nothing else depends on it.
+    Args:
+        score: The score of each visual token, [B, N]; the larger, the more it is worth.
+        keep: Features that are returned, k.
+        positions: Which rotary positions they get.
     """
 
-    @abstractmethod
-    def score(self, inputs: ReducerInputs) -> Tensor:
-        """One score a visual token, [B, N]; the larger, the more it is worth."""
+    def __init__(
+        self, score: Callable[[ReducerInputs], Tensor], *, keep: int, positions: PositionPolicy
+    ) -> None:
+        super().__init__(keep=keep, positions=positions)
+        self._score = score
 
     def forward(self, inputs: ReducerInputs) -> tuple[Tensor, Tensor]:
         """Returns the kept features [B, k, C] and their indices [B, k] (int64, ascending)."""
-        indices = top_indices(self.score(inputs), self.keep)
+        indices = top_indices(self._score(inputs), self.keep)
         return gather_tokens(inputs.features, indices), indices
+
+
+class Ranking(Reducer):
+    """A reducer that is nothing but its score."""
+
+    @abstractmethod
+    def score(self, inputs: ReducerInputs) -> Tensor:
+        """The score of each visual token, [B, N]; the larger, the more it is worth."""
+
+    def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
+        """The module of one model."""
+        return RankingReducer(self.score, keep=keep, positions=positions)

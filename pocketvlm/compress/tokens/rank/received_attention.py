@@ -7,14 +7,15 @@ Where the projector merges patches, their scores are averaged the same way.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
-from pocketvlm.compress.tokens.options import ReducerOptions
-from pocketvlm.compress.tokens.rank.ranking import ScoreReducer, pool_merge_cells
+from pocketvlm.compress.tokens.rank.ranking import Ranking, pool_merge_cells
 from pocketvlm.models.reducer import ReducerInputs
-from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["QUERY_CHUNK", "ReceivedAttentionReducer", "build", "received_attention"]
+__all__ = ["QUERY_CHUNK", "ReceivedAttention", "received_attention"]
 
 QUERY_CHUNK = 256
 """Queries whose attention rows exist at the same time."""
@@ -44,17 +45,14 @@ def received_attention(queries: Tensor, keys: Tensor, *, chunk: int = QUERY_CHUN
     return total.mean(dim=1) / tokens
 
 
-class ReceivedAttentionReducer(ScoreReducer):
+@dataclass(frozen=True, kw_only=True)
+class ReceivedAttention(Ranking):
     """Keeps the k visual tokens that receive the most attention."""
+
+    kind: Literal["received_attention"] = "received_attention"
 
     def score(self, inputs: ReducerInputs) -> Tensor:
         """Received attention of each visual token, [B, N]."""
         received = received_attention(inputs.queries, inputs.keys)
         patches = received[:, 1:] if inputs.has_cls else received
         return pool_merge_cells(patches, inputs.merge_factor)
-
-
-def build(spec: ModelSpec, options: ReducerOptions) -> ReceivedAttentionReducer:
-    """The reducer of one model."""
-    del spec  # every tower has this score
-    return ReceivedAttentionReducer(keep=options.keep, positions=options.positions)

@@ -16,10 +16,15 @@ from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.scratch import keep_document
-from pocketvlm.compress.pruning.depth.block_influence import block_influences, cosines
+from pocketvlm.compress.pruning.depth.block_influence import (
+    BlockInfluence,
+    block_influences,
+    cosines,
+)
 from pocketvlm.compress.pruning.depth.block_path import BlockPath
 from pocketvlm.compress.pruning.depth.blocks import Block, remove_blocks
 from pocketvlm.compress.pruning.depth.greedy_blocks import (
+    Greedy,
     count_trials,
     losses_without,
     remove_greedily,
@@ -194,10 +199,10 @@ def test_greedy_removal_is_brute_force_at_every_step(checkpoint, samples):
 
 def test_the_first_removal_is_never_worse_than_that_of_least_influence(checkpoint, samples):
     results = {
-        importance: PruneDepth(decoder_blocks=1, importance=importance, held_out=0)
+        importance.kind: PruneDepth(decoder_blocks=1, importance=importance, held_out=0)
         .apply(checkpoint, samples, RunContext())
         .history[-1]
-        for importance in ("greedy", "block_influence")
+        for importance in (Greedy(), BlockInfluence())
     }
     chosen = {
         importance: next(row["block"] for row in record.layers if row["removed"])
@@ -213,11 +218,11 @@ def test_the_first_removal_is_never_worse_than_that_of_least_influence(checkpoin
     ("importance", "model", "index"),
     [
         # Blocks that these models miss least: with another, a second removal may even help.
-        ("greedy", "pocket-llava", 3),
-        ("greedy", "pocket-smol", 5),
+        (Greedy(), "pocket-llava", 3),
+        (Greedy(), "pocket-smol", 5),
         # Influence does not ask for answers: even the block that turns states most will do.
-        ("block_influence", "pocket-llava", 0),
-        ("block_influence", "pocket-smol", 5),
+        (BlockInfluence(), "pocket-llava", 0),
+        (BlockInfluence(), "pocket-smol", 5),
     ],
 )
 def test_a_block_that_does_nothing_goes_first(importance, model, index):
@@ -232,7 +237,7 @@ def test_a_block_that_does_nothing_goes_first(importance, model, index):
     removed = [row for row in pruned.history[-1].layers if row["removed"]]
     assert [(row["part"], row["block"]) for row in removed] == [("decoder", index)]
     assert torch.equal(logits_of(pruned), before)
-    figure = removed[0]["loss" if importance == "greedy" else "influence"]
+    figure = removed[0]["loss" if importance == Greedy() else "influence"]
     expected = path.mean_loss(range(3)) if importance == "greedy" else 0.0
     assert figure == pytest.approx(expected, abs=1e-9)
 
@@ -278,16 +283,25 @@ def test_answers_are_needed_where_their_loss_decides(paths, samples):
     data = unanswered(samples)
     with pytest.raises(CalibrationError, match=r"data\.jsonl:1: has no answer"):
         PruneDepth(decoder_blocks=1, held_out=0).apply(checkpoint, data, RunContext())
-    stage = PruneDepth(decoder_blocks=1, importance="block_influence", held_out=0.3)
+    stage = PruneDepth(decoder_blocks=1, importance=BlockInfluence(), held_out=0.3)
     record = stage.apply(checkpoint, data, RunContext()).history[-1]
     assert record.notes == ("held-out loss not measured: 2 of 2 samples have no answer",)
     assert "held_out_loss_before" not in record.metrics
 
 
-@pytest.mark.parametrize("importance", ["greedy", "block_influence"])
+@pytest.mark.parametrize("importance", [Greedy(), BlockInfluence()])
 def test_what_is_not_finite_is_named(paths, samples, importance):
     checkpoint = Checkpoint.load(paths["llava"])
     norm = checkpoint.model.get_submodule("model.language_model.layers.1.input_layernorm")
     norm.weight.fill_(float("inf"))
     with pytest.raises(CalibrationError, match=r"block [01] of the decoder.*not finite"):
         PruneDepth(decoder_blocks=1, importance=importance).apply(checkpoint, samples, RunContext())
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [("gradient", "not blocks; allowed are"), (-1.0, "modality_weights")],
+)
+def test_a_weighting_that_blocks_do_not_have_is_refused(weighting, message):
+    with pytest.raises(ValueError, match=message):
+        BlockInfluence(modality_weights=weighting)

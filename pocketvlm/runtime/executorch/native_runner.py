@@ -1,11 +1,10 @@
 """An answer from ExecuTorch's own `MultimodalRunner`, the loop that apps on a phone call.
 
-It proves that the program is what that runner expects: prompt, picture and generation are its
-business, and nothing of this package lies between. It tells text and no token ids and keeps no
+It shows that the program is what that runner expects: prompt, picture and generation are its
+business, and nothing of this package lies between. It returns text without token ids and keeps no
 conversation; like every program, it runs in a process of its own (`process`). Its Python binding
-cannot hand over a piece of text that ends inside of a character; such an answer is taken over by
-the loop of this package, which gives the same tokens. So is one that settings of
-generation_config.json steer, because that runner knows none of them.
+cannot pass on a token that is part of a character, and it knows no settings of
+generation_config.json.
 """
 
 from __future__ import annotations
@@ -21,88 +20,19 @@ from PIL.Image import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import open_image
-from pocketvlm.runtime.conversation import (
-    Conversation,
-    PictureInput,
-    question_turn,
-    require_room,
-)
+from pocketvlm.prompt.messages import Turn
+from pocketvlm.runtime.conversation import PictureInput, question_turn
 from pocketvlm.runtime.executorch.process import ProgramProcess, UnspeakablePieceError
-from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.splice import image_runs
 from pocketvlm.runtime.text import TextCodec
 
-__all__ = ["UnspeakablePieceError", "answer_once", "answer_with_multimodal_runner"]
-
-
-def answer_once(
-    bundle: Bundle,
-    prompt: str,
-    image: PictureInput | Sequence[PictureInput] | None = None,
-    *,
-    max_new_tokens: int = 64,
-    threads: int | None = None,
-    on_token: Callable[[str], None] = lambda _: None,
-) -> str:
-    """Asks one question, by `MultimodalRunner` where it can answer, by this package where not.
-
-    Args:
-        bundle: An opened bundle with an ExecuTorch program.
-        prompt: The question.
-        image: A picture or several, which stand before the text; `None` for text alone.
-        max_new_tokens: Tokens after which the answer is cut.
-        threads: Threads of the kernels; `None` leaves them as they are.
-        on_token: Called with each piece of text.
-
-    Raises:
-        PocketVLMError: As `answer_with_multimodal_runner`.
-    """
-    with closing(ExecutorchRunner(bundle, threads=threads)) as runner:
-        _require_room(bundle, runner.capacity, prompt, image)
-        if bundle.manifest.generation.settings:  # that runner would take the likeliest token
-            talk = Conversation(bundle, runner=runner)
-            return talk.ask(prompt, image, max_new_tokens=max_new_tokens, on_token=on_token).text
-        spoken: list[str] = []
-
-        def speak(piece: str) -> None:
-            spoken.append(piece)
-            on_token(piece)
-
-        try:
-            return answer_with_multimodal_runner(
-                bundle,
-                prompt,
-                image,
-                max_new_tokens=max_new_tokens,
-                on_token=speak,
-                process=runner.process,
-            )
-        except UnspeakablePieceError:
-            talk = Conversation(bundle, runner=runner)
-            text = talk.ask(prompt, image, max_new_tokens=max_new_tokens).text
-            on_token(text.removeprefix("".join(spoken)))
-            return text
-
-
-def _require_room(
-    bundle: Bundle,
-    capacity: int,
-    prompt: str,
-    image: PictureInput | Sequence[PictureInput] | None,
-) -> None:
-    """Refuses what does not fit before a picture is looked at, in the words of `Conversation`."""
-    turn, images = question_turn(prompt, image)
-    manifest = bundle.manifest
-    taken = len(TextCodec.from_bundle(bundle).encode([turn.to_message()]))
-    reduced = taken - len(images) * (manifest.visual_tokens_full - manifest.visual_tokens)
-    positions = taken if manifest.positions == "original" else reduced
-    require_room(manifest, rows=reduced, positions=positions, capacity=capacity)
+__all__ = ["UnspeakablePieceError", "answer_with_multimodal_runner"]
 
 
 def answer_with_multimodal_runner(
     bundle: Bundle,
-    prompt: str,
+    prompt: str | Turn,
     image: PictureInput | Sequence[PictureInput] | None = None,
     *,
     max_new_tokens: int = 64,
@@ -122,7 +52,7 @@ def answer_with_multimodal_runner(
     Raises:
         MissingExtraError: ExecuTorch is not installed.
         BundleError: The bundle has no program, or it does not load or run.
-        InputError: Nothing was asked.
+        InputError: Nothing was asked, or the bundle has settings of generation.
         UnspeakablePieceError: The answer holds a character that several tokens make up.
     """
     turn, images = question_turn(prompt, image)
