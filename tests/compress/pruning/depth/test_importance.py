@@ -238,7 +238,7 @@ def test_a_block_that_does_nothing_goes_first(importance, model, index):
     assert [(row["part"], row["block"]) for row in removed] == [("decoder", index)]
     assert torch.equal(logits_of(pruned), before)
     figure = removed[0]["loss" if importance == Greedy() else "influence"]
-    expected = path.mean_loss(range(3)) if importance == "greedy" else 0.0
+    expected = path.mean_loss(range(3)) if importance == Greedy() else 0.0
     assert figure == pytest.approx(expected, abs=1e-9)
 
 
