@@ -16,9 +16,13 @@ from typing import Any
 
 from shape_bundles import write_bundle
 
+from pocketvlm.device_bench.graph_bytes import TARGET
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
+from pocketvlm.json_io import encode
 from pocketvlm.reports.html import render_html
+from pocketvlm.reports.measurement import Environment, Measurement, Memory
+from pocketvlm.reports.report_file import parse_report
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
 SHOWN = ("vision_ms", "prefill_ms", "ttft_user_ms", "ttft_engine_ms", "decode_tok_s")
@@ -42,40 +46,39 @@ def main() -> None:
             result = bench_bundle(
                 bundle, load_workload(workload), baseline=baseline, threads=options.threads
             )
+            document = encode(result)
             page = options.work / f"{options.shape}-{name}-{workload}.html"
-            page.write_text(render_html(result), encoding="utf-8")
-            results.append({"shape": options.shape, "recipe": name, **result})
-            print_result(results[-1])
+            page.write_text(render_html(parse_report(document)), encoding="utf-8")
+            results.append({"shape": options.shape, "recipe": name, **document})
+            print(f"\n{options.shape} {name}, workload {workload}")
+            print_result(result)
     print(json.dumps({"benchmark": "host_latency", "results": results}))
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_result(result: Measurement) -> None:
     """One block of the table."""
-    print(f"\n{result['shape']} {result['recipe']}, workload {result['workload']['name']}")
     print(f"  {'':<16} {'candidate':>12} {'p90':>10} {'float32':>12} {'p90':>10} {'ratio':>7}")
-    ours, theirs = result["latency"]["onnx"], result["baseline"]["onnx"]
+    ours, theirs = result.latency[TARGET], (result.baseline or {})[TARGET]
     for name in SHOWN:
-        cells = [
-            "-" if block.get(name, {}).get(key) is None else f"{block[name][key]:.1f}"
-            for block in (ours, theirs)
-            for key in ("median", "p90")
-        ]
-        ratio = result["ratios"].get(name)
+        figures = ours.figure(name), theirs.figure(name)
+        values = (value for figure in figures for value in (figure.median, figure.p90))
+        cells = ["-" if value is None else f"{value:.1f}" for value in values]
+        ratio = result.ratios.get(name)
         print(
             f"  {name:<16} {cells[0]:>12} {cells[1]:>10} {cells[2]:>12} {cells[3]:>10} "
             f"{'-' if ratio is None else f'{ratio:.2f}':>7}"
         )
-    peaks = (result["memory"], result["memory"]["baseline"])
-    megabytes = [f"{(block['peak_rss_bytes'] or 0) / 1e6:.0f}" for block in peaks]
+    peaks = (result.memory, result.memory.baseline or Memory())
+    megabytes = [f"{(memory.peak_rss_bytes or 0) / 1e6:.0f}" for memory in peaks]
     print(f"  {'peak_rss MB':<16} {megabytes[0]:>12} {'':>10} {megabytes[1]:>12}")
-    rate = ours.get("decode_tok_s", {}).get("median")
+    rate, environment = ours.figure("decode_tok_s").median, result.environment or Environment()
     if rate:
-        read = rate * result["bundles"]["candidate"]["decoder_weight_bytes"] / 1e9
-        limit = result["environment"]["memory_read_bytes_s"] / 1e9
+        read = rate * (result.bundles["candidate"].decoder_weight_bytes or 0) / 1e9
+        limit = (environment.memory_read_bytes_s or 0) / 1e9
         print(
             f"  decode reads {read:.1f} GB/s of weights; a plain reduction reads {limit:.1f} GB/s"
         )
-    for note in result["notes"]:
+    for note in result.notes:
         print(f"  note: {note}")
 
 

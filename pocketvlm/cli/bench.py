@@ -33,6 +33,7 @@ def bench(
 
     from pocketvlm.device_bench.protocol import bench_bundle
     from pocketvlm.device_bench.workload import load_workload
+    from pocketvlm.json_io import encode
 
     chosen = load_workload(workload)
     if repeats is not None:
@@ -48,7 +49,7 @@ def bench(
         )
     print_latency(result)
     if as_json:
-        print_json(result)
+        print_json(encode(result))
 
 
 def devices(as_json: JsonOption = False) -> None:

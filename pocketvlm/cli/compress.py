@@ -85,7 +85,7 @@ def compress(
     say(f"report   {result.out / 'report.html'}")
     say(f"bundle   {result.out / 'bundle'}")
     if as_json:
-        print_json(result.report)
+        print_json(result.report.document)
     if result.failures:
         raise CheckFailedError("; ".join(result.failures))
 
@@ -214,6 +214,6 @@ def demo(
     say(f"bundle   {result.out / 'bundle'}")
     say(f"report   {result.out / 'report.html'}")
     if as_json:
-        print_json(result.report)
+        print_json(result.report.document)
     if result.failures:
         raise CheckFailedError("; ".join(result.failures))

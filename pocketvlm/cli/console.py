@@ -6,9 +6,15 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 from pocketvlm.printable import printable
+
+if TYPE_CHECKING:  # a command has imported what it prints
+    from pocketvlm.export.parity.certificate import ParityReport
+    from pocketvlm.reports.measurement import Measurement
+    from pocketvlm.reports.report import Report
 
 __all__ = [
     "command_line",
@@ -57,64 +63,59 @@ def command_line() -> str:
     return shlex.join(["pocketvlm", *sys.argv[1:]])
 
 
-def print_summary(document: Mapping[str, Any]) -> None:
+def print_summary(report: Report) -> None:
     """Prints the results of a run: size, answers, certificate and speed."""
-    size, quality = document["size"], document["quality"]
-    several = len(size["parts"]) > 2  # noqa: PLR2004  (one target, and the processor's files)
-    which = "the largest target " if several else ""
-    say(
-        f"size     {size['bundle_bytes'] / 1e6:.2f} MB, "
-        f"{which}{size['bundle_share']:.3f} of the source's weights"
-    )
-    if quality:
-        compressed, plain = quality["compressed"], quality["float"]
+    size, quality = report.size, report.quality
+    if size.bundle_bytes is not None and size.bundle_share is not None:
+        several = len(size.parts) > 2  # noqa: PLR2004  (one target, and the processor's files)
+        which = "the largest target " if several else ""
         say(
-            f"quality  {compressed['accuracy']:.1%} from the bundle, {plain['accuracy']:.1%} float "
-            f"(n={quality['n']}, {quality['metric']})"
+            f"size     {size.bundle_bytes / 1e6:.2f} MB, "
+            f"{which}{size.bundle_share:.3f} of the source's weights"
         )
-    say(f"source   {document['source_check']['verdict']}")
-    verdict = "passed" if document["parity"]["passed"] else "FAILED"
-    say(f"parity   {verdict}")
-    if document.get("bench"):
-        print_latency(document["bench"])
-    for note in document["notes"]:
+    if quality is not None:
+        compressed, plain = quality.compressed.accuracy, quality.uncompressed.accuracy
+        say(
+            f"quality  {compressed:.1%} from the bundle, {plain:.1%} float "
+            f"(n={quality.n}, {quality.metric})"
+        )
+    if report.source_check is not None:
+        say(f"source   {report.source_check.verdict}")
+    if report.parity is not None:
+        say(f"parity   {'passed' if report.parity.passed else 'FAILED'}")
+    print_latency(report.bench)
+    for note in report.notes:
         say(f"note     {note}")
 
 
-def print_certificate(document: Mapping[str, Any]) -> None:
+def print_certificate(certificate: ParityReport) -> None:
     """Prints every check of a certificate, with its bound."""
-    for name, target in document["targets"].items():
-        say(f"{name}: {target['details']['engine']}")
-        for check in target["checks"]:
-            verdict = "" if check["passed"] else "FAILED"
-            value = "not finite" if check["value"] is None else f"{check['value']:.6g}"
-            bounds = [
-                f"{word} {check['bound'][key]:g}"
-                for key, word in (("at_least", "at least"), ("at_most", "at most"))
-                if check["bound"][key] is not None
-            ]
-            say(f"  {check['metric']:<28} {value:>12}  {' and '.join(bounds):<28} {verdict}")
-        details = target["details"]
+    for target in certificate.targets:
+        say(f"{target.target}: {target.details['engine']}")
+        for check in target.checks:
+            value = f"{check.value:.6g}" if isfinite(check.value) else "not finite"
+            verdict = "" if check.passed else "FAILED"
+            say(f"  {check.metric:<28} {value:>12}  {check.bound.spell():<28} {verdict}")
+        details = target.details
         say(
             f"  {'greedy tokens':<28} {details['greedy_tokens_equal']:>12}  "
             f"of {details['greedy_tokens_compared']}, near-ties {details['greedy_near_ties']}"
         )
 
 
-def print_latency(result: Mapping[str, Any]) -> None:
+def print_latency(bench: Measurement) -> None:
     """Prints medians of a benchmark, and their ratios to the baseline."""
-    for target, block in result["latency"].items():
-        shown = [
-            f"{name} {block[name]['median']:.1f}"
+    for target, latency in bench.latency.items():
+        medians = {
+            name: latency.figure(name).median
             for name in ("vision_ms", "prefill_ms", "ttft_user_ms", "decode_tok_s")
-            if block.get(name) and block[name]["median"] is not None
-        ]
+        }
+        shown = [f"{name} {value:.1f}" for name, value in medians.items() if value is not None]
         say(f"{target:<8} " + ", ".join(shown))
-    ratios = result.get("ratios") or {}
     shown = [
-        f"{name} {ratios[name]:.2f} times"
+        f"{name} {bench.ratios[name]:.2f} times"
         for name in ("ttft_user_ms", "decode_tok_s")
-        if isinstance(ratios.get(name), int | float)
+        if name in bench.ratios
     ]
     if shown:
         say("         " + ", ".join(shown) + " the baseline's")

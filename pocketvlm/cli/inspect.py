@@ -66,7 +66,7 @@ def inspect(
         asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
         with show_progress() as on_progress:
             certificate = evaluate_coreml(bundle, asked, RunContext(on_progress=on_progress))
-        print_certificate(certificate.to_json())
+        print_certificate(certificate)
         if as_json:
             print_json(certificate.to_json())
         certificate.raise_if_failed()
@@ -137,7 +137,7 @@ def verify_coreml(
         found = verify(bundle, asked, ctx, units=units, iterations=iterations)
     document = found.to_json()
     if found.certificate is not None:
-        print_certificate(found.certificate.to_json())
+        print_certificate(found.certificate)
     for function in document["functions"]:
         name = " ".join(filter(None, (function["file"], function["function"])))
         share = function["operator_shares"].get("neural_engine", 0.0)

@@ -24,9 +24,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Exit with 1 if B is worse than A beyond the bound."""
-    from pocketvlm.device_bench.compare import compare_reports, parse_bounds
+    from pocketvlm.device_bench.compare import compare_files, parse_bounds
 
-    rows = compare_reports(first, second, parse_bounds(max_regress or ()))
+    rows = compare_files(first, second, parse_bounds(max_regress or ()))
     for row in rows:
         say(row.line())
     if as_json:

@@ -1,4 +1,4 @@
-"""Measures a bundle on a device, compares two measurements, and renders reports.
+"""Measures a bundle on a device, and compares two measurements.
 
 ```python
 from pathlib import Path
@@ -7,7 +7,7 @@ from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
 
 result = bench_bundle(Path("out/bundle"), load_workload("vlm"))
-print(result["latency"]["onnx"]["ttft_user_ms"]["median"])
+print(result.latency["onnx"].figure("ttft_user_ms").median)
 ```
 
 `docs/benchmarking.md` defines every figure.

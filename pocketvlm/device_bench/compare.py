@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.errors import InputError
+from pocketvlm.reports.measurement import Latency, MeasuredBundle, MeasuredWorkload
+from pocketvlm.reports.report import Quality, Report
 from pocketvlm.reports.report_file import read_report
 
-__all__ = ["DEFAULT_BOUNDS", "Comparison", "compare_documents", "compare_reports", "parse_bounds"]
+__all__ = ["DEFAULT_BOUNDS", "Comparison", "compare_files", "compare_reports", "parse_bounds"]
 
 Verdict = Literal["ok", "regressed", "missing", "not comparable", "not measured"]
 
@@ -50,8 +52,6 @@ _LATENCY = (
     "decode_tok_s",
 )
 _METRICS = ("bundle_bytes", "peak_rss_bytes", "accuracy", "recovery", *_LATENCY)
-_SAME_WORKLOAD = ("prompt_tokens", "new_tokens", "image_size", "image_sha256")
-_SAME_MACHINE = ("processor", "machine", "cores", "threads", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def parse_bounds(texts: Iterable[str]) -> dict[str, float]:
     return bounds
 
 
-def compare_reports(
+def compare_files(
     first: Path, second: Path, bounds: Mapping[str, float] | None = None
 ) -> tuple[Comparison, ...]:
     """Compares two report files, or the report.json of two run folders.
@@ -139,13 +139,13 @@ def compare_reports(
     A run report and the document of `pocketvlm bench` serve alike.
 
     Raises:
-        InputError: One of them cannot be read, or is no report.
+        InputError: One of them cannot be read, or is not a report.
     """
-    return compare_documents(read_report(first), read_report(second), bounds)
+    return compare_reports(read_report(first), read_report(second), bounds)
 
 
-def compare_documents(
-    first: Mapping[str, Any], second: Mapping[str, Any], bounds: Mapping[str, float] | None = None
+def compare_reports(
+    first: Report, second: Report, bounds: Mapping[str, float] | None = None
 ) -> tuple[Comparison, ...]:
     """Compares two reports, figure by figure, in the order of the bounds.
 
@@ -156,14 +156,15 @@ def compare_documents(
     """
     rows = []
     obstacle = _obstacle(first, second)
+    timed = sorted({*_latency(first), *_latency(second)})
     for metric, bound in (DEFAULT_BOUNDS if bounds is None else bounds).items():
-        targets: tuple[str | None, ...] = (None,)
-        if metric in _LATENCY:
-            targets = tuple(sorted({*_latency(first), *_latency(second)})) or (None,)
-        for target in targets:
-            values = _value(first, metric, target), _value(second, metric, target)
-            is_timed = metric in _LATENCY
-            rows.append(_judge(metric, target, values, bound, obstacle if is_timed else ""))
+        if metric not in _LATENCY:
+            values = _value(first, metric), _value(second, metric)
+            rows.append(_judge(metric, None, values, bound, ""))
+            continue
+        for target in timed or (None,):
+            values = _median(first, target, metric), _median(second, target, metric)
+            rows.append(_judge(metric, target, values, bound, obstacle))
     return tuple(rows)
 
 
@@ -207,48 +208,52 @@ def _share(difference: float, of: float) -> float:
     return difference / abs(of)
 
 
-def _bench(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The block that `bench_bundle` returned: the document itself, or the report's part."""
-    block: Mapping[str, Any] = document.get("bench") or document
-    return block
+def _latency(report: Report) -> Mapping[str, Latency]:
+    return report.latency or report.bench.latency
 
 
-def _latency(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    latency: Mapping[str, Any] = document.get("latency") or _bench(document).get("latency") or {}
-    return latency
+def _median(report: Report, target: str | None, metric: str) -> float | None:
+    if target is None:
+        return None
+    return _latency(report).get(target, Latency()).figure(metric).median
 
 
-def _value(document: Mapping[str, Any], metric: str, target: str | None) -> float | None:
-    if metric in _LATENCY:
-        figure = (_latency(document).get(target) or {}) if target else {}
-        return _number((figure.get(metric) or {}).get("median"))
-    if metric == "bundle_bytes":
-        size = (document.get("size") or {}).get("bundle_bytes")
-        bundle = (_bench(document).get("bundles") or {}).get("candidate") or {}
-        return _number(bundle.get("stored_bytes") if size is None else size)
-    if metric == "peak_rss_bytes":
-        return _number((document.get("memory") or {}).get("peak_rss_bytes"))
-    quality = document.get("quality") or {}
-    if metric == "recovery":
-        return _number(quality.get("recovery"))
-    compressed = quality.get("compressed")
-    if isinstance(compressed, Mapping):
-        compressed = compressed.get("accuracy")
-    return _number(compressed)
+def _value(report: Report, metric: str) -> float | None:
+    """A figure of the whole bundle."""
+    quality = report.quality or Quality()
+    candidate = report.bench.bundles.get("candidate", MeasuredBundle())
+    stored, total = candidate.stored_bytes, report.size.bundle_bytes
+    values = {
+        "bundle_bytes": stored if total is None else total,
+        "peak_rss_bytes": report.memory.peak_rss_bytes,
+        "accuracy": quality.compressed.accuracy,
+        "recovery": quality.recovery,
+    }
+    value = values[metric]
+    return None if value is None else float(value)
 
 
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else None
-
-
-def _obstacle(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+def _obstacle(first: Report, second: Report) -> str:
     """Why latencies of two reports cannot be compared; empty where they can."""
-    blocks = _bench(first), _bench(second)
-    for block, keys in (("workload", _SAME_WORKLOAD), ("environment", _SAME_MACHINE)):
-        known = [document.get(block) or {} for document in blocks]
-        for key in keys:
-            values = [document.get(key) for document in known]
-            if values[0] != values[1]:
-                return f"{block} differs in {key}: {values[0]!r} and {values[1]!r}"
+    conditions = zip(_conditions(first).items(), _conditions(second).values(), strict=True)
+    for (name, ours), theirs in conditions:
+        if ours != theirs:
+            return f"{name}: {ours!r} and {theirs!r}"
     return ""
+
+
+def _conditions(report: Report) -> Mapping[str, str | int | None]:
+    """What must be the same of two measurements, by what is said where it is not."""
+    workload = report.bench.workload or MeasuredWorkload()
+    environment = report.bench.environment or report.environment
+    return {
+        "workload differs in prompt_tokens": workload.prompt_tokens,
+        "workload differs in new_tokens": workload.new_tokens,
+        "workload differs in image_size": workload.image_size,
+        "workload differs in image_sha256": workload.image_sha256,
+        "environment differs in processor": environment.processor,
+        "environment differs in machine": environment.machine,
+        "environment differs in cores": environment.cores,
+        "environment differs in threads": environment.threads,
+        "environment differs in device": environment.device,
+    }

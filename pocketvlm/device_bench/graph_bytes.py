@@ -10,9 +10,10 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
 
-__all__ = ["decoder_weight_bytes", "graph_file_bytes"]
+__all__ = ["TARGET", "decoder_weight_bytes", "graph_file_bytes"]
 
-_TARGET = "onnx"
+TARGET = "onnx"
+"""The target whose graphs are timed."""
 
 
 def graph_file_bytes(bundle: Bundle) -> int:
@@ -20,7 +21,7 @@ def graph_file_bytes(bundle: Bundle) -> int:
     folders = {
         component.file.rpartition("/")[0]
         for component in bundle.manifest.components
-        if component.target == _TARGET
+        if component.target == TARGET
     }
     return sum(
         (bundle.path / name).stat().st_size
@@ -35,7 +36,7 @@ def decoder_weight_bytes(bundle: Bundle) -> int:
     Raises:
         BundleError: The graph cannot be read.
     """
-    file = bundle.file(bundle.component(_TARGET, "decoder").file)
+    file = bundle.file(bundle.component(TARGET, "decoder").file)
     try:
         model = onnx.load(file, load_external_data=False)
     except (OSError, DecodeError) as error:

@@ -9,18 +9,19 @@ from one answer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from pocketvlm.bundle import Bundle
+from pocketvlm.device_bench.block import AnswerTimes, Block
 from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
+from pocketvlm.reports.measurement import Memory, Prompt
 from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import choose_engine, open_engine
@@ -31,42 +32,7 @@ from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import Message, TextCodec, user_message
 
-__all__ = ["AnswerTimes", "measure_block"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerTimes:
-    """One answer, in milliseconds.
-
-    Attributes:
-        preprocess_ms: Encoded bytes to pixels; `None` without a picture, as for the next one.
-        vision_ms: Pixels to visual tokens. Reducing tokens is part of this graph.
-        tokenize_ms: Message to token ids, and their layout.
-        embed_ms: Token ids to the rows that are prefilled.
-        prefill_ms: Those rows to the first logits.
-        decode_ms: Embedding and running each further token.
-        sample_ms: Choosing each token.
-        detokenize_ms: Turning each token into text.
-        ttft_user_ms: From encoded picture and text to the text of the first token.
-        ttft_engine_ms: From the embedded prompt to the first token's id.
-        decode_span_ms: From the first token's text to the last one's.
-        prompt_tokens: Rows that were prefilled.
-        new_tokens: Tokens that were generated, the first one included.
-    """
-
-    preprocess_ms: float | None
-    vision_ms: float | None
-    tokenize_ms: float
-    embed_ms: float
-    prefill_ms: float
-    decode_ms: tuple[float, ...]
-    sample_ms: tuple[float, ...]
-    detokenize_ms: tuple[float, ...]
-    ttft_user_ms: float
-    ttft_engine_ms: float
-    decode_span_ms: float
-    prompt_tokens: int
-    new_tokens: int
+__all__ = ["measure_block"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,9 +47,7 @@ class _Loaded:
     messages: Sequence[Message]
 
 
-def measure_block(
-    path: Path, workload: Workload, image: bytes | None, threads: int
-) -> Mapping[str, Any]:
+def measure_block(path: Path, workload: Workload, image: bytes | None, threads: int) -> Block:
     """Loads a bundle and measures the workload on it, in this process.
 
     Args:
@@ -91,10 +55,6 @@ def measure_block(
         workload: What to measure.
         image: The encoded picture, or `None` for text alone.
         threads: Threads of the heavy graphs.
-
-    Returns:
-        JSON values: `load_ms` and what of it unpacking weights took, `expand_ms`; `prompt`,
-        `cold`, `answers`, `memory` and `token_ids`.
 
     Raises:
         BundleError: The bundle cannot be loaded.
@@ -127,28 +87,28 @@ def measure_block(
     for _ in range(workload.warm_ups - 1):
         _answer(loaded, image)
     measured = [_answer(loaded, image) for _ in range(workload.answers)]
-    return {
-        "load_ms": sum(clock.laps("load")),
-        "expand_ms": runner.expand_ms,
-        "prompt": {
-            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "text_tokens": text_tokens,
-            "visual_tokens": visual_tokens,
-            "tokens": cold.prompt_tokens,
-        },
-        "cold": asdict(cold),
-        "answers": [asdict(times) for times, _ in measured],
-        "memory": {
-            "before_load_rss_bytes": before_bytes,
-            "after_load_rss_bytes": after_bytes,
-            "peak_rss_bytes": _peak_bytes(),
-        },
-        "token_ids": token_ids,
-        "is_repeatable": all(ids == token_ids for _, ids in measured),
-    }
+    return Block(
+        load_ms=sum(clock.laps("load")),
+        expand_ms=runner.expand_ms,
+        prompt=Prompt(
+            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            text_tokens=text_tokens,
+            visual_tokens=visual_tokens,
+            tokens=cold.prompt_tokens,
+        ),
+        cold=cold,
+        answers=tuple(times for times, _ in measured),
+        memory=Memory(
+            before_load_rss_bytes=before_bytes,
+            after_load_rss_bytes=after_bytes,
+            peak_rss_bytes=_peak_bytes(),
+        ),
+        token_ids=token_ids,
+        is_repeatable=all(ids == token_ids for _, ids in measured),
+    )
 
 
-def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, list[int]]:
+def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[int, ...]]:
     """One answer from an empty cache."""
     runner, codec, manifest = loaded.runner, loaded.codec, loaded.bundle.manifest
     stream = TextStream(codec.decode_raw)
@@ -199,7 +159,7 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, list[int
         prompt_tokens=len(layout.codes),
         new_tokens=len(token_ids),
     )
-    return times, token_ids
+    return times, tuple(token_ids)
 
 
 def _fit(codec: TextCodec, workload: Workload) -> tuple[str, int]:

@@ -7,13 +7,11 @@ by one line of arithmetic, and here it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-__all__ = ["Check", "Physics", "check_plausibility"]
+from pocketvlm.reports.measurement import Latency, Memory, PlausibilityCheck
 
-Verdict = Literal["pass", "fail", "not applicable"]
+__all__ = ["Physics", "check_plausibility"]
 
 # A part of the prompt may come from a cache or overlap with what went before; half may not.
 _TTFT_SHARE = 0.5
@@ -27,21 +25,6 @@ _CLOCK_ALLOWANCE = 1.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
-    """One verdict, with the two numbers that it rests on."""
-
-    check: str
-    verdict: Verdict
-    value: float | None
-    bound: float | None
-    detail: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The check as JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Physics:
     """What is known of the bundle and the machine apart from the measurement.
 
@@ -49,7 +32,7 @@ class Physics:
         prompt_tokens: Visual and text tokens that the decoder prefilled.
         weight_bytes: Bytes of all graphs of the bundle, external data included.
         decoder_bytes: Bytes of the decoder's weights alone, which one step reads once.
-        memory_read_bytes_s: Bytes a second that the machine reads from memory.
+        memory_read_bytes_s: Bytes per second that the machine reads from memory.
         cache_bytes: Its last-level cache; weights that fit there are not bound by memory.
     """
 
@@ -61,21 +44,21 @@ class Physics:
 
 
 def check_plausibility(
-    figures: Mapping[str, Any], memory: Mapping[str, Any], physics: Physics
-) -> tuple[Check, ...]:
+    role: str, latency: Latency, memory: Memory, physics: Physics
+) -> tuple[PlausibilityCheck, ...]:
     """Checks the figures of one bundle.
 
     Args:
-        figures: Its `latency` block.
-        memory: Its `memory` block.
+        role: Which bundle of the comparison it is.
+        latency: Its figures.
+        memory: Its resident sets.
         physics: What they must not contradict.
     """
 
     def typical(name: str) -> float | None:
-        value: float | None = (figures.get(name) or {}).get("median")
-        return value
+        return latency.figure(name).median
 
-    return (
+    checks = (
         _above_zero("prefill_tok_s", typical("prefill_tok_s")),
         _above_zero("decode_tok_s", typical("decode_tok_s")),
         _ttft_fits_rate(typical("ttft_engine_ms"), typical("prefill_tok_s"), physics),
@@ -83,25 +66,35 @@ def check_plausibility(
         _bandwidth(typical("decode_tok_s"), physics),
         _memory_holds_weights(memory, physics),
     )
+    return tuple(replace(check, role=role) for check in checks)
 
 
-def _judge(check: str, value: float, bound: float, *, holds: bool, detail: str) -> Check:
-    verdict: Verdict = "pass" if holds else "fail"
-    return Check(check=check, verdict=verdict, value=value, bound=bound, detail=detail)
+def _judge(
+    check: str, value: float, bound: float, *, holds: bool, detail: str
+) -> PlausibilityCheck:
+    return PlausibilityCheck(
+        check=check,
+        verdict="pass" if holds else "fail",
+        value=value,
+        bound=bound,
+        detail=detail,
+    )
 
 
-def _skip(check: str, why: str) -> Check:
-    return Check(check=check, verdict="not applicable", value=None, bound=None, detail=why)
+def _skip(check: str, why: str) -> PlausibilityCheck:
+    return PlausibilityCheck(check=check, verdict="not applicable", detail=why)
 
 
-def _above_zero(name: str, rate: float | None) -> Check:
+def _above_zero(name: str, rate: float | None) -> PlausibilityCheck:
     check = f"{name} is above zero"
     if rate is None:
         return _skip(check, f"{name} was not measured")
     return _judge(check, rate, 0.0, holds=rate > 0, detail="tokens a second")
 
 
-def _ttft_fits_rate(ttft_ms: float | None, rate: float | None, physics: Physics) -> Check:
+def _ttft_fits_rate(
+    ttft_ms: float | None, rate: float | None, physics: Physics
+) -> PlausibilityCheck:
     check = "time to first token covers the prompt"
     if ttft_ms is None or not rate:
         return _skip(check, "time to first token or prefill rate was not measured")
@@ -115,7 +108,7 @@ def _ttft_fits_rate(ttft_ms: float | None, rate: float | None, physics: Physics)
     )
 
 
-def _ttft_user_contains_engine(user_ms: float | None, engine_ms: float | None) -> Check:
+def _ttft_user_contains_engine(user_ms: float | None, engine_ms: float | None) -> PlausibilityCheck:
     check = "the user's time to first token contains the engine's"
     if user_ms is None or engine_ms is None:
         return _skip(check, "one of the two was not measured")
@@ -123,7 +116,7 @@ def _ttft_user_contains_engine(user_ms: float | None, engine_ms: float | None) -
     return _judge(check, user_ms, engine_ms, holds=holds, detail="ms")
 
 
-def _bandwidth(rate: float | None, physics: Physics) -> Check:
+def _bandwidth(rate: float | None, physics: Physics) -> PlausibilityCheck:
     check = "decoding reads no faster than memory"
     size, cache = physics.decoder_bytes, physics.cache_bytes
     if rate is None or size is None or physics.memory_read_bytes_s is None:
@@ -141,9 +134,9 @@ def _bandwidth(rate: float | None, physics: Physics) -> Check:
     )
 
 
-def _memory_holds_weights(memory: Mapping[str, Any], physics: Physics) -> Check:
+def _memory_holds_weights(memory: Memory, physics: Physics) -> PlausibilityCheck:
     check = "peak memory holds the weights that were touched"
-    peak, before = memory.get("peak_rss_bytes"), memory.get("before_load_rss_bytes")
+    peak, before = memory.peak_rss_bytes, memory.before_load_rss_bytes
     if peak is None or before is None:
         return _skip(check, "peak memory was not measured")
     grown, least = float(peak - before), physics.weight_bytes * _MEMORY_SHARE

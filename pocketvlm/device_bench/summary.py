@@ -1,82 +1,77 @@
 """From raw samples to figures: the definition of every latency and rate that a report prints.
 
-A *block* is what one worker process measured (`measure.measure_block`); a figure is made of the
-measured answers of all blocks of one bundle, in the order in which they were taken.
+A figure is made of the measured answers of all blocks of one bundle, in the order in which they
+were taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
-from typing import Any
 
+from pocketvlm.device_bench.block import AnswerTimes, Block
 from pocketvlm.machine import Samples
+from pocketvlm.reports.measurement import Figure, Latency
 
 __all__ = ["FIGURES", "paired_ratios", "relative_spread", "summarise_blocks", "summarise_samples"]
 
-Answer = Mapping[str, Any]
 
-
-def summarise_samples(values: Sequence[float]) -> dict[str, Any]:
+def summarise_samples(values: Sequence[float]) -> Figure:
     """Samples with median, 90 % quantile, mean and standard deviation."""
     rounded = tuple(round(value, 4) for value in values)
-    return {
-        **Samples(values=rounded).to_json(),
-        "mean": mean(rounded) if rounded else None,
-        "sd": stdev(rounded) if len(rounded) > 1 else None,
-    }
+    if not rounded:
+        return Figure()
+    return Figure(
+        samples=rounded,
+        median=median(rounded),
+        p90=Samples(values=rounded).quantile(0.9),
+        mean=mean(rounded),
+        sd=stdev(rounded) if len(rounded) > 1 else None,
+    )
 
 
-def _stage(name: str) -> Callable[[Answer], list[float]]:
-    """A figure that is one number an answer, or none where the workload has no such stage."""
-    return lambda answer: [] if answer[name] is None else [answer[name]]
+def _given(value: float | None) -> tuple[float, ...]:
+    """One sample, or none where the workload has no such stage."""
+    return () if value is None else (value,)
 
 
-def _prefill_tok_s(answer: Answer) -> list[float]:
-    return [answer["prompt_tokens"] / answer["prefill_ms"] * 1e3]
-
-
-def _decode_tok_s(answer: Answer) -> list[float]:
-    return [(answer["new_tokens"] - 1) / answer["decode_span_ms"] * 1e3]
-
-
-FIGURES: Mapping[str, Callable[[Answer], list[float]]] = {
-    "preprocess_ms": _stage("preprocess_ms"),
-    "vision_ms": _stage("vision_ms"),
-    "tokenize_ms": _stage("tokenize_ms"),
-    "embed_ms": _stage("embed_ms"),
-    "prefill_ms": _stage("prefill_ms"),
-    "decode_ms": lambda answer: list(answer["decode_ms"]),
-    "sample_ms": lambda answer: list(answer["sample_ms"]),
-    "detokenize_ms": lambda answer: list(answer["detokenize_ms"]),
-    "ttft_user_ms": _stage("ttft_user_ms"),
-    "ttft_engine_ms": _stage("ttft_engine_ms"),
-    "prefill_tok_s": _prefill_tok_s,
-    "decode_tok_s": _decode_tok_s,
+FIGURES: Mapping[str, Callable[[AnswerTimes], tuple[float, ...]]] = {
+    "preprocess_ms": lambda answer: _given(answer.preprocess_ms),
+    "vision_ms": lambda answer: _given(answer.vision_ms),
+    "tokenize_ms": lambda answer: (answer.tokenize_ms,),
+    "embed_ms": lambda answer: (answer.embed_ms,),
+    "prefill_ms": lambda answer: (answer.prefill_ms,),
+    "decode_ms": lambda answer: answer.decode_ms,
+    "sample_ms": lambda answer: answer.sample_ms,
+    "detokenize_ms": lambda answer: answer.detokenize_ms,
+    "ttft_user_ms": lambda answer: (answer.ttft_user_ms,),
+    "ttft_engine_ms": lambda answer: (answer.ttft_engine_ms,),
+    "prefill_tok_s": lambda answer: (answer.prompt_tokens / answer.prefill_ms * 1e3,),
+    "decode_tok_s": lambda answer: ((answer.new_tokens - 1) / answer.decode_span_ms * 1e3,),
 }
 """Samples that one answer contributes to every warm figure, by the figure's name."""
 
 
-def summarise_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The `latency` block of one bundle, from the blocks that ran."""
-    answers = [answer for block in blocks for answer in block["answers"]]
+def summarise_blocks(blocks: Sequence[Block]) -> Latency:
+    """The figures of one bundle, from the blocks that ran."""
+    answers = [answer for block in blocks for answer in block.answers]
     figures = {
-        "load_ms": summarise_samples([block["load_ms"] for block in blocks]),
-        "cold_ttft_user_ms": summarise_samples([block["cold"]["ttft_user_ms"] for block in blocks]),
+        "load_ms": summarise_samples([block.load_ms for block in blocks]),
+        "cold_ttft_user_ms": summarise_samples([block.cold.ttft_user_ms for block in blocks]),
     }
-    # The share of loading that unpacked weights took, where the bundle holds them packed.
-    expanded = [block["expand_ms"] for block in blocks if block.get("expand_ms") is not None]
+    # The share of loading that unpacking weights took, where the bundle holds them packed.
+    expanded = [block.expand_ms for block in blocks if block.expand_ms is not None]
     if expanded:
         figures["expand_ms"] = summarise_samples(expanded)
     for name, samples_of in FIGURES.items():
         samples = [value for answer in answers for value in samples_of(answer)]
         figures[name] = summarise_samples(samples)
-    return figures
+    return Latency(figures=figures)
 
 
 def paired_ratios(
-    candidate: Mapping[int, Mapping[str, Any]], baseline: Mapping[int, Mapping[str, Any]]
-) -> dict[str, list[float]]:
+    candidate: Mapping[int, Block], baseline: Mapping[int, Block]
+) -> dict[str, tuple[float, ...]]:
     """Candidate divided by baseline, repeat by repeat, for every figure that both have.
 
     Pairing neighbours in time cancels the drift of the machine, which is larger than the scatter
@@ -90,13 +85,11 @@ def paired_ratios(
     ratios: dict[str, list[float]] = {}
     for repeat in both:
         first, second = summarise_blocks([candidate[repeat]]), summarise_blocks([baseline[repeat]])
-        for name, figure in first.items():
-            if name not in second:  # only one of the two is packed
-                continue
-            above, below = figure["median"], second[name]["median"]
-            if above is not None and below:
+        for name, figure in first.figures.items():
+            above, below = figure.median, second.figure(name).median
+            if above is not None and below:  # only one of the two may be packed
                 ratios.setdefault(name, []).append(above / below)
-    return ratios
+    return {name: tuple(values) for name, values in ratios.items()}
 
 
 def relative_spread(values: Sequence[float]) -> float:

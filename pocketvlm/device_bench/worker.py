@@ -30,6 +30,7 @@ from pocketvlm.device_bench.bandwidth import last_level_cache_bytes, memory_read
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import PocketVLMError
+from pocketvlm.json_io import encode
 from pocketvlm.machine import describe_environment
 
 __all__ = ["WORKER_SCHEMA", "main", "run_job"]
@@ -52,14 +53,14 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
         return {**describe_environment(threads), **_conditions(threads)}
     if kind == "block":
         image = job.get("image_base64")
-        return dict(
-            measure_block(
-                Path(job["bundle"]),
-                Workload.from_json(job["workload"]),
-                None if image is None else base64.b64decode(image),
-                threads,
-            )
+        block = measure_block(
+            Path(job["bundle"]),
+            Workload.from_json(job["workload"]),
+            None if image is None else base64.b64decode(image),
+            threads,
         )
+        document: dict[str, Any] = encode(block)
+        return document
     raise ValueError(f"job {kind!r}; this worker knows environment and block")
 
 

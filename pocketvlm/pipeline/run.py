@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
+from pocketvlm.device_bench.graph_bytes import TARGET
 from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import CalibrationError, UnsupportedError
@@ -21,7 +21,6 @@ from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.files.full_disk import naming_faults
 from pocketvlm.files.publish import replace_file
 from pocketvlm.json_io import write_json
-from pocketvlm.machine import REPORT_SCHEMA, describe_environment, peak_rss_bytes
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.identity import (
     RunIdentity,
@@ -33,21 +32,17 @@ from pocketvlm.pipeline.identity import (
 from pocketvlm.pipeline.journal import Journal
 from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
+from pocketvlm.pipeline.run_report import assemble_report, weight_bytes_by_part
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
-from pocketvlm.recipes.load import Bound, Recipe
+from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.reports.html import render_html, render_markdown
-from pocketvlm.runtime.engines import EMULATED, choose_engine
+from pocketvlm.reports.report import Report
+from pocketvlm.runtime.engines import choose_engine
 from pocketvlm.stages import Stage, check_order
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
-
-_TIMED = "onnx"
-"""The engine that the benchmark can time."""
-
-_BESIDE = "processor"
-"""The report's name for files of a bundle that belong to no target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +51,16 @@ class RunResult:
 
     Attributes:
         out: The run directory.
-        report: Content of its report.json.
-        failures: Checks and bounds that were not met, one line each; empty if all were.
+        report: Content of its report.json; `report.document` has the JSON values.
     """
 
     out: Path
-    report: Mapping[str, Any]
-    failures: tuple[str, ...]
+    report: Report
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Checks and bounds that were not met, one line each; empty if all were."""
+        return self.report.failures
 
 
 def run(
@@ -146,7 +144,7 @@ def _run(
     command: str,
 ) -> RunResult:
     out = journal.out
-    source_parts = _weight_bytes(checkpoint)
+    source_parts = weight_bytes_by_part(checkpoint)
     identity = journal.identity
     keys = stage_keys(
         *(identity.model, identity.calibration, identity.seed, conditions()),
@@ -158,9 +156,9 @@ def _run(
     checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
     checkpoint.save(out / "checkpoint")
     built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", certified, ctx)
-    bundle, parity = built.bundle, built.parity
+    bundle = built.bundle
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
-    is_timed = choose_engine(bundle) == _TIMED
+    is_timed = choose_engine(bundle) == TARGET
     bench = (
         bench_bundle(
             bundle.path,
@@ -172,50 +170,29 @@ def _run(
         if workload and is_timed
         else None
     )
-    report = {
-        "schema": REPORT_SCHEMA,
-        "command": command,
-        "model": {
-            "name": checkpoint.source.name,
-            "family": checkpoint.spec.family,
-            "sha256": checkpoint.source.sha256,
-            "visual_tokens": bundle.manifest.visual_tokens,
-            "visual_tokens_full": bundle.manifest.visual_tokens_full,
-            "positions": bundle.manifest.positions,
-        },
-        "runtimes": bundle.manifest.to_json().get("runtimes", {}),
-        "recipe": {**recipe.to_document(), "sha256": recipe.sha256()},
-        "calibration": calibration.describe(),
-        "environment": describe_environment(ctx.threads),
-        "stages": _stage_rows(journal, keys, checkpoint.history),
-        "size": _sizes(checkpoint, bundle, source_parts),
-        "quality": _quality(quality_float, compressed),
-        "source_check": source.to_json(),
-        "parity": parity.to_json(),
-        "latency": bench["latency"] if bench else None,
-        "bench": bench,
-        "memory": {
-            **(bench["memory"] if bench else {}),
-            "compress_peak_rss_bytes": peak_rss_bytes(),
-        },
-        "notes": [
-            *source.run_notes(),
-            *checked,
-            *_notes(checkpoint, calibration, bundle, bench),
-        ],
-    }
-    unexported = (f"{name} was not exported: {reason}" for name, reason in built.failed.items())
-    failures = (*unexported, *parity.failures(), *_broken_expectations(recipe, report))
-    report["failures"] = list(failures)
-    write_json(out / "report.json", report)
+    report = assemble_report(
+        checkpoint,
+        built,
+        recipe,
+        calibration=calibration,
+        command=command,
+        threads=ctx.threads,
+        stages=_stage_rows(journal, keys, checkpoint.history),
+        source=source,
+        source_parts=source_parts,
+        scores=(quality_float, compressed) if quality_float and compressed else None,
+        bench=bench,
+        notes=checked,
+    )
+    write_json(out / "report.json", report.document)
     html = render_html(report)
     _write(out / "report.html", html)
     # A bundle may never hold a file that it does not list, not even for a moment.
     _write(bundle.path / "report.html", html, scratch=journal.work)
     _write(bundle.path / "README.md", render_markdown(report), scratch=journal.work)
-    journal.log("finished", failures=list(failures))
+    journal.log("finished", failures=list(report.failures))
     journal.clean()
-    return RunResult(out=out, report=report, failures=failures)
+    return RunResult(out=out, report=report)
 
 
 def _write(path: Path, text: str, *, scratch: Path | None = None) -> None:
@@ -335,91 +312,3 @@ def _stage_rows(
         dict(journal.stage_record(key) or asdict(record))
         for key, record in zip(keys, history[len(history) - len(keys) :], strict=True)
     ]
-
-
-def _weight_bytes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Stored bytes of the weight matrices by part."""
-    weights: dict[str, int] = {}
-    for linear, form in checkpoint.forms().items():
-        weights[linear.part] = weights.get(linear.part, 0) + form.stored_bytes
-    return weights
-
-
-def _sizes(
-    checkpoint: Checkpoint, bundle: Bundle, source_parts: Mapping[str, int]
-) -> dict[str, Any]:
-    parts: dict[str, int] = {}
-    for name in bundle.manifest.files:
-        part = name.partition("/")[0] if "/" in name else _BESIDE
-        parts[part] = parts.get(part, 0) + (bundle.path / name).stat().st_size
-    # An app ships one target, with the processor's files.
-    beside = parts.get(_BESIDE, 0)
-    largest = max(count for part, count in parts.items() if part != _BESIDE) + beside
-    return {
-        "source_bytes": checkpoint.source.weight_bytes,
-        "bundle_bytes": bundle.stored_bytes(),
-        "bundle_share": largest / checkpoint.source.weight_bytes,
-        "parts": parts,
-        "weight_bytes": _weight_bytes(checkpoint),
-        "source_weight_bytes": dict(source_parts),
-    }
-
-
-def _quality(float_score: Score | None, compressed: Score | None) -> dict[str, Any] | None:
-    if float_score is None or compressed is None:
-        return None
-    return {
-        "metric": compressed.metric,
-        "n": compressed.n,
-        "float": float_score.to_json(),
-        "compressed": compressed.to_json(),
-        "recovery": compressed.accuracy / float_score.accuracy if float_score.accuracy else None,
-        "blind": float_score.blind,
-    }
-
-
-def _notes(
-    checkpoint: Checkpoint,
-    calibration: CalibrationSet,
-    bundle: Bundle,
-    bench: Mapping[str, Any] | None,
-) -> list[str]:
-    notes = [f"source: {note}" for note in checkpoint.source.notes]
-    notes += [f"{record.method}: {note}" for record in checkpoint.history for note in record.notes]
-    notes += [
-        f"{component.target}: {note}"
-        for component in bundle.manifest.components
-        for note in component.notes
-    ]
-    if calibration.is_synthetic:
-        notes.append(
-            "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
-        )
-    engine = choose_engine(bundle)
-    if engine != _TIMED and engine not in EMULATED:
-        notes.append(f"nothing is timed: the benchmark times {_TIMED}, and the bundle has {engine}")
-    if engine in EMULATED:
-        notes.append(
-            "answers are from the reference evaluator, which is not Core ML, and nothing is timed: "
-            "run `pocketvlm verify-coreml` on an Apple machine"
-        )
-    return [*notes, *(bench["notes"] if bench else ())]
-
-
-def _broken_expectations(recipe: Recipe, report: Mapping[str, Any]) -> list[str]:
-    quality, bench = report["quality"], report["bench"]
-    measured = {
-        "bundle_share": report["size"]["bundle_share"],
-        "recovery": quality["recovery"] if quality else None,
-        "decode_speedup": (bench or {}).get("ratios", {}).get("decode_tok_s"),
-    }
-    broken = []
-    for name, value in measured.items():
-        bound: Bound | None = getattr(recipe.expect, name)
-        if bound is None or value is None:
-            continue
-        if bound.min is not None and value < bound.min:
-            broken.append(f"{name} is {value:.3f}, expected at least {bound.min}")
-        if bound.max is not None and value > bound.max:
-            broken.append(f"{name} is {value:.3f}, expected at most {bound.max}")
-    return broken

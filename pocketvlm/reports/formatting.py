@@ -1,9 +1,11 @@
-"""Numbers as people read them: three significant digits, a unit, and a word for what is missing."""
+"""Values as people read them: three significant digits, a unit, and a word for what is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from pocketvlm.reports.report import Facts
 
 __all__ = [
     "NOT_MEASURED",
@@ -12,11 +14,8 @@ __all__ = [
     "format_figure",
     "format_number",
     "format_share",
-    "mapping_of",
     "number_of",
-    "rows_of",
     "text_of",
-    "texts_of",
     "unit_of",
 ]
 
@@ -27,25 +26,8 @@ _LONG = 1000  # characters of a block that a page still shows
 _UNITS = {"_ms": "ms", "_tok_s": "tokens/s", "_bytes": "bytes", "_s": "s"}
 
 
-def number_of(value: Any) -> float | None:
-    """The value if it is a number; reports are files, and files hold anything."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value)
-
-
-def mapping_of(value: Any) -> Mapping[str, Any]:
-    """The value if it is a block of a report, or an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def rows_of(value: Any) -> list[Mapping[str, Any]]:
-    """The blocks in a list of a report."""
-    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
-
-
 def text_of(value: Any) -> str:
-    """A scalar, list or block of a report as short text."""
+    """Any JSON value as short text."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -104,22 +86,29 @@ def format_figure(name: str, value: float | None) -> str:
     return f"{format_number(value)} {unit_of(name)}".strip()
 
 
-def facts_of(value: Any) -> tuple[tuple[str, str], ...]:
-    """A block as (name, text) pairs, units moved from the names to the values."""
-    facts: list[tuple[str, str]] = []
-    for key, item in mapping_of(value).items():
-        name = str(key)
-        if name.endswith("_bytes_s") and number_of(item) is not None:
-            facts.append((name.removesuffix("_bytes_s"), f"{format_bytes(number_of(item))}/s"))
-        elif name.endswith("_bytes") and number_of(item) is not None:
-            facts.append((name.removesuffix("_bytes"), format_bytes(number_of(item))))
-        else:
-            facts.append((name, _short_text_of(item)))
-    return tuple((name.replace("_", " "), text) for name, text in facts)
+def facts_of(facts: Facts) -> tuple[tuple[str, str], ...]:
+    """Facts as (name, text) pairs, units moved from the names to the values."""
+    return tuple(_fact(name, value) for name, value in facts.items())
+
+
+def number_of(fact: Any) -> float | None:
+    """The fact if it is a number."""
+    return fact if isinstance(fact, int | float) and not isinstance(fact, bool) else None
+
+
+def _fact(name: str, value: Any) -> tuple[str, str]:
+    number = number_of(value)
+    if number is not None and name.endswith("_bytes_s"):
+        name, text = name.removesuffix("_bytes_s"), f"{format_bytes(number)}/s"
+    elif number is not None and name.endswith("_bytes"):
+        name, text = name.removesuffix("_bytes"), format_bytes(number)
+    else:
+        text = _short_text_of(value)
+    return name.replace("_", " "), text
 
 
 def _short_text_of(item: Any) -> str:
-    """The same, with the large parts of a block counted: report.json has them whole."""
+    """The value as text, with large parts of a block counted: report.json has them whole."""
     if not isinstance(item, Mapping) or len(text_of(item)) <= _LONG:
         return text_of(item)
     return ", ".join(
@@ -128,8 +117,3 @@ def _short_text_of(item: Any) -> str:
         else f"{key} {text_of(part)}"
         for key, part in item.items()
     )
-
-
-def texts_of(value: Any) -> tuple[str, ...]:
-    """The texts in a list of a report."""
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()

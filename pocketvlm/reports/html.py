@@ -7,7 +7,6 @@ The same report gives the same bytes, so a page can be compared and cached.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from markupsafe import Markup
 
 from pocketvlm.printable import printable, printable_line
 from pocketvlm.reports.formatting import NOT_MEASURED, format_bytes, format_number
+from pocketvlm.reports.report import Report
 from pocketvlm.reports.view import view_run
 
 __all__ = ["render_html", "render_markdown"]
@@ -27,11 +27,8 @@ _LINK = re.compile(r"\bwww\.|\b[A-Za-z][A-Za-z+.-]*:(?=//)")  # what is made a l
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render_html(*reports: Mapping[str, Any]) -> str:
-    """One page about one or several reports, or results of `bench_bundle`.
-
-    Args:
-        reports: Contents of report.json; blocks that are missing are shown as not measured.
+def render_html(*reports: Report) -> str:
+    """One page about one or several reports; blocks that are missing are shown as not measured.
 
     Raises:
         ValueError: No report was given.
@@ -42,7 +39,7 @@ def render_html(*reports: Mapping[str, Any]) -> str:
     return _environment(autoescape=True).get_template("report.html.j2").render(runs=runs)
 
 
-def render_markdown(report: Mapping[str, Any]) -> str:
+def render_markdown(report: Report) -> str:
     """The measured model card of a bundle: its README.md."""
     return _environment(autoescape=False).get_template("card.md.j2").render(run=view_run(report))
 

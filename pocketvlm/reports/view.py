@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pocketvlm.reports.charts import Bar
 from pocketvlm.reports.formatting import (
@@ -18,19 +17,16 @@ from pocketvlm.reports.formatting import (
     format_bytes,
     format_figure,
     format_share,
-    mapping_of,
-    number_of,
-    rows_of,
     text_of,
-    texts_of,
 )
+from pocketvlm.reports.measurement import Environment, Latency, MeasuredBundle, Memory
+from pocketvlm.reports.report import Quality, Report, Size
 from pocketvlm.reports.view_artifact import (
     Badge,
     ParityView,
     QualityView,
     SizeView,
     StageView,
-    score_of,
     view_parity,
     view_quality,
     view_size,
@@ -38,20 +34,18 @@ from pocketvlm.reports.view_artifact import (
     view_stage,
 )
 from pocketvlm.reports.view_measurement import (
+    ROLES,
     TargetLatency,
     describe_memory,
     describe_workload,
-    roles_of,
     spell_ratio,
-    view_arm,
+    view_bundle,
     view_latency,
     view_memory,
     view_plausibility,
 )
 
 __all__ = ["RunView", "Tile", "view_run"]
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,7 @@ class RunView:
     unverified: tuple[tuple[str, str], ...]
     latency: tuple[TargetLatency, ...]
     latency_caption: str
-    arms: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    bundles: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     memory_bars: tuple[Bar, ...]
     memory_caption: str
     plausibility: tuple[tuple[str, str, str, str, str, str], ...]
@@ -93,87 +87,79 @@ class RunView:
     commands: tuple[str, ...]
 
 
-def view_run(report: Row) -> RunView:
-    """Works out what a page shows of a report, or of the document of a bench alone."""
-    bench = mapping_of(report.get("bench")) or report
-    memory = mapping_of(report.get("memory"))
-    arms = mapping_of(bench.get("bundles"))
-    parity, unverified = view_parity(mapping_of(report.get("parity")))
+def view_run(report: Report) -> RunView:
+    """Works out what a page shows of a report, or of a measurement alone."""
+    bench = report.bench
+    latency = report.latency or bench.latency
+    environment = bench.environment or report.environment
     return RunView(
-        title=_title(report, arms),
+        title=_title(report),
         recipe=_recipe(report),
-        machine=_machine(report, bench),
-        badges=_badges(report, bench),
-        tiles=_tiles(report, bench),
-        failures=texts_of(report.get("failures")),
-        notes=_notes(report, bench),
-        size=view_size(mapping_of(report.get("size")), arms),
-        quality=view_quality(mapping_of(report.get("quality"))),
-        source=view_source(mapping_of(report.get("source_check"))),
-        parity=parity,
-        unverified=unverified,
-        latency=view_latency(report, bench),
+        machine=_machine(environment),
+        badges=_badges(report),
+        tiles=_tiles(report, latency),
+        failures=report.failures,
+        notes=_notes(report),
+        size=view_size(report.size, bench.bundles.get("baseline")),
+        quality=view_quality(report.quality),
+        source=view_source(report.source_check),
+        parity=view_parity(report.parity),
+        unverified=facts_of(report.parity.unverified) if report.parity else (),
+        latency=view_latency(latency, bench),
         latency_caption=describe_workload(bench),
-        arms=tuple((role, view_arm(mapping_of(arms[role]))) for role in roles_of(arms)),
-        memory_bars=view_memory(memory),
-        memory_caption=describe_memory(memory),
+        bundles=tuple(
+            (role, view_bundle(bench.bundles[role])) for role in ROLES if role in bench.bundles
+        ),
+        memory_bars=view_memory(report.memory),
+        memory_caption=describe_memory(report.memory),
         plausibility=view_plausibility(bench),
-        stages=tuple(view_stage(row) for row in rows_of(report.get("stages"))),
-        environment=facts_of(bench.get("environment") or report.get("environment")),
+        stages=tuple(view_stage(stage) for stage in report.stages),
+        environment=facts_of(environment.facts),
         provenance=_provenance(report),
-        commands=_commands(report, bench),
+        commands=_commands(report),
     )
 
 
-def _title(report: Row, arms: Row) -> str:
-    model = mapping_of(report.get("model")).get("name")
-    bundle = mapping_of(arms.get("candidate")).get("model")
-    return str(model or bundle or "unnamed model")
+def _title(report: Report) -> str:
+    candidate = report.bench.bundles.get("candidate", MeasuredBundle())
+    return report.model.name or candidate.model or "unnamed model"
 
 
-def _recipe(report: Row) -> str:
-    recipe = mapping_of(report.get("recipe"))
-    pieces = [str(recipe[key]) for key in ("name", "description") if recipe.get(key)]
-    return ": ".join(pieces)
-
-
-def _machine(report: Row, bench: Row) -> str:
-    environment = mapping_of(bench.get("environment") or report.get("environment"))
-    if not environment.get("processor"):
+def _recipe(report: Report) -> str:
+    if report.recipe is None:
         return ""
-    threads = f", {environment['threads']} threads" if environment.get("threads") else ""
-    return f"measured on {environment['processor']}{threads}"
+    return ": ".join(filter(None, (report.recipe.name, report.recipe.description)))
 
 
-def _badges(report: Row, bench: Row) -> tuple[Badge, ...]:
+def _machine(environment: Environment) -> str:
+    if not environment.processor:
+        return ""
+    threads = f", {environment.threads} threads" if environment.threads else ""
+    return f"measured on {environment.processor}{threads}"
+
+
+def _badges(report: Report) -> tuple[Badge, ...]:
     badges = []
-    source = view_source(mapping_of(report.get("source_check")))
+    source = view_source(report.source_check)
     if source is not None:
         badges.append(Badge(text=f"source {source.badge.text}", tone=source.badge.tone))
-    parity = mapping_of(report.get("parity"))
-    if parity:
-        passed = parity.get("passed") is True
-        badges.append(
-            Badge(text="parity passed", tone="good")
-            if passed
-            else Badge(text="parity FAILED", tone="bad")
-        )
-    else:
+    if report.parity is None:
         badges.append(Badge(text=f"parity {NOT_MEASURED}", tone="plain"))
-    failures = texts_of(report.get("failures"))
-    if failures:
-        badges.append(Badge(text=f"{len(failures)} checks or bounds failed", tone="bad"))
-    stability = mapping_of(bench.get("stability"))
-    if stability:
-        stable = stability.get("is_stable") is True
+    elif report.parity.passed:
+        badges.append(Badge(text="parity passed", tone="good"))
+    else:
+        badges.append(Badge(text="parity FAILED", tone="bad"))
+    if report.failures:
+        badges.append(Badge(text=f"{len(report.failures)} checks or bounds failed", tone="bad"))
+    stability, checks = report.bench.stability, report.bench.plausibility
+    if stability is not None:
         badges.append(
             Badge(text="quiet machine", tone="good")
-            if stable
+            if stability.is_stable
             else Badge(text="noisy run: speed is provisional", tone="warn")
         )
-    checks = rows_of(bench.get("plausibility"))
     if checks:
-        broken = sum(check.get("verdict") == "fail" for check in checks)
+        broken = sum(check.verdict == "fail" for check in checks)
         badges.append(
             Badge(text=f"{broken} implausible figures", tone="bad")
             if broken
@@ -182,57 +168,59 @@ def _badges(report: Row, bench: Row) -> tuple[Badge, ...]:
     return tuple(badges)
 
 
-def _tiles(report: Row, bench: Row) -> tuple[Tile, ...]:
-    size, quality = mapping_of(report.get("size")), mapping_of(report.get("quality"))
-    latency = _first(mapping_of(report.get("latency") or bench.get("latency")))
-    memory = mapping_of(report.get("memory"))
-    arms, ratios = mapping_of(bench.get("bundles")), mapping_of(bench.get("ratios"))
-    bundle_bytes = number_of(size.get("bundle_bytes"))
-    if bundle_bytes is None:
-        bundle_bytes = number_of(mapping_of(arms.get("candidate")).get("stored_bytes"))
-    source_bytes = number_of(size.get("source_bytes"))
-    share = bundle_bytes / source_bytes if bundle_bytes and source_bytes else None
-    tiles = [
-        _tile(
-            "Bundle on disk",
-            format_bytes(bundle_bytes) if bundle_bytes is not None else None,
-            f"{format_share(share)} of the source's {format_bytes(source_bytes)}"
-            if share is not None
-            else "everything an app ships",
-        ),
-        _quality_tile(quality),
-    ]
-    for name, label in (
-        ("ttft_user_ms", "First token, user"),
-        ("decode_tok_s", "Decode"),
-    ):
-        figure = mapping_of(latency.get(name))
-        median, ratio = number_of(figure.get("median")), number_of(ratios.get(name))
-        samples = figure.get("samples")
-        n = len(samples) if isinstance(samples, list) else 0
-        beside = (
-            f"; in pairs {spell_ratio(name, ratio)} the baseline"
-            if ratio
-            else ", no baseline in this run"
-        )
-        tiles.append(
-            _tile(
-                label,
-                None if median is None else format_figure(name, median),
-                f"median of {n}{beside}",
-            )
-        )
-    peak = number_of(memory.get("peak_rss_bytes"))
-    beside_peak = number_of(mapping_of(memory.get("baseline")).get("peak_rss_bytes"))
-    tiles.append(
-        _tile(
-            "Peak memory",
-            None if peak is None else format_bytes(peak),
-            "resident, process with this bundle alone"
-            + (f"; baseline {format_bytes(beside_peak)}" if beside_peak else ""),
-        )
+def _tiles(report: Report, latency: Mapping[str, Latency]) -> tuple[Tile, ...]:
+    first = next(iter(latency.values()), Latency())
+    candidate = report.bench.bundles.get("candidate", MeasuredBundle())
+    return (
+        _size_tile(report.size, candidate.stored_bytes),
+        _quality_tile(report.quality),
+        _latency_tile("First token, user", "ttft_user_ms", first, report.bench.ratios),
+        _latency_tile("Decode", "decode_tok_s", first, report.bench.ratios),
+        _memory_tile(report.memory),
     )
-    return tuple(tiles)
+
+
+def _size_tile(size: Size, stored_bytes: int | None) -> Tile:
+    bundle = stored_bytes if size.bundle_bytes is None else size.bundle_bytes
+    source = size.source_bytes
+    detail = "everything an app ships"
+    if bundle and source:
+        detail = f"{format_share(bundle / source)} of the source's {format_bytes(source)}"
+    return _tile("Bundle on disk", None if bundle is None else format_bytes(bundle), detail)
+
+
+def _latency_tile(label: str, name: str, latency: Latency, ratios: Mapping[str, float]) -> Tile:
+    figure, ratio = latency.figure(name), ratios.get(name)
+    beside = (
+        f"; in pairs {spell_ratio(name, ratio)} the baseline"
+        if ratio
+        else ", no baseline in this run"
+    )
+    return _tile(
+        label,
+        None if figure.median is None else format_figure(name, figure.median),
+        f"median of {len(figure.samples)}{beside}",
+    )
+
+
+def _memory_tile(memory: Memory) -> Tile:
+    peak, baseline = memory.peak_rss_bytes, memory.baseline
+    detail = "resident, process with this bundle alone"
+    if baseline is not None and baseline.peak_rss_bytes:
+        detail += f"; baseline {format_bytes(baseline.peak_rss_bytes)}"
+    return _tile("Peak memory", None if peak is None else format_bytes(peak), detail)
+
+
+def _quality_tile(quality: Quality | None) -> Tile:
+    if quality is None or quality.compressed.accuracy is None:
+        return _tile("Answers right", None, "")
+    plain, blind, n = quality.uncompressed.accuracy, quality.blind, quality.n
+    pieces = ["from the bundle"]
+    if plain is not None:
+        pieces.append(f"float {format_share(plain)}")
+    pieces.append(f"blind floor {format_share(blind)}" if blind is not None else "no blind floor")
+    pieces.append(f"n = {n:,.0f}" if n is not None else "n unknown")
+    return _tile("Answers right", format_share(quality.compressed.accuracy), ", ".join(pieces))
 
 
 def _tile(label: str, value: str | None, detail: str) -> Tile:
@@ -242,64 +230,42 @@ def _tile(label: str, value: str | None, detail: str) -> Tile:
     return Tile(label=label, value=amount, unit=unit, detail=detail, is_measured=True)
 
 
-def _quality_tile(quality: Row) -> Tile:
-    compressed, plain = score_of(quality.get("compressed")), score_of(quality.get("float"))
-    accuracy = compressed[0]
-    if accuracy is None:
-        return _tile("Answers right", None, "")
-    pieces = ["from the bundle"]
-    if plain[0] is not None:
-        pieces.append(f"float {format_share(plain[0])}")
-    blind = number_of(quality.get("blind"))
-    pieces.append(f"blind floor {format_share(blind)}" if blind is not None else "no blind floor")
-    n = number_of(quality.get("n"))
-    pieces.append(f"n = {n:,.0f}" if n is not None else "n unknown")
-    return _tile("Answers right", format_share(accuracy), ", ".join(pieces))
-
-
-def _notes(report: Row, bench: Row) -> tuple[str, ...]:
+def _notes(report: Report) -> tuple[str, ...]:
     """Every note of the report, of its stages and of the bench, each once."""
-    notes = list(texts_of(report.get("notes")))
-    for stage in rows_of(report.get("stages")):
-        method = str(stage.get("method", "stage"))
-        notes += [f"{method}: {note}" for note in texts_of(stage.get("notes"))]
+    notes = list(report.notes)
+    for stage in report.stages:
+        notes += [f"{stage.method}: {note}" for note in stage.notes]
         kept = Counter(
             str(layer["reason"])
-            for layer in rows_of(stage.get("layers"))
+            for layer in stage.layers
             if layer.get("reason") and layer.get("bits") is None
         )
         notes += [
-            f"{method}: {count} {'layer stays' if count == 1 else 'layers stay'} float: {why}"
+            f"{stage.method}: {count} {'layer stays' if count == 1 else 'layers stay'} float: {why}"
             for why, count in kept.items()
         ]
-    notes += texts_of(bench.get("notes"))
+    notes += report.bench.notes
     return tuple(dict.fromkeys(notes))
 
 
-def _provenance(report: Row) -> tuple[tuple[str, str], ...]:
-    model, recipe = mapping_of(report.get("model")), mapping_of(report.get("recipe"))
-    calibration = mapping_of(report.get("calibration"))
-    facts = [*facts_of(model)]
-    for target, needs in mapping_of(report.get("runtimes")).items():
-        runtime, version = (
-            text_of(mapping_of(needs).get(k)) for k in ("runtime", "lowest_version")
-        )
-        facts.append((f"{target} needs", f"{runtime} {version} or newer"))
-    if recipe:
-        facts.append(("recipe", f"{text_of(recipe.get('name'))}, {text_of(recipe.get('sha256'))}"))
-    facts += [(f"calibration {name}", text) for name, text in facts_of(calibration)]
+def _provenance(report: Report) -> tuple[tuple[str, str], ...]:
+    facts = list(facts_of(report.model.facts))
+    facts += [
+        (f"{target} needs", f"{text_of(needs.runtime)} {text_of(needs.lowest_version)} or newer")
+        for target, needs in report.runtimes.items()
+    ]
+    if report.recipe is not None:
+        recipe = report.recipe
+        facts.append(("recipe", f"{text_of(recipe.name)}, {text_of(recipe.sha256)}"))
+    facts += [(f"calibration {name}", text) for name, text in facts_of(report.calibration)]
     return tuple(facts)
 
 
-def _commands(report: Row, bench: Row) -> tuple[str, ...]:
-    workload = mapping_of(bench.get("workload")).get("name")
-    commands = [str(report["command"])] if report.get("command") else []
-    if workload:
-        baseline = " --baseline FLOAT_BUNDLE" if bench.get("baseline") else ""
-        commands.append(f"pocketvlm bench BUNDLE --workload {workload}{baseline}")
+def _commands(report: Report) -> tuple[str, ...]:
+    bench = report.bench
+    commands = [report.command] if report.command else []
+    if bench.workload is not None and bench.workload.name:
+        baseline = " --baseline FLOAT_BUNDLE" if bench.baseline else ""
+        commands.append(f"pocketvlm bench BUNDLE --workload {bench.workload.name}{baseline}")
     commands.append('pocketvlm ask BUNDLE --image photo.jpg --prompt "What is in the picture?"')
     return tuple(commands)
-
-
-def _first(blocks: Row) -> Row:
-    return mapping_of(next(iter(blocks.values()), None))

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pocketvlm.reports.charts import Bar, Strip, Timeline, draw_bars, draw_strip, draw_timeline
 from pocketvlm.reports.formatting import (
     format_bytes,
     format_figure,
     format_number,
-    mapping_of,
-    number_of,
-    rows_of,
     text_of,
 )
+from pocketvlm.reports.measurement import Figure, Latency, MeasuredBundle, Measurement, Memory
 
 __all__ = [
+    "ROLES",
     "StripView",
     "TargetLatency",
     "describe_memory",
     "describe_workload",
-    "roles_of",
     "spell_ratio",
-    "view_arm",
+    "view_bundle",
     "view_latency",
     "view_memory",
     "view_plausibility",
 ]
 
-Row = Mapping[str, Any]
+ROLES = ("candidate", "baseline")
+"""The bundles of a comparison, in the order in which they are shown."""
 
 _FIRST_TOKEN = ("preprocess_ms", "vision_ms", "tokenize_ms", "embed_ms", "prefill_ms")
 _CHARTS = (
@@ -87,119 +85,98 @@ class TargetLatency:
     has_baseline: bool
 
 
-def view_latency(report: Row, bench: Row) -> tuple[TargetLatency, ...]:
+def view_latency(latency: Mapping[str, Latency], bench: Measurement) -> tuple[TargetLatency, ...]:
     """The latency blocks by target."""
-    latency = mapping_of(report.get("latency") or bench.get("latency"))
-    labels = {
-        role: _label(role, mapping_of(arm))
-        for role, arm in mapping_of(bench.get("bundles")).items()
-    }
-    baselines = mapping_of(bench.get("baseline"))
-    order = [str(turn.get("role")) for turn in rows_of(bench.get("order"))]
-    ratios = mapping_of(bench.get("ratios"))
+    labels = {role: _label(role, bundle) for role, bundle in bench.bundles.items()}
+    order = [str(process.role) for process in bench.order]
     return tuple(
         _target(
-            str(target), mapping_of(block), mapping_of(baselines.get(target)), order, ratios, labels
+            target,
+            {"candidate": figures, "baseline": (bench.baseline or {}).get(target, Latency())},
+            order,
+            bench.ratios,
+            labels,
         )
-        for target, block in latency.items()
+        for target, figures in latency.items()
     )
 
 
-def _label(role: str, arm: Row) -> str:
+def _label(role: str, bundle: MeasuredBundle) -> str:
     """A bundle's role and precision: a row without its precision says little."""
-    precision = mapping_of(arm.get("precision")).get("decoder")
-    return f"{role}, {precision}" if isinstance(precision, str) else role
+    precision = bundle.precision.get("decoder")
+    return role if precision is None else f"{role}, {precision}"
 
 
 def _target(
     target: str,
-    candidate: Row,
-    baseline: Row,
+    figures: Mapping[str, Latency],
     order: Sequence[str],
-    ratios: Row,
+    ratios: Mapping[str, float],
     labels: Mapping[str, str],
 ) -> TargetLatency:
-    arms = [("candidate", candidate), ("baseline", baseline)]
-    failed = [
-        f"{role}: {block['failed']}" for role, block in arms if isinstance(block.get("failed"), str)
-    ]
-    strips = [
-        view
+    strips = (
+        _strip(name, title, detail, figures, ratios.get(name), labels)
         for name, title, detail in _CHARTS
-        if (view := _strip(name, title, detail, arms, number_of(ratios.get(name)), labels))
-        is not None
-    ]
-    bars = [
+    )
+    bars = (
         (
             role,
             {
-                name.removesuffix("_ms"): value
+                name.removesuffix("_ms"): median
                 for name in _FIRST_TOKEN
-                if (value := _median(block, name))
+                if (median := of_role.figure(name).median)
             },
         )
-        for role, block in arms
-    ]
-    series = {role: _samples(block, "decode_tok_s") for role, block in arms}
-    measured = {role: values for role, values in series.items() if values}
+        for role, of_role in figures.items()
+    )
+    samples = {role: of_role.figure("decode_tok_s").samples for role, of_role in figures.items()}
     return TargetLatency(
         target=target,
-        failed="; ".join(failed),
-        strips=tuple(strips),
+        failed="; ".join(
+            f"{role}: {of_role.failed}"
+            for role, of_role in figures.items()
+            if of_role.failed is not None
+        ),
+        strips=tuple(strip for strip in strips if strip is not None),
         first_token=draw_bars([(role, parts) for role, parts in bars if parts]),
-        timeline=_timeline(measured, order),
+        timeline=_timeline({role: values for role, values in samples.items() if values}, order),
         table=tuple(
-            _stage_row(name, label, candidate, baseline, ratios)
+            _stage_row(name, label, figures, ratios.get(name))
             for name, label in _STAGES
             # Bundles without packed weights have nothing to unpack.
-            if name != "expand_ms" or name in candidate or name in baseline
+            if name != "expand_ms" or any(name in of_role.figures for of_role in figures.values())
         ),
-        has_baseline=bool(baseline),
+        has_baseline=figures["baseline"] != Latency(),
     )
 
 
-def _timeline(series: Mapping[str, list[float]], order: Sequence[str]) -> Timeline | None:
+def _timeline(series: Mapping[str, Sequence[float]], order: Sequence[str]) -> Timeline | None:
     """Drift over the run; only where one process gave one sample, else the order is not known."""
     if len(order) < 2 or any(len(values) != order.count(role) for role, values in series.items()):  # noqa: PLR2004  (a line has two ends)
         return None
     return draw_timeline(series, order, 96.0) if series else None
 
 
-def _samples(block: Row, name: str) -> list[float]:
-    samples = mapping_of(block.get(name)).get("samples")
-    if not isinstance(samples, list):
-        return []
-    return [value for item in samples if (value := number_of(item)) is not None]
-
-
-def _median(block: Row, name: str) -> float | None:
-    return number_of(mapping_of(block.get(name)).get("median"))
-
-
-def _p90(block: Row, name: str) -> float | None:
-    return number_of(mapping_of(block.get(name)).get("p90"))
-
-
 def _strip(
     name: str,
     title: str,
     detail: str,
-    arms: Sequence[tuple[str, Row]],
+    figures: Mapping[str, Latency],
     ratio: float | None,
     labels: Mapping[str, str],
 ) -> StripView | None:
-    lanes = []
-    for role, block in arms:
-        samples, median, p90 = _samples(block, name), _median(block, name), _p90(block, name)
-        if samples and median is not None and p90 is not None:
-            lanes.append((role, samples, median, p90))
+    lanes = [
+        (role, figure.samples, figure.median, figure.p90)
+        for role, figure in ((role, of_role.figure(name)) for role, of_role in figures.items())
+        if figure.samples and figure.median is not None and figure.p90 is not None
+    ]
     if not lanes:
         return None
     return StripView(
         name=name,
         title=title,
         detail=detail,
-        unit=format_figure(name, 1.0).partition(" ")[2],
+        unit=_unit(name),
         strip=draw_strip(lanes),
         lanes=tuple(
             (
@@ -216,19 +193,28 @@ def _strip(
 
 
 def _stage_row(
-    name: str, label: str, candidate: Row, baseline: Row, ratios: Row
+    name: str, label: str, figures: Mapping[str, Latency], ratio: float | None
 ) -> tuple[str, ...]:
-    cells = [label, format_figure(name, 1.0).partition(" ")[2]]
-    for block in (candidate, baseline):
-        median, p90 = _median(block, name), _p90(block, name)
-        cells += [
-            "–" if median is None else format_number(median),
-            "–" if p90 is None else format_number(p90),
-        ]
-    ratio = number_of(ratios.get(name))
-    cells.append("–" if ratio is None else f"{ratio:.2f}")
-    cells.append(str(len(_samples(candidate, name)) or "–"))
-    return tuple(cells)
+    ours, theirs = (figures[role].figure(name) for role in ROLES)
+    return (
+        label,
+        _unit(name),
+        *_statistics(ours),
+        *_statistics(theirs),
+        "–" if ratio is None else f"{ratio:.2f}",
+        str(len(ours.samples) or "–"),
+    )
+
+
+def _unit(name: str) -> str:
+    return format_figure(name, 1.0).partition(" ")[2]
+
+
+def _statistics(figure: Figure) -> tuple[str, str]:
+    median, p90 = (
+        "–" if value is None else format_number(value) for value in (figure.median, figure.p90)
+    )
+    return median, p90
 
 
 def spell_ratio(name: str, ratio: float) -> str:
@@ -239,90 +225,79 @@ def spell_ratio(name: str, ratio: float) -> str:
     return f"{1 / speedup:.3g}× slower than"
 
 
-def describe_workload(bench: Row) -> str:
+def describe_workload(bench: Measurement) -> str:
     """The workload in two sentences."""
-    workload = mapping_of(bench.get("workload"))
-    if not workload:
+    workload = bench.workload
+    if workload is None:
         return ""
-    prompt = mapping_of(workload.get("prompt"))
-    visual = f"({text_of(prompt.get('visual_tokens'))} visual tokens) + "
+    visual = f"({text_of(workload.prompt and workload.prompt.visual_tokens)} visual tokens) + "
     picture = ""
-    if workload.get("image_size"):
-        picture = f"one {workload['image_size']}×{workload['image_size']} picture {visual}"
-    elif workload.get("image_file"):
-        picture = f"picture {workload['image_file']} {visual}"
-    end = "end tokens ignored" if workload.get("ignore_eos") else "stops at the end token"
+    if workload.image_size:
+        picture = f"one {workload.image_size}×{workload.image_size} picture {visual}"
+    elif workload.image_file:
+        picture = f"picture {workload.image_file} {visual}"
+    end = "end tokens ignored" if workload.ignore_eos else "stops at the end token"
     return (
-        f"Workload “{workload.get('name')}”: {picture}{workload.get('prompt_tokens')} text tokens, "
-        f"{workload.get('new_tokens')} generated ({end}). Bundles take turns, each in "
-        f"{workload.get('repeats')} fresh processes that answer {workload.get('warm_ups')} + "
-        f"{workload.get('answers')} times: warm-up, then measured."
+        f"Workload “{workload.name}”: {picture}{workload.prompt_tokens} text tokens, "
+        f"{workload.new_tokens} generated ({end}). Bundles take turns, each in "
+        f"{workload.repeats} fresh processes that answer {workload.warm_ups} + "
+        f"{workload.answers} times: warm-up, then measured."
     )
 
 
-def view_arm(arm: Row) -> tuple[tuple[str, str], ...]:
+def view_bundle(bundle: MeasuredBundle) -> tuple[tuple[str, str], ...]:
     """How one bundle of the comparison is stored."""
-    precision = mapping_of(arm.get("precision"))
     return (
-        *((str(part), text_of(label)) for part, label in precision.items()),
-        ("KV cache", text_of(arm.get("kv_dtype"))),
+        *bundle.precision.items(),
+        ("KV cache", text_of(bundle.kv_dtype)),
         (
             "visual tokens",
-            f"{text_of(arm.get('visual_tokens'))} of {text_of(arm.get('visual_tokens_full'))}",
+            f"{text_of(bundle.visual_tokens)} of {text_of(bundle.visual_tokens_full)}",
         ),
-        ("on disk", format_bytes(number_of(arm.get("stored_bytes")))),
+        ("on disk", format_bytes(bundle.stored_bytes)),
     )
 
 
-def roles_of(arms: Row) -> list[str]:
-    """The bundles that were compared, the candidate first."""
-    return [role for role in ("candidate", "baseline") if role in arms]
-
-
-def view_memory(memory: Row) -> tuple[Bar, ...]:
-    """Resident memory in steps, a bar for each bundle."""
-    rows = []
-    for role, block in (("candidate", memory), ("baseline", mapping_of(memory.get("baseline")))):
-        names = ("before_load_rss_bytes", "after_load_rss_bytes", "peak_rss_bytes")
-        before, after, peak = (number_of(block.get(name)) for name in names)
-        if peak is None:
+def view_memory(memory: Memory) -> tuple[Bar, ...]:
+    """Resident memory in steps, one bar per bundle."""
+    rows: list[tuple[str, Mapping[str, float]]] = []
+    for role, of_role in (("candidate", memory), ("baseline", memory.baseline)):
+        if of_role is None or of_role.peak_rss_bytes is None:
             continue
+        before, after = of_role.before_load_rss_bytes, of_role.after_load_rss_bytes
+        peak = of_role.peak_rss_bytes
         if before is None or after is None:
             rows.append((role, {"peak": peak}))
             continue
         # The peak may have been passed while loading, before the graphs had settled.
-        rows.append(
-            (
-                role,
-                {
-                    "empty process": before,
-                    "loaded bundle": max(after - before, 0.0),
-                    "while answering": max(peak - max(after, before), 0.0),
-                },
-            )
-        )
+        steps = {
+            "empty process": before,
+            "loaded bundle": max(after - before, 0),
+            "while answering": max(peak - max(after, before), 0),
+        }
+        rows.append((role, steps))
     return draw_bars(rows)
 
 
-def describe_memory(memory: Row) -> str:
+def describe_memory(memory: Memory) -> str:
     """What the memory bars count."""
-    compress = number_of(memory.get("compress_peak_rss_bytes"))
     text = "Resident set of a process that runs one bundle alone; the worst of its repeats."
-    if compress is not None:
-        text += f" Making the bundle took {format_bytes(compress)} at its peak."
+    if memory.compress_peak_rss_bytes is not None:
+        peak = format_bytes(memory.compress_peak_rss_bytes)
+        text += f" Making the bundle took {peak} at its peak."
     return text
 
 
-def view_plausibility(bench: Row) -> tuple[tuple[str, str, str, str, str, str], ...]:
+def view_plausibility(bench: Measurement) -> tuple[tuple[str, str, str, str, str, str], ...]:
     """The plausibility checks as rows of a table."""
     return tuple(
         (
-            str(check.get("role", "")),
-            str(check.get("check")),
-            "–" if check.get("value") is None else format_number(number_of(check.get("value"))),
-            "–" if check.get("bound") is None else format_number(number_of(check.get("bound"))),
-            str(check.get("verdict")),
-            str(check.get("detail", "")),
+            check.role,
+            text_of(check.check),
+            "–" if check.value is None else format_number(check.value),
+            "–" if check.bound is None else format_number(check.bound),
+            text_of(check.verdict),
+            check.detail,
         )
-        for check in rows_of(bench.get("plausibility"))
+        for check in bench.plausibility
     )

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketvlm.device_bench.block import AnswerTimes, Block
+from pocketvlm.reports.measurement import Memory, Prompt
+
+__all__ = ["make_answer", "make_block"]
 
 
-def make_answer(scale: float = 1.0) -> dict[str, Any]:
+def make_answer(scale: float = 1.0) -> AnswerTimes:
     """An answer whose stages take round times, all of them `scale` times as long."""
-    return {
-        "preprocess_ms": 10.0 * scale,
-        "vision_ms": 40.0 * scale,
-        "tokenize_ms": 1.0 * scale,
-        "embed_ms": 1.0 * scale,
-        "prefill_ms": 20.0 * scale,
-        "decode_ms": [2.0 * scale] * 4,
-        "sample_ms": [0.5 * scale] * 5,
-        "detokenize_ms": [0.5 * scale] * 5,
-        "ttft_user_ms": 73.0 * scale,
-        "ttft_engine_ms": 20.5 * scale,
-        "decode_span_ms": 12.0 * scale,
-        "prompt_tokens": 40,
-        "new_tokens": 5,
-    }
+    return AnswerTimes(
+        preprocess_ms=10.0 * scale,
+        vision_ms=40.0 * scale,
+        tokenize_ms=1.0 * scale,
+        embed_ms=1.0 * scale,
+        prefill_ms=20.0 * scale,
+        decode_ms=(2.0 * scale,) * 4,
+        sample_ms=(0.5 * scale,) * 5,
+        detokenize_ms=(0.5 * scale,) * 5,
+        ttft_user_ms=73.0 * scale,
+        ttft_engine_ms=20.5 * scale,
+        decode_span_ms=12.0 * scale,
+        prompt_tokens=40,
+        new_tokens=5,
+    )
 
 
-def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
+def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) -> Block:
     """What one worker process would report."""
-    return {
-        "load_ms": 100.0 * scale,
-        "prompt": {"text_sha256": "0", "text_tokens": 32, "visual_tokens": 8, "tokens": 40},
-        "cold": make_answer(2 * scale),
-        "answers": [make_answer(scale)],
-        "memory": {
-            "before_load_rss_bytes": 50_000_000,
-            "after_load_rss_bytes": 60_000_000,
-            "peak_rss_bytes": 70_000_000,
-        },
-        "token_ids": list(token_ids),
-        "is_repeatable": True,
-    }
+    return Block(
+        load_ms=100.0 * scale,
+        prompt=Prompt(text_sha256="0", text_tokens=32, visual_tokens=8, tokens=40),
+        cold=make_answer(2 * scale),
+        answers=(make_answer(scale),),
+        memory=Memory(
+            before_load_rss_bytes=50_000_000,
+            after_load_rss_bytes=60_000_000,
+            peak_rss_bytes=70_000_000,
+        ),
+        token_ids=token_ids,
+        is_repeatable=True,
+    )

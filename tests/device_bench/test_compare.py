@@ -7,11 +7,12 @@ import pytest
 
 from pocketvlm.device_bench.compare import (
     DEFAULT_BOUNDS,
-    compare_documents,
+    compare_files,
     compare_reports,
     parse_bounds,
 )
 from pocketvlm.errors import InputError
+from pocketvlm.reports.report_file import parse_report
 
 REPORT = {
     "size": {"bundle_bytes": 1000},
@@ -46,13 +47,13 @@ def changed(path, value):
 def failing(second, first=REPORT, bounds=None):
     return {
         row.metric: row.verdict
-        for row in compare_documents(first, second, bounds)
+        for row in compare_reports(parse_report(first), parse_report(second), bounds)
         if not row.passed
     }
 
 
 def test_a_report_is_no_worse_than_itself():
-    rows = compare_documents(REPORT, REPORT)
+    rows = compare_reports(parse_report(REPORT), parse_report(REPORT))
     assert [row.metric for row in rows] == list(DEFAULT_BOUNDS)
     assert {row.verdict for row in rows} == {"ok"}
     assert {row.regression for row in rows} == {0.0}
@@ -77,7 +78,8 @@ def test_better_is_never_worse():
     better = changed(("latency", "onnx", "decode_tok_s", "median"), 400.0)
     better["size"]["bundle_bytes"] = 1
     assert failing(better) == {}
-    row = next(row for row in compare_documents(REPORT, better) if row.metric == "decode_tok_s")
+    rows = compare_reports(parse_report(REPORT), parse_report(better))
+    row = next(row for row in rows if row.metric == "decode_tok_s")
     assert row.regression == pytest.approx(-9.0)
     assert "better by 900.0%" in row.line()
 
@@ -93,7 +95,8 @@ def test_a_figure_that_went_missing_has_regressed():
 
 
 def test_a_figure_that_was_never_there_is_not_held_against_anybody():
-    rows = compare_documents(changed(("quality",), None), REPORT)
+    unscored = parse_report(changed(("quality",), None))
+    rows = compare_reports(unscored, parse_report(REPORT))
     assert {row.metric: row.verdict for row in rows}["accuracy"] == "not measured"
 
 
@@ -141,8 +144,8 @@ def test_files_folders_and_bench_documents_serve_alike(tmp_path):
     nested["bench"] = {key: REPORT[key] for key in ("latency", "workload", "environment")}
     (run / "report.json").write_text(json.dumps(nested))
     (tmp_path / "flat.json").write_text(json.dumps(REPORT))
-    rows = compare_reports(run, tmp_path / "flat.json")
+    rows = compare_files(run, tmp_path / "flat.json")
     assert {row.verdict for row in rows} == {"ok"}
     json.dumps([row.to_json() for row in rows], allow_nan=False)
     with pytest.raises(InputError, match=r"nothing\.json"):
-        compare_reports(run, tmp_path / "nothing.json")
+        compare_files(run, tmp_path / "nothing.json")

@@ -1,13 +1,16 @@
-"""Each published mistake of the kinds that facts/peers lists is caught, and honest figures pass."""
+"""Each kind of mistake that published tables hold is caught, and honest figures pass."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from pocketvlm.device_bench.plausibility import Physics, check_plausibility
 from pocketvlm.device_bench.summary import summarise_blocks
+from pocketvlm.reports.measurement import Latency, Memory
 
-MEMORY = {"before_load_rss_bytes": 50_000_000, "peak_rss_bytes": 170_000_000}
+MEMORY = Memory(before_load_rss_bytes=50_000_000, peak_rss_bytes=170_000_000)
 PHYSICS = Physics(
     prompt_tokens=40,
     weight_bytes=100_000_000,
@@ -17,17 +20,19 @@ PHYSICS = Physics(
 )
 
 
-def failed(figures, memory=MEMORY, physics=PHYSICS):
-    checks = check_plausibility(figures, memory, physics)
+def failed(latency, memory=MEMORY, physics=PHYSICS):
+    checks = check_plausibility("candidate", latency, memory, physics)
+    assert {check.role for check in checks} == {"candidate"}
     return [check.check for check in checks if check.verdict == "fail"]
 
 
-def with_median(figures, name, value):
-    return {**figures, name: {**figures[name], "median": value}}
+def with_median(latency, name, value):
+    changed = replace(latency.figure(name), median=value)
+    return Latency(figures={**latency.figures, name: changed})
 
 
 def test_honest_figures_pass_every_check(block):
-    checks = check_plausibility(summarise_blocks([block()]), MEMORY, PHYSICS)
+    checks = check_plausibility("candidate", summarise_blocks([block()]), MEMORY, PHYSICS)
     assert [check.verdict for check in checks] == ["pass"] * 6
 
 
@@ -50,7 +55,7 @@ def test_nonsense_is_caught(block, name, value, expected):
 
 def test_memory_below_the_weights_is_caught(block):
     figures = summarise_blocks([block()])
-    memory = {"before_load_rss_bytes": 50_000_000, "peak_rss_bytes": 63_000_000}
+    memory = Memory(before_load_rss_bytes=50_000_000, peak_rss_bytes=63_000_000)
     assert failed(figures, memory) == ["peak memory holds the weights that were touched"]
 
 
@@ -64,6 +69,7 @@ def test_what_is_not_known_is_not_judged(block):
         cache_bytes=8_000_000,
     )
     assert failed(figures, physics=in_cache) == []
-    checks = check_plausibility({}, {}, Physics(prompt_tokens=1, weight_bytes=1))
+    physics = Physics(prompt_tokens=1, weight_bytes=1)
+    checks = check_plausibility("candidate", Latency(), Memory(), physics)
     assert {check.verdict for check in checks} == {"not applicable"}
     assert all(check.detail for check in checks)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from pocketvlm.device_bench.summary import (
     summarise_blocks,
     summarise_samples,
 )
+from pocketvlm.reports.measurement import Figure
 
 SAMPLES = st.lists(st.floats(min_value=0.01, max_value=1e5), min_size=1, max_size=40)
 
@@ -20,41 +22,35 @@ SAMPLES = st.lists(st.floats(min_value=0.01, max_value=1e5), min_size=1, max_siz
 @given(SAMPLES)
 def test_statistics_are_of_the_samples_that_are_kept(values):
     figure = summarise_samples(values)
-    kept = figure["samples"]
-    assert kept == [round(value, 4) for value in values]
-    assert figure["median"] == statistics.median(kept)
-    assert figure["mean"] == pytest.approx(statistics.fmean(kept))
-    assert figure["sd"] == (pytest.approx(statistics.stdev(kept)) if len(kept) > 1 else None)
-    assert figure["median"] <= figure["p90"] <= max(kept)
+    kept = figure.samples
+    assert kept == tuple(round(value, 4) for value in values)
+    assert figure.median == statistics.median(kept)
+    assert figure.mean == pytest.approx(statistics.fmean(kept))
+    assert figure.sd == (pytest.approx(statistics.stdev(kept)) if len(kept) > 1 else None)
+    assert figure.median <= figure.p90 <= max(kept)
 
 
 def test_nothing_is_claimed_of_no_samples():
-    assert summarise_samples([]) == {
-        "samples": [],
-        "median": None,
-        "p90": None,
-        "mean": None,
-        "sd": None,
-    }
+    assert summarise_samples([]) == Figure()
 
 
 def test_rates_and_times_follow_their_definitions(block):
-    figures = summarise_blocks([block(1.0), block(3.0)])
+    figures = summarise_blocks([block(1.0), block(3.0)]).figures
     assert set(figures) == {"load_ms", "cold_ttft_user_ms", *FIGURES}
     # 40 rows in 20 ms and in 60 ms; 4 tokens after the first in 12 ms and in 36 ms.
-    assert figures["prefill_tok_s"]["samples"] == pytest.approx([2000.0, 666.6667])
-    assert figures["decode_tok_s"]["samples"] == pytest.approx([333.3333, 111.1111])
-    assert figures["decode_ms"]["samples"] == [2.0] * 4 + [6.0] * 4
-    assert figures["load_ms"]["median"] == 200.0
-    assert figures["cold_ttft_user_ms"]["samples"] == [146.0, 438.0]
+    assert figures["prefill_tok_s"].samples == pytest.approx((2000.0, 666.6667))
+    assert figures["decode_tok_s"].samples == pytest.approx((333.3333, 111.1111))
+    assert figures["decode_ms"].samples == (2.0,) * 4 + (6.0,) * 4
+    assert figures["load_ms"].median == 200.0
+    assert figures["cold_ttft_user_ms"].samples == (146.0, 438.0)
 
 
 def test_a_stage_that_a_workload_lacks_has_no_samples(block):
-    text_only = block()
-    text_only["answers"][0] |= {"preprocess_ms": None, "vision_ms": None}
-    figures = summarise_blocks([text_only])
-    assert figures["vision_ms"]["median"] is None
-    assert figures["prefill_ms"]["median"] == 20.0
+    (answer,) = block().answers
+    text_only = replace(answer, preprocess_ms=None, vision_ms=None)
+    latency = summarise_blocks([replace(block(), answers=(text_only,))])
+    assert latency.figure("vision_ms") == Figure()
+    assert latency.figure("prefill_ms").median == 20.0
 
 
 def test_pairing_cancels_the_drift_that_medians_keep(block):
@@ -64,10 +60,10 @@ def test_pairing_cancels_the_drift_that_medians_keep(block):
     baseline = {index: block(scale) for index, scale in enumerate(drift)}
     del candidate[0]  # a repeat that failed on one side is not a pair
     ratios = paired_ratios(candidate, baseline)
-    assert ratios["ttft_user_ms"] == pytest.approx([0.5] * 4)
-    assert ratios["decode_tok_s"] == pytest.approx([2.0] * 4, rel=1e-4)
+    assert ratios["ttft_user_ms"] == pytest.approx((0.5,) * 4)
+    assert ratios["decode_tok_s"] == pytest.approx((2.0,) * 4, rel=1e-4)
     medians = [
-        statistics.median(rows[index]["answers"][0]["ttft_user_ms"] for index in rows)
+        statistics.median(rows[index].answers[0].ttft_user_ms for index in rows)
         for rows in (candidate, baseline)
     ]
     assert abs(medians[0] / medians[1] - 0.5) > 0.1
@@ -79,10 +75,9 @@ def test_the_spread_is_that_of_the_middle():
 
 
 def test_unpacking_is_told_where_weights_are_packed(block):
-    packed = [{**block(scale), "expand_ms": 10.0 * scale} for scale in (1.0, 3.0)]
-    figures = summarise_blocks(packed)
-    assert figures["expand_ms"]["samples"] == [10.0, 30.0]
-    assert "expand_ms" not in summarise_blocks([{**block(1.0), "expand_ms": None}])
+    packed = [replace(block(scale), expand_ms=10.0 * scale) for scale in (1.0, 3.0)]
+    assert summarise_blocks(packed).figure("expand_ms").samples == (10.0, 30.0)
+    assert "expand_ms" not in summarise_blocks([block(1.0)]).figures
     # A packed bundle beside a dense one: there is nothing to divide by.
     assert "expand_ms" not in paired_ratios({0: packed[0]}, {0: block(1.0)})
-    assert paired_ratios({0: packed[1]}, {0: packed[0]})["expand_ms"] == [3.0]
+    assert paired_ratios({0: packed[1]}, {0: packed[0]})["expand_ms"] == (3.0,)

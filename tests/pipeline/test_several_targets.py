@@ -78,8 +78,8 @@ def test_the_other_target_is_whole_and_the_reason_is_told(tiny_paths, tmp_path):
     assert not (bundle.path / "broken").exists()
     assert not any("broken" in name for name in bundle.manifest.files)
     assert result.failures == (f"broken was not exported: {REASON}",)
-    assert result.report["failures"] == list(result.failures)
-    assert result.report["parity"]["passed"]
+    assert result.report.document["failures"] == list(result.failures)
+    assert result.report.parity.passed
 
 
 def test_a_run_without_any_target_leaves_what_was_there(tiny_paths, tmp_path):

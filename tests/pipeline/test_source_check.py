@@ -161,8 +161,8 @@ def test_a_mismatch_stops_a_run_before_any_stage(start, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "check_source", None)
     result = start(source_check="allow")
     assert result.failures == ()
-    assert result.report["source_check"]["verdict"] == "failed"
-    assert any("source check: failed" in note for note in result.report["notes"])
+    assert result.report.source_check.verdict == "failed"
+    assert any("source check: failed" in note for note in result.report.notes)
     assert "source FAILED" in (tmp_path / "run" / "report.html").read_text()
     assert Bundle.open(tmp_path / "run" / "bundle")
 

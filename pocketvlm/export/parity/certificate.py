@@ -29,6 +29,11 @@ class Bound:
         below = self.at_most is None or value <= self.at_most
         return above and below
 
+    def spell(self) -> str:
+        """The bound in words."""
+        ends = (("at least", self.at_least), ("at most", self.at_most))
+        return " and ".join(f"{word} {value:g}" for word, value in ends if value is not None)
+
 
 BOUNDS: Mapping[str, Mapping[Precision, Bound]] = {
     # Bundle and checkpoint must see the same pixels and the same token ids.
@@ -188,7 +193,7 @@ class ParityReport:
         """One line for each check that failed: target, metric, value, bound."""
         lines = [
             f"parity of {target.target}: {check.metric} is {check.value:.4g}, "
-            f"{_spell(check.bound)} is required"
+            f"{check.bound.spell()} is required"
             for target in self.targets
             for check in target.checks
             if not check.passed
@@ -241,8 +246,3 @@ def judge(metrics: Mapping[str, float], precision: Precision) -> tuple[Check, ..
 def _finite(value: Any) -> Any:
     """A JSON value; JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def _spell(bound: Bound) -> str:
-    ends = (("at least", bound.at_least), ("at most", bound.at_most))
-    return " and ".join(f"{word} {value:g}" for word, value in ends if value is not None)

@@ -1,0 +1,181 @@
+"""The report of a run: every block in its place, read back as the value that pages are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.device_bench.graph_bytes import TARGET
+from pocketvlm.evaluation.score import Score
+from pocketvlm.json_io import encode
+from pocketvlm.machine import REPORT_SCHEMA, describe_environment, peak_rss_bytes
+from pocketvlm.pipeline.assemble import BuiltBundle
+from pocketvlm.pipeline.source_check import SourceReport
+from pocketvlm.recipes.load import Expectations, Recipe
+from pocketvlm.reports.measurement import Measurement, Memory
+from pocketvlm.reports.report import Report, Size
+from pocketvlm.reports.report_file import parse_report
+from pocketvlm.runtime.engines import EMULATED, choose_engine
+
+__all__ = ["assemble_report", "weight_bytes_by_part"]
+
+_BESIDE = "processor"
+"""The report's name for files of a bundle that belong to no target."""
+
+
+def assemble_report(
+    checkpoint: Checkpoint,
+    built: BuiltBundle,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationSet,
+    command: str,
+    threads: int,
+    stages: Sequence[Mapping[str, Any]],
+    source: SourceReport,
+    source_parts: Mapping[str, int],
+    scores: tuple[Score, Score] | None,
+    bench: Measurement | None,
+    notes: Sequence[str],
+) -> Report:
+    """Everything that a run found out, and which checks and bounds it does not meet.
+
+    Args:
+        checkpoint: What was exported.
+        built: The bundle with its certificate.
+        recipe: What was done.
+        calibration: What the stages looked at.
+        command: The command line.
+        threads: Threads of the run.
+        stages: The records of the stages.
+        source: What the source check found.
+        source_parts: Bytes of the source's weight matrices, by part.
+        scores: Of the checkpoint in float and of the bundle; `None` where none was measured.
+        bench: What was timed; `None` where nothing was.
+        notes: What was noted of the data before anything ran.
+    """
+    manifest = built.bundle.manifest
+    document: dict[str, Any] = {
+        "schema": REPORT_SCHEMA,
+        "command": command,
+        "model": {
+            "name": checkpoint.source.name,
+            "family": checkpoint.spec.family,
+            "sha256": checkpoint.source.sha256,
+            "visual_tokens": manifest.visual_tokens,
+            "visual_tokens_full": manifest.visual_tokens_full,
+            "positions": manifest.positions,
+        },
+        "runtimes": manifest.to_json().get("runtimes", {}),
+        "recipe": {**recipe.to_document(), "sha256": recipe.sha256()},
+        "calibration": calibration.describe(),
+        "environment": describe_environment(threads),
+        "stages": list(stages),
+        "size": encode(_size(checkpoint, built.bundle, source_parts)),
+        "quality": None if scores is None else _quality(*scores),
+        "source_check": source.to_json(),
+        "parity": built.parity.to_json(),
+        "latency": None if bench is None else encode(bench.latency),
+        "bench": None if bench is None else encode(bench),
+        "memory": encode(
+            replace(
+                Memory() if bench is None else bench.memory,
+                compress_peak_rss_bytes=peak_rss_bytes(),
+            )
+        ),
+        "notes": [
+            *source.run_notes(),
+            *notes,
+            *_notes(checkpoint, calibration, built.bundle),
+            *(() if bench is None else bench.notes),
+        ],
+    }
+    document = encode(document)  # tuples are lists in JSON
+    report = parse_report(document)
+    failures = (
+        *(f"{name} was not exported: {reason}" for name, reason in built.failed.items()),
+        *built.parity.failures(),
+        *_broken_expectations(recipe.expect, report),
+    )
+    document["failures"] = list(failures)
+    return replace(report, failures=failures, document=document)
+
+
+def weight_bytes_by_part(checkpoint: Checkpoint) -> dict[str, int]:
+    """Stored bytes of the weight matrices, by part of the model."""
+    weights: dict[str, int] = {}
+    for linear, form in checkpoint.forms().items():
+        weights[linear.part] = weights.get(linear.part, 0) + form.stored_bytes
+    return weights
+
+
+def _size(checkpoint: Checkpoint, bundle: Bundle, source_parts: Mapping[str, int]) -> Size:
+    parts: dict[str, int] = {}
+    for name in bundle.manifest.files:
+        part = name.partition("/")[0] if "/" in name else _BESIDE
+        parts[part] = parts.get(part, 0) + (bundle.path / name).stat().st_size
+    # An app ships one target, with the processor's files.
+    beside = parts.get(_BESIDE, 0)
+    largest = max(count for part, count in parts.items() if part != _BESIDE) + beside
+    return Size(
+        source_bytes=checkpoint.source.weight_bytes,
+        bundle_bytes=bundle.stored_bytes(),
+        bundle_share=largest / checkpoint.source.weight_bytes,
+        parts=parts,
+        weight_bytes=weight_bytes_by_part(checkpoint),
+        source_weight_bytes=source_parts,
+    )
+
+
+def _quality(float_score: Score, compressed: Score) -> dict[str, Any]:
+    return {
+        "metric": compressed.metric,
+        "n": compressed.n,
+        "float": float_score.to_json(),
+        "compressed": compressed.to_json(),
+        "recovery": compressed.accuracy / float_score.accuracy if float_score.accuracy else None,
+        "blind": float_score.blind,
+    }
+
+
+def _notes(checkpoint: Checkpoint, calibration: CalibrationSet, bundle: Bundle) -> list[str]:
+    notes = [f"source: {note}" for note in checkpoint.source.notes]
+    notes += [f"{record.method}: {note}" for record in checkpoint.history for note in record.notes]
+    notes += [
+        f"{component.target}: {note}"
+        for component in bundle.manifest.components
+        for note in component.notes
+    ]
+    if calibration.is_synthetic:
+        notes.append(
+            "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
+        )
+    engine = choose_engine(bundle)
+    if engine != TARGET and engine not in EMULATED:
+        notes.append(f"nothing is timed: the benchmark times {TARGET}, and the bundle has {engine}")
+    if engine in EMULATED:
+        notes.append(
+            "answers are from the reference evaluator, which is not Core ML, and nothing is timed: "
+            "run `pocketvlm verify-coreml` on an Apple machine"
+        )
+    return notes
+
+
+def _broken_expectations(expect: Expectations, report: Report) -> Iterator[str]:
+    """Bounds of the recipe that figures of the report do not keep; what is not measured passes."""
+    recovery = None if report.quality is None else report.quality.recovery
+    for name, value, bound in (
+        ("bundle_share", report.size.bundle_share, expect.bundle_share),
+        ("recovery", recovery, expect.recovery),
+        ("decode_speedup", report.bench.ratios.get("decode_tok_s"), expect.decode_speedup),
+    ):
+        if bound is None or value is None:
+            continue
+        if bound.min is not None and value < bound.min:
+            yield f"{name} is {value:.3f}, expected at least {bound.min}"
+        if bound.max is not None and value > bound.max:
+            yield f"{name} is {value:.3f}, expected at most {bound.max}"

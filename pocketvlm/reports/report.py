@@ -1,0 +1,265 @@
+"""The report of a run as typed values: what `report.json` holds, block by block.
+
+Fields are the keys of the document, units are suffixes of their names. A field is `None`, or empty,
+where a report does not have it. What stages, targets and calibration sets say of themselves is open
+(`Facts`): it is shown, and nothing is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pocketvlm.json_io import WHOLE, keyed
+from pocketvlm.reports.measurement import Environment, Latency, Measurement, Memory
+
+__all__ = [
+    "Bound",
+    "Check",
+    "Facts",
+    "Model",
+    "Parity",
+    "Quality",
+    "Recipe",
+    "Report",
+    "RuntimeNeeds",
+    "Score",
+    "Size",
+    "SourceCheck",
+    "Stage",
+    "TargetParity",
+]
+
+Facts = Mapping[str, Any]
+"""JSON values by name, as somebody wrote them down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model that was compressed; `facts` is the whole block."""
+
+    name: str | None = None
+    facts: Facts = field(default_factory=dict, metadata=WHOLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeNeeds:
+    """What an app needs to run one target: engine, lowest version, formats, custom operators."""
+
+    runtime: str | None = None
+    lowest_version: str | None = None
+    formats: Facts = field(default_factory=dict)
+    operators: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What was done, with its digest; `document` is the recipe as it was written."""
+
+    name: str | None = None
+    description: str | None = None
+    sha256: str | None = None
+    document: Facts = field(default_factory=dict, metadata=WHOLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage's record.
+
+    Attributes:
+        method: The stage's tag.
+        parameters: Its configuration.
+        version: Version of pocketvlm.
+        calibration_sha256: Digest of the calibration set.
+        layers: One row per layer, each with what its method says of a layer.
+        metrics: Figures of the stage as a whole.
+        notes: What a reader must know.
+        seconds: Wall time.
+        peak_rss_bytes: Largest resident set of the process up to the end of the stage.
+    """
+
+    method: str = "stage"
+    parameters: Facts = field(default_factory=dict)
+    version: str | None = None
+    calibration_sha256: str | None = None
+    layers: tuple[Facts, ...] = ()
+    metrics: Facts = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float | None = None
+    peak_rss_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Bytes on disk.
+
+    Attributes:
+        source_bytes: Of the source's weight files.
+        bundle_bytes: Of every file of the bundle.
+        bundle_share: What an app ships for the largest target, as a share of `source_bytes`.
+        parts: Of the bundle, by folder.
+        weight_bytes: Of the compressed weight matrices, by part of the model.
+        source_weight_bytes: Of the source's, likewise.
+    """
+
+    source_bytes: int | None = None
+    bundle_bytes: int | None = None
+    bundle_share: float | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+    weight_bytes: Mapping[str, int] = field(default_factory=dict)
+    source_weight_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Answers that were right, of all questions or of one kind.
+
+    Attributes:
+        metric: What counts as right.
+        n: Questions.
+        correct: Right answers, or the sum of credits.
+        accuracy: `correct / n`.
+        interval_low: Lower end of Wilson's 95 % interval.
+        interval_high: Upper end.
+        per_kind: The same by kind of question.
+        blind: Accuracy when every picture is noise.
+        credits: Credit of each question, in order.
+    """
+
+    metric: str | None = None
+    n: int | None = None
+    correct: float | None = None
+    accuracy: float | None = None
+    interval_low: float | None = None
+    interval_high: float | None = None
+    per_kind: Mapping[str, Score] = field(default_factory=dict)
+    blind: float | None = None
+    credits: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Answers of the checkpoint before, and of the bundle.
+
+    Attributes:
+        uncompressed: The score of the checkpoint in float; `float` in the document.
+        compressed: The score of the bundle.
+        recovery: The bundle's accuracy as a share of the checkpoint's.
+        blind: Accuracy of the checkpoint when every picture is noise.
+    """
+
+    metric: str | None = None
+    n: int | None = None
+    uncompressed: Score = field(default_factory=Score, metadata=keyed("float"))
+    compressed: Score = field(default_factory=Score)
+    recovery: float | None = None
+    blind: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """How far a metric may go; `None` where it cannot fail in that direction."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One metric, its bound and the verdict.
+
+    Attributes:
+        sample: The conversation that it was taken on, in a source check.
+        value: What was measured; `None` where that was not finite.
+        difference: What differs, where something does, in a source check.
+    """
+
+    sample: str | None = None
+    metric: str | None = None
+    value: float | None = None
+    bound: Bound = field(default_factory=Bound)
+    passed: bool = False
+    difference: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetParity:
+    """The certificate of one target.
+
+    Attributes:
+        precision: The arithmetic that the bounds are for.
+        samples: Questions that it was made on.
+        details: What explains the metrics.
+    """
+
+    target: str | None = None
+    precision: str | None = None
+    passed: bool = False
+    samples: int | None = None
+    checks: tuple[Check, ...] = ()
+    details: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The certificates by target; why others have none; the host that they were made on."""
+
+    passed: bool = False
+    targets: Mapping[str, TargetParity] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
+    host: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCheck:
+    """The checkpoint as it was read, compared with the classes of transformers.
+
+    Attributes:
+        verdict: `passed`, `failed`, `not verified` or `skipped`.
+        reason: Why there is no verdict.
+        stock: What was compared with: version and classes.
+    """
+
+    verdict: str | None = None
+    reason: str | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+    stock: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run, or a measurement alone.
+
+    Attributes:
+        command: The command line.
+        runtimes: What each target needs, by target.
+        calibration: What the calibration set says of itself.
+        environment: Where the run was made.
+        latency: Of the bundle, by target.
+        bench: The measurement that `latency` and `memory` are of; empty where nothing was timed.
+        notes: What a reader must know.
+        failures: Checks and bounds that were not met.
+        document: The JSON object that all of it was read from.
+    """
+
+    schema: int = 1
+    command: str | None = None
+    model: Model = field(default_factory=Model)
+    runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    calibration: Facts = field(default_factory=dict)
+    environment: Environment = field(default_factory=Environment)
+    stages: tuple[Stage, ...] = ()
+    size: Size = field(default_factory=Size)
+    quality: Quality | None = None
+    source_check: SourceCheck | None = None
+    parity: Parity | None = None
+    latency: Mapping[str, Latency] = field(default_factory=dict)
+    bench: Measurement = field(default_factory=Measurement)
+    memory: Memory = field(default_factory=Memory)
+    notes: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
+    document: Facts = field(default_factory=dict, metadata=WHOLE)
