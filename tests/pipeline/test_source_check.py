@@ -169,8 +169,8 @@ def test_a_mismatch_stops_a_run_before_any_stage(start, tmp_path, monkeypatch):
 
 def test_a_run_that_was_told_not_to_look_says_so(start):
     report = start(source_check="skip").report
-    assert report["source_check"]["verdict"] == "skipped"
-    assert "source check: skipped: --no-verify-source" in report["notes"]
+    assert report.source_check.verdict == "skipped"
+    assert "source check: skipped: --no-verify-source" in report.notes
 
 
 def test_plan_verifies_alone(tiny_paths):
