@@ -29,7 +29,7 @@ class ReducerInputs:
             the patches and, where the tower has one, the [CLS] token at index 0.
         keys: Keys of the same block, [B, H, T, d].
         has_cls: Whether token 0 of `queries` and `keys` is [CLS].
-        merge_factor: Side of the square of patches behind one feature.
+        merge_factor: Side of the square of patches that make up one feature.
     """
 
     features: Tensor
@@ -48,7 +48,7 @@ class TokenReducer(nn.Module, ABC):
     Attributes:
         keep: Features that are returned, k.
         positions: Whether kept tokens keep the position ids they had among all N tokens
-            (`original`), or are counted anew (`consecutive`).
+            (`original`), or are recounted (`consecutive`).
     """
 
     def __init__(self, *, keep: int, positions: PositionPolicy) -> None:

@@ -1,8 +1,8 @@
-"""Recipe documents: YAML of anybody becomes plain values within bounds, and `--set` changes them.
+"""Recipe documents: anybody's YAML becomes plain values within bounds, and `--set` changes them.
 
 What comes out holds `None`, booleans, 64-bit whole numbers, finite numbers, text, lists and
 mappings with text as keys, and nothing else: no dates, no sets, no objects, no cycles. Numbers are
-those of YAML 1.2, so that `1e-3` is one and `1:30` is none; `yes`, `no`, `on` and `off` are
+those of YAML 1.2, so that `1e-3` is a number and `1:30` is not; `yes`, `no`, `on` and `off` are
 booleans, as in YAML 1.1.
 """
 
@@ -47,12 +47,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "is no mapping", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "is not a mapping", node.start_mark)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != _CORE + "str":
                 raise yaml.constructor.ConstructorError(
-                    None, None, "a key is no text", key.start_mark
+                    None, None, "a key is not text", key.start_mark
                 )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
@@ -91,7 +91,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping.
 
     Raises:
-        RecipeError: The file cannot be read, or is no such YAML; the message has the place.
+        RecipeError: The file cannot be read, or is not such YAML; the message has the place.
     """
     text = read_text(path, error=RecipeError, max_bytes=_MAX_BYTES)
     document = parse_yaml(text, str(path))
@@ -108,7 +108,7 @@ def parse_yaml(text: str, where: str) -> Any:
         where: Where it comes from, for the message.
 
     Raises:
-        RecipeError: It is no YAML, holds what a recipe cannot hold, or is too large.
+        RecipeError: It is not YAML, holds what a recipe cannot hold, or is too large.
     """
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506  (a safe loader, made safer)
@@ -143,7 +143,7 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     """Applies `a.b=c` settings to a recipe document, of which a changed copy is returned.
 
     Raises:
-        RecipeError: A setting has no `=`, its path leads nowhere, or its value is no YAML.
+        RecipeError: A setting has no `=`, its path leads nowhere, or its value is not YAML.
     """
     changed: dict[str, Any] = plain_values(document, "recipe")
     for setting in overrides:
@@ -204,7 +204,9 @@ def _descend(place: Any, step: str, setting: str) -> Any:
 
 def _index(place: list[Any], step: str, setting: str) -> int:
     if not step.isdecimal() or len(step) > _LONGEST_INDEX or int(step) >= len(place):
-        raise RecipeError(f"--set {_shown(setting)}: {_shown(step)} is no index below {len(place)}")
+        raise RecipeError(
+            f"--set {_shown(setting)}: {_shown(step)} is not an index below {len(place)}"
+        )
     return int(step)
 
 

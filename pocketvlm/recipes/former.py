@@ -49,7 +49,7 @@ def refuse_former_spelling(stage: Mapping[str, Any], path: str) -> None:
         own = {"modality_weights": stage["modality_weights"]} if weighs else {}
         key = "importance" if "importance" in stage else "modality_weights"
         spelled = _spell({"importance": {"kind": kind, **own}})[1:-1]
-        raise RecipeError(f"{path}.{key}: an importance has options of its own; write {spelled}")
+        raise RecipeError(f"{path}.{key}: an importance has its own options; write {spelled}")
 
 
 def _spell(value: Mapping[str, Any]) -> str:

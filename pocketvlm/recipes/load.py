@@ -54,7 +54,7 @@ class Expectations:
         bundle_share: Bytes of the largest target, with the processor's files, divided by the
             source's weight bytes: what one app ships.
         recovery: Accuracy of the bundle divided by that of the float model.
-        decode_speedup: Tokens a second divided by those of the float32 ONNX baseline.
+        decode_speedup: Tokens per second divided by those of the float32 ONNX baseline.
     """
 
     bundle_share: Bound | None = None
@@ -88,7 +88,7 @@ class Recipe:
 
     Attributes:
         name: Its name.
-        description: One line for whoever chooses among recipes.
+        description: One line for the list of recipes.
         calibration: Where calibration samples come from.
         stages: What is done, in order.
         targets: What is exported.

@@ -1,6 +1,6 @@
 """Every option that a recipe may name, written from the dataclasses that hold them.
 
-`python -m pocketvlm.recipes.options > docs/options.md` writes the page anew; a test compares them.
+`python -m pocketvlm.recipes.options > docs/options.md` rewrites the page; a test compares them.
 """
 
 from __future__ import annotations

@@ -128,12 +128,12 @@ def test_a_wrong_recipe_gets_one_line_with_its_path(content, message):
                 "importance": "block_influence",
                 "modality_weights": "balanced",
             },
-            "stages.0.importance: an importance has options of its own; "
+            "stages.0.importance: an importance has its own options; "
             "write importance: {kind: block_influence, modality_weights: balanced}",
         ),
         (
             {"method": "prune_depth", "decoder_blocks": 1, "modality_weights": "balanced"},
-            "stages.0.modality_weights: an importance has options of its own; "
+            "stages.0.modality_weights: an importance has its own options; "
             "write importance: {kind: greedy}",
         ),
     ],
@@ -162,7 +162,7 @@ def test_settings_change_a_recipe():
     ("setting", "message"),
     [
         ("stages.0.keep", "expected a.b=c"),
-        ("stages.9.keep=1", "no index below"),
+        ("stages.9.keep=1", "not an index below"),
         ("name.x=1", "holds no settings"),
     ],
 )

@@ -55,7 +55,7 @@ class ReduceTokens(Stage):
         keep: A share of the tokens (a float in (0, 1], rounded to the nearest number that the
             reducer can leave), or their number (an integer).
         positions: Whether kept tokens keep their rotary positions among all N (`original`), or
-            are counted anew (`consecutive`).
+            are recounted (`consecutive`).
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"all_tokens"})
@@ -120,13 +120,13 @@ class ReduceTokens(Stage):
 
         Args:
             parameters: The configuration of the stage, as JSON values; also as it was recorded
-                before reducers had options of their own.
+                before reducers had their own options.
             spec: The model.
 
         Raises:
             ValueError: A value is none that the stage can have.
             KeyError: There is no such reducer.
-            TypeError: A name is none of an option.
+            TypeError: There is no such option.
         """
         given = dict(parameters)
         if "reducer" not in given:

@@ -12,28 +12,14 @@ from contextlib import redirect_stderr
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from pocketvlm.errors import ExportError
 from pocketvlm.export.coreml.limits import Deployment
-from pocketvlm.export.torch_ops import TorchOps
+from pocketvlm.export.reducer_graph import ReducerGraph
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["convert_program", "convert_reducer", "inline"]
-
-
-class _ReducerGraph(nn.Module):
-    """A reducer between the values that the vision graph has at hand."""
-
-    def __init__(self, reducer: TokenReducer, spec: ModelSpec) -> None:
-        super().__init__()
-        self.reducer = reducer
-        self._spec = spec
-
-    def forward(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        ops = TorchOps(self, self._spec, reducer=self.reducer)
-        return ops.reduce(features, queries, keys)
 
 
 def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployment) -> Any:
@@ -50,16 +36,10 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
     Raises:
         ExportError: An operator of the reducer cannot be converted; the message names it.
     """
-    tower, factor = spec.tower, spec.projector.merge_factor
-    tokens = tower.tokens
-    example = (
-        torch.zeros(1, spec.visual_tokens, tower.hidden_size * factor**2),
-        torch.zeros(1, tokens, tower.hidden_size),
-        torch.zeros(1, tokens, tower.hidden_size),
-    )
+    graph = ReducerGraph(reducer, spec).eval()
     name = type(reducer).__name__
     try:
-        program = torch.export.export(_ReducerGraph(reducer, spec).eval(), example)
+        program = torch.export.export(graph, graph.example())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ExportError(f"{name}: cannot be traced: {_one_line(error)}") from error
     return convert_program(name, program, deployment, precision="float32", convert_to="milinternal")

@@ -10,36 +10,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import onnx
 import torch
-from torch import Tensor, nn
 
 from pocketvlm.errors import ExportError
-from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.export.reducer_graph import ReducerGraph
+from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["trace_reducer"]
-
-
-class _TracedReducer(nn.Module):
-    """A reducer between the values that the vision graph has at hand."""
-
-    def __init__(self, reducer: TokenReducer, spec: ModelSpec) -> None:
-        super().__init__()
-        self.reducer = reducer
-        self._tower = spec.tower
-        self._merge_factor = spec.projector.merge_factor
-
-    def forward(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        heads, width = self._tower.heads, self._tower.head_dim
-        shape = (1, queries.shape[1], heads, width)
-        return self.reducer(
-            ReducerInputs(
-                features=features,
-                queries=queries.view(shape).transpose(1, 2) * width**-0.5,
-                keys=keys.view(shape).transpose(1, 2),
-                has_cls=self._tower.has_cls,
-                merge_factor=self._merge_factor,
-            )
-        )
 
 
 def trace_reducer(reducer: TokenReducer, spec: ModelSpec, *, opset: int) -> onnx.ModelProto:
@@ -56,22 +33,12 @@ def trace_reducer(reducer: TokenReducer, spec: ModelSpec, *, opset: int) -> onnx
     Raises:
         ExportError: An operator of the reducer cannot be converted; the message names it.
     """
-    tower, factor = spec.tower, spec.projector.merge_factor
-    tokens = tower.tokens
-    generator = torch.Generator().manual_seed(0)
-    example = tuple(
-        torch.randn(shape, generator=generator)
-        for shape in (
-            (1, spec.visual_tokens, tower.hidden_size * factor**2),
-            (1, tokens, tower.hidden_size),
-            (1, tokens, tower.hidden_size),
-        )
-    )
+    graph = ReducerGraph(reducer, spec).eval()
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                _TracedReducer(reducer, spec).eval(),
-                example,
+                graph,
+                graph.example(),
                 dynamo=True,
                 opset_version=opset,
                 input_names=["features", "queries", "keys"],

@@ -37,7 +37,7 @@ class BlockChoice:
 
     Attributes:
         removed: In the order in which they go, named ones first.
-        named: So many of them were named.
+        named: The number of them that were named.
         figure: What was measured.
         figures: The last measurement of each block; of a removed one that of its removal.
     """
@@ -80,7 +80,7 @@ class BlockImportance(ABC):
         """
 
     def plan_notes(self, steps: int) -> tuple[str, ...]:
-        """What the choice of so many blocks will cost, before any compute."""
+        """What choosing this many blocks will cost, before any compute."""
         return ()
 
 
@@ -91,7 +91,7 @@ class Progress:
         self._ctx, self._total, self._done = ctx, total, 0
 
     def add(self, samples: int) -> None:
-        """Counts so many more, and reports it."""
+        """Counts further samples, and reports the progress."""
         self._done += samples
         self._ctx.report("prune_depth", self._done, self._total, "forward passes")
 

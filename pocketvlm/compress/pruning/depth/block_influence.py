@@ -89,7 +89,7 @@ def block_influences(
             found = cosines(before.hidden, state.hidden)
             if not bool(torch.isfinite(found).all()):
                 raise CalibrationError(
-                    f"hidden states behind block {block.index} of the {block.stack} are not finite"
+                    f"hidden states after block {block.index} of the {block.stack} are not finite"
                 )
             wanted = torch.ones_like(found)
             if before.is_visual is not None:

@@ -1,7 +1,7 @@
 """The model as a path of blocks, any of which may be left out: what depth pruning measures along.
 
-Samples run batch by batch. A batch's hidden state in front of a block is enough to try the model
-without that block, so that only what lies behind it is run again, and nothing is stored.
+Samples run batch by batch. A batch's hidden state before a block is enough to try the model
+without that block, so that only what comes after it is run again, and nothing is stored.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class BlockPath:
 
     @torch.no_grad()
     def enter(self, rows: tuple[int, ...]) -> PathState:
-        """A batch in front of the tower's first block.
+        """A batch before the tower's first block.
 
         Raises:
             CalibrationError: A picture cannot be used.
@@ -114,7 +114,7 @@ class BlockPath:
 
     @torch.no_grad()
     def run(self, block: Block, state: PathState) -> PathState:
-        """The state behind a block, from what it reads."""
+        """The state after a block, from what it reads."""
         model, spec = self._checkpoint.model, self._checkpoint.spec
         if block.stack == "tower":
             return replace(state, hidden=run_tower_block(model, spec, block.index, state.hidden))
@@ -125,7 +125,7 @@ class BlockPath:
 
     @torch.no_grad()
     def losses(self, state: PathState) -> Tensor:
-        """Mean cross-entropy of each sample's answer, float64 [rows], behind the last block.
+        """Mean cross-entropy of each sample's answer, float64 [rows], after the last block.
 
         The token that ends an answer counts as one of its tokens.
 

@@ -1,7 +1,7 @@
 """Whole transformer blocks: which can be removed, and the model without them.
 
 The result is a stock model with fewer blocks: the residual stream runs past a removed block, and
-the blocks behind it are counted anew, so that `layer_idx` and the KV cache have no gaps.
+the blocks after it are renumbered, so that `layer_idx` and the KV cache have no gaps.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Block:
 
 
 def count_blocks(spec: ModelSpec, stack: Stack) -> int:
-    """Blocks of a stack that are run; those behind the tower's feature block are none of them."""
+    """Blocks of a stack that are run; those after the tower's feature block are not."""
     return spec.decoder.depth if stack == "decoder" else spec.tower.feature_block + 1
 
 
@@ -65,7 +65,7 @@ def all_blocks(spec: ModelSpec) -> tuple[Block, ...]:
 
 
 def spec_without(spec: ModelSpec, removed: Mapping[Stack, int]) -> ModelSpec:
-    """The specification with that many blocks fewer, by stack: those that stay are counted anew."""
+    """The specification with that many blocks fewer, by stack: those that stay are renumbered."""
     tower, decoder = removed.get("tower", 0), removed.get("decoder", 0)
     return replace(
         spec,
@@ -81,10 +81,10 @@ def spec_without(spec: ModelSpec, removed: Mapping[Stack, int]) -> ModelSpec:
 def config_without(
     config: Mapping[str, Any], spec: ModelSpec, removed: Mapping[Stack, int]
 ) -> dict[str, Any]:
-    """Content of config.json with so many blocks fewer, by stack.
+    """Content of config.json with that many blocks fewer, by stack.
 
     LLaVA says which hidden state feeds the projector. Counted from the end it stays where it is,
-    because the blocks behind it stay; counted from the front it moves with the blocks that go.
+    because the blocks after it stay; counted from the front it moves with the blocks that go.
     """
     after = spec_without(spec, removed)
     changed = dict(config)

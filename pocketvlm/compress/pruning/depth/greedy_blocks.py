@@ -1,9 +1,9 @@
-"""Greedy removal: at each step the block goes whose absence costs the answers least.
+"""Greedy removal: at each step removes the block whose loss hurts the answers least.
 
 SLEB (arXiv 2402.09025, algorithm 1) scores a block by the loss of the model without it *and without
 those already removed*, so that of two blocks that do the same work only one is taken for redundant.
 Its loss is a text's; ours is that of the answers alone: what the model would say of a question's
-words is no part of its work. Where both stacks have blocks to give, blocks of the tower and
+words is not part of its work. Where both stacks have blocks to give, blocks of the tower and
 of the decoder stand against each other.
 """
 
@@ -57,7 +57,7 @@ def losses_without(
 ) -> dict[Block, float]:
     """Mean loss of the samples' answers without each of some blocks in turn.
 
-    Of a candidate only what lies behind it is run, and one forward pass for all of them.
+    Of a candidate only what comes after it is run, and one forward pass for all of them.
 
     Args:
         path: The model.
@@ -107,7 +107,7 @@ def remove_greedily(
         counts: How many more of each stack.
         candidates: Blocks that may go.
         on_forwards: Told how many more samples ran to their answers.
-        folder: Where finished steps are kept, so that a killed run goes on behind them.
+        folder: Where finished steps are kept, so that an interrupted run resumes after them.
 
     Raises:
         CalibrationError: A sample has no answer or cannot be used, or a loss is not finite.
@@ -144,7 +144,7 @@ def count_trials(candidates: Sequence[Block], counts: Mapping[Stack, int]) -> in
 def _finish(
     path: BlockPath, state: PathState, left_out: Block, removed: Collection[Block]
 ) -> Tensor:
-    """Losses of a batch's answers, from the state in front of a block that is left out."""
+    """Losses of a batch's answers, from the state before a block that is left out."""
     for block in path.blocks[path.blocks.index(left_out) + 1 :]:
         if block not in removed:
             state = path.run(block, path.reach(block, state))
@@ -187,7 +187,7 @@ class Greedy(BlockImportance):
             return ()
         return (
             f"prune_depth: greedy removal tries every block that may still go in each of {steps} "
-            "steps; a trial runs all calibration samples through what lies behind the block",
+            "steps; a trial runs all calibration samples through what comes after the block",
         )
 
     def choose(

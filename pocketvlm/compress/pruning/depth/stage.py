@@ -47,11 +47,11 @@ class PruneDepth(Stage):
 
     Attributes:
         decoder_blocks: How many blocks of the decoder go, or which, by index.
-        tower_blocks: Likewise of the tower; its blocks behind the one whose output is read are not
+        tower_blocks: Likewise of the tower; its blocks after the one whose output is read are not
             counted, because nothing runs them.
         importance: What decides which go, where a count is given.
-        keep_first: So many blocks at the start of a stack are never chosen.
-        keep_last: So many at its end.
+        keep_first: The number of blocks at the start of a stack that are never chosen.
+        keep_last: The number at its end.
         held_out: Share of the samples, from the end, on which the answers' loss before and after
             is measured, and nothing else.
     """
@@ -84,10 +84,10 @@ class PruneDepth(Stage):
             raise ValueError(f"held_out is {self.held_out}; allowed is a share in [0, 1)")
 
     def spec_after(self, spec: ModelSpec) -> ModelSpec:
-        """The specification of the model behind this stage, from that before it.
+        """The specification of the model after this stage, from that before it.
 
         Raises:
-            RecipeError: There are not so many blocks to remove.
+            RecipeError: There are not that many blocks to remove.
         """
         return spec_without(spec, {stack: self._count(spec, stack) for stack in STACKS})
 
@@ -105,7 +105,7 @@ class PruneDepth(Stage):
         """Chooses blocks and rebuilds the model without them.
 
         Raises:
-            RecipeError: There are not so many blocks to remove, or the checkpoint holds what was
+            RecipeError: There are not that many blocks to remove, or the checkpoint holds what was
                 measured on the model with all its blocks.
             CalibrationError: A sample cannot be used or has no answer, or a loss is not finite.
         """
@@ -149,7 +149,7 @@ class PruneDepth(Stage):
         """How many blocks of a stack go.
 
         Raises:
-            RecipeError: It does not have so many to give, or not those.
+            RecipeError: It does not have that many to give, or not those.
         """
         depth, wish = count_blocks(spec, stack), self._wish(stack)
         where = f"{self.method}: {stack}_blocks"

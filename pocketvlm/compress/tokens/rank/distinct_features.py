@@ -4,8 +4,8 @@ The score is the distance between a token's feature and the mean feature of its 
 Background is what most patches agree on, so it lies close to the mean; what is drawn on it does
 not. It needs neither [CLS] nor attention, and costs a mean and a norm.
 
-This is no published method: it is the first pick of a farthest-point selection, made of all tokens
-at once. It is here because received attention finds background, not content, on towers whose
+This is not a published method: it is the first pick of a farthest-point selection, made of all
+tokens at once. It is here because received attention finds background, not content, on towers whose
 background patches serve as registers (see `docs/methods`).
 """
 

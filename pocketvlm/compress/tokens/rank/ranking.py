@@ -39,7 +39,7 @@ def top_indices(scores: Tensor, keep: int) -> Tensor:
     countdown = scores.new_tensor(list(range(count, 0, -1)))
     rank = (2 * above + equal) * count + countdown
     chosen = rank.topk(keep, dim=-1).indices
-    # The largest negated index is the first token: a second topk in the place of a sort.
+    # The largest negated index is the first token: a second topk instead of a sort.
     return -(-chosen.to(scores.dtype)).topk(keep, dim=-1).values.to(chosen.dtype)
 
 
