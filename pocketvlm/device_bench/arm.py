@@ -1,4 +1,4 @@
-"""One bundle of a comparison: what its processes measured, and what is known of its files."""
+"""One bundle of a comparison: the measurements of its processes, and a description of its files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Arm"]
 
 @dataclass(kw_only=True)
 class Arm:
-    """One bundle, which takes turns with the other one.
+    """One bundle of a comparison.
 
     Attributes:
         bundle: The bundle.
-        blocks: What its processes measured so far, by repeat.
-        failures: Why a process gave no result, by repeat.
+        blocks: The measurement of each process, by repeat.
+        failures: Why a process returned no result, by repeat.
     """
 
     bundle: Bundle
@@ -31,13 +31,13 @@ class Arm:
     failures: dict[int, str] = field(default_factory=dict)
 
     def latency(self) -> Latency:
-        """Its figures, over all processes in their order; the last failure where there are none."""
+        """Figures over all processes, in order; the last failure if there are none."""
         if self.blocks:
             return summarise_blocks([self.blocks[repeat] for repeat in sorted(self.blocks)])
         return Latency(failed=next(reversed(self.failures.values()), "it was never run"))
 
     def memory(self) -> Memory:
-        """The worst of the processes, each of which held this bundle alone."""
+        """The largest resident sets of its processes, each of which held this bundle alone."""
         rows = [block.memory for block in self.blocks.values()]
         return Memory(
             before_load_rss_bytes=_largest(row.before_load_rss_bytes for row in rows),
@@ -46,7 +46,7 @@ class Arm:
         )
 
     def physics(self, environment: Environment) -> Physics:
-        """What its figures must not contradict; at least one process gave a result."""
+        """What its figures must not contradict; requires the result of one process."""
         block = next(iter(self.blocks.values()))
         return Physics(
             prompt_tokens=block.cold.prompt_tokens,
@@ -57,7 +57,7 @@ class Arm:
         )
 
     def describe(self) -> MeasuredBundle:
-        """The bundle as its manifest and its files say."""
+        """The bundle as its manifest and its files describe it."""
         manifest = self.bundle.manifest
         return MeasuredBundle(
             model=manifest.model,

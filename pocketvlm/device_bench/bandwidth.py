@@ -1,8 +1,8 @@
-"""How fast this machine reads memory: the ceiling of decoding, where every weight is read once.
+"""Memory bandwidth of this machine: an upper bound of decoding, which reads every weight per token.
 
-A plain reduction over an array that no cache holds; the best of a few passes, since anything that
-runs beside it can only slow it down. It understates what a hand-tuned kernel reaches, which is why
-the plausibility gate doubles it.
+It is measured with a plain reduction over an array larger than any cache, as the best of a few
+passes, because other processes can only slow it down. Hand-tuned kernels reach more, so the
+plausibility check allows twice as much.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PASSES = 5
 
 
 def memory_read_bytes_s(threads: int) -> float:
-    """Bytes a second that `threads` threads read together, best of five passes."""
+    """Bytes per second that `threads` threads read together, best of five passes."""
     array = np.ones(_ARRAY_BYTES // 8, dtype=np.float64)
     parts = np.array_split(array, threads)
     best = 0.0

@@ -1,4 +1,4 @@
-"""What one process measured of one bundle: what a worker sends, and what figures are made of."""
+"""The measurement of one process: what a worker sends, and what figures are computed from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class AnswerTimes:
     """One answer, in milliseconds.
 
     Attributes:
-        preprocess_ms: Encoded bytes to pixels; `None` without a picture, as for the next one.
-        vision_ms: Pixels to visual tokens. Reducing tokens is part of this graph.
+        preprocess_ms: Encoded bytes to pixels; `None` without a picture.
+        vision_ms: Pixels to visual tokens, token reduction included; `None` without a picture.
         tokenize_ms: Message to token ids, and their layout.
         embed_ms: Token ids to the rows that are prefilled.
         prefill_ms: Those rows to the first logits.
@@ -50,8 +50,8 @@ class Block:
 
     Attributes:
         load_ms: Opening the bundle until all graphs are ready.
-        expand_ms: What of it unpacking weights took; `None` where none are packed.
-        prompt: The prompt as this bundle counts it.
+        expand_ms: The part of `load_ms` that unpacks weights; `None` if none are packed.
+        prompt: The prompt in tokens of this bundle.
         cold: The first answer of the process.
         answers: The measured ones.
         memory: Resident sets of the process.

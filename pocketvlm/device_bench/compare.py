@@ -1,9 +1,9 @@
-"""The gate of a release: is report B worse than report A beyond what is allowed?
+"""A release gate: is report B worse than report A by more than is allowed?
 
-A bound is a share of A (`decode_tok_s=0.05`), or for accuracy a difference in points of one
-(`accuracy=0.01` is one percentage point). A figure that A has and B lacks has regressed: a gate
-that cannot see has not passed. Latencies of different workloads or machines are not comparable,
-and that fails too, since it is the silent way to pass.
+A bound is a share of A (`decode_tok_s=0.05`), or an absolute difference for accuracy and recovery
+(`accuracy=0.01` is one percentage point). A figure that A has and B lacks fails the gate. So do
+latencies of different workloads or machines, which cannot be compared: otherwise a gate could pass
+without having compared anything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT_BOUNDS: Mapping[str, float] = {
     "prefill_tok_s": 0.10,
     "decode_tok_s": 0.10,
 }
-"""What may regress by how much unless the caller says otherwise."""
+"""Allowed regression by figure, unless the caller gives another."""
 
 _HIGHER_IS_BETTER = ("_tok_s", "accuracy", "recovery")
 _LATENCY = (
@@ -63,11 +63,11 @@ class Comparison:
         target: The target that it was measured on, or `None` for the whole bundle.
         first: Its value in A.
         second: Its value in B.
-        regression: How much worse B is, as a share of A (accuracy: in points of one); negative
-            where it is better.
+        regression: How much worse B is, as a share of A (accuracy, recovery: absolute); negative if
+            it is better.
         bound: How much worse it may be.
         verdict: The outcome.
-        reason: Why, where the numbers do not say it.
+        reason: Why, if the numbers do not show it.
     """
 
     metric: str
@@ -81,7 +81,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether B may be released as far as this figure goes."""
+        """Whether this figure allows a release of B."""
         return self.verdict in ("ok", "not measured")
 
     def line(self) -> str:
@@ -106,10 +106,10 @@ class Comparison:
 
 
 def parse_bounds(texts: Iterable[str]) -> dict[str, float]:
-    """Bounds from `METRIC=SHARE` texts, laid over the defaults; `5%` means 0.05.
+    """Parses `METRIC=SHARE` texts into bounds, on top of the defaults; `5%` means 0.05.
 
     Raises:
-        InputError: A metric is unknown, or a share is no number of at least 0.
+        InputError: A metric is unknown, or a share is not a number of at least 0.
     """
     bounds = dict(DEFAULT_BOUNDS)
     for text in texts:
@@ -123,7 +123,7 @@ def parse_bounds(texts: Iterable[str]) -> dict[str, float]:
             value = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
         except ValueError as error:
             raise InputError(
-                f"--max-regress {text!r}: {share!r} is no share; write {name}=0.05 or {name}=5%"
+                f"--max-regress {text!r}: {share!r} is not a share; write {name}=0.05 or {name}=5%"
             ) from error
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"--max-regress {text!r}: the share must be 0 or more")
@@ -136,7 +136,7 @@ def compare_files(
 ) -> tuple[Comparison, ...]:
     """Compares two report files, or the report.json of two run folders.
 
-    A run report and the document of `pocketvlm bench` serve alike.
+    The document of `pocketvlm bench` is accepted like a run report.
 
     Raises:
         InputError: One of them cannot be read, or is not a report.
@@ -180,7 +180,7 @@ def _judge(
     verdict: Verdict
     reason = ""
     if first is None:
-        verdict, reason = "not measured", "A has no such figure, so there is nothing to hold"
+        verdict, reason = "not measured", "A has no such figure to compare with"
     elif second is None:
         verdict, reason = "missing", "A has this figure and B lacks it"
     elif obstacle:
@@ -188,7 +188,7 @@ def _judge(
     else:
         worse_by = first - second if metric.endswith(_HIGHER_IS_BETTER) else second - first
         regression = worse_by if metric in ("accuracy", "recovery") else _share(worse_by, first)
-        # Differences of decimal fractions end in binary dust, which must not decide.
+        # Rounding errors of decimal fractions must not decide.
         verdict = "ok" if regression <= bound + 1e-9 else "regressed"
     return Comparison(
         metric=metric,
@@ -234,7 +234,7 @@ def _value(report: Report, metric: str) -> float | None:
 
 
 def _obstacle(first: Report, second: Report) -> str:
-    """Why latencies of two reports cannot be compared; empty where they can."""
+    """Why latencies of two reports cannot be compared; empty if they can."""
     conditions = zip(_conditions(first).items(), _conditions(second).values(), strict=True)
     for (name, ours), theirs in conditions:
         if ours != theirs:
@@ -243,7 +243,7 @@ def _obstacle(first: Report, second: Report) -> str:
 
 
 def _conditions(report: Report) -> Mapping[str, str | int | None]:
-    """What must be the same of two measurements, by what is said where it is not."""
+    """What must be equal in two measurements, by the message for a difference."""
     workload = report.bench.workload or MeasuredWorkload()
     environment = report.bench.environment or report.environment
     return {

@@ -1,4 +1,4 @@
-"""Bytes of weights that a bundle's graphs hold, counted in the files themselves."""
+"""Bytes of weights in a bundle's graphs, counted in the files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Transports: how a job reaches the device that runs it. The first device is this host.
+"""Transports: how a job reaches the device that runs it. The only one so far is for this host.
 
-A transport never raises for what happens on the device: a crash, a timeout or garbage on the line
-is a `Failure` with a reason, because a measurement that failed belongs into the report.
+A transport never raises because of the device: a crash, a timeout or garbage in the output is a
+`Failure` with a reason, because a failed measurement belongs in the report.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _LAST_WORDS = 240
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A job that gave no result, and why."""
+    """Why a job returned no result."""
 
     reason: str
 
 
 class Transport(ABC):
-    """The way to one device."""
+    """Runs jobs on one device."""
 
     @abstractmethod
     def run(self, job: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any] | Failure:
         """Runs one job in a fresh process on the device.
 
         Args:
-            job: What `worker.run_job` understands, `schema` apart.
-            timeout_s: Seconds after which the process is killed.
+            job: A job for `worker.run_job`, without `schema`.
+            timeout_s: Seconds until the process is killed.
         """
 
 
@@ -54,13 +54,13 @@ class HostTransport(Transport):
     command: tuple[str, ...] = _WORKER
 
     def run(self, job: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any] | Failure:
-        """Runs one job in a child process, and kills all of it when the time is up."""
+        """Runs one job in a child process, which is killed with its children after the timeout."""
         with start_child(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # on a timeout or Ctrl-C its own children go with it
+            start_new_session=True,  # a timeout or Ctrl-C also ends its children
         ) as process:
             try:
                 out, err = process.communicate(
@@ -72,7 +72,7 @@ class HostTransport(Transport):
 
 
 def read_result(out: str, err: str, returncode: int) -> Mapping[str, Any] | Failure:
-    """The document on the last line of a worker's output, or why there is none.
+    """Parses the last line of a worker's output, or returns why there is no result.
 
     Args:
         out: Its standard output.
@@ -81,7 +81,7 @@ def read_result(out: str, err: str, returncode: int) -> Mapping[str, Any] | Fail
     """
     if returncode < 0:
         name = signal.Signals(-returncode).name
-        hint = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
+        hint = "; the system does this when memory runs out" if name == "SIGKILL" else ""
         return Failure(reason=f"the worker was ended by {name}{hint}{_last_words(err)}")
     try:
         document = json.loads(out.rstrip("\n").rpartition("\n")[2])
@@ -90,7 +90,7 @@ def read_result(out: str, err: str, returncode: int) -> Mapping[str, Any] | Fail
             reason=f"the worker ended with status {returncode} and no result{_last_words(err)}"
         )
     if not isinstance(document, dict) or document.get("schema") != WORKER_SCHEMA:
-        return Failure(reason="the last line of the worker is no result of this protocol")
+        return Failure(reason="the last line of the worker is not a result of this protocol")
     if document.get("status") == "failed":
         return Failure(reason=str(document.get("reason")))
     result = document.get("result")

@@ -1,9 +1,8 @@
 """One block: this process loads one bundle, answers, and times every stage of every answer.
 
-It uses the runtime's own pieces in the runtime's own order, with three differences that a
-measurement needs: generation goes on behind an end token, the picture comes as encoded bytes, and
-embedding the prompt is timed apart from prefilling it, so that both times to first token follow
-from one answer.
+It calls the parts of the runtime in the order in which the runtime does, with three differences:
+generation continues after an end token, the picture is given as encoded bytes, and embedding the
+prompt is timed separately from prefill, so that one answer gives both times to first token.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = ["measure_block"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Loaded:
-    """A bundle that is ready to answer one workload."""
+    """A loaded bundle with the workload that it answers."""
 
     bundle: Bundle
     codec: TextCodec
@@ -51,8 +50,8 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
     """Loads a bundle and measures the workload on it, in this process.
 
     Args:
-        path: A bundle; its digests are the caller's business, they are not part of loading.
-        workload: What to measure.
+        path: A bundle. Its digests are not checked, because that is not part of loading.
+        workload: The workload to measure.
         image: The encoded picture, or `None` for text alone.
         threads: Threads of the heavy graphs.
 
@@ -163,7 +162,7 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
 
 
 def _fit(codec: TextCodec, workload: Workload) -> tuple[str, int]:
-    """The text whose prompt has the workload's number of tokens, and that number as counted."""
+    """The text whose prompt has the workload's number of tokens, and the number counted."""
 
     def count_tokens(text: str) -> int:
         ids = codec.encode([user_message(text, images=int(workload.has_image))])
@@ -189,20 +188,20 @@ def _require_positions(bundle: Bundle, workload: Workload) -> None:
 
 
 def _open(bundle: Bundle, threads: int, rows: int) -> Runner:
-    """The engine that the bundle would be asked with; ONNX Runtime's cache is made to measure."""
+    """The engine that `ask` would use; ONNX Runtime's cache has exactly the rows needed."""
     if choose_engine(bundle) == "onnx":
         return OnnxRunner(bundle, threads=threads, capacity=rows)
     return open_engine(bundle, threads=threads)
 
 
 def _rss_bytes() -> int:
-    """The resident set of this process, and of one that runs the program for it."""
+    """The resident set of this process and of those that run programs for it."""
     own = psutil.Process()
     return sum(int(one.memory_info().rss) for one in (own, *own.children(recursive=True)))
 
 
 def _peak_bytes() -> int:
-    """The largest that it was; of another process the present one where nothing tells more."""
+    """The largest resident set so far; the current one of a child whose peak is unknown."""
     return peak_rss_bytes() + sum(
         process_peak_bytes(child.pid) or int(child.memory_info().rss)
         for child in psutil.Process().children(recursive=True)

@@ -1,8 +1,7 @@
-"""The gate that a figure passes before it is printed: does it contradict physics or itself?
+"""Checks of every figure before it is printed: does it contradict physics, or another figure?
 
-Published tables contain rates of zero, times to first token below what the printed prefill rate
-allows, and peaks of memory below the weights that were read. Each of them would have been caught
-by one line of arithmetic, and here it is.
+Published tables contain rates of zero, times to first token that are too short for the printed
+prefill rate, and peak memory below the weights that were read. One comparison catches each.
 """
 
 from __future__ import annotations
@@ -13,27 +12,27 @@ from pocketvlm.reports.measurement import Latency, Memory, PlausibilityCheck
 
 __all__ = ["Physics", "check_plausibility"]
 
-# A part of the prompt may come from a cache or overlap with what went before; half may not.
+# Part of the prompt may come from a cache or overlap with an earlier stage, but not half of it.
 _TTFT_SHARE = 0.5
-# Weights that are read through a memory map count once they are touched; a reader that touches
-# less than half of them has not run the model.
+# Memory-mapped weights count once they are touched; a process that touched less than half of them
+# has not run the model.
 _MEMORY_SHARE = 0.5
-# The bandwidth is measured with a plain reduction, beside whatever else runs on the machine.
+# The bandwidth is measured with a plain reduction, while other processes may run.
 _BANDWIDTH_ALLOWANCE = 2.0
-# Stages are timed inside the span that contains them.
+# Both times have their own clock readings.
 _CLOCK_ALLOWANCE = 1.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Physics:
-    """What is known of the bundle and the machine apart from the measurement.
+    """What is known about the bundle and the machine, independent of the measurement.
 
     Attributes:
         prompt_tokens: Visual and text tokens that the decoder prefilled.
         weight_bytes: Bytes of all graphs of the bundle, external data included.
-        decoder_bytes: Bytes of the decoder's weights alone, which one step reads once.
+        decoder_bytes: Bytes of the decoder's weights, which each step reads once.
         memory_read_bytes_s: Bytes per second that the machine reads from memory.
-        cache_bytes: Its last-level cache; weights that fit there are not bound by memory.
+        cache_bytes: Its last-level cache; weights that fit are not limited by memory.
     """
 
     prompt_tokens: int
@@ -49,9 +48,9 @@ def check_plausibility(
     """Checks the figures of one bundle.
 
     Args:
-        role: Which bundle of the comparison it is.
-        latency: Its figures.
-        memory: Its resident sets.
+        role: `candidate` or `baseline`.
+        latency: The figures of the bundle.
+        memory: The resident sets of its processes.
         physics: What they must not contradict.
     """
 
@@ -89,7 +88,7 @@ def _above_zero(name: str, rate: float | None) -> PlausibilityCheck:
     check = f"{name} is above zero"
     if rate is None:
         return _skip(check, f"{name} was not measured")
-    return _judge(check, rate, 0.0, holds=rate > 0, detail="tokens a second")
+    return _judge(check, rate, 0.0, holds=rate > 0, detail="tokens per second")
 
 
 def _ttft_fits_rate(
@@ -104,7 +103,7 @@ def _ttft_fits_rate(
         ttft_ms,
         least,
         holds=ttft_ms >= least,
-        detail=f"ms; at least half of {physics.prompt_tokens} tokens at {rate:.4g} tokens a second",
+        detail=f"ms; at least half of {physics.prompt_tokens} tokens at {rate:.4g} per second",
     )
 
 

@@ -1,13 +1,13 @@
-"""The protocol: what runs when, and what becomes of it.
+"""The protocol of a benchmark: which process runs when.
 
-Baseline and candidate take turns, process by process (ABAB). Every process is fresh: it loads one
-bundle, gives a cold answer, then warm-up answers, then the measured ones, and ends. So the drift of
-a machine hits both alike, every load is a cold start of the process (the system's file cache is
-warm, since digests were just checked), peak memory is that of one bundle alone, and the scatter
-between processes, which is larger than the one inside a process, is in the samples.
+Baseline and candidate alternate, process by process (ABAB). Every process is new: it loads one
+bundle, gives a cold answer, then warm-up answers, then the measured ones, and ends. So drift of the
+machine affects both equally, every load is a cold start of the process (the system's file cache is
+warm, because digests were just checked), peak memory is that of one bundle alone, and the variation
+between processes, which is larger than within a process, is in the samples.
 
-A process that fails stays in the result with its reason. Figures that contradict physics or
-themselves are flagged, and so is a machine that was not quiet.
+A process that fails stays in the result with its reason. Figures that contradict physics or each
+other are flagged, and so is a machine that was not quiet.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from pocketvlm.runtime.engines import EMULATED, choose_engine
 __all__ = ["Turn", "bench_bundle", "schedule"]
 
 _TIMEOUT_S = 600.0
-# A bundle that failed twice will fail again; its remaining turns are skipped, and say so.
+# A bundle that failed twice will fail again; its remaining turns are skipped, with a note.
 _MOST_FAILURES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One process: which bundle, and the number of the repeat."""
+    """One process: its bundle and the number of the repeat."""
 
     role: str
     repeat: int
 
 
 def schedule(repeats: int, roles: Sequence[str]) -> tuple[Turn, ...]:
-    """The order of the processes: every role once in every repeat, always in the same order."""
+    """The order of the processes: every role once per repeat, always in the same order."""
     return tuple(Turn(role=role, repeat=repeat) for repeat in range(repeats) for role in roles)
 
 
@@ -63,22 +63,22 @@ def bench_bundle(
     transport: Transport | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Measurement:
-    """Measures a bundle, beside a baseline where one is given.
+    """Measures a bundle, interleaved with a baseline if one is given.
 
     Args:
         bundle: The bundle to measure.
-        workload: On what.
-        baseline: A bundle that takes turns with it.
+        workload: The workload to measure it on.
+        baseline: A bundle to alternate with.
         device: Name of a device profile.
         threads: Threads of the heavy graphs; `None` for one per physical core.
         timeout_s: Seconds that one process may take.
-        transport: The way to the device; `None` for the one of its profile.
-        on_progress: Told about every process that ended.
+        transport: Reaches the device; `None` for the transport of its profile.
+        on_progress: Called for every process.
 
     Raises:
         BundleError: There is no bundle, or a file of it was changed.
         InputError: The workload's picture cannot be read.
-        UnsupportedError: The device is known, and there is no way to reach it.
+        UnsupportedError: There is no transport to the device, or no engine for the bundle.
     """
     image = workload.image_bytes()
     arms = {} if baseline is None else {"baseline": Arm(bundle=Bundle.open(baseline))}
@@ -109,7 +109,7 @@ def bench_bundle(
 
 
 def _require_engine(bundle: Bundle) -> None:
-    """What computes a target in the place of its engine gives its answers, not its speed."""
+    """An emulator has the answers of an engine, but not its speed."""
     name = choose_engine(bundle)
     if name in EMULATED:
         raise UnsupportedError(
@@ -153,7 +153,7 @@ def _run_block(transport: Transport, job: Mapping[str, Any], timeout_s: float) -
 def _block_job(
     path: Path, workload: Workload, image: bytes | None, threads: int | None
 ) -> dict[str, Any]:
-    # The picture travels with the job, so that both bundles see the very same bytes.
+    # The picture is part of the job, so that both bundles read the same bytes.
     return {
         "job": "block",
         "bundle": str(path.resolve()),

@@ -1,4 +1,4 @@
-"""What a comparison says once its processes have ended: figures, ratios, verdicts, notes."""
+"""The result of a comparison: figures, ratios, verdicts, notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pocketvlm.reports.measurement import (
 
 __all__ = ["assemble_measurement"]
 
-# The middle 80 % of the samples of a quiet machine lie within a few per cent of their median.
+# On a quiet machine the middle 80 % of the samples lie within a few per cent of their median.
 _SPREAD_BOUND = 0.15
 _GUARDED = ("ttft_user_ms", "decode_tok_s")
 
@@ -37,11 +37,11 @@ def assemble_measurement(
     environment: Environment,
     order: Sequence[ProcessStart],
 ) -> Measurement:
-    """The measurement that all processes add up to.
+    """Combines the measurements of all processes.
 
     Args:
-        arms: `candidate`, and `baseline` where there is one.
-        workload: What was measured.
+        arms: `candidate`, and `baseline` if there is one.
+        workload: The workload that was measured.
         image: The encoded picture, or `None` for text alone.
         environment: The device.
         order: The processes that were started.
@@ -80,7 +80,7 @@ def assemble_measurement(
 
 
 def _stability(role: str, latency: Latency) -> Stability:
-    """How much the reference of the run scattered: the baseline where there is one."""
+    """How much samples of the reference vary."""
     spread = {
         name: relative_spread(latency.figure(name).samples)
         for name in _GUARDED
@@ -134,7 +134,7 @@ def _notes(
     if stability.spread and not stability.is_stable:
         name, spread = max(stability.spread.items(), key=lambda item: item[1])
         notes.append(
-            f"noisy run: {name} of the {stability.of} scatters by {spread:.0%} of its median, "
+            f"noisy run: {name} of the {stability.of} varies by {spread:.0%} of its median, "
             f"more than {_SPREAD_BOUND:.0%}; repeat it on a quiet machine"
         )
     notes += [

@@ -1,7 +1,6 @@
-"""From raw samples to figures: the definition of every latency and rate that a report prints.
+"""The definition of every latency and rate of a report, from raw samples to figures.
 
-A figure is made of the measured answers of all blocks of one bundle, in the order in which they
-were taken.
+The samples of a figure are the measured answers of all blocks of one bundle, in their order.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def summarise_samples(values: Sequence[float]) -> Figure:
 
 
 def _given(value: float | None) -> tuple[float, ...]:
-    """One sample, or none where the workload has no such stage."""
+    """One sample, or none if the workload has no such stage."""
     return () if value is None else (value,)
 
 
@@ -49,17 +48,17 @@ FIGURES: Mapping[str, Callable[[AnswerTimes], tuple[float, ...]]] = {
     "prefill_tok_s": lambda answer: (answer.prompt_tokens / answer.prefill_ms * 1e3,),
     "decode_tok_s": lambda answer: ((answer.new_tokens - 1) / answer.decode_span_ms * 1e3,),
 }
-"""Samples that one answer contributes to every warm figure, by the figure's name."""
+"""The samples of one answer, by the name of the figure; answers are warm."""
 
 
 def summarise_blocks(blocks: Sequence[Block]) -> Latency:
-    """The figures of one bundle, from the blocks that ran."""
+    """The figures of one bundle, from the blocks of its processes."""
     answers = [answer for block in blocks for answer in block.answers]
     figures = {
         "load_ms": summarise_samples([block.load_ms for block in blocks]),
         "cold_ttft_user_ms": summarise_samples([block.cold.ttft_user_ms for block in blocks]),
     }
-    # The share of loading that unpacking weights took, where the bundle holds them packed.
+    # Only bundles with packed weights have them to unpack.
     expanded = [block.expand_ms for block in blocks if block.expand_ms is not None]
     if expanded:
         figures["expand_ms"] = summarise_samples(expanded)
@@ -74,8 +73,8 @@ def paired_ratios(
 ) -> dict[str, tuple[float, ...]]:
     """Candidate divided by baseline, repeat by repeat, for every figure that both have.
 
-    Pairing neighbours in time cancels the drift of the machine, which is larger than the scatter
-    inside one process: that is what the interleaving is for.
+    Processes are interleaved so that ratios of neighbours cancel the drift of the machine, which is
+    larger than the variation within one process.
 
     Args:
         candidate: Blocks by number of the repeat.

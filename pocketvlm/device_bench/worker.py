@@ -2,14 +2,14 @@
 
 ```text
 stdin   one JSON document, the job
-stdout  any number of lines that a person may read; the last line is one JSON document, the result
-stderr  whatever the libraries have to say
+stdout  any number of lines for people; the last line is one JSON document, the result
+stderr  messages of the libraries
 ```
 
-Two jobs exist: `environment` describes the device, `block` measures one bundle. A process takes
+There are two jobs: `environment` describes the device, `block` measures one bundle. A process does
 one job and ends, so that its peak memory is that of one bundle alone, its first answer is cold,
-and nothing it leaves behind can reach the next measurement. Nothing in the protocol knows where
-the device is: a transport over ssh or adb starts this same program.
+and it cannot affect the next measurement. The protocol does not depend on where the device is: a
+transport over ssh or adb starts the same program.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
     """Does one job.
 
     Raises:
-        PocketVLMError: The bundle or the workload is at fault.
-        ValueError: The job is of another protocol, or no job.
+        PocketVLMError: The bundle or the workload is invalid.
+        ValueError: The job is unknown, or of another protocol.
     """
     if job.get("schema") != WORKER_SCHEMA:
         raise ValueError(f"job schema {job.get('schema')!r}; this worker speaks {WORKER_SCHEMA}")
@@ -65,10 +65,10 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Reads the job, does it, and prints its document as the last line."""
+    """Reads a job, does it, and prints its document as the last line."""
     end_with_parent()
-    # Native libraries write to descriptor 1 whenever they like: they get stderr, and the result
-    # line gets the only way out.
+    # Native libraries may write to descriptor 1, which becomes stderr; only the result is written
+    # to the real stdout.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         document: dict[str, Any] = {"schema": WORKER_SCHEMA}
@@ -76,7 +76,7 @@ def main() -> int:
             document |= {"status": "ok", "result": run_job(json.loads(sys.stdin.read()))}
         except PocketVLMError as error:
             document |= {"status": "failed", "reason": str(error)}
-        except Exception as error:  # noqa: BLE001  (the far end of a wire: the reason must travel)
+        except Exception as error:  # noqa: BLE001  (the host must learn the reason)
             traceback.print_exc()
             document |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(document, allow_nan=False) + "\n")
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _conditions(threads: int) -> dict[str, Any]:
-    """What varies from hour to hour on the same machine."""
+    """Conditions that vary from hour to hour on the same machine."""
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
         "load_average_1m": round(os.getloadavg()[0], 2),
@@ -96,7 +96,7 @@ def _conditions(threads: int) -> dict[str, Any]:
 
 
 def _temperature_c() -> float | None:
-    """The hottest sensor, where the system has any."""
+    """The temperature of the hottest sensor; `None` if there is none."""
     if not hasattr(psutil, "sensors_temperatures"):  # macOS and Windows
         return None
     sensors = psutil.sensors_temperatures()

@@ -1,8 +1,8 @@
-"""What is measured: a frozen workload, its picture and a prompt of an exact number of tokens.
+"""Workloads: their shape, their picture, and a prompt of an exact number of tokens.
 
-Rates are comparable only between runs of the same shape, so the shapes that the field publishes
-are presets here, and a workload is a value that travels into the report whole. The picture and the
-prompt are generated, hence the same on every device; nothing is downloaded.
+Rates are comparable only between runs of the same shape, so common published shapes are presets,
+and the report holds the whole workload. Picture and prompt are generated, hence the same on every
+device; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Workload:
     """The shape of one measurement.
 
     Attributes:
-        name: What the report calls it.
-        prompt_tokens: Tokens of the whole prompt, chat template included, visual tokens not.
+        name: Its name in the report.
+        prompt_tokens: Tokens of the whole prompt, with the chat template, without visual tokens.
         new_tokens: Tokens to generate, the first one included.
         image_size: Side of the generated square picture in pixels; `None` for text alone.
-        image_file: A picture to use in place of the generated one.
-        warm_ups: Answers a process gives before the measured ones. The very first of them is the
-            cold answer and is reported apart.
-        answers: Measured answers of one process.
-        repeats: Fresh processes per bundle; a figure has `repeats * answers` samples.
+        image_file: A picture to use instead of the generated one.
+        warm_ups: Answers per process before the measured ones. The first of them is the cold answer
+            and is reported separately.
+        answers: Measured answers per process.
+        repeats: Processes per bundle; a figure has `repeats * answers` samples.
         cool_down_s: Pause before every process, in seconds.
-        ignore_eos: Whether generation goes on behind an end-of-answer token, so that every answer
-            has exactly `new_tokens` tokens.
+        ignore_eos: Whether generation continues after an end token, so that every answer has
+            exactly `new_tokens` tokens.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Workload:
     ignore_eos: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses what cannot give a figure worth printing.
+        """Validates ranges.
 
         Raises:
             ValueError: A field is out of range; the message says what is allowed.
@@ -94,10 +94,10 @@ class Workload:
         return self.image_size is not None or self.image_file is not None
 
     def image_bytes(self) -> bytes | None:
-        """The encoded picture, as a camera or a chat app would hand it over; `None` for text alone.
+        """The encoded picture, as from a camera or a chat app; `None` for text alone.
 
         Raises:
-            InputError: The image file cannot be read, or is no image.
+            InputError: The image file cannot be read, or is not an image.
         """
         if self.image_size is not None:
             return draw_picture(self.image_size)
@@ -126,13 +126,13 @@ PRESETS: Mapping[str, Workload] = {
     for workload in (
         # One 512-pixel image, a short question, a paragraph of answer.
         Workload(name="vlm", image_size=512, prompt_tokens=32, new_tokens=128),
-        # What llama-bench and its followers print as pp512 / tg128.
+        # pp512 / tg128 of llama-bench and others.
         Workload(name="text", prompt_tokens=512, new_tokens=128),
-        # A short prompt: where the fixed costs of a runtime show.
+        # A short prompt, which shows the fixed costs of a runtime.
         Workload(name="short", prompt_tokens=96, new_tokens=64),
     )
 }
-"""Shapes that the field publishes, by name."""
+"""Common published shapes, by name."""
 
 
 def load_workload(name: str) -> Workload:
@@ -149,7 +149,7 @@ def load_workload(name: str) -> Workload:
 def draw_picture(size: int) -> bytes:
     """A JPEG of `size` by `size` pixels with smooth areas, edges and texture; always the same.
 
-    A flat picture would flatter the JPEG decoder, and noise alone would burden it.
+    A flat picture would be unusually fast to decode as JPEG, and noise unusually slow.
     """
     rows, columns = np.mgrid[0:size, 0:size] / size
     texture = np.random.default_rng(0).normal(0.0, 6.0, (size, size, 1))
@@ -169,16 +169,16 @@ def draw_picture(size: int) -> bytes:
 def fit_prompt(count_tokens: Callable[[str], int], tokens: int) -> str:
     """A text whose whole prompt has exactly `tokens` tokens.
 
-    The text is shortened character by character, which moves the count by at most a token or two,
-    and ended in several ways until the count is met. Real text that is tokenised as part of every
-    answer keeps the tokenizer's time honest; cutting ids to length would not.
+    The text is shortened character by character, which changes the count by at most a token or two,
+    and several endings are tried until the count is met. Cutting ids to length would be simpler,
+    but every answer tokenises the text, and that time is measured.
 
     Args:
-        count_tokens: Tokens of the prompt that a text becomes, chat template included.
+        count_tokens: Counts the tokens of the prompt of a text, chat template included.
         tokens: The count to meet.
 
     Raises:
-        InputError: The template alone takes more, or the tokenizer has no such text.
+        InputError: The template alone takes more, or no such text was found.
     """
     least = count_tokens("a")
     if least > tokens:
@@ -196,7 +196,7 @@ def fit_prompt(count_tokens: Callable[[str], int], tokens: int) -> str:
             below = middle
         else:
             above = middle
-    # Counts are only nearly monotonic in the length, hence a window and not one candidate.
+    # Counts are not quite monotonic in the length, hence a window instead of one candidate.
     for length in sorted(range(max(0, below - 48), below + 16), key=lambda n: abs(n - below)):
         for ending in _ENDINGS:
             candidate = text[:length] + ending

@@ -1,4 +1,4 @@
-"""What counts as a right answer: normalised exact match, or ANLS for text in pictures."""
+"""Metrics of answers: normalised exact match, or ANLS for text in pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ANLS_THRESHOLD = 0.5
 def normalize_answer(text: str) -> str:
     """Lower case, no articles, no punctuation around words, number words to ten as digits.
 
-    The steps are those of the VQA v2 evaluation, short of its table of contractions.
+    The steps are those of the VQA v2 evaluation, without its table of contractions.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = _PUNCTUATION.sub(" ", folded).split()
@@ -46,15 +46,15 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 where answer and reference are equal once both are normalised, else 0.0."""
+    """1.0 if answer and reference are equal after normalisation, else 0.0."""
     return float(normalize_answer(answer) == normalize_answer(reference))
 
 
 def anls(answer: str, reference: str) -> float:
     """Normalised Levenshtein similarity (ANLS, arXiv 1907.00490), for text in pictures.
 
-    1 - distance / longer length; below one half it counts as 0. Case and surrounding spaces do
-    not count.
+    1 - distance / longer length, and 0 if that is below one half. Case and surrounding spaces are
+    ignored.
     """
     found, expected = answer.strip().casefold(), reference.strip().casefold()
     longer = max(len(found), len(expected))

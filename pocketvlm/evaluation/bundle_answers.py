@@ -1,4 +1,4 @@
-"""Answers questions with a bundle: its own graphs, preprocessing and prompts, one at a time."""
+"""Answers questions with a bundle, one at a time, with its graphs, preprocessing and prompts."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def answer_with_bundle(
 ) -> list[str]:
     """Greedy answers in the order of the questions.
 
-    A conversation's earlier turns are given, not generated, which is what sets this apart from
-    `runtime.Conversation`. Consecutive questions about one picture encode it once.
-    All rows are looked at before the first is answered.
+    Earlier turns of a conversation are given, not generated, unlike in `runtime.Conversation`.
+    Consecutive questions about one picture encode it once. All rows are checked before the first is
+    answered.
 
     Args:
-        bundle: The artifact.
+        bundle: The bundle.
         samples: Questions.
         max_new_tokens: Longest answer.
-        ctx: Threads, and whom to tell about progress.
-        task: Name of the work.
+        ctx: Threads and progress.
+        task: Name of the task for progress.
         runner: The engine; `None` for the first that the bundle has graphs for.
 
     Raises:
@@ -97,7 +97,7 @@ def open_for_questions(
     """Loads an engine with room for the longest question.
 
     Args:
-        bundle: The artifact.
+        bundle: The bundle.
         samples: Questions.
         max_new_tokens: Longest answer.
         runtime: Name of the engine; `None` for the first that the bundle has graphs for.
@@ -116,10 +116,10 @@ def open_for_questions(
 
 
 def bundle_limits(bundle: Bundle, codec: TextCodec) -> PromptLimits:
-    """What prompts of a bundle must fit into, whatever runs it.
+    """The limits of prompts of a bundle, whatever engine runs it.
 
     Raises:
-        BundleError: The manifest does not say it.
+        BundleError: The manifest lacks one of them.
     """
     manifest = bundle.manifest
     vocabulary = next(

@@ -1,4 +1,4 @@
-"""Intervals: how far a score, and the difference of two scores, can be trusted."""
+"""Confidence intervals of a score and of the difference of two scores."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def wilson_interval(correct: float, n: int, *, z: float = Z_95) -> tuple[float, 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Two subjects on the same questions, as shares of 1; 0.01 is one point.
+    """Two subjects on the same questions; 0.01 is one percentage point.
 
     Attributes:
         n: Questions.
-        difference: Accuracy of the candidate less that of the baseline.
+        difference: Accuracy of the candidate minus that of the baseline.
         interval_low: Lower end of the 95 % interval of the difference.
         interval_high: Upper end.
         only_baseline: Questions on which the baseline earned more.
         only_candidate: Questions on which the candidate earned more.
-        p_value: Exact two-sided McNemar test that both are equally good.
+        p_value: P-value of the exact two-sided McNemar test that both are equally good.
     """
 
     n: int
@@ -62,22 +62,22 @@ class PairedDifference:
 def compare_paired(baseline: Sequence[float], candidate: Sequence[float]) -> PairedDifference:
     """Compares credits question by question.
 
-    The interval is that of Agresti and Min (Statistics in Medicine 24, 2005): Wald's, after half a
-    question is added to each of the four cells. Unlike a bootstrap it has a width where the two
-    never differed.
+    The interval is that of Agresti and Min (Statistics in Medicine 24, 2005): Wald's, with half a
+    question added to each of the four cells. Unlike a bootstrap it has a width even if the two
+    never differ.
 
     Args:
         baseline: Credits of the baseline.
         candidate: Credits of the candidate for the same questions, in the same order.
 
     Raises:
-        ValueError: There are no questions, or not equally many.
+        ValueError: There are no questions, or the numbers of credits differ.
     """
     n = len(baseline)
     if n == 0 or n != len(candidate):
         raise ValueError(f"{n} and {len(candidate)} credits cannot be compared in pairs")
     gains = [after - before for before, after in zip(baseline, candidate, strict=True)]
-    # Half a question each with a gain of +1 and -1, and one with none: two questions more.
+    # Half a question with a gain of +1, half with -1, and one with 0: two more questions.
     padded = n + 2
     mean = sum(gains) / padded
     square = (sum(gain * gain for gain in gains) + 1) / padded

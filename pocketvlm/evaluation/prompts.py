@@ -1,7 +1,7 @@
-"""The conversation that a sample asks for, as token ids: for a checkpoint and for a bundle alike.
+"""Prompts of samples as token ids, for checkpoints and bundles.
 
-All prompts are encoded and measured before the first is answered, so that a row that cannot be
-asked ends the evaluation at its start, with file and line.
+All prompts are encoded and checked before the first is answered, so that an invalid row ends the
+evaluation at its start, with file and line.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Encode = Callable[[list[Message]], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimits:
-    """What a prompt and its answer must fit into.
+    """The limits of a prompt and its answer.
 
     Attributes:
-        image_token_id: The placeholder.
+        image_token_id: The placeholder of a picture.
         placeholders: Placeholders of one picture, N.
         kept: Rows of one picture, k.
-        keeps_positions: Whether a picture takes N positions; k of them otherwise.
+        keeps_positions: Whether a picture takes N positions; otherwise k.
         vocabulary: Rows of the token table.
         positions: Positions that the model may use.
-        rows: Rows of KV cache; `None` where these are no limit of their own.
+        rows: Rows of KV cache; `None` if they are not a separate limit.
     """
 
     image_token_id: int
@@ -50,7 +50,7 @@ class PromptLimits:
     rows: int | None = None
 
     def rows_of(self, token_ids: Sequence[int]) -> int:
-        """Rows of KV cache that a prompt takes."""
+        """Rows of KV cache of a prompt."""
         pictures = token_ids.count(self.image_token_id) // self.placeholders
         return len(token_ids) - pictures * (self.placeholders - self.kept)
 
@@ -83,12 +83,12 @@ class PromptLimits:
 
 
 def prompt_messages(sample: Sample) -> list[Message]:
-    """The conversation up to the question, each picture where the data has it."""
+    """The conversation up to the question, with pictures in the positions of the data."""
     return sample.messages()
 
 
 def answer_problem(sample: Sample) -> str | None:
-    """Why a sample's answer cannot judge anything, or `None`."""
+    """Why a sample's answer cannot be scored against, or `None`."""
     return None if sample.answer.strip() else "its answer is empty; a scored question needs one"
 
 
@@ -98,9 +98,9 @@ def encode_questions(
     """The prompts of all samples.
 
     Args:
-        encode: From messages to token ids, each picture as all of its placeholders.
+        encode: From messages to token ids, with all placeholders of each picture.
         samples: Questions.
-        limits: What they must fit into.
+        limits: The limits of prompts.
         max_new_tokens: Longest answer.
 
     Raises:
@@ -132,7 +132,7 @@ def require_fitting(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Checks prompts that are encoded already.
+    """Checks encoded prompts.
 
     Raises:
         CalibrationError: One does not fit.

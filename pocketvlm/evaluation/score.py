@@ -1,7 +1,7 @@
 """Scores a checkpoint or a bundle: the same questions, the same metric, the same blind floor.
 
-The blind floor is the score of the same subject when every picture is replaced by noise: what the
-questions give away by themselves. A score means little without it.
+The blind floor is the score of the same subject when every picture is replaced by noise: what can
+be answered without seeing. A score means little without it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 MAX_NEW_TOKENS = 16
-"""Longest answer that is scored, unless the caller says otherwise."""
+"""Default length of the longest answer, in tokens."""
 
 Answerer = Callable[["Sequence[Sample]", str], list[str]]
-"""Answers questions; the text names the work for whoever watches the progress."""
+"""Answers questions; the text is the name of the task for progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +54,18 @@ class KindScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a subject answered, judged.
+    """The score of a subject's answers.
 
     Attributes:
-        metric: What counts as right.
-        n: Questions.
+        metric: Name of the metric.
+        n: Number of questions.
         correct: Right answers, or the sum of credits.
         accuracy: `correct / n`.
         interval_low: Lower end of Wilson's 95 % interval.
         interval_high: Upper end.
-        per_kind: The same by kind of question; empty where kinds are not known.
-        blind: Accuracy when every picture is noise, or `None` where that was not measured.
-        credits: Credit of each question, in order; what a paired comparison needs.
+        per_kind: The same by kind of question; empty if kinds are unknown.
+        blind: Accuracy when every picture is noise; `None` if it was not measured.
+        credits: Credit of each question, in order, for paired comparisons.
     """
 
     metric: str
@@ -103,15 +103,15 @@ def score_checkpoint(
     """Scores greedy answers of a checkpoint in torch.
 
     Args:
-        checkpoint: The model, reduced and quantized as it is.
+        checkpoint: The model.
         samples: Questions with their answers.
-        metric: What counts as right.
-        blind: Whether the blind floor is measured too, which takes as long again.
+        metric: Name of the metric.
+        blind: Whether the blind floor is measured too, which doubles the time.
         batch_size: Prompts of one length that are answered together.
         max_new_tokens: Longest answer.
         arithmetic: `onnx` or `executorch` round activations as that runtime does; `float32`
             rounds nothing.
-        ctx: Seed of the noise and whom to tell about progress.
+        ctx: Seed of the noise, and progress.
 
     Raises:
         CalibrationError: There are no questions, or a picture cannot be read.
@@ -145,16 +145,16 @@ def score_bundle(
     runtime: str | None = None,
     ctx: RunContext | None = None,
 ) -> Score:
-    """Scores greedy answers of the artifact itself, as an app gets them: one question at a time.
+    """Scores greedy answers of a bundle, one question at a time as in an app.
 
     Args:
-        bundle: The artifact.
+        bundle: The bundle.
         samples: Questions with their answers.
-        metric: What counts as right.
-        blind: Whether the blind floor is measured too, which takes as long again.
+        metric: Name of the metric.
+        blind: Whether the blind floor is measured too, which doubles the time.
         max_new_tokens: Longest answer.
         runtime: The engine; `None` for the first that the bundle has graphs for.
-        ctx: Seed of the noise, threads, and whom to tell about progress.
+        ctx: Seed of the noise, threads, and progress.
 
     Raises:
         CalibrationError: There are no questions, or a picture cannot be read.
@@ -189,7 +189,7 @@ def compare_scores(baseline: Score, candidate: Score) -> PairedDifference:
     """Compares two scores on the same questions, with an interval of their difference.
 
     Raises:
-        ValueError: They are not of the same metric, or of equally many questions.
+        ValueError: Their metrics or their numbers of questions differ.
     """
     if baseline.metric != candidate.metric:
         raise ValueError(f"{baseline.metric} and {candidate.metric} cannot be compared")
@@ -223,7 +223,7 @@ def _score(
 
 
 def blinded(sample: Sample, seed: int, index: int) -> Sample:
-    """The same question about seeded noise of the pictures' sizes; text alone stays as it is."""
+    """The same question with pictures of seeded noise; a question without pictures is unchanged."""
     if not sample.images:
         return sample
     rng = np.random.default_rng((seed, index))

@@ -1,4 +1,4 @@
-"""Answers many questions with a checkpoint in torch: prompts of one length go together."""
+"""Answers many questions with a checkpoint in torch, in batches of equal prompt length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["answer_with_checkpoint", "checkpoint_limits"]
 
 _CHUNK = 8
-"""Batches whose pictures are encoded before the first of them is answered."""
+"""Batches per chunk; all pictures of a chunk are encoded before its first answer."""
 
 
 def answer_with_checkpoint(
@@ -43,20 +43,20 @@ def answer_with_checkpoint(
     """Greedy answers in the order of the questions.
 
     A picture that several questions of a chunk ask about is encoded once. Prompts are never
-    padded: those of one length, with their pictures in the same places, form a batch.
+    padded: those of one length, with pictures in the same positions, form a batch.
 
     Args:
         checkpoint: The model.
         samples: Questions.
-        batch_size: Prompts, and pictures, that run together.
+        batch_size: Prompts, and pictures, per batch.
         max_new_tokens: Longest answer.
-        ctx: Whom to tell about progress.
-        task: Name of the work.
-        arithmetic: Whose kernels the quantized layers follow.
+        ctx: Progress.
+        task: Name of the task for progress.
+        arithmetic: The runtime whose kernels quantized layers imitate.
 
     Raises:
-        CalibrationError: A picture cannot be read, or a row cannot be asked; all rows are looked
-            at before the first is answered.
+        CalibrationError: A picture cannot be read, or a row cannot be asked; all rows are checked
+            before the first is answered.
     """
     processor, eos = checkpoint.processor, checkpoint.processor.eos_token_ids
     limits = checkpoint_limits(checkpoint)
@@ -89,7 +89,7 @@ def answer_with_checkpoint(
 
 
 def checkpoint_limits(checkpoint: Checkpoint) -> PromptLimits:
-    """What prompts of a checkpoint must fit into: the same as in the bundle that it becomes."""
+    """The limits of prompts of a checkpoint, the same as those of its bundle."""
     spec, reducer = checkpoint.spec, checkpoint.reducer
     return PromptLimits(
         image_token_id=spec.image_token_id,
@@ -102,7 +102,7 @@ def checkpoint_limits(checkpoint: Checkpoint) -> PromptLimits:
 
 
 def _image_key(image: PictureSource) -> Path | int:
-    """Equal for questions about one picture: its path, or the very object."""
+    """The identity of a picture: its path, or its object."""
     return image if isinstance(image, Path) else id(image)
 
 
@@ -142,7 +142,7 @@ def _stack(
 def _equal_batches(
     prompts: dict[int, list[int]], limits: PromptLimits, batch_size: int
 ) -> Iterator[list[int]]:
-    """Numbers of prompts that have one length and their placeholders in the same columns."""
+    """Batches of prompt numbers with equal length and placeholders in the same columns."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, ids in prompts.items():
         columns = [at for at, token in enumerate(ids) if token == limits.image_token_id]

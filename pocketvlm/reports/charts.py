@@ -1,7 +1,7 @@
-"""Geometry of the report's charts: numbers in, positions out; drawing is the template's business.
+"""Geometry of the report's charts: numbers in, positions out; the template draws them.
 
 Horizontal positions are percentages and vertical ones pixels, so that a chart stretches with the
-page while its dots stay round and its text stays readable. Every axis of an amount starts at zero.
+page while its dots stay round and its text readable. Axes of amounts start at zero.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def axis_ticks(most: float, count: int = _TICKS) -> tuple[float, ...]:
         return (0.0, 1.0)
     rough = most / count
     magnitude = 10.0 ** math.floor(math.log10(rough))
-    # The smallest of the steps that people read easily which does not draw too many lines.
+    # The smallest round step that does not draw too many lines.
     step = next(
         factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999
     )
@@ -132,7 +132,7 @@ def draw_strip(lanes: Sequence[tuple[str, Sequence[float], float, float]]) -> St
         lanes=tuple(
             Dots(
                 role=role,
-                # Neighbours in time lie on different heights, so that equal values stay visible.
+                # Consecutive samples have different heights, so that equal values stay visible.
                 points=tuple(
                     (place(value), (index % _DOT_ROWS - 1) * 4.0, value)
                     for index, value in enumerate(samples)
@@ -149,7 +149,7 @@ def draw_strip(lanes: Sequence[tuple[str, Sequence[float], float, float]]) -> St
 def draw_bars(
     rows: Sequence[tuple[str, Mapping[str, float]]], *, scale_to: float | None = None
 ) -> tuple[Bar, ...]:
-    """Stacked bars over a common axis, whose longest fills it.
+    """Stacked bars over a common axis; the longest fills it.
 
     Args:
         rows: (label, amounts by name) from top to bottom.
@@ -173,7 +173,7 @@ def draw_bars(
 def draw_interval(
     label: str, role: str, point: float, low: float | None, high: float | None
 ) -> IntervalRow:
-    """A share of 1 with its interval, as per cent; an interval with one end is none."""
+    """A share of 1 and its interval in per cent; an interval with only one end is left out."""
     if low is None or high is None:
         low_at = high_at = None
     else:
@@ -186,7 +186,7 @@ def draw_interval(
 def draw_timeline(
     series: Mapping[str, Sequence[float]], order: Sequence[str], height: float
 ) -> Timeline:
-    """Values by role in the order in which their processes ran.
+    """Values by role in the order of their processes.
 
     Args:
         series: Values of each role, in order.

@@ -1,4 +1,4 @@
-"""Values as people read them: three significant digits, a unit, and a word for what is missing."""
+"""Values as text: three significant digits, a unit, and words for what is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 NOT_MEASURED = "not measured"
 
 _MANY = 1000
-_LONG = 1000  # characters of a block that a page still shows
+_LONG = 1000  # characters of a block that a page shows in full
 _UNITS = {"_ms": "ms", "_tok_s": "tokens/s", "_bytes": "bytes", "_s": "s"}
 
 
@@ -43,7 +43,7 @@ def text_of(value: Any) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits, six beside a whole number, separators from a thousand on."""
+    """Three significant digits, or six if three show a whole number that it is not."""
     if value is None:
         return NOT_MEASURED
     if abs(value) >= _MANY:
@@ -52,7 +52,7 @@ def format_number(value: float | None) -> str:
         return f"{value:.2e}"
     text = f"{value:.3g}"
     if float(text) == round(value) != value:
-        # 0.99994 is not 1: where three digits hide that a bound was missed, six do not.
+        # 0.99994 is not 1: three digits would hide that a bound was missed.
         text = f"{value:.6g}"
     return f"{float(text):g}" if "e" in text else text
 
@@ -108,7 +108,7 @@ def _fact(name: str, value: Any) -> tuple[str, str]:
 
 
 def _short_text_of(item: Any) -> str:
-    """The value as text, with large parts of a block counted: report.json has them whole."""
+    """The value as text; large parts of a block are only counted, report.json has them."""
     if not isinstance(item, Mapping) or len(text_of(item)) <= _LONG:
         return text_of(item)
     return ", ".join(

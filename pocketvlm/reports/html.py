@@ -22,8 +22,8 @@ from pocketvlm.reports.view import view_run
 __all__ = ["render_html", "render_markdown"]
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|#~&$@]")
-_BLOCK = re.compile(r"^(?:[-+=!]|(?<=\A)\d+(?=[.)]))")  # what begins a list, a rule, a heading
-_LINK = re.compile(r"\bwww\.|\b[A-Za-z][A-Za-z+.-]*:(?=//)")  # what is made a link by itself
+_BLOCK = re.compile(r"^(?:[-+=!]|(?<=\A)\d+(?=[.)]))")  # the start of a list, a rule, a heading
+_LINK = re.compile(r"\bwww\.|\b[A-Za-z][A-Za-z+.-]*:(?=//)")  # GitHub turns these into links
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -65,15 +65,15 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 class _Escaped(str):
-    """Text that may stand in the card as it is."""
+    """Text that is already escaped."""
 
     __slots__ = ()
 
 
 def _markdown_text(value: Any) -> str:
-    """What every expression of the card becomes: text on one line, no markup, no link of its own.
+    """Escapes the value of every expression in the card: one line, no markup, no link.
 
-    It cannot break out of a table either. No template has to ask for it, so none can forget to.
+    It cannot break out of a table either. The environment applies it, so no template can forget it.
     """
     if isinstance(value, _Escaped):
         return value
@@ -83,12 +83,12 @@ def _markdown_text(value: Any) -> str:
 
 
 def _shell_line(text: str) -> _Escaped:
-    """A command that stays in its fenced block."""
+    """A command that cannot end its fenced block."""
     return _Escaped(printable_line(str(text)).replace("```", r"\`\`\`"))
 
 
 def _shown(value: Any) -> Any:
-    """What every expression of a template becomes before it is escaped."""
+    """The value of every expression in the page before it is escaped as HTML."""
     if isinstance(value, Markup):
-        return Markup(printable(value))  # noqa: S704  (escapes bring no markup)
+        return Markup(printable(value))  # noqa: S704  (its escapes contain no markup)
     return printable(value) if isinstance(value, str) else value

@@ -1,7 +1,7 @@
-"""What was measured of a bundle on a device: the `bench` block of a report, as typed values.
+"""The measurement of a bundle on a device: the `bench` block of a report, as typed values.
 
-Fields are the keys of the document, units are suffixes of their names. A field is `None`, or empty,
-where nothing was measured.
+Fields are the keys of the document, with units as suffixes. A field is `None`, or empty, if nothing
+was measured.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure: its raw samples, in the order in which they were taken, and their statistics.
+    """One figure: its raw samples, in order, and their statistics.
 
     Attributes:
-        samples: Milliseconds or tokens per second, as the figure's name says.
-        median: Of the samples, as is each of the following.
+        samples: In the unit of the figure's name, milliseconds or tokens per second.
+        median: The median of the samples.
         p90: The 90 % quantile.
         mean: The arithmetic mean.
         sd: The standard deviation of the sample.
@@ -63,13 +63,13 @@ class Latency:
     figures: Mapping[str, Figure] = field(default_factory=dict, metadata=REST)
 
     def figure(self, name: str) -> Figure:
-        """The figure of this name; an empty one where it was not measured."""
+        """The figure of this name; an empty one if it was not measured."""
         return self.figures.get(name, _NOT_MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The prompt of a workload as one bundle counts it, in tokens."""
+    """The prompt of a workload, in tokens of one bundle."""
 
     text_sha256: str | None = None
     text_tokens: int | None = None
@@ -79,12 +79,12 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredWorkload:
-    """The shape that was measured; `device_bench.workload.Workload` says what the fields mean.
+    """The workload that was measured; `device_bench.workload.Workload` documents its shape.
 
     Attributes:
         image_file: Name of the picture's file, without its folder.
         image_sha256: Digest of the encoded picture.
-        prompt: As the candidate counted it.
+        prompt: The prompt in tokens of the candidate.
         sampling: How tokens are chosen.
     """
 
@@ -105,7 +105,7 @@ class MeasuredWorkload:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What figures were measured on.
+    """The machine that figures were measured on.
 
     Attributes:
         processor: Its name.
@@ -115,7 +115,7 @@ class Environment:
         device: Name of the device profile.
         memory_read_bytes_s: Bytes per second that a plain reduction reads from memory.
         last_level_cache_bytes: Size of the largest cache.
-        facts: The whole block, for people.
+        facts: The whole block as written.
     """
 
     processor: str | None = None
@@ -130,7 +130,7 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredBundle:
-    """One bundle of the comparison, as its manifest describes it.
+    """One bundle of a comparison, as its manifest describes it.
 
     Attributes:
         stored_bytes: Bytes of all its files.
@@ -150,10 +150,10 @@ class MeasuredBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Resident sets of processes that each held one bundle alone; the worst of them.
+    """The largest resident sets of processes that each held one bundle alone.
 
     Attributes:
-        baseline: The same of the baseline.
+        baseline: The same for the baseline.
         compress_peak_rss_bytes: The largest resident set of the run that made the bundle.
     """
 
@@ -166,10 +166,10 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Stability:
-    """How much the reference of the run scattered.
+    """How much samples of the reference vary.
 
     Attributes:
-        of: `baseline` or `candidate`.
+        of: The reference: `baseline` if there is one, else `candidate`.
         spread: Width of the middle 80 % of the samples as a share of their median, by figure.
         bound: The largest spread of a quiet machine.
         is_stable: Whether every spread is within the bound.
@@ -200,7 +200,7 @@ class PlausibilityCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessStart:
-    """When the process of one bundle was started, in seconds from the beginning of the run."""
+    """The start of a process, in seconds from the start of the run."""
 
     role: str | None = None
     at_s: float | None = None
@@ -208,7 +208,7 @@ class ProcessStart:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessFailure:
-    """A process that gave no result, and why; repeats count from 0."""
+    """A process without a result, and why; repeats count from 0."""
 
     role: str | None = None
     repeat: int | None = None
@@ -217,18 +217,18 @@ class ProcessFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One interleaved run of the bench.
+    """One interleaved run of the benchmark.
 
     Attributes:
         bundles: By role, `candidate` and `baseline`.
-        latency: Of the candidate, by target.
-        baseline: Of the baseline, by target; `None` where there was none.
+        latency: Figures of the candidate, by target.
+        baseline: Figures of the baseline, by target; `None` without a baseline.
         ratios: Candidate divided by baseline, median over pairs of processes, by figure.
         ratio_samples: The ratio of each pair.
-        memory: Of the candidate, with the baseline's in it.
+        memory: Resident sets of the candidate, and of the baseline.
         plausibility: Every check of every bundle.
-        order: The processes in the order in which they ran.
-        failures: Processes that gave no result.
+        order: All processes in order.
+        failures: Processes without a result.
         notes: What a reader must know.
     """
 

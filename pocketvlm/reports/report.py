@@ -1,8 +1,8 @@
-"""The report of a run as typed values: what `report.json` holds, block by block.
+"""The report of a run as typed values: the blocks of `report.json`.
 
-Fields are the keys of the document, units are suffixes of their names. A field is `None`, or empty,
-where a report does not have it. What stages, targets and calibration sets say of themselves is open
-(`Facts`): it is shown, and nothing is computed from it.
+Fields are the keys of the document, with units as suffixes. A field is `None`, or empty, if a
+report lacks it. What stages, targets and calibration sets write about themselves is open (`Facts`):
+it is shown, and nothing is computed from it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Facts = Mapping[str, Any]
-"""JSON values by name, as somebody wrote them down."""
+"""JSON values by name, as written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeNeeds:
-    """What an app needs to run one target: engine, lowest version, formats, custom operators."""
+    """Requirements of one target: engine, lowest version, formats, custom operators."""
 
     runtime: str | None = None
     lowest_version: str | None = None
@@ -55,7 +55,7 @@ class RuntimeNeeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What was done, with its digest; `document` is the recipe as it was written."""
+    """The recipe and its digest; `document` is the recipe as written."""
 
     name: str | None = None
     description: str | None = None
@@ -72,7 +72,7 @@ class Stage:
         parameters: Its configuration.
         version: Version of pocketvlm.
         calibration_sha256: Digest of the calibration set.
-        layers: One row per layer, each with what its method says of a layer.
+        layers: One row per layer; the columns depend on the method.
         metrics: Figures of the stage as a whole.
         notes: What a reader must know.
         seconds: Wall time.
@@ -95,12 +95,12 @@ class Size:
     """Bytes on disk.
 
     Attributes:
-        source_bytes: Of the source's weight files.
-        bundle_bytes: Of every file of the bundle.
-        bundle_share: What an app ships for the largest target, as a share of `source_bytes`.
-        parts: Of the bundle, by folder.
-        weight_bytes: Of the compressed weight matrices, by part of the model.
-        source_weight_bytes: Of the source's, likewise.
+        source_bytes: Bytes of the source's weight files.
+        bundle_bytes: Bytes of all files of the bundle.
+        bundle_share: Bytes that an app ships for the largest target, divided by `source_bytes`.
+        parts: Bytes of the bundle, by folder.
+        weight_bytes: Bytes of the compressed weight matrices, by part of the model.
+        source_weight_bytes: Bytes of the source's weight matrices, by part of the model.
     """
 
     source_bytes: int | None = None
@@ -113,7 +113,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Answers that were right, of all questions or of one kind.
+    """A score over all questions, or over those of one kind.
 
     Attributes:
         metric: What counts as right.
@@ -140,7 +140,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Answers of the checkpoint before, and of the bundle.
+    """Scores of the original checkpoint and of the bundle.
 
     Attributes:
         uncompressed: The score of the checkpoint in float; `float` in the document.
@@ -159,7 +159,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """How far a metric may go; `None` where it cannot fail in that direction."""
+    """The bounds of a metric; `None` if it cannot fail in that direction."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -170,9 +170,9 @@ class Check:
     """One metric, its bound and the verdict.
 
     Attributes:
-        sample: The conversation that it was taken on, in a source check.
-        value: What was measured; `None` where that was not finite.
-        difference: What differs, where something does, in a source check.
+        sample: The conversation, in a source check.
+        value: The measured value; `None` if it was not finite.
+        difference: What differs, in a source check that failed.
     """
 
     sample: str | None = None
@@ -189,8 +189,8 @@ class TargetParity:
 
     Attributes:
         precision: The arithmetic that the bounds are for.
-        samples: Questions that it was made on.
-        details: What explains the metrics.
+        samples: Questions that were compared.
+        details: Further figures that explain the metrics.
     """
 
     target: str | None = None
@@ -203,7 +203,7 @@ class TargetParity:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The certificates by target; why others have none; the host that they were made on."""
+    """The certificates by target, why other targets have none, and the host."""
 
     passed: bool = False
     targets: Mapping[str, TargetParity] = field(default_factory=dict)
@@ -213,12 +213,12 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCheck:
-    """The checkpoint as it was read, compared with the classes of transformers.
+    """The comparison of the checkpoint with stock transformers.
 
     Attributes:
         verdict: `passed`, `failed`, `not verified` or `skipped`.
         reason: Why there is no verdict.
-        stock: What was compared with: version and classes.
+        stock: Version and classes of transformers.
     """
 
     verdict: str | None = None
@@ -235,14 +235,14 @@ class Report:
 
     Attributes:
         command: The command line.
-        runtimes: What each target needs, by target.
-        calibration: What the calibration set says of itself.
-        environment: Where the run was made.
+        runtimes: Requirements by target.
+        calibration: A description of the calibration set.
+        environment: The machine of the run.
         latency: Of the bundle, by target.
-        bench: The measurement that `latency` and `memory` are of; empty where nothing was timed.
+        bench: The measurement that `latency` and `memory` come from; empty if nothing was timed.
         notes: What a reader must know.
         failures: Checks and bounds that were not met.
-        document: The JSON object that all of it was read from.
+        document: The JSON object that it was read from.
     """
 
     schema: int = 1

@@ -1,8 +1,8 @@
 """Report files: read once, validated, and handed on as a `Report`.
 
-A report is a file that anybody may have written or changed. Whatever has a type of its own
-(`report`, `measurement`) is held to it, and a fault is one line with its place. Keys that are not
-known, of a later version perhaps, are skipped; `null` stands for what was not measured.
+A report is an untrusted file. Every value must have the type that `report` and `measurement`
+declare, and an error is one line with its place. Unknown keys, of a later version perhaps, are
+skipped; `null` means not measured.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def read_report(path: Path) -> Report:
         path: The file, or a folder that holds `report.json`.
 
     Raises:
-        InputError: It cannot be read or is not a report; the message has the place of the fault.
+        InputError: It cannot be read or is not a report; the message has the place of the error.
     """
     file = locate(path, "report.json", error=InputError) if path.is_dir() else path
     document = read_json(file, error=InputError, max_bytes=_MAX_BYTES)
     try:
         _require_report(document)
         for block, value in document.items():
-            # Losses of layers may be as small as they like: they are shown, and no axis holds them.
+            # Losses of layers may be arbitrarily small: they are not drawn on an axis.
             _check_numbers(value, block, 1, 0.0 if block == "stages" else _SMALLEST)
         return parse_report(document)
     except DecodeError as fault:
@@ -51,17 +51,17 @@ def read_report(path: Path) -> Report:
 
 
 def parse_report(document: Mapping[str, Any]) -> Report:
-    """The typed value of a report, or of a measurement alone.
+    """Converts JSON values to a report; a measurement alone is accepted too.
 
     Args:
         document: JSON values, as `read_json` returns them.
 
     Raises:
-        DecodeError: A value is not what the types say; the message has its place.
+        DecodeError: A value does not have the declared type; the message has its place.
     """
     if document.get("bench"):
         return decode(Report, document, tolerant=True)
-    # What `bench` prints has its blocks at the top, and its failures are processes, not checks.
+    # `bench` prints a measurement alone, whose `failures` are processes, not checks.
     failures = document.get("failures")
     is_of_processes = isinstance(failures, list) and any(isinstance(f, Mapping) for f in failures)
     of_checks, of_processes = (None, failures) if is_of_processes else (failures, None)
@@ -79,7 +79,7 @@ def _require_report(document: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(value: Any, place: str, depth: int, smallest: float) -> None:
-    """Numbers that no clock or disk ever gave would make figures that cannot be drawn."""
+    """Refuses numbers that are not plausible as a time or a size, and could not be drawn."""
     if depth > _MAX_DEPTH:
         raise DecodeError(f"{place[:60]}…: is nested more than {_MAX_DEPTH} levels deep")
     if isinstance(value, Mapping | list):

@@ -1,7 +1,7 @@
-"""What a report's page shows, worked out of the report's blocks; drawing it is the template's.
+"""The content of a report's page, computed from the report; the template draws it.
 
-Nothing is computed here that the report does not hold: a block that is missing becomes "not
-measured", and every note of every block is collected in one place.
+A block that is missing becomes "not measured", and the notes of all blocks are collected in one
+place.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """Everything that the page shows of one report."""
+    """The content of the page for one report."""
 
     title: str
     recipe: str
@@ -88,7 +88,7 @@ class RunView:
 
 
 def view_run(report: Report) -> RunView:
-    """Works out what a page shows of a report, or of a measurement alone."""
+    """Computes the content of the page of a report, or of a measurement alone."""
     bench = report.bench
     latency = report.latency or bench.latency
     environment = bench.environment or report.environment
@@ -231,7 +231,7 @@ def _tile(label: str, value: str | None, detail: str) -> Tile:
 
 
 def _notes(report: Report) -> tuple[str, ...]:
-    """Every note of the report, of its stages and of the bench, each once."""
+    """All notes of the report, its stages and the benchmark, without duplicates."""
     notes = list(report.notes)
     for stage in report.stages:
         notes += [f"{stage.method}: {note}" for note in stage.notes]

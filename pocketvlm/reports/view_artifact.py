@@ -1,4 +1,4 @@
-"""What a page shows of the bundle itself: size, quality, parity, and the stages that made it."""
+"""The page's content about a bundle: size, quality, parity, and the stages that made it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Tone = Literal["good", "bad", "warn", "plain"]
 _VERDICT_TONES: Mapping[str, Tone] = {"passed": "good", "failed": "bad"}
 
 _PARTS = ("tower", "projector", "decoder", "embedding", "head")
-# What a reader looks for first; whatever else a stage wrote down comes after it.
+# The first columns; others follow in the order in which the stage wrote them.
 _LAYER_COLUMNS = (
     "name",
     "method",
@@ -115,7 +115,7 @@ class StageView:
 
 
 def view_size(size: Size, baseline: MeasuredBundle | None) -> SizeView | None:
-    """The size block, or `None` where nothing was measured."""
+    """The size block, or `None` if nothing was measured."""
     bundle, source = size.bundle_bytes, size.source_bytes
     if bundle is None:
         return None
@@ -156,13 +156,13 @@ def view_size(size: Size, baseline: MeasuredBundle | None) -> SizeView | None:
 
 
 def _by_part(amounts: Mapping[str, int]) -> dict[str, int]:
-    """The amounts in the order in which a picture goes through the model."""
+    """The amounts in the order of the parts in the model."""
     ordered = [part for part in _PARTS if part in amounts]
     return {name: amounts[name] for name in dict.fromkeys([*ordered, *amounts])}
 
 
 def view_quality(quality: Quality | None) -> QualityView | None:
-    """The quality block, or `None` where nothing was measured."""
+    """The quality block, or `None` if nothing was measured."""
     if quality is None:
         return None
     rows = [
@@ -231,7 +231,7 @@ def view_parity(parity: Parity | None) -> tuple[ParityView, ...]:
 
 
 def view_source(source: SourceCheck | None) -> ParityView | None:
-    """What the source check found, or why it found nothing; `None` where a report has none."""
+    """The outcome of the source check; `None` if a report has none."""
     if source is None:
         return None
     verdict = text_of(source.verdict)

@@ -1,4 +1,4 @@
-"""What a page shows of a measurement: latency, memory and whether the figures are plausible."""
+"""The page's content about a measurement: latency, memory, and plausibility of the figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 ROLES = ("candidate", "baseline")
-"""The bundles of a comparison, in the order in which they are shown."""
+"""The bundles of a comparison, in the order of the page."""
 
 _FIRST_TOKEN = ("preprocess_ms", "vision_ms", "tokenize_ms", "embed_ms", "prefill_ms")
 _CHARTS = (
@@ -48,9 +48,9 @@ _STAGES = (
     ("tokenize_ms", "tokenise"),
     ("embed_ms", "embed prompt"),
     ("prefill_ms", "prefill"),
-    ("decode_ms", "decode, a token"),
-    ("sample_ms", "sample, a token"),
-    ("detokenize_ms", "detokenise, a token"),
+    ("decode_ms", "decode, per token"),
+    ("sample_ms", "sample, per token"),
+    ("detokenize_ms", "detokenise, per token"),
     ("cold_ttft_user_ms", "first token, user, cold"),
     ("ttft_user_ms", "first token, user"),
     ("ttft_engine_ms", "first token, engine"),
@@ -102,7 +102,7 @@ def view_latency(latency: Mapping[str, Latency], bench: Measurement) -> tuple[Ta
 
 
 def _label(role: str, bundle: MeasuredBundle) -> str:
-    """A bundle's role and precision: a row without its precision says little."""
+    """A bundle's role and precision, which every row shows."""
     precision = bundle.precision.get("decoder")
     return role if precision is None else f"{role}, {precision}"
 
@@ -151,7 +151,7 @@ def _target(
 
 
 def _timeline(series: Mapping[str, Sequence[float]], order: Sequence[str]) -> Timeline | None:
-    """Drift over the run; only where one process gave one sample, else the order is not known."""
+    """Drift over the run; only if every process has one sample, else their order is unknown."""
     if len(order) < 2 or any(len(values) != order.count(role) for role, values in series.items()):  # noqa: PLR2004  (a line has two ends)
         return None
     return draw_timeline(series, order, 96.0) if series else None
@@ -218,7 +218,7 @@ def _statistics(figure: Figure) -> tuple[str, str]:
 
 
 def spell_ratio(name: str, ratio: float) -> str:
-    """A ratio as a speed-up or a slow-down, so that above 1 is always said in words."""
+    """A ratio in words, as a speed-up or a slow-down."""
     speedup = ratio if name.endswith("_tok_s") else 1 / ratio
     if speedup >= 1:
         return f"{speedup:.3g}× as fast as"
@@ -246,7 +246,7 @@ def describe_workload(bench: Measurement) -> str:
 
 
 def view_bundle(bundle: MeasuredBundle) -> tuple[tuple[str, str], ...]:
-    """How one bundle of the comparison is stored."""
+    """How one bundle of a comparison is stored."""
     return (
         *bundle.precision.items(),
         ("KV cache", text_of(bundle.kv_dtype)),
@@ -269,7 +269,7 @@ def view_memory(memory: Memory) -> tuple[Bar, ...]:
         if before is None or after is None:
             rows.append((role, {"peak": peak}))
             continue
-        # The peak may have been passed while loading, before the graphs had settled.
+        # The peak may occur while loading, and be above the resident set after it.
         steps = {
             "empty process": before,
             "loaded bundle": max(after - before, 0),
@@ -280,7 +280,7 @@ def view_memory(memory: Memory) -> tuple[Bar, ...]:
 
 
 def describe_memory(memory: Memory) -> str:
-    """What the memory bars count."""
+    """The caption of the memory bars."""
     text = "Resident set of a process that runs one bundle alone; the worst of its repeats."
     if memory.compress_peak_rss_bytes is not None:
         peak = format_bytes(memory.compress_peak_rss_bytes)

@@ -1,4 +1,4 @@
-"""A real bundle of the tiny SmolVLM, a block as a worker measures it, and a report to render."""
+"""A real bundle of the tiny SmolVLM, and made-up blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.device_bench.rig import make_block
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle's folder; read-only by agreement."""
+    """The bundle's folder, which no test may change."""
     path = tmp_path_factory.mktemp("bench") / "bundle"
     path.mkdir()
     checkpoint = Checkpoint.load(tiny_paths["smolvlm"])

@@ -1,4 +1,4 @@
-"""Measured blocks and answers, made up."""
+"""Made-up blocks and answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["make_answer", "make_block"]
 
 
 def make_answer(scale: float = 1.0) -> AnswerTimes:
-    """An answer whose stages take round times, all of them `scale` times as long."""
+    """An answer whose stages take round times, multiplied by `scale`."""
     return AnswerTimes(
         preprocess_ms=10.0 * scale,
         vision_ms=40.0 * scale,
@@ -28,7 +28,7 @@ def make_answer(scale: float = 1.0) -> AnswerTimes:
 
 
 def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) -> Block:
-    """What one worker process would report."""
+    """The measurement of one worker process."""
     return Block(
         load_ms=100.0 * scale,
         prompt=Prompt(text_sha256="0", text_tokens=32, visual_tokens=8, tokens=40),

@@ -69,7 +69,7 @@ def test_a_report_is_no_worse_than_itself():
         (("latency", "onnx", "decode_tok_s", "median"), 36.0, 35.9, "decode_tok_s"),
     ],
 )
-def test_the_bound_parts_what_passes_from_what_does_not(path, within, beyond, metric):
+def test_a_bound_separates_pass_from_fail(path, within, beyond, metric):
     assert failing(changed(path, within)) == {}
     assert failing(changed(path, beyond)) == {metric: "regressed"}
 
@@ -84,7 +84,7 @@ def test_better_is_never_worse():
     assert "better by 900.0%" in row.line()
 
 
-def test_a_figure_that_went_missing_has_regressed():
+def test_a_figure_that_b_lacks_fails():
     assert failing(changed(("latency", "onnx"), {"failed": "out of memory"})) == {
         "ttft_user_ms": "missing",
         "ttft_engine_ms": "missing",
@@ -94,7 +94,7 @@ def test_a_figure_that_went_missing_has_regressed():
     assert failing(changed(("quality",), None)) == {"accuracy": "missing"}
 
 
-def test_a_figure_that_was_never_there_is_not_held_against_anybody():
+def test_a_figure_that_a_lacks_is_not_compared():
     unscored = parse_report(changed(("quality",), None))
     rows = compare_reports(unscored, parse_report(REPORT))
     assert {row.metric: row.verdict for row in rows}["accuracy"] == "not measured"
@@ -126,18 +126,18 @@ def test_bounds_are_shares_or_per_cent_over_the_defaults():
     ("text", "message"),
     [
         ("speed=0.1", "metric 'speed' is not known; there are bundle_bytes"),
-        ("decode_tok_s", "'' is no share; write decode_tok_s=0.05"),
-        ("decode_tok_s=fast", "'fast' is no share"),
+        ("decode_tok_s", "'' is not a share; write decode_tok_s=0.05"),
+        ("decode_tok_s=fast", "'fast' is not a share"),
         ("decode_tok_s=-1", "must be 0 or more"),
         ("decode_tok_s=nan", "must be 0 or more"),
     ],
 )
-def test_a_bound_that_is_none_is_refused(text, message):
+def test_an_invalid_bound_is_refused(text, message):
     with pytest.raises(InputError, match=message):
         parse_bounds([text])
 
 
-def test_files_folders_and_bench_documents_serve_alike(tmp_path):
+def test_files_folders_and_bench_documents_are_accepted(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     nested = {"size": REPORT["size"], "quality": REPORT["quality"], "memory": REPORT["memory"]}

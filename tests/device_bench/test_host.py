@@ -1,4 +1,4 @@
-"""The line protocol, against real processes that end badly in every way we know."""
+"""The line protocol, with real processes that fail in every known way."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_job_arrives_with_its_schema():
         ("import sys; sys.stderr.write('no such file\\n'); sys.exit(3)", "status 3.*no such file"),
         ("print('garbage {')", "status 0 and no result"),
         ("", "status 0 and no result"),
-        ("print('[1, 2]')", "no result of this protocol"),
+        ("print('[1, 2]')", "not a result of this protocol"),
         ('print(\'{"schema": 99, "status": "ok", "result": {}}\')', "of this protocol"),
         (f"print('''{json.dumps(OK)}'''); import sys; sys.exit(7)", "status 7"),
         ('print(\'{"schema": 1, "status": "failed", "reason": "too big"}\')', "^too big$"),
@@ -93,7 +93,7 @@ def test_the_worker_refuses_what_it_does_not_know():
         run_job({"schema": WORKER_SCHEMA, "job": "dance"})
 
 
-def test_the_real_worker_reports_a_bundle_that_is_none(tmp_path):
+def test_the_real_worker_reports_a_missing_bundle(tmp_path):
     workload = {"name": "x", "prompt_tokens": 8, "new_tokens": 2}
     job = {"job": "block", "bundle": str(tmp_path), "workload": workload, "threads": 1}
     result = HostTransport().run(job, timeout_s=60)
@@ -102,7 +102,7 @@ def test_the_real_worker_reports_a_bundle_that_is_none(tmp_path):
 
 
 def test_native_output_cannot_reach_the_result_line():
-    """Descriptor 1 is stderr while a job runs, so a library that prints there does no harm."""
+    """Descriptor 1 is stderr while a job runs, so output of a library is harmless."""
     program = (
         "import os, sys, pocketvlm.device_bench.worker as worker;"
         "worker.run_job = lambda job: os.write(1, b'native noise') and {'x': 1};"
@@ -113,7 +113,7 @@ def test_native_output_cannot_reach_the_result_line():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the parent's peak down")
 def test_peak_memory_is_that_of_the_process_alone():
-    """A parent of 300 MB starts a child of 20: ru_maxrss says 300, we say 20."""
+    """A parent of 300 MB starts a child of 20 MB: ru_maxrss is 300 MB, ours is 20 MB."""
     ballast = bytearray(300 * 2**20)
     child = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Each kind of mistake that published tables hold is caught, and honest figures pass."""
+"""Each kind of error found in published tables is caught, and consistent figures pass."""
 
 from __future__ import annotations
 

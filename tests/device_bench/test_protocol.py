@@ -27,7 +27,7 @@ WORKLOAD = Workload(name="tiny", image_size=64, prompt_tokens=48, new_tokens=6, 
 
 @dataclass
 class ScriptedTransport(Transport):
-    """A device that answers from a list, so that the order and the failures are known."""
+    """A device with scripted outcomes."""
 
     outcomes: list[Any]
     environment: Any = field(default_factory=lambda: {"threads": 1})
@@ -67,7 +67,7 @@ def test_the_transport_sees_the_turns_in_this_order(tiny_bundle, tmp_path, block
     assert result.ratios["decode_tok_s"] == pytest.approx(2.0, rel=1e-4)
     assert [len(values) for values in result.ratio_samples.values()] == [5] * 14
     assert (seen[0].done, seen[-1].done, seen[-1].total) == (0, 10, 10)
-    # Both bundles got the very same picture.
+    # Both bundles got the same picture.
     assert len({job["image_base64"] for job in transport.jobs}) == 1
     json.dumps(encode(result), allow_nan=False)
 
@@ -176,7 +176,7 @@ def test_stages_add_up_to_the_times_that_contain_them(measured):
 
 
 def test_the_measured_answer_is_the_one_that_a_user_gets(tiny_bundle, measured):
-    """The loop that is timed generates the tokens that `Conversation` generates."""
+    """The timed loop generates the same tokens as `Conversation`."""
     import io
 
     from PIL import Image
@@ -218,7 +218,7 @@ def test_text_alone_has_no_picture_stages(tiny_bundle):
 
 
 def test_a_real_run_through_the_host_transport(tiny_bundle):
-    """Ten processes of a tiny model: every figure is there, and nothing is implausible."""
+    """Ten processes of a tiny model have every figure, and none is implausible."""
     result = bench_bundle(tiny_bundle, WORKLOAD, baseline=tiny_bundle, threads=1)
     latency = result.latency["onnx"]
     for name in FIGURES:
@@ -234,7 +234,7 @@ def test_a_real_run_through_the_host_transport(tiny_bundle):
     assert result.workload.prompt.text_tokens == 48
     assert result.bundles["candidate"].decoder_weight_bytes > 0
     assert not any("same tokens" in note for note in result.notes)
-    # What is written is read back whole: no key is unknown to the types, and none is lost.
+    # The document is decoded to an equal value; no key is unknown or lost.
     document = json.loads(json.dumps(encode(result)))
     assert decode(Measurement, document) == result
     assert parse_report(document).bench == result

@@ -82,7 +82,7 @@ def test_an_image_file_is_taken_as_it_is_and_a_broken_one_refused(tmp_path):
     width=st.integers(min_value=1, max_value=7),
 )
 def test_a_prompt_has_exactly_the_tokens_asked_for(tokens, overhead, width):
-    """Whatever the template adds and however long the tokenizer's words are."""
+    """For any length of the template and of the tokenizer's tokens."""
 
     def count_tokens(text: str) -> int:
         words = text.split()

@@ -1,4 +1,4 @@
-"""What counts as right."""
+"""Metrics of answers."""
 
 from __future__ import annotations
 

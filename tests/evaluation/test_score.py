@@ -1,4 +1,4 @@
-"""Scoring a checkpoint: batches against transformers' own generate, the blind floor, the JSON."""
+"""Scoring a checkpoint: batches compared with transformers' generate, the blind floor, the JSON."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def about_several_pictures() -> list[Sample]:
 
 
 def generate_one(checkpoint: Checkpoint, sample: Sample, tokens: int) -> str:
-    """The answer by transformers' own generate, from all placeholders and pixels."""
+    """The answer of transformers' generate, from all placeholders and pixels."""
     processor = checkpoint.processor
     ids = torch.tensor([processor.encode(prompt_messages(sample))])
     options = {}
@@ -175,7 +175,7 @@ def test_rows_that_cannot_be_asked_end_an_evaluation_before_it_begins(
 
 
 def test_the_last_position_of_the_context_is_used(tiny_checkpoint: Checkpoint) -> None:
-    """The last token of an answer is never run, so that a prompt may leave room for the others."""
+    """The last token of an answer is never run, so a prompt need not leave a position for it."""
     sample = Sample(image=None, question="", answer="?")
     empty = len(tiny_checkpoint.processor.encode(prompt_messages(sample)))
     limit = tiny_checkpoint.spec.decoder.context_length

@@ -1,4 +1,4 @@
-"""A measured block to render."""
+"""Made-up blocks."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_the_timeline_follows_the_order_of_the_run():
     assert len(line.lines) == 2
 
 
-def test_an_interval_with_one_end_is_none():
+def test_an_interval_with_one_end_is_left_out():
     whole = draw_interval("bundle", "candidate", 0.5, 0.4, 0.6)
     assert (whole.point, whole.low, whole.high) == (50.0, 40.0, 60.0)
     half = draw_interval("bundle", "candidate", 0.5, 0.4, None)

@@ -205,7 +205,7 @@ def test_every_figure_has_its_place(report):
 
 def test_every_sample_is_a_dot(report):
     text = render_html(report)
-    charts = 7  # figures with a chart of their own
+    charts = 7  # figures that have a chart
     assert text.count('class="dot fill-candidate"') == charts * 5
     assert text.count('class="dot fill-baseline"') == charts * 5
 
@@ -250,7 +250,7 @@ def test_the_same_report_gives_the_same_bytes(report):
     again = copy.deepcopy(report)
     assert render_html(report) == render_html(again)
     assert render_markdown(report) == render_markdown(again)
-    assert report == again  # and it is only read
+    assert report == again  # which was not changed
 
 
 def test_a_bench_result_alone_and_several_reports_are_pages_too(report):
@@ -360,7 +360,7 @@ def test_no_text_of_a_report_becomes_markup_of_the_card(report):
     forbidden = {"html_block", "html_inline", "link_open", "image", "strong_open", "hr"}
     assert not kinds(card) & forbidden
     assert kinds(card) <= kinds(plain)
-    # Nothing that GitHub's dialect makes a link, a mention, a formula or a stroke of, either.
+    # Nor links, mentions, formulas or strikethrough of GitHub's dialect.
     for mark in ("https://", " www.", " @user", " #1", " $m$", "~~s"):
         assert mark not in card, mark
 

@@ -50,7 +50,7 @@ def test_keys_of_a_later_version_are_skipped_and_null_is_not_measured(tmp_path):
 
 
 def test_a_loss_may_be_as_small_as_it_likes(tmp_path):
-    """A layer whose weights lie on the grid loses next to nothing, and its report is readable."""
+    """A layer whose weights are on the grid has a tiny loss, and its report is readable."""
     stage = {"method": "gptq", "layers": [{"name": "q", "loss": 3e-31}]}
     report = read(tmp_path, {"size": {"bundle_bytes": 7}, "stages": [stage]})
     assert report.stages[0].layers[0]["loss"] == 3e-31

@@ -1,8 +1,8 @@
-"""Device profiles: what is known of a device before anything is measured on it.
+"""Device profiles: what is known about a device without a measurement.
 
-A profile holds the memory that a plan is checked against and, for orientation, figures that others
-published, each with its source. Published figures are never mixed with measured ones: they are of
-other models, runtimes and protocols.
+A profile holds the memory that plans are checked against and, for orientation, published figures
+of others with their sources. These are never mixed with measured figures, because models, runtimes
+and protocols differ.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigure:
-    """A figure that somebody else published; not measured here.
+    """A figure published by others; not measured here.
 
     Attributes:
-        model: What ran.
-        runtime: On what, and at which precision.
+        model: The model.
+        runtime: The runtime and its precision.
         metric: Its name, unit included, such as `decode_tok_s`.
         value: Its value.
         source: Where it was published.
-        unit: The processor that it ran on; `None` where the source does not say.
+        unit: The processor that ran it; `None` if the source does not say.
     """
 
     model: str
@@ -46,11 +46,11 @@ class Device:
     """One device.
 
     Attributes:
-        name: How the command line calls it.
-        description: What it is, in a line.
-        transport: How it is measured; `None` where this version cannot reach it.
-        ram_bytes: Physical memory of the variant that is named, as its maker or, for Apple, who
-            states none, the trade press gives it; `None` for the host, which is asked instead.
+        name: Its name on the command line.
+        description: One line about it.
+        transport: How it is measured; `None` if this version cannot reach it.
+        ram_bytes: Physical memory of the named variant, from its maker (for Apple, which publishes
+            none, from the trade press); `None` for the host, where it is measured.
         notes: What a reader must know.
         published: Figures of others, for orientation.
     """
