@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pocketvlm.checkpoint.config_limits import check_sizes
-from pocketvlm.errors import CheckpointError
+from pocketvlm.errors import CheckpointError, UnsupportedError, join_problems
 from pocketvlm.files.reader import locate
 from pocketvlm.json_io import read_json
+from pocketvlm.models.config_keys import find_unread
 from pocketvlm.models.families.table import read_model_spec, supported_families
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import plain_config, refuse_foreign_code
 
-__all__ = ["parse_config", "read_config", "read_spec"]
+__all__ = ["find_ignored_keys", "parse_config", "read_config", "read_spec"]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -38,12 +39,55 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The specification of a config.json, with the defaults of its class filled in.
 
     Raises:
-        UnsupportedError: The family, or an option of it, is not supported.
+        UnsupportedError: The family, or an option of it, is not supported: also a key that changes
+            what is computed and that no field of the specification holds.
         CheckpointError: A value has a type that the family's class does not take.
     """
     if config.get("model_type") not in supported_families():
         return read_model_spec(config)  # refuses, and names what is supported
-    return read_model_spec(parse_config(config).to_dict())
+    parsed = parse_config(config)
+    used: set[str] = set()
+    spec = read_model_spec(parsed.to_dict(), used)
+    unread = [
+        f"{path} is {value!r:.60}"
+        for path, value, is_known in _find_unread(parsed, used)
+        if is_known
+    ]
+    if unread:
+        raise UnsupportedError(
+            f"config.json: {join_problems(unread)}: this changes what the model computes, and is "
+            "not supported"
+        )
+    return spec
+
+
+def find_ignored_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Paths of keys that the library's class does not know: they change nothing in its model."""
+    if config.get("model_type") not in supported_families():
+        return ()
+    parsed = parse_config(config)
+    used: set[str] = set()
+    read_model_spec(parsed.to_dict(), used)
+    return tuple(path for path, _, is_known in _find_unread(parsed, used) if not is_known)
+
+
+def _find_unread(parsed: Any, used: set[str]) -> Iterator[tuple[str, Any, bool]]:
+    try:
+        defaults = _defaults(parsed)
+    except Exception as error:  # as in `parse_config`
+        first_line = " ".join(str(error).split())
+        raise CheckpointError(f"config.json: cannot be understood: {first_line}") from error
+    return find_unread(parsed.to_dict(), defaults, used)
+
+
+def _defaults(parsed: Any) -> dict[str, Any]:
+    """What a configuration of the same class, and of the same nested classes, holds by default."""
+    defaults: dict[str, Any] = type(parsed)().to_dict()
+    for key in type(parsed).sub_configs:
+        own = getattr(parsed, key, None)
+        if own is not None:
+            defaults[key] = _defaults(own)
+    return defaults
 
 
 def parse_config(config: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.checkpoint.config import read_config, read_spec
+from pocketvlm.checkpoint.config import find_ignored_keys, read_config, read_spec
 from pocketvlm.checkpoint.manifest import CheckpointManifest, read_manifest
 from pocketvlm.checkpoint.names import split_layer, stock_names
 from pocketvlm.checkpoint.tensors import (
@@ -68,6 +68,12 @@ def read_model_folder(path: Path) -> ModelFolder:
     """
     config, notes = plain_config(read_config(path))
     spec = read_spec(config)
+    ignored = find_ignored_keys(config)
+    if ignored:
+        notes += (
+            "config.json: keys that stock transformers does not know are ignored, as it ignores "
+            f"them: {name_some(ignored)}",
+        )
     manifest = read_manifest(path)
     layout = None if manifest else read_stored_layout(config)
     weights = find_weight_files(path, config)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.json_io import decode
+from pocketvlm.models.config_keys import ReadConfig
 from pocketvlm.models.families.idefics3 import read_idefics3
 from pocketvlm.models.families.llava import read_llava
 from pocketvlm.models.spec import ModelSpec
@@ -27,8 +28,12 @@ def supported_families() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
+def read_model_spec(config: Mapping[str, Any], used: set[str] | None = None) -> ModelSpec:
     """Reads a spec from the content of a config.json.
+
+    Args:
+        config: The content.
+        used: Gets the paths of all keys that the reader asked for.
 
     Raises:
         UnsupportedError: The family, or an option of it, is not supported.
@@ -44,7 +49,9 @@ def read_model_spec(config: Mapping[str, Any]) -> ModelSpec:
         )
     try:
         # Through `decode`: what the reader took from anybody's JSON has the types it says.
-        spec = decode(ModelSpec, asdict(reader(config)))
+        spec = decode(
+            ModelSpec, asdict(reader(ReadConfig(config, set() if used is None else used)))
+        )
     except KeyError as error:
         raise CheckpointError(
             f"config.json: field {error.args[0]!r}, which {model_type} needs, is missing"
