@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pocketvlm.bundle import TensorSignature
+from pocketvlm.models.projector import run_steps
 from pocketvlm.models.spec import FfnSpec, ModelSpec
 
 __all__ = [
@@ -143,11 +144,7 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         features = ops.drop_first(features)
     features = ops.merge_patches(features, spec.projector.merge_factor)
     features, indices = ops.reduce(features, queries, keys)
-    for index, name in enumerate(spec.projector.linears):
-        if index and spec.projector.activation is not None:
-            features = ops.activation(features, spec.projector.activation)
-        features = ops.linear(features, name)
-    return features, indices
+    return run_steps(ops, spec.projector.steps, features), indices
 
 
 def _ffn(ops: GraphOps[ValueT], ffn: FfnSpec, normed: ValueT, activation: str) -> ValueT:

@@ -27,15 +27,12 @@ def join_refusals(target: str, misfits: Iterable[tuple[str, str]]) -> tuple[str,
 
 def other_elements(spec: ModelSpec) -> tuple[int, int]:
     """Numbers outside of weight matrices: of patches and positions, and of norms and biases."""
-    tower, decoder = spec.tower, spec.decoder
+    tower = spec.tower
     patches = tower.tokens
     patch_weights = tower.channels * tower.patch_size**2
     embeddings = (
         patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
     ) * tower.hidden_size
-    # A layer norm has a weight and a bias, an RMS norm a weight.
-    outer_norms = int(tower.pre_norm is not None) + int(tower.has_post_norm)
-    tower_norms = 2 * tower.hidden_size * (2 * (tower.feature_block + 1) + outer_norms)
-    decoder_norms = decoder.hidden_size * (2 * decoder.depth + 1)
+    norms = sum(norm.width * (1 + norm.has_bias) for norm in spec.norms())
     biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
-    return embeddings, tower_norms + decoder_norms + biases
+    return embeddings, norms + biases

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pocketvlm.errors import CheckpointError
+from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
 
 __all__ = [
     "PARTS",
@@ -22,9 +23,9 @@ __all__ = [
     "FfnSpec",
     "LinearSpec",
     "ModelSpec",
+    "NormSpec",
     "Part",
     "ProcessorSpec",
-    "ProjectorSpec",
     "TowerSpec",
 ]
 
@@ -55,6 +56,21 @@ class LinearSpec:
     block: int | None
     out_features: int
     in_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """One norm that is run.
+
+    Attributes:
+        name: Its module.
+        width: Channels that it scales.
+        has_bias: Whether it is a LayerNorm, with a bias, or an RMSNorm, without one.
+    """
+
+    name: str
+    width: int
     has_bias: bool
 
 
@@ -200,22 +216,6 @@ class TowerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectorSpec:
-    """What turns tower features into decoder embeddings.
-
-    Attributes:
-        linears: Module names, in order of use; an activation stands between two of them.
-        merge_factor: Side of the square of patches that becomes one visual token; 1 for none.
-        activation: The activation between the linears, or `None`.
-    """
-
-    linears: tuple[str, ...]
-    merge_factor: int
-    activation: str | None
-    has_bias: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """A pre-norm decoder with rotary positions and grouped queries.
 
@@ -228,6 +228,9 @@ class DecoderSpec:
         norm: Module name of the norm after the last block.
         head: Module name of the language-model head.
         tied_head: Whether the head shares the embedding's weight.
+        has_qkv_bias: Whether queries, keys and values have biases.
+        has_output_bias: Whether the attention's last linear has one.
+        has_mlp_bias: Whether the FFN's linears have.
     """
 
     prefix: str
@@ -248,7 +251,8 @@ class DecoderSpec:
     norm_eps: float
     activation: str
     tied_head: bool
-    has_attention_bias: bool
+    has_qkv_bias: bool
+    has_output_bias: bool
     has_mlp_bias: bool
 
     @property
@@ -323,6 +327,10 @@ class ModelSpec:
                     merge > max(1, tower.patches_per_side),
                     f"{merge} x {merge} patches are merged and a picture has fewer",
                 ),
+                (
+                    not isinstance(self.projector.steps[-1], LinearStep),
+                    "the projector does not end with a linear layer",
+                ),
                 (decoder.heads % decoder.kv_heads, "KV heads do not divide the heads"),
                 (decoder.head_dim % 2, "an odd head_dim cannot be rotated by position"),
                 (not 0 <= self.image_token_id < 2**31, "the image token's id is out of range"),
@@ -365,6 +373,25 @@ class ModelSpec:
             *_embedding_and_head(self.decoder)[1:],
         )
 
+    def norms(self) -> tuple[NormSpec, ...]:
+        """Every norm that is run, in order of execution."""
+        tower, decoder = self.tower, self.decoder
+        run = tower.blocks[: tower.feature_block + 1]
+        names = [] if tower.pre_norm is None else [tower.pre_norm]
+        names += [half.norm for block in run for half in (block.attention, block.ffn)]
+        names += [tower.post_norm] if tower.has_post_norm else []
+        norms = [NormSpec(name=name, width=tower.hidden_size, has_bias=True) for name in names]
+        width = tower.hidden_size * self.projector.merge_factor**2
+        for step in self.projector.steps:
+            if isinstance(step, NormStep):
+                norms.append(NormSpec(name=step.name, width=width, has_bias=True))
+            elif isinstance(step, LinearStep):
+                width = step.out_features
+        names = [half.norm for block in decoder.blocks for half in (block.attention, block.ffn)]
+        names.append(decoder.norm)
+        norms += [NormSpec(name=name, width=decoder.hidden_size, has_bias=False) for name in names]
+        return tuple(norms)
+
 
 def _tower_linears(tower: TowerSpec) -> tuple[LinearSpec, ...]:
     hidden, ffn = tower.hidden_size, tower.ffn_size
@@ -388,7 +415,7 @@ def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
         shapes = {attention.q: (query, hidden), attention.k: (key, hidden)}
         shapes |= {attention.v: (key, hidden), attention.o: (hidden, query)}
         for name, shape in shapes.items():
-            has_bias = decoder.has_attention_bias
+            has_bias = decoder.has_output_bias if name == attention.o else decoder.has_qkv_bias
             linears.append(_linear(name, "decoder", index, shape, has_bias=has_bias))
         shapes = dict.fromkeys(mlp.inputs, (ffn, hidden)) | {mlp.down: (hidden, ffn)}
         for name, shape in shapes.items():
@@ -399,10 +426,11 @@ def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
 def _projector_linears(spec: ModelSpec) -> tuple[LinearSpec, ...]:
     width = spec.tower.hidden_size * spec.projector.merge_factor**2
     linears = []
-    for name in spec.projector.linears:
-        shape = (spec.decoder.hidden_size, width)
-        linears.append(_linear(name, "projector", None, shape, has_bias=spec.projector.has_bias))
-        width = spec.decoder.hidden_size
+    for step in spec.projector.steps:
+        if isinstance(step, LinearStep):
+            shape = (step.out_features, width)
+            linears.append(_linear(step.name, "projector", None, shape, has_bias=step.has_bias))
+            width = step.out_features
     return tuple(linears)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.models.projector import run_steps
 from pocketvlm.models.reducer import ReducerInputs
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.prompt.generation_settings import GenerationSettings
@@ -24,6 +25,7 @@ from pocketvlm.reference_graph.visual_cutoff import run_decoder
 
 __all__ = [
     "DecoderInputs",
+    "ModuleOps",
     "VisualTokens",
     "decode_logits",
     "decoder_states",
@@ -144,15 +146,31 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
     return merge_patches(hidden, spec.projector.merge_factor)
 
 
+class ModuleOps:
+    """Operators that are the modules of a stock model, over tensors [..., channels]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def linear(self, inputs: Tensor, *names: str) -> Tensor:
+        """One linear layer."""
+        (name,) = names
+        return cast("Tensor", self._model.get_submodule(name)(inputs))
+
+    def norm(self, inputs: Tensor, name: str) -> Tensor:
+        """A norm."""
+        return cast("Tensor", self._model.get_submodule(name)(inputs))
+
+    def activation(self, inputs: Tensor, kind: str) -> Tensor:
+        """An activation."""
+        from transformers.activations import ACT2FN
+
+        return cast("Tensor", ACT2FN[kind](inputs))
+
+
 def project(model: nn.Module, spec: ModelSpec, features: Tensor) -> Tensor:
     """Tower features [..., C] to decoder embeddings [..., width]."""
-    from transformers.activations import ACT2FN
-
-    for index, name in enumerate(spec.projector.linears):
-        if index:
-            features = ACT2FN[spec.projector.activation](features)
-        features = model.get_submodule(name)(features)
-    return features
+    return run_steps(ModuleOps(model), spec.projector.steps, features)
 
 
 def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:

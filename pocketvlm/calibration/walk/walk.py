@@ -51,9 +51,11 @@ from pocketvlm.calibration.walk.steps import (
 from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.models.projector import LinearStep, run_steps
 from pocketvlm.models.reducer import ReducerInputs
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
+    ModuleOps,
     VisualTokens,
     embed_patches,
     embed_prompts,
@@ -294,13 +296,15 @@ class BlockWalk:
     def _project(
         self, batches: Sequence[PromptBatch], features: PairedActivations, indices: Sequence[Tensor]
     ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
-        from transformers.activations import ACT2FN
-
-        checkpoint, projector = self.checkpoint, self.checkpoint.spec.projector
+        checkpoint = self.checkpoint
+        ops = ModuleOps(checkpoint.model)
         path = features
-        for number, name in enumerate(projector.linears):
-            if number:
-                path.apply(ACT2FN[projector.activation])
+        for step in checkpoint.spec.projector.steps:
+            if not isinstance(step, LinearStep):
+                with torch.no_grad():
+                    path.apply(partial(run_steps, ops, (step,)))
+                continue
+            name = step.name
             original = {name: checkpoint.form(name)} if path.ideal is not None else {}
             yield LinearGroup(names=(name,), moments=self._moments_in_front(path, batches))
             linear = checkpoint.model.get_submodule(name)

@@ -191,10 +191,9 @@ def _float_bytes(spec: ModelSpec, float_bytes: int, capacity: int) -> int:
     patch_weights = tower.channels * tower.patch_size**2
     values = [patch_weights * tower.hidden_size, patches * tower.hidden_size]
     values += [tower.hidden_size] * (int(tower.has_cls) + int(tower.has_patch_bias))
-    # A layer norm has a weight and a bias; an RMS norm's weight is stored twice over.
-    outer_norms = int(tower.pre_norm is not None) + int(tower.has_post_norm)
-    values += [tower.hidden_size] * (2 * (2 * (tower.feature_block + 1) + outer_norms))
-    values += [2 * decoder.hidden_size] * (2 * decoder.depth + 1)
+    for norm in spec.norms():
+        # A layer norm has a weight and a bias; an RMS norm's weight is stored twice over.
+        values += [norm.width, norm.width] if norm.has_bias else [2 * norm.width]
     values += [linear.out_features for linear in spec.linears() if linear.has_bias]
     # Layers without a bias share zeros by width; a tied head is one of them.
     values += {x.out_features for x in spec.linears() if not x.has_bias} | {decoder.vocab_size}

@@ -7,7 +7,8 @@ from typing import Any
 
 from pocketvlm.models.families.clip import read_siglip
 from pocketvlm.models.families.llama import read_llama
-from pocketvlm.models.spec import ModelSpec, ProcessorSpec, ProjectorSpec
+from pocketvlm.models.projector import LinearStep, ProjectorSpec
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec
 
 __all__ = ["read_idefics3"]
 
@@ -32,18 +33,23 @@ def read_idefics3(config: Mapping[str, Any]) -> ModelSpec:
         UnsupportedError: The decoder is another.
         KeyError: A field is missing.
     """
+    decoder = read_llama(config, "model.text_model")
     return ModelSpec(
         family="idefics3",
         processor=_PROCESSORS[config["model_type"]],
         model_type=config["model_type"],
         tower=read_siglip(config["vision_config"], "model.vision_model"),
         projector=ProjectorSpec(
-            linears=("model.connector.modality_projection.proj",),
             merge_factor=config["scale_factor"],
-            activation=None,
-            has_bias=False,
+            steps=(
+                LinearStep(
+                    name="model.connector.modality_projection.proj",
+                    out_features=decoder.hidden_size,
+                    has_bias=False,
+                ),
+            ),
         ),
-        decoder=read_llama(config, "model.text_model"),
+        decoder=decoder,
         image_token_id=config["image_token_id"],
         image_token="<image>",  # noqa: S106  (a token of text, not a secret)
         image_prefix=f"{_BOUNDARY}<global-img>",

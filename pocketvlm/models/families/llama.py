@@ -58,7 +58,8 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         norm_eps=text.get("rms_norm_eps", 1e-6),
         activation=text.get("hidden_act", "silu"),
         tied_head=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        has_attention_bias=bool(text.get("attention_bias", False)),
+        has_qkv_bias=bool(text.get("attention_bias", False)),
+        has_output_bias=bool(text.get("attention_bias", False)),
         has_mlp_bias=bool(text.get("mlp_bias", False)),
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.families.clip import read_clip
 from pocketvlm.models.families.llama import read_llama
-from pocketvlm.models.spec import ModelSpec, ProcessorSpec, ProjectorSpec
+from pocketvlm.models.projector import ActivationStep, LinearStep, ProjectorSpec
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec
 
 __all__ = ["read_llava"]
 
@@ -40,25 +41,31 @@ def read_llava(config: Mapping[str, Any]) -> ModelSpec:
         raise UnsupportedError(
             f"config.json: vision_feature_layer {layer} lies outside a tower of {depth} blocks"
         )
+    decoder = read_llama(config, "model.language_model")
     return ModelSpec(
         family="llava",
         processor=ProcessorSpec(classes=("LlavaProcessor",), counts_patches=True),
         model_type=config["model_type"],
         tower=read_clip(vision, "model.vision_tower", feature_block=state - 1),
-        projector=ProjectorSpec(
-            linears=(
-                "model.multi_modal_projector.linear_1",
-                "model.multi_modal_projector.linear_2",
-            ),
-            merge_factor=1,
-            activation=config.get("projector_hidden_act", "gelu"),
-            has_bias=config.get("multimodal_projector_bias", True),
-        ),
-        decoder=read_llama(config, "model.language_model"),
+        projector=_read_projector(config, decoder.hidden_size),
+        decoder=decoder,
         image_token_id=config["image_token_id"]
         if "image_token_id" in config
         else config["image_token_index"],
         image_token="<image>",  # noqa: S106  (a token of text, not a secret)
         image_prefix="",
         image_suffix="",
+    )
+
+
+def _read_projector(config: Mapping[str, Any], width: int) -> ProjectorSpec:
+    has_bias = config.get("multimodal_projector_bias", True)
+    module = "model.multi_modal_projector"
+    return ProjectorSpec(
+        merge_factor=1,
+        steps=(
+            LinearStep(name=f"{module}.linear_1", out_features=width, has_bias=has_bias),
+            ActivationStep(activation=config.get("projector_hidden_act", "gelu")),
+            LinearStep(name=f"{module}.linear_2", out_features=width, has_bias=has_bias),
+        ),
     )

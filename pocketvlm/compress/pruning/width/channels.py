@@ -72,7 +72,7 @@ class DecoderBiases:
     @classmethod
     def of(cls, spec: ModelSpec) -> DecoderBiases:
         """Those that a model has."""
-        return cls(attention=spec.decoder.has_attention_bias, mlp=spec.decoder.has_mlp_bias)
+        return cls(attention=spec.decoder.has_output_bias, mlp=spec.decoder.has_mlp_bias)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,7 +172,8 @@ def narrow_spec(spec: ModelSpec, widths: Widths, biases: DecoderBiases) -> Model
             ffn_size=widths.ffn,
             heads=heads,
             kv_heads=widths.kv_groups,
-            has_attention_bias=biases.attention,
+            has_qkv_bias=biases.attention or decoder.has_qkv_bias,
+            has_output_bias=biases.attention,
             has_mlp_bias=biases.mlp,
         ),
     )
@@ -192,7 +193,7 @@ def narrow_config(
         "num_attention_heads": narrow.heads,
         "num_key_value_heads": narrow.kv_heads,
         "head_dim": narrow.head_dim,
-        "attention_bias": narrow.has_attention_bias,
+        "attention_bias": narrow.has_output_bias,
         "mlp_bias": narrow.has_mlp_bias,
     }
     vision = {**config["vision_config"], "intermediate_size": widths.tower_ffn}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.projector import ActivationStep, LinearStep, NormStep
 from pocketvlm.models.spec import BlockSpec, DecoderSpec, LinearSpec, TowerSpec
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import is_float, with_values
@@ -189,9 +190,19 @@ def _norm_before(block: BlockSpec, name: str) -> str:
 
 
 def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tensor) -> Fold | str:
-    tower, projector = checkpoint.spec.tower, checkpoint.spec.projector
-    if linear.name != projector.linears[0]:
-        return f"{projector.activation} stands before it, and no scale passes through it"
+    tower, steps = checkpoint.spec.tower, checkpoint.spec.projector.steps
+    place = next(
+        index
+        for index, step in enumerate(steps)
+        if isinstance(step, LinearStep) and step.name == linear.name
+    )
+    before = steps[place - 1] if place else None
+    if isinstance(before, NormStep):
+        return Fold(producer=before.name, channels=columns)
+    if isinstance(before, ActivationStep):
+        return f"{before.activation} stands before it, and no scale passes through it"
+    if before is not None:
+        return "another linear layer stands before it"
     if not tower.has_post_norm:
         return "it reads the tower's residual stream, which no norm scales"
     if checkpoint.reducer is not None:

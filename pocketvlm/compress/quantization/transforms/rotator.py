@@ -30,6 +30,7 @@ from pocketvlm.compress.quantization.transforms.folding import (
 )
 from pocketvlm.compress.quantization.transforms.orthogonal import fix_ones, random_rotation
 from pocketvlm.context import derive_seed
+from pocketvlm.models.projector import LinearStep
 from pocketvlm.models.spec import BlockSpec
 
 __all__ = ["Rotator"]
@@ -136,6 +137,8 @@ class Rotator:
             return "a norm with weights stands between its embeddings and its first block"
         if self._checkpoint.reducer is not None:
             return "the token reducer reads its features, and would choose other tokens"
+        if not isinstance(self._checkpoint.spec.projector.steps[0], LinearStep):
+            return "a norm with weights stands between its features and the projector"
         if tower.has_post_norm and float(self._post_norm_shift().abs().max()) > _LARGEST_SHIFT:
             return "its last norm has channels of almost no weight, whose bias cannot be folded"
         return ""

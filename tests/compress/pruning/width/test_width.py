@@ -89,7 +89,7 @@ def test_the_result_is_the_planned_model(
     planned = stage.spec_after(tiny_checkpoint.spec)
     pruned = stage.apply(tiny_checkpoint, samples, CONTEXT)
     assert pruned.spec == planned == read_spec(pruned.config)
-    assert planned.decoder.has_attention_bias
+    assert planned.decoder.has_output_bias
     assert planned.decoder.has_mlp_bias
     assert planned.decoder.heads % planned.decoder.kv_heads == 0
     (record,) = pruned.history
@@ -125,7 +125,7 @@ def test_without_biases_the_stock_config_stays_without(
     stage = replace(ALL, biases=False)
     pruned = stage.apply(tiny_checkpoint, samples, CONTEXT)
     assert pruned.spec == stage.spec_after(pruned.spec) or not pruned.spec.decoder.has_mlp_bias
-    assert not pruned.spec.decoder.has_attention_bias
+    assert not pruned.spec.decoder.has_output_bias
     for row in pruned.history[-1].layers:
         if row["part"] == "decoder":
             assert row["loss"] < row["loss_uncompensated"]

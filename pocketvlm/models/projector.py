@@ -1,0 +1,117 @@
+"""What turns tower features into decoder embeddings: a merge of patches, then steps per token.
+
+The merge says how many visual tokens a picture costs. Everything after it works on one token at a
+time, so that tokens may be dropped between the two without changing the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+__all__ = [
+    "ActivationStep",
+    "LinearStep",
+    "NormStep",
+    "ProjectorSpec",
+    "ProjectorStep",
+    "StepOps",
+    "run_steps",
+]
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearStep:
+    """A linear layer.
+
+    Attributes:
+        name: Its module.
+        out_features: Channels that it returns.
+        has_bias: Whether it adds a bias.
+    """
+
+    kind: Literal["linear"] = "linear"
+    name: str
+    out_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormStep:
+    """A LayerNorm over the channels.
+
+    Attributes:
+        name: Its module.
+    """
+
+    kind: Literal["norm"] = "norm"
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationStep:
+    """An activation.
+
+    Attributes:
+        activation: Hugging Face's name of it.
+    """
+
+    kind: Literal["activation"] = "activation"
+    activation: str
+
+
+ProjectorStep = LinearStep | NormStep | ActivationStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorSpec:
+    """From the tower's features, [tokens, hidden], to rows of the decoder.
+
+    Attributes:
+        merge_factor: Side of the square of patches that becomes one visual token, its channels side
+            by side in raster order; 1 for none.
+        steps: What follows, token by token.
+    """
+
+    merge_factor: int
+    steps: tuple[ProjectorStep, ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Module names of the linear layers, in order of use."""
+        return tuple(step.name for step in self.steps if isinstance(step, LinearStep))
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Module names of the norms, in order of use."""
+        return tuple(step.name for step in self.steps if isinstance(step, NormStep))
+
+
+class StepOps(Protocol[ValueT]):
+    """What a projector needs of a graph's operators, `GraphOps` among others."""
+
+    def linear(self, inputs: ValueT, /, *names: str) -> ValueT:
+        """A linear layer by its name."""
+        ...
+
+    def norm(self, inputs: ValueT, name: str, /) -> ValueT:
+        """A norm by its name."""
+        ...
+
+    def activation(self, inputs: ValueT, kind: str, /) -> ValueT:
+        """An activation by the name that Hugging Face gives it."""
+        ...
+
+
+def run_steps(ops: StepOps[ValueT], steps: tuple[ProjectorStep, ...], features: ValueT) -> ValueT:
+    """Runs the steps of a projector, or some of them, over any kind of value."""
+    for step in steps:
+        if isinstance(step, LinearStep):
+            features = ops.linear(features, step.name)
+        elif isinstance(step, NormStep):
+            features = ops.norm(features, step.name)
+        else:
+            features = ops.activation(features, step.activation)
+    return features
