@@ -351,13 +351,16 @@ class ModelSpec:
         """Whether a weight of this name takes part in any answer.
 
         Blocks of the tower after `feature_block` do not, nor does the norm after them where
-        features are taken from within; a directory may leave them out.
+        features are taken from within, nor a head that pools; a directory may leave them out.
         """
         tower = self.tower
         rest = weight.removeprefix(f"{tower.stack}.")
         if rest != weight:
             return int(rest.partition(".")[0]) <= tower.feature_block
-        return tower.has_post_norm or not weight.startswith(f"{tower.post_norm}.")
+        if not weight.startswith(f"{tower.prefix}."):
+            return True
+        parts = (tower.embeddings, tower.pre_norm, tower.post_norm if tower.has_post_norm else None)
+        return any(part is not None and weight.startswith(f"{part}.") for part in parts)
 
     def linears(self) -> tuple[LinearSpec, ...]:
         """Every weight matrix of the model, in order of execution.

@@ -73,8 +73,12 @@ _CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(family: str) -> dict[str, Any]:
-    """A config of a few ten thousand parameters, for tests: `llava` or `smolvlm`."""
+TINY_MODELS = ("llava", "llava-interleave", "smolvlm")
+"""Names of tiny configurations: one for every way of building that a reader knows."""
+
+
+def tiny_config(name: str) -> dict[str, Any]:
+    """A config of a few ten thousand parameters, for tests, by its name in `TINY_MODELS`."""
     text = {
         "model_type": "llama",
         "hidden_size": 64,
@@ -99,7 +103,21 @@ def tiny_config(family: str) -> dict[str, Any]:
         "image_size": 32,
         "patch_size": 8,
     }
-    if family == "llava":
+    if name == "llava-interleave":
+        del text["head_dim"]
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": 259,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "projector_hidden_act": "gelu",
+            "tie_word_embeddings": True,
+            "text_config": {**text, "model_type": "qwen2", "tie_word_embeddings": True},
+            # As in the 384 of patches of 14: the last pixels of a side make no whole patch.
+            "vision_config": {**vision, "model_type": "siglip_vision_model", "image_size": 34},
+        }
+    if name == "llava":
         return {
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
@@ -111,7 +129,7 @@ def tiny_config(family: str) -> dict[str, Any]:
             "text_config": {**text, "tie_word_embeddings": True},
             "vision_config": {**vision, "model_type": "clip_vision_model", "projection_dim": 64},
         }
-    if family == "smolvlm":
+    if name == "smolvlm":
         return {
             "architectures": ["SmolVLMForConditionalGeneration"],
             "model_type": "smolvlm",
@@ -121,7 +139,7 @@ def tiny_config(family: str) -> dict[str, Any]:
             "text_config": text,
             "vision_config": {**vision, "model_type": "smolvlm_vision", "image_size": 64},
         }
-    raise ValueError(f"family {family!r} has no tiny config; there are llava and smolvlm")
+    raise ValueError(f"{name!r} is not a tiny model; there are {', '.join(TINY_MODELS)}")
 
 
 def write_shape(name: str, path: Path, *, seed: int = 0) -> Path:
@@ -229,8 +247,17 @@ def _write_tokenizer(path: Path, config: dict[str, Any], spec: ModelSpec) -> Non
 def _write_image_processor(path: Path, spec: ModelSpec) -> None:
     size = spec.tower.image_size
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
-    if spec.family == "llava":
+    centred = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    if spec.family == "llava" and not spec.tower.has_cls:
         own: dict[str, Any] = {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": size, "width": size},
+            "do_resize": True,
+            "resample": 3,
+            **centred,
+        }
+    elif spec.family == "llava":
+        own = {
             "image_processor_type": "CLIPImageProcessor",
             "size": {"shortest_edge": size},
             "crop_size": {"height": size, "width": size},
@@ -248,16 +275,15 @@ def _write_image_processor(path: Path, spec: ModelSpec) -> None:
             "do_resize": True,
             "do_image_splitting": False,
             "do_pad": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **centred,
             "resample": 1,
         }
     if spec.family == "llava":
         combined: dict[str, Any] = {
             "processor_class": "LlavaProcessor",
             "patch_size": spec.tower.patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": int(spec.tower.has_cls),
+            "vision_feature_select_strategy": "default" if spec.tower.has_cls else "full",
         }
     else:
         combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}

@@ -78,13 +78,14 @@ class DecoderInputs:
 
 def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
     """What enters the tower's first block: [images, tokens, hidden] from [images, C, S, S]."""
-    embeddings = cast("Any", model.get_submodule(spec.tower.embeddings))
-    if spec.tower.has_cls:
-        hidden: Tensor = embeddings(pixels)
-    else:
-        side = spec.tower.patches_per_side
-        whole = torch.ones(pixels.shape[0], side, side, dtype=torch.bool)
-        hidden = embeddings(pixel_values=pixels, patch_attention_mask=whole)
+    tower = spec.tower
+    hidden: Tensor = model.get_submodule(tower.patch_embedding)(pixels).flatten(2).transpose(1, 2)
+    if tower.class_embedding is not None:
+        token = getattr(model.get_submodule(tower.embeddings), tower.class_embedding)
+        hidden = torch.cat([token.expand(len(hidden), 1, -1), hidden], dim=1)
+    # Row by row: the patches of one whole picture are in raster order.
+    positions = cast("Any", model.get_submodule(tower.position_embedding))
+    hidden = hidden + positions.weight
     norm = spec.tower.pre_norm
     return hidden if norm is None else cast("Tensor", model.get_submodule(norm)(hidden))
 

@@ -18,7 +18,6 @@ from pocketvlm.export.onnx.packing import gathers_blocks, narrowest_float, pack_
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
 from pocketvlm.export.sparse_container.unmasked import has_zero_code, unmasked
-from pocketvlm.reference_graph.forward import embed_patches
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -82,7 +81,9 @@ class OnnxOps:
             cls = getattr(model.get_submodule(name), tower.class_embedding).view(1, 1, -1)
             token = self._float(f"{name}.{tower.class_embedding}", cls)
             patches = self._graph.node("Concat", [token, patches], name=f"{name}.cls", axis=1)
-        positions = self._float(f"{name}.positions", self._positions()[None])
+        # Row by row: the patches of one whole picture are in raster order.
+        table = cast("Any", model.get_submodule(tower.position_embedding)).weight
+        positions = self._float(f"{name}.positions", table[None])
         return self._graph.node("Add", [patches, positions], name=f"{name}.add_positions")
 
     def embed_tokens(self, token_ids: str) -> str:
@@ -398,24 +399,6 @@ class OnnxOps:
     @staticmethod
     def _epsilon(module: Any) -> float:
         return float(module.eps if _is_layer_norm(module) else module.variance_epsilon)
-
-    def _positions(self) -> Tensor:
-        """The position embedding of every token of a whole image, [tokens, hidden].
-
-        The tower is asked instead of its rule repeated: which row a patch takes is read off a
-        forward pass over an empty image.
-        """
-        tower = self._spec.tower
-        module = self._checkpoint.model.get_submodule(tower.position_embedding)
-        seen: list[Tensor] = []
-        handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
-        try:
-            blank = torch.zeros(1, tower.channels, tower.image_size, tower.image_size)
-            with torch.inference_mode():
-                embed_patches(self._checkpoint.model, self._spec, blank)
-        finally:
-            handle.remove()
-        return seen[0].reshape(-1, tower.hidden_size)
 
     def _cache_scales(self, name: str, block: int) -> tuple[str, ...]:
         """Scales of an int8 cache behind three inputs that are left out; nothing for float32."""

@@ -34,20 +34,29 @@ def read_clip(vision: Mapping[str, Any], prefix: str, *, feature_block: int) -> 
     )
 
 
-def read_siglip(vision: Mapping[str, Any], prefix: str) -> TowerSpec:
-    """SigLIP: patches alone, with a bias, all blocks and the norm after them.
+def read_siglip(
+    vision: Mapping[str, Any], prefix: str, *, feature_block: int | None = None
+) -> TowerSpec:
+    """SigLIP: patches alone, with a bias.
+
+    Args:
+        vision: `vision_config` of config.json.
+        prefix: Module name of the tower.
+        feature_block: Index of the last block that is run, whose output is taken as it is; `None`
+            for all blocks and the norm after them.
 
     Raises:
         KeyError: A field is missing.
     """
+    last = vision["num_hidden_layers"] - 1
     return _read(
         vision,
         prefix,
-        feature_block=vision["num_hidden_layers"] - 1,
+        feature_block=last if feature_block is None else feature_block,
         class_embedding=None,
         pre_norm=None,
         has_patch_bias=True,
-        has_post_norm=True,
+        has_post_norm=feature_block is None,
         activation="gelu_pytorch_tanh",
         norm_eps=1e-6,
     )

@@ -1,14 +1,26 @@
-"""The Llama decoder (arXiv 2302.13971, 2307.09288), which several families answer with."""
+"""Decoders of the Llama kind: Llama (arXiv 2302.13971, 2307.09288) and Qwen2 (2407.10671)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.spec import AttentionSpec, BlockSpec, DecoderSpec, FfnSpec
 
 __all__ = ["read_llama"]
+
+
+def _llama_biases(text: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    attention = bool(text.get("attention_bias", False))
+    return attention, attention, bool(text.get("mlp_bias", False))
+
+
+_BIASES: Mapping[str, Callable[[Mapping[str, Any]], tuple[bool, bool, bool]]] = {
+    "llama": _llama_biases,
+    "qwen2": lambda _: (True, False, False),
+}
+"""Whether queries, keys and values, the attention's output and the FFN have biases, by decoder."""
 
 
 def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
@@ -23,12 +35,18 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         KeyError: A field is missing.
     """
     text = config["text_config"]
-    supported = ("llama",)
-    if text.get("model_type") not in supported:
+    kind = text.get("model_type")
+    if kind not in _BIASES:
         raise UnsupportedError(
-            f"config.json: text_config.model_type {text.get('model_type')!r} is not supported; "
-            f"supported are {', '.join(supported)}"
+            f"config.json: text_config.model_type {kind!r} is not supported; supported are "
+            f"{', '.join(_BIASES)}"
         )
+    if any(layer != "full_attention" for layer in text.get("layer_types") or ()):
+        raise UnsupportedError(
+            "config.json: text_config.layer_types has layers of sliding attention, which are not "
+            "supported; supported is full attention in every layer"
+        )
+    qkv, output, mlp = _BIASES[kind](text)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if rope.get("rope_type", "default") != "default":
         raise UnsupportedError(
@@ -58,9 +76,9 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         norm_eps=text.get("rms_norm_eps", 1e-6),
         activation=text.get("hidden_act", "silu"),
         tied_head=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        has_qkv_bias=bool(text.get("attention_bias", False)),
-        has_output_bias=bool(text.get("attention_bias", False)),
-        has_mlp_bias=bool(text.get("mlp_bias", False)),
+        has_qkv_bias=qkv,
+        has_output_bias=output,
+        has_mlp_bias=mlp,
     )
 
 

@@ -1,17 +1,26 @@
-"""LLaVA (arXiv 2304.08485, 2310.03744): a CLIP tower, two linears, a Llama decoder."""
+"""LLaVA (arXiv 2304.08485, 2310.03744): a tower of the CLIP kind, two linears, any decoder.
+
+LLaVA-1.5 has CLIP and Llama; the LLaVA-Interleave models have SigLIP and Qwen2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.models.families.clip import read_clip
+from pocketvlm.models.families.clip import read_clip, read_siglip
 from pocketvlm.models.families.llama import read_llama
 from pocketvlm.models.projector import ActivationStep, LinearStep, ProjectorSpec
-from pocketvlm.models.spec import ModelSpec, ProcessorSpec
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec, TowerSpec
 
 __all__ = ["read_llava"]
+
+_TOWERS: Mapping[str, tuple[Callable[..., TowerSpec], str]] = {
+    "clip_vision_model": (read_clip, "default"),
+    "siglip_vision_model": (read_siglip, "full"),
+}
+"""Readers of towers, and which tokens are features: all but [CLS] by default, or all in full."""
 
 
 def read_llava(config: Mapping[str, Any]) -> ModelSpec:
@@ -22,17 +31,19 @@ def read_llava(config: Mapping[str, Any]) -> ModelSpec:
         KeyError: A field is missing.
     """
     vision = config["vision_config"]
-    if vision.get("model_type") != "clip_vision_model":
+    kind = str(vision.get("model_type"))
+    if kind not in _TOWERS:
         raise UnsupportedError(
-            f"config.json: vision_config.model_type {vision.get('model_type')!r} is not supported "
-            "for llava; supported is 'clip_vision_model'"
+            f"config.json: vision_config.model_type {kind!r} is not supported for llava; supported "
+            f"are {', '.join(_TOWERS)}"
         )
+    read_tower, only = _TOWERS[kind]
     layer = config.get("vision_feature_layer", -2)
     strategy = config.get("vision_feature_select_strategy", "default")
-    if not isinstance(layer, int) or strategy != "default":
+    if not isinstance(layer, int) or strategy != only:
         raise UnsupportedError(
             f"config.json: vision_feature_layer {layer!r} with strategy {strategy!r} is not "
-            "supported; supported is one layer with strategy 'default'"
+            f"supported for {kind}; supported is one layer with strategy {only!r}"
         )
     depth = vision["num_hidden_layers"]
     # hidden_states[0] is what enters the first block, so state i leaves block i - 1.
@@ -46,7 +57,7 @@ def read_llava(config: Mapping[str, Any]) -> ModelSpec:
         family="llava",
         processor=ProcessorSpec(classes=("LlavaProcessor",), counts_patches=True),
         model_type=config["model_type"],
-        tower=read_clip(vision, "model.vision_tower", feature_block=state - 1),
+        tower=read_tower(vision, "model.vision_tower", feature_block=state - 1),
         projector=_read_projector(config, decoder.hidden_size),
         decoder=decoder,
         image_token_id=config["image_token_id"]
