@@ -73,6 +73,8 @@ class PromptLayout:
         image_token_id: The placeholder, as a token.
         image_prefix: Text before the placeholders of a picture.
         image_suffix: Text after them.
+        tile_marker: Text before those of a tile, with `{row}` and `{column}`; `None` where every
+            picture is one tile.
         embedding_rows: Rows of the embedding table; every other token id must be smaller. `None` if
             unknown.
     """
@@ -81,6 +83,7 @@ class PromptLayout:
     image_token_id: int
     image_prefix: str = ""
     image_suffix: str = ""
+    tile_marker: str | None = None
     embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -167,8 +170,9 @@ class Manifest:
         family: Family of the model specification.
         source_sha256: Digest of the source checkpoint's weights.
         recipe_sha256: Digest of the resolved recipe.
-        visual_tokens: Embeddings that the vision graph returns for one image, k.
-        visual_tokens_full: Positions that one image takes when `positions` is `original`, N.
+        visual_tokens: Embeddings that the vision graph returns for one tile, k; a picture is one
+            tile where `prompt` has no marker of tiles.
+        visual_tokens_full: Positions that one tile takes when `positions` is `original`, N.
         positions: `original` or `consecutive`; see `models.reducer.TokenReducer`.
         prompt: How a picture is written in a prompt.
         generation: How answers are generated.
@@ -208,6 +212,8 @@ class Manifest:
         for component in document["components"]:
             if component["sparse_file"] is None:
                 del component["sparse_file"]
+        if document["prompt"]["tile_marker"] is None:
+            del document["prompt"]["tile_marker"]
         if document["kv_cache"]["visual_layers"] is None:
             del document["kv_cache"]["visual_layers"]
         if not document["runtimes"]:

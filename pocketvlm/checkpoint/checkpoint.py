@@ -182,6 +182,7 @@ class Checkpoint:
             image_token=self.spec.image_token,  # as the tokenizer spells them
             image_prefix=self.spec.image_prefix,
             image_suffix=self.spec.image_suffix,
+            tile_marker=self.spec.tile_marker,
         )
         if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:
             raise CheckpointError(

@@ -20,11 +20,12 @@ from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
+from pocketvlm.models.tiling import TileGrid
 from pocketvlm.reports.measurement import Memory, Prompt
 from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import choose_engine, open_engine
-from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.generate import StopRules, encode_tiles, generate, prompt_rows
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
@@ -66,10 +67,16 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     clock.lap("load")
     text, text_tokens = _fit(codec, workload)
-    manifest = bundle.manifest
-    visual_tokens = manifest.visual_tokens if workload.has_image else 0
-    rows = workload.prompt_tokens + visual_tokens + workload.new_tokens
-    _require_positions(bundle, workload)
+    grids = []
+    if image is not None:
+        grids.append(preprocessor.grid(read_image(image, "the workload's picture")))
+    messages = [user_message(text, images=len(grids))]
+    tiles = sum(grid.tiles for grid in grids)
+    visual_tokens = bundle.manifest.visual_tokens * tiles
+    prompt = codec.encode(messages, grids)
+    dropped = (bundle.manifest.visual_tokens_full - bundle.manifest.visual_tokens) * tiles
+    rows = len(prompt) - dropped + workload.new_tokens
+    _require_positions(bundle, workload, prompt_tokens=len(prompt), dropped=dropped)
     clock.skip()
     runner = _open(bundle, threads, rows)
     clock.lap("load")
@@ -79,7 +86,7 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
         preprocessor=preprocessor,
         runner=runner,
         workload=workload,
-        messages=[user_message(text, images=int(workload.has_image))],
+        messages=messages,
     )
     after_bytes = _rss_bytes()
     cold, token_ids = _answer(loaded, image)
@@ -113,15 +120,17 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
     stream = TextStream(codec.decode_raw)
     runner.reset()
     pictures: list[VisualFeatures] = []
+    grids: list[TileGrid] = []
     clock = StageClock()
     if image is not None:
-        pixels = loaded.preprocessor.pixels(read_image(image, "the workload's picture"))
+        picture = read_image(image, "the workload's picture")
+        pixels = loaded.preprocessor.pixels(picture)
         clock.lap("preprocess")
-        embeds, indices = runner.encode_image(pixels)
-        pictures.append(VisualFeatures(embeds=embeds, indices=indices))
+        pictures += encode_tiles(runner, pixels)
+        grids.append(loaded.preprocessor.grid(picture))
         clock.lap("vision")
     layout = lay_out_prompt(
-        codec.encode(loaded.messages),
+        codec.encode(loaded.messages, grids),
         pictures,
         image_token_id=codec.image_token_id,
         placeholders=manifest.visual_tokens_full,
@@ -172,18 +181,17 @@ def _fit(codec: TextCodec, workload: Workload) -> tuple[str, int]:
     return text, count_tokens(text)
 
 
-def _require_positions(bundle: Bundle, workload: Workload) -> None:
+def _require_positions(
+    bundle: Bundle, workload: Workload, *, prompt_tokens: int, dropped: int
+) -> None:
     manifest = bundle.manifest
-    kept = (
-        manifest.visual_tokens_full if manifest.positions == "original" else manifest.visual_tokens
-    )
-    visual = kept if workload.has_image else 0
-    needed = workload.prompt_tokens + visual + workload.new_tokens
+    prompt = prompt_tokens - (0 if manifest.positions == "original" else dropped)
+    needed = prompt + workload.new_tokens
     limit = manifest.generation.max_positions
     if needed > limit:
         raise InputError(
-            f"workload {workload.name!r} takes {needed} positions ({workload.prompt_tokens} text, "
-            f"{visual} visual, {workload.new_tokens} new); {bundle.path} has {limit}"
+            f"workload {workload.name!r} takes {needed} positions ({prompt} of the prompt, "
+            f"{workload.new_tokens} new); {bundle.path} has {limit}"
         )
 
 

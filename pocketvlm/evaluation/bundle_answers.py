@@ -13,7 +13,7 @@ from pocketvlm.errors import BundleError
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.runtime.engines import open_engine
-from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.generate import StopRules, encode_tiles, generate, prompt_rows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
@@ -55,24 +55,25 @@ def answer_with_bundle(
     codec = TextCodec.from_bundle(bundle)
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     limits = bundle_limits(bundle, codec)
-    prompts = encode_questions(codec.encode, samples, limits, max_new_tokens=max_new_tokens)
+    tiling = preprocessor.tiling
+    prompts = encode_questions(codec.encode, tiling, samples, limits, max_new_tokens=max_new_tokens)
     engine = runner or open_for_questions(
         bundle, samples, max_new_tokens=max_new_tokens, threads=ctx.threads
     )
     # Programs of other targets have a cache of fixed size.
     limits = replace(limits, rows=engine.capacity)
-    require_fitting(prompts, samples, limits, max_new_tokens=max_new_tokens)
+    require_fitting(prompts, tiling, samples, limits, max_new_tokens=max_new_tokens)
     answers: list[str] = []
-    seen: dict[Path | int, VisualFeatures] = {}
+    seen: dict[Path | int, list[VisualFeatures]] = {}
     for sample, token_ids in zip(samples, prompts, strict=True):
         keys = [image if isinstance(image, Path) else id(image) for image in sample.images]
         seen = {key: seen[key] for key in keys if key in seen}
         for number, key in enumerate(keys):
             if key not in seen:
                 pixels = preprocessor.pixels(sample.open_image(number))
-                embeds, indices = engine.encode_image(pixels)
-                seen[key] = VisualFeatures(embeds=embeds, indices=indices)
-        pictures = [replace(seen[key], serial=serial) for serial, key in enumerate(keys)]
+                seen[key] = encode_tiles(engine, pixels)
+        tiles = [tile for key in keys for tile in seen[key]]
+        pictures = [replace(tile, serial=serial) for serial, tile in enumerate(tiles)]
         layout = lay_out_prompt(
             token_ids,
             pictures,
@@ -110,7 +111,8 @@ def open_for_questions(
     """
     codec = TextCodec.from_bundle(bundle)
     limits = bundle_limits(bundle, codec)
-    prompts = encode_questions(codec.encode, samples, limits, max_new_tokens=max_new_tokens)
+    tiling = ImagePreprocessor.from_bundle(bundle).tiling
+    prompts = encode_questions(codec.encode, tiling, samples, limits, max_new_tokens=max_new_tokens)
     rows = max(map(limits.rows_of, prompts), default=0) + max_new_tokens
     return open_engine(bundle, runtime, threads=threads, rows=rows)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
+from pocketvlm.models.tiling import SplitGrid, TileGrid
 from pocketvlm.prompt.messages import Message
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = [
     "require_fitting",
 ]
 
-Encode = Callable[[list[Message]], list[int]]
+Encode = Callable[[list[Message], list[TileGrid]], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,10 @@ class PromptLimits:
     """The limits of a prompt and its answer.
 
     Attributes:
-        image_token_id: The placeholder of a picture.
-        placeholders: Placeholders of one picture, N.
-        kept: Rows of one picture, k.
-        keeps_positions: Whether a picture takes N positions; otherwise k.
+        image_token_id: The placeholder.
+        placeholders: Placeholders of one tile, N.
+        kept: Rows of one tile, k.
+        keeps_positions: Whether a tile takes N positions; k of them otherwise.
         vocabulary: Rows of the token table.
         positions: Positions that the model may use.
         rows: Rows of KV cache; `None` if they are not a separate limit.
@@ -50,18 +51,20 @@ class PromptLimits:
     rows: int | None = None
 
     def rows_of(self, token_ids: Sequence[int]) -> int:
-        """Rows of KV cache of a prompt."""
-        pictures = token_ids.count(self.image_token_id) // self.placeholders
-        return len(token_ids) - pictures * (self.placeholders - self.kept)
+        """Rows of KV cache that a prompt takes."""
+        tiles = token_ids.count(self.image_token_id) // self.placeholders
+        return len(token_ids) - tiles * (self.placeholders - self.kept)
 
-    def problem(self, token_ids: Sequence[int], pictures: int, max_new_tokens: int) -> str | None:
-        """Why a prompt cannot be answered, or `None`."""
+    def problem(
+        self, token_ids: Sequence[int], grids: Sequence[TileGrid], max_new_tokens: int
+    ) -> str | None:
+        """Why a prompt about pictures of these grids cannot be answered, or `None`."""
         found = token_ids.count(self.image_token_id)
-        if found != pictures * self.placeholders:
+        needed = self.placeholders * sum(grid.tiles for grid in grids)
+        if found != needed:
             return (
-                f"its prompt has {found} image placeholders where {pictures} pictures need "
-                f"{pictures * self.placeholders}: the chat template leaves pictures out, or text "
-                "becomes a placeholder"
+                f"its prompt has {found} image placeholders where {len(grids)} pictures need "
+                f"{needed}: the chat template leaves pictures out, or text becomes a placeholder"
             )
         unknown = next((token for token in token_ids if token >= self.vocabulary), None)
         if unknown is not None:
@@ -93,12 +96,18 @@ def answer_problem(sample: Sample) -> str | None:
 
 
 def encode_questions(
-    encode: Encode, samples: Sequence[Sample], limits: PromptLimits, *, max_new_tokens: int
+    encode: Encode,
+    tiling: SplitGrid | None,
+    samples: Sequence[Sample],
+    limits: PromptLimits,
+    *,
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """The prompts of all samples.
 
     Args:
-        encode: From messages to token ids, with all placeholders of each picture.
+        encode: From messages and the tiles of their pictures to token ids.
+        tiling: How large pictures are cut; `None` where each is one tile.
         samples: Questions.
         limits: The limits of prompts.
         max_new_tokens: Longest answer.
@@ -113,9 +122,13 @@ def encode_questions(
         token_ids: list[int] = []
         problem: str | None
         try:
-            token_ids = encode(prompt_messages(sample))
-            problem = limits.problem(token_ids, len(sample.images), max_new_tokens)
+            grids = sample.grids(tiling)
+            token_ids = encode(prompt_messages(sample), grids)
+            problem = limits.problem(token_ids, grids, max_new_tokens)
             problem = problem or answer_problem(sample)
+        except CalibrationError as error:  # says where itself
+            problems.append(str(error))
+            problem = None
         except PocketVLMError as error:
             problem = str(error)
         prompts.append(token_ids)
@@ -127,6 +140,7 @@ def encode_questions(
 
 def require_fitting(
     prompts: Sequence[Sequence[int]],
+    tiling: SplitGrid | None,
     samples: Sequence[Sample],
     limits: PromptLimits,
     *,
@@ -140,7 +154,7 @@ def require_fitting(
     problems = [
         f"{sample.where}: {problem}"
         for token_ids, sample in zip(prompts, samples, strict=True)
-        if (problem := limits.problem(token_ids, len(sample.images), max_new_tokens))
+        if (problem := limits.problem(token_ids, sample.grids(tiling), max_new_tokens))
     ]
     if problems:
         raise CalibrationError(join_problems(problems))

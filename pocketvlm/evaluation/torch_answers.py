@@ -60,7 +60,9 @@ def answer_with_checkpoint(
     """
     processor, eos = checkpoint.processor, checkpoint.processor.eos_token_ids
     limits = checkpoint_limits(checkpoint)
-    token_ids = encode_questions(processor.encode, samples, limits, max_new_tokens=max_new_tokens)
+    token_ids = encode_questions(
+        processor.encode, processor.tiling, samples, limits, max_new_tokens=max_new_tokens
+    )
     answers = [""] * len(samples)
     done = 0
     with (
@@ -120,9 +122,9 @@ def _encode(
         batch = keys[start : start + batch_size]
         images = [sample.open_image(number) for sample, number in (unique[key] for key in batch)]
         visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
-        features |= {
-            key: (visual.embeds[row], visual.indices[row]) for row, key in enumerate(batch)
-        }
+        tiles = checkpoint.processor.tiles(images)
+        parts = zip(visual.embeds.split(tiles), visual.indices.split(tiles), strict=True)
+        features |= dict(zip(batch, parts, strict=True))
     return features
 
 
@@ -134,8 +136,8 @@ def _stack(
     if not rows:
         return None
     return VisualTokens(
-        embeds=torch.stack([embeds for embeds, _ in rows]),
-        indices=torch.stack([indices for _, indices in rows]),
+        embeds=torch.cat([embeds for embeds, _ in rows]),
+        indices=torch.cat([indices for _, indices in rows]),
     )
 
 

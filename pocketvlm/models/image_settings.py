@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.json_io import DecodeError, decode, read_json
+from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid
 
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 
@@ -39,6 +40,8 @@ _RESAMPLING = range(6)
 _CHANNELS = 3
 _LARGEST = 2**14
 _SMALLEST = 1e-6
+_MOST_TILES = 65
+"""Eight rows of eight, and the whole; models have markers for six by six."""
 
 Size = int | tuple[int, ...] | Mapping[str, int]
 
@@ -54,6 +57,7 @@ class ImageSettings:
             `longest_edge`; the first of two steps for the Idefics3 kind.
         crop_size: `height` and `width` that are cut out of the middle.
         max_image_size: `longest_edge`, the side of the Idefics3 kind's tiles.
+        do_image_splitting: Whether a large picture is cut into several of them.
         resample: Number of Pillow's filter.
         image_mean: One per channel.
         image_std: Likewise.
@@ -85,6 +89,24 @@ class ImageSettings:
             return self.crop_size["height"]
         return self.size["height"]
 
+    @property
+    def tiling(self) -> SplitGrid | None:
+        """How pictures are cut into tiles; `None` where each is one."""
+        if not self.do_image_splitting:
+            return None
+        size = self.size
+        first = (size["height"], size["width"]) if "height" in size else size["longest_edge"]
+        return SplitGrid(side=self.side, first=first)
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the picture that costs most."""
+        return 1 if self.tiling is None else self.tiling.most_tiles
+
+    def grid(self, width: int, height: int) -> TileGrid:
+        """The tiles of an upright picture of this size."""
+        return ONE_TILE if self.tiling is None else self.tiling.grid(width, height)
+
     def hold_side(
         self, side: int, taker: str, *, error: type[PocketVLMError] = BundleError
     ) -> None:
@@ -107,12 +129,6 @@ class ImageSettings:
     def notes(self) -> list[str]:
         """Settings that are not followed, for a plan and a report."""
         notes = []
-        if self.do_image_splitting:
-            notes.append(
-                f"{self.where.name}: do_image_splitting is not followed: each picture is one tile "
-                f"of {self.side} x {self.side}, where the model's own processor splits large "
-                "pictures into several, at several times the visual tokens"
-            )
         if not self.do_convert_rgb:
             notes.append(
                 f"{self.where.name}: do_convert_rgb is false and not followed: pictures that are "
@@ -312,6 +328,13 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
         if settings.do_resize and set(size) not in ({"longest_edge"}, {"height", "width"}):
             raise DecodeError(
                 f"size names {_keys(size)}; allowed are longest_edge, height and width"
+            )
+        if settings.do_image_splitting and not settings.do_resize:
+            raise DecodeError("do_resize must be true where do_image_splitting is")
+        if settings.most_tiles > _MOST_TILES:
+            raise DecodeError(
+                f"size and max_image_size cut a picture into up to {settings.most_tiles} tiles; "
+                f"allowed are {_MOST_TILES}"
             )
         return settings
     if settings.do_resize and set(size) not in ({"shortest_edge"}, {"height", "width"}):

@@ -298,6 +298,8 @@ class ModelSpec:
         image_token: The same placeholder as text.
         image_prefix: Text that the family's processor puts before an image's placeholders.
         image_suffix: Text that it puts after them.
+        tile_marker: Text that it puts before those of a tile (`prompt.picture_text`), or `None`
+            where it never cuts pictures.
     """
 
     family: str
@@ -310,6 +312,7 @@ class ModelSpec:
     image_token: str
     image_prefix: str
     image_suffix: str
+    tile_marker: str | None = None
 
     def check(self) -> None:
         """Checks that the sizes fit together.

@@ -25,6 +25,7 @@ from pocketvlm.evaluation.prompts import PromptLimits, answer_problem
 from pocketvlm.evaluation.score import MAX_NEW_TOKENS
 from pocketvlm.export.parity.prompts import second_turn
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.tiling import ONE_TILE
 from pocketvlm.pipeline.assemble import write_processor
 from pocketvlm.processor import Processor
 from pocketvlm.prompt.messages import Turn, chat_messages, user_turn
@@ -202,9 +203,12 @@ def certificate_samples(
     limits = readers.limits(_rows(targets, readers.processor.spec), kept)
 
     def fits(sample: Sample) -> bool:
+        grids, problem = _attempt(sample.grids, readers.preprocessor.tiling)
+        if problem:
+            return False
         for messages in (sample.messages(), second_turn(sample)):
-            prompt, problem = _attempt(readers.codec.encode, messages)
-            if problem or limits.problem(prompt, len(sample.images), _CERTIFIED_TOKENS):
+            prompt, problem = _attempt(readers.codec.encode, messages, grids)
+            if problem or limits.problem(prompt, grids, _CERTIFIED_TOKENS):
                 return False
         return bool(sample.images)
 
@@ -231,7 +235,8 @@ def _picture_problems(readers: Readers, path: Path) -> list[str]:
         values = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), np.uint8)
         image = Image.fromarray(values)
         own = readers.preprocessor.pixels(image)
-        wanted = (1, tower.channels, tower.image_size, tower.image_size)
+        tiles = readers.preprocessor.grid(image).tiles
+        wanted = (tiles, tower.channels, tower.image_size, tower.image_size)
         if own.shape != wanted:
             return [
                 f"{path}: the image processor makes pictures of {own.shape[-1]} x "
@@ -258,7 +263,7 @@ def _prompt_problems(readers: Readers, path: Path) -> list[str]:
         messages = chat_messages(turns)
         prompt, problem = _attempt(readers.codec.encode, messages)
         if problem is None:
-            problem = readers.limits().problem(prompt, 1, 1)
+            problem = readers.limits().problem(prompt, [ONE_TILE], 1)
         if problem is not None:
             return [f"{path}: a question about a picture cannot be asked: {problem}"]
         stock, problem = _attempt(readers.processor.encode, messages)
@@ -289,9 +294,13 @@ def _token_notes(readers: Readers) -> list[str]:
 
 
 def _calibration_problem(readers: Readers, sample: Sample) -> tuple[str | None, bool]:
-    """Why stages cannot use a row, or whether it is cut."""
+    """Why stages cannot look at a row, or whether it is cut."""
+    try:
+        grids = sample.grids(readers.preprocessor.tiling)
+    except CalibrationError as error:
+        return str(error), False
     _, problem = _attempt(
-        readers.codec.encode, sample.answered_messages(), add_generation_prompt=False
+        readers.codec.encode, sample.answered_messages(), grids, add_generation_prompt=False
     )
     if problem is not None:
         return f"{sample.where}: {problem}", False
@@ -310,9 +319,13 @@ def _calibration_problem(readers: Readers, sample: Sample) -> tuple[str | None, 
 
 def _question_problem(readers: Readers, limits: PromptLimits, sample: Sample) -> str | None:
     """Why a row cannot be scored."""
-    prompt, problem = _attempt(readers.codec.encode, sample.messages())
+    try:
+        grids = sample.grids(readers.preprocessor.tiling)
+    except CalibrationError as error:
+        return str(error)
+    prompt, problem = _attempt(readers.codec.encode, sample.messages(), grids)
     if problem is None:
-        problem = limits.problem(prompt, len(sample.images), MAX_NEW_TOKENS)
+        problem = limits.problem(prompt, grids, MAX_NEW_TOKENS)
     problem = problem or answer_problem(sample)
     if problem is not None:
         return f"{sample.where}: {problem}"

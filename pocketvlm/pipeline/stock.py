@@ -164,8 +164,6 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
             f"video part; {stand_in}, which writes the same prompt for pictures, stands in for it"
         )
     processor.image_processor = pictures
-    if hasattr(pictures, "do_image_splitting"):
-        pictures.do_image_splitting = False
     return processor, tuple(notes)
 
 

@@ -72,27 +72,25 @@ class ImageProcessor:
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Preprocesses pictures into float32 [len(images), channels, side, side].
-
-        Tiling is off: one picture is one tile, which is what a phone's vision graph takes.
-        """
-        options: dict[str, Any] = {}
-        if self.settings.kind == "idefics3":
-            options["do_image_splitting"] = False
-        batch = self.stock(
-            images=[[image] for image in images],
-            return_tensors="pt",
-            do_convert_rgb=True,
-            **options,
-        )
-        pixels: Tensor = batch["pixel_values"]
+        """Preprocesses pictures into float32 [tiles, channels, side, side], picture by picture."""
+        # A batch of pictures of several grids would be filled up with tiles that are empty.
+        together = 1 if self.settings.tiling is not None else len(images)
+        parts = [
+            self.stock(
+                images=[[image] for image in images[start : start + together]],
+                return_tensors="pt",
+                do_convert_rgb=True,
+            )["pixel_values"].flatten(0, -4)
+            for start in range(0, len(images), max(1, together))
+        ]
+        pixels: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tower = self.spec.tower
-        shape = (tower.channels, tower.image_size, tower.image_size)
-        pixels = pixels.flatten(0, -4)
-        if tuple(pixels.shape) != (len(images), *shape):
+        tiles = sum(self.settings.grid(*image.size).tiles for image in images)
+        expected = (tiles, tower.channels, tower.image_size, tower.image_size)
+        if tuple(pixels.shape) != expected:
             raise CheckpointError(
                 f"{self.settings.where}: {len(images)} pictures become pixels of "
-                f"{tuple(pixels.shape)}, but the tower takes {(len(images), *shape)}"
+                f"{tuple(pixels.shape)}, but the tower takes {expected}"
             )
         return pixels.to(torch.float32)
 

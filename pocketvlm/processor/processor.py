@@ -16,6 +16,7 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.tiling import SplitGrid, TileGrid
 from pocketvlm.processor.foreign_code import refuse_foreign_code
 from pocketvlm.processor.image_processor import ImageProcessor
 from pocketvlm.processor.tokenizer import StockTokenizer, read_stock_tokenizer
@@ -140,21 +141,28 @@ class Processor:
             write_json(config, {k: v for k, v in document.items() if k != "chat_template"})
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Preprocesses pictures into float32 [len(images), channels, size, size].
-
-        Tiling is off: one picture is one tile, which is what a phone's vision graph takes.
-        """
+        """Preprocesses pictures into float32 [tiles, channels, size, size], picture by picture."""
         return self.image_processor.pixels(images)
 
-    def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        """Token ids of a conversation, each image expanded to its N placeholders.
+    @property
+    def tiling(self) -> SplitGrid | None:
+        """How large pictures are cut; `None` where each is one tile."""
+        return self.image_processor.settings.tiling
 
-        Raises:
-            InputError: As `PromptCodec.encode`.
-        """
-        return self.codec.encode(messages, add_generation_prompt=add_generation_prompt)
+    def tiles(self, images: Sequence[Image]) -> list[int]:
+        """How many rows of `pixels` are each picture's."""
+        settings = self.image_processor.settings
+        return [settings.grid(*image.size).tiles for image in images]
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        grids: Sequence[TileGrid] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation; arguments and errors are those of `PromptCodec.encode`."""
+        return self.codec.encode(messages, grids, add_generation_prompt=add_generation_prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, without special tokens, stripped."""

@@ -22,6 +22,7 @@ from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.processor.image_processor import quiet_fallbacks
 from pocketvlm.prompt.chat_template import ChatTemplate, Message, find_chat_template
 from pocketvlm.prompt.codec import PromptCodec, read_tokenizer
+from pocketvlm.prompt.picture_text import PictureText
 
 __all__ = ["StockTokenizer", "bounded_templates", "read_stock_tokenizer"]
 
@@ -97,9 +98,14 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
         tokenizer=read_tokenizer(serialized, path / "tokenizer.json", error=CheckpointError),
         template=find_chat_template(path, error=CheckpointError),
         variables=dict(tokenizer.special_tokens_map),
-        image_token=spec.image_token,
+        picture=PictureText(
+            placeholder=spec.image_token,
+            count=spec.visual_tokens,
+            prefix=spec.image_prefix,
+            suffix=spec.image_suffix,
+            tile_marker=spec.tile_marker,
+        ),
         image_token_id=spec.image_token_id,
-        image_block=(spec.image_prefix + spec.image_token * spec.visual_tokens + spec.image_suffix),
         embedding_rows=spec.decoder.vocab_size,
         control_words=None if words is None else tuple(map(str, words)),
     )
@@ -160,7 +166,12 @@ def _named_by_tokenizer(
     if processor.get("processor_class") != "Idefics3Processor" and prefix:
         suffix = named.get("fake_image_token", "<fake_token_around_image>")
         prefix = suffix + named.get("global_image_token", "<global-img>")
-    return replace(spec, image_token=found, image_prefix=prefix, image_suffix=suffix)
+    marker = spec.tile_marker
+    if marker is not None:
+        marker = marker.replace(spec.image_suffix, suffix)
+    return replace(
+        spec, image_token=found, image_prefix=prefix, image_suffix=suffix, tile_marker=marker
+    )
 
 
 def _serialize(tokenizer: Any) -> tuple[str, tuple[str, ...]]:

@@ -17,7 +17,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from pocketvlm.errors import InputError, PocketVLMError
+from pocketvlm.models.tiling import ONE_TILE, TileGrid
 from pocketvlm.prompt.chat_template import ChatTemplate, Message
+from pocketvlm.prompt.picture_text import PictureText
 
 __all__ = ["PromptCodec", "read_tokenizer"]
 
@@ -34,9 +36,8 @@ class PromptCodec:
         tokenizer: The tokenizer, which reads special tokens as control tokens.
         template: Turns messages into a prompt.
         variables: Other names that the template may use, such as `bos_token`.
-        image_token: The placeholder that the template writes for a picture.
-        image_token_id: The same as an id.
-        image_block: What the placeholder is expanded to: N placeholders with prefix and suffix.
+        picture: What the placeholder that the template writes for a picture is expanded to.
+        image_token_id: The placeholder as an id.
         embedding_rows: Rows of the embedding table; ids must be smaller. `None` if unknown.
         control_words: Added tokens that are control tokens in addition to the special ones; `None`
             for those that the template writes.
@@ -45,9 +46,8 @@ class PromptCodec:
     tokenizer: Tokenizer
     template: ChatTemplate
     variables: Mapping[str, str]
-    image_token: str
+    picture: PictureText
     image_token_id: int
-    image_block: str
     embedding_rows: int | None = None
     control_words: tuple[str, ...] | None = None
 
@@ -81,13 +81,23 @@ class PromptCodec:
                 "as a list"
             )
 
+    @property
+    def image_token(self) -> str:
+        """The placeholder of a picture, as text."""
+        return self.picture.placeholder
+
     def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        grids: Sequence[TileGrid] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation, every picture expanded to its N placeholders.
+        """Token ids of a conversation, every picture expanded to the placeholders of its tiles.
 
         Args:
             messages: The whole conversation, oldest turn first.
+            grids: How each picture is cut, in their order; `None` where none is.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Raises:
@@ -109,7 +119,11 @@ class PromptCodec:
         # transformers' rule: a template that writes the first token itself writes all of them.
         bos = self.variables.get("bos_token")
         adds_tokens = not (bos and text.startswith(bos))
-        text = self._placeholder.sub(lambda _: self.image_block, text)
+        cuts = [ONE_TILE] * pictures if grids is None else grids
+        if len(cuts) != pictures:
+            raise ValueError(f"{len(cuts)} grids of tiles are given for {pictures} pictures")
+        blocks = iter([self.picture.write(grid) for grid in cuts])
+        text = self._placeholder.sub(lambda _: next(blocks), text)
         try:
             ids = self._encode_text(text, adds_tokens=adds_tokens)
         except (InputError, KeyboardInterrupt, SystemExit):
@@ -220,7 +234,7 @@ class PromptCodec:
         return tuple(self.tokenizer.get_added_tokens_decoder().values())
 
     def _is_control(self, token: AddedToken) -> bool:
-        if token.special or token.content in self.image_block:
+        if token.special or self.picture.writes(token.content):
             return True
         if self.control_words is not None:
             return token.content in self.control_words

@@ -23,7 +23,13 @@ from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import ATTENTION
 
-__all__ = ["SHAPES", "tiny_config", "write_random_model", "write_shape"]
+__all__ = [
+    "SHAPES",
+    "tiny_config",
+    "write_random_model",
+    "write_shape",
+    "write_tiny_model",
+]
 
 _SMOLVLM_256M: dict[str, Any] = {
     "architectures": ["SmolVLMForConditionalGeneration"],
@@ -73,7 +79,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-TINY_MODELS = ("llava", "llava-interleave", "smolvlm")
+TINY_MODELS = ("llava", "llava-interleave", "smolvlm", "smolvlm-tiles")
 """Names of tiny configurations: one for every way of building that a reader knows."""
 
 
@@ -129,7 +135,7 @@ def tiny_config(name: str) -> dict[str, Any]:
             "text_config": {**text, "tie_word_embeddings": True},
             "vision_config": {**vision, "model_type": "clip_vision_model", "projection_dim": 64},
         }
-    if name == "smolvlm":
+    if name in ("smolvlm", "smolvlm-tiles"):
         return {
             "architectures": ["SmolVLMForConditionalGeneration"],
             "model_type": "smolvlm",
@@ -156,7 +162,15 @@ def write_shape(name: str, path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def write_random_model(config: dict[str, Any], path: Path, *, seed: int = 0) -> None:
+def write_tiny_model(name: str, path: Path) -> None:
+    """Writes a tiny model of `TINY_MODELS`, with the processor that belongs to it."""
+    tiles = 3 if name == "smolvlm-tiles" else 1
+    write_random_model(tiny_config(name), path, tiles_per_edge=tiles)
+
+
+def write_random_model(
+    config: dict[str, Any], path: Path, *, seed: int = 0, tiles_per_edge: int = 1
+) -> None:
     """Writes a Hugging Face directory with seeded random bf16 weights.
 
     Args:
@@ -164,6 +178,7 @@ def write_random_model(config: dict[str, Any], path: Path, *, seed: int = 0) -> 
         path: The directory; config.json is written last, so that a half-written directory is not a
             model.
         seed: Seed of the weights.
+        tiles_per_edge: Tiles along a picture's longest edge, where its processor splits pictures.
     """
     spec = read_model_spec(config)
     path.mkdir(parents=True, exist_ok=True)
@@ -174,8 +189,8 @@ def write_random_model(config: dict[str, Any], path: Path, *, seed: int = 0) -> 
         if not (spec.decoder.tied_head and name == "lm_head.weight")
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(path, config, spec)
-    _write_image_processor(path, spec)
+    _write_tokenizer(path, config, spec, tiles_per_edge)
+    _write_image_processor(path, spec, tiles_per_edge)
     (path / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     (path / "generation_config.json").write_text('{"eos_token_id": 2}\n', encoding="utf-8")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -201,11 +216,15 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
 
 
-def _write_tokenizer(path: Path, config: dict[str, Any], spec: ModelSpec) -> None:
+def _write_tokenizer(
+    path: Path, config: dict[str, Any], spec: ModelSpec, tiles_per_edge: int
+) -> None:
     """A byte-level BPE of the right size: bytes, then pairs of bytes, specials at their ids."""
     special = {0: _SPECIAL[0], 1: _SPECIAL[1], 2: _SPECIAL[2]}
     placeholder = spec.image_token_id
-    special |= {placeholder + offset: token for offset, token in enumerate(_IMAGE)}
+    places = range(1, tiles_per_edge + 1) if tiles_per_edge > 1 else ()
+    markers = [f"<row_{row}_col_{column}>" for row in places for column in places]
+    special |= {placeholder + offset: token for offset, token in enumerate([*_IMAGE, *markers])}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words: list[str] = list(alphabet)
     merges: list[tuple[str, str]] = []
@@ -244,7 +263,7 @@ def _write_tokenizer(path: Path, config: dict[str, Any], spec: ModelSpec) -> Non
     )
 
 
-def _write_image_processor(path: Path, spec: ModelSpec) -> None:
+def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> None:
     size = spec.tower.image_size
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
     centred = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -270,10 +289,10 @@ def _write_image_processor(path: Path, spec: ModelSpec) -> None:
     else:
         own = {
             "image_processor_type": "Idefics3ImageProcessor",
-            "size": {"longest_edge": size},
+            "size": {"longest_edge": tiles_per_edge * size},
             "max_image_size": {"longest_edge": size},
             "do_resize": True,
-            "do_image_splitting": False,
+            "do_image_splitting": tiles_per_edge > 1,
             "do_pad": True,
             **centred,
             "resample": 1,

@@ -11,18 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle, Manifest
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
+from pocketvlm.models.tiling import TileGrid
 from pocketvlm.prompt.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import open_engine
-from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.generate import StopRules, encode_tiles, generate, prompt_rows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
@@ -120,7 +119,8 @@ class Conversation:
         self._preprocessor = ImagePreprocessor.from_bundle(bundle)
         self._runner = open_engine(bundle) if runner is None else runner
         self._runner.reset()
-        self._pictures: list[VisualFeatures] = []
+        self._tiles: list[VisualFeatures] = []
+        self._grids: list[TileGrid] = []
         self._serial = 0
         # What the runner's cache holds, whatever became of the turn that put it there: the first
         # `runner.length` rows of the layout with the tokens behind it.
@@ -131,7 +131,8 @@ class Conversation:
         """Starts anew; the graphs stay loaded."""
         self.messages.clear()
         self.answers.clear()
-        self._pictures.clear()
+        self._tiles.clear()
+        self._grids.clear()
         self._cached_layout = None
         self._cached_ids = []
         self._runner.reset()
@@ -186,10 +187,14 @@ class Conversation:
             raise InputError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
         turn, images = question_turn(prompt, image)
         clock = StageClock()
-        pictures = [*self._pictures, *(self._encode(image, clock) for image in images)]
+        tiles, grids = list(self._tiles), list(self._grids)
+        for picture in images:
+            found, grid = self._encode(picture, clock)
+            tiles += found
+            grids.append(grid)
         messages = [*self.messages, turn.to_message()]
-        prompt_ids = self._codec.encode(messages)
-        layout = self._lay_out(prompt_ids, pictures)
+        prompt_ids = self._codec.encode(messages, grids)
+        layout = self._lay_out(prompt_ids, tiles)
         clock.lap("tokenize")
         require_room(
             self._manifest,
@@ -206,7 +211,7 @@ class Conversation:
         self._cached_layout, self._cached_ids = layout, token_ids
         tokens = generate(
             self._runner,
-            prompt_rows(layout, pictures, self._runner, start=reused),
+            prompt_rows(layout, tiles, self._runner, start=reused),
             StopRules(
                 max_new_tokens=max_new_tokens,
                 end_token_ids=self._codec.eos_token_ids,
@@ -248,25 +253,26 @@ class Conversation:
             ),
         )
         self.messages = [*messages, assistant_message(answer.text)]
-        self._pictures = pictures
+        self._tiles, self._grids = tiles, grids
         self.answers.append(answer)
         return answer
 
-    def _encode(self, image: PictureInput, clock: StageClock) -> VisualFeatures:
-        pixels: npt.NDArray[np.float32] = self._preprocessor.pixels(
-            image if isinstance(image, Image) else open_image(Path(image))
-        )
+    def _encode(
+        self, image: PictureInput, clock: StageClock
+    ) -> tuple[list[VisualFeatures], TileGrid]:
+        picture = image if isinstance(image, Image) else open_image(Path(image))
+        pixels = self._preprocessor.pixels(picture)
         clock.lap("preprocess")
-        embeds, indices = self._runner.encode_image(pixels)
-        clock.lap("vision")
         # Never reused, so that rows of an abandoned turn's picture match no other one.
-        self._serial += 1
-        return VisualFeatures(embeds=embeds, indices=indices, serial=self._serial)
+        tiles = encode_tiles(self._runner, pixels, serial=self._serial + 1)
+        self._serial += len(tiles)
+        clock.lap("vision")
+        return tiles, self._preprocessor.grid(picture)
 
-    def _lay_out(self, prompt_ids: list[int], pictures: list[VisualFeatures]) -> PromptLayout:
+    def _lay_out(self, prompt_ids: list[int], tiles: list[VisualFeatures]) -> PromptLayout:
         return lay_out_prompt(
             prompt_ids,
-            pictures,
+            tiles,
             image_token_id=self._codec.image_token_id,
             placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",

@@ -1,10 +1,11 @@
 """Pictures to pixels, bit for bit as Hugging Face's Pillow image processors make them.
 
-Two pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
-padding the picture to a square; the Idefics3 kind resizes twice, first so that the longest edge
-has a given length and then to a square, whatever the aspect ratio (tiling off: one picture is one
-tile). Both end in the same arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel
-has 256 values, so that is a table of 256 entries per channel, computed once.
+Three pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
+padding the picture to a square. The Idefics3 kind resizes twice, first so that the longest edge has
+a given length and then to a square, whatever the aspect ratio; where it splits pictures, the second
+size is whole tiles, and the picture follows them once more as a whole. All end in the same
+arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256 values, so that is a
+table of 256 entries per channel, computed once.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.models.image_settings import ImageSettings, parse_image_settings, read_image_settings
+from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid, longest_edge_size
 
-__all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "TwoStepSquare", "to_rgb"]
+__all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "Tiles", "TwoStepSquare", "to_rgb"]
 
-_LONGEST_EDGE_LIMIT = 4096
 _WIDEST_STRIP = 64
 
 
 class Geometry(Protocol):
-    """Brings an RGB picture of any size to the side that the vision graph takes."""
+    """Brings an RGB picture of any size to tiles of the side that the vision graph takes."""
 
     @property
     def side(self) -> int:
-        """Pixels along one side of the result."""
+        """Pixels along one side of a tile."""
 
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Returns [side, side, 3]."""
+        """Returns [tiles, side, side, 3]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class CenterCrop:
         if self.pad_color is not None:
             image = _pad_to_square(image, self.pad_color)
         pixels = np.asarray(self._resize(image))
-        return _center_crop(pixels, self.side) if self.crops else pixels
+        return (_center_crop(pixels, self.side) if self.crops else pixels)[None]
 
     def _resize(self, image: Image.Image) -> Image.Image:
         if self.size is None:
@@ -95,10 +96,42 @@ class TwoStepSquare:
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resizes twice."""
         if isinstance(self.first, int):
-            image = image.resize(_longest_edge_size(*image.size, self.first), self.resample)
+            image = image.resize(longest_edge_size(*image.size, self.first), self.resample)
         elif self.first is not None:
             image = image.resize((self.first[1], self.first[0]), self.resample)
-        return np.asarray(image.resize((self.side, self.side), self.resample))
+        return np.asarray(image.resize((self.side, self.side), self.resample))[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The Idefics3 kind where it splits pictures: tiles row by row, then the whole.
+
+    Attributes:
+        tiling: Which tiles.
+    """
+
+    tiling: SplitGrid
+    resample: Image.Resampling
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of a tile."""
+        return self.tiling.side
+
+    def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resizes twice, cuts, and resizes what was cut once more as a whole."""
+        tiled = self.tiling.tiled_size(*image.size)
+        image = image.resize(self.tiling.first_size(*image.size), self.resample)
+        image = image.resize(tiled, self.resample)
+        side = self.side
+        parts = [
+            image.crop((left, top, left + side, top + side))
+            for top in range(0, tiled[1], side)
+            for left in range(0, tiled[0], side)
+        ]
+        if len(parts) > 1:
+            parts.append(image.resize((side, side), self.resample))
+        return np.stack([np.asarray(part) for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,10 +140,12 @@ class ImagePreprocessor:
 
     Attributes:
         geometry: How the picture is brought to size.
+        tiling: How large pictures are cut; `None` where each is one tile.
         table: float32 [3, 256]: what each value of each channel becomes.
     """
 
     geometry: Geometry
+    tiling: SplitGrid | None
     table: npt.NDArray[np.float32]
 
     @classmethod
@@ -148,8 +183,10 @@ class ImagePreprocessor:
         """The preprocessor of settings that were read before."""
         resample = Image.Resampling(settings.resample)
         size = _target(settings.size) if settings.do_resize else None
-        if settings.kind == "idefics3":
-            geometry: Geometry = TwoStepSquare(side=settings.side, first=size, resample=resample)
+        if settings.tiling is not None:
+            geometry: Geometry = Tiles(tiling=settings.tiling, resample=resample)
+        elif settings.kind == "idefics3":
+            geometry = TwoStepSquare(side=settings.side, first=size, resample=resample)
         else:
             geometry = CenterCrop(
                 side=settings.side,
@@ -158,10 +195,10 @@ class ImagePreprocessor:
                 resample=resample,
                 pad_color=_color(settings.image_mean) if settings.do_pad else None,
             )
-        return cls(geometry=geometry, table=_value_table(settings))
+        return cls(geometry=geometry, tiling=settings.tiling, table=_value_table(settings))
 
     def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """Pixels of one picture, float32 [1, 3, side, side].
+        """Pixels of one picture, float32 [tiles, 3, side, side].
 
         Equal to Hugging Face's Pillow processor bit for bit, save where that would need more than
         `MAX_PIXELS` in between (a picture some hundred times longer than wide): there the ends
@@ -170,16 +207,28 @@ class ImagePreprocessor:
         Raises:
             InputError: The picture has no pixels, or cannot be decoded.
         """
-        if min(image.size) < 1:
-            raise InputError(f"a picture of {image.width} x {image.height} pixels has no content")
+        _require_content(image)
         try:
-            square = self.geometry.fit(to_rgb(image))
+            tiles = self.geometry.fit(to_rgb(image))
         except OSError as error:  # a lazily opened file turns out to be truncated here
             raise InputError(f"the picture is damaged or truncated: {error}") from error
-        channels = np.moveaxis(square, -1, 0)
-        return np.stack([row[channel] for row, channel in zip(self.table, channels, strict=True)])[
-            None
-        ]
+        channels = np.moveaxis(tiles, -1, 0)
+        pixels = [row[channel] for row, channel in zip(self.table, channels, strict=True)]
+        return np.stack(pixels, axis=1)
+
+    def grid(self, image: Image.Image) -> TileGrid:
+        """The tiles that `pixels` makes of a picture.
+
+        Raises:
+            InputError: The picture has no pixels.
+        """
+        _require_content(image)
+        return ONE_TILE if self.tiling is None else self.tiling.grid(*image.size)
+
+
+def _require_content(image: Image.Image) -> None:
+    if min(image.size) < 1:
+        raise InputError(f"a picture of {image.width} x {image.height} pixels has no content")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -226,25 +275,6 @@ def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Ima
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def _longest_edge_size(width: int, height: int, length: int) -> tuple[int, int]:
-    """Size with the longest edge at `length`; the shorter edge is even, and at least 1."""
-    ratio = width / height
-    if width >= height:
-        width, height = length, int(length / ratio)
-        height += height % 2
-    else:
-        width, height = int(length * ratio), length
-        width += width % 2
-    width, height = max(width, 1), max(height, 1)
-    limit = _LONGEST_EDGE_LIMIT
-    ratio = width / height
-    if width >= height and width > limit:
-        width, height = limit, int(limit / ratio)
-    elif height > width and height > limit:
-        width, height = int(limit * ratio), limit
-    return max(width, 1), max(height, 1)
 
 
 def _middle(image: Image.Image) -> Image.Image:

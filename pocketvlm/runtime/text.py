@@ -17,9 +17,11 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
 from pocketvlm.files.reader import locate, read_text
 from pocketvlm.json_io import read_json
+from pocketvlm.models.tiling import TileGrid
 from pocketvlm.prompt.chat_template import Message, find_chat_template
 from pocketvlm.prompt.codec import PromptCodec, read_tokenizer
 from pocketvlm.prompt.generation_settings import GenerationSettings
+from pocketvlm.prompt.picture_text import PictureText
 
 __all__ = ["Message", "TextCodec", "assistant_message", "user_message"]
 
@@ -57,8 +59,6 @@ class TextCodec:
         path, manifest = bundle.path, bundle.manifest
         prompt = manifest.prompt
         image_token, image_token_id = prompt.image_token, prompt.image_token_id
-        placeholders = image_token * manifest.visual_tokens_full
-        image_block = f"{prompt.image_prefix}{placeholders}{prompt.image_suffix}"
         file = locate(path, "tokenizer.json", error=BundleError)
         tokenizer = read_tokenizer(read_text(file, error=BundleError), file, error=BundleError)
         if tokenizer.token_to_id(image_token) != image_token_id:
@@ -75,9 +75,14 @@ class TextCodec:
                 tokenizer=tokenizer,
                 template=template,
                 variables=_named_tokens(config),
-                image_token=image_token,
+                picture=PictureText(
+                    placeholder=image_token,
+                    count=manifest.visual_tokens_full,
+                    prefix=prompt.image_prefix,
+                    suffix=prompt.image_suffix,
+                    tile_marker=prompt.tile_marker,
+                ),
                 image_token_id=image_token_id,
-                image_block=image_block,
                 embedding_rows=prompt.embedding_rows,
                 control_words=tuple(map(str, words)) if isinstance(words, list) else None,
             ),
@@ -107,18 +112,14 @@ class TextCodec:
         return self.prompts.image_token_id
 
     def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        grids: Sequence[TileGrid] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation, every picture expanded to all N of its placeholders.
-
-        Args:
-            messages: The whole conversation, oldest turn first.
-            add_generation_prompt: Whether the assistant's turn is opened at the end.
-
-        Raises:
-            InputError: As `PromptCodec.encode`.
-        """
-        return self.prompts.encode(messages, add_generation_prompt=add_generation_prompt)
+        """Token ids of a conversation; arguments and errors are those of `PromptCodec.encode`."""
+        return self.prompts.encode(messages, grids, add_generation_prompt=add_generation_prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out, spaces at both ends removed."""

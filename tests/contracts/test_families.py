@@ -17,7 +17,7 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.families.table import FAMILIES
 from pocketvlm.pipeline.source_check import BOUNDS, verify_folder
 from pocketvlm.processor import user_message
-from pocketvlm.reference.random_models import TINY_MODELS, tiny_config, write_random_model
+from pocketvlm.reference.random_models import TINY_MODELS, tiny_config, write_tiny_model
 from pocketvlm.reference_graph.forward import (
     decode_logits,
     embed_prompts,
@@ -30,7 +30,7 @@ from tests.export.rig import make_prompt, open_session
 @pytest.fixture(scope="module", params=TINY_MODELS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family") / request.param
-    write_random_model(tiny_config(request.param), folder)
+    write_tiny_model(request.param, folder)
     return folder
 
 
@@ -54,10 +54,12 @@ def test_logits_and_answers_are_those_of_the_stock_model(path):
     checkpoint = Checkpoint.load(path)
     stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
-    pixels = checkpoint.processor.pixels([Image.fromarray(noise)])
-    ids = torch.tensor([checkpoint.processor.encode([user_message("what is it?")])])
+    picture, processor = Image.fromarray(noise), checkpoint.processor
+    pixels = processor.pixels([picture])
+    grids = [processor.image_processor.settings.grid(*picture.size)]
+    ids = torch.tensor([processor.encode([user_message("what is it?")], grids)])
     inputs = embed_prompts(checkpoint, ids, encode_images(checkpoint, pixels))
-    images = pixels if checkpoint.spec.family == "llava" else pixels[:, None]
+    images = pixels if checkpoint.spec.family == "llava" else pixels[None]
     expected = stock(input_ids=ids, pixel_values=images).logits
     torch.testing.assert_close(decode_logits(checkpoint, inputs), expected, rtol=0, atol=1e-6)
     generated = stock.generate(

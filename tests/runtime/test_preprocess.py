@@ -118,8 +118,7 @@ def preprocessor(name: str) -> ImagePreprocessor:
 
 
 def reference(processor, image: Image.Image) -> np.ndarray:
-    tiles = {"do_image_splitting": False} if hasattr(processor, "do_image_splitting") else {}
-    batch = processor(images=[[image]], return_tensors="np", do_convert_rgb=True, **tiles)
+    batch = processor(images=[[image]], return_tensors="np", do_convert_rgb=True)
     return np.asarray(batch["pixel_values"]).reshape(-1, 3, *batch["pixel_values"].shape[-2:])
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.errors import CalibrationError, PocketVLMError
+from pocketvlm.models.tiling import TileGrid
 from pocketvlm.processor import Processor
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "batch_prompts",
     "encode_sample",
     "encode_samples",
+    "tile_rows",
 ]
 
 _MAX_TOKENS = 2048
@@ -23,12 +26,12 @@ _MAX_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One sample as token ids: prompt and answer, with all N placeholders of the image.
+    """One sample as token ids: prompt and answer, the image as the placeholders of its tiles.
 
     Attributes:
         token_ids: The ids.
-        image_start: Column of the first placeholder.
-        is_truncated: Whether the end was cut off at the maximal length.
+        tile_starts: Column of the first placeholder of each tile.
+        is_truncated: Whether the end was cut off at the longest length that is used.
         answer_start: Column of the answer's first token.
         answer_end: Column after the token that ends the answer; equal to `answer_start` if the
             sample has no answer, or all of it was cut off.
@@ -36,7 +39,7 @@ class Prompt:
     """
 
     token_ids: tuple[int, ...]
-    image_start: int
+    tile_starts: tuple[int, ...]
     is_truncated: bool
     answer_start: int
     answer_end: int
@@ -46,6 +49,11 @@ class Prompt:
     def has_answer(self) -> bool:
         """Whether there is an answer, and not all of it was cut off."""
         return self.answer_end > self.answer_start
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that its image is cut into."""
+        return len(self.tile_starts)
 
     def predicting(self, length: int) -> slice:
         """Columns whose logits predict the answer: each token is predicted one column earlier.
@@ -119,9 +127,9 @@ def batch_prompts(
 
     No prompt is padded: a padded column would need a mask that the phone does not have.
     """
-    alike: dict[tuple[bool, int, int], list[int]] = {}
+    alike: dict[tuple[bool, int, tuple[int, ...]], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        key = (index >= first_held_out, len(prompt.token_ids), prompt.image_start)
+        key = (index >= first_held_out, len(prompt.token_ids), prompt.tile_starts)
         alike.setdefault(key, []).append(index)
     batches = []
     for (held_out, length, _), indices in alike.items():
@@ -131,6 +139,12 @@ def batch_prompts(
             for start in range(0, len(indices), size)
         ]
     return tuple(batches)
+
+
+def tile_rows(prompts: Sequence[Prompt], chosen: Iterable[int]) -> list[int]:
+    """Rows of some prompts' tiles among the tiles of all prompts, in order."""
+    ends = list(accumulate((prompt.tiles for prompt in prompts), initial=0))
+    return [row for index in chosen for row in range(ends[index], ends[index + 1])]
 
 
 def encode_sample(processor: Processor, sample: Sample) -> Prompt:
@@ -146,28 +160,28 @@ def encode_sample(processor: Processor, sample: Sample) -> Prompt:
             f"{sample.where}: has {count}; calibration takes conversations about one image, which "
             "a vision-language model is calibrated on together with its text"
         )
+    grids = sample.grids(processor.tiling)
     try:
-        token_ids = processor.encode(sample.answered_messages(), add_generation_prompt=False)
+        token_ids = processor.encode(sample.answered_messages(), grids, add_generation_prompt=False)
     except PocketVLMError as error:  # the chat template refuses the conversation
         raise CalibrationError(f"{sample.where}: {error}") from error
-    placeholders = token_ids.count(spec.image_token_id)
-    if placeholders != spec.visual_tokens:
+    columns = [at for at, token in enumerate(token_ids) if token == spec.image_token_id]
+    needed = spec.visual_tokens * grids[0].tiles
+    if len(columns) != needed:
         raise CalibrationError(
-            f"{sample.where}: its prompt has {placeholders} image placeholders, not the "
-            f"{spec.visual_tokens} of one image: the chat template leaves the image out, or text "
-            "becomes a placeholder"
+            f"{sample.where}: its prompt has {len(columns)} image placeholders, not the {needed} "
+            "of one image: the chat template leaves the image out, or text becomes a placeholder"
         )
-    start = token_ids.index(spec.image_token_id)
     longest = min(_MAX_TOKENS, spec.decoder.max_positions)
-    if start + spec.visual_tokens > longest:
+    if columns[-1] >= longest:
         raise CalibrationError(
-            f"{sample.where}: its image ends at token {start + spec.visual_tokens}, beyond the "
-            f"{longest} that are used"
+            f"{sample.where}: its image ends at token {columns[-1] + 1}, beyond the {longest} that "
+            "are used"
         )
-    answer = _answer_columns(processor, sample, token_ids)
+    answer = _answer_columns(processor, sample, token_ids, grids)
     return Prompt(
         token_ids=tuple(token_ids[:longest]),
-        image_start=start,
+        tile_starts=tuple(columns[:: spec.visual_tokens]),
         is_truncated=len(token_ids) > longest,
         answer_start=min(answer.start, longest),
         answer_end=min(answer.stop, longest),
@@ -175,11 +189,12 @@ def encode_sample(processor: Processor, sample: Sample) -> Prompt:
     )
 
 
-def _answer_columns(processor: Processor, sample: Sample, token_ids: Sequence[int]) -> range:
-    """Columns that the model would have had to generate, including the end of the answer."""
-    question = processor.encode(sample.messages())
-    # Compared token by token: a tokenizer may merge the prompt's last character with the answer's
-    # first.
+def _answer_columns(
+    processor: Processor, sample: Sample, token_ids: Sequence[int], grids: Sequence[TileGrid]
+) -> range:
+    """Columns that the model would have had to generate, the end of the answer included."""
+    question = processor.encode(sample.messages(), grids)
+    # Counted along both: a tokenizer may merge the prompt's last character with the answer's first.
     start = next(
         (
             column

@@ -13,6 +13,7 @@ from PIL import Image
 from pocketvlm.errors import CalibrationError, InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
+from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid
 from pocketvlm.prompt.messages import Message, Turn, chat_messages, place_pictures, user_turn
 
 __all__ = ["PictureSource", "Sample"]
@@ -138,6 +139,19 @@ class Sample:
             CalibrationError: A file is missing, not a picture, or too large.
         """
         return [self._size(image) for image in self.images]
+
+    def grids(self, tiling: SplitGrid | None) -> list[TileGrid]:
+        """How every picture is cut into tiles.
+
+        Args:
+            tiling: The model's; `None` where each picture is one tile, so that no file is opened.
+
+        Raises:
+            CalibrationError: As `image_sizes`.
+        """
+        if tiling is None:
+            return [ONE_TILE] * len(self.images)
+        return [tiling.grid(width, height) for width, height in self.image_sizes()]
 
     def _size(self, image: PictureSource) -> tuple[int, int]:
         if isinstance(image, Image.Image):

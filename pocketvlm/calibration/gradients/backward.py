@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pocketvlm.calibration.data.prompts import Prompt, PromptBatch
+from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, tile_rows
 from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
@@ -219,10 +219,10 @@ def enter_decoder(
     checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
 ) -> tuple[DecoderInputs, Mapping[str, Any]]:
     """A batch of prompts in front of the first block, and what attention takes beside them."""
-    rows = list(batch.samples)
+    rows = tile_rows(prompts, batch.samples)
     inputs = embed_prompts(
         checkpoint,
-        torch.tensor([prompts[index].token_ids for index in rows]),
+        torch.tensor([prompts[index].token_ids for index in batch.samples]),
         VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows]),
     )
     rotary = cast("Any", checkpoint.model.get_submodule(checkpoint.spec.decoder.rotary))

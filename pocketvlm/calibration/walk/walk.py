@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +30,7 @@ from pocketvlm.calibration.data.prompts import (
     batch_images,
     batch_prompts,
     encode_samples,
+    tile_rows,
 )
 from pocketvlm.calibration.gradients.token_weights import gradient_weights
 from pocketvlm.calibration.source import CalibrationSet
@@ -108,9 +110,8 @@ class BlockWalk:
         spec, reducer = self.checkpoint.spec, self.checkpoint.reducer
         kept = spec.visual_tokens if reducer is None else reducer.keep
         total = sum(len(prompt.token_ids) for prompt in self.prompts)
-        return TokenCounts(
-            visual=kept * len(self.prompts), text=total - spec.visual_tokens * len(self.prompts)
-        )
+        tiles = sum(prompt.tiles for prompt in self.prompts)
+        return TokenCounts(visual=kept * tiles, text=total - spec.visual_tokens * tiles)
 
     @property
     def first_held_out(self) -> int:
@@ -123,8 +124,10 @@ class BlockWalk:
     @property
     def tower_samples(self) -> int:
         """Samples whose images enter the tower's Hessians."""
-        per_image = self.checkpoint.spec.tower.tokens
-        return min(self.first_held_out, max(1, self.tower_tokens // per_image))
+        per_tile = self.checkpoint.spec.tower.tokens
+        tokens = accumulate(prompt.tiles * per_tile for prompt in self.prompts)
+        enough = sum(total <= self.tower_tokens for total in tokens)
+        return min(self.first_held_out, max(1, enough))
 
     def __iter__(self) -> Iterator[Step]:
         """Yields every step in order of execution.
@@ -451,8 +454,8 @@ class BlockWalk:
     def _splice(
         self, batch: PromptBatch, prompts: Sequence[Prompt], visual: VisualTokens
     ) -> DecoderInputs:
-        rows = list(batch.samples)
-        token_ids = torch.tensor([prompts[index].token_ids for index in rows])
+        token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
+        rows = tile_rows(prompts, batch.samples)
         tokens = VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows])
         return embed_prompts(self.checkpoint, token_ids, tokens)
 

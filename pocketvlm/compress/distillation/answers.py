@@ -77,9 +77,9 @@ def ordered_batches(
     prompts: Sequence[Prompt], samples: Sequence[int], size: int
 ) -> Iterator[tuple[int, ...]]:
     """Batches of samples whose images stand in the same columns, in order."""
-    waiting: dict[int, list[int]] = {}
+    waiting: dict[tuple[int, ...], list[int]] = {}
     for index in samples:
-        group = waiting.setdefault(prompts[index].image_start, [])
+        group = waiting.setdefault(prompts[index].tile_starts, [])
         group.append(index)
         if len(group) == size:
             yield tuple(group)

@@ -83,28 +83,33 @@ def fresh_visual(checkpoint: Checkpoint, samples: CalibrationSet) -> VisualSourc
 
 @torch.no_grad()
 def stored_visual(
-    look: VisualSource, count: int, store: ActivationStore, on_step: Callable[[int, int], None]
+    look: VisualSource,
+    prompts: Sequence[Prompt],
+    store: ActivationStore,
+    on_step: Callable[[int, int], None],
 ) -> VisualSource:
     """Runs the tower once over all samples; right where nothing in front of the decoder is trained.
 
     Args:
         look: Runs the tower.
-        count: Samples in all.
+        prompts: All samples as token ids.
         store: An empty store, which the caller closes.
         on_step: Told how many samples are done, and of how many.
     """
     indices: list[Tensor] = []
+    count = len(prompts)
     for start in range(0, count, _BATCH):
         chosen = range(start, min(start + _BATCH, count))
         seen = look(chosen)
-        store.extend(embeds.clone() for embeds in seen.embeds)
-        indices.extend(seen.indices)
+        tiles = [prompts[index].tiles for index in chosen]
+        store.extend(embeds.clone() for embeds in seen.embeds.split(tiles))
+        indices.extend(seen.indices.split(tiles))
         on_step(chosen.stop, count)
 
     def recall(chosen: Sequence[int]) -> VisualTokens:
         return VisualTokens(
-            embeds=torch.stack([store[index] for index in chosen]),
-            indices=torch.stack([indices[index] for index in chosen]),
+            embeds=torch.cat([store[index] for index in chosen]),
+            indices=torch.cat([indices[index] for index in chosen]),
         )
 
     return recall
@@ -175,7 +180,8 @@ class Objective:
             loss = loss + weights.features * states
         if targets.compares_visual:
             tokens = targets.visual_of(batch.samples)
-            share = torch.full(tokens.shape[:2], 1 / tokens.shape[1])
+            own = tokens.shape[0] * tokens.shape[1] // len(batch.samples)
+            share = torch.full(tokens.shape[:2], 1 / own)
             visual = feature_distance(tokens, seen.embeds, share)
             loss = loss + weights.features * visual
         if weights.temperature != 1:

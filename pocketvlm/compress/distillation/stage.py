@@ -134,7 +134,7 @@ class Distill(Stage):
             if self.parts == ("decoder",):
                 store = stack.enter_context(ActivationStore(ctx.scratch_dir))
                 on_step = partial(ctx.report, f"{self.method}: visual tokens")
-                visual = stored_visual(visual, len(prompts), store, on_step)
+                visual = stored_visual(visual, prompts, store, on_step)
             objective = Objective(
                 checkpoint=checkpoint,
                 prompts=prompts,

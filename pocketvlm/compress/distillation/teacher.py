@@ -69,8 +69,8 @@ class TeacherTargets:
         return torch.cat([self.states[self.places[index]] for index in samples])
 
     def visual_of(self, samples: Sequence[int]) -> Tensor:
-        """Visual tokens of several samples, [samples, k, width]."""
-        return torch.stack([self.visual[self.places[index]] for index in samples])
+        """Visual tokens of several samples, tile after tile, [tiles, k, width]."""
+        return torch.cat([self.visual[self.places[index]] for index in samples])
 
 
 @torch.no_grad()
@@ -112,10 +112,11 @@ def record_targets(
                     f"{prompts[chosen[0]].where}: the float model's states are not finite on its "
                     "batch; there is nothing to learn from"
                 )
+            tiles = seen.embeds.split([prompts[index].tiles for index in chosen])
             for row, index in enumerate(chosen):
                 places[index] = len(places)
                 states.append(found[batch.rows == row])
-                visual.append(seen.embeds[row].clone() if compares_visual else torch.zeros(0))
+                visual.append(tiles[row].clone() if compares_visual else torch.zeros(0))
             on_step(len(places), len(prompts))
     head = cast("FormLinear", teacher.layer(teacher.spec.decoder.head))
     return TeacherTargets(

@@ -24,9 +24,15 @@ def render_swift(bundle: Bundle) -> str:
     """The Swift file of a bundle.
 
     Raises:
-        BundleError: The bundle has no Core ML packages, or one whose shapes are not fixed.
+        BundleError: The bundle has no Core ML packages, or one whose shapes are not fixed, or its
+            pictures are cut into tiles.
     """
     manifest = bundle.manifest
+    if manifest.prompt.tile_marker is not None:
+        raise BundleError(
+            f"{bundle.path}: the Swift file answers about pictures of one tile, and this model's "
+            "are cut into several; docs/runtime.md says how"
+        )
     vision, embedding, _ = (
         bundle.component(_TARGET, role) for role in ("vision", "embedding", "decoder")
     )

@@ -12,6 +12,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.export.parity.sides import Prompt
+from pocketvlm.models.tiling import TileGrid
 from pocketvlm.prompt.messages import Message, user_turn
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
@@ -29,7 +30,7 @@ class Questions:
     """What both sides are asked.
 
     Attributes:
-        pictures: float32 [1, C, S, S] each; the last is blank.
+        pictures: float32 [1, C, S, S] each, tile by tile; the last is blank.
         prompts: The questions.
         follow_ups: The same, answered, with another question behind each.
     """
@@ -74,19 +75,22 @@ def read_questions(
     follow_ups: list[Prompt] = []
     farthest, equal = 0.0, 0
     for sample in samples:
-        places = tuple(range(len(pictures), len(pictures) + len(sample.images)))
+        first = len(pictures)
+        grids: list[TileGrid] = []
         for number in range(len(sample.images)):
             image = sample.open_image(number)
             pixels: Floats = processor.pixels([image]).numpy()
             found = preprocessor.pixels(image)
             same_shape = found.shape == pixels.shape
             farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
-            pictures.append(pixels)
+            pictures += [tile[None] for tile in pixels]
+            grids.append(preprocessor.grid(image))
+        places = tuple(range(first, len(pictures)))
         messages = sample.messages()
-        ids = processor.encode(messages)
-        equal += codec.encode(messages) == ids
+        ids = processor.encode(messages, grids)
+        equal += codec.encode(messages, grids) == ids
         prompts.append(Prompt(token_ids=tuple(ids), pictures=places))
-        again = processor.encode(second_turn(sample))
+        again = processor.encode(second_turn(sample), grids)
         follow_ups.append(Prompt(token_ids=tuple(again), pictures=places))
     questions = Questions(
         pictures=(*pictures, np.zeros_like(pictures[0])),

@@ -49,8 +49,8 @@ class Prompt:
     """One question as both sides take it.
 
     Attributes:
-        token_ids: The prompt, each picture as all N placeholders.
-        pictures: Numbers of the pictures, in the order of their places.
+        token_ids: The prompt, each tile as all N placeholders.
+        pictures: Numbers of its pictures' tiles, in the order of their places.
     """
 
     token_ids: tuple[int, ...]

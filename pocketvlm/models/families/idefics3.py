@@ -54,4 +54,5 @@ def read_idefics3(config: Mapping[str, Any]) -> ModelSpec:
         image_token="<image>",  # noqa: S106  (a token of text, not a secret)
         image_prefix=f"{_BOUNDARY}<global-img>",
         image_suffix=_BOUNDARY,
+        tile_marker=f"{_BOUNDARY}<row_{{row}}_col_{{column}}>",
     )

@@ -1,0 +1,57 @@
+"""What stands in a prompt where a picture is: its placeholders, and the text that frames them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pocketvlm.models.tiling import ONE_TILE, TileGrid
+
+__all__ = ["PictureText"]
+
+_WIDEST = TileGrid(rows=8, columns=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureText:
+    """The text of a picture, as the model's own processor writes it.
+
+    Attributes:
+        placeholder: The token that stands once for every visual token.
+        count: Placeholders of one tile, N.
+        prefix: Text before those of a whole picture.
+        suffix: Text after them.
+        tile_marker: Text before those of a tile, `{row}` and `{column}` counted from 1; `None`
+            where pictures are not cut. Tiles stand row by row, a line break after each row and one
+            more before the whole picture, which comes last (Idefics3, SmolVLM).
+    """
+
+    placeholder: str
+    count: int
+    prefix: str = ""
+    suffix: str = ""
+    tile_marker: str | None = None
+
+    def write(self, grid: TileGrid = ONE_TILE) -> str:
+        """The text of a picture that is cut in this way.
+
+        Raises:
+            ValueError: It is cut, and the model has no text for tiles.
+        """
+        visual = self.placeholder * self.count
+        whole = f"{self.prefix}{visual}{self.suffix}"
+        if not grid.is_split:
+            return whole
+        if self.tile_marker is None:
+            raise ValueError("this model's prompts have no place for tiles")
+        # Replaced, not formatted: a marker may come from anybody's manifest.
+        lines = []
+        for row in range(1, grid.rows + 1):
+            marker = self.tile_marker.replace("{row}", str(row))
+            columns = range(1, grid.columns + 1)
+            tiles = [marker.replace("{column}", str(column)) + visual for column in columns]
+            lines.append("".join(tiles) + "\n")
+        return "".join([*lines, "\n", whole])
+
+    def writes(self, word: str) -> bool:
+        """Whether a token can be part of a picture's text."""
+        return word in self.write(ONE_TILE if self.tile_marker is None else _WIDEST)
