@@ -91,6 +91,8 @@ def inspect(
         f"visual tokens  {manifest.visual_tokens} of {manifest.visual_tokens_full}, "
         f"positions {manifest.positions}"
     )
+    if manifest.prompt.tile_marker is not None:
+        say("               per tile: large pictures are cut into several, and shown whole as well")
     cache = manifest.kv_cache
     if cache.visual_layers is not None:
         say(f"               in the first {cache.visual_layers} of {cache.layers} layers")

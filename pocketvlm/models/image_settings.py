@@ -9,7 +9,7 @@ by the name of the setting.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +97,16 @@ class ImageSettings:
         size = self.size
         first = (size["height"], size["width"]) if "height" in size else size["longest_edge"]
         return SplitGrid(side=self.side, first=first)
+
+    def with_tiling(self, tiling: SplitGrid) -> ImageSettings:
+        """The same with another first size.
+
+        Raises:
+            ValueError: It is not one edge's length.
+        """
+        if not isinstance(tiling.first, int):
+            raise ValueError("pictures are cut after their longest edge was set alone")  # noqa: TRY004  (a value of an allowed type)
+        return replace(self, size={"longest_edge": tiling.first})
 
     @property
     def most_tiles(self) -> int:

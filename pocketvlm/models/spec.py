@@ -14,6 +14,7 @@ from typing import Literal
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
+from pocketvlm.models.tiling import SplitGrid
 
 __all__ = [
     "PARTS",
@@ -300,6 +301,8 @@ class ModelSpec:
         image_suffix: Text that it puts after them.
         tile_marker: Text that it puts before those of a tile (`prompt.picture_text`), or `None`
             where it never cuts pictures.
+        tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
+            where no processor has been read.
     """
 
     family: str
@@ -313,6 +316,7 @@ class ModelSpec:
     image_prefix: str
     image_suffix: str
     tile_marker: str | None = None
+    tiling: SplitGrid | None = None
 
     def check(self) -> None:
         """Checks that the sizes fit together.

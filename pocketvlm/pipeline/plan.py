@@ -25,6 +25,7 @@ from pocketvlm.stages import PlanState, Stage, Target, check_order
 __all__ = ["Plan", "plan", "plan_stages"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # checkpoints are published in bf16
+_PHOTO = (640, 480)
 _TURN_TOKENS = 256  # the text of a short chat, in addition to the picture
 
 
@@ -33,8 +34,10 @@ class Plan:
     """The predicted outcome of a recipe for a model.
 
     Attributes:
-        visual_tokens: Tokens per image after reduction.
-        visual_tokens_full: Tokens per image before it.
+        visual_tokens: Tokens per tile after reduction; a picture is one tile unless it is split.
+        visual_tokens_full: Tokens per tile before it.
+        photo_tiles: Tiles of a photo of 640 x 480.
+        most_tiles: Tiles of the picture that has most.
         source_bytes: Bytes of the source's weights in bf16.
         part_bytes: Predicted weight bytes by part of the model, scales included.
         weight_bytes: Predicted bytes of the largest target's weights.
@@ -50,6 +53,8 @@ class Plan:
     targets: tuple[str, ...]
     visual_tokens: int
     visual_tokens_full: int
+    photo_tiles: int
+    most_tiles: int
     source_bytes: int
     part_bytes: Mapping[str, int]
     weight_bytes: int
@@ -68,7 +73,7 @@ class Plan:
         return [
             f"model          {self.model}",
             f"recipe         {self.recipe} -> {', '.join(self.targets)}",
-            f"visual tokens  {self.visual_tokens} of {self.visual_tokens_full}",
+            f"visual tokens  {self.visual_tokens} of {self.visual_tokens_full}{self._tiles()}",
             *(
                 f"  {part:<12} {count / 1e6:10.2f} MB predicted"
                 for part, count in self.part_bytes.items()
@@ -82,6 +87,14 @@ class Plan:
             *(f"warning        {warning}" for warning in self.warnings),
             *(f"refused        {reason}" for reason in self.refused),
         ]
+
+    def _tiles(self) -> str:
+        if self.most_tiles == 1:
+            return ""
+        return (
+            f" per tile; a photo of {_PHOTO[0]} x {_PHOTO[1]} is cut into {self.photo_tiles} tiles, "
+            f"no picture into more than {self.most_tiles}"
+        )
 
     def raise_if_refused(self) -> None:
         """Raises the refusals as one line.
@@ -162,6 +175,8 @@ def plan(
         targets=tuple(target.method for target in recipe.targets),
         visual_tokens=state.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
+        photo_tiles=_photo_tiles(state.spec),
+        most_tiles=1 if state.spec.tiling is None else state.spec.tiling.most_tiles,
         source_bytes=source,
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
         weight_bytes=weight_bytes,
@@ -199,12 +214,17 @@ def plan_stages(
     return state
 
 
+def _photo_tiles(spec: ModelSpec) -> int:
+    return 1 if spec.tiling is None else spec.tiling.grid(*_PHOTO).tiles
+
+
 def _cache_bytes(state: PlanState) -> int:
     """Bytes of the decoder's cache for one picture and a short chat."""
     decoder = state.spec.decoder
     layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
     visual_layers = decoder.depth if state.visual_layers is None else state.visual_layers
-    rows = visual_layers * state.visual_tokens + decoder.depth * _TURN_TOKENS
+    visual_rows = state.visual_tokens * _photo_tiles(state.spec)
+    rows = visual_layers * visual_rows + decoder.depth * _TURN_TOKENS
     return layer_row_bits // 8 * rows
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json
 from pocketvlm.models.image_settings import ImageSettings, read_image_settings
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.tiling import SplitGrid
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 
 if TYPE_CHECKING:
@@ -70,6 +71,17 @@ class ImageProcessor:
                 f"{settings.where}: the image processor cannot be read: {first_line}"
             ) from error
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
+
+    @property
+    def where(self) -> Path:
+        """The file that the settings stand in."""
+        return self.settings.where
+
+    def with_tiling(self, tiling: SplitGrid) -> ImageProcessor:
+        """The same with another longest edge that pictures are resized to before they are cut."""
+        size = {"longest_edge": tiling.first}
+        stock = type(self.stock).from_dict({**self.stock.to_dict(), "size": size})
+        return replace(self, stock=stock, settings=self.settings.with_tiling(tiling))
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Preprocesses pictures into float32 [tiles, channels, side, side], picture by picture."""

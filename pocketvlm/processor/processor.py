@@ -6,8 +6,9 @@ image processor and the tokenizer separately; prompts are written by `prompt.cod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ class Processor:
     @property
     def spec(self) -> ModelSpec:
         """The model's specification, with the placeholder as the tokenizer spells it."""
-        return self.text.spec
+        return replace(self.text.spec, tiling=self.tiling)
 
     @property
     def codec(self) -> PromptCodec:
@@ -148,6 +149,15 @@ class Processor:
     def tiling(self) -> SplitGrid | None:
         """How large pictures are cut; `None` where each is one tile."""
         return self.image_processor.settings.tiling
+
+    def with_tiling(self, tiling: SplitGrid) -> Processor:
+        """The same with another longest edge that pictures are resized to before they are cut."""
+        images, name = self.image_processor.with_tiling(tiling), self.image_processor.where.name
+        document = json.loads(self.files[name])
+        own = document["image_processor"] if name == "processor_config.json" else document
+        own["size"] = {"longest_edge": tiling.first}
+        files = {**self.files, name: (json.dumps(document, indent=2) + "\n").encode()}
+        return replace(self, image_processor=images, files=files)
 
     def tiles(self, images: Sequence[Image]) -> list[int]:
         """How many rows of `pixels` are each picture's."""

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prune_depth": {"decoder_blocks": 1},
     "prune_width": {"ffn_ratio": 0.5},
     "prune": {"score": {"kind": "wanda"}},
+    "limit_tiles": {"max_tiles": 2},
     "reduce_tokens": {"keep": 0.5},
     "skip_visual": {"first_layers": 1},
     "distill": {"steps": 2, "batch_size": 2, "check_every": 1},

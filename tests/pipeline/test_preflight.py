@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,7 @@ def test_image_processors_that_the_runtime_cannot_follow(model: Path) -> None:
 
 
 def test_pixels_that_would_differ_are_refused(readers: Readers, tmp_path: Path) -> None:
-    table = readers.preprocessor.table
-    altered = type(readers.preprocessor)(geometry=readers.preprocessor.geometry, table=table + 1e-3)
+    altered = replace(readers.preprocessor, table=readers.preprocessor.table + 1e-3)
     other = Readers(processor=readers.processor, codec=readers.codec, preprocessor=altered)
     (problem,) = check_model(other, tmp_path).problems
     assert "other pixels" in problem

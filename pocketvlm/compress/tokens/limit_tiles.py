@@ -1,0 +1,85 @@
+"""The stage that cuts pictures into fewer tiles.
+
+Models that split large pictures spend most of their prompt on tiles: SmolVLM's settings make 13 of
+a photo. Its authors name the knob themselves: a shorter `size.longest_edge`, in whole tiles. What
+is left is an ordinary processor of the family, which stock transformers follows as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.models.tiling import SplitGrid
+from pocketvlm.stages import PlanState, Stage, StageResult
+
+if TYPE_CHECKING:
+    from pocketvlm.calibration.source import CalibrationSet
+
+__all__ = ["LimitTiles"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitTiles(Stage):
+    """Limits the tiles of a picture.
+
+    Attributes:
+        max_tiles: Tiles that a picture may become, the whole picture counted as one; 5 are two
+            rows of two and the whole, 1 is the whole alone.
+    """
+
+    # Statistics of visual tokens are those of the tiles that the phone will see.
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
+
+    method: Literal["limit_tiles"] = "limit_tiles"
+    max_tiles: int = 5
+
+    def __post_init__(self) -> None:
+        if self.max_tiles < 1:
+            raise ValueError(f"max_tiles is {self.max_tiles}; at least 1 is needed")
+
+    def limited(self, tiling: SplitGrid | None) -> SplitGrid | None:
+        """The tiling with no more tiles; `None` where nothing has to change."""
+        if tiling is None or tiling.most_tiles <= self.max_tiles:
+            return None
+        edges = next(
+            edges
+            for edges in range(8, 0, -1)
+            if replace(tiling, first=edges * tiling.side).most_tiles <= self.max_tiles
+        )
+        return replace(tiling, first=edges * tiling.side)
+
+    def plan(self, state: PlanState) -> PlanState:
+        """Leaves fewer tiles."""
+        tiling = self.limited(state.spec.tiling)
+        if tiling is None:
+            return state.with_notes(self._unchanged(state.spec.tiling))
+        return replace(state, spec=replace(state.spec, tiling=tiling))
+
+    def compress(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> StageResult:
+        """Shortens the longest edge that the processor resizes pictures to."""
+        before = checkpoint.spec.tiling
+        tiling = self.limited(before)
+        tiles = 1 if before is None else before.most_tiles
+        after = tiles if tiling is None else tiling.most_tiles
+        if tiling is not None:
+            checkpoint = replace(
+                checkpoint,
+                processor=checkpoint.processor.with_tiling(tiling),
+                spec=replace(checkpoint.spec, tiling=tiling),
+            )
+        ctx.report(self.method, 1, 1, f"{after} of {tiles} tiles")
+        return StageResult(
+            checkpoint=checkpoint,
+            is_calibrated=False,
+            metrics={"max_tiles": after, "of": tiles},
+            notes=(self._unchanged(before),) if tiling is None else (),
+        )
+
+    def _unchanged(self, tiling: SplitGrid | None) -> str:
+        tiles = 1 if tiling is None else tiling.most_tiles
+        return f"limit_tiles: a picture becomes {tiles} of at most {self.max_tiles} tiles already"
