@@ -92,8 +92,8 @@ class Plan:
         if self.most_tiles == 1:
             return ""
         return (
-            f" per tile; a photo of {_PHOTO[0]} x {_PHOTO[1]} is cut into {self.photo_tiles} tiles, "
-            f"no picture into more than {self.most_tiles}"
+            f" per tile; a photo of {_PHOTO[0]} x {_PHOTO[1]} is cut into {self.photo_tiles} "
+            f"tiles, no picture into more than {self.most_tiles}"
         )
 
     def raise_if_refused(self) -> None:
