@@ -26,24 +26,20 @@ from pocketvlm.reports.view_artifact import (
     ParityView,
     QualityView,
     SizeView,
-    StageView,
     view_parity,
     view_quality,
     view_size,
     view_source,
-    view_stage,
 )
+from pocketvlm.reports.view_latency import ROLES, TargetLatency, spell_ratio, view_latency
 from pocketvlm.reports.view_measurement import (
-    ROLES,
-    TargetLatency,
     describe_memory,
     describe_workload,
-    spell_ratio,
     view_bundle,
-    view_latency,
     view_memory,
     view_plausibility,
 )
+from pocketvlm.reports.view_stage import StageView, view_stage
 
 __all__ = ["RunView", "Tile", "view_run"]
 

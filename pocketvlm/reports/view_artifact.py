@@ -1,4 +1,4 @@
-"""The page's content about a bundle: size, quality, parity, and the stages that made it."""
+"""The page's content about a bundle: size, quality, source check and parity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pocketvlm.reports.formatting import (
     format_bytes,
     format_number,
     format_share,
-    number_of,
     text_of,
 )
 from pocketvlm.reports.measurement import MeasuredBundle
@@ -25,7 +24,6 @@ from pocketvlm.reports.report import (
     Score,
     Size,
     SourceCheck,
-    Stage,
 )
 
 __all__ = [
@@ -33,12 +31,10 @@ __all__ = [
     "ParityView",
     "QualityView",
     "SizeView",
-    "StageView",
     "view_parity",
     "view_quality",
     "view_size",
     "view_source",
-    "view_stage",
 ]
 
 Tone = Literal["good", "bad", "warn", "plain"]
@@ -46,23 +42,6 @@ Tone = Literal["good", "bad", "warn", "plain"]
 _VERDICT_TONES: Mapping[str, Tone] = {"passed": "good", "failed": "bad"}
 
 _PARTS = ("tower", "projector", "decoder", "embedding", "head")
-# The first columns; others follow in the order in which the stage wrote them.
-_LAYER_COLUMNS = (
-    "name",
-    "method",
-    "grid",
-    "sparsity",
-    "bits",
-    "bits_per_weight",
-    "loss",
-    "loss_rtn",
-    "loss_magnitude",
-    "damping",
-    "dead_columns",
-    "seconds",
-    "reason",
-)
-_HIDDEN_COLUMNS = ("role", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +80,6 @@ class ParityView:
     caption: str
     checks: tuple[tuple[str, str, str, bool], ...]
     details: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageView:
-    """One stage of the pipeline, with its layers."""
-
-    method: str
-    parameters: tuple[tuple[str, str], ...]
-    outcome: tuple[tuple[str, str], ...]
-    columns: tuple[str, ...]
-    layers: tuple[tuple[str, ...], ...]
 
 
 def view_size(size: Size, baseline: MeasuredBundle | None) -> SizeView | None:
@@ -260,33 +228,3 @@ def _check(check: Check, name: str) -> tuple[str, str, str, bool]:
 def _bound(bound: Bound) -> str:
     ends = (("≥", bound.at_least), ("≤", bound.at_most))
     return " and ".join(f"{sign} {value:g}" for sign, value in ends if value is not None) or "–"
-
-
-def view_stage(stage: Stage) -> StageView:
-    """One stage record."""
-    found = [key for layer in stage.layers for key in layer]
-    columns = [name for name in _LAYER_COLUMNS if name in found]
-    columns += [
-        name for name in dict.fromkeys(found) if name not in columns and name not in _HIDDEN_COLUMNS
-    ]
-    outcome = (
-        ("time", "–" if stage.seconds is None else f"{stage.seconds:.1f} s"),
-        ("peak memory", format_bytes(stage.peak_rss_bytes)),
-        ("calibration", text_of(stage.calibration_sha256)[:12]),
-    )
-    parameters = {key: value for key, value in stage.parameters.items() if key != "method"}
-    return StageView(
-        method=stage.method,
-        parameters=facts_of(parameters),
-        outcome=(*outcome, *facts_of(stage.metrics)),
-        columns=tuple(columns),
-        layers=tuple(
-            tuple(
-                format_bytes(number_of(layer.get(name)))
-                if name.endswith("_bytes")
-                else text_of(layer.get(name))
-                for name in columns
-            )
-            for layer in stage.layers
-        ),
-    )
