@@ -18,24 +18,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pocketvlm.calibration.walk.moments import SecondMoment
 from pocketvlm.calibration.walk.walk import InputMoments
-from pocketvlm.compress.layerwise.hessian import weigh_moments
-from pocketvlm.compress.quantization.affine.gptq import AffineFitter
-from pocketvlm.compress.quantization.affine.rules import Assignment, LayerRule, WeightRule
-from pocketvlm.compress.quantization.codebook.fit import CodebookFitter
+from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian
+from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.codebook.quantizer import CodebookQuantizer
 from pocketvlm.compress.quantization.codebook.stage import CodebookRule
-from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer, fit_layer
+from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
+from pocketvlm.compress.quantization.rules import Assignment, LayerRule
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.weights.dense import DenseWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "compress" / "quantization"))
 from straightforward import hessian_of, straightforward_gptq
 
+RuleT = TypeVar("RuleT", bound=LayerRule)
+FEEDBACK = ErrorFeedback(damping=0.01, order="group_aware")
 # Inputs of one block of SmolVLM-256M's decoder, and the rows of the linears that read each.
 BLOCK = {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}
 
@@ -64,8 +68,8 @@ def block_layers(tokens: int, seed: int) -> list[tuple[Tensor, Tensor, list[Tens
 
 def quantize_ours(
     steps: list[tuple[Tensor, Tensor, list[Tensor]]],
-    rule: LayerRule,
-    fitter: LayerQuantizer[LayerRule],
+    rule: RuleT,
+    method: LayerQuantizer[RuleT],
 ) -> None:
     """All layers of a block, as a stage does it."""
     for fitted, held_out, weights in steps:
@@ -86,15 +90,12 @@ def quantize_ours(
             )
             for number, weight in enumerate(weights)
         ]
-        evidence = weigh_moments(
-            InputMoments(calibration=moments[0], held_out=moments[1]),
-            sorted({rule.grid_columns(linear) for linear in linears}),
-            damping=0.01,
-            order="group_aware",
+        hessian = InputHessian.from_moments(
+            InputMoments(calibration=moments[0], held_out=moments[1]), method.feedback
         )
         for linear, weight in zip(linears, weights, strict=True):
-            fit_layer(
-                Assignment(linear=linear, rule=rule), DenseWeight(values=weight), evidence, fitter
+            method.compress(
+                Assignment(linear=linear, rule=rule), DenseWeight(values=weight), hessian
             )
 
 
@@ -124,8 +125,12 @@ def main() -> None:
         "straightforward GPTQ, int4": lambda steps: quantize_straightforward(
             steps, 4, arguments.group_size
         ),
-        "GPTQ, int4": lambda steps: quantize_ours(steps, affine, AffineFitter()),
-        "VPTQ, 2 bits": lambda steps: quantize_ours(steps, vectors, CodebookFitter(seed=0)),
+        "GPTQ, int4": lambda steps: quantize_ours(
+            steps, affine, AffineQuantizer(feedback=FEEDBACK)
+        ),
+        "VPTQ, 2 bits": lambda steps: quantize_ours(
+            steps, vectors, CodebookQuantizer(feedback=FEEDBACK)
+        ),
     }
     samples: dict[str, list[float]] = {label: [] for label in runs}
     for block in range(arguments.blocks):

@@ -26,14 +26,15 @@ from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import Factor, quantize_with_feedback
 from pocketvlm.compress.layerwise.hessian import (
+    ErrorFeedback,
     InputHessian,
-    compare_outputs,
     diagonal_block_width,
-    weigh_moments,
 )
+from pocketvlm.compress.layerwise.output_loss import compare_outputs
+from pocketvlm.compress.pruning.unstructured.masked_rounding import MaskedRounding
 from pocketvlm.compress.pruning.unstructured.patterns import Unstructured, select
 from pocketvlm.compress.pruning.unstructured.rules import DEFAULT_RULES, choose_layers
-from pocketvlm.compress.pruning.unstructured.sparsegpt import MaskedRounding, prune_with_feedback
+from pocketvlm.compress.pruning.unstructured.sparsegpt import prune_with_feedback
 from pocketvlm.compress.pruning.unstructured.wanda import score_wanda
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.weights.dense import DenseWeight
@@ -45,40 +46,40 @@ WIDTHS = (8, 32, 128)
 
 
 def published(
-    dense: Tensor, evidence: InputHessian, factors: Sequence[Factor], ratio: float
+    dense: Tensor, hessian: InputHessian, factors: Sequence[Factor], ratio: float
 ) -> Tensor:
     """The paper's masks: the same share of every group, over all rows."""
     values = torch.empty_like(dense)
-    for part, factor in zip(evidence.slices, factors, strict=True):
+    for part, factor in zip(hessian.slices, factors, strict=True):
         widths = [end - start for start, end in pairwise(factor.order.borders)]
         counts = [torch.tensor([round((1 - ratio) * len(dense) * width)]) for width in widths]
-        alive = evidence.importance[part] > 0
+        alive = hessian.importance[part] > 0
         rounding = MaskedRounding(factor, alive, PATTERN, "layer", PUBLISHED, counts)
         values[:, part] = quantize_with_feedback(dense[:, part], factor, rounding).T
     return values
 
 
-def losses_of(form: WeightForm, evidence: InputHessian, ratio: float) -> dict[str, float]:
+def losses_of(form: WeightForm, hessian: InputHessian, ratio: float) -> dict[str, float]:
     """Relative loss of one layer's outputs by every choice."""
     dense = form.dequantize().to(torch.float64)
     kept = round((1 - ratio) * dense.numel())
     made = {
         "magnitude": dense * select(dense.abs(), PATTERN, kept),
-        "Wanda": dense * select(score_wanda(dense, evidence.importance), PATTERN, kept),
+        "Wanda": dense * select(score_wanda(dense, hessian.importance), PATTERN, kept),
     }
     for width in WIDTHS:
-        factors = [factor for factor in evidence.factors[width] if factor is not None]
+        factors = [factor for factor in hessian.factorize(width) if factor is not None]
         if width == PUBLISHED:
-            made["published, 128"] = published(dense, evidence, factors, ratio)
+            made["published, 128"] = published(dense, hessian, factors, ratio)
         for compare in ("rows", "layer"):
             _, values = prune_with_feedback(
-                dense, evidence, factors, PATTERN, kept, compare=compare, width=width
+                dense, hessian, factors, PATTERN, kept, compare=compare, width=width
             )
             made[f"{compare}, {width}"] = values
     found = {}
     for label, values in made.items():
         pruned = DenseWeight(values=values.to(torch.float32))
-        losses = compare_outputs(form, pruned, pruned, evidence)
+        losses = compare_outputs(form, pruned, pruned, hessian)
         found[label] = losses.fitted / losses.output
     return found
 
@@ -100,10 +101,10 @@ def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str,
             continue
         width = checkpoint.form(names[0]).shape[1]
         moments = step.moments(diagonal_block_width(width, WIDTHS))
-        evidence = weigh_moments(moments, WIDTHS, damping=0.01, order="natural")
+        hessian = InputHessian.from_moments(moments, ErrorFeedback(damping=0.01))
         for name in names:
             rows += [
-                {"layer": name, "ratio": ratio} | losses_of(checkpoint.form(name), evidence, ratio)
+                {"layer": name, "ratio": ratio} | losses_of(checkpoint.form(name), hessian, ratio)
                 for ratio in ratios
             ]
     return rows

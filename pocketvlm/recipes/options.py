@@ -52,7 +52,7 @@ def _section(kind: type[Any], title: str, seen: set[type[Any]]) -> str:
     summary = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
     rows, nested = [], []
     hints, meanings = get_type_hints(kind), option_meanings(kind)
-    for item in fields(kind):
+    for item in _own_first(kind):
         if item.name in ("method", "kind"):
             continue
         meaning = meanings.get(item.name, "")
@@ -101,6 +101,13 @@ def _type(hint: Any) -> str:
     if hint is type(None):
         return "null"
     return _name(hint) if is_dataclass(hint) else _WORDS.get(hint, f"`{hint}`")
+
+
+def _own_first(kind: type[Any]) -> list[Field[Any]]:
+    """The options that a class declares itself, and after them those that it shares with others."""
+    by_name = {item.name: item for item in fields(kind)}
+    own = [name for name in inspect.get_annotations(kind) if name in by_name]
+    return [by_name[name] for name in dict.fromkeys((*own, *by_name))]
 
 
 def _name(kind: Any) -> str:

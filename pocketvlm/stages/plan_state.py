@@ -56,13 +56,13 @@ class PlanState:
         )
 
     def with_layouts(self, changed: Mapping[LinearSpec, WeightLayout | None]) -> PlanState:
-        """The same with some layers compressed, behind their masks where they have one.
+        """The same with some layers compressed, under their masks where they have one.
 
         Args:
             changed: New layouts; a layer with `None` keeps the layout that it has.
 
         Raises:
-            RecipeError: Elements of a layout cannot be stored one by one behind a mask.
+            RecipeError: Elements of a layout cannot be stored one by one under a mask.
         """
         layouts = dict(self.layouts)
         for linear, found in changed.items():

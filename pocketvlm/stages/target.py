@@ -23,7 +23,7 @@ class Prediction:
     """What a target would make of a model.
 
     Attributes:
-        part_bytes: Bytes by part of the model, and `other` for what is no weight matrix.
+        part_bytes: Bytes by part of the model, and `other` for what is not a weight matrix.
         refused: What it cannot run, each with what would work.
         warnings: What it can run at a price.
         unpacked_bytes: What weights grow by when they are loaded, where the file holds them packed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from dataclasses import dataclass
 
 from pocketvlm.calibration.data.modality import ModalityWeighting, check_weighting
 from pocketvlm.calibration.source import CalibrationSet
@@ -15,30 +15,21 @@ __all__ = ["WalkOptions", "note_synthetic"]
 _LARGEST_HELD_OUT = 0.5  # at most half may be lost to judging
 
 
+@dataclass(frozen=True, kw_only=True)
 class WalkOptions:
-    """What they have in common: the checks of three fields, and the walk that these ask for.
-
-    Not a dataclass: its fields would come before those of every stage and so change the order of
-    keys in recipes and records, and each method has defaults of its own. A stage declares the
-    three where they belong among its fields.
+    """What they have in common; a stage whose default is another declares that option again.
 
     Attributes:
-        modality_weights: Weight of visual tokens in the decoder's statistics.
+        modality_weights: Weight of visual tokens in the decoder's statistics: `uniform`, `balanced`
+            (both modalities weigh the same in total), `gradient` (every token by its gradient) or
+            a number (text weighs one).
         held_out: Share of the samples that only judge.
         tower_tokens: Tokens after which the tower's statistics are taken to be known.
     """
 
-    @property
-    @abstractmethod
-    def modality_weights(self) -> ModalityWeighting: ...  # noqa: D102  (see the class)
-
-    @property
-    @abstractmethod
-    def held_out(self) -> float: ...  # noqa: D102  (likewise)
-
-    @property
-    @abstractmethod
-    def tower_tokens(self) -> int: ...  # noqa: D102  (likewise)
+    modality_weights: ModalityWeighting = "balanced"
+    held_out: float = 0.125
+    tower_tokens: int = 16384
 
     @property
     def carries_float(self) -> bool:

@@ -46,7 +46,7 @@ class AnswerLosses:
         """Like `plain`, with one layer in another form; its own is put back in any case.
 
         Raises:
-            ValueError: A layer behind this one was visited before.
+            ValueError: A layer after this one was visited before.
             CalibrationError: A loss is not finite.
         """
         found = _losses(self._runner.prompts, self._runner.logits_with(name, form))

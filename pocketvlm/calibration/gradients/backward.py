@@ -1,6 +1,6 @@
 """The answer's loss and its gradients, carried back through the decoder one block at a time.
 
-The hidden states in front of all blocks are stored on the way forward, so that no more than one
+The hidden states before all blocks are stored on the way forward, so that no more than one
 block's graph ever exists: what it takes is one dense block, one batch's graph, and activations that
 go to a file where they do not fit.
 """
@@ -23,10 +23,10 @@ from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
     record_block,
-    run_halves,
+    run_sublayers,
 )
 from pocketvlm.calibration.walk.activations import ActivationStore
-from pocketvlm.calibration.walk.sublayers import decoder_halves
+from pocketvlm.calibration.walk.sublayers import decoder_sublayers
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
@@ -48,9 +48,9 @@ class AnswerLoss:
     """The decoder's forward pass on prompts with answers, ready to be walked back.
 
     Attributes:
-        entering: Hidden states [batch, length, width] in front of every block: of batch b and
+        entering: Hidden states [batch, length, width] before every block: of batch b and
             block i at `i * len(gradient) + b`.
-        gradient: The loss's gradient behind the last block, of each batch.
+        gradient: The loss's gradient after the last block, of each batch.
         arguments: What attention takes beside the hidden state, of each batch.
         is_visual: bool [batch, length]: which columns came from an image, of each batch.
         mean: The loss's mean over samples.
@@ -123,16 +123,16 @@ def answer_loss(
                 is_visual.append(inputs.is_visual)
                 arguments.append(beside)
         for block in range(spec.decoder.depth):
-            halves = decoder_halves(model, spec, block)
-            ends = ends_visual_rows(checkpoint, block, halves[0].kind)
-            with dense_weights([half.body for half in halves]):
+            sublayers = decoder_sublayers(model, spec, block)
+            ends = ends_visual_rows(checkpoint, block, sublayers[0].kind)
+            with dense_weights([sublayer.body for sublayer in sublayers]):
                 for index, hidden in enumerate(states):
                     entering.append(hidden)
                     beside = _arguments_at(checkpoint, block, arguments[index], is_visual[index])
-                    middle = halves[0].run(hidden, beside)
+                    middle = sublayers[0].run(hidden, beside)
                     if ends:
                         middle = keep_text(middle, is_visual[index])
-                    states[index] = halves[1].run(middle, {})
+                    states[index] = sublayers[1].run(middle, {})
         total = 0.0
         norm = model.get_submodule(spec.decoder.norm)
         head = model.get_submodule(spec.decoder.head)
@@ -165,7 +165,7 @@ def walk_back(
 ) -> Iterator[LayerGradients]:
     """Carries the loss's gradient back through the decoder, from the last block to the first.
 
-    `loss.gradient` is replaced on the way; behind the first block it is that of the embeddings.
+    `loss.gradient` is replaced on the way; after the first block it is that of the embeddings.
 
     Args:
         checkpoint: The model that the loss was taken of.
@@ -178,9 +178,9 @@ def walk_back(
     """
     count = len(loss.arguments)
     for block in reversed(range(checkpoint.spec.decoder.depth)):
-        halves = decoder_halves(checkpoint.model, checkpoint.spec, block)
-        with dense_weights([half.body for half in halves]):
-            layers = linears_of(halves)
+        sublayers = decoder_sublayers(checkpoint.model, checkpoint.spec, block)
+        with dense_weights([sublayer.body for sublayer in sublayers]):
+            layers = linears_of(sublayers)
             if weights:
                 for layer in layers.values():
                     layer.cached = layer.weight.detach().requires_grad_()
@@ -188,10 +188,10 @@ def walk_back(
             for batch in range(count):
                 flags = loss.is_visual[batch]
                 beside = _arguments_at(checkpoint, block, loss.arguments[batch], flags)
-                ends = ends_visual_rows(checkpoint, block, halves[0].kind)
+                ends = ends_visual_rows(checkpoint, block, sublayers[0].kind)
                 between = partial(keep_text, is_visual=flags) if ends else None
                 graph = record_block(
-                    partial(run_halves, halves, beside, between=between),
+                    partial(run_sublayers, sublayers, beside, between=between),
                     layers,
                     loss.entering[block * count + batch],
                 )
@@ -218,7 +218,7 @@ def _arguments_at(
 def enter_decoder(
     checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
 ) -> tuple[DecoderInputs, Mapping[str, Any]]:
-    """A batch of prompts in front of the first block, and what attention takes beside them."""
+    """A batch of prompts before the first block, and what attention takes beside them."""
     rows = tile_rows(prompts, batch.samples)
     inputs = embed_prompts(
         checkpoint,
@@ -246,7 +246,7 @@ def _require_answer(prompt: Prompt) -> None:
         return
     if prompt.is_truncated:
         raise CalibrationError(
-            f"{prompt.where}: its answer lies behind token {len(prompt.token_ids)}, where it was "
+            f"{prompt.where}: its answer lies after token {len(prompt.token_ids)}, where it was "
             "cut off; a gradient needs an answer"
         )
     raise CalibrationError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pocketvlm.calibration.walk.sublayers import Sublayer
 from pocketvlm.weights.modules import FormLinear, cache_dense_weights
 
-__all__ = ["BlockGraph", "dense_weights", "linears_of", "record_block", "run_halves"]
+__all__ = ["BlockGraph", "dense_weights", "linears_of", "record_block", "run_sublayers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,31 +21,31 @@ class BlockGraph:
     """What a block computed on one batch, ready to be differentiated once.
 
     Attributes:
-        entering: The hidden state in front of the block, a leaf.
-        behind: The hidden state behind it.
+        entering: The hidden state before the block, a leaf.
+        leaving: The hidden state after it.
         inputs: What each linear read, by name; not part of the graph.
         outputs: What each linear gave, by name.
     """
 
     entering: Tensor
-    behind: Tensor
+    leaving: Tensor
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
 
     def pull(
         self, gradient: Tensor, weights: Sequence[Tensor] = ()
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-        """Carries a loss's gradient from behind the block to its front; frees the graph.
+        """Carries a loss's gradient back through the block; frees the graph.
 
         Args:
-            gradient: The loss's gradient at `behind`.
+            gradient: The loss's gradient at `leaving`.
             weights: Dense weights that were leaves when the block was recorded.
 
         Returns:
             The gradients at `entering`, at each linear's output by name, and of `weights`.
         """
         entering, *found = torch.autograd.grad(
-            self.behind, [self.entering, *self.outputs.values(), *weights], gradient
+            self.leaving, [self.entering, *self.outputs.values(), *weights], gradient
         )
         return (
             entering,
@@ -60,9 +60,9 @@ def record_block(
     """Runs a block on a batch and keeps its graph.
 
     Args:
-        run: From the hidden state in front of the block to the one behind it.
+        run: From the hidden state before the block to the one after it.
         layers: The linears that `run` calls, by name.
-        hidden: The hidden state in front of the block.
+        hidden: The hidden state before the block.
     """
     leaf = hidden.detach().requires_grad_()
     inputs: dict[str, Tensor] = {}
@@ -78,11 +78,11 @@ def record_block(
     handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
     try:
         with torch.enable_grad():
-            behind = run(leaf)
+            leaving = run(leaf)
     finally:
         for handle in handles:
             handle.remove()
-    return BlockGraph(entering=leaf, behind=behind, inputs=inputs, outputs=outputs)
+    return BlockGraph(entering=leaf, leaving=leaving, inputs=inputs, outputs=outputs)
 
 
 @contextmanager
@@ -94,30 +94,30 @@ def dense_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def linears_of(halves: Sequence[Sublayer]) -> dict[str, FormLinear]:
-    """The halves' linears by their full names, in order of execution."""
+def linears_of(sublayers: Sequence[Sublayer]) -> dict[str, FormLinear]:
+    """The sublayers' linears by their full names, in order of execution."""
     layers = {}
-    for half in halves:
-        prefix = half.last.rpartition(".")[0]
-        for name in (*half.first, half.last):
-            layer = half.body.get_submodule(name.removeprefix(f"{prefix}."))
+    for sublayer in sublayers:
+        prefix = sublayer.last.rpartition(".")[0]
+        for name in (*sublayer.first, sublayer.last):
+            layer = sublayer.body.get_submodule(name.removeprefix(f"{prefix}."))
             layers[name] = cast("FormLinear", layer)
     return layers
 
 
-def run_halves(
-    halves: Sequence[Sublayer],
+def run_sublayers(
+    sublayers: Sequence[Sublayer],
     arguments: Mapping[str, Any],
     hidden: Tensor,
     between: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The hidden state behind a block of two halves; autograd may record it.
+    """The hidden state after a block of two sublayers; autograd may record it.
 
     Args:
-        halves: Attention and the feed-forward network.
+        sublayers: Attention and the feed-forward network.
         arguments: What attention takes beside the hidden state.
-        hidden: The hidden state in front of the block.
-        between: What happens between the halves, such as rows that end there.
+        hidden: The hidden state before the block.
+        between: What happens between the sublayers, such as rows that end there.
     """
-    middle = halves[0].output(hidden, arguments)
-    return halves[1].output(middle if between is None else between(middle), {})
+    middle = sublayers[0].output(hidden, arguments)
+    return sublayers[1].output(middle if between is None else between(middle), {})

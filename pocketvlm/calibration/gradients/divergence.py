@@ -56,7 +56,7 @@ class DivergenceMeter:
         """Mean KL divergence at the answers' tokens, in nats, with one layer in another form.
 
         Raises:
-            ValueError: A layer behind this one was visited before.
+            ValueError: A layer after this one was visited before.
             CalibrationError: The changed model's outputs are not finite.
         """
         changed = _log_probabilities(self._runner.logits_with(name, form))

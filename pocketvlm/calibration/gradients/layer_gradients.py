@@ -35,11 +35,11 @@ from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
     record_block,
-    run_halves,
+    run_sublayers,
 )
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, tower_sublayers
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.reference_graph.forward import VisualTokens, embed_patches, project, tower_features
@@ -75,7 +75,7 @@ class LayerGradient:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Region:
-    """What is differentiated at once: a block, or the projector with the merge in front of it."""
+    """What is differentiated at once: a block, or the projector with the merge before it."""
 
     modules: tuple[nn.Module, ...]
     layers: Mapping[str, FormLinear]
@@ -125,10 +125,10 @@ def walk_gradients(
             for step in walk_back(checkpoint, loss):
                 is_last = step.batch == len(batches) - 1
                 yield from watch.pass_on(step.inputs, step.outputs, batches[step.batch], is_last)
-            behind = torch.empty_like(visual.embeds)
+            leaving = torch.empty_like(visual.embeds)
             for batch, flags, gradient in zip(batches, loss.is_visual, loss.gradient, strict=True):
                 rows = list(batch.samples)
-                behind[rows] = gradient[flags].view(len(rows), *behind.shape[1:])
+                leaving[rows] = gradient[flags].view(len(rows), *leaving.shape[1:])
         for number, region in reversed(list(enumerate(regions))):
             is_projector = number == len(regions) - 1
             run = partial(region.run, {} if is_projector else _TOWER_ARGUMENTS)
@@ -136,7 +136,7 @@ def walk_gradients(
                 for index, batch in enumerate(images):
                     hidden = entering[number * len(images) + index]
                     graph = record_block(run, region.layers, hidden)
-                    gradient = behind[list(batch.samples)] if is_projector else states[index]
+                    gradient = leaving[list(batch.samples)] if is_projector else states[index]
                     states[index], outputs, _ = graph.pull(gradient)
                     is_last = index == len(images) - 1
                     yield from watch.pass_on(graph.inputs, outputs, batch, is_last)
@@ -151,7 +151,7 @@ def block_gradients(
     of the hidden state that leaves it, over all tokens. It needs no answers, and neither a way
     back nor stored hidden states. The projector, from the tower's last state to the visual tokens,
     is a block like any other. Blocks read what the model as it is now computes; Wanda++ takes
-    gradients behind blocks that were pruned already.
+    gradients after blocks that were pruned already.
 
     Args:
         checkpoint: The model; it must not change during the walk.
@@ -189,7 +189,7 @@ def block_gradients(
             states.append(inputs.embeds)
             beside.append(taken)
         for block in range(spec.decoder.depth):
-            region = _block_region(decoder_halves(model, spec, block))
+            region = _block_region(decoder_sublayers(model, spec, block))
             yield from _regional(region, states, batches, beside, states.__setitem__, watch)
 
 
@@ -209,11 +209,11 @@ def _regional(
         for index, batch in enumerate(batches):
             run = partial(region.run, arguments[index])
             graph = record_block(run, region.layers, states[index])
-            behind = graph.behind.detach()
-            lengths = torch.linalg.vector_norm(behind, dim=(1, 2), keepdim=True)
+            leaving = graph.leaving.detach()
+            lengths = torch.linalg.vector_norm(leaving, dim=(1, 2), keepdim=True)
             # The norm of zero has no gradient; zero is a subgradient of it.
-            _, outputs, _ = graph.pull(torch.where(lengths == 0, 0.0, behind / lengths))
-            keep(index, behind)
+            _, outputs, _ = graph.pull(torch.where(lengths == 0, 0.0, leaving / lengths))
+            keep(index, leaving)
             yield from watch.pass_on(graph.inputs, outputs, batch, index == len(batches) - 1)
 
 
@@ -243,7 +243,7 @@ class _Watch:
             if is_last and name not in self._moved:
                 raise CalibrationError(
                     f"{name}: its gradient is zero on all {len(self._samples)} samples, since "
-                    "nothing behind it reads what it gives; a gradient cannot score it"
+                    "nothing after it reads what it gives; a gradient cannot score it"
                 )
             yield LayerGradient(
                 name=name,
@@ -258,7 +258,7 @@ def _require_all_tokens(checkpoint: Checkpoint) -> None:
     if checkpoint.reducer is not None or checkpoint.visual_layers is not None:
         raise RecipeError(
             "gradients of the whole model are taken before visual tokens are dropped; put the "
-            "stage that takes them in front of the one that drops tokens"
+            "stage that takes them before the one that drops tokens"
         )
 
 
@@ -302,12 +302,12 @@ def _vision_regions(checkpoint: Checkpoint) -> tuple[_Region, ...]:
         run=run_projector,
     )
     blocks = range(spec.tower.feature_block + 1)
-    return (*(_block_region(tower_halves(model, spec, block)) for block in blocks), projector)
+    return (*(_block_region(tower_sublayers(model, spec, block)) for block in blocks), projector)
 
 
-def _block_region(halves: Sequence[Sublayer]) -> _Region:
+def _block_region(sublayers: Sequence[Sublayer]) -> _Region:
     return _Region(
-        modules=tuple(half.body for half in halves),
-        layers=linears_of(halves),
-        run=partial(run_halves, halves),
+        modules=tuple(sublayer.body for sublayer in sublayers),
+        layers=linears_of(sublayers),
+        run=partial(run_sublayers, sublayers),
     )

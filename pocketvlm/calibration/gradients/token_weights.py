@@ -3,8 +3,8 @@
 A layer's error at token t changes the loss by about g_t . (dW x_t), with g_t the gradient at the
 layer's output. Its length is the token's weight in H = sum_t w_t x_t x_t^T, after VLMQ (arXiv
 2508.03351, which weighs GPTQ's Hessian by a block-wise backward pass) and MBQ (arXiv 2412.19509,
-whose sensitivities are mean gradients by modality). Both take one gradient a block, behind its
-halves. Here every linear has its own: a key of the last block is read by the answer, although
+whose sensitivities are mean gradients by modality). Both take one gradient per block, after its
+sublayers. Here every linear has its own: a key of the last block is read by the answer, although
 nothing reads that token's output, so what weighs it is the gradient at the key itself.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import Prompt, PromptBatch
 from pocketvlm.calibration.gradients.backward import answer_loss, walk_back
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference_graph.forward import VisualTokens
@@ -35,7 +35,7 @@ directions. The floor is GPTQ's usual damping, one hundredth of the mean: what l
 be covered by that."""
 
 Place = tuple[int, Literal["attention", "ffn"], Literal["first", "last"]]
-"""Block, half, and whether the linears at the start of the half or the one at its end."""
+"""Block, sublayer, and whether the linears at the start of the sublayer or the one at its end."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,15 +68,15 @@ class TokenImportance:
 
         Args:
             block: The decoder block.
-            kind: The half of the block.
+            kind: The sublayer of the block.
             batch_index: The batch, in the order that was given to `gradient_weights`.
-            position: `first` for the linears that read the half's norm (q, k, v; gate, up),
+            position: `first` for the linears that read the sublayer's norm (q, k, v; gate, up),
                 `last` for the one that ends it, whose output joins the residual.
         """
         return self.by_place[block, kind, position][batch_index]
 
     def summary(self) -> list[dict[str, Any]]:
-        """Mean weights of visual and of text tokens, a row a place, for a stage's record."""
+        """Mean weights of visual and of text tokens, one row per place, for a stage's record."""
         rows = []
         for place, batches in sorted(self.by_place.items()):
             weights = torch.cat([batch.flatten() for batch in batches]).double()
@@ -125,10 +125,10 @@ def gradient_weights(
     found: dict[Place, list[Tensor]] = {}
     still: dict[Place, int] = {}
     places = {
-        name: (block, half.kind, position)
+        name: (block, sublayer.kind, position)
         for block in range(spec.decoder.depth)
-        for half in decoder_halves(checkpoint.model, spec, block)
-        for position, names in _positions(half)
+        for sublayer in decoder_sublayers(checkpoint.model, spec, block)
+        for position, names in _positions(sublayer)
         for name in names
     }
     with answer_loss(checkpoint, prompts, batches, visual, spill_folder) as loss:
@@ -154,8 +154,8 @@ def gradient_weights(
         )
 
 
-def _positions(half: Sublayer) -> tuple[tuple[Literal["first", "last"], tuple[str, ...]], ...]:
-    return (("first", half.first), ("last", (half.last,)))
+def _positions(sublayer: Sublayer) -> tuple[tuple[Literal["first", "last"], tuple[str, ...]], ...]:
+    return (("first", sublayer.first), ("last", (sublayer.last,)))
 
 
 def _normalize(lengths: Tensor) -> tuple[Tensor, int]:

@@ -13,7 +13,7 @@ from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompt
 from pocketvlm.calibration.gradients.backward import enter_decoder
 from pocketvlm.calibration.gradients.divergence import mean_divergence
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers
 from pocketvlm.calibration.walk.text_rows import keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
@@ -34,10 +34,10 @@ class LayerUse:
     """One decoder layer on a calibration set.
 
     Attributes:
-        ratios: float64 [samples, kv_heads]: attention that rows of text behind the image pay to
+        ratios: float64 [samples, kv_heads]: attention that rows of text after the image pay to
             visual keys, over what they pay to keys of text, all heads of a KV group together.
         divergence: Mean KL divergence, in nats, of the answers' next tokens if visual rows ended
-            behind this layer's attention; `None` for the last layer, behind which they end anyway.
+            after this layer's attention; `None` for the last layer, after which they end anyway.
     """
 
     ratios: Tensor
@@ -82,12 +82,12 @@ def measure_visual_use(
         images = [samples.samples[index].open_image() for index in together.samples]
         own = tuple(prompts[index] for index in together.samples)
         visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
-        # Numbered anew: prompts and visual tokens are this batch's own.
+        # Renumbered: prompts and visual tokens are this batch's own.
         alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
         inputs, arguments = enter_decoder(checkpoint, own, alone, visual)
         batches.append(_Batch(prompts=own, arguments=arguments, is_visual=inputs.is_visual))
         states.append(inputs.embeds)
-    blocks = [decoder_halves(model, spec, block) for block in range(spec.decoder.depth)]
+    blocks = [decoder_sublayers(model, spec, block) for block in range(spec.decoder.depth)]
     found: list[LayerUse] = []
     with cache_dense_weights(model.get_submodule(spec.decoder.prefix)):
         reference = [
@@ -128,12 +128,12 @@ def attention_ratios(
 
     Args:
         decoder: The model's decoder.
-        attention: The attention half of a layer.
+        attention: The attention sublayer of a layer.
         hidden: What enters it, [batch, length, width].
         arguments: Its rotary angles.
         is_visual: bool [batch, length], the same in every row.
     """
-    normed = attention.inputs_of_first(hidden)
+    normed: Tensor = attention.norm(hidden)
     batch, length = hidden.shape[:2]
     queries, keys = (
         project(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
@@ -142,7 +142,7 @@ def attention_ratios(
     angles = arguments["position_embeddings"]
     queries, keys = (rotate_by_position(states, *angles) for states in (queries, keys))
     flags = is_visual[0]
-    # Only rows behind the first visual one can see any.
+    # Only rows after the first visual one can see any.
     first = int(flags.to(torch.uint8).argmax())
     readers = (~flags & (torch.arange(length) > first)).nonzero().flatten()
     keys = keys.repeat_interleave(decoder.heads // decoder.kv_heads, dim=1)

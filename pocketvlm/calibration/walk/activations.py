@@ -97,7 +97,7 @@ class ActivationStore:
             self.append(batch)
 
     def copy(self) -> ActivationStore:
-        """The same batches in a store of their own."""
+        """The same batches in another store."""
         other = ActivationStore(self._folder, self._free)
         for batch in self:
             other.append(batch)

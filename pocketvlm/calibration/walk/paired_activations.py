@@ -36,7 +36,7 @@ class PairedActivations:
             self.ideal.append(batch)
 
     def copy(self) -> PairedActivations:
-        """The same states in stores of their own."""
+        """The same states in other stores."""
         return PairedActivations(
             now=self.now.copy(), ideal=None if self.ideal is None else self.ideal.copy()
         )
@@ -69,14 +69,14 @@ def forms_in_place(checkpoint: Checkpoint, forms: Mapping[str, WeightForm]) -> I
 
 
 def advance(
-    half: Sublayer,
+    sublayer: Sublayer,
     hidden: ActivationStore,
     arguments_of: Callable[[int], Mapping[str, Any]],
 ) -> None:
-    """Replaces states in front of a half block by those behind it."""
-    with cache_dense_weights(half.body):
+    """Replaces states before a sublayer by those after it."""
+    with cache_dense_weights(sublayer.body):
         for index in range(len(hidden)):
-            hidden[index] = half.run(hidden[index], arguments_of(index))
+            hidden[index] = sublayer.run(hidden[index], arguments_of(index))
 
 
 @torch.no_grad()
@@ -84,20 +84,20 @@ def measure_moments(
     path: PairedActivations,
     batches: Sequence[PromptBatch | None],
     inputs_of: Callable[[Tensor, int], Tensor],
+    weights_of: Callable[[int], Tensor | None],
+    block: int | None,
     *,
     ideal_inputs: ActivationStore | None = None,
-    weights_of: Callable[[int], Tensor | None] = lambda _: None,
-    block: int | None,
 ) -> InputMoments:
     """Moments of a layer's inputs.
 
     Args:
-        path: States in front of the half block.
+        path: States before the sublayer.
         batches: Which samples a batch holds.
-        inputs_of: From a state to the layer's input.
+        inputs_of: From a batch of states and its index to the layer's input.
+        weights_of: Weights of a batch's tokens; `None` for all alike.
+        block: Width of diagonal blocks; `None` for the whole matrix.
         ideal_inputs: The float model's inputs, where `inputs_of` would need its weights.
-        weights_of: Weights of a batch's tokens.
-        block: Width of diagonal blocks.
     """
     found: dict[bool, SecondMoment] = {}
     drifts: dict[bool, Drift] = {}

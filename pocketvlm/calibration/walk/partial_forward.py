@@ -1,6 +1,6 @@
-"""Runs a model with one layer changed: of every forward pass only what lies behind that layer.
+"""Runs a model with one layer changed: of every forward pass only what comes after that layer.
 
-Whoever measures goes along the model in order of execution; hidden states in front of the current
+The caller follows the model in order of execution; hidden states before the current
 segment are kept, of all samples.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pocketvlm.calibration.data.prompts import Prompt, batch_prompts, encode_samples
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, tower_sublayers
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
@@ -38,7 +38,7 @@ _BATCH_TOKENS = 1024
 def suffix_shares(spec: ModelSpec) -> dict[str, float]:
     """How much of a whole forward pass a run costs that begins at a layer, by its name.
 
-    Counted in segments: halves of blocks, except that the tower's last block and the projector
+    Counted in segments: sublayers of blocks, except that the tower's last block and the projector
     are one.
     """
     count = _splice(spec) + 2 * spec.decoder.depth + 2
@@ -53,11 +53,11 @@ def _splice(spec: ModelSpec) -> int:
 def _place(spec: ModelSpec, linear: LinearSpec) -> int:
     """Place of the first segment that uses a layer, in `PartialForward._build`."""
     splice = _splice(spec)
-    half = 1 if ".mlp." in linear.name else 0
+    sublayer = 1 if ".mlp." in linear.name else 0
     if linear.part == "tower" and linear.block is not None:
-        return min(2 * linear.block + half, splice - 1)
+        return min(2 * linear.block + sublayer, splice - 1)
     if linear.part == "decoder" and linear.block is not None:
-        return splice + 1 + 2 * linear.block + half
+        return splice + 1 + 2 * linear.block + sublayer
     places = {"projector": splice - 1, "embedding": splice}
     return places.get(linear.part, splice + 1 + 2 * spec.decoder.depth)
 
@@ -67,8 +67,8 @@ class _State:
     """One batch between two segments.
 
     Attributes:
-        hidden: Hidden states, or visual tokens in front of the splice.
-        indices: Which visual tokens these are, in front of the splice.
+        hidden: Hidden states, or visual tokens before the splice.
+        indices: Which visual tokens these are, before the splice.
         angles: Rotary angles, in the decoder.
         is_visual: Which columns came from an image, in the decoder.
     """
@@ -133,7 +133,7 @@ class PartialForward:
         """Like `logits`, with one layer in another form; its own is put back in any case.
 
         Raises:
-            ValueError: A layer behind this one was visited before.
+            ValueError: A layer after this one was visited before.
         """
         present = self._checkpoint.form(name)
         place = self._places[name]
@@ -163,7 +163,7 @@ class PartialForward:
             return [segment.run(number, state) for number, state in enumerate(states)]
 
     def _logits(self, states: Sequence[_State], first: int) -> tuple[Tensor, ...]:
-        """Of every sample, from states in front of a segment."""
+        """Of every sample, from states before a segment."""
         current = list(states)
         for segment in self._segments[first:]:
             current = self._run(segment, current)
@@ -178,9 +178,9 @@ class PartialForward:
     def _build(self) -> tuple[_Segment, ...]:
         model, spec = self._checkpoint.model, self._checkpoint.spec
         segments = [
-            self._half(half)
+            self._sublayer(sublayer)
             for block in range(spec.tower.feature_block)
-            for half in tower_halves(model, spec, block)
+            for sublayer in tower_sublayers(model, spec, block)
         ]
         last = spec.tower.blocks[spec.tower.feature_block].module
         encoder = [model.get_submodule(name) for name in (last, *spec.projector.linears)]
@@ -188,31 +188,31 @@ class PartialForward:
         segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
         segments.append(_Segment(modules=None, run=self._embed_prompt))
         segments += [
-            self._half(half, ends=ends_visual_rows(self._checkpoint, block, half.kind))
+            self._sublayer(sublayer, ends=ends_visual_rows(self._checkpoint, block, sublayer.kind))
             for block in range(spec.decoder.depth)
-            for half in decoder_halves(model, spec, block)
+            for sublayer in decoder_sublayers(model, spec, block)
         ]
         head = model.get_submodule(spec.decoder.head)
         segments.append(_Segment(modules=head, run=self._answer_logits))
         return tuple(segments)
 
     @staticmethod
-    def _half(half: Sublayer, *, ends: bool = False) -> _Segment:
-        """One half of a block; visual rows may end behind it."""
+    def _sublayer(sublayer: Sublayer, *, ends: bool = False) -> _Segment:
+        """One sublayer of a block; visual rows may end after it."""
 
         def run(_: int, state: _State) -> _State:
             arguments: dict[str, Any] = {}
-            if half.kind == "attention":
+            if sublayer.kind == "attention":
                 arguments["attention_mask"] = None
                 if state.angles is not None:
                     arguments["position_embeddings"] = state.angles
-            behind = replace(state, hidden=half.run(state.hidden, arguments))
+            behind = replace(state, hidden=sublayer.run(state.hidden, arguments))
             if not ends or state.is_visual is None:
                 return behind
             angles = text_arguments(arguments, state.is_visual)["position_embeddings"]
             return _State(hidden=keep_text(behind.hidden, state.is_visual), angles=angles)
 
-        return _Segment(modules=half.body, run=run)
+        return _Segment(modules=sublayer.body, run=run)
 
     def _embed(self, rows: Sequence[int], samples: CalibrationSet) -> _State:
         images = [samples.samples[row].open_image() for row in rows]

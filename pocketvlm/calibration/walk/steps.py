@@ -1,4 +1,4 @@
-"""What a walk over a model hands out: inputs with their statistics, and finished half blocks."""
+"""What a walk over a model hands out: inputs with their statistics, and finished sublayers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pocketvlm.calibration.walk.sublayers import Sublayer
 __all__ = [
     "Drift",
     "FinishedSublayer",
-    "HalfKind",
     "InputMoments",
     "LinearGroup",
     "Step",
+    "SublayerKind",
     "TokenWeights",
 ]
 
@@ -71,23 +71,28 @@ class LinearGroup:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinishedSublayer:
-    """A half block whose layers have all been visited; what it holds may still be tuned.
+    """A sublayer whose layers have all been visited; what it holds may still be tuned.
 
     Attributes:
-        half: The half block.
-        inputs: Hidden states in front of it as they are now, batch by batch.
-        targets: Hidden states behind it in the float model.
+        sublayer: The sublayer.
+        inputs: Hidden states before it as they are now, batch by batch.
+        targets: Hidden states after it in the float model.
         arguments: What its body takes beside the hidden state; repeated over the batches.
         batches: Which samples a batch holds; `None` for batches outside of all moments.
         weights_of: Weights of a batch's tokens, or `None` for all alike.
     """
 
-    half: Sublayer
+    sublayer: Sublayer
     inputs: ActivationStore
     targets: ActivationStore
     arguments: Sequence[Mapping[str, Any]]
     batches: Sequence[PromptBatch | None]
     weights_of: Callable[[int], Tensor | None]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its linears in order of execution."""
+        return (*self.sublayer.first, self.sublayer.last)
 
     def arguments_of(self, index: int) -> Mapping[str, Any]:
         """What the body takes beside the hidden state of a batch."""
@@ -95,6 +100,6 @@ class FinishedSublayer:
 
 
 Step = LinearGroup | FinishedSublayer
-HalfKind = Literal["attention", "ffn"]
+SublayerKind = Literal["attention", "ffn"]
 TokenWeights = Callable[[Literal["first", "last"], int], Tensor | None]
-"""Weights of a batch's tokens at the linears that start or end a half block."""
+"""Weights of a batch's tokens at the linears that start or end a sublayer."""

@@ -1,7 +1,8 @@
-"""A transformer block as its two halves, x + body(norm(x)): what calibration walks along.
+"""A transformer block as its two sublayers, x + body(norm(x)): what calibration walks along.
 
-Both families build their blocks this way. Running a half at a time means that attention is computed
-twice for its two sets of linears, where re-running whole blocks would compute it four times.
+All families build their blocks this way. Running a sublayer at a time means that attention is
+computed twice for its two sets of linears, where re-running whole blocks would compute it four
+times.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pocketvlm.models.spec import AttentionSpec, BlockSpec, FfnSpec, ModelSpec
 
-__all__ = ["Sublayer", "decoder_halves", "tower_halves"]
+__all__ = ["Sublayer", "decoder_sublayers", "tower_sublayers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +24,7 @@ class Sublayer:
     """Attention or the feed-forward network of one block, with its norm and its residual.
 
     Attributes:
-        kind: Which half it is.
+        kind: Which sublayer it is.
         norm: What is applied to the hidden state first.
         body: What follows.
         first: Names of the linears that read the norm's output.
@@ -39,12 +40,6 @@ class Sublayer:
     first_modules: tuple[nn.Module, ...]
     last: str
     last_module: nn.Module
-
-    @torch.no_grad()
-    def inputs_of_first(self, hidden: Tensor) -> Tensor:
-        """What the first linears read, [batch, tokens, width]."""
-        normed: Tensor = self.norm(hidden)
-        return normed
 
     @torch.no_grad()
     def inputs_of_last(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -63,7 +58,7 @@ class Sublayer:
         raise AssertionError(f"{self.last} was not reached")
 
     def output(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """The hidden state behind this half, of the same shape; autograd may record it."""
+        """The hidden state after this sublayer, of the same shape; autograd may record it."""
         output = self.body(self.norm(hidden), **arguments)
         return hidden + (output[0] if isinstance(output, tuple) else output)
 
@@ -81,24 +76,24 @@ class _ReachedError(Exception):
         self.inputs = inputs
 
 
-def tower_halves(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
-    """Both halves of a block of the vision tower."""
-    return _halves(model, spec.tower.blocks[block])
+def tower_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
+    """Both sublayers of a block of the vision tower."""
+    return _sublayers(model, spec.tower.blocks[block])
 
 
-def decoder_halves(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
-    """Both halves of a block of the decoder."""
-    return _halves(model, spec.decoder.blocks[block])
+def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
+    """Both sublayers of a block of the decoder."""
+    return _sublayers(model, spec.decoder.blocks[block])
 
 
-def _halves(model: nn.Module, block: BlockSpec) -> tuple[Sublayer, Sublayer]:
+def _sublayers(model: nn.Module, block: BlockSpec) -> tuple[Sublayer, Sublayer]:
     return (
-        _half(model, "attention", block.attention),
-        _half(model, "ffn", block.ffn),
+        _sublayer(model, "attention", block.attention),
+        _sublayer(model, "ffn", block.ffn),
     )
 
 
-def _half(
+def _sublayer(
     model: nn.Module, kind: Literal["attention", "ffn"], described: AttentionSpec | FfnSpec
 ) -> Sublayer:
     return Sublayer(

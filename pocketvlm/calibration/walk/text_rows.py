@@ -1,7 +1,7 @@
-"""Where visual rows end on a walk along the decoder's halves, see `reference_graph.visual_cutoff`.
+"""Where visual rows end on a walk along the decoder; see `reference_graph.visual_cutoff`.
 
-The last half that sees them is the attention of layer `visual_layers - 1`: their keys and values
-are read there, and what its last linear would make of them is not.
+The last sublayer that sees them is the attention of layer `visual_layers - 1`: their keys and
+values are read there, and what its last linear would make of them is not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["ends_visual_rows", "keep_text", "text_arguments"]
 
 
 def ends_visual_rows(checkpoint: Checkpoint, block: int, kind: str) -> bool:
-    """Whether visual rows end behind this half of this decoder block."""
+    """Whether visual rows end after this sublayer of this decoder block."""
     late = checkpoint.visual_layers
     return late is not None and kind == "attention" and block == late - 1
 

@@ -1,12 +1,12 @@
 """Walks a model layer by layer in order of execution, on calibration data.
 
 Each step names the linears that share one input and can compute that input's second moment from
-everything before it *as it is now*: whoever walks may replace the step's weights before going on,
+everything before it *as it is now*: the caller may replace the step's weights before it continues,
 and the next step then sees what the compressed prefix really produces (GPTQ's true-sequential
 order). Visual-token reduction is applied where the checkpoint has one, so the decoder's statistics
 are those of the sequence that the phone will run.
 
-Only the hidden state between two half blocks is kept, of all samples, in an `ActivationStore`; a
+Only the hidden state between two sublayers is kept, of all samples, in an `ActivationStore`; a
 layer's inputs are accumulated batch by batch and dropped.
 """
 
@@ -44,13 +44,13 @@ from pocketvlm.calibration.walk.paired_activations import (
 from pocketvlm.calibration.walk.steps import (
     Drift,
     FinishedSublayer,
-    HalfKind,
     InputMoments,
     LinearGroup,
     Step,
+    SublayerKind,
     TokenWeights,
 )
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_halves, tower_halves
+from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, tower_sublayers
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.projector import LinearStep, run_steps
@@ -70,7 +70,7 @@ __all__ = ["BlockWalk", "Drift", "FinishedSublayer", "InputMoments", "LinearGrou
 
 _NOTHING = torch.zeros(0)
 
-# Tokens that run through a half block at once: enough for full speed, little enough memory.
+# Tokens that run through a sublayer at once: enough for full speed, little enough memory.
 _BATCH_TOKENS = 1024
 
 
@@ -83,12 +83,12 @@ class BlockWalk:
         samples: The calibration set.
         weighting: How much visual tokens count in the decoder.
         held_out: Share of the samples, from the end, that only judge.
-        tower_tokens: The tower's moments stop at so many tokens; all images run through it
+        tower_tokens: The tower's moments stop at that many tokens; all images run through it
             nevertheless.
         spill_folder: Where activations go that do not fit into memory.
         carry_float: Whether the float model runs along, so that moments know the drift and
-            finished halves their targets. Costs a second forward pass and the originals of one
-            half block.
+            finished sublayers their targets. Costs a second forward pass and the originals of one
+            sublayer.
     """
 
     checkpoint: Checkpoint
@@ -162,89 +162,86 @@ class BlockWalk:
             now=self._store(), ideal=self._store() if self.carry_float else None
         )
         for batch in batches:
-            path.append(self._embed(batch))
+            images = [self.samples.samples[index].open_image() for index in batch.samples]
+            with torch.no_grad():
+                pixels = checkpoint.processor.pixels(images)
+                path.append(embed_patches(checkpoint.model, spec, pixels))
         used = [batch if batch.in_tower_moments else None for batch in batches]
         entering: PairedActivations | None = None
         for block in range(spec.tower.feature_block + 1):
             if block == spec.tower.feature_block and checkpoint.reducer is not None:
                 entering = path.copy()
-            for half in tower_halves(checkpoint.model, spec, block):
-                arguments = {"attention_mask": None} if half.kind == "attention" else {}
-                yield from self._half(half, path, used, _alike, [arguments])
+            for sublayer in tower_sublayers(checkpoint.model, spec, block):
+                arguments = {"attention_mask": None} if sublayer.kind == "attention" else {}
+                yield from self._sublayer(sublayer, path, used, _alike, [arguments])
         features, indices = self._keep_features(path, entering)
         path.close()
         if entering is not None:
             entering.close()
         return (yield from self._project(batches, features, indices))
 
-    def _half(
+    def _sublayer(
         self,
-        half: Sublayer,
+        sublayer: Sublayer,
         path: PairedActivations,
         batches: Sequence[PromptBatch | None],
         weights_at: TokenWeights,
         arguments: Sequence[Mapping[str, Any]],
     ) -> Iterator[Step]:
-        """The steps of a half block; at the end the path stands behind it."""
+        """The steps of a sublayer; at the end the path stands after it."""
         checkpoint = self.checkpoint
         originals = {
             name: checkpoint.form(name)
-            for name in (*half.first, half.last)
+            for name in (*sublayer.first, sublayer.last)
             if path.ideal is not None
         }
 
         def arguments_of(index: int) -> Mapping[str, Any]:
             return arguments[index % len(arguments)]
 
-        def moments_of_first(block: int | None) -> InputMoments:
-            return measure_moments(
-                path,
-                batches,
-                lambda states, _: half.inputs_of_first(states),
-                weights_of=partial(weights_at, "first"),
-                block=block,
-            )
-
         def moments_of_last(block: int | None) -> InputMoments:
             def inputs_of(states: Tensor, index: int) -> Tensor:
-                return half.inputs_of_last(states, arguments_of(index))
+                return sublayer.inputs_of_last(states, arguments_of(index))
 
             with self._store() as ideal:
                 if path.ideal is not None:
-                    # All at once: each pass wants the half's weights dense, in one of two forms.
-                    with forms_in_place(checkpoint, originals), cache_dense_weights(half.body):
+                    # All at once: each pass wants the weights dense, in one of two forms.
+                    with forms_in_place(checkpoint, originals), cache_dense_weights(sublayer.body):
                         for index, batch in enumerate(path.ideal):
                             ideal.append(inputs_of(batch, index) if batches[index] else _NOTHING)
-                with cache_dense_weights(half.body):
+                with cache_dense_weights(sublayer.body):
                     return measure_moments(
                         path,
                         batches,
                         inputs_of,
+                        partial(weights_at, "last"),
+                        block,
                         ideal_inputs=ideal if path.ideal is not None else None,
-                        weights_of=partial(weights_at, "last"),
-                        block=block,
                     )
 
-        yield LinearGroup(names=half.first, moments=moments_of_first)
-        yield LinearGroup(names=(half.last,), moments=moments_of_last)
+        yield LinearGroup(
+            names=sublayer.first,
+            moments=partial(
+                measure_moments,
+                path,
+                batches,
+                lambda states, _: sublayer.norm(states),
+                partial(weights_at, "first"),
+            ),
+        )
+        yield LinearGroup(names=(sublayer.last,), moments=moments_of_last)
         if path.ideal is not None:
             with forms_in_place(checkpoint, originals):
-                advance(half, path.ideal, arguments_of)
+                advance(sublayer, path.ideal, arguments_of)
             yield FinishedSublayer(
-                half=half,
+                sublayer=sublayer,
                 inputs=path.now,
                 targets=path.ideal,
                 arguments=arguments,
                 batches=batches,
                 weights_of=partial(weights_at, "last"),
             )
-        advance(half, path.now, arguments_of)
-
-    def _embed(self, batch: PromptBatch) -> Tensor:
-        images = [self.samples.samples[index].open_image() for index in batch.samples]
-        with torch.no_grad():
-            pixels = self.checkpoint.processor.pixels(images)
-            return embed_patches(self.checkpoint.model, self.checkpoint.spec, pixels)
+        advance(sublayer, path.now, arguments_of)
 
     @torch.no_grad()
     def _keep_features(
@@ -309,7 +306,12 @@ class BlockWalk:
                 continue
             name = step.name
             original = {name: checkpoint.form(name)} if path.ideal is not None else {}
-            yield LinearGroup(names=(name,), moments=self._moments_in_front(path, batches))
+            yield LinearGroup(
+                names=(name,),
+                moments=partial(
+                    measure_moments, path, batches, lambda states, _: states, lambda _: None
+                ),
+            )
             linear = checkpoint.model.get_submodule(name)
             with torch.no_grad():
                 ideal_store = self._store() if path.ideal is not None else None
@@ -328,17 +330,6 @@ class BlockWalk:
             ideal = VisualTokens(embeds=torch.cat(list(path.ideal)), indices=chosen)
         path.close()
         return visual, ideal
-
-    @staticmethod
-    def _moments_in_front(
-        path: PairedActivations, batches: Sequence[PromptBatch]
-    ) -> Callable[[int | None], InputMoments]:
-        """Moments of a path's own states."""
-
-        def moments(block: int | None) -> InputMoments:
-            return measure_moments(path, batches, lambda states, _: states, block=block)
-
-        return moments
 
     def _decoder(
         self, prompts: Sequence[Prompt], visual: VisualTokens, ideal: VisualTokens | None
@@ -360,13 +351,13 @@ class BlockWalk:
             angles = rotary(inputs.embeds, position_ids=inputs.positions)
             # No mask: causal attention within the sequence, whatever gaps its positions have.
             attention.append({"attention_mask": None, "position_embeddings": angles})
-        weights_by_half = self._weights_by_half(prompts, batches, visual, tuple(is_visual))
+        weights_by_sublayer = self._weights_by_sublayer(prompts, batches, visual, tuple(is_visual))
         for block in range(spec.decoder.depth):
-            for half in decoder_halves(checkpoint.model, spec, block):
-                arguments = attention if half.kind == "attention" else [{}]
-                weights_at = weights_by_half(block, half.kind)
-                yield from self._half(half, path, batches, weights_at, arguments)
-                if ends_visual_rows(checkpoint, block, half.kind):
+            for sublayer in decoder_sublayers(checkpoint.model, spec, block):
+                arguments = attention if sublayer.kind == "attention" else [{}]
+                weights_at = weights_by_sublayer(block, sublayer.kind)
+                yield from self._sublayer(sublayer, path, batches, weights_at, arguments)
+                if ends_visual_rows(checkpoint, block, sublayer.kind):
                     for index, flags in enumerate(is_visual):
                         attention[index] = text_arguments(attention[index], flags)
                         path.now[index] = keep_text(path.now[index], flags)
@@ -376,38 +367,35 @@ class BlockWalk:
         norm = checkpoint.model.get_submodule(spec.decoder.norm)
         decoder = spec.decoder
 
-        def moments_of_head(block: int | None) -> InputMoments:
-            return measure_moments(
+        yield LinearGroup(
+            names=(decoder.embedding if decoder.tied_head else decoder.head,),
+            moments=partial(
+                measure_moments,
                 path,
                 batches,
                 lambda states, _: norm(states),
                 # No logits are ever read at the image's tokens.
-                weights_of=lambda index: (~is_visual[index]).to(torch.float32),
-                block=block,
-            )
-
-        yield LinearGroup(
-            names=(decoder.embedding if decoder.tied_head else decoder.head,),
-            moments=moments_of_head,
+                lambda index: (~is_visual[index]).to(torch.float32),
+            ),
         )
         path.close()
 
-    def _weights_by_half(
+    def _weights_by_sublayer(
         self,
         prompts: Sequence[Prompt],
         batches: Sequence[PromptBatch],
         visual: VisualTokens,
         is_visual: Sequence[Tensor],
-    ) -> Callable[[int, HalfKind], TokenWeights]:
-        """How much tokens count, by block and half of the decoder."""
+    ) -> Callable[[int, SublayerKind], TokenWeights]:
+        """How much tokens count, by block and sublayer of the decoder."""
         checkpoint = self.checkpoint
         if self.weighting == "gradient":
-            by_half = self._gradient_weights(prompts, batches, visual)
+            by_sublayer = self._gradient_weights(prompts, batches, visual)
         else:
-            by_half = self._fixed_weights(is_visual)
+            by_sublayer = self._fixed_weights(is_visual)
 
-        def without_ended(block: int, kind: HalfKind) -> TokenWeights:
-            weights_at = by_half(block, kind)
+        def without_ended(block: int, kind: SublayerKind) -> TokenWeights:
+            weights_at = by_sublayer(block, kind)
             if not ends_visual_rows(checkpoint, block, kind):
                 return weights_at
 
@@ -424,7 +412,7 @@ class BlockWalk:
 
     def _gradient_weights(
         self, prompts: Sequence[Prompt], batches: Sequence[PromptBatch], visual: VisualTokens
-    ) -> Callable[[int, HalfKind], TokenWeights]:
+    ) -> Callable[[int, SublayerKind], TokenWeights]:
         importance = gradient_weights(
             self.checkpoint, prompts, batches, visual, spill_folder=self.spill_folder
         )
@@ -434,7 +422,7 @@ class BlockWalk:
 
     def _fixed_weights(
         self, is_visual: Sequence[Tensor]
-    ) -> Callable[[int, HalfKind], TokenWeights]:
+    ) -> Callable[[int, SublayerKind], TokenWeights]:
         late = self.checkpoint.visual_layers
 
         def weights(flags: Tensor) -> Tensor | None:
@@ -443,12 +431,12 @@ class BlockWalk:
         whole = [weights(flags) for flags in is_visual]
         text = [weights(_without_visual(flags)) for flags in is_visual]
 
-        def by_half(block: int, kind: HalfKind) -> TokenWeights:
-            # Visual rows end between the halves of block `late - 1`.
+        def by_sublayer(block: int, kind: SublayerKind) -> TokenWeights:
+            # Visual rows end between the sublayers of block `late - 1`.
             has_ended = late is not None and block + (kind == "ffn") >= late
             return lambda _, index: (text if has_ended else whole)[index]
 
-        return by_half
+        return by_sublayer
 
     @torch.no_grad()
     def _splice(

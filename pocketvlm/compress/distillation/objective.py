@@ -88,7 +88,7 @@ def stored_visual(
     store: ActivationStore,
     on_step: Callable[[int, int], None],
 ) -> VisualSource:
-    """Runs the tower once over all samples; right where nothing in front of the decoder is trained.
+    """Runs the tower once over all samples; right where nothing before the decoder is trained.
 
     Args:
         look: Runs the tower.

@@ -3,7 +3,7 @@
 Logit and feature distillation on pictures and questions with masked low-rank updates (SparseLoRA of
 RESSA, He et al., arXiv 2404.02424). What differs: RESSA tunes the language model on labels and the
 teacher's logits; here tower, projector and decoder learn together, visual tokens are compared too,
-states in front of the head stand for the logits, and the state that held-out samples like best is
+states before the head stand for the logits, and the state that held-out samples like best is
 kept, the one before the first step included.
 """
 
@@ -52,7 +52,7 @@ class Distill(Stage):
         rank: Of the layers' updates; `None` trains whole matrices.
         vectors: Whether norms and biases are trained too.
         steps: Steps of the optimizer.
-        batch_size: Samples a step.
+        batch_size: Samples per step.
         rate: Largest learning rate of the updates.
         vector_rate: Largest learning rate of norms and biases.
         warmup: Share of the steps in which rates rise; from there they fall as a cosine does.
@@ -62,7 +62,7 @@ class Distill(Stage):
         answers: Share of the answers' own cross-entropy in the loss.
         features: Weight of visual tokens' and states' relative squared distance to the teacher's.
         held_out: Share of the samples, from the end, that only judge.
-        check_every: Steps between two looks at them; a run that was killed goes on at the last.
+        check_every: Steps between two looks at them; an interrupted run resumes at the last.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})

@@ -135,7 +135,7 @@ class Student:
         """Puts the updated weights into the checkpoint.
 
         Returns:
-            One row a layer and one a vector: how far it moved, relative to its own size.
+            One row per layer and one per vector: how far it moved, relative to its own size.
         """
         rows: list[dict[str, Any]] = []
         for linear in self._linears:
@@ -177,7 +177,7 @@ def _float_form(checkpoint: Checkpoint, linear: LinearSpec) -> WeightForm:
     if not is_float(form):
         raise RecipeError(
             f"distill: {linear.name} is stored as {form.kind!r}; only float weights are trained, "
-            "so distill stands in front of every quantizer"
+            "so distill stands before every quantizer"
         )
     return form
 

@@ -1,6 +1,6 @@
 """What the float model says of every calibration sample, computed once beforehand.
 
-Stored are the states in front of the head instead of log-probabilities: the head makes one of the
+Stored are the states before the head instead of log-probabilities: the head makes one of the
 other, and a state is a vocabulary's width smaller. So nothing of the teacher outlives this but its
 head, and training holds one model.
 """

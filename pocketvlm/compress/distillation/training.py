@@ -1,7 +1,7 @@
 """The training loop: AdamW, a warm-up and a cosine, the best held-out state, and going on.
 
 Everything that a later step depends on is in its parameters, the optimizer's moments and the number
-of the step: the order of samples comes from seed and epoch. So a run that was killed goes on at its
+of the step: the order of samples comes from seed and epoch. So an interrupted run resumes at its
 last saved step and ends with the same bytes.
 """
 
@@ -34,7 +34,7 @@ class Schedule:
 
     Attributes:
         steps: Steps of the optimizer.
-        batch_size: Samples a step.
+        batch_size: Samples per step.
         pass_size: Samples that run through the model together; what a step holds in memory.
         rate: Largest learning rate of the layers' updates.
         vector_rate: Largest learning rate of norms and biases.
@@ -59,7 +59,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Held-out figures after so many steps, of the weights as they would be stored."""
+    """Held-out figures after that many steps, of the weights as they would be stored."""
 
     step: int
     figures: Figures
@@ -158,7 +158,7 @@ def _step(
     schedule: Schedule,
     step: int,
 ) -> float:
-    """One step of the optimizer; returns the loss in front of it."""
+    """One step of the optimizer; returns the loss before it."""
     optimizer.zero_grad()
     total = 0.0
     for start in range(0, len(samples), schedule.pass_size):

@@ -187,7 +187,7 @@ def quantize_with_feedback(
         keeps: Which elements a mask keeps, bool [rows, columns]; `None` for all.
 
     Returns:
-        The codes of every column, columns in their natural order, [columns, codes a column].
+        The codes of every column, columns in their natural order, [columns, codes per column].
 
     Raises:
         ValueError: A group's range is too large for a float16 scale.

@@ -1,115 +1,183 @@
-"""What is known of a layer's input, for whoever quantizes the layer or drops weights of it.
+"""Input statistics of a layer: what quantizers and pruners of the layer fit, and are judged on.
 
-Second moments of calibration tokens, factorized for error feedback, and those of held-out tokens,
-on which results are judged: by what they do to the layer's outputs, exactly, without running the
-model.
+Second moments of calibration tokens, factorized for error feedback where a method asks for it, and
+those of held-out tokens, on which results are judged (`output_loss`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pocketvlm.calibration.walk.walk import Drift, InputMoments
 from pocketvlm.compress.layerwise.error_feedback import Factor, Order, factorize
-from pocketvlm.compress.layerwise.row_chunks import row_chunks
 from pocketvlm.errors import CalibrationError
-from pocketvlm.weights.form import WeightForm
 
 __all__ = [
+    "NO_FEEDBACK",
+    "ErrorFeedback",
     "InputHessian",
-    "OutputLosses",
-    "compare_outputs",
+    "align_to_float",
     "diagonal_block_width",
-    "weigh_moments",
 ]
 
-# Up to this width a Hessian is kept whole; wider inputs, such as those of a projector behind a
+# Up to this width a Hessian is kept whole; wider inputs, such as those of a projector after a
 # pixel shuffle, keep diagonal blocks of the smaller width.
 _WHOLE_WIDTH = 8192
 _BLOCK_WIDTH = 1024
 
 
+@dataclass(frozen=True, kw_only=True)
+class ErrorFeedback:
+    """How columns make up for each other's errors, and for those of the layers before.
+
+    Attributes:
+        damping: Share of a Hessian's mean diagonal that is added before it is factorized.
+        order: In which order columns are processed.
+        drift_share: How much of the input's distance from the float model's is made up for.
+    """
+
+    damping: float = 0.0
+    order: Order = "natural"
+    drift_share: float = 0.0
+
+
+NO_FEEDBACK = ErrorFeedback()
+"""Of methods that factorize nothing."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputHessian:
-    """What is known of one input, in diagonal blocks; most inputs have a single one.
+    """Second moments of one input, in diagonal blocks; most inputs have a single one.
 
     Attributes:
         slices: Columns of each block.
         hessians: Blocks of the Hessian that methods fit.
-        factors: Their factors by grid width; `None` for one that could not be factorized.
         drift: Means of d x^T with d the input's distance from the float model's; `None` where
             that is not followed.
         judge: Blocks of the Hessian that results are compared on.
         judge_drift: Means of d x^T and of d d^T on the same tokens.
         judged_on: Whose tokens those are.
-        tokens: Tokens behind the factors.
-        damping: The damping that was asked for.
+        tokens: Calibration tokens that the Hessian is a mean over.
+        feedback: How it is factorized.
+        lookup_share: See `from_moments`.
     """
 
     slices: tuple[slice, ...]
     hessians: tuple[Tensor, ...]
-    factors: Mapping[int, Sequence[Factor | None]]
     drift: tuple[Tensor, ...] | None
     judge: tuple[Tensor, ...]
     judge_drift: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None
     judged_on: str
     tokens: int
-    damping: float
+    feedback: ErrorFeedback
+    lookup_share: float = 0.0
+    _factors: dict[int, tuple[Factor | None, ...]] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def from_moments(
+        cls,
+        moments: InputMoments,
+        feedback: ErrorFeedback = NO_FEEDBACK,
+        *,
+        lookup_share: float = 0.0,
+    ) -> InputHessian:
+        """The Hessian of an input, and the one that judges.
+
+        Args:
+            moments: The moments.
+            feedback: How it will be factorized.
+            lookup_share: For a weight whose rows are also looked up, as those of a tied head are:
+                how much an error of a looked-up element counts beside one of an output, whose
+                Hessian is scaled to a mean diagonal of one.
+
+        Raises:
+            CalibrationError: It holds values that are not finite, or no token was seen.
+        """
+        fitted, held_out = moments.calibration, moments.held_out
+        blocks = _add_lookups(fitted.blocks(), lookup_share)
+        if not all(bool(torch.isfinite(block).all()) for block in blocks):
+            raise CalibrationError("the second moment of its inputs is not finite")
+        judging = moments.held_out_drift if held_out else moments.drift
+        return cls(
+            slices=fitted.slices,
+            hessians=blocks,
+            drift=None if moments.drift is None else moments.drift.cross.blocks(),
+            judge=_add_lookups(held_out.blocks(), lookup_share) if held_out else blocks,
+            judge_drift=None if judging is None else _means(judging),
+            judged_on="held-out tokens" if held_out else "calibration tokens",
+            tokens=fitted.tokens,
+            feedback=feedback,
+            lookup_share=lookup_share,
+        )
 
     @property
     def importance(self) -> Tensor:
         """Diagonal of the Hessian: how much an error in each column counts, float64 [columns]."""
         return torch.cat([H.diagonal().to(torch.float64) for H in self.hessians])
 
+    def factorize(self, group_size: int) -> tuple[Factor | None, ...]:
+        """One factor per diagonal block for groups of some width, made once.
 
-def weigh_moments(
-    moments: InputMoments,
-    grid_columns: Sequence[int],
-    *,
-    damping: float,
-    order: Order,
-    lookup_share: float = 0.0,
-) -> InputHessian:
-    """Factorizes an input's second moment once for each width of grid.
+        A block that has no factor even with the strongest damping is `None`.
+        """
+        if group_size not in self._factors:
+            damping, order = self.feedback.damping, self.feedback.order
+            make = partial(factorize, group_size=group_size, damping=damping, order=order)
+            self._factors[group_size] = tuple(map(make, self.hessians))
+        return self._factors[group_size]
+
+    def factors(self, group_size: int) -> tuple[Factor, ...]:
+        """The factors of all blocks.
+
+        Raises:
+            ValueError: One has none; ask `factorize` first.
+        """
+        found = tuple(factor for factor in self.factorize(group_size) if factor is not None)
+        if len(found) < len(self.slices):
+            raise ValueError("a block of the Hessian could not be factorized")
+        return found
+
+    def targets(self, rows: Tensor, group_size: int) -> Tensor:
+        """What rows of a weight should be rounded to, [rows, columns] in float64."""
+        if self.drift is None or self.feedback.drift_share == 0:
+            return rows
+        aligned = rows.clone()
+        for part, factor, cross in zip(
+            self.slices, self.factors(group_size), self.drift, strict=True
+        ):
+            moved = align_to_float(rows[:, part], factor, cross)
+            aligned[:, part] += self.feedback.drift_share * moved
+        return aligned
+
+
+def align_to_float(rows: Tensor, factor: Factor, cross: Tensor) -> Tensor:
+    """What to add to a weight so that it makes up for the drift of its input.
+
+    GPTAQ (Li et al., arXiv 2504.02692) asks for min |W x_float - Q x_now|^2. With
+    C = E[(x_float - x_now) x_now^T] and H = E[x_now x_now^T] that is
+    min |(W + W C H^-1 - Q) x_now|^2 up to a constant, so error feedback on the moved target solves
+    it; the paper derives updates column by column for the same objective. H^-1 = U^T U is that of
+    the damped Hessian.
 
     Args:
-        moments: The moments.
-        grid_columns: Widths of grid.
-        damping: Share of the mean diagonal that is added to a factorized Hessian.
-        order: Processing order.
-        lookup_share: For a weight whose rows are also looked up, as those of a tied head are: how
-            much an error of a looked-up element counts beside one of an output, whose Hessian is
-            scaled to a mean diagonal of one.
+        rows: W, float64 [rows, columns].
+        factor: Of the columns' Hessian.
+        cross: C, [columns, columns].
 
-    Raises:
-        CalibrationError: It holds values that are not finite, or no token was seen.
+    Returns:
+        W C H^-1, float64 [rows, columns].
     """
-    fitted, held_out = moments.calibration, moments.held_out
-    blocks = _add_lookups(fitted.blocks(), lookup_share)
-    if not all(bool(torch.isfinite(block).all()) for block in blocks):
-        raise CalibrationError("the second moment of its inputs is not finite")
-    judging = moments.held_out_drift if held_out else moments.drift
-    return InputHessian(
-        slices=fitted.slices,
-        hessians=blocks,
-        factors={
-            width: [
-                factorize(block, group_size=width, damping=damping, order=order) for block in blocks
-            ]
-            for width in grid_columns
-        },
-        drift=None if moments.drift is None else moments.drift.cross.blocks(),
-        judge=_add_lookups(held_out.blocks(), lookup_share) if held_out else blocks,
-        judge_drift=None if judging is None else _means(judging),
-        judged_on="held-out tokens" if held_out else "calibration tokens",
-        tokens=fitted.tokens,
-        damping=damping,
-    )
+    columns = factor.order.columns
+    moved = (rows @ cross.to(rows.dtype))[:, columns]
+    solved = torch.empty_like(rows)
+    solved[:, columns] = (moved @ factor.upper.T) @ factor.upper
+    return solved
 
 
 def diagonal_block_width(width: int, columns: Sequence[int]) -> int | None:
@@ -126,53 +194,6 @@ def diagonal_block_width(width: int, columns: Sequence[int]) -> int | None:
     return min(width, max(1, _BLOCK_WIDTH // step) * step)
 
 
-@dataclass(kw_only=True)
-class OutputLosses:
-    """Sums over the rows of a layer, of squares of weights and of outputs a token."""
-
-    weight: float = 0.0
-    fitted_weight_error: float = 0.0
-    plain_weight_error: float = 0.0
-    output: float = 0.0
-    fitted: float = 0.0
-    plain: float = 0.0
-
-
-def compare_outputs(
-    weight: WeightForm, fitted: WeightForm, plain: WeightForm, evidence: InputHessian
-) -> OutputLosses:
-    """What two forms do to a layer's outputs, exactly, for the tokens of the judging moments.
-
-    With D = Q - W, the mean squared change of the outputs is tr(D H D^T); where the input itself
-    has moved from the float model's by d, it is tr(D H D^T) - 2 tr(W C D^T) + tr(W E[d d^T] W^T).
-    """
-    losses = OutputLosses()
-    for chosen, rows in row_chunks(weight):
-        places = torch.arange(chosen.start, chosen.stop)
-        losses.weight += float(rows.square().sum())
-        narrow = rows.to(torch.float32)
-        changes = [form.take_rows(places) - narrow for form in (fitted, plain)]
-        losses.fitted_weight_error += float(changes[0].square().sum(dtype=torch.float64))
-        losses.plain_weight_error += float(changes[1].square().sum(dtype=torch.float64))
-        for number, part in enumerate(evidence.slices):
-            H = evidence.judge[number].to(torch.float32)
-            original = narrow[:, part]
-            losses.output += _inner(original @ H, original)
-            constant, moved = 0.0, None
-            if evidence.judge_drift is not None:
-                cross, own = (means[number].to(torch.float32) for means in evidence.judge_drift)
-                constant, moved = _inner(original @ own, original), original @ cross
-            fitted_loss, plain_loss = (
-                _inner(change[:, part] @ H, change[:, part])
-                - (0.0 if moved is None else 2 * _inner(moved, change[:, part]))
-                + constant
-                for change in changes
-            )
-            losses.fitted += fitted_loss
-            losses.plain += plain_loss
-    return losses
-
-
 def _add_lookups(blocks: tuple[Tensor, ...], share: float) -> tuple[Tensor, ...]:
     """Hessians of outputs and, beside them, of the rows themselves."""
     if share == 0:
@@ -185,7 +206,3 @@ def _add_lookups(blocks: tuple[Tensor, ...], share: float) -> tuple[Tensor, ...]
 
 def _means(drift: Drift) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return drift.cross.blocks(), drift.own.blocks()
-
-
-def _inner(left: Tensor, right: Tensor) -> float:
-    return float((left * right).sum(dtype=torch.float64))

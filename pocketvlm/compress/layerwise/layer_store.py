@@ -1,4 +1,4 @@
-"""Finished layers of a run, kept on disk so that a run that was killed goes on after them."""
+"""Finished layers of a run, kept on disk so that an interrupted run resumes after them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in progress on disk: a killed run goes on from it, and what was damaged is made again.
+"""Work in progress on disk: an interrupted run resumes from it, and what was damaged is made again.
 
 Every file holds the digest of its content. One that is torn, was changed by a failing disk or
 holds another layer's tensors counts as not there.

@@ -1,8 +1,8 @@
 """Visual tokens leave the decoder before its last layer: less prefill, and a smaller KV cache.
 
 Lazy layer dropping of YOPO (Zhang et al., arXiv 2410.06169). What differs: there, visual keys are
-masked behind the softmax and the rest is not normalized again, and everything is still computed;
-here visual rows end behind the attention of layer L_v - 1, so that later layers neither compute nor
+masked after the softmax and the rest is not normalized again, and everything is still computed;
+here visual rows end after the attention of layer L_v - 1, so that later layers neither compute nor
 cache them, and attention there is what it is without them. The published L_v is half of the
 decoder. It can also be found by what the answers lose, or by YOPO's rule for inactive heads, in the
 one form of it that saves time: where every KV group of every later layer is inactive, these layers
@@ -181,7 +181,7 @@ class SkipVisual(Stage):
         """
         if checkpoint.visual_layers is not None:
             raise RecipeError(
-                f"skip_visual: visual tokens end behind {checkpoint.visual_layers} layers already; "
+                f"skip_visual: visual tokens end after {checkpoint.visual_layers} layers already; "
                 "a checkpoint is cut once"
             )
         spec = checkpoint.spec

@@ -1,7 +1,7 @@
 """Rounds the KV cache to int8: a quarter of its memory, and of what each token has to read.
 
 Scales are fixed: a channel's largest magnitude on the calibration prompts becomes 127. Keys are
-measured behind the rotary embedding, which is how they are cached. One scale a channel is what
+measured after the rotary embedding, which is how they are cached. One scale per channel is what
 ONNX Runtime's attention takes, and it keeps a few loud channels, which keys are known for (KIVI,
 arXiv 2402.02750), from coarsening the others.
 """
@@ -33,7 +33,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeCache(Stage):
-    """Gives the checkpoint an int8 KV cache; stands behind every stage that changes weights.
+    """Gives the checkpoint an int8 KV cache; stands after every stage that changes weights.
 
     Attributes:
         bits: Width of a cached number; 8 is what the kernels run.
@@ -56,7 +56,7 @@ class QuantizeCache(Stage):
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
     ) -> StageResult:
-        """Measures ranges with the model as it is, and judges the grid on samples of its own.
+        """Measures ranges with the model as it is, and judges the grid on other samples.
 
         Raises:
             RecipeError: The cache is quantized already.

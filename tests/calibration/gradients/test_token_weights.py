@@ -228,7 +228,7 @@ def test_a_sample_without_an_answer_is_an_error_that_names_it(tiny_checkpoint, s
         gradient_weights(tiny_checkpoint, prompts, batches, visual)
     wordy = replace(blank, turns=(user_turn("why? " * 500, 1),), answer="because")
     prompts = encode_samples(tiny_checkpoint.processor, CalibrationSet(name="x", samples=(wordy,)))
-    with pytest.raises(CalibrationError, match="behind token 512, where it was cut off"):
+    with pytest.raises(CalibrationError, match="after token 512, where it was cut off"):
         gradient_weights(tiny_checkpoint, prompts, batches, visual)
 
 

@@ -81,7 +81,7 @@ def test_moments_are_those_of_the_rows_that_run(checkpoint, samples, carry_float
     found, ends = {}, {}
     for step in walk:
         if isinstance(step, FinishedSublayer):
-            ends[step.half.last] = [
+            ends[step.sublayer.last] = [
                 (tuple(states.shape[:2]), step.weights_of(index))
                 for index, states in enumerate(step.targets)
             ]

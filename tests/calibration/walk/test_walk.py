@@ -237,11 +237,11 @@ def test_the_float_path_runs_along(tiny_checkpoint):
             continue
         clean[step.names[0]] = step.moments(None).calibration.blocks()[0].clone()
     walk = BlockWalk(checkpoint=tiny_checkpoint, samples=samples, held_out=0.25, carry_float=True)
-    halves = 0
+    sublayers = 0
     spoilt = False
     for step in walk:
         if isinstance(step, FinishedSublayer):
-            halves += 1
+            sublayers += 1
             assert len(step.targets) == len(step.inputs)
             continue
         if step.moments is None:
@@ -261,7 +261,7 @@ def test_the_float_path_runs_along(tiny_checkpoint):
             tiny_checkpoint.set_form(name, DenseWeight(values=dense * 0.8))
             spoilt = True
     spec = tiny_checkpoint.spec
-    assert halves == 2 * (spec.tower.feature_block + 1 + spec.decoder.depth)
+    assert sublayers == 2 * (spec.tower.feature_block + 1 + spec.decoder.depth)
 
 
 def test_gradient_weights_enter_the_decoder_alone(tiny_checkpoint):

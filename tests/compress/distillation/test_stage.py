@@ -195,7 +195,7 @@ def test_what_is_refused(tiny_path, tiny_paths, samples) -> None:
     rounded = RoundToNearest(rules=(WeightRule(part="decoder", bits=8),)).apply(
         Checkpoint.load(tiny_path), samples, RunContext()
     )
-    with pytest.raises(RecipeError, match="distill stands in front of every quantizer"):
+    with pytest.raises(RecipeError, match="distill stands before every quantizer"):
         SHORT.apply(rounded, samples, RunContext(source_dir=tiny_path))
 
 

@@ -16,7 +16,7 @@ from pocketvlm.calibration.gradients.visual_use import (
     attention_ratios,
     measure_visual_use,
 )
-from pocketvlm.calibration.walk.sublayers import decoder_halves
+from pocketvlm.calibration.walk.sublayers import decoder_sublayers
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.visual_cutoff import InactiveGroups, LowDivergence, SkipVisual
 from pocketvlm.compress.quantization.affine.gptq import Gptq
@@ -131,7 +131,7 @@ def test_attention_ratios_are_those_of_a_plain_softmax(
     inputs = embed_prompts(deep_checkpoint, torch.tensor([prompt.token_ids]), visual)
     rotary = model.get_submodule(spec.decoder.prefix).rotary_emb
     angles = rotary(inputs.embeds, position_ids=inputs.positions)
-    attention = decoder_halves(model, spec, 0)[0]
+    attention = decoder_sublayers(model, spec, 0)[0]
     arguments = {"attention_mask": None, "position_embeddings": angles}
     found = attention_ratios(spec.decoder, attention, inputs.embeds, arguments, inputs.is_visual)
     heads, width = spec.decoder.heads, spec.decoder.head_dim

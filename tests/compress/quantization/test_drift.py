@@ -10,10 +10,10 @@ from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
 from pocketvlm.calibration.walk.walk import Drift, InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import factorize
-from pocketvlm.compress.layerwise.hessian import weigh_moments
-from pocketvlm.compress.quantization.affine.gptq import AffineFitter, Gptq
-from pocketvlm.compress.quantization.affine.rules import Assignment, WeightRule
-from pocketvlm.compress.quantization.layer_quantizer import align_to_float, fit_layer
+from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian, align_to_float
+from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer, Gptq
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.context import RunContext
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.weights.dense import DenseWeight
@@ -60,15 +60,13 @@ def test_outputs_come_closer_to_the_float_models_and_the_loss_says_by_how_much()
         in_features=now.shape[1],
         has_bias=False,
     )
-    evidence = weigh_moments(moments_of(ideal, now), [8], damping=0.01, order="group_aware")
     found = {}
     for share in (0.0, 1.0):
-        layer = fit_layer(
+        feedback = ErrorFeedback(damping=0.01, order="group_aware", drift_share=share)
+        layer = AffineQuantizer().compress(
             Assignment(linear=linear, rule=WeightRule(bits=4, group_size=8)),
             DenseWeight(values=torch.from_numpy(W).float()),
-            evidence,
-            AffineFitter(),
-            drift_share=share,
+            InputHessian.from_moments(moments_of(ideal, now), feedback),
         )
         outputs = now @ layer.form.dequantize().double().numpy().T
         wanted = ideal @ W.T

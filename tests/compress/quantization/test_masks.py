@@ -17,19 +17,20 @@ from pocketvlm.calibration.walk.moments import SecondMoment
 from pocketvlm.calibration.walk.walk import InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import factorize
-from pocketvlm.compress.layerwise.hessian import weigh_moments
+from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian
 from pocketvlm.compress.quantization.affine.awq import Awq
-from pocketvlm.compress.quantization.affine.gptq import AffineFitter, Gptq, quantize_affine
+from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer, Gptq, quantize_affine
 from pocketvlm.compress.quantization.affine.grid import GRIDS, AffineScheme
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest, round_to_nearest
-from pocketvlm.compress.quantization.affine.rules import Assignment, WeightRule
-from pocketvlm.compress.quantization.codebook.fit import CodebookFitter, row_scales_of
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.codebook.normalization import row_scales_of
+from pocketvlm.compress.quantization.codebook.quantizer import CodebookQuantizer
 from pocketvlm.compress.quantization.codebook.refinement import Metric, refine_tables
 from pocketvlm.compress.quantization.codebook.rounding import Table, decode_tables
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
 from pocketvlm.compress.quantization.codebook.stage import Codebook
-from pocketvlm.compress.quantization.layer_quantizer import Weighed, fit_layer
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
+from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
@@ -96,13 +97,14 @@ def layer(rows, columns):
     )
 
 
-def evidence_of(moments, columns):
-    return weigh_moments(moments, [columns], damping=0.01, order="group_aware")
+def hessian_of(moments):
+    feedback = ErrorFeedback(damping=0.01, order="group_aware")
+    return InputHessian.from_moments(moments, feedback)
 
 
-def output_loss(form, weight, evidence):
+def output_loss(form, weight, hessian):
     D = (form.dequantize() - weight.dequantize()).double()
-    (H,) = evidence.hessians
+    (H,) = hessian.hessians
     return float(torch.einsum("ri,ij,rj->", D, H.double(), D))
 
 
@@ -200,9 +202,8 @@ def test_integers_keep_every_mask(case, name, kind):
         restricted=scheme.restricted,
         zero_point="float" if scheme.float_zeros else "integer",
     )
-    evidence = evidence_of(moments, 4)
-    weighed = Weighed(evidence=evidence, factors=tuple(evidence.factors[4]), drift_share=0.0)
-    fitted = AffineFitter(grid=kind).fit(rule, weight, weighed)
+    linear = layer(*weight.shape)
+    fitted = AffineQuantizer(grid=kind).fit(rule, linear, weight, hessian_of(moments))
     assert_masked(fitted, keeps, AffineNonzeros)
 
 
@@ -214,43 +215,45 @@ def test_palettes_keep_every_mask(case, normalize, feedback):
     keeps[:, :4] = True  # a table of four values needs as many
     weight = masked(W, keeps)
     rule = CodebookRule(index_bits=2, vector_length=1, normalize=normalize, share="layer")
-    evidence = evidence_of(moments, columns)
-    weighed = Weighed(evidence=evidence, factors=tuple(evidence.factors[columns]), drift_share=0.0)
-    fitter = CodebookFitter(error_feedback=feedback, rounds=2)
-    for form in (fitter.round(rule, weight), fitter.fit(rule, weight, weighed)):
+    linear, hessian = layer(rows, columns), hessian_of(moments)
+    method = CodebookQuantizer(error_feedback=feedback, rounds=2)
+    for form in (
+        method.round(rule, linear, weight),
+        method.fit(rule, linear, weight, hessian),
+    ):
         assert_masked(form, keeps, CodebookNonzeros)
 
 
 @pytest.mark.parametrize(
-    ("rule", "fitter"),
+    ("rule", "method"),
     [
-        (WeightRule(bits=3, group_size=16), AffineFitter()),
-        (WeightRule(bits=2, group_size=16), AffineFitter(grid="mse", static_groups=True)),
-        (WeightRule(bits=3, group_size=16, symmetric=True), AffineFitter()),
-        (WeightRule(bits=3, group_size=16, zero_point="float"), AffineFitter()),
+        (WeightRule(bits=3, group_size=16), AffineQuantizer()),
+        (WeightRule(bits=2, group_size=16), AffineQuantizer(grid="mse", static_groups=True)),
+        (WeightRule(bits=3, group_size=16, symmetric=True), AffineQuantizer()),
+        (WeightRule(bits=3, group_size=16, zero_point="float"), AffineQuantizer()),
         (
             CodebookRule(index_bits=3, vector_length=1, share="layer"),
-            CodebookFitter(label="lut"),
+            CodebookQuantizer(),
         ),
         (
             CodebookRule(index_bits=3, vector_length=1, rows_a_group=8, normalize="none"),
-            CodebookFitter(label="lut"),
+            CodebookQuantizer(),
         ),
     ],
 )
 @pytest.mark.parametrize("density", [0.5, 0.9])
-def test_feedback_behind_a_mask_beats_rounding_behind_the_same(rule, fitter, density):
+def test_feedback_behind_a_mask_beats_rounding_behind_the_same(rule, method, density):
     W, keeps, moments = problem(32, 96, seed=11, density=density)
     weight = masked(W, keeps)
     linear = layer(32, 96)
-    evidence = evidence_of(moments, rule.grid_columns(linear))
-    plain = fitter.round(rule, weight)
-    done = fit_layer(Assignment(linear=linear, rule=rule), weight, evidence, fitter)
+    hessian = hessian_of(moments)
+    plain = method.round(rule, linear, weight)
+    done = method.compress(Assignment(linear=linear, rule=rule), weight, hessian)
     assert not done.row["plain"]
     assert done.row["loss"] < done.row["loss_rtn"]
     assert done.row["sparsity"] == pytest.approx(1 - float(keeps.double().mean()))
     assert torch.equal(done.form.keeps(), keeps)
-    assert output_loss(done.form, weight, evidence) < 0.8 * output_loss(plain, weight, evidence)
+    assert output_loss(done.form, weight, hessian) < 0.8 * output_loss(plain, weight, hessian)
 
 
 def test_a_row_scale_is_that_of_the_kept_weights():

@@ -35,7 +35,7 @@ class Ria(PruningScore):
     kind: Literal["ria"] = "ria"
     exponent: float = 0.5
 
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
-        assert evidence is not None
-        scores = score_ria(weight.dequantize(), evidence.importance, self.exponent)
+    def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
+        assert hessian is not None
+        scores = score_ria(weight.dequantize(), hessian.importance, self.exponent)
         return prune_by_score(task, weight, scores)

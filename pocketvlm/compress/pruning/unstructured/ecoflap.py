@@ -45,7 +45,7 @@ class Ecoflap:
         max_excess: By how much a group's sparsity may exceed the ratio.
         noise: Length of a step along the noise, as a share of the weight's root mean square;
             zeroth order only.
-        draws: Draws of noise a layer; zeroth order only.
+        draws: Draws of noise per layer; zeroth order only.
         samples: How many calibration samples are used, the first ones.
     """
 

@@ -10,7 +10,7 @@ from the published code, and why:
 - alpha is a pure number. The two terms have different units, so a published alpha belongs to one
   loss, one model and even one layer. Here each layer's gradients are scaled so that at alpha = 1
   both terms have the same mean over the layer: a factor on the loss, or one that moves from a
-  layer's outputs into the weights behind it, changes no mask.
+  layer's outputs into the weights after it, changes no mask.
 - The loss is that of the answer to a question about a picture, carried through projector and
   tower, instead of that of every token of a text.
 - `gradient: block` takes the gradient of the length of each block's own output instead, as
@@ -59,7 +59,7 @@ def gradient_scale(weights: Tensor, mean_squares: Tensor, norms: Tensor) -> floa
         norms: ||G_ij|| over calibration samples, [rows, columns].
 
     Returns:
-        sum |W| ||X|| / sum |W| ||G||, in units of the layer's outputs a unit of loss; zero where
+        sum |W| ||X|| / sum |W| ||G||, in units of the layer's outputs per unit of loss; zero where
         no weight that is not zero has a gradient.
     """
     sizes = weights.abs().to(torch.float64)
@@ -88,12 +88,12 @@ def score_gblm(weights: Tensor, mean_squares: Tensor, norms: Tensor, alpha: floa
 class Gblm(PruningScore):
     """Keeps what moves outputs and the loss most (arXiv 2311.04902).
 
-    Gradients are those of the dense model, as published; inputs are those behind the layers that
+    Gradients are those of the dense model, as published; inputs are those after the layers that
     were pruned already.
 
     Attributes:
         gradient: Whose gradient. `answer` needs calibration samples with answers.
-        norm: How single samples' gradients become one number a weight.
+        norm: How single samples' gradients become one number per weight.
         alpha: Weight of gradients beside inputs; 0 is Wanda, and takes no gradients.
     """
 
@@ -146,11 +146,11 @@ class Gblm(PruningScore):
             found.collect(walk(checkpoint, samples, spill_folder=scratch), names, self.norm, report)
         return _MeasuredGblm(alpha=self.alpha, norms=found)
 
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+    def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
         """Keeps what scores highest without gradients: `alpha` is 0."""
-        if evidence is None:
+        if hessian is None:
             raise TypeError("GBLM needs its layers' inputs")
-        scores = score_wanda(weight.dequantize(), evidence.importance)
+        scores = score_wanda(weight.dequantize(), hessian.importance)
         return prune_by_score(task, weight, scores, {"gradient_scale": 0.0})
 
 
@@ -159,10 +159,10 @@ class _MeasuredGblm(LayerPruner):
     alpha: float
     norms: GradientNorms
 
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
-        if evidence is None:
+    def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
+        if hessian is None:
             raise TypeError("GBLM needs its layers' inputs")
-        weights, squares = weight.dequantize(), evidence.importance
+        weights, squares = weight.dequantize(), hessian.importance
         norms = self.norms[task.linear.name]
         scores = score_gblm(weights, squares, norms, self.alpha)
         figures = {"gradient_scale": gradient_scale(weights, squares, norms)}

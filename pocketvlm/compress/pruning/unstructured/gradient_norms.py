@@ -45,7 +45,7 @@ class NormMean:
         self._mean: Tensor | None = None
 
     def add(self, step: LayerGradient) -> None:
-        """Adds a batch, sample by sample: each has a gradient of its own."""
+        """Adds a batch, sample by sample: each has its own gradient."""
         for inputs, outputs in zip(step.inputs, step.outputs, strict=True):
             gradient = outputs.T @ inputs
             size = gradient.abs_() if self._norm == "l1" else gradient.square_()
@@ -53,7 +53,7 @@ class NormMean:
             self._mean = size if self._mean is None else self._mean.lerp_(size, 1 / self.samples)
 
     def result(self) -> Tensor:
-        """float32 [out_features, in_features]; nothing can be added behind it.
+        """float32 [out_features, in_features]; nothing can be added after it.
 
         Raises:
             ValueError: No sample was added.
@@ -66,7 +66,7 @@ class NormMean:
 class GradientNorms:
     """The norms of many layers, each in one file that is whole or not there.
 
-    Memory holds the means of one block at a time, disk four bytes a weight.
+    Memory holds the means of one block at a time, disk four bytes per weight.
 
     Args:
         folder: Where files are kept, so that a killed run finds them; `None` for a temporary

@@ -12,10 +12,10 @@ What is different here, and why:
   batch of 8. Gradients of samples are all but orthogonal, so that one draw of noise gives as many
   nearly independent looks at the length of a gradient as there are samples.
 - The step is a share of the weight's own root mean square, and so is the unit of the score: a
-  layer whose weights are twice as large, behind a norm of half the gain, is the same function and
+  layer whose weights are twice as large, after a norm of half the gain, is the same function and
   gets the same score. Published is an absolute 1e-3.
 - Noise belongs to the seed and the layer's name, not to a global generator and an order.
-- Only what lies behind a layer is run again.
+- Only what comes after a layer is run again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def zeroth_order_score(
         losses_with: Every sample's loss [samples] with another form in the weight's place.
         weight: The weight, [rows, columns].
         noise: Length of the step, as a share of the weight's root mean square.
-        generators: One a draw.
+        generators: One per draw.
     """
     dense = weight.dequantize()
     scale = float(dense.square().mean(dtype=torch.float64).sqrt())
@@ -89,7 +89,7 @@ def zeroth_order_scores(
     noise: float,
     draws: int,
 ) -> dict[str, float]:
-    """The zeroth-order score of every layer; a killed run goes on behind its last one.
+    """The zeroth-order score of every layer; an interrupted run resumes after its last one.
 
     Args:
         checkpoint: The model; every weight is left as it was, bit by bit.
@@ -97,7 +97,7 @@ def zeroth_order_scores(
         samples: Pictures with questions and answers.
         ctx: Told of every forward pass.
         noise: Length of the step, as a share of the weight's root mean square.
-        draws: Draws of noise a layer.
+        draws: Draws of noise per layer.
 
     Raises:
         CalibrationError: A sample has no image or no answer, or a loss is not finite.

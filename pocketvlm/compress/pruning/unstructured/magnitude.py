@@ -29,6 +29,6 @@ class Magnitude(PruningScore):
 
     kind: Literal["magnitude"] = "magnitude"
 
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+    def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
         """Keeps what is largest."""
         return prune_by_score(task, weight, weight.dequantize().abs())

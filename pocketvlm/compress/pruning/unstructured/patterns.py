@@ -83,7 +83,7 @@ class SemiStructured:
         return f"{self.keep}:{self.of}"
 
     def check(self, linear: LinearSpec) -> None:
-        """Refuses a layer whose width is no multiple of the pattern's.
+        """Refuses a layer whose width is not a multiple of the pattern's.
 
         Raises:
             RecipeError: It does not divide.
@@ -128,7 +128,7 @@ class Blocked:
         return f"blocks of {self.rows} x {self.columns}"
 
     def check(self, linear: LinearSpec) -> None:
-        """Refuses a layer that is no whole number of blocks.
+        """Refuses a layer that is not a whole number of blocks.
 
         Raises:
             RecipeError: It does not divide.

@@ -4,7 +4,7 @@ A mask fixes which elements are zero; of all weights with these zeros one is nea
 model's outputs. It is the least-squares solution of every row by itself, on the row's own columns:
 SparseGPT (Frantar and Alistarh, arXiv 2301.00774, section 3.1) names it the optimal reconstruction
 and avoids it, because each row would need the inverse of its own part of the Hessian. Conjugate
-gradients need no inverse: all rows share one product with the Hessian an iteration, and what they
+gradients need no inverse: all rows share one product with the Hessian per iteration, and what they
 find is the same, to any tolerance.
 """
 
@@ -17,20 +17,21 @@ from torch import Tensor
 
 from pocketvlm.calibration.walk.moments import SecondMoment
 from pocketvlm.calibration.walk.steps import FinishedSublayer
-from pocketvlm.compress.layerwise.hessian import InputHessian, compare_outputs
+from pocketvlm.compress.layerwise.hessian import InputHessian
+from pocketvlm.compress.layerwise.output_loss import compare_outputs
 from pocketvlm.errors import CalibrationError
 from pocketvlm.weights.float_weights import keeps_of, with_values
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import FormLinear, cache_dense_weights
 
 __all__ = [
-    "HalfStatistics",
     "Refitted",
+    "SublayerStatistics",
     "aligned_targets",
     "fit_kept",
-    "half_statistics",
-    "refit_half",
     "refit_layer",
+    "refit_sublayer",
+    "sublayer_statistics",
 ]
 
 _DAMPING = 0.01
@@ -62,7 +63,7 @@ def fit_kept(
         hessian: H, [columns, columns].
         targets: T, [rows, columns].
         damping: Share of H's mean diagonal that weighs the squared distance from the start.
-        iterations: At most so many.
+        iterations: At most this many.
         tolerance: A row is done when its gradient, in the preconditioner's norm, has shrunk to
             this share.
 
@@ -104,7 +105,7 @@ def fit_kept(
 def aligned_targets(weight: Tensor, hessian: Tensor, drift: Tensor | None) -> Tensor:
     """T = E[y x^T] of a layer whose outputs should be the float model's, y = W x_float.
 
-    With C = E[(x_float - x) x^T] that is W (H + C); see `quantization.fitting.align_to_float`.
+    With C = E[(x_float - x) x^T] that is W (H + C); see `layerwise.hessian.align_to_float`.
 
     Args:
         weight: W, float64 [rows, columns].
@@ -134,13 +135,13 @@ class Refitted:
     judged_on: str
 
 
-def refit_layer(weight: WeightForm, pruned: WeightForm, evidence: InputHessian) -> Refitted:
+def refit_layer(weight: WeightForm, pruned: WeightForm, hessian: InputHessian) -> Refitted:
     """Fits a pruned layer's outputs to those of the float layer on the float model's input.
 
     Args:
         weight: The float weight.
         pruned: What is kept of it.
-        evidence: Of its input, with the drift from the float model's where that is known.
+        hessian: Of its input, with the drift from the float model's where that is known.
 
     Raises:
         UnsupportedError: A value grows too large for float16.
@@ -148,30 +149,30 @@ def refit_layer(weight: WeightForm, pruned: WeightForm, evidence: InputHessian) 
     keeps = _mask_of(pruned)
     dense = weight.dequantize().to(torch.float64)
     values = pruned.dequantize().to(torch.float64)
-    for number, (part, hessian) in enumerate(zip(evidence.slices, evidence.hessians, strict=True)):
-        drift = None if evidence.drift is None else evidence.drift[number]
-        targets = aligned_targets(dense[:, part], hessian, drift)
-        values[:, part] = fit_kept(values[:, part], keeps[:, part], hessian, targets)
+    for number, (part, block) in enumerate(zip(hessian.slices, hessian.hessians, strict=True)):
+        drift = None if hessian.drift is None else hessian.drift[number]
+        targets = aligned_targets(dense[:, part], block, drift)
+        values[:, part] = fit_kept(values[:, part], keeps[:, part], block, targets)
     fitted = with_values(pruned, values)
-    losses = compare_outputs(weight, fitted, pruned, evidence)
+    losses = compare_outputs(weight, fitted, pruned, hessian)
     is_kept = losses.fitted < losses.plain
     return Refitted(
         form=fitted if is_kept else pruned,
         before=_share(losses.plain, losses.output),
         after=_share(losses.fitted, losses.output),
         is_kept=is_kept,
-        judged_on=evidence.judged_on,
+        judged_on=hessian.judged_on,
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HalfStatistics:
-    """What a half block's last linear reads, and what it should return.
+class SublayerStatistics:
+    """What a sublayer's last linear reads, and what it should return.
 
     Attributes:
         hessian: Mean of x x^T, [columns, columns].
-        targets: Mean of y x^T, [rows, columns], with y the float model's state behind the half
-            less everything that the linear does not add itself: the state in front and its bias.
+        targets: Mean of y x^T, [rows, columns], with y the float model's state after the sublayer
+            less everything that the linear does not add itself: the state before it and its bias.
         energy: Mean of |y|^2.
     """
 
@@ -186,46 +187,48 @@ class HalfStatistics:
         return _share(max(float(found) + self.energy, 0.0), self.energy)
 
 
-def half_statistics(half: FinishedSublayer) -> tuple[HalfStatistics, HalfStatistics | None]:
-    """Statistics of a finished half block as it is now, fitted and held-out.
+def sublayer_statistics(
+    finished: FinishedSublayer,
+) -> tuple[SublayerStatistics, SublayerStatistics | None]:
+    """Statistics of a finished sublayer as it is now, fitted and held-out.
 
     Raises:
         CalibrationError: An input or a target is not finite.
     """
     found: dict[bool, _Sums] = {}
-    linear = half.half.last_module
+    linear = finished.sublayer.last_module
     bias = linear.bias if isinstance(linear, FormLinear) else None
-    with torch.no_grad(), cache_dense_weights(half.half.body):
-        for index, batch in enumerate(half.batches):
+    with torch.no_grad(), cache_dense_weights(finished.sublayer.body):
+        for index, batch in enumerate(finished.batches):
             if batch is None:
                 continue
-            states = half.inputs[index]
-            inputs = half.half.inputs_of_last(states, half.arguments_of(index))
-            wanted = half.targets[index] - states
+            states = finished.inputs[index]
+            inputs = finished.sublayer.inputs_of_last(states, finished.arguments_of(index))
+            wanted = finished.targets[index] - states
             if bias is not None:
                 wanted = wanted - bias
             if batch.held_out not in found:
                 found[batch.held_out] = _Sums(inputs.shape[-1], wanted.shape[-1])
-            found[batch.held_out].add(inputs, wanted, half.weights_of(index))
+            found[batch.held_out].add(inputs, wanted, finished.weights_of(index))
     held_out = found.get(True)
     return found[False].means(), None if held_out is None else held_out.means()
 
 
-def refit_half(half: FinishedSublayer, form: WeightForm) -> Refitted:
-    """Fits a half block's last linear so that the state behind it is the float model's.
+def refit_sublayer(finished: FinishedSublayer, form: WeightForm) -> Refitted:
+    """Fits a sublayer's last linear so that the state after it is the float model's.
 
-    What the half's other layers and everything before them have lost is made up for as far as the
-    last linear's mask allows.
+    What the sublayer's other layers and everything before them have lost is made up for as far as
+    the last linear's mask allows.
 
     Args:
-        half: The half block; its layers are pruned.
+        finished: The sublayer; its layers are pruned.
         form: The last linear's pruned weight.
 
     Raises:
         CalibrationError: An input or a target is not finite.
         UnsupportedError: A value grows too large for float16.
     """
-    fitted, held_out = half_statistics(half)
+    fitted, held_out = sublayer_statistics(finished)
     judge = fitted if held_out is None else held_out
     values = form.dequantize().to(torch.float64)
     found = fit_kept(values, _mask_of(form), fitted.hessian, fitted.targets)
@@ -242,7 +245,7 @@ def refit_half(half: FinishedSublayer, form: WeightForm) -> Refitted:
 
 
 class _Sums:
-    """Sums over tokens that become `HalfStatistics`."""
+    """Sums over tokens that become `SublayerStatistics`."""
 
     def __init__(self, columns: int, rows: int) -> None:
         self._moment = SecondMoment(columns)
@@ -257,13 +260,13 @@ class _Sums:
         self._targets += weighed.T @ flat
         self._energy += float((weighed * outputs).sum(dtype=torch.float64))
 
-    def means(self) -> HalfStatistics:
+    def means(self) -> SublayerStatistics:
         """The means."""
         (hessian,) = self._moment.blocks()
         total = self._moment.total_weight
         if not bool(torch.isfinite(self._targets).all()):
-            raise CalibrationError("the float model's state behind it is not finite")
-        return HalfStatistics(
+            raise CalibrationError("the float model's state after it is not finite")
+        return SublayerStatistics(
             hessian=hessian, targets=self._targets / total, energy=self._energy / total
         )
 

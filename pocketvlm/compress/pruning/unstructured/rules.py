@@ -10,7 +10,7 @@ from pocketvlm.errors import RecipeError
 from pocketvlm.models.selection import assign_rules, check_rule
 from pocketvlm.models.spec import LinearSpec, Part
 
-__all__ = ["DEFAULT_RULES", "PruneRule", "Target", "choose_layers"]
+__all__ = ["DEFAULT_RULES", "PruneRule", "PruningDecision", "choose_layers"]
 
 _PRUNABLE = ("tower", "projector", "decoder")
 
@@ -48,7 +48,7 @@ DEFAULT_RULES = (PruneRule(part="tower"), PruneRule(part="projector"), PruneRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class PruningDecision:
     """What becomes of one layer.
 
     Attributes:
@@ -64,7 +64,7 @@ class Target:
 
 def choose_layers(
     rules: Sequence[PruneRule], pattern: Pattern, linears: Iterable[LinearSpec]
-) -> tuple[Target, ...]:
+) -> tuple[PruningDecision, ...]:
     """Decides for every layer, from the specification alone.
 
     Raises:
@@ -73,15 +73,15 @@ def choose_layers(
     linears = tuple(linears)
     prunable = [linear for linear in linears if linear.part in _PRUNABLE]
     rule_of = assign_rules(rules, prunable)
-    targets = []
+    decisions = []
     for linear in linears:
         rule = rule_of.get(linear)
         if linear not in rule_of:
-            targets.append(Target(linear=linear, reason="tables are never pruned"))
+            decisions.append(PruningDecision(linear=linear, reason="tables are never pruned"))
         elif rule is None:
-            targets.append(Target(linear=linear, reason="no rule matches it"))
+            decisions.append(PruningDecision(linear=linear, reason="no rule matches it"))
         elif rule.ratio == 0:
-            targets.append(Target(linear=linear, reason="its rule keeps it"))
+            decisions.append(PruningDecision(linear=linear, reason="its rule keeps it"))
         else:
             pattern.check(linear)
             fixed = pattern.fixed_ratio
@@ -90,7 +90,7 @@ def choose_layers(
                     f"rules.{rules.index(rule)}: {pattern.label} removes {fixed:g} of a layer, "
                     f"not {rule.ratio:g}; allowed are {fixed:g}, 0 and null"
                 )
-            targets.append(Target(linear=linear, ratio=rule.ratio))
-    if all(target.reason for target in targets):
+            decisions.append(PruningDecision(linear=linear, ratio=rule.ratio))
+    if all(decision.reason for decision in decisions):
         raise RecipeError("the rules keep every layer; there is nothing to prune")
-    return tuple(targets)
+    return tuple(decisions)

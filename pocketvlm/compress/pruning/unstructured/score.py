@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.walk.walk import InputMoments
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.layerwise.hessian import InputHessian, weigh_moments
+from pocketvlm.compress.layerwise.hessian import NO_FEEDBACK, ErrorFeedback, InputHessian
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern, select
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
@@ -59,18 +58,19 @@ class LayerPruner(ABC):
 
     needs_inputs: ClassVar[bool] = True
 
-    def weigh(self, moments: InputMoments, pattern: Pattern) -> InputHessian:
-        """The statistics of a layer's input that `prune` reads."""
-        return weigh_moments(moments, (), damping=0.0, order="natural")
+    @property
+    def feedback(self) -> ErrorFeedback:
+        """How the Hessians that `prune` reads are factorized, where it asks for factors."""
+        return NO_FEEDBACK
 
     @abstractmethod
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+    def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
         """Chooses what a layer keeps.
 
         Args:
             task: The layer and how much of it is kept.
             weight: Its float weight.
-            evidence: Of its input; `None` for a score that needs no inputs.
+            hessian: Of its input; `None` for a score that needs no inputs.
 
         Raises:
             CalibrationError: A score is not finite.

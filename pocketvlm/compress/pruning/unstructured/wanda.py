@@ -42,8 +42,8 @@ class Wanda(PruningScore):
 
     kind: Literal["wanda"] = "wanda"
 
-    def prune(self, task: PruningTask, weight: WeightForm, evidence: InputHessian | None) -> Pruned:
+    def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
         """Keeps what scores highest."""
-        if evidence is None:
+        if hessian is None:
             raise TypeError("Wanda needs its layers' inputs")
-        return prune_by_score(task, weight, score_wanda(weight.dequantize(), evidence.importance))
+        return prune_by_score(task, weight, score_wanda(weight.dequantize(), hessian.importance))

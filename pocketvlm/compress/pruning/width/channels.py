@@ -64,7 +64,7 @@ class Widths:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderBiases:
-    """Which linears of the decoder have biases: all of a half block or none, in stock classes."""
+    """Which linears of the decoder have biases: all of a sublayer or none, in stock classes."""
 
     attention: bool
     mlp: bool
@@ -77,7 +77,7 @@ class DecoderBiases:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnitGroup:
-    """The units of one half block.
+    """The units of one sublayer.
 
     Attributes:
         name: Module name of the half's body.
@@ -130,7 +130,7 @@ def check_dense(checkpoint: Checkpoint, method: str) -> None:
     """Checks that weights can be cut.
 
     Raises:
-        RecipeError: A weight is sparse or quantized, or the KV cache has a grid of its own.
+        RecipeError: A weight is sparse or quantized, or the KV cache has its own grid.
     """
     for linear, form in checkpoint.forms().items():
         if not isinstance(form, DenseWeight):
@@ -149,7 +149,7 @@ def narrow_spec(spec: ModelSpec, widths: Widths, biases: DecoderBiases) -> Model
     """The specification of a model with fewer units a block.
 
     Raises:
-        RecipeError: The stock decoder has no place for so many heads.
+        RecipeError: The stock decoder has no place for that many heads.
     """
     decoder = spec.decoder
     heads = widths.kv_groups * (decoder.heads // decoder.kv_heads)
@@ -203,8 +203,8 @@ def narrow_config(
 def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Checkpoint:
     """Cuts every unit that is not kept out of its linears.
 
-    Biases that the stock class lacks, such as one that a compensation put behind `down`, stay: the
-    other linears of the half block get zeros, as the class has biases everywhere or nowhere.
+    Biases that the stock class lacks, such as one that a compensation put after `down`, stay: the
+    other linears of the sublayer get zeros, as the class has biases everywhere or nowhere.
 
     Args:
         checkpoint: The model; its weights are dense.
@@ -213,7 +213,7 @@ def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Ch
 
     Raises:
         ValueError: Blocks of one kind would differ in width.
-        RecipeError: The stock decoder has no place for so many heads.
+        RecipeError: The stock decoder has no place for that many heads.
     """
     forms = _all_forms(checkpoint)
     vectors = checkpoint.vectors()

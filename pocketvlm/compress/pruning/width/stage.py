@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting
 from pocketvlm.calibration.walk.steps import InputMoments
-from pocketvlm.calibration.walk.walk import FinishedSublayer
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.layerwise.driver import visit_groups
 from pocketvlm.compress.layerwise.hessian import diagonal_block_width
 from pocketvlm.compress.pruning.width.channels import (
     DecoderBiases,
@@ -79,9 +78,6 @@ class PruneWidth(Stage, WalkOptions):
         biases: Whether linears of the decoder may get biases that they have not. Without,
             `bias` has nowhere to go, and `regression` fits outputs through the origin.
         damping: Share of the inputs' mean variance that pulls survivors to where they are.
-        modality_weights: Weight of visual tokens in the decoder's statistics.
-        held_out: Share of the samples that only judge.
-        tower_tokens: Tokens after which the tower's statistics are taken to be known.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
@@ -97,9 +93,6 @@ class PruneWidth(Stage, WalkOptions):
     compensate: Compensation = "regression"
     biases: bool = True
     damping: float = 0.01
-    modality_weights: ModalityWeighting = "balanced"
-    held_out: float = 0.125
-    tower_tokens: int = 16384
 
     def __post_init__(self) -> None:
         for name in ("decoder_parameters", "ffn_ratio", "tower_ffn_ratio"):
@@ -142,7 +135,7 @@ class PruneWidth(Stage, WalkOptions):
         )
 
     def spec_after(self, spec: ModelSpec) -> ModelSpec:
-        """The specification of the model behind this stage.
+        """The specification of the model after this stage.
 
         Raises:
             RecipeError: A width is not possible in this model.
@@ -215,30 +208,25 @@ class PruneWidth(Stage, WalkOptions):
         calibration: CalibrationSet,
         ctx: RunContext,
     ) -> Iterator[tuple[UnitGroup, Tensor, Mapping[str, Any]]]:
-        """What each half block keeps, with the survivors in place and zeros for what goes."""
+        """What each sublayer keeps, with the survivors in place and zeros for what goes."""
         last_run = checkpoint.spec.tower.feature_block
         idle = [group for group in counts if group.part == "tower" and group.block > last_run]
-        waiting = {group.last: group for group in counts if group not in idle}
+        measured = {group.last: group for group in counts if group not in idle}
         for group in idle:
             units = kept_units(group_magnitude(group, checkpoint), counts[group])
             yield group, units, _row(group, units, reason="never run: ranked by magnitude")
-        scorer = self.importance.begin(checkpoint, tuple(waiting.values()), calibration, ctx)
+        scorer = self.importance.begin(checkpoint, tuple(measured.values()), calibration, ctx)
         walk = self.walk(checkpoint, calibration, ctx)
-        for step in walk if waiting else ():
-            if isinstance(step, FinishedSublayer) or step.names[0] not in waiting:
-                continue
+        for step, (name,) in visit_groups(walk, measured):
+            group = measured[name]
             if step.moments is None:
-                raise AssertionError(f"{step.names[0]} is a linear, and has no inputs")
-            group = waiting.pop(step.names[0])
-            columns = group.count * group.columns
-            moments = step.moments(diagonal_block_width(columns, ()))
+                raise AssertionError(f"{name} is a linear, and has no inputs")
             try:
+                moments = step.moments(diagonal_block_width(group.count * group.columns, ()))
                 units, row = self._cut(checkpoint, group, counts[group], moments, scorer)
             except CalibrationError as error:
-                raise CalibrationError(f"{group.last}: {error}") from error
+                raise CalibrationError(f"{name}: {error}") from error
             yield group, units, row
-            if not waiting:
-                return
 
     def _cut(
         self,
@@ -248,10 +236,10 @@ class PruneWidth(Stage, WalkOptions):
         moments: InputMoments,
         scorer: UnitScorer,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Puts what a half block keeps in place: other units are read with zeros from here on."""
+        """Puts what a sublayer keeps in place: other units are read with zeros from here on."""
         layer = checkpoint.layer(group.last)
         if not isinstance(layer, FormLinear):
-            raise TypeError(f"{group.last} is no linear")
+            raise TypeError(f"{group.last} is not a linear")
         inputs = InputStatistics.from_moment(moments.calibration, centred=True)
         scores = scorer.score(group, checkpoint, inputs)
         units = kept_units(scores, count)
@@ -295,7 +283,7 @@ class PruneWidth(Stage, WalkOptions):
 
 
 def _row(group: UnitGroup, units: Tensor, **figures: Any) -> dict[str, Any]:
-    """The line of a half block in the report."""
+    """The line of a sublayer in the report."""
     return {
         "name": group.name,
         "part": group.part,

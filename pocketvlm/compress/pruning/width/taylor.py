@@ -7,7 +7,7 @@ since they go with it. Three of the paper's elements: `first` |g w|, `second` |w
 Their code sums gradients over the batch, so that `mix` weighs its terms by the batch size, and
 fails on attention; here g and F are means over samples, each of its own loss, and depend neither
 on how many samples there are nor on how they are batched. Gradients are those of the whole model,
-as published, even where a unit of a block behind pruned ones is scored.
+as published, even where a unit of a block after pruned ones is scored.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class GradientMeans:
 
 @dataclass(frozen=True, kw_only=True)
 class Taylor:
-    """First- or second-order change of the answer's loss, by one backward pass a sample.
+    """First- or second-order change of the answer's loss, by one backward pass per sample.
 
     Attributes:
         order: `first`, `second` or `mix`.

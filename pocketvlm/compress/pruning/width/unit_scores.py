@@ -19,13 +19,13 @@ __all__ = ["UnitImportance", "UnitMagnitude", "UnitScorer", "group_magnitude", "
 
 
 class UnitScorer(Protocol):
-    """Scores of one run; made anew for every run, so it may remember."""
+    """Scores of one run; made for each run, so it may remember."""
 
     def score(self, group: UnitGroup, checkpoint: Checkpoint, inputs: InputStatistics) -> Tensor:
         """How much the model would miss each unit.
 
         Args:
-            group: The units of one half block.
+            group: The units of one sublayer.
             checkpoint: The model as it is now: whole here, pruned before.
             inputs: What the group's last linear reads, centred.
 

@@ -1,4 +1,4 @@
-"""AWQ-type scaling: what rounding would hurt most is made larger before it, and undone behind it.
+"""AWQ-type scaling: what rounding would hurt most is made larger before it, and undone after it.
 
 Activation-aware weight quantization (Lin et al., arXiv 2306.00978, section 3.2): the columns of a
 weight that meet large activations are multiplied by s > 1, and the inputs divided by s, so that
@@ -22,18 +22,21 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting
 from pocketvlm.calibration.walk.walk import LinearGroup
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.layerwise.driver import visit_groups
+from pocketvlm.compress.layerwise.hessian import diagonal_block_width
+from pocketvlm.compress.layerwise.report import describe_calibration
 from pocketvlm.compress.layerwise.scratch import find_document, keep_document
-from pocketvlm.compress.quantization.affine.rules import (
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.affine.scale_search import choose_scale
+from pocketvlm.compress.quantization.layer_report import describe_quantized
+from pocketvlm.compress.quantization.rules import (
     Assignment,
-    WeightRule,
     assign_layers,
     assign_rules_to,
+    require_rules,
 )
-from pocketvlm.compress.quantization.affine.scale_search import choose_scale
-from pocketvlm.compress.quantization.layer_report import describe_layer
 from pocketvlm.compress.quantization.transforms.folding import (
     Fold,
     check_transformable,
@@ -49,10 +52,6 @@ from pocketvlm.weights.form import WeightForm
 
 __all__ = ["Awq"]
 
-# Inputs wider than this have their second moment as diagonal blocks.
-_WHOLE_WIDTH = 8192
-_BLOCK_WIDTH = 1024
-
 
 @dataclass(frozen=True, kw_only=True)
 class Awq(Stage, WalkOptions):
@@ -62,9 +61,6 @@ class Awq(Stage, WalkOptions):
         rules: The bits and groups to prepare for: those of the quantizer that follows. Layers
             that no rule rounds do not take part in the search.
         grid_points: Exponents that are tried; the first, 0, leaves a layer as it is.
-        modality_weights: Weight of visual tokens in the decoder, as in `gptq`.
-        held_out: Share of the samples that only judge whether a scale is kept.
-        tower_tokens: Tokens after which the tower's moments are taken to be known.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
@@ -73,13 +69,9 @@ class Awq(Stage, WalkOptions):
     method: Literal["awq"] = "awq"
     rules: tuple[WeightRule, ...]
     grid_points: int = 20
-    modality_weights: ModalityWeighting = "balanced"
-    held_out: float = 0.125
-    tower_tokens: int = 16384
 
     def __post_init__(self) -> None:
-        if not self.rules:
-            raise ValueError("rules must hold at least one rule")
+        require_rules(self.rules)
         if self.grid_points < 2:  # noqa: PLR2004  (one point would only be the layer as it is)
             raise ValueError(f"grid_points must be at least 2, not {self.grid_points}")
         self.check_walk_options()
@@ -103,36 +95,27 @@ class Awq(Stage, WalkOptions):
         assignments = {item.linear.name: item for item in assign_layers(self.rules, checkpoint)}
         walk = self.walk(checkpoint, calibration, ctx)
         rows: dict[str, Mapping[str, Any]] = {}
-        for step in walk:
-            if not isinstance(step, LinearGroup):
-                continue
-            items = [assignments[name] for name in step.names]
-            for row in self._take_step(checkpoint, step, items, ctx.scratch_dir):
+        for group, names in visit_groups(walk, assignments):
+            items = [assignments[name] for name in names]
+            for row in self._scale_group(checkpoint, group, items, ctx.scratch_dir):
                 rows[row["name"]] = row
                 ctx.report("awq", len(rows), len(assignments), f"{row['name']}: {_note(row)}")
         ordered = [_row_of_today(rows[name], checkpoint.form(name)) for name in assignments]
-        counts = walk.counts
         return StageResult(
             checkpoint=checkpoint,
             layers=tuple(ordered),
             metrics={
                 "layers": len(ordered),
                 "layers_scaled": sum(row["method"] == self.method for row in ordered),
-                "calibration": {
-                    **calibration.describe(),
-                    "held_out_samples": len(calibration) - walk.first_held_out,
-                    "visual_tokens": counts.visual,
-                    "text_tokens": counts.text,
-                    "visual_per_text_token": counts.ratio,
-                },
+                "calibration": describe_calibration(walk),
             },
             notes=_notes(checkpoint, ordered),
         )
 
-    def _take_step(
+    def _scale_group(
         self,
         checkpoint: Checkpoint,
-        step: LinearGroup,
+        group: LinearGroup,
         items: Sequence[Assignment[WeightRule]],
         folder: Path | None,
     ) -> list[dict[str, Any]]:
@@ -142,15 +125,15 @@ class Awq(Stage, WalkOptions):
             The rows of its layers, whose weights are scaled.
         """
         fold = find_fold(checkpoint, items[0].linear)
-        path = None if folder is None else folder / f"{_digest(step.names)}.json"
+        path = None if folder is None else folder / f"{_digest(group.names)}.json"
         found = None if path is None else find_document(path)
         if found is None:
-            found = self._search(checkpoint, step, items, fold)
+            found = self._search(checkpoint, group, items, fold)
             if path is not None:
                 keep_document(path, found)
         if found["scale"] is not None and isinstance(fold, Fold):
             scale = torch.tensor(found["scale"], dtype=torch.float64)
-            for name in step.names:
+            for name in group.names:
                 multiply_inputs(checkpoint, name, scale[fold.channels])
             divide_outputs(checkpoint, fold.producer, scale)
         return list(found["rows"])
@@ -158,7 +141,7 @@ class Awq(Stage, WalkOptions):
     def _search(
         self,
         checkpoint: Checkpoint,
-        step: LinearGroup,
+        group: LinearGroup,
         items: Sequence[Assignment[WeightRule]],
         fold: Fold | str,
     ) -> dict[str, Any]:
@@ -170,28 +153,27 @@ class Awq(Stage, WalkOptions):
             for item, form in zip(items, forms, strict=True)
             if item.rule is not None
         }
-        if isinstance(fold, str) or step.moments is None or not rounded:
+        if isinstance(fold, str) or group.moments is None or not rounded:
             reason = fold if isinstance(fold, str) else ""
             rows = [
-                describe_layer(item, form, reason=reason or item.reason)
+                describe_quantized(item, form, reason=reason or item.reason)
                 for item, form in zip(items, forms, strict=True)
             ]
             return {"scale": None, "rows": rows}
-        wide = items[0].linear.in_features > _WHOLE_WIDTH
         try:
             choice = choose_scale(
                 rounded,
-                step.moments(_BLOCK_WIDTH if wide else None),
+                group.moments(diagonal_block_width(items[0].linear.in_features, ())),
                 fold.channels,
                 self.grid_points,
             )
         except CalibrationError as error:
-            raise CalibrationError(f"{step.names[0]}: {error}") from error
+            raise CalibrationError(f"{group.names[0]}: {error}") from error
         except ValueError as error:
-            raise CheckpointError(f"{step.names[0]}: {error}") from error
+            raise CheckpointError(f"{group.names[0]}: {error}") from error
         is_scaled = choice.scale is not None
         rows = [
-            describe_layer(
+            describe_quantized(
                 item,
                 form,
                 method=self.method if is_scaled else "none",

@@ -1,7 +1,7 @@
 """GPTQ on image and text: rounds weights so that each layer's *output* changes least.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-arXiv 2210.17323. The kernel is `error_feedback`, the walk `calibrated`.
+arXiv 2210.17323. The kernel is `layerwise.error_feedback`, the walk `layerwise.driver`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pocketvlm.compress.layerwise.error_feedback import (
     Factor,
     quantize_with_feedback,
 )
+from pocketvlm.compress.layerwise.hessian import InputHessian
 from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
 from pocketvlm.compress.quantization.affine.grid import (
     GRIDS,
@@ -26,18 +27,22 @@ from pocketvlm.compress.quantization.affine.grid import (
     Grid,
     GridKind,
     affine_form,
+    check_grid,
     group_columns,
 )
 from pocketvlm.compress.quantization.affine.rounding import AffineRounding
 from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
-from pocketvlm.compress.quantization.affine.rules import Assignment, WeightRule
-from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, GroupQuantizer
-from pocketvlm.compress.quantization.layer_quantizer import Weighed
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer
+from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.layer_report import behind_mask
+from pocketvlm.compress.quantization.rules import plan_layouts, require_rules
 from pocketvlm.context import RunContext
+from pocketvlm.models.spec import LinearSpec
+from pocketvlm.stages import PlanState, StageResult
 from pocketvlm.weights.form import WeightForm
 
-__all__ = ["AffineFitter", "Gptq", "fit_affine", "quantize_affine"]
+__all__ = ["AffineQuantizer", "Gptq", "quantize_affine"]
 
 
 def quantize_affine(
@@ -94,58 +99,79 @@ def quantize_affine(
     return codes, found
 
 
-def fit_affine(
-    rule: WeightRule,
-    weight: WeightForm,
-    weighed: Weighed,
-    *,
-    grid: GridKind = "min_max",
-    static_groups: bool = False,
-) -> WeightForm:
-    """Quantizes a layer behind its mask, some rows at a time; see `quantize_affine`.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AffineQuantizer(LayerQuantizer[WeightRule]):
+    """GPTQ beside round-to-nearest.
 
-    A row that shares one scale and is wider than a block of the Hessian has its grid made from the
-    weights as they were: errors are not fed on from block to block, and every block needs it.
+    Attributes:
+        grid: How a group's grid is found.
+        static_groups: Whether grids are made before the first column is rounded.
     """
-    group_size = rule.columns_a_group(weight.shape[1])
-    is_split = group_size > weighed.evidence.slices[0].stop
-    codes, scales, zeros = [], [], []
-    for span, rows in row_chunks(weight):
-        targets = weighed.targets(rows)
-        keeps = keeps_in(weight, span)
-        fixed = None
-        if is_split:
-            importance = weighed.evidence.importance[None, None]
-            grouped = None if keeps is None else keeps[:, None]
-            fixed = GRIDS[grid](targets[:, None], rule.scheme, importance, grouped)
-            scales.append(fixed.scale)
-            zeros.append(fixed.zero)
-        for part, factor, hessian in zip(
-            weighed.evidence.slices, weighed.factors, weighed.evidence.hessians, strict=True
-        ):
-            chosen, found = quantize_affine(
-                targets[:, part],
-                factor,
-                rule.scheme,
-                group_size=min(group_size, part.stop - part.start),
-                grid=grid,
-                static_groups=static_groups,
-                diagonal=hessian.diagonal().to(torch.float64),
-                keeps=None if keeps is None else keeps[:, part],
-                fixed=fixed,
-            )
-            codes.append(chosen.to(torch.uint8))
-            if not is_split:
-                scales.append(found.scale)
-                zeros.append(found.zero)
-    grids = 1 if is_split else len(weighed.factors)
-    form = affine_form(
-        _join(codes, len(weighed.factors)),
-        Grid(scale=_join(scales, grids), zero=_join(zeros, grids), scheme=rule.scheme),
-        group_size=group_size,
-        in_features=weight.shape[1],
-    )
-    return behind_mask(form, weight)
+
+    grid: GridKind = "min_max"
+    static_groups: bool = False
+
+    def labels(self, rule: WeightRule, linear: LinearSpec) -> tuple[str, str]:
+        """Names in reports."""
+        return "gptq", "rtn"
+
+    def round(self, rule: WeightRule, linear: LinearSpec, weight: WeightForm) -> WeightForm:
+        """Round-to-nearest."""
+        form, _ = round_to_nearest(
+            weight,
+            scheme=rule.scheme,
+            group_size=rule.columns_a_group(weight.shape[1]),
+            grid=self.grid,
+        )
+        return form
+
+    def fit(
+        self, rule: WeightRule, linear: LinearSpec, weight: WeightForm, hessian: InputHessian
+    ) -> WeightForm:
+        """GPTQ, some rows at a time and with the weight's mask; see `quantize_affine`.
+
+        A row that shares one scale and is wider than a block of the Hessian has its grid made from
+        the weights as they were: errors are not fed on from block to block, and every block needs
+        it.
+        """
+        group_size = rule.columns_a_group(weight.shape[1])
+        factors = hessian.factors(group_size)
+        is_split = group_size > hessian.slices[0].stop
+        codes, scales, zeros = [], [], []
+        for span, rows in row_chunks(weight):
+            targets = hessian.targets(rows, group_size)
+            keeps = keeps_in(weight, span)
+            fixed = None
+            if is_split:
+                importance = hessian.importance[None, None]
+                grouped = None if keeps is None else keeps[:, None]
+                fixed = GRIDS[self.grid](targets[:, None], rule.scheme, importance, grouped)
+                scales.append(fixed.scale)
+                zeros.append(fixed.zero)
+            for part, factor, block in zip(hessian.slices, factors, hessian.hessians, strict=True):
+                chosen, found = quantize_affine(
+                    targets[:, part],
+                    factor,
+                    rule.scheme,
+                    group_size=min(group_size, part.stop - part.start),
+                    grid=self.grid,
+                    static_groups=self.static_groups,
+                    diagonal=block.diagonal().to(torch.float64),
+                    keeps=None if keeps is None else keeps[:, part],
+                    fixed=fixed,
+                )
+                codes.append(chosen.to(torch.uint8))
+                if not is_split:
+                    scales.append(found.scale)
+                    zeros.append(found.zero)
+        grids = 1 if is_split else len(factors)
+        form = affine_form(
+            _join(codes, len(factors)),
+            Grid(scale=_join(scales, grids), zero=_join(zeros, grids), scheme=rule.scheme),
+            group_size=group_size,
+            in_features=weight.shape[1],
+        )
+        return behind_mask(form, weight)
 
 
 def _join(pieces: Sequence[Tensor], blocks: int) -> Tensor:
@@ -158,36 +184,7 @@ def _join(pieces: Sequence[Tensor], blocks: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AffineFitter:
-    """GPTQ beside round-to-nearest.
-
-    Attributes:
-        grid: How a group's grid is found.
-        static_groups: Whether grids are made before the first column is rounded.
-    """
-
-    grid: GridKind = "min_max"
-    static_groups: bool = False
-    label: str = "gptq"
-    plain_label: str = "rtn"
-
-    def fit(self, rule: WeightRule, weight: WeightForm, weighed: Weighed) -> WeightForm:
-        """GPTQ."""
-        return fit_affine(rule, weight, weighed, grid=self.grid, static_groups=self.static_groups)
-
-    def round(self, rule: WeightRule, weight: WeightForm) -> WeightForm:
-        """Round-to-nearest."""
-        form, _ = round_to_nearest(
-            weight,
-            scheme=rule.scheme,
-            group_size=rule.columns_a_group(weight.shape[1]),
-            grid=self.grid,
-        )
-        return form
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gptq(CalibratedQuantizer[WeightRule]):
+class Gptq(CalibratedQuantizer):
     """Quantizes with error feedback (arXiv 2210.17323), calibrated on images and text.
 
     Attributes:
@@ -202,24 +199,24 @@ class Gptq(CalibratedQuantizer[WeightRule]):
     static_groups: bool = False
 
     def __post_init__(self) -> None:
+        require_rules(self.rules)
         super().__post_init__()
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+        check_grid(self.grid)
 
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        assignments: Sequence[Assignment[WeightRule]],
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> GroupQuantizer[WeightRule]:
-        """Nothing has to be known beforehand."""
-        return _Affine(AffineFitter(grid=self.grid, static_groups=self.static_groups))
+    def plan(self, state: PlanState) -> PlanState:
+        """Gives each layer the layout of its rule."""
+        return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))
 
-
-class _Affine(GroupQuantizer[WeightRule]):
-    def __init__(self, fitter: AffineFitter) -> None:
-        self._fitter = fitter
-
-    def fitter_of(self, assignment: Assignment[WeightRule]) -> AffineFitter:
-        return self._fitter
+    def compress(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> StageResult:
+        """Quantizes the checkpoint in place; raises what `quantize` raises."""
+        return self.quantize(
+            checkpoint,
+            calibration,
+            ctx,
+            rules=self.rules,
+            begin=lambda _: AffineQuantizer(
+                feedback=self.feedback, grid=self.grid, static_groups=self.static_groups
+            ),
+        )

@@ -22,6 +22,7 @@ __all__ = [
     "Grid",
     "GridKind",
     "affine_form",
+    "check_grid",
     "decode",
     "encode",
     "group_columns",
@@ -159,6 +160,16 @@ def mse_grid(
 
 
 GRIDS: dict[GridKind, GridFunction] = {"min_max": min_max_grid, "mse": mse_grid}
+
+
+def check_grid(kind: str) -> None:
+    """Refuses an unknown way to find grids.
+
+    Raises:
+        ValueError: It is none of those that there are.
+    """
+    if kind not in GRIDS:
+        raise ValueError(f"grid {kind!r} is unknown; allowed are {', '.join(GRIDS)}")
 
 
 def encode(weights: Tensor, grid: Grid) -> Tensor:

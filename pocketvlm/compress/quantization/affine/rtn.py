@@ -13,7 +13,9 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
+from pocketvlm.compress.layerwise.driver import LayerMethod, LayerwiseRun, compress_layers
+from pocketvlm.compress.layerwise.hessian import InputHessian
+from pocketvlm.compress.layerwise.layer_store import FinishedLayer
 from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
 from pocketvlm.compress.quantization.affine.grid import (
     GRIDS,
@@ -21,17 +23,23 @@ from pocketvlm.compress.quantization.affine.grid import (
     Grid,
     GridKind,
     affine_form,
+    check_grid,
     decode,
     encode,
     group_columns,
 )
-from pocketvlm.compress.quantization.affine.rules import (
+from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.quantization.layer_report import (
+    behind_mask,
+    describe_quantized,
+    float_rows,
+)
+from pocketvlm.compress.quantization.rules import (
     Assignment,
-    WeightRule,
     assign_layers,
     plan_layouts,
+    require_rules,
 )
-from pocketvlm.compress.quantization.layer_report import behind_mask, describe_layer, float_rows
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckpointError
 from pocketvlm.stages import PlanState, Stage, StageResult
@@ -43,7 +51,7 @@ __all__ = ["RoundToNearest", "round_to_nearest"]
 def round_to_nearest(
     weight: WeightForm, *, scheme: AffineScheme, group_size: int, grid: GridKind = "min_max"
 ) -> tuple[WeightForm, float]:
-    """Rounds a weight; grids behind a mask are those of the elements that it keeps.
+    """Rounds a weight; grids under a mask are those of the elements that it keeps.
 
     Args:
         weight: The weight, float, dense or masked.
@@ -52,7 +60,7 @@ def round_to_nearest(
         grid: How a group's grid is found.
 
     Returns:
-        The quantized weight, an `AffineWeight` or the same integers behind the weight's mask, and
+        The quantized weight, an `AffineWeight` or the same integers under the weight's mask, and
         its squared error relative to the weight's own squares.
 
     Raises:
@@ -99,10 +107,12 @@ class RoundToNearest(Stage):
     grid: GridKind = "min_max"
 
     def __post_init__(self) -> None:
-        if not self.rules:
-            raise ValueError("rules must hold at least one rule")
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
+        require_rules(self.rules)
+        check_grid(self.grid)
+
+    def plan(self, state: PlanState) -> PlanState:
+        """Gives each layer the layout of its rule."""
+        return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))
 
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -111,36 +121,40 @@ class RoundToNearest(Stage):
 
         Raises:
             RecipeError: A rule does not fit the model, or a layer is quantized already.
+            CheckpointError: A weight is too large for float16 scales.
         """
         assignments = assign_layers(self.rules, checkpoint)
-        wanted = [item for item in assignments if item.rule is not None]
-        store = LayerStore(ctx.scratch_dir)
-        rows = []
-        for done, item in enumerate(wanted, start=1):
-            name = item.linear.name
-            layer = store.load(name)
-            if layer is None:
-                layer = self._round(item, checkpoint.form(name))
-                store.save(name, layer)
-            checkpoint.set_form(name, layer.form)
-            rows.append(layer.row)
-            ctx.report("rtn", done, len(wanted), f"{name}: {layer.row['weight_error']:.2e}")
+        tasks = {item.linear.name: item for item in assignments if item.rule is not None}
+        rows = compress_layers(
+            checkpoint,
+            LayerwiseRun(
+                title=self.method,
+                tasks=tasks,
+                begin=lambda: _NearestCodes(grid=self.grid),
+                walk=None,
+                note=lambda row: f"{row['weight_error']:.2e}",
+            ),
+            ctx,
+        )
         return StageResult(
             checkpoint=checkpoint,
             is_calibrated=False,
-            layers=(*rows, *float_rows(assignments, checkpoint)),
-            metrics={"layers": len(wanted)},
+            layers=(*rows.values(), *float_rows(assignments, checkpoint)),
+            metrics={"layers": len(tasks)},
         )
 
-    def plan(self, state: PlanState) -> PlanState:
-        """Gives each layer the layout of its rule."""
-        return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))
 
-    def _round(self, assignment: Assignment[WeightRule], weight: WeightForm) -> FinishedLayer:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _NearestCodes(LayerMethod[Assignment[WeightRule]]):
+    grid: GridKind
+
+    def compress(
+        self, task: Assignment[WeightRule], weight: WeightForm, hessian: InputHessian | None
+    ) -> FinishedLayer:
         started = time.perf_counter()
-        rule = assignment.rule
+        rule = task.rule
         if rule is None:
-            raise ValueError(f"{assignment.linear.name} is not to be quantized")
+            raise ValueError(f"{task.linear.name} is not to be quantized")
         try:
             form, weight_error = round_to_nearest(
                 weight,
@@ -149,11 +163,11 @@ class RoundToNearest(Stage):
                 grid=self.grid,
             )
         except ValueError as error:
-            raise CheckpointError(f"{assignment.linear.name}: {error}") from error
-        row = describe_layer(
-            assignment,
+            raise CheckpointError(f"{task.linear.name}: {error}") from error
+        row = describe_quantized(
+            task,
             form,
-            method=self.method,
+            method="rtn",
             plain=True,
             weight_error=weight_error,
             seconds=time.perf_counter() - started,

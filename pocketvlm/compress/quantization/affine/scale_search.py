@@ -1,4 +1,4 @@
-"""The search behind AWQ: which scale of a layer's inputs makes rounding its weight cost least.
+"""The search of AWQ: which scale of a layer's inputs makes rounding its weight cost least.
 
 With D the change of the weights that rounding makes, the mean squared change of the outputs is
 tr(D H D^T), H being the second moment of the inputs: every candidate is judged without running
@@ -72,7 +72,7 @@ def rounding_losses(
     Args:
         form: The weight W.
         rule: Bits and groups it is rounded to.
-        scales: One candidate a row, [candidates, columns].
+        scales: One candidate per row, [candidates, columns].
         moment: Of the inputs: H.
 
     Returns:
@@ -143,7 +143,7 @@ def _magnitudes(moment: SecondMoment, channels: Tensor) -> Tensor:
 
 
 def _round(weight: Tensor, rule: WeightRule, keeps: Tensor | None) -> Tensor:
-    """Round-to-nearest as the rule has it, [rows, columns], behind a mask where there is one."""
+    """Round-to-nearest as the rule has it, [rows, columns], under a mask where there is one."""
     size = rule.columns_a_group(weight.shape[1])
     groups = group_columns(weight, size)
     kept = None if keeps is None else group_columns(keeps, size)

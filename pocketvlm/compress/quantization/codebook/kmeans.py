@@ -1,6 +1,6 @@
 """Weighted k-means: deterministic for a seed, whatever the number of threads.
 
-Lloyd's algorithm behind k-means++ seeds (Arthur and Vassilvitskii, SODA 2007), with restarts.
+Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii, SODA 2007), with restarts.
 Every sum is taken in float64 and in a fixed order, so that threads do not show in a single bit.
 """
 
@@ -91,7 +91,7 @@ def cluster(
 ) -> Tensor:
     """Finds k centroids with little weighted squared distance to the vectors.
 
-    Restarts compete on a part of the sample; the best goes on with all of it. A cluster that
+    Restarts compete on a part of the sample; the best continues with all of it. A cluster that
     loses its last vector starts again at the vector that is fitted worst.
 
     Args:

@@ -66,14 +66,14 @@ def refine_tables(
 
     Args:
         tables: Where the descent starts.
-        codes: What the columns were rounded to, [columns, codes a column].
+        codes: What the columns were rounded to, [columns, codes per column].
         targets: float32 [columns, rows].
         metric: How much errors count across columns.
         importance: How much errors in each row count, [rows].
         keeps: Which elements a mask keeps, bool [columns, rows]: an entry has no part in the
             others, whatever their codes; `None` for all.
         steps: Of conjugate gradients at most, with the diagonal as preconditioner.
-        tolerance: Stops behind a step that gains less than this share of the loss: vectors mostly
+        tolerance: Stops after a step that gains less than this share of the loss: vectors mostly
             need two or three steps, sums of two tables all, and products with the Hessian are
             most of the cost.
 
@@ -192,8 +192,8 @@ def _gather_sums(
 ) -> list[Tensor]:
     """Sums of values [columns, rows] over the places of every entry, float64 [entries, d] a book.
 
-    What a mask drops is no place of any entry. `bincount` adds one after another: the order never
-    depends on threads.
+    What a mask drops is not a place of any entry. `bincount` adds one after another: the order
+    never depends on threads.
     """
     if keeps is not None:
         values = values.masked_fill(~keeps, 0.0)

@@ -94,7 +94,7 @@ class _Search:
         self._starts = [torch.arange(groups)[:, None] * book.shape[1] for book in table.books]
 
     def nearest(self, column: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of one column, those of the second codebook behind all of the first."""
+        """Indices of one column, those of the second codebook after all of the first."""
         vectors = column.view(self._weights.shape)
         if len(self._flat) == 1:
             chosen = self._least[0].find(self._weigh(vectors))
@@ -138,8 +138,8 @@ def row_pieces(tables: Sequence[Table], columns: int, rows: int) -> Iterator[tup
     """Rows that may be rounded, decoded and judged apart, each with its codes of a column.
 
     Tables are given, so no row knows of another, and a token table of millions of weights need not
-    be in float64 at once. Where a column's codes are not one a vector (groups of rows, a residual,
-    vectors of two lengths), all rows are one piece.
+    be in float64 at once. Where a column's codes are not one per vector (groups of rows, a
+    residual, vectors of two lengths), all rows are one piece.
     """
     length = tables[0].first.shape[2]
     if any(t.second is not None or t.first.shape[::2] != (1, length) for t in tables):
@@ -154,7 +154,7 @@ def row_pieces(tables: Sequence[Table], columns: int, rows: int) -> Iterator[tup
 def decode_tables(
     tables: Sequence[Table], codes: Tensor, rows: int, keeps: Tensor | None = None
 ) -> Tensor:
-    """What codes [columns, codes a column] stand for, float32 [columns, rows].
+    """What codes [columns, codes per column] stand for, float32 [columns, rows].
 
     Zero wherever a mask, bool [columns, rows], does not keep an element.
     """

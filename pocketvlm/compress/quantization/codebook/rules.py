@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pocketvlm.compress.quantization.affine.rules import LayerRule
+from pocketvlm.compress.quantization.rules import LayerRule
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.weights.layout import CodebookLayout
@@ -29,7 +29,7 @@ class CodebookRule(LayerRule):
         index_bits: Bits of an index, 1 to 16; `None` keeps the layer as it is.
         vector_length: Rows that an index stands for; 1 makes a look-up table of numbers.
         rows_a_group: Rows that share codebooks; `None` for all.
-        column_groups: Groups of columns with codebooks of their own, most excited columns first.
+        column_groups: Groups of columns with their own codebooks, most excited columns first.
         residual_bits: Bits of an index into a second codebook that is added to the first.
         outliers: Share of the columns, the most excited ones, that get a finer codebook.
         outlier_bits: Bits of an index into that one.
@@ -61,7 +61,7 @@ class CodebookRule(LayerRule):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, not {count}")
-        if not 0 <= self.outliers <= 0.5:  # noqa: PLR2004  (more than half are no outliers)
+        if not 0 <= self.outliers <= 0.5:  # noqa: PLR2004  (more than half are not outliers)
             raise ValueError(f"outliers must lie between 0 and 0.5, not {self.outliers}")
         if self.normalize not in get_args(Normalize):
             raise ValueError(f"normalize must be none, rows or columns, not {self.normalize!r}")
@@ -69,7 +69,7 @@ class CodebookRule(LayerRule):
             raise ValueError(f"share must be layer, part or auto, not {self.share!r}")
         if self.rows_a_group is not None and self.rows_a_group % self.vector_length:
             raise ValueError(
-                f"rows_a_group {self.rows_a_group} is no multiple of vector_length "
+                f"rows_a_group {self.rows_a_group} is not a multiple of vector_length "
                 f"{self.vector_length}"
             )
         if self.share == "part" and not self._can_share:
@@ -85,7 +85,7 @@ class CodebookRule(LayerRule):
 
     @property
     def bits(self) -> float | None:
-        """Bits of indices a weight, outliers left aside."""
+        """Bits of indices per weight, outliers left aside."""
         if self.index_bits is None:
             return None
         return (self.index_bits + (self.residual_bits or 0)) / self.vector_length

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.quantization.affine.rules import LayerRule
-from pocketvlm.compress.quantization.codebook.fit import CodebookFitter, row_scales_of
 from pocketvlm.compress.quantization.codebook.kmeans import cluster, sample_rows
+from pocketvlm.compress.quantization.codebook.normalization import row_scales_of
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
+from pocketvlm.compress.quantization.rules import LayerRule
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec, Part
 from pocketvlm.weights.codebook import CodebookWeight
@@ -30,7 +30,6 @@ from pocketvlm.weights.sparse import SparseWeight
 __all__ = [
     "SharedKey",
     "assign_owners",
-    "codebook_fitter",
     "count_shared_once",
     "disown",
     "fit_shared_codebooks",
@@ -101,37 +100,6 @@ def fit_shared_codebooks(
     }
 
 
-def codebook_fitter(
-    rule: CodebookRule,
-    linear: LinearSpec,
-    shared: Mapping[SharedKey, Tensor],
-    *,
-    seed: int,
-    rounds: int,
-    error_feedback: bool,
-) -> CodebookFitter:
-    """How a layer is quantized into codebooks of its own, or into those that it shares.
-
-    Args:
-        rule: What is wanted.
-        linear: The layer.
-        shared: What `fit_shared_codebooks` made.
-        seed: Of k-means.
-        rounds: Times that codes are chosen.
-        error_feedback: Whether columns make up for each other.
-    """
-    key = shared_key(rule, linear)
-    return CodebookFitter(
-        shared=None if key is None else shared[key],
-        seed=seed,
-        rounds=rounds,
-        error_feedback=error_feedback,
-        # A norm follows every lookup: a token of small rows bears no larger error than others.
-        rows_alike=linear.part == "embedding",
-        label="lut" if rule.vector_length == 1 else "vptq",
-    )
-
-
 def share_codebooks(checkpoint: Checkpoint) -> None:
     """Lets layers with equal codebooks hold one tensor, which is then stored once."""
     known: dict[tuple[object, ...], Tensor] = {}
@@ -154,7 +122,7 @@ def count_shared_once(
     `bits_per_weight` every reader bears an equal part.
 
     Args:
-        checkpoint: The model, behind `share_codebooks`.
+        checkpoint: The model, after `share_codebooks`.
         rows: Rows of its layers in their order.
     """
     books = {linear.name: _codebooks_of(form) for linear, form in checkpoint.forms().items()}
@@ -214,7 +182,7 @@ def _fit(rule: CodebookRule, forms: Sequence[WeightForm], seed: int) -> Tensor:
         if keeps is None:
             chosen = sample_rows(normal.shape[0] * columns, most, generator)
         else:
-            # A vector behind a mask has one element.
+            # A vector under a mask has one element.
             places = keeps.flatten().nonzero()[:, 0]
             chosen = places[sample_rows(places.shape[0], most, generator)]
         row, column = chosen // columns, chosen % columns

@@ -7,43 +7,33 @@ them before the walk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.walk.walk import FinishedSublayer, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.layerwise.layer_store import FinishedLayer
-from pocketvlm.compress.quantization.affine.rules import Assignment, assign_rules_to
-from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer, GroupQuantizer
-from pocketvlm.compress.quantization.codebook.fit import CodebookFitter
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer
+from pocketvlm.compress.quantization.codebook.quantizer import CodebookQuantizer
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
-from pocketvlm.compress.quantization.codebook.shared import (
-    SharedKey,
-    assign_owners,
-    codebook_fitter,
-    fit_shared_codebooks,
-)
-from pocketvlm.compress.quantization.codebook.tuning import tune_codebooks
+from pocketvlm.compress.quantization.codebook.shared import assign_owners, fit_shared_codebooks
+from pocketvlm.compress.quantization.rules import Assignment, assign_rules_to, require_rules
 from pocketvlm.context import RunContext
-from pocketvlm.stages import PlanState
+from pocketvlm.stages import PlanState, StageResult
 
 __all__ = ["Codebook", "CodebookRule"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Codebook(CalibratedQuantizer[CodebookRule]):
+class Codebook(CalibratedQuantizer):
     """Quantizes to look-up tables and vector codebooks, calibrated on images and text.
 
     Attributes:
         rules: Indices and vectors; the first rule that matches a layer wins.
         error_feedback: Whether columns make up for each other's errors; without it, tables come
             from weighted k-means alone.
-        rounds: Times that codes are chosen; tables are refined behind each.
-        tune_steps: Steps of gradient descent on a finished half block's output, which train
+        rounds: Times that codes are chosen; tables are refined after each.
+        tune_steps: Steps of gradient descent on a finished sublayer's output, which train
             tables and row scales; 0 leaves them as they are and spares a second forward pass.
         tune_rate: Their rate, in units of each table's root mean square.
     """
@@ -56,6 +46,7 @@ class Codebook(CalibratedQuantizer[CodebookRule]):
     tune_rate: float = 1e-3
 
     def __post_init__(self) -> None:
+        require_rules(self.rules)
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, not {self.rounds}")
@@ -83,66 +74,33 @@ class Codebook(CalibratedQuantizer[CodebookRule]):
             )
         )
 
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        assignments: Sequence[Assignment[CodebookRule]],
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> GroupQuantizer[CodebookRule]:
-        """Fits codebooks that several layers share.
+    def compress(
+        self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
+    ) -> StageResult:
+        """Quantizes the checkpoint in place; raises what `quantize` raises.
 
         Raises:
             RecipeError: Layers that share codebooks have fewer vectors than entries.
         """
-        readers = ((item.rule, item.linear) for item in assignments)
-        return _Codebooks(self, fit_shared_codebooks(checkpoint, readers, ctx.seed), ctx.seed)
 
-    def _quantize(
-        self,
-        checkpoint: Checkpoint,
-        step: LinearGroup,
-        assignments: Sequence[Assignment[CodebookRule]],
-        block: int | None,
-        fitter: GroupQuantizer[CodebookRule],
-    ) -> dict[str, FinishedLayer]:
-        made = super()._quantize(checkpoint, step, assignments, block, fitter)
-        if not self.tune_steps:
-            return made
-        # Projector, table and head stand in no half block that would be finished.
-        waits = {item.linear.name: item.linear.block is not None for item in assignments}
-        return {
-            name: replace(layer, row={**layer.row, "tuned": False}) if waits[name] else layer
-            for name, layer in made.items()
-        }
+        def begin(assignments: Sequence[Assignment[CodebookRule]]) -> CodebookQuantizer:
+            readers = ((item.rule, item.linear) for item in assignments)
+            return CodebookQuantizer(
+                feedback=self.feedback,
+                shared=fit_shared_codebooks(checkpoint, readers, ctx.seed),
+                seed=ctx.seed,
+                rounds=self.rounds,
+                error_feedback=self.error_feedback,
+                tune_steps=self.tune_steps,
+                tune_rate=self.tune_rate,
+            )
 
-
-class _Codebooks(GroupQuantizer[CodebookRule]):
-    def __init__(
-        self,
-        stage: Codebook,
-        shared: Mapping[SharedKey, Tensor],
-        seed: int,
-    ) -> None:
-        self._stage, self._shared, self._seed = stage, shared, seed
-
-    def fitter_of(self, assignment: Assignment[CodebookRule]) -> CodebookFitter:
-        rule, linear = assignment.rule, assignment.linear
-        if rule is None:
-            raise ValueError(f"{linear.name} is not to be quantized")
-        return codebook_fitter(
-            rule,
-            linear,
-            self._shared,
-            seed=self._seed,
-            rounds=self._stage.rounds,
-            error_feedback=self._stage.error_feedback,
-        )
-
-    def tune(
-        self, checkpoint: Checkpoint, half: FinishedSublayer, layers: Mapping[str, FinishedLayer]
-    ) -> Mapping[str, FinishedLayer]:
-        """Trains tables and row scales on the half block's output."""
-        return tune_codebooks(
-            checkpoint, half, layers, steps=self._stage.tune_steps, rate=self._stage.tune_rate
+        return self.quantize(
+            checkpoint,
+            calibration,
+            ctx,
+            rules=self.rules,
+            begin=begin,
+            # Projector, table and head stand in no sublayer that would be finished.
+            revised=lambda item: self.tune_steps > 0 and item.linear.block is not None,
         )

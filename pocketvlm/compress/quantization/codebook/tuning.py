@@ -1,6 +1,6 @@
-"""Gradient descent on tables and row scales, with codes fixed, for what a half block returns.
+"""Gradient descent on tables and row scales, with codes fixed, for what a sublayer returns.
 
-VPTQ (arXiv 2409.17066, section 3.4) tunes centroids layer by layer; a half block is the smallest
+VPTQ (arXiv 2409.17066, section 3.4) tunes centroids layer by layer; a sublayer is the smallest
 piece whose output the float model knows too.
 """
 
@@ -27,17 +27,17 @@ __all__ = ["tune_codebooks"]
 
 def tune_codebooks(
     checkpoint: Checkpoint,
-    half: FinishedSublayer,
+    finished: FinishedSublayer,
     layers: Mapping[str, FinishedLayer],
     *,
     steps: int,
     rate: float,
 ) -> dict[str, FinishedLayer]:
-    """Tunes the layers of a half block together; keeps them where held-out tokens agree.
+    """Tunes the layers of a sublayer together; keeps them where held-out tokens agree.
 
     Args:
         checkpoint: The model; its weights are left as they are.
-        half: The half block, with its inputs and the float model's outputs.
+        finished: The sublayer, with its inputs and the float model's outputs.
         layers: Its layers in codebooks, as the checkpoint holds them.
         steps: Of Adam, each on one batch.
         rate: Of Adam, in units of a table's root mean square; falls to zero linearly.
@@ -46,18 +46,18 @@ def tune_codebooks(
         All of the layers, with `tuned` in their rows: whether they were kept.
     """
     forms = {name: layer.form for name, layer in layers.items()}
-    fitted, judging = _split(half)
+    fitted, judging = _split(finished)
     trained = {
         name: _Trained(form, is_shared=bool(layers[name].row["is_shared"]))
         for name, form in forms.items()
     }
-    before = _held_out_loss(checkpoint, half, judging, forms)
+    before = _held_out_loss(checkpoint, finished, judging, forms)
     tuned = forms
     parameters = [value for layer in trained.values() for value in layer.parameters]
     if parameters:
-        _descend(checkpoint, half, fitted, trained, steps=steps, rate=rate)
+        _descend(checkpoint, finished, fitted, trained, steps=steps, rate=rate)
         tuned = {name: layer.rounded() for name, layer in trained.items()}
-    after = _held_out_loss(checkpoint, half, judging, tuned)
+    after = _held_out_loss(checkpoint, finished, judging, tuned)
     is_better = after < before
     return {
         name: FinishedLayer(
@@ -76,7 +76,7 @@ def tune_codebooks(
 
 def _descend(
     checkpoint: Checkpoint,
-    half: FinishedSublayer,
+    finished: FinishedSublayer,
     fitted: Sequence[int],
     trained: Mapping[str, _Trained],
     *,
@@ -92,8 +92,8 @@ def _descend(
     for step in range(steps):
         with torch.enable_grad():
             dense = {name: layer.decode() for name, layer in trained.items()}
-            with _dense_weights(checkpoint, half, dense):
-                lost, counted = _batch_loss(half, fitted[step % len(fitted)])
+            with _dense_weights(checkpoint, finished, dense):
+                lost, counted = _batch_loss(finished, fitted[step % len(fitted)])
             optimizer.zero_grad()
             (lost / counted).backward()
         optimizer.step()
@@ -154,7 +154,7 @@ class _Trained:
 
 
 def _without_mask(form: WeightForm) -> tuple[CodebookWeight, Tensor | None]:
-    """Codebooks with an index for every element, and the mask that was in front of them."""
+    """Codebooks with an index for every element, and their mask."""
     if isinstance(form, CodebookWeight):
         return form, None
     if not (isinstance(form, SparseWeight) and isinstance(form.values, CodebookNonzeros)):
@@ -192,20 +192,20 @@ class _Differentiable:
         return replace(self.lookup, codebooks=values.to(torch.float16))
 
 
-def _split(half: FinishedSublayer) -> tuple[list[int], list[int]]:
+def _split(finished: FinishedSublayer) -> tuple[list[int], list[int]]:
     """Batches that may be fitted, and those that judge; without any held out, the same ones."""
-    known = [(index, batch) for index, batch in enumerate(half.batches) if batch is not None]
+    known = [(index, batch) for index, batch in enumerate(finished.batches) if batch is not None]
     fitted = [index for index, batch in known if not batch.held_out]
     return fitted, [index for index, batch in known if batch.held_out] or fitted
 
 
-def _batch_loss(half: FinishedSublayer, index: int) -> tuple[Tensor, float]:
+def _batch_loss(finished: FinishedSublayer, index: int) -> tuple[Tensor, float]:
     """Relative squared distance of outputs from the float model's, and the tokens' weight."""
-    output = half.half.output(half.inputs[index], half.arguments_of(index))
-    target = half.targets[index]
+    output = finished.sublayer.output(finished.inputs[index], finished.arguments_of(index))
+    target = finished.targets[index]
     # What follows is a norm: a token's error counts in proportion to the token's own size.
     lost = (output - target).square().mean(-1) / target.square().mean(-1)
-    weights = half.weights_of(index)
+    weights = finished.weights_of(index)
     if weights is None:
         return lost.sum(), lost.numel()
     return (lost * weights.view(lost.shape)).sum(), float(weights.sum())
@@ -214,15 +214,15 @@ def _batch_loss(half: FinishedSublayer, index: int) -> tuple[Tensor, float]:
 @torch.no_grad()
 def _held_out_loss(
     checkpoint: Checkpoint,
-    half: FinishedSublayer,
+    finished: FinishedSublayer,
     judging: Sequence[int],
     forms: Mapping[str, WeightForm],
 ) -> float:
     dense = {name: form.dequantize() for name, form in forms.items()}
     lost = counted = 0.0
-    with _dense_weights(checkpoint, half, dense):
+    with _dense_weights(checkpoint, finished, dense):
         for index in judging:
-            part, weight = _batch_loss(half, index)
+            part, weight = _batch_loss(finished, index)
             lost += float(part)
             counted += weight
     return lost / counted if counted else 0.0
@@ -230,10 +230,10 @@ def _held_out_loss(
 
 @contextmanager
 def _dense_weights(
-    checkpoint: Checkpoint, half: FinishedSublayer, dense: Mapping[str, Tensor]
+    checkpoint: Checkpoint, finished: FinishedSublayer, dense: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Layers of the half block compute with these weights; the others with their own, once."""
-    with cache_dense_weights(half.half.body):
+    """Layers of the sublayer compute with these weights; the others with their own, once."""
+    with cache_dense_weights(finished.sublayer.body):
         for name, values in dense.items():
             checkpoint.layer(name).cached = values
         yield

@@ -37,7 +37,7 @@ class Menu:
     Attributes:
         options: Of each layer; a pinned one has a single option.
         float_bytes: Bytes of each layer that stays as it is.
-        densities: Shares of kept elements by name, for layers behind a mask.
+        densities: Shares of kept elements by name, for layers under a mask.
         layer_bytes: What a layout takes in the files that are counted.
     """
 
@@ -203,8 +203,9 @@ def solve_menu(menu: Menu, budget: int, measured: Sensitivity | None) -> Solutio
     if smallest > budget:
         weights = menu.weights
         raise RecipeError(
-            f"the budget of {budget} bytes, {budget * 8 / weights:.3f} bits a weight, is below the "
-            f"smallest that the options allow: {smallest} bytes, {smallest * 8 / weights:.3f} bits"
+            f"the budget of {budget} bytes, {budget * 8 / weights:.3f} bits per weight, is below "
+            f"the smallest that the options allow: {smallest} bytes, "
+            f"{smallest * 8 / weights:.3f} bits"
         )
     places = allocate(candidates, budget, tables)
     read = _tables_read(candidates, places)

@@ -1,7 +1,7 @@
 """Which option each layer takes: an integer programme under a budget of bytes.
 
 The multiple-choice knapsack problem with fixed charges, solved exactly by HiGHS through
-`scipy.optimize.milp`: minimize sum_i sum_j loss_ij x_ij with one x_ij = 1 a layer and
+`scipy.optimize.milp`: minimize sum_i sum_j loss_ij x_ij with one x_ij = 1 per layer and
 sum_ij size_ij x_ij + sum_t size_t y_t <= budget, where x_ij <= y_t for every option that reads the
 shared table t: what several layers share is paid once.
 """
@@ -184,7 +184,7 @@ class _Programme:
 
 @contextmanager
 def _native_output_to_stderr() -> Iterator[None]:
-    """Keeps standard output clean: HiGHS may print a line of its own whatever it is told."""
+    """Keeps standard output clean: HiGHS may print a line whatever it is told."""
     libc = ctypes.CDLL(None)
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -98,7 +98,7 @@ def find_layer_bytes(container: Container, targets: Mapping[str, LayerBytes]) ->
 
 
 def plan_option(option: Option, linear: LinearSpec, density: float | None) -> WeightLayout:
-    """What a layer will be stored as, behind its mask where it has one.
+    """What a layer will be stored as, under its mask where it has one.
 
     Args:
         option: What it becomes.

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.calibration.gradients.divergence import DivergenceMeter
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
-from pocketvlm.compress.layerwise.layer_store import FinishedLayer
+from pocketvlm.calibration.walk.walk import BlockWalk
+from pocketvlm.compress.layerwise.driver import measure_hessian, visit_groups
 from pocketvlm.compress.layerwise.scratch import keep_document
-from pocketvlm.compress.quantization.affine.rules import Assignment
+from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.mixed.search_space import Option, label_of
+from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.files.signed_folder import DIGEST_KEY, verify_document
@@ -28,8 +29,6 @@ from pocketvlm.models.spec import LinearSpec
 __all__ = ["Measurement", "Sensitivity", "measure_sensitivity"]
 
 _SCHEMA = 2
-
-QuantizeStep = Callable[[LinearGroup, Sequence[Assignment[Option]]], Mapping[str, FinishedLayer]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class Sensitivity:
         model: Digest of the model's weight files.
         stages: Tags of the stages before, with digests of their settings.
         calibration: Digest of the calibration set.
-        tokens: Answer tokens behind each figure.
+        tokens: Answer tokens that each figure is a mean over.
         layers: By layer's name and option's label.
     """
 
@@ -91,14 +90,14 @@ class Sensitivity:
             table = cls(**document, stages=stages, layers=layers)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(
-                f"sensitivity {str(path)!r}: is no table of measured sensitivity: {error}"
+                f"sensitivity {str(path)!r}: is not a table of measured sensitivity: {error}"
             ) from error
         if schema != _SCHEMA:
             raise RecipeError(f"sensitivity {str(path)!r}: has schema {schema}, not {_SCHEMA}")
         return table
 
     def holds_for(self, other: Sensitivity) -> bool:
-        """Whether both were measured on the same model behind the same stages."""
+        """Whether both were measured on the same model after the same stages."""
         return (self.model, self.stages) == (other.model, other.stages)
 
     def missing(self, wanted: Mapping[LinearSpec, Sequence[Option]]) -> int:
@@ -115,7 +114,7 @@ def measure_sensitivity(
     wanted: Mapping[LinearSpec, Sequence[Option]],
     walk: BlockWalk,
     meter: DivergenceMeter,
-    quantize: QuantizeStep,
+    method: LayerQuantizer[Option],
     ctx: RunContext,
     on_layer: Callable[[], None],
 ) -> None:
@@ -126,7 +125,7 @@ def measure_sensitivity(
         wanted: Options of each layer.
         walk: Over the float model; only its Hessians are used, no weight stays replaced.
         meter: On held-out samples of the same model.
-        quantize: Gives layers of a step their forms.
+        method: Gives layers their forms.
         ctx: Told of every measurement.
         on_layer: Called when a layer is complete.
 
@@ -134,6 +133,7 @@ def measure_sensitivity(
         CalibrationError: Inputs or outputs are not finite.
         CheckpointError: A weight is too large for float16 scales.
     """
+    checkpoint = walk.checkpoint
     by_name = {linear.name: linear for linear in wanted}
     total = sum(len(options) for options in wanted.values())
     done = total - table.missing(wanted)
@@ -143,18 +143,18 @@ def measure_sensitivity(
         for _ in _open_options(options, table.layers.get(linear.name, {}))
     )
     ctx.report("sensitivity", done, total, f"costs {forwards:.0f} forward passes of the samples")
-    for step in walk:
-        if isinstance(step, FinishedSublayer):
-            continue
+    for step, names in visit_groups(walk, by_name):
         # All options of all layers of a step are fitted to one pass over its input.
         once = replace(step, moments=None if step.moments is None else cache(step.moments))
-        for name in step.names:
-            linear = by_name.get(name)
-            if linear is None:
-                continue
-            row = table.layers.setdefault(name, {})
+        for name in names:
+            linear, row = by_name[name], table.layers.setdefault(name, {})
             for option in _open_options(wanted[linear], row):
-                form = quantize(once, [Assignment(linear=linear, rule=option)])[name].form
+                task = Assignment[Option](linear=linear, rule=option)
+                form = method.compress(
+                    task,
+                    checkpoint.form(name),
+                    measure_hessian(checkpoint, once, [task], method),
+                ).form
                 loss = meter.divergence(name, form)
                 row[label_of(option)] = Measurement(loss=loss, bytes=form.stored_bytes)
                 done += 1

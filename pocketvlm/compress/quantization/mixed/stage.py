@@ -1,34 +1,32 @@
 """Mixed precision: each layer gets the option that the whole model can best afford.
 
 Measures what every option costs every layer (`sensitivity`), solves for the choice of least total
-loss under a budget of bytes (`allocation`), and quantizes with it in the one walk that all
-calibrated quantizers share. Embedding, head, tower and projector take part like any other layer.
+loss under a budget of bytes (`bit_allocation`), and quantizes with it as all calibrated quantizers
+do. Embedding, head, tower and projector take part like any other layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.modality import ModalityWeighting
 from pocketvlm.calibration.gradients.divergence import DivergenceMeter
-from pocketvlm.calibration.walk.walk import LinearGroup
 from pocketvlm.checkpoint import Checkpoint, StageRecord
-from pocketvlm.compress.layerwise.error_feedback import Order
-from pocketvlm.compress.layerwise.layer_store import FinishedLayer
 from pocketvlm.compress.layerwise.scratch import find_document
-from pocketvlm.compress.quantization.affine.grid import GRIDS, GridKind
-from pocketvlm.compress.quantization.affine.rules import Assignment
-from pocketvlm.compress.quantization.calibrated import block_width
-from pocketvlm.compress.quantization.codebook.shared import assign_owners
+from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer
+from pocketvlm.compress.quantization.affine.grid import GridKind, check_grid
+from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer
+from pocketvlm.compress.quantization.codebook.quantizer import CodebookQuantizer
+from pocketvlm.compress.quantization.codebook.shared import assign_owners, fit_shared_codebooks
 from pocketvlm.compress.quantization.mixed.bit_allocation import Menu, Solution, solve_menu
-from pocketvlm.compress.quantization.mixed.chosen import PerLayerQuantizer
+from pocketvlm.compress.quantization.mixed.offers import count_float, loses_mask, offer_options
+from pocketvlm.compress.quantization.mixed.per_layer import PerLayerQuantizer
 from pocketvlm.compress.quantization.mixed.search_space import (
     CONTAINERS,
     Container,
@@ -41,9 +39,8 @@ from pocketvlm.compress.quantization.mixed.search_space import (
 from pocketvlm.compress.quantization.mixed.sensitivity import Sensitivity, measure_sensitivity
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.models.selection import assign_rules
 from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages import PlanState, StageResult
 from pocketvlm.weights.float_weights import is_float
 from pocketvlm.weights.form import total_stored_bytes
 from pocketvlm.weights.layout import LayerBytes, SparseLayout
@@ -55,17 +52,17 @@ _TABLE = "sensitivity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedPrecision(Stage):
+class MixedPrecision(CalibratedQuantizer):
     """Chooses an option for every layer by measured sensitivity, under a budget, and quantizes.
 
-    A pruned layer keeps its mask: options that cannot stand behind one are not offered to it, and
-    its bytes are those of mask and kept elements.
+    A pruned layer keeps its mask: options that cannot be stored under one are not offered to it,
+    and its bytes are those of mask and kept elements.
 
     Attributes:
         options: What a layer may become: rules without part, match or blocks. An option whose
             groups are wider than a layer is not offered to it. Codebooks that layers share are
             paid once, by whatever layers of a part take them.
-        average_bits: The budget as bits a weight over all weight matrices of the model, scales,
+        average_bits: The budget as bits per weight over all weight matrices of the model, scales,
             zero points and layers that stay float included.
         budget_bytes: The budget in bytes; exactly one of the two is given.
         pins: Rules that fix layers; the first that matches a layer takes it off the menu.
@@ -75,17 +72,8 @@ class MixedPrecision(Stage):
         sensitivity: A table that an earlier run measured; `None` measures.
         grid: How a group's grid is found.
         static_groups: Whether grids are made from the weights as they were.
-        damping: Share of a Hessian's mean diagonal that is added to it.
-        order: Order in which columns are rounded.
-        drift_share: How much of the inputs' distance from the float model's is made up for.
-        modality_weights: Weight of visual tokens in the decoder's Hessians.
         held_out: Share of the samples that no Hessian sees.
-        tower_tokens: Tokens after which the tower's Hessians are taken to be known.
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
     method: Literal["mixed"] = "mixed"
     options: tuple[Option, ...]
@@ -97,12 +85,7 @@ class MixedPrecision(Stage):
     sensitivity: str | None = None
     grid: GridKind = "min_max"
     static_groups: bool = False
-    damping: float = 0.01
-    order: Order = "group_aware"
-    drift_share: float = 0.0
-    modality_weights: ModalityWeighting = "balanced"
     held_out: float = 0.1875
-    tower_tokens: int = 16384
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -125,9 +108,8 @@ class MixedPrecision(Stage):
             )
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, not {self.samples}")
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid {self.grid!r} is unknown; allowed are {', '.join(GRIDS)}")
-        self._quantizer(self.options)  # which checks what both have
+        check_grid(self.grid)
+        super().__post_init__()
 
     def plan(self, state: PlanState) -> PlanState:
         """Gives each layer a layout from a given table or else from a prior.
@@ -146,7 +128,7 @@ class MixedPrecision(Stage):
         }
         count = find_layer_bytes(self.stored_as, state.layer_bytes)
         floats = {
-            linear: _float_bytes(count, linear, densities.get(linear.name))
+            linear: count_float(count, linear, densities.get(linear.name))
             for linear in spec.linears()
         }
         menu = self._menu(spec, floats, densities, count)
@@ -196,7 +178,7 @@ class MixedPrecision(Stage):
         count = find_layer_bytes(self.stored_as, ctx.layer_bytes)
         floats: dict[LinearSpec, int] = {}
         for linear, form in forms.items():
-            size = _float_bytes(count, linear, densities.get(linear.name))
+            size = count_float(count, linear, densities.get(linear.name))
             # Floats that the checkpoint holds in 32 bits are wider than a published one's.
             floats[linear] = size if linear.name in densities else max(size, form.stored_bytes)
         menu = self._menu(checkpoint.spec, floats, densities, count)
@@ -205,22 +187,31 @@ class MixedPrecision(Stage):
         solve_menu(menu, budget, None)
         table = self._table(checkpoint, calibration, menu, ctx)
         solved = solve_menu(menu, budget, table)
-        quantizer = self._quantizer(solved.rules())
         scratch = None if ctx.scratch_dir is None else ctx.scratch_dir / solved.digest()
-        done = quantizer.compress(checkpoint, calibration, ctx.with_scratch(scratch))
+        done = self.quantize(
+            checkpoint,
+            calibration,
+            ctx.with_scratch(scratch),
+            rules=solved.rules(),
+            begin=lambda items: self._begin(
+                checkpoint, ((item.rule, item.linear) for item in items), ctx.seed
+            ),
+        )
         return self._describe(done, solved, table)
 
-    def _quantizer(self, rules: tuple[Option, ...]) -> PerLayerQuantizer:
+    def _begin(
+        self,
+        checkpoint: Checkpoint,
+        readers: Iterable[tuple[Option | None, LinearSpec]],
+        seed: int,
+    ) -> PerLayerQuantizer:
+        """Fits codebooks that several layers share, under rules that they may take."""
         return PerLayerQuantizer(
-            rules=rules,
-            grid=self.grid,
-            static_groups=self.static_groups,
-            damping=self.damping,
-            order=self.order,
-            drift_share=self.drift_share,
-            modality_weights=self.modality_weights,
-            held_out=self.held_out,
-            tower_tokens=self.tower_tokens,
+            feedback=self.feedback,
+            affine=AffineQuantizer(grid=self.grid, static_groups=self.static_groups),
+            codebook=CodebookQuantizer(
+                shared=fit_shared_codebooks(checkpoint, readers, seed), seed=seed
+            ),
         )
 
     def _budget(self, menu: Menu) -> int:
@@ -238,33 +229,10 @@ class MixedPrecision(Stage):
         densities: Mapping[str, float],
         layer_bytes: LayerBytes,
     ) -> Menu:
-        """What each layer may become, for densities of pruned ones; a pinned one has no choice."""
-        linears = tuple(spec.linears())
-        try:
-            pinned = assign_rules(self.pins, linears, field="pins")
-        except RecipeError as error:
-            raise RecipeError(f"pins: {error}") from error
-        offered: dict[LinearSpec, tuple[Option, ...]] = {}
-        for linear in linears:
-            pin = pinned[linear]
-            if pin is not None:
-                if not pin.keeps_float:
-                    plan_option(pin, linear, densities.get(linear.name))
-                offered[linear] = (pin,)
-                continue
-            fitting, refusals = [], []
-            for option in self.options:
-                try:
-                    plan_option(option, linear, densities.get(linear.name))
-                except RecipeError as error:
-                    refusals.append(str(error))
-                else:
-                    fitting.append(option)
-            if not fitting:
-                raise RecipeError(f"no option fits {linear.name}: {refusals[0]}")
-            offered[linear] = tuple(fitting)
-        return Menu(
-            options=offered,
+        return offer_options(
+            spec,
+            self.options,
+            self.pins,
             float_bytes=float_bytes,
             densities=densities,
             layer_bytes=layer_bytes,
@@ -288,7 +256,7 @@ class MixedPrecision(Stage):
             given = Sensitivity.load(Path(self.sensitivity))
             if not given.holds_for(table):
                 raise RecipeError(
-                    f"sensitivity {self.sensitivity!r}: was measured on another model or behind "
+                    f"sensitivity {self.sensitivity!r}: was measured on another model or after "
                     "other stages; leave it out to measure again"
                 )
             self._require_complete(given, menu)
@@ -299,8 +267,7 @@ class MixedPrecision(Stage):
         wanted = menu.choices
         if not table.missing(wanted):
             return table
-        quantizer = self._quantizer(self.options)
-        walk = quantizer.walk(checkpoint, calibration, ctx)
+        walk = self.walk(checkpoint, calibration, ctx)
         judges = list(calibration.samples[walk.first_held_out :])
         if not judges:
             raise CalibrationError(
@@ -311,19 +278,13 @@ class MixedPrecision(Stage):
             judges = Random(ctx.seed).sample(judges, self.samples)
         meter = DivergenceMeter(checkpoint, replace(calibration, samples=tuple(judges)))
         table.tokens = meter.tokens
-        fitter = quantizer.begin_with(checkpoint, menu.readers(), ctx.seed)
-
-        def quantize(
-            step: LinearGroup, assignments: Sequence[Assignment[Option]]
-        ) -> Mapping[str, FinishedLayer]:
-            block = block_width(assignments)
-            return quantizer.quantize_step(checkpoint, step, assignments, block, fitter)
+        method = self._begin(checkpoint, menu.readers(), ctx.seed)
 
         def save() -> None:
             if path is not None:
                 table.save(path)
 
-        measure_sensitivity(table, wanted, walk, meter, quantize, ctx, save)
+        measure_sensitivity(table, wanted, walk, meter, method, ctx, save)
         return table
 
     def _require_complete(self, table: Sensitivity, menu: Menu) -> None:
@@ -347,11 +308,11 @@ class MixedPrecision(Stage):
             )
         masked = [linear for linear in offered if linear.name in densities]
         for option in self.options:
-            without = [linear for linear in masked if _loses_mask(option, linear)]
+            without = [linear for linear in masked if loses_mask(option, linear)]
             if without:
                 notes.append(
                     f"{len(without)} pruned layers were not offered {label_of(option)}: its "
-                    "elements cannot be stored one by one behind a mask"
+                    "elements cannot be stored one by one under a mask"
                 )
         if solved.price == 0:
             notes.append("the budget binds nothing: every layer has the option of least loss")
@@ -381,22 +342,3 @@ def _settings_of(record: StageRecord) -> str:
     """Names a stage and all its settings: how much was pruned changes what a bit is worth."""
     content = json.dumps(record.parameters, sort_keys=True)
     return f"{record.method} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
-
-
-def _loses_mask(option: Option, linear: LinearSpec) -> bool:
-    """Whether an option fits a layer, but not behind a mask."""
-    try:
-        option.plan(linear)
-    except RecipeError:
-        return False
-    try:
-        plan_option(option, linear, 1.0)
-    except RecipeError:
-        return True
-    return False
-
-
-def _float_bytes(count: LayerBytes, linear: LinearSpec, density: float | None) -> int:
-    """Bytes of a layer that stays float, behind a mask where it has a density."""
-    layout = None if density is None else SparseLayout(density=density)
-    return count(layout, (linear.out_features, linear.in_features))

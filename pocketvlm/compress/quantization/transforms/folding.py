@@ -41,7 +41,7 @@ class Fold:
 
     Attributes:
         producer: Name of the norm or linear whose outputs become the inputs.
-        channels: Output of the producer behind each column, int64 [columns]: columns that share
+        channels: Output of the producer that each column reads, int64 [columns]: columns that share
             one must share their scale.
     """
 

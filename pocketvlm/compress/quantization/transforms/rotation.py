@@ -31,11 +31,11 @@ class Rotate(Stage):
 
     Attributes:
         seed: Seed of the random signs.
-        residual: Whether the decoder's residual stream is rotated (R1). It needs a head of its
-            own, since the final norm's weight is folded into the head and not into the embedding.
+        residual: Whether the decoder's residual stream is rotated (R1). It needs an untied head,
+            since the final norm's weight is folded into the head and not into the embedding.
         heads: Whether every head is rotated between v and o, in decoder and tower (R2).
         tower: Whether the tower's residual stream is rotated (R3), where that is exact.
-        untie_head: Whether a head that shares the embedding's weight becomes a matrix of its own,
+        untie_head: Whether a head that shares the embedding's weight becomes a separate matrix,
             which costs the bytes of one more table.
     """
 
@@ -56,7 +56,7 @@ class Rotate(Stage):
             raise ValueError("untie_head only serves residual, which is false")
 
     def spec_after(self, spec: ModelSpec) -> ModelSpec:
-        """The specification of the model behind this stage, from that before it.
+        """The specification of the model after this stage, from that before it.
 
         Raises:
             RecipeError: The residual stream cannot be rotated while the head is tied.
@@ -66,7 +66,7 @@ class Rotate(Stage):
         if not self.untie_head:
             count = spec.decoder.vocab_size * spec.decoder.hidden_size
             raise RecipeError(
-                "rotate: residual needs a head of its own, and this model's shares the embedding's "
+                "rotate: residual needs an untied head, and this model's shares the embedding's "
                 f"weight; allowed are untie_head: true, which stores {count:,} weights more, or "
                 "residual: false"
             )
@@ -100,7 +100,7 @@ class Rotate(Stage):
             checkpoint = _untie(checkpoint, spec)
             untied_bytes = checkpoint.form(spec.decoder.head).stored_bytes
             notes.append(
-                f"the head became a matrix of its own: {untied_bytes:,} bytes more in float32, "
+                f"the head became a separate matrix: {untied_bytes:,} bytes more in float32, "
                 "before a quantizer"
             )
         work = Rotator(checkpoint, self.seed)
@@ -140,7 +140,7 @@ def _masked(linear: LinearSpec) -> RecipeError:
 
 
 def _untie(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
-    """Gives the head a weight of its own, equal to the embedding's."""
+    """Gives the head a separate weight, equal to the embedding's."""
     form = checkpoint.form(spec.decoder.embedding)
     text = {**checkpoint.config["text_config"], "tie_word_embeddings": False}
     config = {**checkpoint.config, "tie_word_embeddings": False, "text_config": text}

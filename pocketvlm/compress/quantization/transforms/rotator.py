@@ -5,7 +5,7 @@ inverse may be inserted. Three places allow that:
 
 - R1, the decoder's residual stream: whatever writes to it (embedding table, projector, o,
   down) is rotated, whatever reads it is rotated back. An RMSNorm commutes with a rotation
-  once its weight is folded into the layers behind it.
+  once its weight is folded into the layers after it.
 - R2, inside each head, between v and o.
 - R3, the tower's residual stream. Its LayerNorms subtract the mean, so only rotations that keep
   the mean commute with them.
@@ -35,7 +35,7 @@ from pocketvlm.models.spec import BlockSpec
 
 __all__ = ["Rotator"]
 
-# Folding the bias of a norm behind its weight divides one by the other; beyond this ratio the
+# Folding the bias of a norm after its weight divides one by the other; beyond this ratio the
 # quotient would eat the digits of float32 that the function needs.
 _LARGEST_SHIFT = 1000.0
 
@@ -109,7 +109,7 @@ class Rotator:
         return ""
 
     def rows(self) -> tuple[Mapping[str, Any], ...]:
-        """One row a layer for the record."""
+        """One row per layer for the record."""
         return tuple(
             {
                 "name": linear.name,
@@ -154,7 +154,7 @@ class Rotator:
     def _absorb_post_norm(self, rotation: Tensor) -> None:
         """Moves the last norm's weight into the projector; its bias stays, turned.
 
-        The projector may have no bias of its own that could take it up.
+        The projector may have no bias that could take it up.
         """
         spec, model = self._checkpoint.spec, self._checkpoint.model
         norm = model.get_submodule(spec.tower.post_norm)
@@ -190,5 +190,5 @@ class Rotator:
         return torch.stack([random_rotation(width, generator) for _ in range(heads)])
 
     def _generator(self, label: str) -> torch.Generator:
-        # Each rotation has a stream of its own: leaving one out does not change the others.
+        # Each rotation has its own stream: leaving one out does not change the others.
         return torch.Generator().manual_seed(derive_seed(self._seed, label))

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.layerwise.hessian import weigh_moments
+from pocketvlm.compress.layerwise.hessian import InputHessian
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.regression import (
     aligned_targets,
     fit_kept,
-    half_statistics,
-    refit_half,
     refit_layer,
+    refit_sublayer,
+    sublayer_statistics,
 )
 from pocketvlm.context import RunContext
 from pocketvlm.weights.sparse import SparseWeight
@@ -151,18 +151,18 @@ def test_layers_and_halves_of_a_model_come_nearer_to_the_float_model(tiny_checkp
     spec = tiny_checkpoint.spec
     wanted = {item.name for item in spec.linears() if item.part in ("tower", "decoder")}
     walk = BlockWalk(checkpoint=tiny_checkpoint, samples=samples, held_out=0.25, carry_float=True)
-    layers, halves, gains = 0, 0, []
+    layers, sublayers, gains = 0, 0, []
     for step in walk:
         if isinstance(step, LinearGroup):
             names = [name for name in step.names if name in wanted]
-            evidence = None
+            hessian = None
             if names and step.moments is not None:
                 moments = step.moments(None)
-                evidence = weigh_moments(moments, (), damping=0.0, order="natural")
+                hessian = InputHessian.from_moments(moments)
             for name in names:
                 weight, pruned = tiny_checkpoint.form(name), _prune(tiny_checkpoint, name, 0.5)
-                assert evidence is not None
-                refitted = refit_layer(weight, pruned, evidence)
+                assert hessian is not None
+                refitted = refit_layer(weight, pruned, hessian)
                 assert (refitted.after < refitted.before) == refitted.is_kept
                 assert isinstance(refitted.form, SparseWeight)
                 assert torch.equal(refitted.form.mask, pruned.mask)
@@ -170,19 +170,19 @@ def test_layers_and_halves_of_a_model_come_nearer_to_the_float_model(tiny_checkp
                 tiny_checkpoint.set_form(name, refitted.form)
                 layers += 1
         elif isinstance(step, FinishedSublayer):
-            _check_half(tiny_checkpoint, step)
-            halves += 1
+            _check_sublayer(tiny_checkpoint, step)
+            sublayers += 1
     assert layers == len(wanted)
-    assert halves == 2 * (spec.tower.feature_block + 1 + spec.decoder.depth)
+    assert sublayers == 2 * (spec.tower.feature_block + 1 + spec.decoder.depth)
     assert sum(gain > 0 for gain in gains) > 0.8 * len(gains)
 
 
-def _check_half(checkpoint, step: FinishedSublayer) -> None:
+def _check_sublayer(checkpoint, step: FinishedSublayer) -> None:
     """The statistics' loss is that of the states themselves, before and after."""
-    name = step.half.last
-    _, held_out = half_statistics(step)
+    name = step.sublayer.last
+    _, held_out = sublayer_statistics(step)
     assert held_out is not None
-    refitted = refit_half(step, checkpoint.form(name))
+    refitted = refit_sublayer(step, checkpoint.form(name))
     assert refitted.judged_on == "held-out tokens"
 
     def distance() -> float:
@@ -191,7 +191,7 @@ def _check_half(checkpoint, step: FinishedSublayer) -> None:
         for index, batch in enumerate(step.batches):
             if batch is None or not batch.held_out:
                 continue
-            behind = step.half.run(step.inputs[index], step.arguments_of(index))
+            behind = step.sublayer.run(step.inputs[index], step.arguments_of(index))
             weights = step.weights_of(index)
             share = torch.ones(behind.shape[:-1]) if weights is None else weights
             wanted = step.targets[index] - step.inputs[index] - (0 if bias is None else bias)
@@ -217,12 +217,12 @@ def test_update_of_a_stage_keeps_masks_and_comes_nearer(tiny_path, tmp_path) -> 
     for linear, form in plain.forms().items():
         if isinstance(form, SparseWeight):
             assert torch.equal(form.mask, fitted.form(linear.name).mask)
-    halves = [row for row in fitted.history[-1].layers if "half_update_kept" in row]
-    assert len(halves) == 2 * (plain.spec.tower.feature_block + 1 + plain.spec.decoder.depth)
-    for row in halves:
+    sublayers = [row for row in fitted.history[-1].layers if "half_update_kept" in row]
+    assert len(sublayers) == 2 * (plain.spec.tower.feature_block + 1 + plain.spec.decoder.depth)
+    for row in sublayers:
         better = row["half_loss_after_update"] < row["half_loss_before_update"]
         assert row["half_update_kept"] == better
-    assert sum(row["half_update_kept"] for row in halves) > len(halves) / 2
+    assert sum(row["half_update_kept"] for row in sublayers) > len(sublayers) / 2
     for name in ("q_proj", "fc2.refitted", "down_proj"):
         for file in tmp_path.glob(f"*{name}-*.safetensors"):
             file.unlink()

@@ -16,7 +16,9 @@ from pocketvlm.calibration.walk.moments import SecondMoment
 from pocketvlm.calibration.walk.walk import InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise import hessian as hessian_module
-from pocketvlm.compress.layerwise.hessian import weigh_moments
+from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian
+from pocketvlm.compress.pruning.unstructured.masked_rounding import mask_columns
+from pocketvlm.compress.pruning.unstructured.method import PruningMethod
 from pocketvlm.compress.pruning.unstructured.patterns import (
     Blocked,
     SemiStructured,
@@ -26,17 +28,12 @@ from pocketvlm.compress.pruning.unstructured.patterns import (
 from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
 from pocketvlm.compress.pruning.unstructured.score import PruningTask
-from pocketvlm.compress.pruning.unstructured.sparsegpt import (
-    SparseGpt,
-    mask_columns,
-    prune_with_feedback,
-)
+from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt, prune_with_feedback
 from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq, prune_and_quantize
 from pocketvlm.compress.pruning.unstructured.wanda import score_wanda
-from pocketvlm.compress.quantization.affine.gptq import AffineFitter
+from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest, round_to_nearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
-from pocketvlm.compress.quantization.layer_quantizer import Weighed
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.models.spec import LinearSpec
@@ -69,15 +66,15 @@ def problem(rows, columns, *, seed=0, dead=(), tokens=400):
     return W, InputMoments(calibration=moment, held_out=None)
 
 
-def evidence_of(moments, width, *, order="natural", damping=0.01):
-    return weigh_moments(moments, (width,), damping=damping, order=order)
+def hessian_of(moments, *, order="natural", damping=0.01):
+    return InputHessian.from_moments(moments, ErrorFeedback(damping=damping, order=order))
 
 
 def prune(W, moments, pattern, kept, *, compare="rows", width=None):
     width = width or mask_columns(pattern)
-    evidence = evidence_of(moments, width)
+    hessian = hessian_of(moments)
     return prune_with_feedback(
-        W, evidence, evidence.factors[width], pattern, kept, compare=compare, width=width
+        W, hessian, hessian.factors(width), pattern, kept, compare=compare, width=width
     )
 
 
@@ -168,9 +165,9 @@ def test_one_dropped_weight_is_made_up_for_as_least_squares_would():
 def test_loses_less_output_than_wanda_and_magnitude(name, compare):
     pattern = PATTERNS[name]
     W, moments = problem(32, 128, seed=2)
-    evidence = evidence_of(moments, 32)
+    hessian = hessian_of(moments)
     kept = half(W, pattern)
-    wanda = W * select(score_wanda(W, evidence.importance), pattern, kept)
+    wanda = W * select(score_wanda(W, hessian.importance), pattern, kept)
     magnitude = W * select(W.abs(), pattern, kept)
     _, values = prune(W, moments, pattern, kept, compare=compare)
     loss = output_loss(values, W, moments)
@@ -189,7 +186,7 @@ def test_comparing_the_layer_loses_less_than_comparing_rows():
 
 def published(W, moments, width=128):
     """As the paper has it: the same share of every group of 128 columns, over all rows."""
-    (factor,) = evidence_of(moments, width).factors[width]
+    (factor,) = hessian_of(moments).factors(width)
     U, current = factor.upper, W.clone()
     values = torch.zeros_like(W)
     for start in range(0, W.shape[1], width):
@@ -287,23 +284,18 @@ LINEAR = LinearSpec(
 RULE = WeightRule(bits=3, group_size=16)
 
 
-def weighed_of(moments, *, order="group_aware"):
-    evidence = evidence_of(moments, 16, order=order)
-    return Weighed(evidence=evidence, factors=tuple(evidence.factors[16]), drift_share=0.0)
-
-
 @pytest.mark.parametrize("order", ["natural", "group_aware"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_one_pass_prunes_and_rounds(name, order):
     pattern = PATTERNS[name]
     W, moments = problem(32, 128, seed=9)
     task = PruningTask(linear=LINEAR, pattern=pattern, kept=half(W, pattern))
-    weighed = weighed_of(moments, order=order)
-    form = prune_and_quantize(W, weighed, RULE, task)
+    hessian = hessian_of(moments, order=order)
+    form = prune_and_quantize(W, hessian, RULE, task)
     assert isinstance(form.values, AffineNonzeros)
     assert form.kept == task.kept
     assert bool((form.dequantize()[~form.keeps()] == 0).all())
-    scores = score_wanda(W, weighed.evidence.importance)
+    scores = score_wanda(W, hessian.importance)
     wanda = SparseWeight.from_form(DenseWeight(values=W), select(scores, pattern, task.kept))
     rounded, _ = round_to_nearest(wanda, scheme=RULE.scheme, group_size=16)
     loss = output_loss(form.dequantize(), W, moments)
@@ -312,10 +304,10 @@ def test_one_pass_prunes_and_rounds(name, order):
 
 def test_one_pass_that_drops_nothing_is_gptq():
     W, moments = problem(32, 128, seed=10)
-    weighed = weighed_of(moments)
+    hessian = hessian_of(moments, order="group_aware")
     task = PruningTask(linear=LINEAR, pattern=Unstructured(), kept=W.numel())
-    form = prune_and_quantize(W, weighed, RULE, task)
-    expected = AffineFitter().fit(RULE, DenseWeight(values=W), weighed)
+    form = prune_and_quantize(W, hessian, RULE, task)
+    expected = AffineQuantizer().fit(RULE, LINEAR, DenseWeight(values=W), hessian)
     assert torch.equal(form.dequantize(), expected.dequantize())
 
 
@@ -323,13 +315,13 @@ def test_one_pass_that_drops_nothing_is_gptq():
 def test_one_pass_loses_less_than_two(name):
     pattern = PATTERNS[name]
     W, moments = problem(32, 128, seed=11)
-    weighed = weighed_of(moments, order="natural")
+    hessian = hessian_of(moments)
     kept = W.numel() // 2
     task = PruningTask(linear=LINEAR, pattern=pattern, kept=kept)
-    together = prune_and_quantize(W, weighed, RULE, task)
+    together = prune_and_quantize(W, hessian, RULE, task)
     mask, values = prune(W, moments, pattern, kept, width=mask_columns(pattern, 16))
     pruned = SparseWeight.from_form(DenseWeight(values=values), mask)
-    apart = AffineFitter().fit(RULE, pruned, weighed)
+    apart = AffineQuantizer().fit(RULE, LINEAR, pruned, hessian)
     losses = [output_loss(form.dequantize(), W, moments) for form in (together, apart)]
     assert losses[0] < 0.98 * losses[1]
 
@@ -339,10 +331,10 @@ def test_a_mask_is_chosen_within_groups_of_the_factor_as_without_them(order):
     """Columns choose when they are reached, whichever groups a grid has beside."""
     W, moments = problem(8, 64, seed=13)
     kept = W.numel() // 2
-    evidence = evidence_of(moments, 64 if order == "natural" else 8, order=order)
+    hessian = hessian_of(moments, order=order)
     wide = {"natural": 64, "group_aware": 8}[order]
     found = prune_with_feedback(
-        W, evidence, evidence.factors[wide], PATTERNS["4:8"], kept, compare="rows", width=8
+        W, hessian, hessian.factors(wide), PATTERNS["4:8"], kept, compare="rows", width=8
     )
     if order == "natural":
         expected = prune(W, moments, PATTERNS["4:8"], kept)
@@ -384,17 +376,17 @@ def test_the_stage_prunes_the_model(tiny_paths, samples, tmp_path, stage):
         assert torch.equal(back.form(linear.name).dequantize(), form.dequantize())
 
 
-def test_a_hessian_without_a_factor_is_told(tiny_paths, samples):
-    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+def test_a_hessian_without_a_factor_is_told(monkeypatch):
     W, moments = problem(32, 128, seed=12)
-    pruner = SparseGpt().begin(checkpoint, (), samples, 0.0, RunContext())
-    evidence = pruner.weigh(moments, Unstructured())
+    score = SparseGpt()
+    method = PruningMethod(feedback=score.feedback, pruner=score, refits=False)
+    hessian = InputHessian.from_moments(moments, method.feedback)
+    monkeypatch.setattr(hessian_module, "factorize", lambda *_, **__: None)
     task = PruningTask(linear=LINEAR, pattern=Unstructured(), kept=W.numel() // 2)
-    broken = replace(evidence, factors={32: [None]})
-    pruned = pruner.prune(task, DenseWeight(values=W.float()), broken)
-    assert "Cholesky" in pruned.figures["reason"]
-    scores = score_wanda(W.float(), evidence.importance)
-    assert torch.equal(pruned.mask, select(scores, Unstructured(), task.kept))
+    done = method.compress(task, DenseWeight(values=W.float()), hessian)
+    assert "Cholesky" in done.row["reason"]
+    scores = score_wanda(W.float(), hessian.importance)
+    assert torch.equal(done.form.keeps(), select(scores, Unstructured(), task.kept))
 
 
 JOINT = SparseGptGptq(
@@ -472,7 +464,7 @@ def test_values_out_of_range_are_refused(options, match):
 
 
 def test_a_group_that_cuts_the_pattern_is_refused():
-    with pytest.raises(ValueError, match="group_size 12 is no multiple of the 8 columns of 4:8"):
+    with pytest.raises(ValueError, match="group_size 12 is not a multiple of the 8 columns of 4:8"):
         SparseGptGptq(
             rules=(WeightRule(bits=4, group_size=12),), pattern=SemiStructured(keep=4, of=8)
         )

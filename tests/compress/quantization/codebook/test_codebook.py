@@ -14,10 +14,10 @@ from pocketvlm.calibration.walk.moments import SecondMoment
 from pocketvlm.calibration.walk.walk import InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import factorize, quantize_with_feedback
-from pocketvlm.compress.layerwise.hessian import weigh_moments
-from pocketvlm.compress.quantization.affine.gptq import fit_affine
+from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian
+from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer
 from pocketvlm.compress.quantization.affine.rules import WeightRule
-from pocketvlm.compress.quantization.codebook import fit, rounding
+from pocketvlm.compress.quantization.codebook import normalization, rounding
 from pocketvlm.compress.quantization.codebook.fit import fit_codebooks, round_to_codebooks
 from pocketvlm.compress.quantization.codebook.kmeans import nearest_centroids
 from pocketvlm.compress.quantization.codebook.refinement import (
@@ -33,7 +33,6 @@ from pocketvlm.compress.quantization.codebook.rounding import (
 )
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
 from pocketvlm.compress.quantization.codebook.stage import Codebook
-from pocketvlm.compress.quantization.layer_quantizer import Weighed
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
@@ -62,17 +61,13 @@ def problem(rows=64, columns=96, tokens=400, seed=0):
     return weights, inputs
 
 
-def weigh(inputs, width=None, order="group_aware"):
+def weigh(inputs, order="group_aware"):
     moment = SecondMoment(inputs.shape[1], block=None)
     moment.add(inputs[None])
-    evidence = weigh_moments(
+    return InputHessian.from_moments(
         InputMoments(calibration=moment, held_out=None),
-        [width or inputs.shape[1]],
-        damping=0.01,
-        order=order,
+        ErrorFeedback(damping=0.01, order=order),
     )
-    factors = tuple(evidence.factors[width or inputs.shape[1]])
-    return Weighed(evidence=evidence, factors=factors, drift_share=0.0)
 
 
 def output_error(form, weights, inputs):
@@ -236,9 +231,9 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_feedback_beats_nearest_vectors_with_every_option(name):
     weights, inputs = problem()
-    weighed, rule = weigh(inputs), RULES[name]
+    hessian, rule = weigh(inputs), RULES[name]
     form, alone = (
-        fit_codebooks(rule, weights.double(), weighed, error_feedback=feedback)
+        fit_codebooks(rule, weights.double(), hessian, error_feedback=feedback)
         for feedback in (True, False)
     )
     plain = round_to_codebooks(rule, weights)
@@ -249,11 +244,14 @@ def test_feedback_beats_nearest_vectors_with_every_option(name):
 @pytest.mark.parametrize("name", ["vectors", "lut"])
 def test_codebooks_beat_a_scalar_grid_of_as_many_bits(name):
     weights, inputs = problem(rows=256)
-    weighed = weigh(inputs)
+    hessian = weigh(inputs)
     rule = CodebookRule(index_bits=8) if name == "vectors" else RULES["lut"]
-    form = fit_codebooks(rule, weights.double(), weighed)
-    affine = fit_affine(
-        WeightRule(bits=2, group_size=96), DenseWeight(values=weights), weighed, grid="mse"
+    form = fit_codebooks(rule, weights.double(), hessian)
+    affine = AffineQuantizer(grid="mse").fit(
+        WeightRule(bits=2, group_size=96),
+        linear(*weights.shape),
+        DenseWeight(values=weights),
+        hessian,
     )
     assert output_error(form, weights, inputs) < 0.8 * output_error(affine, weights, inputs)
 
@@ -263,7 +261,7 @@ def test_rows_of_a_table_count_alike():
     weights, inputs = problem()
     weights[::4] *= 30
     small = weights[1]
-    options = {"rule": RULES["vectors"], "weighed": weigh(inputs)}
+    options = {"rule": RULES["vectors"], "hessian": weigh(inputs)}
     errors = [
         float((fit_codebooks(targets=weights.double(), rows_alike=alike, **options)
                .dequantize()[1] - small).norm() / small.norm())
@@ -284,11 +282,11 @@ def test_rows_of_a_table_count_alike():
 def test_pieces_of_rows_do_not_show(rule, monkeypatch):
     """Wide tables are gone through in pieces; tables that tie rows together stay whole."""
     weights, inputs = problem(rows=128)
-    weighed = weigh(inputs)
-    whole = fit_codebooks(rule, weights.double(), weighed)
+    hessian = weigh(inputs)
+    whole = fit_codebooks(rule, weights.double(), hessian)
     monkeypatch.setattr(rounding, "_PIECE_ELEMENTS", 96 * 10)
-    monkeypatch.setattr(fit, "_CHUNK_ELEMENTS", 96 * 10)
-    pieces = fit_codebooks(rule, weights.double(), weighed)
+    monkeypatch.setattr(normalization, "_CHUNK_ELEMENTS", 96 * 10)
+    pieces = fit_codebooks(rule, weights.double(), hessian)
     # Sums of pieces differ in their last bits, and seldom a near tie with them.
     same = (whole.main.indices() == pieces.main.indices()).double().mean()
     assert same > 0.98

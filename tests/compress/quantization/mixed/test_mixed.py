@@ -216,7 +216,7 @@ def test_a_given_table_is_not_measured_again(smol_path, tiny_paths, samples, tmp
     with pytest.raises(RecipeError, match="lacks .* of the layers' options"):
         more.apply(Checkpoint.load(smol_path), samples, RunContext())
     path.write_text('{"schema": 1}')
-    with pytest.raises(RecipeError, match="no table of measured sensitivity"):
+    with pytest.raises(RecipeError, match="not a table of measured sensitivity"):
         tighter.apply(Checkpoint.load(smol_path), samples, RunContext())
 
 
