@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.checkpoint.records import timeless
 from pocketvlm.context import RunContext
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.stages import STAGES
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.stages import FLOAT_CACHE_BITS, PlanState, Stage
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import total_stored_bytes
@@ -27,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prune_depth": {"decoder_blocks": 1},
     "prune_width": {"ffn_ratio": 0.5},
     "prune": {"score": {"kind": "wanda"}},
-    "limit_tiles": {"max_tiles": 2},
+    "limit_tiles": {"max_tiles": 5},
     "reduce_tokens": {"keep": 0.5},
     "skip_visual": {"first_layers": 1},
     "distill": {"steps": 2, "batch_size": 2, "check_every": 1},
@@ -84,14 +85,32 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that cuts pictures into tiles."""
+    folder = tmp_path_factory.mktemp("tiles") / "smolvlm-tiles"
+    write_tiny_model(folder.name, folder)
+    return folder
+
+
+def samples_of_many_shapes() -> CalibrationSet:
+    """Four questions, about pictures of ten, seven, four and ten tiles."""
+    found = CalibrationSet.from_reference(0, 4)
+    sizes = ((96, 96), (150, 60), (192, 40), (96, 96))
+    pictures = [sample.open_image().resize(size) for sample, size in zip(found, sizes, strict=True)]
+    samples = [
+        Sample(image=picture, question=sample.question, answer=sample.answer, where=sample.where)
+        for sample, picture in zip(found, pictures, strict=True)
+    ]
+    return replace(found, samples=tuple(samples))
+
+
 @pytest.fixture(scope="module", params=[kind.method for kind in STAGES])
 def applied(
-    request: pytest.FixtureRequest,
-    tiny_paths: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Applied:
     stage = read("stages", request.param, OPTIONS[request.param])
-    path, samples = tiny_paths["smolvlm"], CalibrationSet.from_reference(0, 4)
+    samples = samples_of_many_shapes()
     ctx = RunContext(source_dir=path, threads=1)
     folder = tmp_path_factory.mktemp(request.param)
     source = Checkpoint.load(path)
@@ -151,9 +170,9 @@ def test_the_plan_says_what_apply_does(applied):
     )
 
 
-def test_a_plan_leaves_the_state_before_it(tiny_paths, applied):
+def test_a_plan_leaves_the_state_before_it(path, applied):
     spec = applied.source_fields["spec"]
-    assert PlanState.of(spec) == PlanState.of(Checkpoint.load(tiny_paths["smolvlm"]).spec)
+    assert PlanState.of(spec) == PlanState.of(Checkpoint.load(path).spec)
     assert applied.stage.plan(PlanState.of(spec)) == applied.planned
 
 
