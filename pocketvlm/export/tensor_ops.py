@@ -16,7 +16,7 @@ __all__ = ["TensorOps", "split_heads"]
 
 
 class TensorOps(ABC):
-    """Everything that is no matrix product, no norm and no attention.
+    """Everything other than matrix products, norms and attention.
 
     Args:
         spec: What the model is.

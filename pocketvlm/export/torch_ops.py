@@ -92,7 +92,7 @@ class TorchOps(TensorOps):
 
 
 class DecoderCache:
-    """The cache of one call of the decoder: slots behind the past are filled, none is moved.
+    """The cache of one call of the decoder: slots after the past are filled, none is moved.
 
     Args:
         spec: The model.
@@ -121,7 +121,7 @@ class DecoderCache:
         return heads * self._cosine + torch.cat([-right, left], dim=-1) * self._sine
 
     def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new keys and values into the slots behind the past; returns all slots."""
+        """Writes new keys and values into the slots after the past; returns all slots."""
         for index, new in ((2 * block, key), (2 * block + 1, value)):
             self.tensors[index] = self.tensors[index].index_copy(2, self._slots, new)
         return self.tensors[2 * block], self.tensors[2 * block + 1]

@@ -1,4 +1,4 @@
-"""TorchRunner: a checkpoint behind the interface of an inference engine.
+"""TorchRunner: a checkpoint with the interface of an inference engine.
 
 What the certificate compares every artifact with, and a way to hold a conversation with a
 checkpoint that was never exported.
@@ -56,7 +56,7 @@ class TorchRunner(Runner):
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Runs L rows behind those in the cache and returns the last one's logits."""
+        """Runs L rows after those in the cache and returns the last one's logits."""
         rows = embeds.shape[1]
         self._require_room(rows)
         flags = np.zeros(rows, np.bool_) if is_visual is None else is_visual

@@ -31,7 +31,7 @@ def compile_pattern(text: str) -> regex.Pattern[str]:
     try:
         return regex.compile(text)
     except (regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise ValueError(f"is no regular expression: {error}") from error
+        raise ValueError(f"is not a regular expression: {error}") from error
 
 
 def pattern_matches(pattern: str, name: str, *, whole: bool = True) -> bool:

@@ -112,7 +112,7 @@ def simulate_activations(
     parts = {"decoder": decoder, "head": decoder, "tower": tower, "projector": tower}
     names = {linear.name for linear in spec.linears() if parts.get(linear.part)}
     if decoder:
-        names.add(spec.decoder.head)  # a tied head is no linear of its own
+        names.add(spec.decoder.head)  # a tied head is not a separate linear
     with ExitStack() as stack:
         for name in sorted(names):
             layer = cast("FormLinear", checkpoint.layer(name))

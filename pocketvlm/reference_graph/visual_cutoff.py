@@ -1,6 +1,6 @@
 """The decoder when visual tokens run through its first layers only.
 
-Behind the attention of layer `visual_layers - 1` the visual rows end: no later layer computes them,
+Visual rows end after the attention of layer `visual_layers - 1`: no later layer computes them,
 and none keeps keys or values of them. What remains equals, for every row of text, a decoder that
 hides visual keys from layer `visual_layers` on and never reads what visual rows would become there.
 Rows keep the rotary positions that they had.
@@ -22,8 +22,8 @@ __all__ = ["run_decoder", "take_columns", "text_columns"]
 def text_columns(is_visual: Tensor) -> Tensor:
     """The columns of text, int64 [batch, most], ascending.
 
-    Rows with less text than the others are filled up with visual columns, behind their text: no
-    row of text sees them there.
+    Rows with less text than the others are filled up with visual columns, after their text: no row
+    of text sees them there.
     """
     most = int((~is_visual).sum(dim=1).max())
     return is_visual.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
@@ -44,7 +44,7 @@ def run_decoder(
     visual_layers: int,
     cache: Any = None,
 ) -> Tensor:
-    """Hidden states behind the decoder's last norm, [batch, length, width]; zero at visual columns.
+    """Hidden states after the decoder's last norm, [batch, length, width]; zero at visual columns.
 
     Args:
         model: The stock model.

@@ -17,7 +17,7 @@ def quiet_terminal() -> Iterator[Heard]:
     """Silences descriptors 1 and 2 inside the block.
 
     Yields:
-        A block of its own in which the terminal is heard again, for a callback that writes to it.
+        A context manager that restores the terminal, for a callback that writes to it.
     """
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     nowhere = os.open(os.devnull, os.O_WRONLY)

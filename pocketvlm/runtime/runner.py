@@ -68,7 +68,7 @@ class Runner(ABC):
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Runs L rows behind those in the cache, which then holds them too.
+        """Runs L rows after those in the cache, which then holds them too.
 
         Args:
             embeds: float32 [1, L, width].

@@ -2,8 +2,8 @@
 
 The numpy twin of `forward.embed_prompts`. A prompt's run of N placeholders becomes the k rows that
 the vision graph returned. Under `original` positions these keep the places they had among the N,
-so the text behind the picture starts where it would have started without reduction; under
-`consecutive` everything is counted anew.
+so the text after the picture starts where it would have started without reduction; under
+`consecutive` everything is renumbered.
 
 Rows are described before they are embedded, so that a second turn can see which of them the KV
 cache holds already.
@@ -69,7 +69,7 @@ class PromptLayout:
         return rows if equal.all() else int(equal.argmin())
 
     def extended(self, token_ids: Sequence[int]) -> PromptLayout:
-        """The layout with generated tokens behind it."""
+        """The layout with generated tokens after it."""
         count = len(token_ids)
         return PromptLayout(
             codes=np.append(self.codes, np.asarray(token_ids, np.int64)),
@@ -79,7 +79,7 @@ class PromptLayout:
         )
 
     def first(self, rows: int) -> PromptLayout:
-        """The first rows alone; generation cannot go on from there unless these are all."""
+        """The first rows alone; generation cannot continue from there unless these are all."""
         return PromptLayout(
             codes=self.codes[:rows],
             slots=self.slots[:rows],

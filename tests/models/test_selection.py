@@ -56,7 +56,7 @@ def test_a_rule_that_matches_nothing_is_an_error(rule):
     ("rule", "message"),
     [
         (Named(label="x", part="eyes"), "part 'eyes' is unknown"),
-        (Named(label="x", match="("), "no regular expression"),
+        (Named(label="x", match="("), "not a regular expression"),
     ],
 )
 def test_rules_that_can_never_work_are_refused_without_a_model(rule, message):

@@ -2,7 +2,7 @@
 
 The file is a header of 64 bytes and, for each array, a record of 64 bytes that says where its
 bytes are. Everything is little-endian and starts at multiples of 64. A program refers to an array
-by the place of its record.
+by the offset of its record.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VERSION = 2
 
 
 class WeightFile:
-    """A weight file, mapped into memory: an array costs memory when it is read."""
+    """A weight file, mapped into memory: an array takes memory once it is read."""
 
     def __init__(self, path: Path) -> None:
         """Maps the file and reads its header.
@@ -52,15 +52,15 @@ class WeightFile:
         Args:
             offset: Where its record begins.
             element: What the program declares it to be.
-            count: How many of them.
+            count: The number of elements.
 
         Raises:
-            BundleError: There is no such record, or it is of another type or size.
+            BundleError: There is no such record, or it has another type or size.
         """
         where = f"{self.path}: the array at {offset}"
         record = self._bytes[offset : offset + _RECORD.size].tobytes()
         if len(record) < _RECORD.size:
-            raise BundleError(f"{where} begins behind the end of the file")
+            raise BundleError(f"{where} begins after the end of the file")
         sentinel, code, size, start, padding_bits = _RECORD.unpack(record)
         if sentinel != _SENTINEL:
             raise BundleError(f"{where} has no record there")
@@ -74,5 +74,5 @@ class WeightFile:
             )
         data = self._bytes[start : start + size]
         if len(data) < size:
-            raise BundleError(f"{where} ends behind the end of the file")
+            raise BundleError(f"{where} ends after the end of the file")
         return element.decode(data.data, count)

@@ -55,8 +55,8 @@ def sparse_to_dense(nonzero_data: Array, mask: Array, shape: Array | None = None
 
     Args:
         nonzero_data: The values.
-        mask: A 0 or 1 an element; with `shape`, packed bits.
-        shape: Of the result, in the form of iOS 16.
+        mask: A 0 or 1 per element; with `shape`, packed bits.
+        shape: Shape of the result, in the form of iOS 16.
     """
     bits = mask
     if shape is not None:
@@ -108,7 +108,7 @@ def cast(source_val: Array, output_dtype: Array) -> Array:
 def _lut_to_dense(
     indices: Array, lut: Array, vector_axis: Array | None = None, shape: Array | None = None
 ) -> Array:
-    """Either form: only that of iOS 16 says the shape of the result."""
+    """Either form; only that of iOS 16 states the shape of the result."""
     if shape is not None:
         return packed_lut_to_dense(indices, lut, shape)
     return lut_to_dense(indices, lut, vector_axis)

@@ -17,7 +17,7 @@ from pocketvlm.emulation.mil.types import Array
 __all__ = ["ELEMENTWISE", "erf"]
 
 _ERF_STEPS, _ERF_END = 128, 6
-"""Knots a unit, and where erf is 1 to the last bit of float32."""
+"""Knots per unit, and where erf is 1 to the last bit of float32."""
 
 
 def erf(x: Array) -> Array:
@@ -28,7 +28,7 @@ def erf(x: Array) -> Array:
     t = size - knot
     left, right = values[knot], values[knot + 1]
     rise, fall = slopes[knot] / _ERF_STEPS, slopes[knot + 1] / _ERF_STEPS
-    # Hermite's form: the line between the knots, and what the slopes bend it by.
+    # Hermite's form: the line between the knots, bent by the slopes.
     bend = (1 - t) * (rise - (right - left)) - t * (fall - (right - left))
     return np.copysign(left + t * (right - left) + t * (1 - t) * bend, x).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Operators that take, put and sort elements by their values: gathers, scatters, top-k.
+"""Operators that index and sort: gathers, scatters, top-k.
 
 Parameters are named and defaulted as in the operators' specification.
 """
@@ -46,7 +46,7 @@ def gather_nd(
     batch_dims: Array | int = 0,
     validate_indices: Array | bool = False,
 ) -> Array:
-    """Slices of x by their place along the first axes behind the batch."""
+    """Slices of x by their place along the first axes after the batch."""
     batch = int(batch_dims)
     own = [
         np.arange(size).reshape([-1 if axis == place else 1 for axis in range(indices.ndim - 1)])
@@ -130,7 +130,7 @@ def topk(
     return_indices: Array | bool = True,
     output_indices_dtype: Array | None = None,
 ) -> tuple[Array, ...]:
-    """The k largest or smallest along an axis and their places; the first of equals wins."""
+    """The k largest or smallest along an axis and their places; of equal ones, the first."""
     place, count = int(axis), int(k)
     order = argsort(x, place, ascending)
     if count != -1:
@@ -142,11 +142,11 @@ def topk(
 
 
 def argsort(x: Array, axis: Array | int = -1, ascending: Array | bool = False) -> Array:
-    """Places in sorted order; equals stay in theirs."""
+    """Indices in sorted order; the sort is stable."""
     place = int(axis)
     if ascending:
         return np.argsort(x, place, kind="stable")
-    # Reversed before and behind the sort, so that equals keep their order.
+    # Reversed before and after the sort, so that equal elements keep their order.
     backwards = np.flip(np.argsort(np.flip(x, place), place, kind="stable"), place)
     return x.shape[place] - 1 - backwards
 

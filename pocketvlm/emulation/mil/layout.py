@@ -1,4 +1,4 @@
-"""Operators that move elements to places known beforehand: shapes, slices, joins, fills.
+"""Operators that move elements independently of their values: shapes, slices, joins, fills.
 
 Parameters are named and defaulted as in the operators' specification.
 """
@@ -36,7 +36,7 @@ def squeeze(x: Array, axes: Array | None = None) -> Array:
 
 
 def concat(values: Sequence[Array], axis: Array, interleave: Array | bool = False) -> Array:
-    """Joined along an axis, one behind the other or by turns."""
+    """Joined along an axis, one after the other or interleaved."""
     place = int(axis)
     if not interleave:
         return np.concatenate(values, place)
@@ -134,7 +134,7 @@ def slice_update_in_place(
     end_mask: Array | None = None,
     squeeze_mask: Array | None = None,
 ) -> Array:
-    """The very array x with a slice overwritten: for values that nobody looks at any more."""
+    """The array x itself with a slice overwritten: for values that are no longer read."""
     place = _slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     target = x[place]
     if target.shape != update.shape:
@@ -209,7 +209,7 @@ def reverse(x: Array, axes: Array | None = None) -> Array:
 
 
 def band_part(x: Array, lower: Array | int = -1, upper: Array | int = -1) -> Array:
-    """What lies within so many diagonals of the main one; zero elsewhere."""
+    """The elements within that many diagonals of the main one; zero elsewhere."""
     rows, columns = np.arange(x.shape[-2])[:, None], np.arange(x.shape[-1])
     below, above = int(lower), int(upper)
     keep = np.ones(x.shape[-2:], bool)

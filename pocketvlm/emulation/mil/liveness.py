@@ -1,7 +1,7 @@
-"""Which updates of a program may be made in place: a cache of a long context is not copied a layer.
+"""Which updates of a program may be made in place, so that no layer copies a long cache.
 
-A `slice_update` defines a new value. Where nobody looks at the old one any more, its memory can be
-used again. What may share memory is over-approximated: views by operator, states by name.
+A `slice_update` defines a new value. If the old one is no longer read, its memory can be reused.
+What may share memory is over-approximated: views by operator, states by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _VIEWS = {
     "squeeze",
     "transpose",
 }
-"""Operators whose results may be the memory of `x`, seen otherwise."""
+"""Operators whose results may be views of `x`."""
 
 _UNKNOWN = {"einsum"}
 """Operators whose results may share memory with an argument, or not."""
@@ -82,7 +82,7 @@ def find_in_place_updates(
 
 
 def _is_written_next(operations: Sequence[Operation], number: int, state: str) -> bool:
-    """Whether nobody reads a state behind an operation before it is written."""
+    """Whether nothing reads a state after an operation before it is written."""
     for operation in operations[number + 1 :]:
         if operation.kind in ("read_state", "write_state") and _name(operation, "input") == state:
             return operation.kind == "write_state"

@@ -1,6 +1,6 @@
 """Operators that sum: products, convolutions, attention, norms and reductions.
 
-Everything is accumulated in float32 and rounded once, behind the operator. Parameters are named
+Everything is accumulated in float32 and rounded once, after the operator. Parameters are named
 and defaulted as in the operators' specification.
 """
 
@@ -159,7 +159,7 @@ def softmax(x: Array, axis: Array | int = -1) -> Array:
 def scaled_dot_product_attention(
     query: Array, key: Array, value: Array, attn_mask: Array | None = None
 ) -> Array:
-    """softmax(q k^T / sqrt(width) + mask) v; a mask of booleans says who is seen."""
+    """softmax(q k^T / sqrt(width) + mask) v; a boolean mask says what is seen."""
     scores = query @ key.swapaxes(-2, -1) / np.float32(np.sqrt(query.shape[-1]))
     if attn_mask is not None:
         if attn_mask.dtype == np.bool_:

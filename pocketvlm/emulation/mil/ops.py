@@ -16,7 +16,7 @@ Operator = Callable[..., Array | tuple[Array, ...]]
 """Arguments by the parameter names of the operator's specification."""
 
 OPERATORS: Mapping[str, Operator] = {**ELEMENTWISE, **INDEXING, **LAYOUT, **NEURAL}
-"""Everything but constants and states, which `program` knows itself."""
+"""Everything except constants and states, which `program` handles itself."""
 
 _COMPUTING = {
     "cumsum",

@@ -33,14 +33,14 @@ _CONTENTS = ("itemInfoEntries", "rootModelIdentifier")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Literal:
-    """A value that the program holds.
+    """A constant in a program.
 
     Attributes:
         type: Its type.
         key: The same for literals of the same value; every function of a package shares its
             weights by it.
-        immediate: The value, where the specification has it.
-        blob: Weight file and place, where it is there.
+        immediate: The value, if the specification holds it.
+        blob: Weight file and offset, if a weight file holds it.
     """
 
     type: TensorType
@@ -49,7 +49,7 @@ class Literal:
     blob: tuple[WeightFile, int] | None = None
 
     def load(self) -> Array:
-        """The value, as programs hold it."""
+        """Reads the value."""
         if self.immediate is not None:
             return self.immediate
         if self.blob is None:
@@ -133,7 +133,7 @@ class MilPackage:
         """Reads a package; weights are read when they are asked for.
 
         Raises:
-            BundleError: It is damaged, or holds no ML program.
+            BundleError: It is damaged, or does not hold an ML program.
         """
         model_file, data = _find_model(path)
         try:
@@ -192,7 +192,7 @@ class _Contents:
 
 
 def _require_inside(folder: Path, name: str) -> None:
-    """An entry may be a file or a folder; either lies inside."""
+    """An entry may be a file or a folder; either must be inside."""
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of the package")
 
@@ -269,7 +269,7 @@ class _Reader:
 def _tensor_type(message: Message) -> TensorType:
     """A tensor's type; a scalar is a tensor without dimensions."""
     if not message.has(1):
-        raise ValueError("a value is no tensor")
+        raise ValueError("a value is not a tensor")
     tensor = message.message(1)
     code = tensor.integer(1)
     if code not in _ELEMENT_BY_CODE:
@@ -300,7 +300,7 @@ def _immediate(tensor: Message, kind: TensorType) -> Array:
 
 
 def _immediate_bytes(data: bytes, element: Element, count: int) -> Array:
-    """Packed types are written with one element a byte or packed, by the version of the writer."""
+    """Packed types are written packed or with one element per byte, depending on the writer."""
     if element.is_packed and len(data) == count:
         return np.frombuffer(data, element.stored)
     return element.decode(data, count)

@@ -1,9 +1,9 @@
 """A reference evaluator of MIL programs: what a package on disk computes, in numpy.
 
 It is not Core ML. It reads the package that Core ML would load, decodes every compressed weight
-exactly, and computes each operator as its specification says, in float32, rounded to float16
-behind every operator whose result the program declares to be float16. A device may fuse operators
-and accumulate otherwise, so its results differ by such roundings, and by nothing else.
+exactly, and computes each operator as its specification says, in float32, rounded to float16 after
+every operator whose result the program declares to be float16. A device may fuse operators and
+accumulate differently, so its results differ by such roundings, and by nothing else.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ States = dict[str, Array]
 
 
 class MilProgram:
-    """A package, ready to run.
+    """A package that is ready to run.
 
     Attributes:
-        package: What it was read from.
+        package: The package.
     """
 
     def __init__(self, package: MilPackage) -> None:
         """Decodes every weight once, whichever functions share it.
 
         Raises:
-            BundleError: A function has an operator, or a parameter of one, that is not known.
+            BundleError: A function has an unknown operator, or an operator an unknown parameter.
         """
         self.package = package
         weights: _Weights = {}

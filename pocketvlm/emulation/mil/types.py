@@ -1,6 +1,6 @@
 """Types of a MIL program's values, and how this evaluator holds them.
 
-Half-precision values are computed in float32 and rounded to float16 behind every operator that
+Half-precision values are computed in float32 and rounded to float16 after every operator that
 declares a float16 result: the arithmetic of a device that accumulates wider than it stores.
 """
 
@@ -30,7 +30,7 @@ class Element:
         name: As the format's schema names it, such as `FLOAT16`.
         code: Its number in the schema.
         bits: Width in a weight file.
-        stored: What a whole number of bytes of it is read as; for packed types, one code a byte.
+        stored: What a whole number of bytes of it is read as; for packed types, one code per byte.
         held: What arrays of it hold while a program runs.
         blob_code: Its number in a weight file's records; `None` where none can hold it.
     """

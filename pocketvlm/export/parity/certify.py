@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["ParityReport", "certify"]
 
 TIE_ERRORS = 6.0
-"""Two choices are a near-tie where the reference separates them by at most so many RMS logit
+"""Two choices are a near-tie where the reference separates them by at most this many RMS logit
 errors: the errors of two logits differ by more in fewer than one case of ten thousand."""
 
 

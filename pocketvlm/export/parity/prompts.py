@@ -32,7 +32,7 @@ class Questions:
     Attributes:
         pictures: float32 [1, C, S, S] each, tile by tile; the last is blank.
         prompts: The questions.
-        follow_ups: The same, answered, with another question behind each.
+        follow_ups: The same, answered, with another question after each.
     """
 
     pictures: tuple[Floats, ...]
@@ -56,7 +56,7 @@ class Questions:
 
 
 def second_turn(sample: Sample) -> list[Message]:
-    """A sample's conversation with its answer, and one more question behind it."""
+    """A sample's conversation with its answer, and one more question after it."""
     return [*sample.answered_messages(), user_turn(_SECOND_QUESTION).to_message()]
 
 

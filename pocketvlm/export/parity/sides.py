@@ -109,13 +109,13 @@ class CheckpointSide:
         )
 
     def answers(self, prompts: Sequence[Rows]) -> list[Floats]:
-        """Logits [vocabulary] behind each prompt."""
+        """Logits [vocabulary] after each prompt."""
         return [logits[0] for logits in self.along(prompts, [()] * len(prompts))]
 
     def along(
         self, prompts: Sequence[Rows], continuations: Sequence[Sequence[int]]
     ) -> list[Floats]:
-        """Logits behind each prompt and behind every token of its given continuation.
+        """Logits after each prompt and after every token of its given continuation.
 
         Returns:
             One array [1 + tokens, vocabulary] a prompt.
@@ -178,7 +178,7 @@ class ArtifactSide:
         return prompt_rows(layout, pictures, self.runner)
 
     def answer(self, rows: Rows) -> Floats:
-        """Logits [vocabulary] behind rows that stand alone."""
+        """Logits [vocabulary] after rows without any before them."""
         self.runner.reset()
         return self.runner.decode(rows.embeds, rows.positions, rows.is_visual).copy()
 
@@ -189,7 +189,7 @@ class ArtifactSide:
         return tuple(generate(self.runner, rows, stop))
 
     def answer_in_turns(self, rows: Rows, first: int) -> Floats:
-        """Logits behind rows that arrive as a conversation does.
+        """Logits after rows that arrive as in a conversation.
 
         The first turn's prompt is one run, its answer comes token by token, and the second turn
         is one run on the cache that these left. Two rows of answer are enough to take that path.
@@ -241,8 +241,7 @@ def compare_features(found: Features, expected: Features) -> VisionAgreement:
 class GreedyTrace:
     """A greedy answer of the artifact beside the checkpoint's, up to where they part.
 
-    Behind the first token that differs the two have different questions to answer, so nothing
-    more is compared.
+    After the first token that differs the two have different prefixes, so nothing more is compared.
 
     Attributes:
         found: The artifact's tokens.
@@ -257,7 +256,7 @@ class GreedyTrace:
 
     @property
     def compared(self) -> int:
-        """Tokens chosen behind the same tokens."""
+        """Tokens chosen after the same tokens."""
         return len(self.expected)
 
     @property
@@ -267,11 +266,11 @@ class GreedyTrace:
 
 
 def compare_greedy(found: tuple[int, ...], logits: Floats) -> GreedyTrace:
-    """Compares a greedy answer with the checkpoint's choices behind the same tokens.
+    """Compares a greedy answer with the checkpoint's choices after the same tokens.
 
     Args:
         found: The artifact's tokens.
-        logits: The checkpoint's, [tokens, vocabulary]: row i behind the first i tokens.
+        logits: The checkpoint's, [tokens, vocabulary]: row i after the first i tokens.
     """
     choices = [int(choice) for choice in logits.argmax(axis=1)]
     for step, (ours, theirs) in enumerate(zip(choices, found, strict=True)):

@@ -1,1 +1,1 @@
-"""Answers from Core ML packages: by `mil`, or by Core ML itself on a Mac."""
+"""Answers from Core ML packages: by the reference evaluator, or by Core ML itself on a Mac."""

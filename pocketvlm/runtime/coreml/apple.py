@@ -1,7 +1,7 @@
 """Core ML itself, through coremltools on an Apple machine: predictions, timings, placement.
 
-Everything here needs macOS; what it is used for is tested elsewhere against a stand-in with the
-same methods.
+Everything here needs macOS; its callers are tested everywhere, with a stand-in that has the same
+methods.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 COMPUTE_UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
-"""What Core ML may use, by the names of coremltools."""
+"""Compute units that Core ML may use, by the names of coremltools."""
 
 
 class LoadedModel(Protocol):
@@ -49,7 +49,7 @@ class LoadedModel(Protocol):
 
 
 class Toolkit(ABC):
-    """What a worker needs of Core ML; tests put a stand-in in its place.
+    """The parts of Core ML that a worker uses; tests replace it with a stand-in.
 
     Attributes:
         engine: What computes, in words.
@@ -69,7 +69,7 @@ class Toolkit(ABC):
 
     @abstractmethod
     def plan(self, package: Path, function: str | None) -> list[dict[str, Any]]:
-        """Where each operator is meant to run: `operator`, `device` and estimated `cost`."""
+        """Where each operator should run: `operator`, `device` and estimated `cost`."""
 
 
 class DevicePackage(ComputedPackage):
@@ -118,7 +118,7 @@ class AppleToolkit(Toolkit):
             units: One of `COMPUTE_UNITS`.
 
         Raises:
-            UnsupportedError: This is no Apple machine.
+            UnsupportedError: This is not an Apple machine.
             MissingExtraError: coremltools is not installed.
         """
         if sys.platform != "darwin":

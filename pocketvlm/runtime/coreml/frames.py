@@ -32,7 +32,7 @@ def decode_frame(body: bytes) -> dict[str, Array]:
     """The arrays of a frame without its header.
 
     Raises:
-        ValueError: It is no frame.
+        ValueError: It is not a frame.
     """
     try:
         with np.load(io.BytesIO(body), allow_pickle=False) as archive:
@@ -48,10 +48,10 @@ def write_frame(stream: BinaryIO, arrays: Mapping[str, Array]) -> None:
 
 
 def read_frame(stream: BinaryIO) -> dict[str, Array] | None:
-    """Receives a frame; `None` where the other side has closed.
+    """Receives a frame; `None` if the other side has closed the pipe.
 
     Raises:
-        ValueError: What came is no frame.
+        ValueError: What came is not a frame.
     """
     header = stream.read(FRAME_HEADER.size)
     if len(header) < FRAME_HEADER.size:

@@ -1,8 +1,8 @@
-"""What a Core ML runner needs of whatever computes a package, and the evaluator behind it.
+"""What a Core ML runner needs of whatever computes a package, and the evaluator that does.
 
 There are two ways to compute a package: the reference evaluator of this project, anywhere, and
-Core ML itself, on an Apple machine (`apple`). The runner above them is the same code, so
-that what is proven here about chunks, padding and the cache holds there too.
+Core ML itself, on an Apple machine (`apple`). The runner above them is the same code, so that what
+is tested here about chunks, padding and the cache holds there too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ComputedPackage(ABC):
     """A package that can be run, with one set of states.
 
     Attributes:
-        described: What the package says of itself.
+        described: The package's description.
         engine: What computes it, in words.
     """
 
@@ -46,7 +46,7 @@ OpenPackage = Callable[[Path], ComputedPackage]
 
 
 class ReferencePackage(ComputedPackage):
-    """A package behind the reference evaluator: numpy, on any machine, and not Core ML."""
+    """A package computed by the reference evaluator: numpy, on any machine, and not Core ML."""
 
     engine = "reference evaluator of MIL programs (numpy); not Core ML"
 
@@ -62,7 +62,7 @@ class ReferencePackage(ComputedPackage):
         self.clear_states()
 
     def predict(self, function: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Computes a function by the reference evaluator.
+        """Computes a function with the reference evaluator.
 
         Raises:
             BundleError: The package is damaged, or does not match its bundle's manifest.
@@ -71,7 +71,7 @@ class ReferencePackage(ComputedPackage):
         own = {name: self._states[name] for name in names}
         try:
             outputs = self._program.run(function, inputs, own)
-        except ValueError as error:  # of another shape or name than its bundle was read as
+        except ValueError as error:  # of another shape or name than the manifest says
             raise BundleError(str(error)) from error
         self._states.update(own)
         return outputs

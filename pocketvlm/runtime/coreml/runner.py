@@ -41,7 +41,8 @@ class CoremlRunner(Runner):
 
         Args:
             bundle: An opened bundle.
-            open_package: What computes them: the reference evaluator, unless told otherwise.
+            open_package: Opens a package for a kind of computation; by default, the reference
+                evaluator.
 
         Raises:
             BundleError: The bundle has no Core ML packages, or one is damaged or does not match.
@@ -50,7 +51,7 @@ class CoremlRunner(Runner):
 
         def entries(role: str) -> list[_Entry]:
             found = []
-            bundle.component(_TARGET, role)  # says what there is, if there is none
+            bundle.component(_TARGET, role)  # lists what there is, if there is none
             for component in bundle.manifest.components:
                 if (component.target, component.role) == (_TARGET, role):
                     if component.file not in opened:
@@ -100,9 +101,9 @@ class CoremlRunner(Runner):
     ) -> npt.NDArray[np.float32]:
         """Runs L rows, writes them to the cache, and returns the last one's logits.
 
-        A prefill writes a whole chunk of rows, padding included; what stands behind the real ones
-        is overwritten by the next call. Where a chunk no longer fits into a cache that is a state,
-        rows go one by one.
+        A prefill writes a whole chunk of rows, padding included; rows after the real ones are
+        overwritten by the next call. If a chunk no longer fits into a cache that is a state, rows
+        go one by one.
         """
         rows = embeds.shape[1]
         self._require_room(rows)

@@ -1,7 +1,7 @@
-"""Asks a worker process to run Core ML, and believes nothing but a complete answer.
+"""Asks a worker process to run Core ML, and accepts only a complete answer.
 
 A model that Core ML cannot compile may end its process with a signal, or end it with exit code 0
-and no result, or never return. Each of these is a failure here, with what the process said last.
+and no result, or never return. Each of these is a failure here, with the last line of the process.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pocketvlm.runtime.runner import Runner
 __all__ = ["WORKER", "RemoteRunner", "measure_function"]
 
 WORKER: tuple[str, ...] = tuple(module_command("pocketvlm.runtime.coreml.worker"))
-"""The command that a request's file is appended to."""
+"""The command, to which a request's file is appended."""
 
 TIMEOUT_S = 900.0
-"""Longest wait for one answer; the first one compiles the package."""
+"""The longest wait for one answer; the first one compiles the package."""
 
 _SAMPLES = ("load_ms", "predict_ms")
 
@@ -48,10 +48,10 @@ def measure_function(
     worker: Sequence[str] = WORKER,
     timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
-    """Times one function and reads its compute plan, in a process of its own.
+    """Times one function and reads its compute plan, in a separate process.
 
     Returns:
-        `engine`, raw samples `load_ms` and `predict_ms`, and `plan`, one row an operator.
+        `engine`, raw samples `load_ms` and `predict_ms`, and `plan`, one row per operator.
 
     Raises:
         CheckFailedError: The process ended, or was ended, without a complete result.
@@ -78,7 +78,7 @@ def measure_function(
 
 
 def _read_result(file: Path, what: str) -> dict[str, Any]:
-    """A result that has everything in it."""
+    """Reads a result, which must be complete."""
     try:
         document = parse_json(file.read_bytes(), "its result", error=ValueError)
         complete = all(
@@ -96,7 +96,7 @@ def _read_result(file: Path, what: str) -> dict[str, Any]:
 
 
 class RemoteRunner(Runner):
-    """A `CoremlRunner` in a process of its own.
+    """A `CoremlRunner` in a separate process.
 
     Raises:
         CheckFailedError: From any call, when the process does not answer.
@@ -114,9 +114,9 @@ class RemoteRunner(Runner):
 
         Args:
             bundle: An opened bundle.
-            units: What Core ML may use, one of `coreml_apple.COMPUTE_UNITS`.
+            units: What Core ML may use, one of `apple.COMPUTE_UNITS`.
             worker: The command of the worker.
-            timeout_s: Longest wait for one answer.
+            timeout_s: The longest wait for one answer.
         """
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory()
@@ -163,7 +163,7 @@ class RemoteRunner(Runner):
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Runs L rows behind those in the cache and returns the last one's logits."""
+        """Runs L rows after those in the cache and returns the last one's logits."""
         rows = embeds.shape[1]
         self._require_room(rows)
         arrays: dict[str, Array] = {

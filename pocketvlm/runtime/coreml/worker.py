@@ -1,11 +1,10 @@
-"""The process that Core ML runs in: a compile that fails there ends this process and no other.
+"""The process that runs Core ML: a compilation that crashes ends this process and no other.
 
     python -m pocketvlm.runtime.coreml.worker REQUEST.json
 
-A request names a job. `measure` times one function and reads its compute plan, and writes what it
-found to a result file. `serve` answers the calls of a `coreml_session.RemoteRunner` over two pipes
-whose numbers the request has. Whoever started the process believes only a complete answer: neither
-an exit code nor the lack of a message.
+A request names a job. `measure` times one function and reads its compute plan, and writes the
+result to a file. `serve` answers the calls of a `session.RemoteRunner` over two pipes whose numbers
+are in the request. The parent accepts only a complete answer, whatever the exit code.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def main(arguments: list[str], make_toolkit: MakeToolkit = AppleToolkit) -> int:
 
     Args:
         arguments: The request's file.
-        make_toolkit: Makes Core ML, or what stands in for it, from the compute units.
+        make_toolkit: Makes Core ML, or a stand-in, from the compute units.
 
     Returns:
         The exit code.
@@ -58,7 +57,7 @@ def main(arguments: list[str], make_toolkit: MakeToolkit = AppleToolkit) -> int:
 def _measure(request: Mapping[str, Any], toolkit: Toolkit) -> dict[str, Any]:
     package, function = Path(request["package"]), request["function"]
     described = MilPackage.open(package).function(function or "main")
-    # Zeros of the declared shapes: a whole chunk of rows behind an empty cache, or one row.
+    # Zeros of the declared shapes: a whole chunk of rows after an empty cache, or one row.
     inputs: dict[str, Array] = {
         parameter.name: np.zeros(parameter.type.sizes, parameter.type.element.stored)
         for parameter in described.inputs

@@ -1,8 +1,8 @@
 """Messages between a process and the one that runs a program for it: JSON, and arrays as raw bytes.
 
 A message is the length of its header in four bytes, the header, and the bytes of the arrays that
-the header names by type and shape. Reading one runs no code, and whoever reads it decides by the
-header whether the arrays are what was asked for before a byte of them is taken.
+the header names by type and shape. Reading one runs no code, and the reader checks by the header
+whether the arrays are what was asked for before a byte of them is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DTYPES = ("float32", "int64")
 
 
 class FrameError(ValueError):
-    """What came is no message, or not the one that was waited for."""
+    """What came is not a message, or not the expected one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def write_frame(
         arrays: The arrays.
 
     Raises:
-        OSError: Nobody reads it.
+        OSError: The other side has closed the pipe.
     """
     types = [[array.dtype.name, list(array.shape)] for array in arrays]
     header = json.dumps({**values, "arrays": types}).encode()
@@ -72,15 +72,15 @@ def write_frame(
 
 
 def read_header(descriptor: int, *, max_bytes: int = _MAX_HEADER_BYTES) -> dict[str, Any] | None:
-    """The header of the next message, or `None` where the other side has closed.
+    """The header of the next message, or `None` if the other side has closed the pipe.
 
     Args:
         descriptor: A pipe.
-        max_bytes: Bytes that it may have.
+        max_bytes: The largest header that is read.
 
     Raises:
         EOFError: The other side closed in the middle of it.
-        FrameError: It is no header.
+        FrameError: It is not a header.
     """
     first = os.read(descriptor, _LENGTH.size)
     if not first:
@@ -93,9 +93,9 @@ def read_header(descriptor: int, *, max_bytes: int = _MAX_HEADER_BYTES) -> dict[
     try:
         header = json.loads(bytes(_read(descriptor, size)))
     except (ValueError, RecursionError) as error:
-        raise FrameError("a header that is no JSON") from error
+        raise FrameError("a header that is not JSON") from error
     if not isinstance(header, dict):
-        raise FrameError("a header that is no object")
+        raise FrameError("a header that is not an object")
     return header
 
 
@@ -103,7 +103,7 @@ def array_types(header: Mapping[str, Any]) -> list[ArrayType]:
     """The arrays that a header says will follow.
 
     Raises:
-        FrameError: It says so in another way than `write_frame`.
+        FrameError: It is not a header of `write_frame`.
     """
     found = []
     entries = header.get("arrays")
@@ -121,7 +121,7 @@ def array_types(header: Mapping[str, Any]) -> list[ArrayType]:
 
 
 def read_arrays(descriptor: int, types: Sequence[ArrayType]) -> list[npt.NDArray[Any]]:
-    """The arrays behind a header.
+    """The arrays after a header.
 
     Args:
         descriptor: A pipe.

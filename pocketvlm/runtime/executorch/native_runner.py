@@ -1,8 +1,8 @@
 """An answer from ExecuTorch's own `MultimodalRunner`, the loop that apps on a phone call.
 
-It shows that the program is what that runner expects: prompt, picture and generation are its
-business, and nothing of this package lies between. It returns text without token ids and keeps no
-conversation; like every program, it runs in a process of its own (`process`). Its Python binding
+It shows that the program is what that runner expects: it handles prompt, picture and generation,
+and no code of this package is involved. It returns text without token ids and keeps no
+conversation; like every program, it runs in a separate process (`process`). Its Python binding
 cannot pass on a token that is part of a character, and it knows no settings of
 generation_config.json.
 """

@@ -1,9 +1,9 @@
-"""Runs an ExecuTorch program in a process of its own, because its runtime trusts the file.
+"""Runs an ExecuTorch program in a separate process, because its runtime trusts the file.
 
-ExecuTorch checks a program less than it must: a damaged or hostile one makes it read and write
-where nothing is, which ends the process. Here that process is not this one. What comes back is
-taken only where it has the type and shape that were asked for; an end, a silence or anything else
-is one line that names the file.
+ExecuTorch checks a program less than it should: a damaged or hostile one makes it read and write
+out of bounds, which crashes the process. Here that process is not this one. A result is accepted
+only if it has the type and shape that were asked for; a crash, a timeout or anything else is one
+line that names the file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MOST_WORDS = 500
 
 
 class UnspeakablePieceError(ValueError):
-    """A token of the answer is part of a character, which the binding cannot hand over."""
+    """A token of the answer is part of a character, which the binding cannot pass on."""
 
 
 class ProgramProcess:
@@ -53,8 +53,8 @@ class ProgramProcess:
     Attributes:
         file: The program, or the packed file that it was expanded from.
         methods: The program's methods.
-        schema: What `get_model_schema` says; `None` where there is no such method.
-        expand_ms: Time that unpacking took; `None` where the file is not packed.
+        schema: The result of `get_model_schema`; `None` if there is no such method.
+        expand_ms: Time that unpacking took; `None` if the file is not packed.
         pid: The process.
     """
 
@@ -71,8 +71,8 @@ class ProgramProcess:
         Args:
             bundle: An opened bundle.
             threads: Threads of the kernels; `None` leaves them as they are.
-            load_limit_s: Longest wait for the program.
-            run_limit_s: Longest wait for a method, or for the next piece of an answer.
+            load_limit_s: The longest wait for the program.
+            run_limit_s: The longest wait for a method, or for the next piece of an answer.
 
         Raises:
             MissingExtraError: ExecuTorch is not installed.
@@ -134,7 +134,7 @@ class ProgramProcess:
         max_new_tokens: int,
         on_piece: Callable[[str], None],
     ) -> None:
-        """Answers by ExecuTorch's own `MultimodalRunner`.
+        """Answers with ExecuTorch's own `MultimodalRunner`.
 
         Args:
             tokenizer: File of the tokenizer.
@@ -165,7 +165,7 @@ class ProgramProcess:
             try:
                 on_piece(piece)
             except BaseException:
-                self.close()  # it goes on speaking, and nobody listens
+                self.close()  # it keeps sending, and nothing reads it
                 raise
         self.close()
         raise BundleError(f"{self.file}: MultimodalRunner said more than {max_new_tokens} tokens")
@@ -209,13 +209,13 @@ class ProgramProcess:
         return header, results
 
     def _named(self, words: str) -> str:
-        """What the process says is wrong, as one line that names the file whatever it says."""
+        """The process's complaint, as one line that always names the file."""
         line = words.partition("\n")[0][: _MOST_WORDS + len(str(self.file))]
         return line if str(self.file) in line else f"{self.file}: {line}"
 
     @contextmanager
     def _bounded(self, doing: str, limit_s: float) -> Iterator[None]:
-        """Turns an end of the process, a silence and nonsense into one line each."""
+        """Turns a crash, a timeout and invalid answers into one line each."""
         if not self._close.alive:
             raise BundleError(f"{self.file}: ExecuTorch's process has ended; open the bundle anew")
         self._watch.deadline = time.monotonic() + limit_s
@@ -232,7 +232,7 @@ class ProgramProcess:
                 f"{self.file}: ExecuTorch answered nonsense while {doing}: {error}"
             ) from error
         except BaseException:
-            self.close()  # the next answer would be taken for another one
+            self.close()  # the next answer would be mistaken for another one
             raise
         finally:
             self._watch.deadline = math.inf
@@ -253,7 +253,7 @@ class ProgramProcess:
 
 
 class _Watch(threading.Thread):
-    """Ends a process that does not answer in time; a timer per call would cost more than it."""
+    """Ends a process that does not answer in time; a timer per call would cost more."""
 
     def __init__(self, child: subprocess.Popen[str]) -> None:
         super().__init__(daemon=True)
@@ -263,7 +263,7 @@ class _Watch(threading.Thread):
         self._is_over = threading.Event()
 
     def run(self) -> None:
-        """Looks at the clock until `end`."""
+        """Watches the clock until `end`."""
         while not self._is_over.wait(_POLL_S):
             if time.monotonic() > self.deadline:
                 self.is_late = True
@@ -271,5 +271,5 @@ class _Watch(threading.Thread):
                 return
 
     def end(self) -> None:
-        """Looks no longer."""
+        """Stops watching."""
         self._is_over.set()

@@ -1,7 +1,7 @@
 """Runs a bundle's ExecuTorch program, whose KV cache lies inside the program.
 
 The program's methods hand each other rows (`get_model_schema` describes them). Where rotary
-positions have gaps, a row tells its own position: `offset` and `advance` behind the embedding.
+positions have gaps, a row states its own position: `offset` and `advance` after the embedding.
 A `Runner` is told every position by its caller, so this one counts rows itself, with an advance of
 1 each, and writes into `offset` how far the wanted position is from that count. The program itself
 runs in another process (`process`).
@@ -30,7 +30,7 @@ _MAX_CAPACITY = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """What a runner must know of a program's schema."""
+    """The sizes that a runner reads from a program's schema."""
 
     max_context_len: int
     row_channels: int
@@ -79,7 +79,7 @@ class ExecutorchRunner(Runner):
         self._logits = ArrayType("float32", (1, 1, vocabulary))
 
     def close(self) -> None:
-        """Ends the process; no call is answered any more."""
+        """Ends the process; no more calls are answered."""
         self.process.close()
 
     def encode_image(
@@ -112,7 +112,7 @@ class ExecutorchRunner(Runner):
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Runs L rows behind those in the cache and returns the last one's logits.
+        """Runs L rows after those in the cache and returns the last one's logits.
 
         Raises:
             InputError: The cache has no room for L more rows, or the program counts positions row
@@ -157,7 +157,7 @@ def _vocabulary(bundle: Bundle) -> int:
 
 
 def _read_sizes(process: ProgramProcess) -> _Sizes:
-    """What a program says of itself.
+    """Reads the sizes in a program's schema.
 
     Raises:
         BundleError: It is another program than those of this package.
@@ -167,7 +167,7 @@ def _read_sizes(process: ProgramProcess) -> _Sizes:
     where = f"{process.file}: get_model_schema"
     document = parse_json(process.schema or "", where, error=BundleError)
     if not isinstance(document, dict):
-        raise BundleError(f"{where}: is no object")
+        raise BundleError(f"{where}: is not an object")
     known = {name: document.get(name) for name in _Sizes.__dataclass_fields__}
     try:
         return decode(_Sizes, known)

@@ -30,9 +30,9 @@ _MAX_CALL_BYTES = 2**28  # the tokens of any prompt
 
 
 def main() -> int:
-    """Serves until nobody calls any more; returns the exit code."""
+    """Serves until the other side closes the pipe; returns the exit code."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     _write_no_core()
     calls, answers = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -85,7 +85,7 @@ class _Service:
         """Runs a method; what it returns lies in the program's memory.
 
         Raises:
-            BundleError: It does not run, or returns what is no tensor.
+            BundleError: It does not run, or returns something other than tensors.
         """
         import torch
 
@@ -101,7 +101,7 @@ class _Service:
     def generate(
         self, call: Mapping[str, Any], pictures: Sequence[npt.NDArray[Any]]
     ) -> dict[str, Any]:
-        """Answers by `MultimodalRunner`, which loads the program itself.
+        """Answers with `MultimodalRunner`, which loads the program itself.
 
         Raises:
             BundleError: It does not load or run.
@@ -140,7 +140,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_no_core() -> None:
-    """Keeps the system from leaving an image of this process's memory where it was started."""
+    """Keeps the system from writing a core dump of this process."""
     with suppress(ImportError):  # no such limit on Windows
         import resource
 

@@ -1,7 +1,7 @@
 """ONNX Runtime: the one module that imports it.
 
-Whoever needs it, tests and benchmarks included, takes it from here, so that it is never imported
-before `pocketvlm.environment` has told it to report to nobody. ruff refuses any other import.
+All other code, tests and benchmarks included, imports it from here, so that it is never imported
+before `pocketvlm.environment` has turned off its telemetry. ruff refuses any other import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which files beside it an ONNX graph reads: the locations of its external data.
+"""Which other files an ONNX graph reads: the locations of its external data.
 
 ONNX Runtime opens whatever location a graph names; versions that are supported differ in what they
 refuse, and one spelling stands for an address in memory. So every location must be the name of a
@@ -31,7 +31,7 @@ _TENSOR_EXTERNAL = 13
 
 
 def require_signed_data(bundle: Bundle, name: str, in_memory: frozenset[str]) -> None:
-    """Refuses a graph whose weights lie anywhere but in signed files of the bundle.
+    """Refuses a graph whose weights are anywhere but in signed files of the bundle.
 
     Args:
         bundle: The bundle.
@@ -39,7 +39,7 @@ def require_signed_data(bundle: Bundle, name: str, in_memory: frozenset[str]) ->
         in_memory: Locations that are handed to the runtime, and not opened.
 
     Raises:
-        BundleError: A location is another one, or the file is no ONNX graph.
+        BundleError: A location is another one, or the file is not an ONNX graph.
     """
     file = bundle.file(name)
     folder = name.rpartition("/")[0]
@@ -52,7 +52,7 @@ def require_signed_data(bundle: Bundle, name: str, in_memory: frozenset[str]) ->
         data = f"{folder}/{location}" if folder else location
         if not bundle.has(data):
             raise BundleError(
-                f"{file}: has weights at {location!r}, which is no signed file of the bundle"
+                f"{file}: has weights at {location!r}, which is not a signed file of the bundle"
             )
         bundle.file(data)
 

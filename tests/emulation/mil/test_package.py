@@ -118,11 +118,11 @@ def test_a_damaged_weight_file_is_refused(
         file.read(offset, ELEMENTS[name], len(values) + 1)
     with pytest.raises(BundleError, match="has no record there"):
         file.read(offset + 64, ELEMENTS[name], len(values))
-    with pytest.raises(BundleError, match="behind the end"):
+    with pytest.raises(BundleError, match="begins after the end"):
         file.read(1 << 40, ELEMENTS[name], 1)
     cut = tmp_path / "cut.bin"
     cut.write_bytes(path.read_bytes()[: offset + 70])
-    with pytest.raises(BundleError, match="ends behind the end"):
+    with pytest.raises(BundleError, match="ends after the end"):
         WeightFile(cut).read(offset, ELEMENTS[name], len(values))
     for content, match in ((b"", "cannot be read"), (b"12", "at least 64"), (b"9" * 64, "version")):
         cut.write_bytes(content)
