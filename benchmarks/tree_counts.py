@@ -53,6 +53,7 @@ FAMILY = re.compile(r"^(llava|idefics3|smolvlm|clip|clip_vision_model|siglip|lla
 FIELDS = re.compile(r"(?<=tower\.)\w+|^(class|patch|position)_embedding$")
 FREE = ("models/families/", "reference/", "testing.py")
 HOOK = re.compile(r"^(stage|stages\[.*\]|target|reducer)$")
+TARGETS = ("onnx", "coreml", "executorch")
 RECIPE = {
     "picture_to_code": "{method: gptq, rules: [{part: tower, bits: 4, group_size: 32}]}",
     "weight_to_file": "{method: rtn, rules: [{part: decoder, bits: 4, group_size: 32}]}",
@@ -183,26 +184,32 @@ def follow(checkout: Path, walk: str, work: Path, arguments: list[str]) -> dict[
 
 def walks(checkout: Path, work: Path) -> dict[str, list[str]]:
     """The functions of every walk, by name."""
-    data, run = work / "data", work / "run"
+    data = work / "data"
     data.mkdir()
     write_samples(data)
-    common = ["compress", "reference:pocket-llava", "--calibration", str(data), "--data", "none"]
+    common = ["reference:pocket-llava", "--calibration", str(data), "--data", "none"]
     common += ["--no-bench", "--no-verify-source", "--threads", "1"]
     found: dict[str, list[str]] = {}
     for walk, stage in RECIPE.items():
         recipe = work / f"{walk}.yaml"
         recipe.write_text(f"schema: 1\nname: walk\nstages:\n- {stage}\n", encoding="utf-8")
-        targets = ["--target", "onnx"]
-        if walk == "weight_to_file":
-            targets += ["--target", "coreml", "--target", "executorch"]
-        out = work / f"run-{walk}" if walk == "picture_to_code" else run
-        arguments = [*common, "--recipe", str(recipe), *targets, "--out", str(out)]
-        for route, names in follow(checkout, walk, work, arguments).items():
-            found[f"{walk} ({route})"] = names
+        names = TARGETS if walk == "weight_to_file" else TARGETS[:1]
+        chosen = [word for name in names for word in ("--target", name)]
+        arguments = ["compress", *common, "--recipe", str(recipe), *chosen]
+        routes = follow(checkout, walk, work, [*arguments, "--out", str(work / f"run-{walk}")])
+        found |= {f"{walk} ({route})": names for route, names in routes.items()}
+    run = work / "run"
+    command = [sys.executable, "-m", "pocketvlm", "compress", *common, "--target", TARGETS[0]]
+    subprocess.run(
+        [*command, "--recipe", "float", "--out", str(run)],
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
     question = ["ask", str(run / "bundle"), "--image", str(data / "0.png"), "--prompt", "what?"]
-    for route, names in follow(checkout, WALKS[2], work, [*question, "--runtime", "onnx"]).items():
-        found[f"{WALKS[2]} ({route})"] = names
-    return found
+    routes = follow(checkout, WALKS[2], work, [*question, "--runtime", "onnx"])
+    return found | {f"{WALKS[2]} ({route})": names for route, names in routes.items()}
 
 
 def main() -> None:
@@ -220,7 +227,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             for name, functions in walks(checkout, Path(work)).items():
                 files = len({function.partition(":")[0] for function in functions})
-                print(f"{name:<44}{len(functions):>8,} hops through {files} files")
+                print(f"{name:<44}{len(functions):>8,} hops through {files} files", flush=True)
                 counts[f"{name} hops"], counts[f"{name} files"] = len(functions), files
                 if arguments.path:
                     print(*(f"    {function}" for function in functions), sep="\n")

@@ -11,7 +11,6 @@ that gets one JSON file per process and route: the functions as "file:name", in 
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
@@ -94,8 +93,9 @@ _OPERATORS = {
 class _WeightToFile(_Walk):
     """From the command line to one affine weight in the layout of each runtime.
 
-    Every function of `export` that is called with the weight counts, with the stack that it stands
-    on and the functions that it calls directly. Of each target it is the first weight that comes.
+    Every function of `export` that is called with the weight counts, with its callers and the
+    functions that it calls directly. Of each target the first weight is followed, until the
+    certificate begins.
     """
 
     def __init__(self, package: str) -> None:
@@ -103,7 +103,14 @@ class _WeightToFile(_Walk):
         self.followed: dict[str, int] = {}
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> bool:
-        if event == "call" and f"{os.sep}export{os.sep}" in frame.f_code.co_filename:
+        file = frame.f_code.co_filename
+        if (
+            event == "call"
+            and self.owns(frame)
+            and file.startswith(f"{self.package}export{os.sep}")
+        ):
+            if file.endswith(("export/parity.py", "parity/certify.py")) and self.routes:
+                return "certi" in frame.f_code.co_name
             caller = frame.f_back
             holds = [_affine(frame), *([_affine(caller)] if caller and self.owns(caller) else [])]
             found = next((weight for weight in holds if weight), None)
@@ -165,16 +172,17 @@ def start() -> None:
     walk: Any = kinds[os.environ["WALK_NAME"]](os.environ["WALK_PACKAGE"])
     out = Path(os.environ["WALK_OUT"])
 
-    def write() -> None:
-        for route, names in walk.routes.items():
-            file = out / f"{route}-{os.getpid()}.json"
-            file.write_text(json.dumps(list(names)), encoding="utf-8")
+    written: dict[str, int] = {}
 
     def follow(frame: FrameType, event: str, argument: Any) -> None:
-        if walk(frame, event, argument):
-            write()
+        is_over = walk(frame, event, argument)
+        for route, names in walk.routes.items():  # at once: a process may end without a farewell
+            if written.get(route) != len(names):
+                written[route] = len(names)
+                file = out / f"{route}-{os.getpid()}.json"
+                file.write_text(json.dumps(list(names)), encoding="utf-8")
+        if is_over:
             os._exit(0)
 
-    atexit.register(write)
     threading.setprofile(follow)
     sys.setprofile(follow)

@@ -26,7 +26,7 @@ def keeps_of(form: WeightForm) -> Tensor | None:
 
 
 def with_values(form: WeightForm, values: Tensor) -> WeightForm:
-    """Other values in the same kind of float weight: of the same type, behind the same mask.
+    """Other values in the same kind of float weight: of the same type, under the same mask.
 
     Args:
         form: A float weight.

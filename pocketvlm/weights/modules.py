@@ -63,7 +63,7 @@ class FormEmbedding(nn.Module):
 def cache_dense_weights(model: nn.Module) -> Iterator[None]:
     """Keeps every dense weight in memory inside the block, for repeated forward passes.
 
-    Costs four bytes a weight: right for evaluation of small models, wrong while compressing
+    Costs four bytes per weight: right for evaluation of small models, wrong while compressing
     large ones.
     """
     modules = [m for m in model.modules() if isinstance(m, FormLinear | FormEmbedding)]

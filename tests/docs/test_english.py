@@ -50,7 +50,7 @@ WORDS = {
     r"\b(?:that is|are|is) meant(?=$|[.,;:)])": "intended",
     r"\bone and the same\b": "the same",
     r"\bhalf(?: |-)blocks?\b": "sublayer",
-    rf"\b(?:{_COUNTED}) an? (?:{_THINGS})\b(?! (?:costs|needs|takes|has|is)\b)": "per row",
+    rf"\b(?:{_COUNTED}) an? (?:{_THINGS})\b(?! (?:costs|needs|takes|has|is|that|computes)\b)": "per row",
     rf"\ba (?:row|line|file|number|bit|flag) an? (?:{_THINGS})\b": "one row per layer",
 }
 # English all the same.
@@ -59,6 +59,7 @@ ALLOWED = (
     r"\b(?:ahead or|far) behind\b",
     r"\bbehind (?:its|the) (?:\w+'s )?back\b",
     r"\bleft behind\b|\bleaves? (?:\w+ )?behind\b",
+    r"\bgrows by advance behind each row\b",  # stored in every ExecuTorch program
 )
 # Quotations, each with the reason why it stays.
 EXEMPT = {

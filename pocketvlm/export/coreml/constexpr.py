@@ -36,7 +36,7 @@ class Codes:
     """Integers of a few bits.
 
     Attributes:
-        values: uint8 or int8, one code an element.
+        values: uint8 or int8, one code per element.
         bits: Width in the package.
     """
 

@@ -19,7 +19,7 @@ _NAMESPACE = uuid.UUID("6f1d6b0e-64a4-5f2c-9d0e-9a4f6d1c2b71")
 
 
 def create_package(path: Path) -> Path:
-    """An empty package in the place of what was there; returns the folder of its weights."""
+    """An empty package in place of what was there; returns the folder of its weights."""
     shutil.rmtree(path, ignore_errors=True)
     weights = path / "Data" / _WEIGHTS
     weights.mkdir(parents=True)
@@ -35,7 +35,7 @@ def write_model(path: Path, spec: Any) -> None:
     """
     for function in spec.mlProgram.functions.values():
         share_literals(function.block_specializations[function.opset])
-    # Maps have no order of their own.
+    # Maps have no order.
     (path / "Data" / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     _write_manifest(path)
 
@@ -68,7 +68,7 @@ def share_literals(block: Any) -> None:
 
 
 def read_back(path: Path) -> None:
-    """Loads a package: what cannot be loaded is no export.
+    """Loads a package: what cannot be loaded is not an export.
 
     Raises:
         ExportError: It is damaged or empty.

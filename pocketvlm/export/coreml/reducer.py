@@ -96,7 +96,7 @@ def inline(program: Any, inputs: Mapping[str, Any], prefix: str) -> tuple[Any, .
         Values of the program's outputs, in order.
 
     Raises:
-        ExportError: An operator holds a block of its own.
+        ExportError: An operator holds its own block.
     """
     from coremltools.converters.mil.mil import Builder
 

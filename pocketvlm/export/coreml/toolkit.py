@@ -13,7 +13,7 @@ __all__ = ["INSTALL", "has_coremltools", "listen"]
 
 INSTALL = "the coreml target needs coremltools: pip install 'pocketvlm[coreml]'"
 
-# A toolkit's use of other libraries is no remark on the model.
+# A toolkit's use of other libraries is not a remark on the model.
 _ABOUT_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 

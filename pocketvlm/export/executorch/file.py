@@ -1,8 +1,8 @@
 """Reads the layout of a `.pte` file: where its segments, constants and named data lie.
 
-The file is a flatbuffer, an extended header behind its first 8 bytes, and segments that the
+The file is a flatbuffer, an extended header after its first 8 bytes, and segments that the
 flatbuffer finds by offset and size (ExecuTorch's "PTE file format"). What is read here is what
-`sharing` moves and what tests compare; a runtime has a reader of its own.
+`sharing` moves and what tests compare; a runtime has its own reader.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_layout(data: bytes) -> ProgramLayout:
     """Reads where things are in a `.pte` file.
 
     Raises:
-        ExportError: It is no program with segments.
+        ExportError: It is not a program with segments.
     """
     try:
         base = PROGRAM_HEADER.unpack_from(data, PROGRAM_HEADER_START)[3]

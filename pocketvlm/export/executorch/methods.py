@@ -5,11 +5,11 @@ embedding. Where kept visual tokens keep the positions they had among all N, pos
 that a runner, which knows only how many rows the cache holds, cannot tell; so a row then carries
 two channels more, and the decoder keeps count itself:
 
-- `offset`: how far the row lies behind the running position,
-- `advance`: how much the running position grows behind it.
+- `offset`: the distance of the row from the running position,
+- `advance`: how much the running position grows after it.
 
 A text row is (0, 1); the visual token that was the i-th of N is (i, 0), and (i, N) when it is the
-picture's last. Position = running + offset. The running position behind every cached row stays in
+picture's last. Position = running + offset. The running position after every cached row stays in
 the program, so a conversation can be cut back anywhere and continued.
 """
 
@@ -96,7 +96,7 @@ class DecoderMethod(nn.Module):
             self.register_buffer(f"key_{block}", torch.zeros(shape))
             self.register_buffer(f"value_{block}", torch.zeros(shape))
         if self._reads_channels:
-            # Entry i is the running position behind the first i rows.
+            # Entry i is the running position after the first i rows.
             self.register_buffer("running", torch.zeros(1, capacity + 1, 1, 1))
         exponents = torch.arange(0, decoder.head_dim, 2).to(torch.float32) / decoder.head_dim
         self.register_buffer("frequencies", 1.0 / decoder.rope_theta**exponents)

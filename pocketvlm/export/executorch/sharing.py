@@ -1,10 +1,10 @@
 """One copy of a weight in a program file that both a delegate and a plain operator read.
 
-A `.pte` keeps the constants of plain operators in one segment and each constant of a delegate in a
-segment of its own. A tied embedding is in both. Where a delegate's segment repeats bytes of the
-other, its offset is pointed at these and the copy is cut out. To a runtime nothing changes: it
-reads `size` bytes at `offset` as before. Offsets have a fixed place in the file, so they are
-changed where they stand.
+A `.pte` keeps the constants of plain operators in one segment and each constant of a delegate in
+its own segment. A tied embedding is in both. Where a delegate's segment repeats bytes of the other,
+its offset is pointed at these and the copy is cut out. To a runtime nothing changes: it reads
+`size` bytes at `offset` as before. Offsets have a fixed place in the file, so they are changed
+where they stand.
 """
 
 from __future__ import annotations

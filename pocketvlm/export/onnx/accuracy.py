@@ -100,7 +100,7 @@ def _all_logits(
 
 
 def _ends(checkpoint: Checkpoint, prompt: DecoderInputs) -> list[int]:
-    """Where calls end: behind each row, or behind each row of text where others say nothing."""
+    """Where calls end: after each row, or after each row of text where others say nothing."""
     if checkpoint.visual_layers is None:
         return list(range(1, prompt.embeds.shape[1] + 1))
     return [int(row) + 1 for row in (~prompt.is_visual[0]).nonzero().flatten()]

@@ -15,7 +15,7 @@ _WORD_BYTES = 4
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Packs integers below 2**bits along the last axis, lowest bits first, zeros behind the last.
+    """Packs integers below 2**bits along the last axis, lowest bits first, zeros after the last.
 
     Args:
         codes: Unsigned integers [..., n].

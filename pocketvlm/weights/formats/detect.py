@@ -38,7 +38,7 @@ def read_stored_layout(config: Mapping[str, Any]) -> StoredLayout | None:
     if declared is None:
         return None
     if not isinstance(declared, Mapping):
-        raise CheckpointError("config.json: quantization_config is no JSON object")
+        raise CheckpointError("config.json: quantization_config is not a JSON object")
     method = declared.get("quant_method")
     if method == "gptq":
         return GptqLayout.from_config(declared)

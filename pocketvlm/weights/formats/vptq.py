@@ -7,7 +7,7 @@ For a matrix [O, I] whose I = outliers + groups * size columns stand in the orde
 - `indices` int32 [groups, O / v, ceil(size * bits / 32)]: a bit stream along the group's columns,
   lowest bits first; of each code of log2(k) + log2(kr) bits the low ones are the main index.
 - `outlier_centroids.weight` [1, k0 * v0] and `outlier_indices` int16 [1, O / v0, outliers], each
-  the bits of a uint16: the columns in front.
+  the bits of a uint16: the first columns.
 - `perm` int16 [I], the bits of a uint16: which column stands at each place.
 - `weight_scale` and `weight_bias` [I]: factor and offset of each column.
 """
@@ -192,7 +192,7 @@ class VptqLayout:
 
     Attributes:
         layers: Settings of a layer by its name.
-        shared: Settings by a layer's last name, where it has none of its own.
+        shared: Settings by a layer's last name, where it has none.
     """
 
     layers: Mapping[str, Mapping[str, Any]]
@@ -224,7 +224,7 @@ def _refuse(name: str, form: CodebookWeight) -> None:
     reason = None
     if form.row_scales is not None:
         reason = (
-            "has a scale a row, for which the VPTQ layout has no place; quantize with "
+            "has one scale per row, for which the VPTQ layout has no place; quantize with "
             "normalize: none or normalize: columns"
         )
     elif any(part.codebooks.shape[0] > 1 for part in parts):
@@ -258,7 +258,7 @@ def _index_bits(lookup: Lookup) -> int:
 
 
 def _filled(lookup: Lookup) -> Tensor:
-    """Codebooks [groups, 2**bits * d] in memory of their own; forms may share theirs."""
+    """Codebooks [groups, 2**bits * d] in their own memory; forms may share theirs."""
     _, groups, entries, length = lookup.codebooks.shape
     filled = lookup.codebooks.new_zeros(groups, 1 << _index_bits(lookup), length)
     filled[:, :entries] = lookup.codebooks[0]
