@@ -201,7 +201,7 @@ def test_a_folder_of_other_things_is_left_alone(tiny_checkpoint, tiny_path, tmp_
     [
         ({"quant_method": "awq"}, "'awq' is not supported; supported are gptq, vptq"),
         ({}, "quant_method None"),
-        ("gptq", "no JSON object"),
+        ("gptq", "not a JSON object"),
         ({"quant_method": "gptq", "group_size": 16}, "'bits' is missing"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 16}, "bits and group size say"),
     ],
