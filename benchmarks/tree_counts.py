@@ -1,7 +1,7 @@
 """Counts of the source tree: how large it is, and how far a reader has to go through it.
 
 ```bash
-python benchmarks/tree_counts.py [CHECKOUT] [--walks] [--path]
+python benchmarks/tree_counts.py [CHECKOUT] [--walks [NAME...]] [--path]
 ```
 
 CHECKOUT is the root of any version of this repository; the default is this one. Counted are:
@@ -20,8 +20,8 @@ CHECKOUT is the root of any version of this repository; the default is this one.
 
 `--walks` runs three jobs and counts the functions and files that they go through
 (`walk_tracer.py` says what a hop is): a calibration picture that becomes a GPTQ code, one affine
-weight that is written for each runtime, and a question whose first token is printed. `--path` lists
-the functions. Prints a table, and one JSON line at the end.
+weight in the layout of ONNX Runtime and of Core ML, and a question whose first token is printed.
+`--path` lists the functions. Prints a table, and one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FAMILY = re.compile(r"^(llava|idefics3|smolvlm|clip|clip_vision_model|siglip|lla
 FIELDS = re.compile(r"(?<=tower\.)\w+|^(class|patch|position)_embedding$")
 FREE = ("models/families/", "reference/", "testing.py")
 HOOK = re.compile(r"^(stage|stages\[.*\]|target|reducer)$")
-TARGETS = ("onnx", "coreml", "executorch")
+TARGETS = ("onnx", "coreml")  # ExecuTorch converts in a child process, for minutes when followed
 RECIPE = {
     "picture_to_code": "{method: gptq, rules: [{part: tower, bits: 4, group_size: 32}]}",
     "weight_to_file": "{method: rtn, rules: [{part: decoder, bits: 4, group_size: 32}]}",
@@ -182,23 +182,36 @@ def follow(checkout: Path, walk: str, work: Path, arguments: list[str]) -> dict[
     return {route: list(names) for route, names in routes.items()}
 
 
-def walks(checkout: Path, work: Path) -> dict[str, list[str]]:
-    """The functions of every walk, by name."""
+def walks(
+    checkout: Path, work: Path, chosen: list[str], bundle: Path | None
+) -> dict[str, list[str]]:
+    """The functions of walks, by name."""
     data = work / "data"
     data.mkdir()
     write_samples(data)
     common = ["reference:pocket-llava", "--calibration", str(data), "--data", "none"]
     common += ["--no-bench", "--no-verify-source", "--threads", "1"]
     found: dict[str, list[str]] = {}
-    for walk, stage in RECIPE.items():
-        recipe = work / f"{walk}.yaml"
-        recipe.write_text(f"schema: 1\nname: walk\nstages:\n- {stage}\n", encoding="utf-8")
-        names = TARGETS if walk == "weight_to_file" else TARGETS[:1]
-        chosen = [word for name in names for word in ("--target", name)]
-        arguments = ["compress", *common, "--recipe", str(recipe), *chosen]
-        routes = follow(checkout, walk, work, [*arguments, "--out", str(work / f"run-{walk}")])
-        found |= {f"{walk} ({route})": names for route, names in routes.items()}
-    run = work / "run"
+    for walk in chosen:
+        if walk in RECIPE:
+            recipe = work / f"{walk}.yaml"
+            stage = RECIPE[walk]
+            recipe.write_text(f"schema: 1\nname: walk\nstages:\n- {stage}\n", encoding="utf-8")
+            targets = TARGETS if walk == "weight_to_file" else TARGETS[:1]
+            words = [word for name in targets for word in ("--target", name)]
+            arguments = ["compress", *common, "--recipe", str(recipe), *words]
+            arguments += ["--out", str(work / f"run-{walk}")]
+        else:
+            bundle = bundle or make_bundle(checkout, work / "run", common)
+            arguments = ["ask", str(bundle), "--image", str(data / "0.png"), "--prompt", "what?"]
+            arguments += ["--runtime", "onnx"]
+        for route, names in follow(checkout, walk, work, arguments).items():
+            found[f"{walk} ({route})"] = names
+    return found
+
+
+def make_bundle(checkout: Path, run: Path, common: list[str]) -> Path:
+    """A float bundle, written by the checkout without being followed."""
     command = [sys.executable, "-m", "pocketvlm", "compress", *common, "--target", TARGETS[0]]
     subprocess.run(
         [*command, "--recipe", "float", "--out", str(run)],
@@ -207,25 +220,26 @@ def walks(checkout: Path, work: Path) -> dict[str, list[str]]:
         check=True,
         capture_output=True,
     )
-    question = ["ask", str(run / "bundle"), "--image", str(data / "0.png"), "--prompt", "what?"]
-    routes = follow(checkout, WALKS[2], work, [*question, "--runtime", "onnx"])
-    return found | {f"{WALKS[2]} ({route})": names for route, names in routes.items()}
+    return run / "bundle"
 
 
 def main() -> None:
     """Prints the counts of one checkout."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, nargs="?", default=ROOT)
-    parser.add_argument("--walks", action="store_true", help="run the three walks too (minutes)")
+    parser.add_argument("--walks", nargs="*", choices=WALKS, help="follow all walks, or these")
+    parser.add_argument("--bundle", type=Path, help="an ONNX bundle that the question is asked of")
     parser.add_argument("--path", action="store_true", help="list the functions of each walk")
     arguments = parser.parse_args()
     checkout = arguments.checkout.resolve()
     counts = static_counts(checkout)
     for name, count in counts.items():
         print(f"{name:<44}{count:>8,}")
-    if arguments.walks:
+    if arguments.walks is not None:
+        chosen = arguments.walks or list(WALKS)
         with tempfile.TemporaryDirectory() as work:
-            for name, functions in walks(checkout, Path(work)).items():
+            found = walks(checkout, Path(work), chosen, arguments.bundle)
+            for name, functions in found.items():
                 files = len({function.partition(":")[0] for function in functions})
                 print(f"{name:<44}{len(functions):>8,} hops through {files} files", flush=True)
                 counts[f"{name} hops"], counts[f"{name} files"] = len(functions), files

@@ -175,9 +175,9 @@ def project(model: nn.Module, spec: ModelSpec, features: Tensor) -> Tensor:
 
 
 def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
-    """Pixels [images, C, S, S] to k visual tokens an image.
+    """Pixels [images, C, S, S] to k visual tokens per image.
 
-    Tokens are dropped behind the merge and before the projector: what is not kept is never
+    Tokens are dropped after the merge and before the projector: what is not kept is never
     projected.
     """
     model, spec = checkpoint.model, checkpoint.spec
@@ -280,7 +280,7 @@ def new_cache(checkpoint: Checkpoint) -> Any:
 
 
 def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = None) -> Tensor:
-    """What the head reads, [batch, length, width]: hidden states behind the decoder's last norm.
+    """What the head reads, [batch, length, width]: hidden states after the decoder's last norm.
 
     Where visual tokens end before the last layer, their columns are zero.
 

@@ -123,12 +123,12 @@ class Conversation:
         self._grids: list[TileGrid] = []
         self._serial = 0
         # What the runner's cache holds, whatever became of the turn that put it there: the first
-        # `runner.length` rows of the layout with the tokens behind it.
+        # `runner.length` rows of the layout with the tokens after it.
         self._cached_layout: PromptLayout | None = None
         self._cached_ids: list[int] = []
 
     def reset(self) -> None:
-        """Starts anew; the graphs stay loaded."""
+        """Starts over; the graphs stay loaded."""
         self.messages.clear()
         self.answers.clear()
         self._tiles.clear()
@@ -286,6 +286,6 @@ class Conversation:
         return cached.shared_rows(layout)
 
     def _require_current(self, token_ids: list[int]) -> None:
-        """Refuses to go on with a stream whose cache another turn has taken over."""
+        """Refuses to continue with a stream whose cache another turn has taken over."""
         if self._cached_ids is not token_ids:
             raise RuntimeError("another turn began while this answer was being streamed")

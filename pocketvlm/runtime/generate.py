@@ -74,7 +74,7 @@ class StopRules:
 
     Attributes:
         max_new_tokens: Tokens after which it is cut, the end token counted.
-        end_token_ids: Tokens that end it; none to go on after them.
+        end_token_ids: Tokens that end it; none to continue after them.
         max_positions: Positions of the model: an answer that has no room for another row, there or
             in the runner's cache, ends. `None` where the caller has made room; the runner then
             refuses a row too many.

@@ -82,7 +82,7 @@ class CenterCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStepSquare:
-    """The Idefics3 kind: first to a size of its own, then to a square.
+    """The Idefics3 kind: first to its own size, then to a square.
 
     Attributes:
         first: Height and width that are resized to first, the length of the longest edge, which
