@@ -21,7 +21,8 @@ CHECKOUT is the root of any version of this repository; the default is this one.
 `--walks` runs three jobs and counts the functions and files that they go through
 (`walk_tracer.py` says what a hop is): a calibration picture that becomes a GPTQ code, one affine
 weight in the layout of ONNX Runtime and of Core ML, and a question whose first token is printed.
-`--path` lists the functions. Prints a table, and one JSON line at the end.
+Of the first walk, functions of `compress` and `calibration` are what quantizes a layer. `--path`
+lists the functions. Prints a table, and one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ FAMILY = re.compile(r"^(llava|idefics3|smolvlm|clip|clip_vision_model|siglip|lla
 FIELDS = re.compile(r"(?<=tower\.)\w+|^(class|patch|position)_embedding$")
 FREE = ("models/families/", "reference/", "testing.py")
 HOOK = re.compile(r"^(stage|stages\[.*\]|target|reducer)$")
+LAYERWISE = ("compress/", "calibration/")
 TARGETS = ("onnx", "coreml")  # ExecuTorch converts in a child process, for minutes when followed
 RECIPE = {
     "picture_to_code": "{method: gptq, rules: [{part: tower, bits: 4, group_size: 32}]}",
@@ -243,6 +245,10 @@ def main() -> None:
                 files = len({function.partition(":")[0] for function in functions})
                 print(f"{name:<44}{len(functions):>8,} hops through {files} files", flush=True)
                 counts[f"{name} hops"], counts[f"{name} files"] = len(functions), files
+                if name.startswith(WALKS[0]):
+                    inside = sum(function.startswith(LAYERWISE) for function in functions)
+                    print(f"{'  to quantize a layer':<44}{inside:>8,} hops")
+                    counts["hops to quantize a layer"] = inside
                 if arguments.path:
                     print(*(f"    {function}" for function in functions), sep="\n")
     print(json.dumps({"checkout": checkout.name, **counts}))

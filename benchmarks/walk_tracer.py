@@ -3,7 +3,7 @@
 A walk is followed by its stations: calls into libraries that mean the same in every version of this
 package (a picture is opened, a matrix is factorized, a session is run). At each station the
 functions of the package that are on the call stack are noted: those are what a reader has to pass
-through to get there.
+through to get there, and each is one hop. Lambdas and comprehensions belong to their functions.
 
 Environment: WALK_PACKAGE is the folder of the package, WALK_NAME one of `WALKS`, WALK_OUT a folder
 that gets one JSON file per process and route: the functions as "file:name", in order.
@@ -46,7 +46,7 @@ class _Walk:
         """Functions of the package that are being run, outermost first."""
         names = []
         while frame is not None:
-            if self.owns(frame):
+            if self.owns(frame) and not frame.f_code.co_name.startswith("<"):
                 names.append(self.name(frame))
             frame = frame.f_back
         return names[::-1]
