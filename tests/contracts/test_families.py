@@ -33,6 +33,8 @@ from pocketvlm.reference_graph.forward import (
 )
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.engines import open_engine
+from pocketvlm.runtime.executorch.native_runner import prompt_parts
+from pocketvlm.runtime.text import TextCodec
 
 
 @pytest.fixture(scope="module", params=TINY_MODELS)
@@ -138,6 +140,9 @@ def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
     first = talk.ask("what is it?", wide, max_new_tokens=32)
     asked = user_turn("what is it?", 1)
     assert list(first.token_ids) == stock_answers(path, [asked], [wide])
+    parts = prompt_parts(bundle, TextCodec.from_bundle(bundle), asked, [wide])
+    shown = [part for part in parts if isinstance(part, np.ndarray)]
+    np.testing.assert_array_equal(np.concatenate(shown), checkpoint.processor.pixels([wide]))
     talk.ask("and this?", square, max_new_tokens=1)
     tiles = checkpoint.processor.tiles([wide, square])
     assert len(talk._tiles) == sum(tiles)

@@ -27,7 +27,7 @@ from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.splice import image_runs
 from pocketvlm.runtime.text import TextCodec
 
-__all__ = ["UnspeakablePieceError", "answer_with_multimodal_runner"]
+__all__ = ["UnspeakablePieceError", "answer_with_multimodal_runner", "prompt_parts"]
 
 
 def answer_with_multimodal_runner(
@@ -62,7 +62,6 @@ def answer_with_multimodal_runner(
         raise InputError(
             f"{bundle.path}: MultimodalRunner takes the likeliest token and cannot apply {settings}"
         )
-    ids = codec.encode([turn.to_message()])
     ends = {codec.tokenizer.id_to_token(token) for token in codec.eos_token_ids}
     pieces: list[str] = []
 
@@ -76,31 +75,35 @@ def answer_with_multimodal_runner(
             process = own.enter_context(closing(ProgramProcess(bundle)))
         process.generate(
             str(bundle.file("tokenizer.json")),
-            _parts(bundle, codec, ids, images),
+            prompt_parts(bundle, codec, turn, images),
             max_new_tokens=max_new_tokens,
             on_piece=take,
         )
     return "".join(pieces)
 
 
-def _parts(
-    bundle: Bundle, codec: TextCodec, ids: Sequence[int], images: Sequence[PictureInput]
+def prompt_parts(
+    bundle: Bundle, codec: TextCodec, turn: Turn, images: Sequence[PictureInput]
 ) -> list[Sequence[int] | npt.NDArray[np.float32]]:
-    """The prompt around its pictures, whose own rows replace their placeholders."""
-    if not images:
-        return [ids]
+    """The prompt around its pictures, whose own rows replace their placeholders.
+
+    Returns:
+        Token ids, and between them the pixels of each tile, float32 [1, C, S, S].
+    """
     preprocessor = ImagePreprocessor.from_bundle(bundle)
+    pictures = [image if isinstance(image, Image) else open_image(Path(image)) for image in images]
+    ids = codec.encode([turn.to_message()], [preprocessor.grid(picture) for picture in pictures])
+    tiles = [tile[None] for picture in pictures for tile in preprocessor.pixels(picture)]
     placeholders = bundle.manifest.visual_tokens_full
     starts = image_runs(
-        ids, len(images), image_token_id=codec.image_token_id, placeholders=placeholders
+        ids, len(tiles), image_token_id=codec.image_token_id, placeholders=placeholders
     )
     parts: list[Sequence[int] | npt.NDArray[np.float32]] = []
     end = 0
-    for start, image in zip(starts, images, strict=True):
+    for start, tile in zip(starts, tiles, strict=True):
         if end < start:
             parts.append(ids[end:start])
-        picture = image if isinstance(image, Image) else open_image(Path(image))
-        parts.append(preprocessor.pixels(picture))
+        parts.append(tile)
         end = start + placeholders
     if end < len(ids):
         parts.append(ids[end:])
