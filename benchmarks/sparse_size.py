@@ -1,13 +1,14 @@
-"""Bytes, predicted and real, load times and decode speed of masked weights at a published shape.
+"""Bytes of masked weights, predicted, real and compressed, and decode speed, at a published shape.
 
     python benchmarks/sparse_size.py --work shapes
     python benchmarks/sparse_size.py --work shapes --speed
 
 Random weights at the SmolVLM-256M shape, of which tower, projector and decoder lose half: element
-by element, 2 of 4, or in blocks; alone as floats, and with int4. Bytes do not depend on values,
-nor does dense speed, so masks are drawn. `--speed` times ONNX bundles that the first command wrote:
-load times take turns, dense and packed, and so do decode steps of a model of which half is zero and
-of the same model with nothing masked. Prints tables, and one JSON line.
+by element, 2 of 4, or in blocks; alone as floats, and under int4. Bytes do not depend on values,
+nor does dense speed, so masks are drawn. Compressed is each file by itself, by `zstd -19`, where
+`zstd` is installed. `--speed` times ONNX bundles that the first command wrote: decode steps of a
+model of which half is zero and of the same model with nothing masked take turns. Prints tables,
+and one JSON line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -32,7 +34,6 @@ from pocketvlm.compress.pruning.unstructured.patterns import (
     Pattern,
     SemiStructured,
     Unstructured,
-    plan_mask,
 )
 from pocketvlm.compress.quantization.affine.grid import AffineScheme
 from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
@@ -46,7 +47,7 @@ from pocketvlm.reference import reference_model_path
 from pocketvlm.reference.random_models import SHAPES, write_shape
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.stages import Target
-from pocketvlm.weights.layout import AffineLayout, WeightLayout, plan_behind_mask
+from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout, plan_behind_mask
 from pocketvlm.weights.sparse import SparseWeight
 
 _PATTERNS: Mapping[str, Pattern | None] = {
@@ -88,7 +89,7 @@ def make(model: Path, pattern: Pattern | None, bits: int | None) -> tuple[Checkp
         plan: WeightLayout | None = None
         if pattern is not None and linear.part in _PRUNED:
             form = SparseWeight.from_form(form, draw_mask(pattern, *form.shape, random))
-            plan = plan_mask(pattern, 0.5)
+            plan = SparseLayout(density=0.5)
         if bits is not None:
             grid = AffineLayout(bits=bits, group_size=_GROUP, symmetric=True)
             plan = plan_behind_mask(linear.name, plan, grid) if plan is not None else grid
@@ -99,45 +100,27 @@ def make(model: Path, pattern: Pattern | None, bits: int | None) -> tuple[Checkp
     return checkpoint, plans
 
 
-def targets_of(names: list[str], *, is_masked: bool) -> dict[str, Target]:
-    """What is written; a packed file where there is something to pack."""
-    every: dict[str, dict[str, Target]] = {
-        "onnx": {"onnx": ToOnnx(), "onnx, packed": ToOnnx(sparse_file=True)},
-        "coreml": {"coreml": ToCoreml()},
-        "executorch": {
-            "executorch": ToExecutorch(),
-            "executorch, packed": ToExecutorch(sparse_file=True),
-        },
-    }
-    return {
-        label: target
-        for name in names
-        for label, target in every[name].items()
-        if is_masked or not label.endswith("packed")
-    }
+TARGETS: Mapping[str, Target] = {
+    "onnx": ToOnnx(),
+    "coreml": ToCoreml(),
+    "executorch": ToExecutorch(),
+}
 
 
-def load_milliseconds(bundles: Mapping[str, Path]) -> dict[str, dict[str, float]]:
-    """Medians of loading and of expanding, bundles taking turns."""
-    times: dict[str, list[tuple[float, float]]] = {label: [] for label in bundles}
-    for _ in range(_ROUNDS):
-        for label, path in bundles.items():
-            bundle = Bundle.open(path, verify=False)
-            started = perf_counter()
-            runner = OnnxRunner(bundle, capacity=64)
-            times[label].append(((perf_counter() - started) * 1e3, runner.expand_ms or 0.0))
-            del runner
-    return {
-        label: {
-            "load_ms": median(load for load, _ in rows),
-            "expand_ms": median(expand for _, expand in rows),
-        }
-        for label, rows in times.items()
-    }
+def compressed_bytes(files: list[Path]) -> int | None:
+    """Bytes of files that `zstd -19` compresses one by one; `None` without the program."""
+    program = shutil.which("zstd")
+    if program is None:
+        return None
+    command = [program, "--quiet", "--stdout", "-19"]
+    return sum(
+        len(subprocess.run([*command, file], stdout=subprocess.PIPE, check=True).stdout)
+        for file in files
+    )
 
 
 def decode_ratio(plain: Path, masked: Path) -> dict[str, Any]:
-    """Milliseconds a token of two bundles that take turns, and their ratio by round."""
+    """Milliseconds per token of two bundles that take turns, and their ratio by round."""
     runners = {
         label: OnnxRunner(Bundle.open(path, verify=False), capacity=256, keep_vision=False)
         for label, path in (("dense", plain), ("zeros", masked))
@@ -175,19 +158,21 @@ def measure_sizes(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         for name in options.patterns:
             pattern = _PATTERNS[name]
             checkpoint, plans = make(model, pattern, None if bits == _FLOAT else bits)
-            targets = targets_of(options.targets, is_masked=pattern is not None)
-            for label, target in targets.items():
+            for label in options.targets:
+                target = TARGETS[label]
                 folder = folder_of(options.work, name, bits, label)
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 write_graphs(checkpoint, (target,), folder, "0" * 64, RunContext())
-                files = (folder / target.method).rglob("*")
-                real = sum(file.stat().st_size for file in files if file.is_file())
+                files = [file for file in (folder / target.method).rglob("*") if file.is_file()]
+                real = sum(file.stat().st_size for file in files)
+                small = compressed_bytes(files)
                 said = sum(target.predict(checkpoint.spec, plans).part_bytes.values())
-                row = {"pattern": name, "bits": bits, "target": label}
-                rows.append({**row, "bytes": real, "predicted_bytes": said})
+                row = {"pattern": name, "bits": bits, "target": label, "bytes": real}
+                rows.append({**row, "zstd_bytes": small, "predicted_bytes": said})
+                shipped = "no zstd here" if small is None else f"zstd -19 {small / 1e6:9.2f} MB"
                 print(
-                    f"{name:7s} {bits:2d} bits  {label:20s} {real / 1e6:9.2f} MB  "
+                    f"{name:7s} {bits:2d} bits  {label:10s} {real / 1e6:9.2f} MB  {shipped}  "
                     f"{real / source:.4f} of the source  predicted {said / real - 1:+.2%}",
                     flush=True,
                 )
@@ -195,22 +180,9 @@ def measure_sizes(model: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Load times of dense and packed bundles, and decode speed with and without zeros."""
-    result: dict[str, Any] = {"model": options.model, "load": [], "decode": []}
+    """Decode speed with and without zeros."""
+    result: dict[str, Any] = {"model": options.model, "decode": []}
     for bits in options.bits:
-        for name in options.patterns:
-            if _PATTERNS[name] is None:
-                continue
-            labels = ("onnx", "onnx, packed")
-            found = load_milliseconds(
-                {label: folder_of(options.work, name, bits, label) for label in labels}
-            )
-            for label, times in found.items():
-                result["load"].append({"pattern": name, "bits": bits, "target": label, **times})
-                print(
-                    f"{name:7s} {bits:2d} bits  {label:20s} loads in {times['load_ms']:.0f} ms, of "
-                    f"which expanding takes {times['expand_ms']:.0f}"
-                )
         plain, zeros = (folder_of(options.work, name, bits, "onnx") for name in ("none", "50 %"))
         ratio = decode_ratio(plain, zeros)
         result["decode"].append({"bits": bits, **ratio})
@@ -227,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and bundles")
     parser.add_argument("--model", default="smolvlm-256m", help="a shape, or a reference model")
-    parser.add_argument("--targets", nargs="+", default=["onnx", "coreml"])
+    parser.add_argument("--targets", nargs="+", default=["onnx", "coreml"], choices=TARGETS)
     parser.add_argument("--patterns", nargs="+", default=list(_PATTERNS), choices=_PATTERNS)
     parser.add_argument("--bits", nargs="+", type=int, default=[_FLOAT, 4], help="16 for floats")
     parser.add_argument("--speed", action="store_true", help="time what was written before")

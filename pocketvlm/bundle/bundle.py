@@ -72,9 +72,9 @@ class Bundle:
         files = self.manifest.files
         verify_files(self.path, files, _MANIFEST, _UNSIGNED, error=BundleError)
         for component in self.manifest.components:
-            for name in filter(None, (component.file, component.sparse_file)):
-                if name not in files and not any(file.startswith(f"{name}/") for file in files):
-                    raise BundleError(f"{self.path / _MANIFEST}: {name!r} is used and not signed")
+            name = component.file
+            if name not in files and not any(file.startswith(f"{name}/") for file in files):
+                raise BundleError(f"{self.path / _MANIFEST}: {name!r} is used and not signed")
 
     def file(self, name: str) -> Path:
         """Path of a signed file.

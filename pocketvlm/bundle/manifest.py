@@ -48,8 +48,6 @@ class Component:
         function: Its function in the file, if the file holds several that share weights.
         states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
         notes: Warnings of the toolkit that converted the graph, and what costs time or accuracy.
-        sparse_file: Path of the packed file that the graph's weights, or the graph itself, are
-            expanded from when it is loaded; `None` where nothing is packed.
     """
 
     target: str
@@ -61,7 +59,6 @@ class Component:
     function: str | None = None
     states: tuple[TensorSignature, ...] = ()
     notes: tuple[str, ...] = ()
-    sparse_file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +206,6 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; later additions are left out if they are empty."""
         document = asdict(self)
-        for component in document["components"]:
-            if component["sparse_file"] is None:
-                del component["sparse_file"]
         if document["prompt"]["tile_marker"] is None:
             del document["prompt"]["tile_marker"]
         if document["kv_cache"]["visual_layers"] is None:

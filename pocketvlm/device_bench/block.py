@@ -50,7 +50,6 @@ class Block:
 
     Attributes:
         load_ms: Opening the bundle until all graphs are ready.
-        expand_ms: The part of `load_ms` that unpacks weights; `None` if none are packed.
         prompt: The prompt in tokens of this bundle.
         cold: The first answer of the process.
         answers: The measured ones.
@@ -60,7 +59,6 @@ class Block:
     """
 
     load_ms: float
-    expand_ms: float | None = None
     prompt: Prompt
     cold: AnswerTimes
     answers: tuple[AnswerTimes, ...]

@@ -95,7 +95,6 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
     measured = [_answer(loaded, image) for _ in range(workload.answers)]
     return Block(
         load_ms=sum(clock.laps("load")),
-        expand_ms=runner.expand_ms,
         prompt=Prompt(
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             text_tokens=text_tokens,

@@ -58,10 +58,6 @@ def summarise_blocks(blocks: Sequence[Block]) -> Latency:
         "load_ms": summarise_samples([block.load_ms for block in blocks]),
         "cold_ttft_user_ms": summarise_samples([block.cold.ttft_user_ms for block in blocks]),
     }
-    # Only bundles with packed weights have them to unpack.
-    expanded = [block.expand_ms for block in blocks if block.expand_ms is not None]
-    if expanded:
-        figures["expand_ms"] = summarise_samples(expanded)
     for name, samples_of in FIGURES.items():
         samples = [value for answer in answers for value in samples_of(answer)]
         figures[name] = summarise_samples(samples)

@@ -1,28 +1,10 @@
-"""What all targets need to predict an export: refusals in words, and counts of numbers."""
+"""What every target counts of a model beside its weight matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["join_refusals", "other_elements"]
-
-
-def join_refusals(target: str, misfits: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """One line for each reason, with the first layer that it is about and how many others.
-
-    Args:
-        target: The target's name.
-        misfits: Names of layers, each with its reason.
-    """
-    layers: dict[str, list[str]] = {}
-    for name, reason in misfits:
-        layers.setdefault(reason, []).append(name)
-    return tuple(
-        f"{target}: {names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}: {reason}"
-        for reason, names in layers.items()
-    )
+__all__ = ["other_elements"]
 
 
 def other_elements(spec: ModelSpec) -> tuple[int, int]:

@@ -59,6 +59,11 @@ class LinearSpec:
     in_features: int
     has_bias: bool
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        return (self.out_features, self.in_features)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:

@@ -22,7 +22,6 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import PocketVLMError, StorageError
 from pocketvlm.export.parity.certify import ParityReport, certify
-from pocketvlm.export.runtime_needs import read_needs
 from pocketvlm.files.full_disk import naming_faults
 from pocketvlm.files.publish import replace_directory
 from pocketvlm.json_io import write_json
@@ -81,7 +80,7 @@ def build_bundle(
         components, failed = _export_each(checkpoint, targets, folder, ctx)
         if not components:
             raise next(iter(failed.values()))
-        manifest = _write_rest(checkpoint, components, folder, recipe.sha256())
+        manifest = _write_rest(checkpoint, targets, components, folder, recipe.sha256())
         report = certify(checkpoint, Bundle(path=folder, manifest=manifest), samples, ctx=ctx)
         write_json(folder / PARITY_FILE, report.to_json())
         manifest = sign_bundle(folder, manifest)
@@ -103,7 +102,7 @@ def write_graphs(
     components = tuple(
         component for target in targets for component in target.export(checkpoint, folder, ctx)
     )
-    return _write_rest(checkpoint, components, folder, recipe_sha256)
+    return _write_rest(checkpoint, targets, components, folder, recipe_sha256)
 
 
 def _export_each(
@@ -182,7 +181,11 @@ def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Mani
 
 
 def _write_rest(
-    checkpoint: Checkpoint, components: tuple[Component, ...], folder: Path, recipe_sha256: str
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    components: tuple[Component, ...],
+    folder: Path,
+    recipe_sha256: str,
 ) -> Manifest:
     manifest = write_processor(checkpoint.processor, checkpoint.spec, folder)
     if checkpoint.reducer is not None:
@@ -196,7 +199,9 @@ def _write_rest(
         dtype="float32" if checkpoint.cache_grid is None else "int8",
         visual_layers=checkpoint.visual_layers,
     )
-    targets = dict.fromkeys(component.target for component in components)
+    written = {
+        target: [each for each in components if each.target == target.method] for target in targets
+    }
     manifest = replace(
         manifest,
         model=checkpoint.source.name,
@@ -204,6 +209,10 @@ def _write_rest(
         recipe_sha256=recipe_sha256,
         kv_cache=cache,
         components=components,
-        runtimes={target: read_needs(target, folder, components) for target in targets},
+        runtimes={
+            target.method: target.runtime_needs(folder, own)
+            for target, own in written.items()
+            if own
+        },
     )
     return sign_bundle(folder, manifest)

@@ -133,19 +133,18 @@ def plan(
     refused: list[str] = []
     warnings = [*notes, *state.notes]
     part_bytes: dict[str, int] = {}
-    loaded_bytes = 0
     for target in recipe.targets:
         prediction = target.predict(state.spec, state.layouts)
-        refused += (*prediction.refused, *target.refuse(state))
+        if target.missing_toolkit is not None:
+            refused.append(f"{target.method}: {target.missing_toolkit}")
+        refused += target.refuse(state)
         warnings += prediction.warnings
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
-        loaded = sum(prediction.part_bytes.values()) + prediction.unpacked_bytes
-        loaded_bytes = max(loaded_bytes, loaded)
     weight_bytes = sum(part_bytes.values())
     cache_bytes = _cache_bytes(state)
     files = sum(file.stat().st_size for file in model.glob("*.json"))
-    ram_bytes = loaded_bytes + cache_bytes + _activation_bytes(state.spec)
+    ram_bytes = weight_bytes + cache_bytes + _activation_bytes(state.spec)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
     if any((model / name).is_file() for name in PROCESSOR_FILES):

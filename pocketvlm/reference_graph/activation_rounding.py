@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.weights.affine import AffineWeight
+from pocketvlm.weights.layout import AffineLayout, without_mask
 from pocketvlm.weights.modules import FormLinear
-from pocketvlm.weights.nonzeros import AffineNonzeros
-from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = [
     "ARITHMETICS",
@@ -140,18 +138,15 @@ def simulate_arithmetic(checkpoint: Checkpoint, arithmetic: Arithmetic) -> Itera
 
 def _rounding(layer: FormLinear, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
     """How a layer's inputs are rounded; `None` for a layer that its kernel runs in float32."""
-    form = layer.form.values if isinstance(layer.form, SparseWeight) else layer.form
-    if not isinstance(form, AffineWeight | AffineNonzeros):
+    layout = without_mask(layer.form.layout)
+    if not isinstance(layout, AffineLayout):
         return None
-    if isinstance(form, AffineNonzeros) and not form.has_zero_code:
-        return None  # such a layer is exported as floats
     if scheme == "per_token_asymmetric":
         return round_per_token
     # ONNX Runtime has no integer kernel for these: it widens the weights and stays in float32.
-    has_float_zeros = form.zeros is not None and form.zeros.is_floating_point()
-    if has_float_zeros or (form.bits, form.group_size) == (2, 16):
+    if layout.float_zeros or (layout.bits, layout.group_size) == (2, 16):
         return None
-    group_size = form.group_size
+    group_size = layout.group_size
     return lambda inputs: round_per_block(inputs, group_size)
 
 

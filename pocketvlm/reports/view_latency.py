@@ -26,7 +26,6 @@ _CHARTS = (
 )
 _STAGES = (
     ("load_ms", "load"),
-    ("expand_ms", "unpack weights, in load"),
     ("preprocess_ms", "preprocess"),
     ("vision_ms", "vision encode + token reduce"),
     ("tokenize_ms", "tokenise"),
@@ -124,12 +123,7 @@ def _target(
         strips=tuple(strip for strip in strips if strip is not None),
         first_token=draw_bars([(role, parts) for role, parts in bars if parts]),
         timeline=_timeline({role: values for role, values in samples.items() if values}, order),
-        table=tuple(
-            _stage_row(name, label, figures, ratios.get(name))
-            for name, label in _STAGES
-            # Bundles without packed weights have nothing to unpack.
-            if name != "expand_ms" or any(name in of_role.figures for of_role in figures.values())
-        ),
+        table=tuple(_stage_row(name, label, figures, ratios.get(name)) for name, label in _STAGES),
         has_baseline=figures["baseline"] != Latency(),
     )
 

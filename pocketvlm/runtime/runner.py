@@ -23,13 +23,10 @@ class Runner(ABC):
     Attributes:
         capacity: Rows that the KV cache can hold.
         engine: What computes, in words; a certificate says it.
-        expand_ms: Time that unpacking weights took while the bundle was loaded; `None` where
-            nothing is packed.
     """
 
     capacity: int
     engine: str = "not named"
-    expand_ms: float | None = None
 
     def __init__(self, *, capacity: int) -> None:
         if capacity < 1:

@@ -8,11 +8,12 @@ layer inputs have in common. The tables of stages and targets are `recipes/stage
 from pocketvlm.stages.flags import INITIAL_FLAGS, check_order
 from pocketvlm.stages.plan_state import FLOAT_CACHE_BITS, PlanState
 from pocketvlm.stages.stage import Stage, StageResult, run_stage
-from pocketvlm.stages.target import Prediction, Target
+from pocketvlm.stages.target import Explanation, Prediction, Target
 
 __all__ = [
     "FLOAT_CACHE_BITS",
     "INITIAL_FLAGS",
+    "Explanation",
     "PlanState",
     "Prediction",
     "Stage",

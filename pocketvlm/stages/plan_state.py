@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.weights.layout import LayerBytes, SparseLayout, WeightLayout, plan_behind_mask
 
@@ -45,6 +46,18 @@ class PlanState:
             layouts=dict.fromkeys(spec.linears()),
             visual_tokens=spec.visual_tokens,
             layer_bytes=layer_bytes or {},
+        )
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> PlanState:
+        """The model as the stages before have left it."""
+        spec, reducer, grid = checkpoint.spec, checkpoint.reducer, checkpoint.cache_grid
+        return cls(
+            spec=spec,
+            layouts={linear: form.layout for linear, form in checkpoint.forms().items()},
+            visual_tokens=spec.visual_tokens if reducer is None else reducer.keep,
+            visual_layers=checkpoint.visual_layers,
+            cache_bits=FLOAT_CACHE_BITS if grid is None else grid.bits,
         )
 
     def with_spec(self, spec: ModelSpec) -> PlanState:

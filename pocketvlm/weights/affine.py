@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pocketvlm.weights.affine_grid import AffineGrid
 from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 from pocketvlm.weights.form import WeightForm
 
@@ -16,35 +17,24 @@ __all__ = ["AffineWeight"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AffineWeight(WeightForm):
-    """Group-wise affine integers: w = scale * (code - zero), one scale a row and group.
+class AffineWeight(AffineGrid, WeightForm):
+    """A code for every element, on an `AffineGrid`.
 
     Groups run along the input. Where `group_size` does not divide `in_features`, the last group is
     padded with codes that mean zero; the padding is stored and never seen outside.
 
     Attributes:
         packed: `pack_codes` of the codes [out_features, groups * group_size].
-        scales: float16, [out_features, groups].
-        zeros: Zero points [out_features, groups]: uint8, or float16 where they need not be codes
-            (then no weight may be exactly zero); `None` for the symmetric grid, whose zero point
-            is 2**(bits - 1) everywhere.
-        bits: 2, 3, 4 or 8.
-        group_size: Columns that share a scale.
         in_features: Columns of the dense matrix.
     """
 
     kind: ClassVar[str] = "affine"
 
     packed: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bits: int
-    group_size: int
     in_features: int
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits}")
+        super().__post_init__()
         rows, groups = self.scales.shape
         if groups != -(-self.in_features // self.group_size):
             raise ValueError(
@@ -55,15 +45,6 @@ class AffineWeight(WeightForm):
             raise ValueError(
                 f"packed codes are {tuple(self.packed.shape)} {self.packed.dtype}, not {expected} "
                 "torch.uint8"
-            )
-        if self.scales.dtype != torch.float16:
-            raise ValueError(f"scales are {self.scales.dtype}, not torch.float16")
-        if self.zeros is not None and (
-            self.zeros.shape != self.scales.shape
-            or self.zeros.dtype not in (torch.uint8, torch.float16)
-        ):
-            raise ValueError(
-                "zero points need the shape of the scales and type torch.uint8 or torch.float16"
             )
 
     @classmethod
@@ -101,50 +82,25 @@ class AffineWeight(WeightForm):
     def shape(self) -> tuple[int, int]:
         return (self.scales.shape[0], self.in_features)
 
-    @property
-    def has_float_zeros(self) -> bool:
-        """Whether zero points lie between codes."""
-        return self.zeros is not None and self.zeros.dtype == torch.float16
-
-    @property
-    def groups(self) -> int:
-        """Groups a row."""
-        return self.scales.shape[1]
-
-    def codes(self) -> Tensor:
-        """The codes, uint8 [out_features, groups * group_size], padding included."""
+    def codes(self, rows: Tensor | None = None) -> Tensor:
+        """Codes of all or some rows, uint8 [rows, groups * group_size], padding included."""
+        packed = self.packed if rows is None else self.packed[rows]
         count = self.groups * self.group_size
-        return torch.from_numpy(unpack_codes(self.packed.numpy(), self.bits, count))
-
-    def zero_points(self) -> Tensor:
-        """Zero points of any grid, uint8 or float16 [out_features, groups]."""
-        if self.zeros is not None:
-            return self.zeros
-        return torch.full(self.scales.shape, 1 << (self.bits - 1), dtype=torch.uint8)
+        return torch.from_numpy(unpack_codes(packed.numpy(), self.bits, count))
 
     def dequantize(self) -> Tensor:
-        return _dequantize(self.codes(), self.scales, self.zero_points())[..., : self.in_features]
+        return self.decode(self.codes())[..., : self.in_features]
 
     def take_rows(self, rows: Tensor) -> Tensor:
         flat = rows.reshape(-1)
-        count = self.groups * self.group_size
-        codes = torch.from_numpy(unpack_codes(self.packed[flat].numpy(), self.bits, count))
-        dense = _dequantize(codes, self.scales[flat], self.zero_points()[flat])
-        return dense[..., : self.in_features].reshape(*rows.shape, self.in_features)
+        dense = self.decode(self.codes(flat), flat)[..., : self.in_features]
+        return dense.reshape(*rows.shape, self.in_features)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"codes": self.packed, "scales": self.scales}
-        if self.zeros is not None:
-            tensors["zeros"] = self.zeros
-        return tensors
+        return {"codes": self.packed, **self.grid_tensors()}
 
     def to_metadata(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "in_features": self.in_features,
-        }
+        return {"kind": self.kind, **self.grid_metadata(), "in_features": self.in_features}
 
     @classmethod
     def from_tensors(
@@ -152,17 +108,6 @@ class AffineWeight(WeightForm):
     ) -> AffineWeight:
         return cls(
             packed=tensors["codes"],
-            scales=tensors["scales"],
-            zeros=tensors.get("zeros"),
-            bits=metadata["bits"],
-            group_size=metadata["group_size"],
             in_features=metadata["in_features"],
+            **cls.grid_fields(tensors, metadata),
         )
-
-
-def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    # In place: for a large table every temporary is as large as the float32 result.
-    dense = codes.view(*scales.shape, -1).to(torch.float32)
-    dense -= zeros.to(torch.float32)[..., None]
-    dense *= scales.to(torch.float32)[..., None]
-    return dense.view(scales.shape[0], -1)

@@ -9,7 +9,7 @@ error feedback across columns then needs no more than the nearest centroid, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import CodebookLayout
 
 __all__ = ["CodebookWeight", "Lookup"]
 
@@ -28,11 +29,11 @@ class Lookup:
     """A matrix [rows, columns] as indices into codebooks.
 
     Rows are cut into `row_groups` equal groups and columns into `column_groups` groups of
-    ceil(columns / column_groups), the last of which may be narrower; each pair of groups has a
-    codebook of its own.
+    ceil(columns / column_groups), the last of which may be narrower; each pair of groups has its
+    own codebook.
 
     Attributes:
-        packed: uint8 [rows / d, bytes]: `pack_codes` of one index a vector.
+        packed: uint8 [rows / d, bytes]: `pack_codes` of one index per vector.
         codebooks: float16 [row_groups, column_groups, k, d]; layers may share the tensor.
         index_bits: Bits of one index; k is at most 2**index_bits.
         columns: Columns of the matrix.
@@ -117,7 +118,7 @@ class CodebookWeight(WeightForm):
     Attributes:
         main: The matrix, without outlier columns, in processing order.
         residual: A second look-up that is added to `main`.
-        outliers: Columns with codebooks of their own, in processing order in front of `main`.
+        outliers: Columns with separate codebooks, in processing order before `main`.
         order: int32 [in_features]: which column stands at each place of (outliers, main); `None`
             for their natural order.
         row_scales: float16 [out_features].
@@ -144,7 +145,7 @@ class CodebookWeight(WeightForm):
         if self.outliers is not None and self.outliers.rows != rows:
             raise ValueError(f"outlier columns have {self.outliers.rows} rows, not {rows}")
         if self.order is not None and sorted(self.order.tolist()) != list(range(columns)):
-            raise ValueError(f"order is no permutation of {columns} columns")
+            raise ValueError(f"order is not a permutation of {columns} columns")
         for name, size in (
             ("row_scales", rows),
             ("column_scales", columns),
@@ -162,17 +163,25 @@ class CodebookWeight(WeightForm):
         return (self.main.rows, self.main.columns + apart)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the look-up alone is the matrix, up to a scale a row."""
-        return all(
-            part is None
-            for part in (
-                self.residual,
-                self.outliers,
-                self.order,
-                self.column_scales,
-                self.column_offsets,
-            )
+    def layout(self) -> CodebookLayout:
+        main, residual, outliers = self.main, self.residual, self.outliers
+        layout = CodebookLayout(
+            index_bits=main.index_bits,
+            vector_length=main.vector_length,
+            row_groups=main.codebooks.shape[0],
+            column_groups=main.codebooks.shape[1],
+            residual_bits=None if residual is None else residual.index_bits,
+            is_ordered=self.order is not None,
+            row_scales=self.row_scales is not None,
+            column_scales=self.column_scales is not None or self.column_offsets is not None,
+        )
+        if outliers is None:
+            return layout
+        return replace(
+            layout,
+            outlier_columns=outliers.columns,
+            outlier_bits=outliers.index_bits,
+            outlier_length=outliers.vector_length,
         )
 
     def dequantize(self) -> Tensor:
@@ -265,7 +274,7 @@ class CodebookWeight(WeightForm):
 
 
 def _rows_of(lookup: Lookup, rows: Tensor | None) -> Tensor:
-    """Some or all rows of a look-up, float32 [rows, columns], in memory of its own."""
+    """Some or all rows of a look-up, float32 [rows, columns], in new memory."""
     length = lookup.vector_length
     if rows is None:
         return lookup.decode().reshape(lookup.rows, lookup.columns)

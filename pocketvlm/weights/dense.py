@@ -30,6 +30,10 @@ class DenseWeight(WeightForm):
     def shape(self) -> tuple[int, int]:
         return (self.values.shape[0], self.values.shape[1])
 
+    @property
+    def layout(self) -> None:
+        return None
+
     def dequantize(self) -> Tensor:
         return self.values.to(torch.float32)
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pocketvlm.weights.layout import WeightLayout
+
 __all__ = ["WeightForm", "total_stored_bytes"]
 
 
@@ -20,6 +22,11 @@ class WeightForm(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the dense matrix."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> WeightLayout | None:
+        """How the matrix is stored, without its numbers; `None` for a dense one."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -42,6 +49,10 @@ class WeightForm(ABC):
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> WeightForm:
         """Undoes `to_tensors` and `to_metadata`."""
 
+    def without_mask(self) -> WeightForm:
+        """The same matrix for runtimes that know no masks; itself where it has none."""
+        return self
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of everything that is stored."""
@@ -49,7 +60,7 @@ class WeightForm(ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and zero points included."""
+        """Stored bits per weight, scales and zero points included."""
         rows, columns = self.shape
         return self.stored_bytes * 8 / (rows * columns)
 

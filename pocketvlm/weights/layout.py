@@ -1,7 +1,7 @@
-"""What a weight will be stored as, before any is computed: what `plan` and the solvers count with.
+"""How weights are stored, without their numbers: what plans, solvers and targets reason with.
 
-Each class mirrors a form of `pocketvlm.weights` and knows its bytes from shapes alone; a test
-compares the two.
+Every weight carries its layout (`WeightForm.layout`), and a stage plans the layouts of the weights
+that it will make. A layout knows its bytes from shapes alone; tests compare them with the weight's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = [
     "SparseLayout",
     "WeightLayout",
     "plan_behind_mask",
+    "without_mask",
 ]
 
 _BYTE = 8
@@ -27,7 +28,7 @@ _ORDER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class AffineLayout:
-    """An `AffineWeight` to be.
+    """The layout of an `AffineWeight`.
 
     Attributes:
         bits: Width of a code.
@@ -57,17 +58,18 @@ class AffineLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookLayout:
-    """A `CodebookWeight` to be.
+    """The layout of a `CodebookWeight`.
 
     Attributes:
         index_bits: Bits of an index into the main codebooks.
         vector_length: Rows that an index stands for.
-        row_groups: Groups of rows with codebooks of their own.
-        column_groups: Groups of columns with codebooks of their own.
+        row_groups: Groups of rows, each with codebooks.
+        column_groups: Groups of columns, each with codebooks.
         residual_bits: Bits of an index into the residual codebooks; `None` without a residual.
-        outlier_columns: Columns with a codebook of their own.
+        outlier_columns: Columns with a separate codebook.
         outlier_bits: Bits of an index into that codebook.
         outlier_length: Rows that such an index stands for.
+        is_ordered: Whether columns are stored in another order than the natural one.
         row_scales: Whether every row has a scale.
         column_scales: Whether every column has a scale and an offset.
         is_shared: Whether the codebooks belong to several layers; their bytes are then counted
@@ -83,10 +85,24 @@ class CodebookLayout:
     outlier_columns: int = 0
     outlier_bits: int = 8
     outlier_length: int = 2
+    is_ordered: bool = False
     row_scales: bool = False
     column_scales: bool = False
     is_shared: bool = False
     owns_codebooks: bool = True
+
+    @property
+    def is_palette(self) -> bool:
+        """Whether it looks up single values in small tables and no more, up to scales of rows."""
+        return (
+            self.vector_length == 1
+            and self.column_groups == 1
+            and self.index_bits <= _BYTE
+            and self.residual_bits is None
+            and not self.outlier_columns
+            and not self.is_ordered
+            and not self.column_scales
+        )
 
     def index_bytes(self, rows: int, columns: int) -> int:
         """Bytes of all indices of a matrix [rows, columns]."""
@@ -119,44 +135,43 @@ class CodebookLayout:
             count += rows * _FLOAT16_BYTES
         if self.column_scales:
             count += 2 * columns * _FLOAT16_BYTES
-        if self.outlier_columns or self.column_groups > 1:
+        if self.is_ordered:
             count += columns * _ORDER_BYTES
         return count
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseLayout:
-    """A `SparseWeight` to be.
+    """The layout of a `SparseWeight`.
 
     Attributes:
         density: Share of the elements that are kept, above 0 and up to 1.
         values: What kept elements are stored as; `None` for float16. A codebook holds single
             values in one group of columns, with indices of up to 8 bits, and has no extras but
             scales of rows.
-        block: Rows and columns that are kept or removed together.
-        choice: `(keep, of)` where every `of` neighbouring columns keep `keep`.
     """
 
     density: float
     values: AffineLayout | CodebookLayout | None = None
-    block: tuple[int, int] = (1, 1)
-    choice: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density}; allowed are values above 0 and up to 1")
         values = self.values
-        if isinstance(values, CodebookLayout) and (
-            values.vector_length != 1
-            or values.column_groups != 1
-            or values.index_bits > _BYTE
-            or values.residual_bits is not None
-            or values.outlier_columns
-            or values.column_scales
-        ):
+        if isinstance(values, CodebookLayout) and not values.is_palette:
             raise ValueError(
-                "a sparse codebook holds up to 256 single values a group of rows, and no extras"
+                "a sparse codebook holds up to 256 single values per group of rows, and no extras"
             )
+
+    @property
+    def without_mask(self) -> AffineLayout | None:
+        """The layout on runtimes that know no masks (`WeightForm.without_mask`).
+
+        Integers stay integers where a code of every group means zero, which is what the masked
+        elements become; everything else is stored as floats, `None`.
+        """
+        values = self.values
+        return values if isinstance(values, AffineLayout) and not values.float_zeros else None
 
     def kept(self, rows: int, columns: int) -> int:
         """Elements of a matrix [rows, columns] that are kept."""
@@ -187,6 +202,11 @@ WeightLayout = AffineLayout | CodebookLayout | SparseLayout
 
 LayerBytes = Callable[[WeightLayout | None, tuple[int, int]], int]
 """Bytes of one matrix [rows, columns] in a file, by its layout; `None` for one that stays float."""
+
+
+def without_mask(layout: WeightLayout | None) -> AffineLayout | CodebookLayout | None:
+    """A layout on runtimes that know no masks; itself where it has none."""
+    return layout.without_mask if isinstance(layout, SparseLayout) else layout
 
 
 def plan_behind_mask(name: str, mask: SparseLayout, values: WeightLayout) -> SparseLayout:

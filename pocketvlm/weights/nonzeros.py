@@ -13,8 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from pocketvlm.weights.affine_grid import AffineGrid
 from pocketvlm.weights.bitpack import pack_codes, unpack_codes
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout
 
 __all__ = ["AffineNonzeros", "CodebookNonzeros", "FloatNonzeros", "Nonzeros", "pack_kept"]
 
@@ -25,6 +28,11 @@ class Nonzeros(ABC):
     """Values of the kept elements of a matrix [rows, columns], row by row."""
 
     kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def layout(self) -> AffineLayout | CodebookLayout | None:
+        """How values are stored; `None` for floats."""
 
     @abstractmethod
     def check(self, rows: int, columns: int, kept: int) -> None:
@@ -78,6 +86,10 @@ class FloatNonzeros(Nonzeros):
         if self.values.dtype != torch.float16:
             raise ValueError(f"kept values are {self.values.dtype}, not torch.float16")
 
+    @property
+    def layout(self) -> None:
+        return None
+
     def check(self, rows: int, columns: int, kept: int) -> None:
         if tuple(self.values.shape) != (kept,):
             raise ValueError(f"{tuple(self.values.shape)} values are not one each of {kept}")
@@ -102,51 +114,16 @@ class FloatNonzeros(Nonzeros):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AffineNonzeros(Nonzeros):
-    """Integers on the grid of an `AffineWeight`: w = scale * (code - zero).
-
-    Groups are those of the dense matrix, whose padding is not stored.
+class AffineNonzeros(AffineGrid, Nonzeros):
+    """A code for each kept element, on the grid of the dense matrix, whose padding is not stored.
 
     Attributes:
-        packed: uint8 [ceil(kept * bits / 8)]: `pack_codes` of all codes behind one another.
-        scales: float16 [rows, groups].
-        zeros: As in `AffineWeight`.
-        bits: 2, 3, 4 or 8.
-        group_size: Columns that share a scale.
+        packed: uint8 [ceil(kept * bits / 8)]: `pack_codes` of all codes, one after another.
     """
 
     kind: ClassVar[str] = "affine"
 
     packed: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bits: int
-    group_size: int
-
-    def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits}")
-        if self.scales.dtype != torch.float16:
-            raise ValueError(f"scales are {self.scales.dtype}, not torch.float16")
-        if self.zeros is not None and (
-            self.zeros.shape != self.scales.shape
-            or self.zeros.dtype not in (torch.uint8, torch.float16)
-        ):
-            raise ValueError(
-                "zero points need the shape of the scales and type torch.uint8 or torch.float16"
-            )
-
-    @property
-    def has_float_zeros(self) -> bool:
-        """Whether zero points lie between codes."""
-        return self.zeros is not None and self.zeros.dtype == torch.float16
-
-    @property
-    def has_zero_code(self) -> bool:
-        """Whether a code of every group means exactly zero, as kernels for dense integers need."""
-        if self.zeros is None:
-            return True
-        return not self.has_float_zeros and int(self.zeros.max()) < 1 << self.bits
 
     def check(self, rows: int, columns: int, kept: int) -> None:
         groups = -(-columns // self.group_size)
@@ -161,35 +138,21 @@ class AffineNonzeros(Nonzeros):
         return _read_packed(self.packed, self.bits, kept, places)
 
     def expand(self, stored: Tensor, rows: Tensor, of: int) -> Tensor:
-        group = torch.arange(stored.shape[1]) // self.group_size
-        dense = stored.to(torch.float32)
-        if self.zeros is None:
-            dense -= 1 << (self.bits - 1)
-        else:
-            dense -= self.zeros[rows].to(torch.float32)[:, group]
-        dense *= self.scales[rows].to(torch.float32)[:, group]
-        return dense
+        columns = stored.shape[1]
+        padded = functional.pad(stored, (0, self.groups * self.group_size - columns))
+        return self.decode(padded, rows)[:, :columns]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"codes": self.packed, "scales": self.scales}
-        if self.zeros is not None:
-            tensors["zeros"] = self.zeros
-        return tensors
+        return {"codes": self.packed, **self.grid_tensors()}
 
     def to_metadata(self) -> dict[str, Any]:
-        return {"kind": self.kind, "bits": self.bits, "group_size": self.group_size}
+        return {"kind": self.kind, **self.grid_metadata()}
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> AffineNonzeros:
-        return cls(
-            packed=tensors["codes"],
-            scales=tensors["scales"],
-            zeros=tensors.get("zeros"),
-            bits=metadata["bits"],
-            group_size=metadata["group_size"],
-        )
+        return cls(packed=tensors["codes"], **cls.grid_fields(tensors, metadata))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,6 +184,15 @@ class CodebookNonzeros(Nonzeros):
             )
         if shape[2] > 1 << self.index_bits:
             raise ValueError(f"{shape[2]} values do not fit into {self.index_bits} bits")
+
+    @property
+    def layout(self) -> CodebookLayout:
+        return CodebookLayout(
+            index_bits=self.index_bits,
+            vector_length=1,
+            row_groups=self.codebooks.shape[0],
+            row_scales=self.row_scales is not None,
+        )
 
     def check(self, rows: int, columns: int, kept: int) -> None:
         if rows % self.codebooks.shape[0]:
@@ -264,7 +236,7 @@ class CodebookNonzeros(Nonzeros):
 
 
 def pack_kept(codes: Tensor, bits: int) -> Tensor:
-    """Codes [kept] of at most 8 bits behind one another, uint8 [ceil(kept * bits / 8)]."""
+    """Codes [kept] of at most 8 bits, one after another, uint8 [ceil(kept * bits / 8)]."""
     return torch.from_numpy(pack_codes(codes.to(torch.uint8).numpy(), bits))
 
 

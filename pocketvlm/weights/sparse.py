@@ -17,6 +17,7 @@ from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import SparseLayout
 from pocketvlm.weights.nonzeros import (
     AffineNonzeros,
     CodebookNonzeros,
@@ -28,7 +29,6 @@ from pocketvlm.weights.nonzeros import (
 __all__ = ["SparseWeight"]
 
 _KINDS: tuple[type[Nonzeros], ...] = (FloatNonzeros, AffineNonzeros, CodebookNonzeros)
-_MAX_INDEX_BITS = 8
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -37,8 +37,8 @@ class SparseWeight(WeightForm):
     """A matrix of which a mask keeps some elements, one at least; all others are exactly 0.
 
     Attributes:
-        mask: uint8 [out_features, ceil(in_features / 8)]: `pack_codes` of one bit an element, 1
-            where it is kept; bits behind the row are 0.
+        mask: uint8 [out_features, ceil(in_features / 8)]: `pack_codes` of one bit per element, 1
+            where it is kept; bits after the row are 0.
         values: The kept elements, row by row.
         in_features: Columns of the dense matrix.
     """
@@ -58,7 +58,7 @@ class SparseWeight(WeightForm):
             )
         unused = 8 * width - self.in_features
         if unused and bool((self.mask[:, -1] >> (8 - unused)).any()):
-            raise ValueError(f"the mask keeps elements behind column {self.in_features}")
+            raise ValueError(f"the mask keeps elements beyond column {self.in_features}")
         if not self.kept:
             raise ValueError("the mask keeps no element; no runtime stores an empty weight")
         self.values.check(*self.shape, self.kept)
@@ -88,6 +88,10 @@ class SparseWeight(WeightForm):
     @property
     def shape(self) -> tuple[int, int]:
         return (self.mask.shape[0], self.in_features)
+
+    @property
+    def layout(self) -> SparseLayout:
+        return SparseLayout(density=self.density, values=self.values.layout)
 
     @cached_property
     def kept(self) -> int:
@@ -121,6 +125,28 @@ class SparseWeight(WeightForm):
         dense = self._decode(keeps, self.values.read(self.kept, places), flat)
         return dense.reshape(*rows.shape, self.in_features)
 
+    def without_mask(self) -> WeightForm:
+        """The matrix as a runtime without kernels for masks stores it (`layout.without_mask`).
+
+        Returns:
+            `AffineWeight` with the very codes of the kept elements, and the zero point elsewhere;
+            or `DenseWeight` in float32 where the kept elements are floats or indices, or where no
+            code of their grid means zero.
+        """
+        values = self.values
+        if not isinstance(values, AffineNonzeros) or values.has_float_zeros:
+            return DenseWeight(values=self.dequantize())
+        codes = values.zero_points().repeat_interleave(values.group_size, dim=1)
+        codes[:, : self.in_features][self.keeps()] = self.stored()
+        return AffineWeight.from_codes(
+            codes,
+            values.scales,
+            values.zeros,
+            bits=values.bits,
+            group_size=values.group_size,
+            in_features=self.in_features,
+        )
+
     def to_tensors(self) -> dict[str, Tensor]:
         return {"mask": self.mask, **self.values.to_tensors()}
 
@@ -150,7 +176,7 @@ class SparseWeight(WeightForm):
     def _decode(self, keeps: Tensor, stored: Tensor, rows: Tensor) -> Tensor:
         spread = torch.zeros(keeps.shape, dtype=stored.dtype)
         spread[keeps] = stored
-        # Where code 0 is no zero, what a grid makes of it is masked again.
+        # Where code 0 does not mean zero, what a grid makes of it is masked again.
         return self.values.expand(spread, rows, self.shape[0]).masked_fill_(~keeps, 0.0)
 
 
@@ -172,7 +198,7 @@ def _keep(form: WeightForm, mask: Tensor) -> Nonzeros:
             bits=form.bits,
             group_size=form.group_size,
         )
-    if isinstance(form, CodebookWeight) and _is_palette(form):
+    if isinstance(form, CodebookWeight) and form.layout.is_palette:
         return CodebookNonzeros(
             packed=pack_kept(form.main.indices()[mask], form.main.index_bits),
             codebooks=form.main.codebooks,
@@ -183,9 +209,3 @@ def _keep(form: WeightForm, mask: Tensor) -> Nonzeros:
         f"a weight of kind {form.kind!r} with this layout cannot be masked element by element; "
         "dense values, integers, and tables of up to 256 single values by groups of rows would work"
     )
-
-
-def _is_palette(form: CodebookWeight) -> bool:
-    main = form.main
-    is_single = main.vector_length == 1 and main.codebooks.shape[1] == 1
-    return form.is_plain and is_single and main.index_bits <= _MAX_INDEX_BITS

@@ -93,6 +93,10 @@ def test_a_target_passes_its_contract(path: Path, tmp_path: Path) -> None:
     target: Any = ToArrays()
     test_targets.test_what_is_exported_is_what_was_planned(target, path, tmp_path)
     test_targets.test_other_widths_of_a_cache_are_refused(target, path)
+    for layout in test_targets.LAYOUTS:
+        test_targets.test_a_layout_has_one_answer_for_plan_and_export(
+            target, layout, path, tmp_path
+        )
     for number, stage in enumerate((test_targets.CUT, {"method": "quantize_cache"})):
         test_targets.test_a_refusal_of_the_plan_is_one_of_the_export(
             target, stage, path, tmp_path / str(number)

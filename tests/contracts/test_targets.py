@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,30 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.precisions import part_precisions
 from pocketvlm.recipes.stages import TARGETS
 from pocketvlm.stages import PlanState
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 from tests.contracts.promises import read, require_configuration
+from tests.weights.random_weights import random_weight
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "onnx": {},
     "coreml": {"context": 64},
     "executorch": {"context": 64},
 }
+LAYOUTS: list[WeightLayout | None] = [
+    None,
+    AffineLayout(bits=3, group_size=32, symmetric=True),
+    AffineLayout(bits=4, group_size=24, symmetric=False),
+    AffineLayout(bits=8, group_size=32, symmetric=False, float_zeros=True),
+    CodebookLayout(index_bits=4, vector_length=2),
+    CodebookLayout(index_bits=4, vector_length=2, residual_bits=3),
+    CodebookLayout(index_bits=4, vector_length=2, is_ordered=True),
+    CodebookLayout(index_bits=9, vector_length=2),
+    SparseLayout(density=0.5),
+    SparseLayout(density=0.5, values=AffineLayout(bits=4, group_size=24, symmetric=True)),
+]
 CUT = {"method": "skip_visual", "first_layers": 1}
 
 
@@ -48,7 +64,8 @@ def test_what_is_exported_is_what_was_planned(target, path, tmp_path):
     checkpoint = Checkpoint.load(path)
     state = PlanState.of(checkpoint.spec)
     prediction = target.predict(state.spec, state.layouts)
-    assert prediction.refused == target.refuse(state) == ()
+    assert target.missing_toolkit is None
+    assert target.refuse(state) == ()
     assert all(count > 0 for count in prediction.part_bytes.values())
     assert target.capacity(checkpoint.spec) > 0
     before = {name: value.clone() for name, value in checkpoint.vectors().items()}
@@ -59,10 +76,35 @@ def test_what_is_exported_is_what_was_planned(target, path, tmp_path):
         assert component.target == target.method
         assert component.file.startswith(f"{target.method}/")
         assert (tmp_path / component.file).exists()
+    needs = target.runtime_needs(tmp_path, components)
+    assert needs.runtime
+    assert needs.formats
     assert {file.name for file in tmp_path.iterdir()} == {target.method}
     assert checkpoint.history == ()
     assert all(checkpoint.forms()[linear] is form for linear, form in forms.items())
     assert all(torch.equal(before[name], value) for name, value in checkpoint.vectors().items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_has_one_answer_for_plan_and_export(target, layout, path, tmp_path):
+    checkpoint = Checkpoint.load(path)
+    linear = checkpoint.spec.linears()[0]
+    checkpoint.set_form(linear.name, random_weight(layout, linear.shape))
+    found = target.explain(layout, linear.shape)
+    state = PlanState.of_checkpoint(checkpoint)
+    assert state.layouts[linear] == layout
+    if not found.refusal:
+        assert target.refuse(state) == ()
+        assert found.stored in part_precisions(target, checkpoint, [linear.part])[linear.part]
+        assert target.layer_bytes(layout, linear.shape) > 0
+        warnings = target.predict(state.spec, state.layouts).warnings
+        assert {f"{target.method}: 1 layers {price}" for price in found.prices} == set(warnings)
+        return
+    refusal = f"{target.method}: {linear.name}: {found.refusal}"
+    assert target.refuse(state) == (refusal,)
+    with pytest.raises(UnsupportedError, match=f"^{re.escape(refusal)}$"):
+        target.export(checkpoint, tmp_path, RunContext(threads=1))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stage", [CUT, {"method": "quantize_cache"}], ids=lambda s: s["method"])

@@ -72,12 +72,3 @@ def test_pairing_cancels_the_drift_that_medians_keep(block):
 def test_the_spread_is_that_of_the_middle():
     assert relative_spread([10.0] * 19 + [1000.0]) < relative_spread([10.0, 20.0] * 5)
     assert relative_spread([5.0, 5.0, 5.0]) == 0.0
-
-
-def test_packed_weights_have_a_figure_for_unpacking(block):
-    packed = [replace(block(scale), expand_ms=10.0 * scale) for scale in (1.0, 3.0)]
-    assert summarise_blocks(packed).figure("expand_ms").samples == (10.0, 30.0)
-    assert "expand_ms" not in summarise_blocks([block(1.0)]).figures
-    # A packed bundle and a dense one have no ratio.
-    assert "expand_ms" not in paired_ratios({0: packed[0]}, {0: block(1.0)})
-    assert paired_ratios({0: packed[1]}, {0: packed[0]})["expand_ms"] == (3.0,)

@@ -66,15 +66,13 @@ ALLOWED = (
 # Quotations, each with the reason why it stays.
 EXEMPT = {
     "tests/docs/test_english.py": "the word list",
+    "pocketvlm/export/executorch/schema.py": "a sentence that programs hold, byte for byte",
 }
 # Not swept yet. This list only shrinks.
 NOT_SWEPT = (
     "pocketvlm/export/",
     "pocketvlm/runtime/",
-    "pocketvlm/weights/",
-    "tests/export/",
     "tests/runtime/",
-    "tests/weights/",
 )
 
 

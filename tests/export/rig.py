@@ -63,6 +63,18 @@ def quantize_checkpoint(
     return checkpoint
 
 
+def make_mask(pattern: str, rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Half of the elements by a pattern; `rows` and `columns` are multiples of 8."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(rows, columns, generator=generator)
+    if pattern == "2:4":
+        return scores.view(rows, -1, 4).argsort(-1).argsort(-1).view(rows, columns) < 2
+    if pattern == "blocks":
+        cells = scores[::4, ::8] > scores[::4, ::8].median()
+        return cells.repeat_interleave(4, 0).repeat_interleave(8, 1)
+    return scores > scores.median()
+
+
 class ReceivedAttention(TokenReducer):
     """Keeps the features that attract the most attention; safe operators only."""
 

@@ -17,8 +17,8 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import InputError
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.export.onnx.packing import pack_weight
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.onnx.weights import pack_weight
 from pocketvlm.pipeline.sources import score_subject
 from pocketvlm.reference_graph.activation_rounding import (
     round_per_block,
@@ -41,7 +41,7 @@ from tests.export.rig import (
 
 def run_kernel(form: AffineWeight, inputs: Tensor) -> Tensor:
     """One `MatMulNBits` at accuracy level 4."""
-    packed = pack_weight("layer", [form])
+    packed = pack_weight([form])
     constants = {"codes": packed.codes, "scales": packed.scales.astype(np.float32)}
     if packed.zeros is not None:
         constants["zeros"] = packed.zeros

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pocketvlm.export.coreml.constexpr import Codes, Constexpr
-from pocketvlm.export.coreml.forms import pack_form
 from pocketvlm.export.coreml.target import ToCoreml
-from pocketvlm.export.executorch.forms import integer_matrix
+from pocketvlm.export.coreml.weights import pack_weight as pack_weight_coreml
 from pocketvlm.export.executorch.target import ToExecutorch
-from pocketvlm.export.onnx.codebook import codebook_rows
-from pocketvlm.export.onnx.packing import narrowest_float, pack_weight
+from pocketvlm.export.executorch.weights import integer_matrix
+from pocketvlm.export.onnx.expansion import codebook_rows
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.onnx.weights import narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
-from pocketvlm.export.sparse_container.pack import MaskedPlace
-from pocketvlm.export.sparse_container.unmasked import unmasked
 from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.codebook import CodebookWeight, Lookup
+from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
-from pocketvlm.weights.sparse import SparseWeight
+from tests.weights.random_weights import random_weight
 
 _ROWS, _COLUMNS = 1024, 320
 _SHAPE = (_ROWS, _COLUMNS)
@@ -64,57 +60,20 @@ MASKED = [
 LAYOUTS: list[WeightLayout | None] = [None, *INTEGERS, *TABLES, *MASKED]
 
 
-def make_weight(layout: WeightLayout | None) -> WeightForm:
-    """A random weight with a layout."""
-    random = torch.Generator().manual_seed(0)
-    if layout is None:
-        values = torch.randn(_SHAPE, generator=random)
-        return DenseWeight(values=values.bfloat16())
-    if isinstance(layout, SparseLayout):
-        keeps = torch.zeros(_ROWS * _COLUMNS, dtype=torch.bool)
-        keeps[torch.randperm(len(keeps), generator=random)[: len(keeps) // 2]] = True
-        plain = make_weight(layout.values)
-        if layout.values is None:
-            plain = DenseWeight(values=torch.randn(_SHAPE, generator=random).half())
-        return SparseWeight.from_form(plain, keeps.view(_SHAPE))
-    if isinstance(layout, CodebookLayout):
-        entries, length = 1 << layout.index_bits, layout.vector_length
-        indices = torch.randint(entries, (_ROWS // length, _COLUMNS), generator=random)
-        tables = torch.randn(1, 1, entries, length, generator=random).half()
-        scales = torch.rand(_ROWS, generator=random).half() if layout.row_scales else None
-        lookup = Lookup.from_indices(indices.to(torch.uint8), tables, index_bits=layout.index_bits)
-        return CodebookWeight(main=lookup, row_scales=scales)
-    groups = -(-_COLUMNS // layout.group_size)
-    top = 1 << layout.bits
-    zeros = None
-    if layout.float_zeros:
-        zeros = (torch.rand(_ROWS, groups, generator=random) * (top - 1) + 0.25).half()
-    elif not layout.symmetric:
-        zeros = torch.randint(0, top, (_ROWS, groups), generator=random)
-    return AffineWeight.from_codes(
-        torch.randint(0, top, (_ROWS, groups * layout.group_size), generator=random),
-        (torch.rand(_ROWS, groups, generator=random) + 0.5).half(),
-        zeros,
-        bits=layout.bits,
-        group_size=layout.group_size,
-        in_features=_COLUMNS,
-    )
-
-
 class CountedFile(WeightFile):
     """A weight file that sums what it is given, without padding."""
 
     total = 0
 
-    def store(self, data: bytes, masked: Sequence[MaskedPlace] = ()) -> tuple[int, int]:
+    def store(self, data: bytes) -> tuple[int, int]:
         self.total += len(data)
-        return super().store(data, masked)
+        return super().store(data)
 
 
 def onnx_bytes(form: WeightForm, folder: Path) -> int:
-    plain = unmasked(form)
+    plain = form.without_mask()
     if isinstance(plain, AffineWeight):
-        packed = pack_weight("layer", [plain])
+        packed = pack_weight([plain])
         zeros = 0 if packed.zeros is None else packed.zeros.nbytes
         return packed.codes.nbytes + packed.scales.nbytes + zeros
     if isinstance(plain, CodebookWeight):
@@ -140,10 +99,10 @@ def coreml_bytes(packed: Any) -> int:
 
 
 def executorch_bytes(form: WeightForm) -> int:
-    plain = unmasked(form)
+    plain = form.without_mask()
     if not isinstance(plain, AffineWeight):
         return plain.dequantize().numel() * 4
-    matrix = integer_matrix("layer", plain)
+    matrix = integer_matrix(plain)
     codes = sum(digit.numel() for digit in matrix.digits) * matrix.bits // 8
     scales = matrix.scales.numel() * (4 if matrix.is_row else 2 * len(matrix.digits))
     return codes + scales + (0 if matrix.offsets is None else matrix.offsets.numel() * 4)
@@ -151,14 +110,15 @@ def executorch_bytes(form: WeightForm) -> int:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_onnx(layout: WeightLayout | None, tmp_path: Path) -> None:
-    form = make_weight(layout)
+    form = random_weight(layout, _SHAPE)
+    assert form.layout == layout
     assert ToOnnx().layer_bytes(layout, form.shape) == onnx_bytes(form, tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_coreml(layout: WeightLayout | None) -> None:
-    form = make_weight(layout)
-    packed = pack_form("layer", form, deployment="iOS18", float_type=np.float16)
+    form = random_weight(layout, _SHAPE)
+    packed = pack_weight_coreml("layer", form, deployment="iOS18", float_type=np.float16)
     assert ToCoreml().layer_bytes(layout, form.shape) == coreml_bytes(packed)
 
 
@@ -168,5 +128,5 @@ def test_coreml(layout: WeightLayout | None) -> None:
     ids=str,
 )
 def test_executorch(layout: WeightLayout | None) -> None:
-    form = make_weight(layout)
+    form = random_weight(layout, _SHAPE)
     assert ToExecutorch().layer_bytes(layout, form.shape) == executorch_bytes(form)

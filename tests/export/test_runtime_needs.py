@@ -9,7 +9,6 @@ from pocketvlm.bundle.manifest import Manifest
 from pocketvlm.context import RunContext
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.export.runtime_needs import read_needs
 from pocketvlm.pipeline.assemble import write_graphs
 from tests.export.onnx.test_codebook import float_zeros
 from tests.export.rig import quantize_checkpoint
@@ -38,13 +37,13 @@ def test_float_zero_points_of_two_bits_need_a_newer_runtime(
         if linear.part == "decoder":
             tiny_checkpoint.set_form(linear.name, float_zeros(form.shape, bits))
     components = ToOnnx().export(tiny_checkpoint, tmp_path, CONTEXT)
-    assert read_needs("onnx", tmp_path, components).lowest_version == lowest
+    assert ToOnnx().runtime_needs(tmp_path, components).lowest_version == lowest
 
 
 @pytest.mark.parametrize(("deployment", "lowest"), [("iOS17", "17.0"), ("iOS18", "18.0")])
 def test_coreml_names_the_system(tiny_checkpoint, tmp_path, deployment, lowest):
     pytest.importorskip("coremltools")
-    components = ToCoreml(deployment=deployment).export(tiny_checkpoint, tmp_path, CONTEXT)
-    needs = read_needs("coreml", tmp_path, components)
+    target = ToCoreml(deployment=deployment)
+    needs = target.runtime_needs(tmp_path, target.export(tiny_checkpoint, tmp_path, CONTEXT))
     assert (needs.runtime, needs.lowest_version) == ("iOS", lowest)
     assert needs.formats == {"specification": 8 if deployment == "iOS17" else 9}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from pocketvlm.bundle import Bundle, Component
+from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
@@ -21,7 +22,7 @@ from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import run
 from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.runtime.executorch import program as executorch_program
-from pocketvlm.stages import Prediction, Target
+from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout
 
 REASON = "a toolkit ended in the middle of a graph"
@@ -33,20 +34,26 @@ class Broken(Target):
 
     method: Literal["broken"] = "broken"
 
-    def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, WeightLayout | None]
-    ) -> Prediction:
-        return Prediction(part_bytes={"other": 0})
+    def explain(
+        self, layout: WeightLayout | None, shape: tuple[int, int], *, is_table: bool = False
+    ) -> Explanation:
+        return Explanation(stored="float32")
+
+    def graph_bytes(
+        self, spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None], /
+    ) -> Mapping[str, int]:
+        return {"other": 0}
 
     def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int], /) -> int:
         return 0
 
+    def runtime_needs(self, folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
+        raise AssertionError("nothing was exported")
+
     def capacity(self, spec: ModelSpec) -> int:
         return spec.decoder.context_length
 
-    def export(
-        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
-    ) -> tuple[Component, ...]:
+    def write(self, checkpoint: Checkpoint, folder: Path, ctx: RunContext) -> tuple[Component, ...]:
         (folder / "broken").mkdir()
         (folder / "broken" / "half.bin").write_bytes(b"half")
         raise ExportError(REASON)

@@ -93,6 +93,7 @@ def test_stored_bytes_count_codes_scales_and_zeros():
         ({"group_size": 8}, "do not cover"),
         ({"scales": torch.ones(5, 3)}, "not torch.float16"),
         ({"zeros": torch.zeros(5, 2, dtype=torch.uint8)}, "zero points need the shape"),
+        ({"zeros": torch.full((5, 3), 16, dtype=torch.uint8)}, "16 is not a code of 4 bits"),
     ],
 )
 def test_inconsistent_forms_are_refused(changes, message):

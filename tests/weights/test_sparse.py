@@ -16,7 +16,7 @@ from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout
+from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, without_mask
 from pocketvlm.weights.nonzeros import AffineNonzeros, FloatNonzeros
 from pocketvlm.weights.sparse import SparseWeight
 
@@ -103,6 +103,7 @@ def test_kept_elements_are_the_forms_own_and_bytes_are_as_planned(
     assert torch.equal(again.dequantize(), dense)
     assert again.to_metadata() == sparse.to_metadata()
     planned = SparseLayout(density=sparse.density, values=values)
+    assert sparse.layout == planned
     assert planned.kept(rows, columns) == sparse.kept
     assert planned.stored_bytes(rows, columns) == sparse.stored_bytes
 
@@ -124,6 +125,26 @@ def test_masked_elements_are_zero_where_no_code_is() -> None:
     mask = torch.zeros(4, 16, dtype=torch.bool)
     mask[2, 5] = True
     assert SparseWeight.from_form(form, mask).dequantize().count_nonzero() == 1
+
+
+@pytest.mark.parametrize("values", VALUES, ids=str)
+def test_without_a_mask_it_is_the_same_matrix_with_the_layout_that_was_planned(
+    values: AffineLayout | CodebookLayout | None,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    form = make_form(values, 6, 40, generator)
+    mask = torch.rand(6, 40, generator=generator) < 0.5
+    sparse = SparseWeight.from_form(form, mask)
+    plain = sparse.without_mask()
+    assert torch.equal(plain.dequantize(), sparse.dequantize())
+    assert plain.layout == sparse.layout.without_mask == without_mask(sparse.layout)
+    assert isinstance(plain, AffineWeight) == (
+        isinstance(values, AffineLayout) and not values.float_zeros
+    )
+    if isinstance(plain, AffineWeight):
+        assert torch.equal(plain.codes()[:, :40][mask], sparse.stored())
+    assert form.without_mask() is form
+    assert without_mask(form.layout) == form.layout == values
 
 
 def test_a_checkpoint_keeps_sparse_weights(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -169,7 +190,7 @@ def test_what_cannot_be_masked_is_refused() -> None:
     ("changes", "message"),
     [
         ({"mask": torch.zeros(4, 1, dtype=torch.uint8)}, r"not \[rows, 2\]"),
-        ({"mask": torch.full((4, 2), 255, dtype=torch.uint8)}, "behind column 10"),
+        ({"mask": torch.full((4, 2), 255, dtype=torch.uint8)}, "beyond column 10"),
         ({"values": FloatNonzeros(values=torch.zeros(3).half())}, "not one each of 20"),
         (
             {

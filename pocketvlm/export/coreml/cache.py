@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketvlm.bundle import TensorSignature
-from pocketvlm.export.coreml.program import FunctionWriter
+from pocketvlm.export.coreml.writer import FunctionWriter
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
@@ -47,7 +47,7 @@ def cache_signatures(
 
 
 class DecoderCache(Protocol):
-    """The cache while one function is written; new rows lie behind the past."""
+    """The cache while one function is written; new rows follow the past."""
 
     def extend(self, block: int, keys: Any, values: Any) -> tuple[Any, Any]:
         """Writes new rows [kv_heads, length, head_dim], returns all [kv_heads, capacity, same]."""

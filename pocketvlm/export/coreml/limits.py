@@ -1,12 +1,14 @@
-"""Which weight forms Core ML can hold, by the oldest system that has to read them."""
+"""Which layouts Core ML has operators for, by the oldest system that has to read them."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+from pocketvlm.export.precisions import describe_grid
+from pocketvlm.stages import Explanation
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["DEPLOYMENTS", "Deployment", "container_bits", "explain_misfit"]
+__all__ = ["DEPLOYMENTS", "Deployment", "container_bits", "explain"]
 
 Deployment = Literal["iOS17", "iOS18"]
 DEPLOYMENTS: tuple[Deployment, ...] = get_args(Deployment)
@@ -16,6 +18,11 @@ _INDEX_BITS: dict[Deployment, tuple[int, ...]] = {
     "iOS18": (1, 2, 3, 4, 6, 8),
 }
 _MAX_BITS = 8
+_NIBBLE = 4
+_NARROW = (
+    "of 2 or 3 bits are stored as indices into 0, 1, 2, ... below their scales: as small as they "
+    "can be, and not measured on a device"
+)
 
 
 def container_bits(bits: int, deployment: Deployment) -> int:
@@ -23,73 +30,95 @@ def container_bits(bits: int, deployment: Deployment) -> int:
     return next(width for width in _INDEX_BITS[deployment] if width >= bits)
 
 
-def explain_misfit(
-    form: WeightLayout, rows: int, columns: int, deployment: Deployment
-) -> str | None:
-    """Why Core ML cannot hold a matrix [rows, columns] in a form, and what would work."""
-    if isinstance(form, AffineLayout):
-        return _explain_affine(form, columns, deployment)
-    if isinstance(form, SparseLayout):
-        return _explain_sparse(form, rows, columns, deployment)
-    return _explain_codebook(form, rows, columns, deployment)
+def explain(
+    layout: WeightLayout | None, shape: tuple[int, int], *, deployment: Deployment, precision: str
+) -> Explanation:
+    """What Core ML makes of a matrix [rows, columns].
 
-
-def _explain_affine(form: AffineLayout, columns: int, deployment: Deployment) -> str | None:
-    if deployment == "iOS18":
-        return None
-    if form.bits == _MAX_BITS and form.group_size >= columns:
-        return None
-    return (
-        f"{form.bits} bits in groups of {form.group_size} need iOS 18; for iOS 17, 8 bits with "
-        "group_size: row would work, one scale a row"
+    Args:
+        layout: How it is stored in the checkpoint.
+        shape: Its rows and columns.
+        deployment: The oldest system that has to read it.
+        precision: What floats are stored as.
+    """
+    if layout is None:
+        return Explanation(stored=precision)
+    refusal = _refuse(layout, shape, deployment)
+    if refusal:
+        return Explanation(refusal=refusal)
+    is_sparse = isinstance(layout, SparseLayout)
+    values = layout.values if isinstance(layout, SparseLayout) else layout
+    if isinstance(values, AffineLayout):
+        stored = describe_grid(values)
+    elif values is None:
+        stored = "float16"
+    else:
+        of = "values" if is_sparse else f"vectors of {values.vector_length}"
+        stored = f"{values.index_bits}-bit indices of {of}, {values.row_groups} tables"
+        stored = f"lut of {stored}" if is_sparse else f"lut {stored}"
+    narrow = isinstance(values, AffineLayout) and values.bits < _NIBBLE
+    return Explanation(
+        stored=f"sparse {stored}" if is_sparse else stored, prices=(_NARROW,) if narrow else ()
     )
 
 
-def _explain_sparse(
-    form: SparseLayout, rows: int, columns: int, deployment: Deployment
-) -> str | None:
-    if form.values is None:
-        return None
+def _refuse(layout: WeightLayout, shape: tuple[int, int], deployment: Deployment) -> str:
+    """Why there is no operator for a matrix, and what would work; empty where there is one."""
+    if isinstance(layout, AffineLayout):
+        return _refuse_affine(layout, shape[1], deployment)
+    if isinstance(layout, CodebookLayout):
+        return _refuse_codebook(layout, shape, deployment)
+    if layout.values is None:
+        return ""
     if deployment == "iOS17":
         return (
             "sparse integers and tables need iOS 18; for iOS 17, sparse float16 values would "
             "work, or the same weights without a mask where these do"
         )
-    return explain_misfit(form.values, rows, columns, deployment)
+    return _refuse(layout.values, shape, deployment)
 
 
-def _explain_codebook(
-    form: CodebookLayout, rows: int, columns: int, deployment: Deployment
-) -> str | None:
+def _refuse_affine(layout: AffineLayout, columns: int, deployment: Deployment) -> str:
+    if deployment == "iOS18" or (layout.bits == _MAX_BITS and layout.group_size >= columns):
+        return ""
+    return (
+        f"{layout.bits} bits in groups of {layout.group_size} need iOS 18; for iOS 17, 8 bits with "
+        "group_size: row would work, one scale per row"
+    )
+
+
+def _refuse_codebook(layout: CodebookLayout, shape: tuple[int, int], deployment: Deployment) -> str:
+    rows, columns = shape
     extras = [
-        (form.residual_bits is not None, "a residual codebook"),
-        (form.outlier_columns > 0, "outlier columns"),
-        (form.column_scales, "scales of columns"),
+        (layout.residual_bits is not None, "a residual codebook"),
+        (layout.outlier_columns > 0, "outlier columns"),
+        (layout.column_scales, "scales of columns"),
+        (layout.is_ordered, "columns in another order"),
     ]
     extra = next((label for found, label in extras if found), None)
     if extra is not None:
         return f"Core ML's look-up has no place for {extra}; one codebook without would work"
-    if form.index_bits > _MAX_BITS:
+    if layout.index_bits > _MAX_BITS:
         return (
-            f"indices of {form.index_bits} bits cannot be looked up by Core ML; at most 8 bits, "
+            f"indices of {layout.index_bits} bits cannot be looked up by Core ML; at most 8 bits, "
             "256 centroids, would work"
         )
-    if columns % form.column_groups:
+    if columns % layout.column_groups:
         return (
-            f"{form.column_groups} column groups do not divide {columns} columns; a divisor "
+            f"{layout.column_groups} column groups do not divide {columns} columns; a divisor "
             "would work"
         )
-    if rows % (form.row_groups * form.vector_length):
+    if rows % (layout.row_groups * layout.vector_length):
         return (
-            f"{form.row_groups} row groups of vectors of {form.vector_length} do not divide "
+            f"{layout.row_groups} row groups of vectors of {layout.vector_length} do not divide "
             f"{rows} rows; a divisor would work"
         )
     if deployment == "iOS18":
-        return None
-    tables = form.row_groups * form.column_groups
-    if tables > 1 or form.vector_length > 1 or form.row_scales:
+        return ""
+    tables = layout.row_groups * layout.column_groups
+    if tables > 1 or layout.vector_length > 1 or layout.row_scales:
         return (
             "vectors, several tables and scales of rows need iOS 18; for iOS 17, one table of "
             "single values would work"
         )
-    return None
+    return ""

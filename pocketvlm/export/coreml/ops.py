@@ -18,10 +18,10 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.cache import DecoderCache
 from pocketvlm.export.coreml.constexpr import narrow_float
-from pocketvlm.export.coreml.forms import pack_form
 from pocketvlm.export.coreml.positions import DecoderPositions
-from pocketvlm.export.coreml.program import FunctionWriter, identifier
 from pocketvlm.export.coreml.reducer import inline
+from pocketvlm.export.coreml.weights import pack_weight
+from pocketvlm.export.coreml.writer import FunctionWriter, identifier
 
 __all__ = ["MilOps"]
 
@@ -250,7 +250,7 @@ class MilOps:
         package = self._function.package
         return self._function.weight(
             name,
-            lambda: pack_form(
+            lambda: pack_weight(
                 name,
                 self._checkpoint.form(name),
                 deployment=package.deployment,

@@ -1,7 +1,7 @@
 """Rows of one call of the decoder: rotary positions, what they may see, which of them are real.
 
 A prompt is processed in chunks of a fixed number of rows; the last chunk is filled up. Rows that
-are no tokens come last, write cache rows that the next call overwrites, and are seen by no other.
+are not tokens come last, write cache rows that the next call overwrites, and are seen by no other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketvlm.export.coreml.program import FunctionWriter
+from pocketvlm.export.coreml.writer import FunctionWriter
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["TABLE_ROWS", "DecoderPositions"]
@@ -71,7 +71,7 @@ class DecoderPositions:
         return self._masks[shared]
 
     def clean(self, embeds: Any) -> Any:
-        """Ones in the place of rows that are no tokens: whatever is there reaches no norm."""
+        """Ones instead of rows that are not tokens, so that nothing there reaches a norm."""
         if self._count is None:
             return embeds
         is_real = self._mb.less(x=self._rows, y=self._count, name="is_real")

@@ -1,19 +1,15 @@
-"""Predicts the Core ML target's bytes, and what it cannot hold, from the specification alone."""
+"""Counts the bytes of Core ML packages from the specification alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
+from pocketvlm.export.coreml.limits import Deployment, container_bits
 from pocketvlm.export.coreml.positions import TABLE_ROWS
-from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools
-from pocketvlm.export.prediction import join_refusals
 from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["layer_bytes", "predict_coreml"]
+__all__ = ["graph_bytes", "layer_bytes"]
 
 _RECORD = 64  # each array of the weight file has a record of this size and starts at a multiple
 _BYTE = 8
@@ -30,65 +26,35 @@ _SPARSE_BYTES = 110
 _PAIR_BYTES = 560  # of an operator with two results, a mask and values
 
 
-def predict_coreml(
+def graph_bytes(
     spec: ModelSpec,
-    forms: Mapping[LinearSpec, WeightLayout | None],
+    layouts: Mapping[LinearSpec, WeightLayout | None],
     *,
     deployment: Deployment,
     float_bytes: int,
     capacity: int,
-) -> Prediction:
-    """Bytes of the packages by part, within 3 %, and the layers that no operator can hold.
+) -> dict[str, int]:
+    """Bytes of the graphs and of all that is not a weight matrix, within 3 % of all packages.
 
     Args:
         spec: The model.
-        forms: What each layer will be stored as; `None` for layers that stay float.
+        layouts: What each layer will be stored as; `None` for layers that stay float.
         deployment: The oldest system that has to read the packages.
         float_bytes: Of what the graphs compute in.
         capacity: Rows of the cache.
     """
-    parts: dict[str, int] = {}
-    misfits: list[tuple[str, str]] = []
-    narrow: list[str] = []
-    for linear, form in forms.items():
-        rows, columns = linear.out_features, linear.in_features
-        if form is not None:
-            reason = explain_misfit(form, rows, columns, deployment)
-            if reason is not None:
-                misfits.append((linear.name, reason))
-                continue
-            grid = form.values if isinstance(form, SparseLayout) else form
-            if isinstance(grid, AffineLayout) and grid.bits < _NIBBLE:
-                narrow.append(linear.name)
-        count = layer_bytes(form, (rows, columns), deployment=deployment, float_bytes=float_bytes)
-        parts[linear.part] = parts.get(linear.part, 0) + count
-        # Without functions that share weights, a tied head is stored with the decoder again.
-        if deployment == "iOS17" and linear.part == "embedding" and spec.decoder.tied_head:
-            parts["embedding"] += count
     functions = 2 if deployment == "iOS18" else 1
-    parts["other"] = (
-        _float_bytes(spec, float_bytes, capacity)
+    return {
+        "other": _float_bytes(spec, float_bytes, capacity)
         + _VISION_BYTES
         + _TOWER_BLOCK_BYTES * (spec.tower.feature_block + 1)
         + _FUNCTION_BYTES * functions
         + _DECODER_BLOCK_BYTES * functions * spec.decoder.depth
         + sum(
-            _operator_bytes(form) * (functions if linear.part == "decoder" else 1)
-            for linear, form in forms.items()
+            _operator_bytes(layout) * (functions if linear.part == "decoder" else 1)
+            for linear, layout in layouts.items()
         )
-    )
-    warnings = []
-    if narrow:
-        warnings.append(
-            f"coreml: {len(narrow)} layers of 2 or 3 bits are stored as indices into 0, 1, 2, ... "
-            "below their scales: as small as they can be, and not measured on a device"
-        )
-    missing = () if has_coremltools() else (f"coreml: {INSTALL}",)
-    return Prediction(
-        part_bytes=parts,
-        refused=(*missing, *join_refusals("coreml", misfits)),
-        warnings=tuple(warnings),
-    )
+    }
 
 
 def layer_bytes(
@@ -98,17 +64,10 @@ def layer_bytes(
     deployment: Deployment,
     float_bytes: int,
 ) -> int:
-    """Bytes of one matrix [rows, columns] in the weight file.
-
-    Raises:
-        UnsupportedError: No operator can hold such a matrix.
-    """
+    """Bytes of one matrix [rows, columns] in the weight file, of a layout that is not refused."""
     rows, columns = shape
     if form is None:
         return _stored(rows * columns * float_bytes)
-    reason = explain_misfit(form, rows, columns, deployment)
-    if reason is not None:
-        raise UnsupportedError(f"coreml: {reason}")
     if isinstance(form, SparseLayout):
         return _sparse_bytes(form, rows, columns, deployment, float_bytes)
     if isinstance(form, AffineLayout):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from pocketvlm.bundle import Component, TensorSignature
+from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.emulation.mil.package import MilPackage
+from pocketvlm.emulation.mil.systems import LOWEST_SYSTEMS
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.builders import (
     Signatures,
@@ -26,18 +29,16 @@ from pocketvlm.export.coreml.cache import (
     cache_signatures,
     round_up,
 )
-from pocketvlm.export.coreml.forms import describe_form
-from pocketvlm.export.coreml.limits import DEPLOYMENTS
+from pocketvlm.export.coreml.limits import DEPLOYMENTS, explain
 from pocketvlm.export.coreml.ops import MilOps
 from pocketvlm.export.coreml.positions import DecoderPositions
-from pocketvlm.export.coreml.program import PackageWriter
 from pocketvlm.export.coreml.reducer import convert_reducer
-from pocketvlm.export.coreml.size import layer_bytes, predict_coreml
-from pocketvlm.export.coreml.toolkit import listen
+from pocketvlm.export.coreml.size import graph_bytes, layer_bytes
+from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools, listen
+from pocketvlm.export.coreml.writer import PackageWriter
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
-from pocketvlm.stages import Prediction, Target
-from pocketvlm.weights.form import WeightForm
+from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout
 
 __all__ = ["ToCoreml"]
@@ -53,7 +54,7 @@ class ToCoreml(Target):
 
     For iOS 18 the decoder keeps its cache itself and has three functions over one set of weights,
     `embedding`, `prefill` and `decode`. For iOS 17, which has neither states nor functions, the
-    cache goes in and out of one function, and the embedding is a package of its own.
+    cache goes in and out of one function, and the embedding is a separate package.
 
     Attributes:
         deployment: The oldest system that has to run it: `iOS18` or `iOS17`.
@@ -80,17 +81,17 @@ class ToCoreml(Target):
                 f"context is {self.context}; allowed are {self.chunk} (chunk) and more"
             )
 
-    def predict(
-        self, spec: ModelSpec, forms: Mapping[LinearSpec, WeightLayout | None]
-    ) -> Prediction:
-        """What the export of a model would weigh, and which layers no operator can hold."""
-        return predict_coreml(
-            spec,
-            forms,
-            deployment=self.deployment,
-            float_bytes=self._float_bytes,
-            capacity=self.capacity(spec),
-        )
+    @property
+    def missing_toolkit(self) -> str | None:
+        """How to install coremltools, where it is missing."""
+        return None if has_coremltools() else INSTALL
+
+    def explain(
+        self, layout: WeightLayout | None, shape: tuple[int, int], *, is_table: bool = False
+    ) -> Explanation:
+        """What Core ML makes of a matrix; a table is expanded as every other."""
+        del is_table
+        return explain(layout, shape, deployment=self.deployment, precision=self.precision)
 
     def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int]) -> int:
         """Bytes of one matrix [rows, columns] in the weight file.
@@ -98,41 +99,51 @@ class ToCoreml(Target):
         Raises:
             UnsupportedError: No operator can hold such a matrix.
         """
+        refusal = self.explain(layout, shape).refusal
+        if refusal:
+            raise UnsupportedError(f"coreml: {refusal}")
         return layer_bytes(layout, shape, deployment=self.deployment, float_bytes=self._float_bytes)
+
+    def graph_bytes(
+        self, spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None]
+    ) -> Mapping[str, int]:
+        """Bytes of the graphs, of what is not a weight matrix, and of what is stored twice."""
+        parts = graph_bytes(
+            spec,
+            layouts,
+            deployment=self.deployment,
+            float_bytes=self._float_bytes,
+            capacity=self.capacity(spec),
+        )
+        if self.deployment == "iOS17" and spec.decoder.tied_head:
+            # Without functions that share weights, a tied head is stored with the decoder again.
+            for linear, layout in layouts.items():
+                if linear.part == "embedding" and not self.explain(layout, linear.shape).refusal:
+                    parts["embedding"] = self.layer_bytes(layout, linear.shape)
+        return parts
 
     @property
     def _float_bytes(self) -> int:
         return 2 if self.precision == "float16" else 4
 
-    def export(
-        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
-    ) -> tuple[Component, ...]:
-        """Writes the packages of a checkpoint below `folder`.
+    def runtime_needs(self, folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
+        """The oldest system that reads the packages, by the version of their format."""
+        files = sorted({component.file for component in components})
+        version = max(MilPackage.open(folder / file).specification_version for file in files)
+        return RuntimeNeeds(
+            runtime="iOS",
+            lowest_version=LOWEST_SYSTEMS[version].ios,
+            formats={"specification": version},
+        )
 
-        Args:
-            checkpoint: What to export.
-            folder: The bundle; `folder/coreml` is created.
-            ctx: Told about each package.
-
-        Returns:
-            Vision, embedding and decoder, with paths relative to `folder`; each names its function.
+    def write(self, checkpoint: Checkpoint, folder: Path, ctx: RunContext) -> tuple[Component, ...]:
+        """Writes the packages below `folder/coreml`; each component names its function.
 
         Raises:
             MissingExtraError: coremltools is not installed.
-            UnsupportedError: A layer has a form or activation without an operator.
+            UnsupportedError: An activation has no operator, or a value does not fit into float16.
             ExportError: The token reducer cannot be converted, or a package cannot be read back.
         """
-        if checkpoint.cache_grid is not None:
-            raise UnsupportedError(
-                "coreml: states hold float16 alone, so an int8 KV cache cannot be exported; leave "
-                "its stage out, or the target"
-            )
-        if checkpoint.visual_layers is not None:
-            raise UnsupportedError(
-                f"coreml: visual tokens run through {checkpoint.visual_layers} of "
-                f"{checkpoint.spec.decoder.depth} decoder layers, and this target runs every row "
-                "through all of them; leave skip_visual out, or export to ONNX"
-            )
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         with listen() as said:
             vision = self._export_vision(checkpoint, folder)
@@ -167,7 +178,7 @@ class ToCoreml(Target):
             file=file,
             inputs=inputs,
             outputs=outputs,
-            precision=self._precisions(checkpoint, ("tower", "projector")),
+            precision=part_precisions(self, checkpoint, ("tower", "projector")),
         )
 
     def _export_stateful(self, checkpoint: Checkpoint, folder: Path) -> tuple[Component, ...]:
@@ -192,7 +203,7 @@ class ToCoreml(Target):
                     file=file,
                     inputs=inputs,
                     outputs=outputs,
-                    precision=self._precisions(checkpoint, _decoder_parts(spec)),
+                    precision=part_precisions(self, checkpoint, _decoder_parts(spec)),
                     function=name,
                     states=states,
                 )
@@ -226,7 +237,7 @@ class ToCoreml(Target):
             file=file,
             inputs=inputs,
             outputs=outputs,
-            precision=self._precisions(checkpoint, _decoder_parts(spec)),
+            precision=part_precisions(self, checkpoint, _decoder_parts(spec)),
         )
         return (embedding, decoder)
 
@@ -247,20 +258,13 @@ class ToCoreml(Target):
             file=file,
             inputs=inputs,
             outputs=outputs,
-            precision=self._precisions(checkpoint, ("embedding",)),
+            precision=part_precisions(self, checkpoint, ("embedding",)),
             function=name,
         )
 
     def _package(self) -> PackageWriter:
         wide: dict[str, type[np.floating[Any]]] = {"float16": np.float16, "float32": np.float32}
         return PackageWriter(self.deployment, wide[self.precision])
-
-    def _precisions(self, checkpoint: Checkpoint, parts: Iterable[Part]) -> dict[str, str]:
-        return part_precisions(checkpoint.forms(), parts, self._describe)
-
-    def _describe(self, form: WeightForm) -> str:
-        described = describe_form(form)
-        return self.precision if described == "float" else described
 
 
 def _decoder_parts(spec: ModelSpec) -> tuple[Part, ...]:

@@ -1,7 +1,7 @@
 """Layers as ExecuTorch's XNNPACK partitioner recognises them, made from weight forms.
 
 The quantized patterns are spelled in torch's own `quantized_decomposed` operators: activations get
-an int8 scale and zero point a token when they arrive, weights are the checkpoint's integers. The
+an int8 scale and zero point per token when they arrive, weights are the checkpoint's integers. The
 partitioner turns each pattern into one kernel, and what torch computes here is what that kernel
 computes.
 """
@@ -16,14 +16,13 @@ import torch.ao.quantization.fx._decomposed  # registers the quantized_decompose
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pocketvlm.export.executorch.forms import (
+from pocketvlm.export.executorch.limits import kernel_bits
+from pocketvlm.export.executorch.weights import (
     IntegerMatrix,
     integer_matrix,
-    kernel_bits,
     scale_rounding,
     signed_codes,
 )
-from pocketvlm.export.sparse_container.unmasked import unmasked
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
@@ -56,7 +55,7 @@ class _Product(nn.Module):
 
     def __init__(self, codes: Tensor, scales: Tensor, *, bits: int, group_size: int) -> None:
         super().__init__()
-        # A row with one scale has a kernel of its own, which takes it as a vector.
+        # Rows with one scale have their own kernel, which takes the scales as a vector.
         self._group_size = 0 if scales.shape[1] == 1 else group_size
         scales = scales if self._group_size else scales[:, 0].contiguous()
         self.register_buffer("codes", codes)
@@ -144,7 +143,7 @@ class TableInteger(nn.Module):
 
     The table lies in memory byte for byte as XNNPACK stores a head of the same weight, so that a
     tied one can be stored once. Its operator reads the two codes of a byte the other way round,
-    which is undone behind it.
+    which is undone after it.
     """
 
     def __init__(self, form: AffineWeight) -> None:
@@ -244,10 +243,10 @@ class Kernels(nn.Module):
         if not isinstance(layer, FormLinear):
             raise TypeError(f"{name} is a {type(layer).__name__}, not a linear layer")
         bias = None if layer.bias is None else layer.bias.detach()
-        form = unmasked(layer.form)
+        form = layer.form.without_mask()
         if not isinstance(form, AffineWeight):
             return DenseLinear(self._dense(name, layer.form), bias)
-        matrix = integer_matrix(name, form)
+        matrix = integer_matrix(form)
         change = scale_rounding(matrix)
         if change:
             self.roundings[name] = change
@@ -257,7 +256,7 @@ class Kernels(nn.Module):
         layer = self.module(name)
         if not isinstance(layer, FormEmbedding):
             raise TypeError(f"{name} is a {type(layer).__name__}, not an embedding")
-        form = unmasked(layer.form)
+        form = layer.form.without_mask()
         if isinstance(form, AffineWeight) and not form.has_float_zeros:
             return TableInteger(form)
         return TableDense(self._dense(name, layer.form))

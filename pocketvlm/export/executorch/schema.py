@@ -17,7 +17,7 @@ from pocketvlm.models.spec import ModelSpec
 __all__ = ["POSITION_CHANNELS", "constant_methods", "has_position_channels"]
 
 POSITION_CHANNELS = 2
-"""Channels behind an embedding that tell the decoder where a row is."""
+"""Channels after an embedding that tell the decoder where a row is."""
 
 _SCHEMA = 1
 

@@ -1,4 +1,4 @@
-"""Converts a model in a process of its own: `python -m pocketvlm.export.executorch.worker FOLDER`.
+"""Converts a model in a separate process: `python -m pocketvlm.export.executorch.worker FOLDER`.
 
 A toolkit that runs out of memory or ends its process then takes nothing else with it, and what it
 says on the way is collected instead of scattered over a terminal. FOLDER holds `job.pt`; the
@@ -103,7 +103,7 @@ def main(folder: Path) -> int:
 
 
 def _convert(folder: Path) -> dict[str, Any]:
-    from pocketvlm.export.executorch.program import lower_program
+    from pocketvlm.export.executorch.writer import lower_program
 
     _bound_memory()
     # Written by the process that started this one, into a folder that is its own.
@@ -145,7 +145,7 @@ def _require_that_it_runs(file: Path, job: ConversionJob) -> None:
     """Loads the program as a runtime does, and runs every method.
 
     Raises:
-        ExportError: It does not load, does not run, or returns what is no number.
+        ExportError: It does not load, does not run, or returns what is not a number.
     """
     from pocketvlm.runtime.executorch.program import load_program
 
@@ -166,7 +166,7 @@ def _require_that_it_runs(file: Path, job: ConversionJob) -> None:
             f"executorch: the program was written, but does not run: {error}"
         ) from error
     if not all(bool(torch.isfinite(values).all()) for values in (rows, text, *outputs)):
-        raise ExportError("executorch: the program was written, but returns what is no number")
+        raise ExportError("executorch: the program was written, but returns what is not a number")
 
 
 if __name__ == "__main__":

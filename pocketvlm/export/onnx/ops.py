@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.onnx.codebook import affine_rows, codebook_matrix, codebook_rows
-from pocketvlm.export.onnx.masked import masked_codes, masked_floats
-from pocketvlm.export.onnx.packing import gathers_blocks, narrowest_float, pack_weight
+from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebook_rows
 from pocketvlm.export.onnx.reducer import trace_reducer
+from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
-from pocketvlm.export.sparse_container.unmasked import has_zero_code, unmasked
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.nonzeros import AffineNonzeros, Nonzeros
 from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["OnnxOps"]
@@ -88,15 +85,13 @@ class OnnxOps:
 
     def embed_tokens(self, token_ids: str) -> str:
         name = self._spec.decoder.embedding
-        masked = self._checkpoint.form(name)
-        form = unmasked(masked)
+        form = self._checkpoint.form(name).without_mask()
         if isinstance(form, AffineWeight):
-            return self._embed_quantized(token_ids, name, form, masked)
+            return self._embed_quantized(token_ids, name, form)
         if isinstance(form, CodebookWeight):
             return codebook_rows(self._graph, name, form, token_ids)
         table, data_type = narrowest_float(_dense(name, form))
-        places = masked_floats([masked], data_type)
-        stored = self._graph.constant(f"{name}.weight", table, data_type=data_type, masked=places)
+        stored = self._graph.constant(f"{name}.weight", table, data_type=data_type)
         rows = self._graph.node("Gather", [stored, token_ids], name=name)
         if data_type == onnx.TensorProto.FLOAT:
             return rows
@@ -104,7 +99,7 @@ class OnnxOps:
         return self._graph.node("Cast", [rows], name=f"{name}.float32", to=onnx.TensorProto.FLOAT)
 
     def linear(self, inputs: str, *names: str) -> str:
-        forms = [self._checkpoint.form(name) for name in names]
+        forms = [self._checkpoint.form(name).without_mask() for name in names]
         if _can_join(forms):
             return self._linear(inputs, names, forms)
         parts = [
@@ -251,13 +246,12 @@ class OnnxOps:
         """Gives a value the name of a graph's output."""
         self._graph.node("Identity", [value], name=name, output=name)
 
-    def _linear(self, inputs: str, names: Sequence[str], masked: list[WeightForm]) -> str:
+    def _linear(self, inputs: str, names: Sequence[str], forms: list[WeightForm]) -> str:
         name = _joined(names)
         bias = self._bias(names)
-        forms = [unmasked(form) for form in masked]
         if all(isinstance(form, AffineWeight) for form in forms):
             affine = cast("list[AffineWeight]", forms)
-            return self._linear_quantized(inputs, name, affine, masked, bias)
+            return self._linear_quantized(inputs, name, affine, bias)
         if isinstance(forms[0], CodebookWeight):
             expanded = codebook_matrix(self._graph, name, forms[0])
             product = self._graph.node("MatMul", [inputs, expanded], name=name)
@@ -265,7 +259,7 @@ class OnnxOps:
             dense = torch.cat([_dense(name, form) for form in forms])
             product = self._graph.node(
                 "FusedMatMul",
-                [inputs, self._float(f"{name}.weight", dense, masked=masked)],
+                [inputs, self._float(f"{name}.weight", dense)],
                 name=name,
                 domain=CONTRIB,
                 transB=1,
@@ -275,18 +269,12 @@ class OnnxOps:
         return self._graph.node("Add", [product, bias], name=f"{name}.biased")
 
     def _linear_quantized(
-        self,
-        inputs: str,
-        name: str,
-        forms: list[AffineWeight],
-        masked: list[WeightForm],
-        bias: str | None,
+        self, inputs: str, name: str, forms: list[AffineWeight], bias: str | None
     ) -> str:
-        packed = pack_weight(name, forms)
-        places = masked_codes(masked, packed)
+        packed = pack_weight(forms)
         operands = [
             inputs,
-            self._graph.constant(f"{name}.codes", packed.codes, masked=places),
+            self._graph.constant(f"{name}.codes", packed.codes),
             self._scales(name, packed.scales),
             self._zeros(name, packed.zeros),
             "",
@@ -304,16 +292,13 @@ class OnnxOps:
             accuracy_level=self._accuracy_level,
         )
 
-    def _embed_quantized(
-        self, token_ids: str, name: str, form: AffineWeight, masked: WeightForm
-    ) -> str:
-        packed = pack_weight(name, [form])
-        places = masked_codes([masked], packed)
+    def _embed_quantized(self, token_ids: str, name: str, form: AffineWeight) -> str:
+        packed = pack_weight([form])
         if not gathers_blocks(packed):
-            return affine_rows(self._graph, name, packed, token_ids, places)
+            return affine_rows(self._graph, name, packed, token_ids)
         codes = packed.codes.reshape(packed.out_features, -1)
         operands = [
-            self._graph.constant(f"{name}.codes", codes, masked=places),
+            self._graph.constant(f"{name}.codes", codes),
             token_ids,
             self._scales(name, packed.scales),
         ]
@@ -350,27 +335,18 @@ class OnnxOps:
             "Cast", [stored], name=f"{name}.zeros_float32", to=onnx.TensorProto.FLOAT
         )
 
-    def _float(
-        self,
-        name: str,
-        values: Tensor,
-        *,
-        narrow: bool = True,
-        masked: Sequence[WeightForm] = (),
-    ) -> str:
+    def _float(self, name: str, values: Tensor, *, narrow: bool = True) -> str:
         """A float32 constant, stored in the narrowest type that is exact.
 
         Args:
             name: Its name.
             values: Its content.
             narrow: Whether a narrower type may be looked for.
-            masked: The weights whose rows it joins, where it is a weight matrix.
         """
         if not narrow:
             return self._graph.constant(name, values.detach().to(torch.float32).numpy())
         array, data_type = narrowest_float(values)
-        places = masked_floats(masked, data_type)
-        stored = self._graph.constant(name, array, data_type=data_type, masked=places)
+        stored = self._graph.constant(name, array, data_type=data_type)
         if data_type == onnx.TensorProto.FLOAT:
             return stored
         return self._graph.node("Cast", [stored], name=f"{name}_float32", to=onnx.TensorProto.FLOAT)
@@ -492,18 +468,8 @@ class OnnxOps:
 
 def _can_join(forms: list[WeightForm]) -> bool:
     # Codebooks stay apart: to join what they expand to would hold all of it once more.
-    products = {_product(form) for form in forms}
-    return len(products) == 1 and None not in products
-
-
-def _product(form: WeightForm) -> tuple[int | bool, ...] | None:
-    """What an operator has to know of a layer: of floats nothing; `None` for tables."""
-    grid: WeightForm | Nonzeros = form
-    if isinstance(form, SparseWeight) and has_zero_code(form):
-        grid = form.values
-    if isinstance(grid, AffineWeight | AffineNonzeros):
-        return (grid.bits, grid.group_size, grid.zeros is None, grid.has_float_zeros)
-    return None if isinstance(form, CodebookWeight) else ()
+    layouts = {form.layout for form in forms}
+    return len(layouts) == 1 and not isinstance(forms[0], CodebookWeight)
 
 
 def _dense(name: str, form: WeightForm) -> Tensor:

@@ -1,27 +1,20 @@
-"""Predicts the ONNX target's bytes, and what it cannot run, from the specification alone."""
+"""Counts the bytes of the ONNX target's files from the specification alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
-from pocketvlm.export.onnx.packing import (
-    BLOCK_SIZES,
-    FLOAT_ZERO_BITS,
-    FLOAT_ZERO_REFUSAL,
-    container_bits,
-)
-from pocketvlm.export.prediction import join_refusals, other_elements
-from pocketvlm.export.sparse_container.size import masked_warnings, saved_bytes
-from pocketvlm.export.sparse_container.unmasked import planned_unmasked
+from pocketvlm.export.onnx.limits import container_bits
+from pocketvlm.export.prediction import other_elements
 from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.stages import Prediction
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["layer_bytes", "predict_onnx"]
+__all__ = ["graph_bytes", "layer_bytes"]
 
 _FLOAT_BYTES = 2  # a published checkpoint is bf16, which is stored exactly
+_WIDE_BYTES = 4
 _SCALE_BYTES = 2
-_NARROW_KERNEL_BITS = 2
 _BYTE = 8
 
 # A node takes 160 bytes with its names, a block has a fixed set of nodes; a node that expands has
@@ -32,43 +25,7 @@ _GRAPH_BYTES = 4_000
 _NODE_BYTES = 310
 
 
-def predict_onnx(
-    spec: ModelSpec,
-    grids: Mapping[LinearSpec, WeightLayout | None],
-    *,
-    sparse_file: bool = False,
-) -> Prediction:
-    """Bytes of the files by part, within 3 %, and the layers that no kernel can run.
-
-    Args:
-        spec: The model.
-        grids: What each layer will be quantized to; `None` for layers that stay float.
-        sparse_file: Whether masked weights are packed in the file.
-    """
-    parts: dict[str, int] = {}
-    unpacked = 0
-    for linear, grid in grids.items():
-        shape = linear.out_features, linear.in_features
-        count = layer_bytes(grid, shape, sparse_file=sparse_file)
-        unpacked += layer_bytes(grid, shape) - count
-        if isinstance(grid, CodebookLayout):
-            count += _expanding_nodes(grid) * _NODE_BYTES
-        parts[linear.part] = parts.get(linear.part, 0) + count
-    parts["other"] = _other_bytes(spec)
-    misfits = [
-        (linear.name, reason) for linear, grid in grids.items() for reason in _refusals(grid)
-    ]
-    return Prediction(
-        part_bytes=parts,
-        refused=join_refusals("onnx", misfits),
-        warnings=tuple(_warnings(grids, sparse_file=sparse_file)),
-        unpacked_bytes=unpacked,
-    )
-
-
-def layer_bytes(
-    layout: WeightLayout | None, shape: tuple[int, int], *, sparse_file: bool = False
-) -> int:
+def layer_bytes(layout: WeightLayout | None, shape: tuple[int, int]) -> int:
     """Bytes of one matrix [rows, columns] in the files, without the nodes that read it."""
     rows, columns = shape
     if layout is None:
@@ -77,18 +34,21 @@ def layer_bytes(
         return layout.stored_bytes(rows, columns)
     if isinstance(layout, AffineLayout):
         return _affine_bytes(layout, rows, columns)
-    plain = planned_unmasked(layout)
-    if isinstance(plain, AffineLayout):
-        count = _affine_bytes(plain, rows, columns)
-        bits, groups = container_bits(plain.bits), -(-columns // plain.group_size)
-        width, has_fills = groups * plain.group_size, not plain.symmetric
-    else:
-        element = _dense_bytes(layout)
-        count = rows * columns * element
-        bits, width, has_fills = element * _BYTE, columns, False
-    if sparse_file:
-        count -= saved_bytes(layout, shape, bits=bits, width=width, has_fills=has_fills)
-    return count
+    plain = layout.without_mask
+    if plain is not None:
+        return _affine_bytes(plain, rows, columns)
+    return rows * columns * (_WIDE_BYTES if _is_scaled(layout) else _FLOAT_BYTES)
+
+
+def graph_bytes(
+    spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None]
+) -> dict[str, int]:
+    """Bytes of the graphs and of all that is not a weight matrix, within 3 % of all files."""
+    parts = Counter({"other": _other_bytes(spec)})
+    for linear, layout in layouts.items():
+        if isinstance(layout, CodebookLayout):
+            parts[linear.part] += _expanding_nodes(layout) * _NODE_BYTES
+    return dict(parts)
 
 
 def _affine_bytes(layout: AffineLayout, rows: int, columns: int) -> int:
@@ -104,51 +64,10 @@ def _affine_bytes(layout: AffineLayout, rows: int, columns: int) -> int:
     return rows * row
 
 
-def _refusals(grid: WeightLayout | None) -> Iterator[str]:
-    """Why no kernel runs a layer, with what would work."""
-    plain = planned_unmasked(grid)
-    if not isinstance(plain, AffineLayout):
-        return
-    if plain.group_size not in BLOCK_SIZES:
-        yield (
-            f"group size {plain.group_size} has no ONNX Runtime kernel; allowed are "
-            f"{', '.join(map(str, BLOCK_SIZES))}"
-        )
-    if plain.float_zeros and container_bits(plain.bits) not in FLOAT_ZERO_BITS:
-        yield FLOAT_ZERO_REFUSAL
-
-
-def _warnings(
-    grids: Mapping[LinearSpec, WeightLayout | None], *, sparse_file: bool
-) -> Iterator[str]:
-    affine = [
-        plain for plain in map(planned_unmasked, grids.values()) if isinstance(plain, AffineLayout)
-    ]
-    if widened := sum(container_bits(grid.bits) != grid.bits for grid in affine):
-        yield (
-            f"onnx: {widened} layers of 3 bits are stored in 4-bit containers: no kernel "
-            "reads 3 bits, so they cost what 4 bits cost"
-        )
-    if narrow := sum(grid.bits == _NARROW_KERNEL_BITS for grid in affine):
-        yield f"onnx: {narrow} layers of 2 bits are smaller, and slower than 4 bits on a CPU"
-    if looked_up := sum(isinstance(grid, CodebookLayout) for grid in grids.values()):
-        yield (
-            f"onnx: {looked_up} layers of codebooks are small on disk and dense float32 once "
-            "loaded: ONNX Runtime has no kernel for them"
-        )
-    if between := sum(grid.float_zeros for grid in affine):
-        yield (
-            f"onnx: {between} layers have float zero points, which ONNX Runtime multiplies in "
-            "float32: slower than integer zero points"
-        )
-    yield from masked_warnings("onnx", "ONNX Runtime", grids.values(), sparse_file=sparse_file)
-
-
-def _dense_bytes(form: SparseLayout) -> int:
-    """Bytes of an element: a scaled value needs more digits than float16 has."""
-    values = form.values
-    is_scaled = isinstance(values, AffineLayout) or (values is not None and values.row_scales)
-    return 2 * _FLOAT_BYTES if is_scaled else _FLOAT_BYTES
+def _is_scaled(layout: SparseLayout) -> bool:
+    """Whether values are products with a scale, which need more digits than float16 has."""
+    values = layout.values
+    return isinstance(values, AffineLayout) or (values is not None and values.row_scales)
 
 
 def _expanding_nodes(form: CodebookLayout) -> int:

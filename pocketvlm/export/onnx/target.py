@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pocketvlm.bundle import Component
+from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.builders import (
@@ -21,26 +21,20 @@ from pocketvlm.export.builders import (
     embedding_signatures,
     vision_signatures,
 )
+from pocketvlm.export.onnx.limits import explain
+from pocketvlm.export.onnx.needs import read_needs
 from pocketvlm.export.onnx.ops import OnnxOps
-from pocketvlm.export.onnx.packing import container_bits
-from pocketvlm.export.onnx.size import layer_bytes, predict_onnx
+from pocketvlm.export.onnx.size import graph_bytes, layer_bytes
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
-from pocketvlm.export.precisions import part_precisions
-from pocketvlm.export.sparse_container.pack import pack_file
-from pocketvlm.export.sparse_container.unmasked import describe_unmasked, unmasked_notes
+from pocketvlm.export.precisions import masked_notes, part_precisions
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
-from pocketvlm.stages import Prediction, Target
-from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.codebook import CodebookWeight
-from pocketvlm.weights.form import WeightForm
+from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout
-from pocketvlm.weights.sparse import SparseWeight
 
 __all__ = ["ToOnnx"]
 
 _FOLDER = "onnx"
 _WEIGHTS = "weights.bin"
-_PACKED = "weights.sparse"
 _TRACED_OPSET = 18  # the version that torch's exporter writes natively
 _DECODER_OPSET = 23  # the first with RMSNormalization
 _ACCURACY_LEVELS = (0, 4)
@@ -61,14 +55,11 @@ class ToOnnx(Target):
         accuracy_level: How the decoder's quantized products compute: 4 rounds activations to
             int8, block by block, which is what makes them fast; 0 stays in float32.
         tower_accuracy_level: The same for tower and projector.
-        sparse_file: Whether the bundle holds masked weights packed, as `weights.sparse`, which is
-            expanded in memory when it is loaded: fewer bytes to ship, and a slower start.
     """
 
     method: Literal["onnx"] = "onnx"
     accuracy_level: int = 4
     tower_accuracy_level: int = 4
-    sparse_file: bool = False
 
     cache_bits: ClassVar[frozenset[int]] = frozenset({8})
     supports_visual_cutoff: ClassVar[bool] = True
@@ -80,35 +71,36 @@ class ToOnnx(Target):
                 allowed = ", ".join(map(str, _ACCURACY_LEVELS))
                 raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
 
-    def predict(
-        self, spec: ModelSpec, grids: Mapping[LinearSpec, WeightLayout | None]
-    ) -> Prediction:
-        """What the export of a model would weigh, and which layers no kernel can run."""
-        return predict_onnx(spec, grids, sparse_file=self.sparse_file)
+    def explain(
+        self, layout: WeightLayout | None, shape: tuple[int, int], *, is_table: bool = False
+    ) -> Explanation:
+        """What ONNX Runtime makes of a matrix."""
+        del shape, is_table  # neither matters to its kernels
+        return explain(layout)
 
     def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int]) -> int:
         """Bytes of one matrix [rows, columns] in the files."""
-        return layer_bytes(layout, shape, sparse_file=self.sparse_file)
+        return layer_bytes(layout, shape)
+
+    def graph_bytes(
+        self, spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None]
+    ) -> Mapping[str, int]:
+        """Bytes of the graphs, and of everything that is not a weight matrix."""
+        return graph_bytes(spec, layouts)
 
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache: chosen when a session starts, up to the whole context."""
         return spec.decoder.context_length
 
-    def export(
-        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
-    ) -> tuple[Component, ...]:
-        """Writes the graphs of a checkpoint below `folder`.
+    def runtime_needs(self, folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
+        """Opsets, operators, and the version of ONNX Runtime that reads them as intended."""
+        return read_needs(folder, components)
 
-        Args:
-            checkpoint: What to export.
-            folder: The bundle; `folder/onnx` is created.
-            ctx: Told about each graph.
-
-        Returns:
-            Vision, embedding and decoder, with paths relative to `folder`.
+    def write(self, checkpoint: Checkpoint, folder: Path, ctx: RunContext) -> tuple[Component, ...]:
+        """Writes vision, embedding and decoder below `folder/onnx`.
 
         Raises:
-            UnsupportedError: A layer has a form, group size or activation without a kernel.
+            UnsupportedError: An activation has no kernel.
             ExportError: The token reducer cannot be traced, or a graph is not valid.
         """
         spec = checkpoint.spec
@@ -123,8 +115,7 @@ class ToOnnx(Target):
             parts: Iterable[Part],
         ) -> None:
             inputs, outputs = signatures
-            describe = partial(_precision, is_packed=self.sparse_file)
-            precision = part_precisions(checkpoint.forms(), parts, describe)
+            precision = part_precisions(self, checkpoint, parts)
             if role == "decoder" and checkpoint.cache_grid is not None:
                 precision["kv_cache"] = f"int{checkpoint.cache_grid.bits} a channel"
             graph.save(target / f"{role}.onnx", inputs, outputs)
@@ -136,8 +127,10 @@ class ToOnnx(Target):
                     inputs=inputs,
                     outputs=outputs,
                     precision=precision,
-                    notes=unmasked_notes(
-                        form for linear, form in checkpoint.forms().items() if linear.part in parts
+                    notes=masked_notes(
+                        form.layout
+                        for linear, form in checkpoint.forms().items()
+                        if linear.part in parts
                     ),
                 )
             )
@@ -165,27 +158,4 @@ class ToOnnx(Target):
             head: Part = "embedding" if spec.decoder.tied_head else "head"
             cache = "float32" if checkpoint.cache_grid is None else "int8"
             finish(graph, "decoder", decoder_signatures(spec, cache, late), ("decoder", head))
-        if not self.sparse_file:
-            return tuple(components)
-        pack_file(target / _WEIGHTS, target / _PACKED, weights.masked)
-        return tuple(replace(c, sparse_file=f"{_FOLDER}/{_PACKED}") for c in components)
-
-
-def _precision(form: WeightForm, *, is_packed: bool) -> str:
-    if isinstance(form, CodebookWeight):
-        _, _, entries, length = form.main.codebooks.shape
-        bits = form.main.index_bits / length
-        if form.residual is not None:
-            bits += form.residual.index_bits / form.residual.vector_length
-        residual = "" if form.residual is None else " with residual"
-        return f"{bits:g}-bit codebook v{length} k{entries}{residual}, float32 in memory"
-    if isinstance(form, SparseWeight):
-        return describe_unmasked(form, wide="float32", is_packed=is_packed)
-    if not isinstance(form, AffineWeight):
-        return "float32"
-    grid = "symmetric" if form.zeros is None else "asymmetric"
-    if form.has_float_zeros:
-        grid = "float zeros"
-    label = f"int{form.bits} g{form.group_size} {grid}"
-    container = container_bits(form.bits)
-    return label if container == form.bits else f"{label} in {container}-bit containers"
+        return tuple(components)

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.errors import ExportError
-from pocketvlm.export.sparse_container.pack import MaskedPlace
 
 __all__ = ["CONTRIB", "GraphWriter", "WeightFile"]
 
@@ -38,12 +37,10 @@ class WeightFile:
 
     Attributes:
         path: The file.
-        masked: Which of its bytes are masked weights.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.masked: list[MaskedPlace] = []
         self._stream = path.open("wb")
         self._places: dict[bytes, tuple[int, int]] = {}
 
@@ -58,13 +55,8 @@ class WeightFile:
     ) -> None:
         self._stream.close()
 
-    def store(self, data: bytes, masked: Sequence[MaskedPlace] = ()) -> tuple[int, int]:
-        """Appends the bytes, unless they are there already; returns offset and length.
-
-        Args:
-            data: The bytes.
-            masked: Which of them are masked weights, counted from the first.
-        """
+    def store(self, data: bytes) -> tuple[int, int]:
+        """Appends the bytes, unless they are there already; returns offset and length."""
         digest = hashlib.sha256(data).digest()
         if digest not in self._places:
             alignment = _PAGE if len(data) >= 16 * _PAGE else 64
@@ -73,7 +65,6 @@ class WeightFile:
             self._stream.write(b"\0" * (offset - position))
             self._stream.write(data)
             self._places[digest] = (offset, len(data))
-            self.masked += [place.moved(offset) for place in masked]
         return self._places[digest]
 
     def flush(self) -> None:
@@ -98,21 +89,13 @@ class GraphWriter:
         self._initializers: dict[str, TensorProto] = {}
         self._names: dict[str, int] = {}
 
-    def constant(
-        self,
-        name: str,
-        array: np.ndarray,
-        *,
-        data_type: int | None = None,
-        masked: Sequence[MaskedPlace] = (),
-    ) -> str:
+    def constant(self, name: str, array: np.ndarray, *, data_type: int | None = None) -> str:
         """A constant under exactly this name; asking again for the same name returns it.
 
         Args:
             name: Name of the value.
             array: Its content.
             data_type: ONNX element type, where numpy has none of its own (bfloat16 as uint16).
-            masked: Which of its bytes are masked weights, counted from the first.
         """
         if name in self._initializers:
             return name
@@ -124,7 +107,7 @@ class GraphWriter:
         if len(data) < _INLINE_BYTES:
             tensor.raw_data = data
         else:
-            offset, length = self._weights.store(data, masked)
+            offset, length = self._weights.store(data)
             tensor.data_location = TensorProto.EXTERNAL
             entries = {"location": self._weights.path.name, "offset": offset, "length": length}
             for key, value in entries.items():

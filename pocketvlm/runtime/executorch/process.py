@@ -51,10 +51,9 @@ class ProgramProcess:
     """A process that has loaded a bundle's program.
 
     Attributes:
-        file: The program, or the packed file that it was expanded from.
+        file: The program.
         methods: The program's methods.
         schema: The result of `get_model_schema`; `None` if there is no such method.
-        expand_ms: Time that unpacking took; `None` if the file is not packed.
         pid: The process.
     """
 
@@ -78,8 +77,7 @@ class ProgramProcess:
             MissingExtraError: ExecuTorch is not installed.
             BundleError: The bundle has no program, or it does not load.
         """
-        program = find_program(bundle)
-        self.file = program.file
+        self.file = find_program(bundle)
         self._run_limit_s = run_limit_s
         with ExitStack() as started:
             child = started.enter_context(
@@ -99,9 +97,9 @@ class ProgramProcess:
             self._calls, self._answers = child.stdin.fileno(), child.stdout.fileno()
             self._close = weakref.finalize(self, started.pop_all().close)
         try:
-            call = {"file": str(program.file), "is_packed": program.is_packed, "threads": threads}
+            call = {"file": str(self.file), "threads": threads}
             loaded = self._exchange("loading it", load_limit_s, call, (), ())[0]
-            self.methods, self.schema, self.expand_ms = self._loaded(loaded)
+            self.methods, self.schema = self._loaded(loaded)
         except BaseException:
             self.close()
             raise
@@ -170,14 +168,12 @@ class ProgramProcess:
         self.close()
         raise BundleError(f"{self.file}: MultimodalRunner said more than {max_new_tokens} tokens")
 
-    def _loaded(self, header: Mapping[str, Any]) -> tuple[frozenset[str], str | None, float | None]:
+    def _loaded(self, header: Mapping[str, Any]) -> tuple[frozenset[str], str | None]:
         match header:
-            case {
-                "methods": [*methods],
-                "schema": (str() | None) as schema,
-                "expand_ms": (float() | None) as expand_ms,
-            } if all(isinstance(name, str) for name in methods):
-                return frozenset(methods), schema, expand_ms
+            case {"methods": [*methods], "schema": (str() | None) as schema} if all(
+                isinstance(name, str) for name in methods
+            ):
+                return frozenset(methods), schema
         raise BundleError(f"{self.file}: ExecuTorch's process did not say what it loaded")
 
     def _exchange(

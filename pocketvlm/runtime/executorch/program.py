@@ -10,8 +10,6 @@ import importlib
 import importlib.util
 import struct
 import warnings
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,11 @@ from typing import Any
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, MissingExtraError
 from pocketvlm.runtime.native_output import quiet_terminal
-from pocketvlm.runtime.sparse_file import expanded_path, plain_path
 from pocketvlm.runtime.versions import require_runtime
 
 __all__ = [
     "PROGRAM_HEADER",
     "PROGRAM_HEADER_START",
-    "ProgramFile",
     "find_program",
     "load_program",
     "register_operators",
@@ -67,30 +63,7 @@ def register_operators() -> None:
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::*)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProgramFile:
-    """The file of a program.
-
-    Attributes:
-        file: The `.pte` file, or the packed one.
-        is_packed: Whether it must be expanded.
-    """
-
-    file: Path
-    is_packed: bool
-
-    def opened(self) -> AbstractContextManager[tuple[Path, float | None]]:
-        """The `.pte` file for as long as the block lasts, and the milliseconds of expanding it.
-
-        What was loaded in the block stays.
-
-        Raises:
-            BundleError: A packed file is damaged.
-        """
-        return expanded_path(self.file) if self.is_packed else plain_path(self.file)
-
-
-def find_program(bundle: Bundle) -> ProgramFile:
+def find_program(bundle: Bundle) -> Path:
     """The program of a bundle, if this host can run it.
 
     Raises:
@@ -100,26 +73,19 @@ def find_program(bundle: Bundle) -> ProgramFile:
     component = bundle.component("executorch", "decoder")
     require_executorch()
     require_runtime(bundle, "executorch", metadata.version("executorch"))
-    if component.sparse_file is not None:
-        return ProgramFile(file=bundle.file(component.sparse_file), is_packed=True)
     file = bundle.file(component.file)
-    _require_whole(file, file)
-    return ProgramFile(file=file, is_packed=False)
+    _require_whole(file)
+    return file
 
 
-def load_program(file: Path, name: Path | None = None) -> Any:
+def load_program(file: Path) -> Any:
     """Loads a `.pte` file; its methods are run by `run_method(name, inputs)`.
-
-    Args:
-        file: The file.
-        name: What messages call it, where its bytes were expanded from another one.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
         BundleError: The file is missing, damaged, or needs what this runtime lacks.
     """
-    name = name or file
-    _require_whole(file, name)
+    _require_whole(file)
     require_executorch()
     with quiet_terminal():
         runtime = _runtime()
@@ -129,7 +95,7 @@ def load_program(file: Path, name: Path | None = None) -> Any:
             return runtime._load_for_executorch(str(file))  # noqa: SLF001
         except RuntimeError as error:
             first_line = str(error).strip().partition("\n")[0]
-            raise BundleError(f"{name}: ExecuTorch cannot load it: {first_line}") from error
+            raise BundleError(f"{file}: ExecuTorch cannot load it: {first_line}") from error
 
 
 def set_threads(threads: int) -> None:
@@ -158,19 +124,19 @@ def _runtime() -> Any:
     return runtime
 
 
-def _require_whole(file: Path, name: Path) -> None:
+def _require_whole(file: Path) -> None:
     """Refuses what the runtime would read beyond its end, which can end the process.
 
     Raises:
         BundleError: The file is missing, cut off, or no program.
     """
     if not file.is_file():
-        raise BundleError(f"{name}: is missing")
+        raise BundleError(f"{file}: is missing")
     with file.open("rb") as stream:
         start = stream.read(PROGRAM_HEADER_START + PROGRAM_HEADER.size)
     if len(start) < PROGRAM_HEADER_START + PROGRAM_HEADER.size or start[4:6] != b"ET":
-        raise BundleError(f"{name}: is no ExecuTorch program")
+        raise BundleError(f"{file}: is not an ExecuTorch program")
     magic, _, _, base, size = PROGRAM_HEADER.unpack_from(start, PROGRAM_HEADER_START)
     found = file.stat().st_size
     if magic == _MAGIC and found < base + size:
-        raise BundleError(f"{name}: is cut off: {found} bytes of {base + size}")
+        raise BundleError(f"{file}: is cut off: {found} bytes of {base + size}")

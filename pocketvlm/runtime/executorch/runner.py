@@ -72,7 +72,6 @@ class ExecutorchRunner(Runner):
             self.close()
             raise
         super().__init__(capacity=sizes.max_context_len)
-        self.expand_ms = self.process.expand_ms
         self._channels = sizes.row_channels
         self._width = sizes.hidden_size
         self._visual_tokens = bundle.manifest.visual_tokens

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pocketvlm.child_process import end_with_parent
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.runtime.executorch.frames import array_types, read_arrays, read_header, write_frame
-from pocketvlm.runtime.executorch.program import ProgramFile, load_program, set_threads
+from pocketvlm.runtime.executorch.program import load_program, set_threads
 
 __all__ = ["main"]
 
@@ -57,7 +57,7 @@ def main() -> int:
         except BrokenPipeError:
             return 0
         except Exception as error:  # noqa: BLE001  (whatever the runtime raises is an answer)
-            file = call["file"] if service is None else service.program.file
+            file = call["file"] if service is None else service.file
             answer = {"error": f"{file}: ExecuTorch cannot {doing} it: {_first_line(error)}"}
         write_frame(answers, answer, found)
     return 0
@@ -67,10 +67,9 @@ class _Service:
     """A loaded program."""
 
     def __init__(self, call: Mapping[str, Any], answers: int) -> None:
-        self.program = ProgramFile(file=Path(call["file"]), is_packed=call["is_packed"])
+        self.file = Path(call["file"])
         self._answers = answers
-        with self.program.opened() as (path, self._expand_ms):
-            self._module = load_program(path, self.program.file)
+        self._module = load_program(self.file)
         if call["threads"] is not None:
             set_threads(call["threads"])
 
@@ -79,7 +78,7 @@ class _Service:
         methods = self._module.method_names()
         schema = self._module.run_method(_SCHEMA, ())[0] if _SCHEMA in methods else None
         said = schema if isinstance(schema, str) else None
-        return {"methods": methods, "schema": said, "expand_ms": self._expand_ms}
+        return {"methods": methods, "schema": said}
 
     def run(self, method: str, arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Runs a method; what it returns lies in the program's memory.
@@ -95,7 +94,7 @@ class _Service:
             return [output.numpy() for output in outputs]
         except (RuntimeError, AttributeError, TypeError) as error:
             raise BundleError(
-                f"{self.program.file}: {method} does not run: {_first_line(error)}"
+                f"{self.file}: {method} does not run: {_first_line(error)}"
             ) from error
 
     def generate(
@@ -120,14 +119,13 @@ class _Service:
             echo=False, max_new_tokens=call["max_new_tokens"], temperature=0.0, warming=True
         )
         try:
-            with self.program.opened() as (path, _):
-                runner = native.MultimodalRunner(str(path), call["tokenizer"], None)
-                runner.generate(inputs, config, self._tell)
+            runner = native.MultimodalRunner(str(self.file), call["tokenizer"], None)
+            runner.generate(inputs, config, self._tell)
         except UnicodeDecodeError:  # a token that is part of a character
             return {"unspeakable": True}
         except RuntimeError as error:
             raise BundleError(
-                f"{self.program.file}: MultimodalRunner cannot run it: {_first_line(error)}"
+                f"{self.file}: MultimodalRunner cannot run it: {_first_line(error)}"
             ) from error
         return {}
 

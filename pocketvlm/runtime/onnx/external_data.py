@@ -30,13 +30,12 @@ _TRAINING_GRAPHS = (1, 2)
 _TENSOR_EXTERNAL = 13
 
 
-def require_signed_data(bundle: Bundle, name: str, in_memory: frozenset[str]) -> None:
+def require_signed_data(bundle: Bundle, name: str) -> None:
     """Refuses a graph whose weights are anywhere but in signed files of the bundle.
 
     Args:
         bundle: The bundle.
         name: The graph's file.
-        in_memory: Locations that are handed to the runtime, and not opened.
 
     Raises:
         BundleError: A location is another one, or the file is not an ONNX graph.
@@ -48,7 +47,7 @@ def require_signed_data(bundle: Bundle, name: str, in_memory: frozenset[str]) ->
         locations = set(_locations(Message(np.memmap(file, np.uint8, mode="r").data)))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file}: ONNX Runtime cannot load it: {error}") from error
-    for location in sorted(locations - in_memory):
+    for location in sorted(locations):
         data = f"{folder}/{location}" if folder else location
         if not bundle.has(data):
             raise BundleError(

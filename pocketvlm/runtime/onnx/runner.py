@@ -23,7 +23,6 @@ from pocketvlm.runtime.onnx.engine import LOAD_ERRORS, first_line, naming_graph
 from pocketvlm.runtime.onnx.engine import onnxruntime as ort
 from pocketvlm.runtime.onnx.external_data import require_signed_data
 from pocketvlm.runtime.runner import Runner
-from pocketvlm.runtime.sparse_file import ExpandedFile, expand
 from pocketvlm.runtime.versions import require_runtime
 
 __all__ = ["DEFAULT_CAPACITY", "OnnxRunner"]
@@ -72,14 +71,9 @@ class OnnxRunner(Runner):
         self.threads = threads or 0
         self._bundle = bundle
         self._keep_vision = keep_vision
-        packed = self._expand("vision")
-        self._vision = self._load("vision", packed) if keep_vision else None
-        self._embedding = self._load("embedding", packed)
-        self._decoder = self._load("decoder", packed)
-        if packed is not None:
-            self.expand_ms = packed.expand_ms
-            del packed  # every session has copied what it needs
-            _return_freed_memory()
+        self._vision = self._load("vision") if keep_vision else None
+        self._embedding = self._load("embedding")
+        self._decoder = self._load("decoder")
         shape = (1, cache.kv_heads, self.capacity, cache.head_dim)
         # np.zeros leaves fresh pages to the system, so unused capacity costs no memory.
         self._cache = {
@@ -122,7 +116,7 @@ class OnnxRunner(Runner):
         self, pixels: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        session = self._vision or self._load("vision", self._expand("vision"))
+        session = self._vision or self._load("vision")
         with self._naming("vision"):
             embeds, indices = session.run(["embeds", "indices"], {"pixel_values": pixels})
         if self._vision is None:
@@ -191,15 +185,9 @@ class OnnxRunner(Runner):
     def _naming(self, role: str) -> AbstractContextManager[None]:
         return naming_graph(self._bundle.path / self._bundle.component("onnx", role).file)
 
-    def _expand(self, role: str) -> ExpandedFile | None:
-        """The weight file of a graph, where the bundle holds it packed."""
-        packed = self._bundle.component("onnx", role).sparse_file
-        return None if packed is None else expand(self._bundle.file(packed))
-
-    def _load(self, role: str, weights: ExpandedFile | None) -> ort.InferenceSession:
+    def _load(self, role: str) -> ort.InferenceSession:
         component = self._bundle.component("onnx", role)
-        in_memory = frozenset() if weights is None else frozenset({weights.name})
-        require_signed_data(self._bundle, component.file, in_memory)
+        require_signed_data(self._bundle, component.file)
         file = self._bundle.file(component.file)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -212,10 +200,6 @@ class OnnxRunner(Runner):
             # It runs once a picture: keeping its activations would cost memory, and save nothing.
             options.enable_cpu_mem_arena = False
             options.enable_mem_pattern = False
-        if weights is not None:
-            options.add_external_initializers_from_files_in_memory(
-                [weights.name], [weights.content], [weights.content.nbytes]
-            )
         try:
             session = ort.InferenceSession(
                 str(file), sess_options=options, providers=["CPUExecutionProvider"]

@@ -1,7 +1,7 @@
 """Which versions of ONNX Runtime read this package's graphs as they are meant.
 
 Found by running every operator and bit width in each version against float64. What older versions
-read otherwise is not written (`export/onnx/packing.py`), or named here.
+read otherwise is not written (`export/onnx/weights.py`), or named here.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def to_gptq(name: str, form: AffineWeight, *, version: Literal[1, 2]) -> dict[st
         version: 1 stores zero points minus one, 2 as they are.
 
     Raises:
-        UnsupportedError: Zero points are no integers of `bits` bits (in version 1: are zero), or
+        UnsupportedError: Zero points are not integers of `bits` bits (in version 1: are zero), or
             the rows or columns do not fill whole words.
     """
     rows, columns = form.shape
@@ -153,11 +153,6 @@ def _integer_zeros(name: str, form: AffineWeight, version: Literal[1, 2]) -> Ten
             "zero_point: integer"
         )
     zeros = form.zero_points().to(torch.int64)
-    if int(zeros.max()) >= 1 << form.bits:
-        raise UnsupportedError(
-            f"{name}: has a zero point of {int(zeros.max())}, and the GPTQ layout stores "
-            f"{form.bits} bits of it"
-        )
     if version == 1 and int(zeros.min()) == 0:
         raise UnsupportedError(
             f"{name}: has a zero point of 0, which GPTQ v1 (stored minus one) cannot express; "

@@ -48,7 +48,7 @@ def gptq_config(
     Returns:
         JSON values.
     """
-    # One group a row everywhere is written as -1, whatever the widths; so is a group wider than a
+    # One group per row everywhere is written as -1, whatever the widths; so is a group wider than a
     # row, which readers would not divide by.
     quantized = {name: form for name, form in forms.items() if form is not None}
     per_row = all(form.groups == 1 for form in quantized.values())

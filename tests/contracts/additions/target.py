@@ -5,19 +5,19 @@ It has no operators, so nothing runs it: what it shows is what the contract asks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from pocketvlm.bundle import Component
+from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.spec import LinearSpec, ModelSpec
-from pocketvlm.stages import FLOAT_CACHE_BITS, PlanState, Prediction, Target
+from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout
 
 Role = Literal["vision", "embedding", "decoder"]
@@ -36,32 +36,26 @@ class ToArrays(Target):
 
     method: Literal["arrays"] = "arrays"
 
-    def predict(
-        self, spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None], /
-    ) -> Prediction:
-        sizes: dict[str, int] = {}
-        for linear, layout in layouts.items():
-            count = self.layer_bytes(layout, (linear.out_features, linear.in_features))
-            sizes[linear.part] = sizes.get(linear.part, 0) + count
-        return Prediction(part_bytes=sizes)
+    def explain(
+        self, layout: WeightLayout | None, shape: tuple[int, int], *, is_table: bool = False
+    ) -> Explanation:
+        return Explanation(stored="float16")
 
     def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int], /) -> int:
         return 2 * shape[0] * shape[1]
 
+    def graph_bytes(
+        self, spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None], /
+    ) -> Mapping[str, int]:
+        return {}
+
     def capacity(self, spec: ModelSpec) -> int:
         return spec.decoder.max_positions
 
-    def export(
-        self, checkpoint: Checkpoint, folder: Path, ctx: RunContext
-    ) -> tuple[Component, ...]:
-        grid = checkpoint.cache_grid
-        state = replace(
-            PlanState.of(checkpoint.spec),
-            visual_layers=checkpoint.visual_layers,
-            cache_bits=FLOAT_CACHE_BITS if grid is None else grid.bits,
-        )
-        for reason in self.refuse(state):
-            raise UnsupportedError(reason)
+    def runtime_needs(self, folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
+        return RuntimeNeeds(runtime="numpy", lowest_version="1.0", formats={"npz": 1})
+
+    def write(self, checkpoint: Checkpoint, folder: Path, ctx: RunContext) -> tuple[Component, ...]:
         (folder / self.method).mkdir()
         arrays: dict[Role, dict[str, np.ndarray]] = {}
         for linear, form in checkpoint.forms().items():

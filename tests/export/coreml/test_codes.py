@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.export.coreml.program import identifier
+from pocketvlm.export.coreml.writer import identifier
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight

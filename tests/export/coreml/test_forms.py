@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.constexpr import Codes, Constexpr, narrow_float
-from pocketvlm.export.coreml.forms import describe_form, pack_form
 from pocketvlm.export.coreml.limits import container_bits
+from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.coreml.weights import pack_weight
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
@@ -110,7 +112,7 @@ def make_codebook(
 
 
 def check(form: WeightForm, deployment: str = "iOS18") -> Constexpr:
-    packed = pack_form("layer", form, deployment=deployment, float_type=np.float16)
+    packed = pack_weight("layer", form, deployment=deployment, float_type=np.float16)
     assert isinstance(packed, Constexpr)
     expected = form.dequantize().double().numpy()
     expanded = expand(packed)
@@ -187,8 +189,9 @@ def test_tables_for_ios17(bits: int) -> None:
     ids=["int4", "groups", "vectors", "scales"],
 )
 def test_forms_that_are_too_new(form: WeightForm, deployment: str, message: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"some\.layer: .*{message}"):
-        pack_form("some.layer", form, deployment=deployment, float_type=np.float16)
+    refusal = ToCoreml(deployment=deployment).explain(form.layout, form.shape).refusal
+    assert re.search(message, refusal)
+    assert not ToCoreml().explain(form.layout, form.shape).refusal
 
 
 def test_what_a_look_up_has_no_place_for() -> None:
@@ -204,8 +207,7 @@ def test_what_a_look_up_has_no_place_for() -> None:
         "at most 8 bits": CodebookWeight(main=wide),
     }
     for message, form in cases.items():
-        with pytest.raises(UnsupportedError, match=message):
-            pack_form("layer", form, deployment="iOS18", float_type=np.float16)
+        assert message in ToCoreml().explain(form.layout, form.shape).refusal
 
 
 def test_floats_that_float16_cannot_hold() -> None:
@@ -215,8 +217,17 @@ def test_floats_that_float16_cannot_hold() -> None:
     assert narrow_float("layer", values, np.float32).tolist() == values.tolist()
 
 
-def test_descriptions() -> None:
-    assert describe_form(quantize_affine(torch.randn(4, 64), 4, 32)) == "int4 g32 asymmetric"
-    assert describe_form(DenseWeight(values=torch.zeros(2, 2))) == "float"
-    lut = describe_form(make_codebook(8, 4, bits=5, length=4, groups=(2, 1)))
-    assert lut == "lut 5-bit indices of vectors of 4, 2 tables"
+@pytest.mark.parametrize(
+    ("form", "stored"),
+    [
+        (quantize_affine(torch.randn(4, 64), 4, 32), "int4 g32 asymmetric"),
+        (DenseWeight(values=torch.zeros(2, 2)), "float16"),
+        (
+            make_codebook(8, 4, bits=5, length=4, groups=(2, 1)),
+            "lut 5-bit indices of vectors of 4, 2 tables",
+        ),
+    ],
+    ids=["int4", "float", "lut"],
+)
+def test_descriptions(form: WeightForm, stored: str) -> None:
+    assert ToCoreml().explain(form.layout, form.shape).stored == stored

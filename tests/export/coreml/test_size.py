@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
@@ -9,9 +10,10 @@ import pytest
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.coreml import size as coreml_size
+from pocketvlm.export.coreml import target as coreml_target
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.reference.random_models import tiny_config, write_random_model
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, WeightLayout
 from tests.export.coreml.test_forms import make_codebook
 from tests.export.rig import quantize_affine
@@ -79,7 +81,6 @@ def test_prediction(
     target.export(checkpoint, tmp_path, RunContext())
     written = sum(f.stat().st_size for f in (tmp_path / "coreml").rglob("*") if f.is_file())
     prediction = target.predict(checkpoint.spec, forms)
-    assert not prediction.refused
     assert sum(prediction.part_bytes.values()) == pytest.approx(written, rel=0.03)
     assert ("head" in prediction.part_bytes) == (not checkpoint.spec.decoder.tied_head)
 
@@ -88,8 +89,8 @@ def test_what_a_system_is_too_old_for_is_refused(tiny_checkpoint: Checkpoint) ->
     spec = tiny_checkpoint.spec
     first = spec.linears()[0]
     forms = dict.fromkeys(spec.linears()) | {first: affine(4)}
-    assert not ToCoreml().predict(spec, forms).refused
-    (refusal,) = ToCoreml(deployment="iOS17").predict(spec, forms).refused
+    assert not ToCoreml().refuse(replace(PlanState.of(spec), layouts=forms))
+    (refusal,) = ToCoreml(deployment="iOS17").refuse(replace(PlanState.of(spec), layouts=forms))
     assert refusal.startswith(f"coreml: {first.name}: 4 bits in groups of 32 need iOS 18; ")
     assert "group_size: row" in refusal
 
@@ -100,15 +101,15 @@ def test_narrow_codes_and_wide_indices(tiny_checkpoint: Checkpoint) -> None:
     assert f"{len(spec.linears())} layers of 2 or 3 bits" in warning
     wide = CodebookLayout(index_bits=12, vector_length=4)
     # One line a reason, however many layers it holds for.
-    (refused,) = ToCoreml().predict(spec, dict.fromkeys(spec.linears(), wide)).refused
+    (refused,) = ToCoreml().refuse(
+        replace(PlanState.of(spec), layouts=dict.fromkeys(spec.linears(), wide))
+    )
     names = f"{spec.linears()[0].name} and {len(spec.linears()) - 1} more"
     assert refused.startswith(f"coreml: {names}: indices of 12 bits")
     assert "at most 8 bits" in refused
 
 
-def test_a_missing_toolkit_is_named(
-    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coreml_size, "has_coremltools", lambda: False)
-    (refusal,) = ToCoreml().predict(tiny_checkpoint.spec, {}).refused
-    assert "pip install 'pocketvlm[coreml]'" in refusal
+def test_a_missing_toolkit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ToCoreml().missing_toolkit is None
+    monkeypatch.setattr(coreml_target, "has_coremltools", lambda: False)
+    assert "pip install 'pocketvlm[coreml]'" in str(ToCoreml().missing_toolkit)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.constexpr import Codes, Constexpr
-from pocketvlm.export.coreml.forms import describe_form, pack_form
-from pocketvlm.export.coreml.program import identifier
 from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.coreml.weights import pack_weight
+from pocketvlm.export.coreml.writer import identifier
 from pocketvlm.reference.random_models import tiny_config, write_random_model
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout
@@ -129,7 +132,7 @@ def test_what_is_packed_is_the_form(
 ) -> None:
     dense = torch.randn(2 * half_rows, columns, generator=torch.Generator().manual_seed(seed))
     form = make_sparse(dense, planned, density, seed)
-    packed = pack_form("layer", form, deployment="iOS18", float_type=np.float16)
+    packed = pack_weight("layer", form, deployment="iOS18", float_type=np.float16)
     assert isinstance(packed, Constexpr)
     assert packed.operator == "constexpr_sparse_to_dense"
     expanded = expand(packed)
@@ -223,7 +226,7 @@ def test_ios17_has_masks_for_floats(tiny_checkpoint: Checkpoint, tmp_path: Path)
     for linear in checkpoint.spec.linears():
         form = checkpoint.form(linear.name)
         assert isinstance(form, SparseWeight)
-        packed = pack_form(linear.name, form, deployment="iOS17", float_type=np.float16)
+        packed = pack_weight(linear.name, form, deployment="iOS17", float_type=np.float16)
         assert isinstance(packed, Constexpr)
         np.testing.assert_array_equal(expand(packed), form.dequantize())
         if linear.part == "tower":
@@ -238,17 +241,21 @@ def test_ios17_has_masks_for_floats(tiny_checkpoint: Checkpoint, tmp_path: Path)
 
 
 @pytest.mark.parametrize("planned", [PLANS[1], PLANS[-1]])
-def test_ios17_has_no_joint_forms(tiny_checkpoint: Checkpoint, planned: Planned) -> None:
+def test_ios17_has_no_joint_forms(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, planned: Planned
+) -> None:
     spec = tiny_checkpoint.spec
     first = spec.linears()[0]
     forms = dict.fromkeys(spec.linears()) | {first: SparseLayout(density=0.5, values=planned)}
-    assert not ToCoreml().predict(spec, forms).refused
-    (refusal,) = ToCoreml(deployment="iOS17").predict(spec, forms).refused
+    state = replace(PlanState.of(spec), layouts=forms)
+    assert not ToCoreml().refuse(state)
+    (refusal,) = ToCoreml(deployment="iOS17").refuse(state)
     assert refusal.startswith(f"coreml: {first.name}: sparse integers and tables need iOS 18; ")
     assert "sparse float16 values would work" in refusal
     form = make_sparse(tiny_checkpoint.form(first.name).dequantize(), planned, 0.5, 0)
-    with pytest.raises(UnsupportedError, match=r"some\.layer: sparse integers"):
-        pack_form("some.layer", form, deployment="iOS17", float_type=np.float16)
+    tiny_checkpoint.set_form(first.name, form)
+    with pytest.raises(UnsupportedError, match=rf"^{re.escape(refusal)}$"):
+        ToCoreml(deployment="iOS17").export(tiny_checkpoint, tmp_path, RunContext())
 
 
 @pytest.fixture(scope="module")
@@ -294,17 +301,19 @@ def test_prediction(
     target.export(checkpoint, tmp_path, RunContext())
     written = sum(f.stat().st_size for f in (tmp_path / "coreml").rglob("*") if f.is_file())
     prediction = target.predict(checkpoint.spec, forms)
-    assert not prediction.refused
     assert sum(prediction.part_bytes.values()) == pytest.approx(written, rel=0.03)
 
 
 def test_descriptions() -> None:
     dense = torch.randn(4, 64)
-    described = [describe_form(make_sparse(dense, plan, 0.5, 0)) for plan in (None, *PLANS[5:7])]
-    assert described == [
+
+    def stored(planned: Planned, density: float) -> str:
+        form = make_sparse(dense, planned, density, 0)
+        return ToCoreml().explain(form.layout, form.shape).stored
+
+    assert [stored(plan, 0.5) for plan in (None, *PLANS[5:7])] == [
         "sparse float16",
         "sparse int4 g40 asymmetric",
         "sparse int4 g40 symmetric",
     ]
-    lut = describe_form(make_sparse(dense, PLANS[-1], 0.25, 0))
-    assert lut == "sparse lut of 8-bit indices of values, 2 tables"
+    assert stored(PLANS[-1], 0.25) == "sparse lut of 8-bit indices of values, 2 tables"

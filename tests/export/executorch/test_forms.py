@@ -10,15 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.executorch.forms import (
-    explain_misfit,
-    integer_matrix,
-    needs_offsets,
-    scale_rounding,
-    signed_codes,
-)
 from pocketvlm.export.executorch.layers import DynamicLinear, TableInteger, pack_nibbles
+from pocketvlm.export.executorch.limits import explain, needs_offsets
+from pocketvlm.export.executorch.weights import integer_matrix, scale_rounding, signed_codes
 from pocketvlm.weights.affine import AffineWeight
 from tests.export.rig import quantize_affine
 
@@ -73,7 +67,7 @@ def test_values_are_what_they_were(
 ) -> None:
     torch.manual_seed(seed)
     form = make_form(bits, group_size, kind, columns=columns)
-    matrix = integer_matrix("layer", form)
+    matrix = integer_matrix(form)
     half = 1 << (matrix.bits - 1)
     for digit in matrix.digits:
         assert -half <= int(digit.min())
@@ -82,9 +76,7 @@ def test_values_are_what_they_were(
     # A sum of exact products: the last bit of a float32 may differ, a code never does.
     torch.testing.assert_close(dense, expected, rtol=1e-6, atol=1e-6)
     if kind != "float zeros":
-        is_row = form.groups == 1
-        cheap = not needs_offsets(bits=bits, is_row=is_row, symmetric=kind == "symmetric")
-        assert matrix.offsets is None or not cheap
+        assert matrix.offsets is None or needs_offsets(form.layout, columns)
         assert torch.equal(dense, expected)
 
 
@@ -94,7 +86,7 @@ def test_a_layer_computes_what_its_definition_says(bits: int, group_size: int, k
     torch.manual_seed(bits)
     form = make_form(bits, group_size, kind)
     inputs, bias = torch.randn(1, 3, ROW), torch.randn(6)
-    matrix = integer_matrix("layer", form)
+    matrix = integer_matrix(form)
     found = DynamicLinear(matrix, bias)(inputs)[0].numpy()
     expected = multiply_slowly(form, inputs[0].double().numpy(), bias.double().numpy())
     exact = torch.nn.functional.linear(inputs, form.dequantize(), bias)[0].numpy()
@@ -107,7 +99,7 @@ def test_a_layer_computes_what_its_definition_says(bits: int, group_size: int, k
 @pytest.mark.parametrize("columns", [64, 70])
 def test_ragged_groups_are_padded(columns: int) -> None:
     form = make_form(4, 32, "symmetric", columns=columns)
-    layer = DynamicLinear(integer_matrix("layer", form), None)
+    layer = DynamicLinear(integer_matrix(form), None)
     inputs = torch.randn(1, 2, columns)
     exact = torch.nn.functional.linear(inputs, form.dequantize())
     assert float((layer(inputs) - exact).norm() / exact.norm()) < 0.02
@@ -130,18 +122,21 @@ def test_a_table_looks_up_its_rows(bits: int, kind: str) -> None:
 
 
 def test_groups_without_kernel_are_refused_with_what_works() -> None:
-    form = make_form(4, 48, "symmetric")
-    with pytest.raises(UnsupportedError, match=r"some\.layer: group size 48 .* multiples of 32"):
-        integer_matrix("some.layer", form)
-    assert explain_misfit(group_size=48, in_features=48) is None
-    assert explain_misfit(group_size=64, in_features=100) is None
+    layout = make_form(4, 48, "symmetric").layout
+    assert "group size 48 has no XNNPACK kernel; allowed are multiples of 32" in (
+        explain(layout, (6, ROW)).refusal
+    )
+    # A whole row has a kernel whatever its width, and a table is not multiplied.
+    assert explain(layout, (6, 48)).stored == "int4 a row, int8 activations"
+    assert explain(layout, (6, ROW), is_table=True).stored == "int4 g48, int8 activations"
+    assert not explain(make_form(4, 64, "symmetric").layout, (6, 100)).refusal
 
 
 def test_scales_lose_what_bfloat16_does_not_hold() -> None:
     form = make_form(4, 32, "symmetric")
-    assert 0 < scale_rounding(integer_matrix("layer", form)) < 2**-8
+    assert 0 < scale_rounding(integer_matrix(form)) < 2**-8
     brain = form.scales.to(torch.bfloat16).half()
     codes = {"bits": 4, "group_size": 32, "in_features": ROW}
     exact = AffineWeight.from_codes(form.codes(), brain, None, **codes)
-    assert scale_rounding(integer_matrix("layer", exact)) == 0.0
-    assert scale_rounding(integer_matrix("layer", make_form(8, ROW, "symmetric"))) == 0.0
+    assert scale_rounding(integer_matrix(exact)) == 0.0
+    assert scale_rounding(integer_matrix(make_form(8, ROW, "symmetric"))) == 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,9 @@ from pocketvlm.bundle import TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.onnx.codebook import affine_rows, codebook_matrix, codebook_rows
-from pocketvlm.export.onnx.packing import pack_weight, unpack_weight
-from pocketvlm.export.onnx.size import predict_onnx
+from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebook_rows
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.onnx.weights import pack_weight, unpack_weight
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.recipes.load import load_recipe
@@ -27,6 +28,7 @@ from pocketvlm.reference.random_models import tiny_config, write_random_model
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from pocketvlm.runtime.onnx.versions import FLOAT_ZEROS_2BIT_VERSION
 from pocketvlm.runtime.versions import is_older
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout
@@ -122,7 +124,7 @@ def run_graph(
                     finish(matrix, f"{name}_matrix", (columns, rows))
                     taken = codebook_rows(graph, f"{name}.some", form, "ids")
                 else:
-                    taken = affine_rows(graph, name, pack_weight(name, [form]), "ids")
+                    taken = affine_rows(graph, name, pack_weight([form]), "ids")
                 finish(taken, f"{name}_rows", (1, "L", columns))
             inputs = [TensorSignature(name="ids", dtype="int64", shape=(1, "L"))]
             graph.save(path, inputs, outputs)
@@ -241,9 +243,10 @@ def test_prediction(small_path: Path, tmp_path: Path, name: str) -> None:
     checkpoint = put_everywhere(Checkpoint.load(small_path), PLANS[name])
     ToOnnx().export(checkpoint, tmp_path, CONTEXT)
     written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
-    predicted = predict_onnx(checkpoint.spec, dict.fromkeys(checkpoint.spec.linears(), PLANS[name]))
+    predicted = ToOnnx().predict(
+        checkpoint.spec, dict.fromkeys(checkpoint.spec.linears(), PLANS[name])
+    )
     assert sum(predicted.part_bytes.values()) == pytest.approx(written, rel=0.03)
-    assert not predicted.refused
     (warning,) = predicted.warnings
     assert "dense float32 once loaded" in warning
 
@@ -273,7 +276,7 @@ def test_float_zero_points(
     for linear, form in checkpoint.forms().items():
         weight = float_zeros(form.shape, bits)
         assert torch.equal(
-            unpack_weight(pack_weight("layer", [weight]), bits=bits).dequantize(),
+            unpack_weight(pack_weight([weight]), bits=bits).dequantize(),
             weight.dequantize(),
         )
         checkpoint.set_form(linear.name, weight)
@@ -299,20 +302,22 @@ def test_rows_of_a_table_with_float_zero_points(bits: int, columns: int) -> None
     np.testing.assert_array_equal(found, table.take_rows(torch.from_numpy(ids)).numpy())
 
 
-def test_float_zero_points_of_eight_bits_are_refused(tiny_checkpoint: Checkpoint) -> None:
+def test_float_zero_points_of_eight_bits_are_refused(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     spec = tiny_checkpoint.spec
     linear = spec.linears()[0]
 
-    def predict(bits: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        plan = AffineLayout(bits=bits, group_size=32, symmetric=False, float_zeros=True)
-        prediction = predict_onnx(spec, dict.fromkeys(spec.linears()) | {linear: plan})
-        return prediction.refused, prediction.warnings
+    def state(bits: int) -> PlanState:
+        layout = AffineLayout(bits=bits, group_size=32, symmetric=False, float_zeros=True)
+        return replace(PlanState.of(spec), layouts=dict.fromkeys(spec.linears()) | {linear: layout})
 
-    (refusal,), _ = predict(8)
+    (refusal,) = ToOnnx().refuse(state(8))
     assert linear.name in refusal
     assert "integer zero points" in refusal
-    refused, (warning,) = predict(4)
-    assert refused == ()
+    assert ToOnnx().refuse(state(4)) == ()
+    (warning,) = ToOnnx().predict(spec, state(4).layouts).warnings
     assert "float32: slower" in warning
-    with pytest.raises(UnsupportedError, match=r"some\.layer: 8-bit codes with float zero"):
-        pack_weight("some.layer", [float_zeros((4, 64), 8)])
+    tiny_checkpoint.set_form(linear.name, float_zeros(linear.shape, 8))
+    with pytest.raises(UnsupportedError, match=rf"^{re.escape(refusal)}$"):
+        ToOnnx().export(tiny_checkpoint, tmp_path, CONTEXT)

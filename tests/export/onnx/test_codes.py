@@ -14,17 +14,15 @@ from hypothesis import strategies as st
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.onnx.codebook import affine_rows
-from pocketvlm.export.onnx.packing import (
-    BLOCK_SIZES,
-    container_bits,
+from pocketvlm.export.onnx.expansion import affine_rows
+from pocketvlm.export.onnx.limits import BLOCK_SIZES, container_bits
+from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.onnx.weights import (
     gathers_blocks,
     narrowest_float,
     pack_weight,
     unpack_weight,
 )
-from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from pocketvlm.weights.affine import AffineWeight
@@ -127,7 +125,7 @@ def test_unpacking_undoes_packing(
         )
         for count in rows
     ]
-    unpacked = unpack_weight(pack_weight("layer", forms), bits=bits)
+    unpacked = unpack_weight(pack_weight(forms), bits=bits)
     expected = torch.cat([form.dequantize() for form in forms])
     # Without stored zero points the form knows the same implied ones.
     assert torch.equal(unpacked.dequantize(), expected)
@@ -136,8 +134,9 @@ def test_unpacking_undoes_packing(
 @pytest.mark.parametrize("group_size", [8, 24, 96, 512])
 def test_group_sizes_without_kernel_are_refused(group_size: int) -> None:
     form = quantize_affine(torch.randn(4, 192), 4, group_size)
-    with pytest.raises(UnsupportedError, match=rf"some\.layer: group size {group_size}.*16, 32"):
-        pack_weight("some.layer", [form])
+    refusal = ToOnnx().explain(form.layout, form.shape).refusal
+    assert refusal.startswith(f"group size {group_size} has no ONNX Runtime kernel")
+    assert "16, 32, 64" in refusal
 
 
 def test_floats_are_stored_as_narrowly_as_is_exact() -> None:
@@ -160,7 +159,7 @@ def test_rows_of_a_table_are_the_same_in_every_version(
     """Versions before 1.27 read some grids of `GatherBlockQuantized` wrongly: they are not used."""
     torch.manual_seed(0)
     form = quantize_affine(torch.randn(7, 16 * groups - 3), bits, 16, symmetric=symmetric)
-    packed = pack_weight("table", [form])
+    packed = pack_weight([form])
     zeros = packed.zeros
     ends_in_half_a_byte = zeros is not None and groups * packed.bits % 8 != 0
     assert gathers_blocks(packed) == (packed.bits > 2 and not ends_in_half_a_byte)

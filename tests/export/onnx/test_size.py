@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx.size import predict_onnx
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.reference.random_models import tiny_config, write_random_model
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.layout import AffineLayout
 from tests.export.rig import quantize_affine
 
@@ -54,10 +55,9 @@ def test_prediction(
             checkpoint.set_form(linear.name, form)
     ToOnnx().export(checkpoint, tmp_path, RunContext())
     written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
-    predicted = predict_onnx(checkpoint.spec, rules)
+    predicted = ToOnnx().predict(checkpoint.spec, rules)
     assert sum(predicted.part_bytes.values()) == pytest.approx(written, rel=0.03)
     assert ("head" in predicted.part_bytes) == (not checkpoint.spec.decoder.tied_head)
-    assert not predicted.refused
     assert len(predicted.warnings) == (2 if tower is not None and tower.bits == 3 else 0)
 
 
@@ -65,7 +65,7 @@ def test_wider_groups_and_symmetric_grids_are_smaller(tiny_checkpoint: Checkpoin
     spec = tiny_checkpoint.spec
 
     def total(plan: AffineLayout | None) -> int:
-        return sum(predict_onnx(spec, dict.fromkeys(spec.linears(), plan)).part_bytes.values())
+        return sum(ToOnnx().predict(spec, dict.fromkeys(spec.linears(), plan)).part_bytes.values())
 
     assert total(grid(4, 64)) < total(grid(4, 32)) < total(grid(8, 32)) < total(None)
     assert total(grid(4, symmetric=True)) < total(grid(4))
@@ -77,7 +77,7 @@ def test_wider_groups_and_symmetric_grids_are_smaller(tiny_checkpoint: Checkpoin
 def test_group_sizes_without_kernel_are_refused(tiny_checkpoint: Checkpoint) -> None:
     spec = tiny_checkpoint.spec
     rules = dict.fromkeys(spec.linears()) | {spec.linears()[0]: grid(4, 48)}
-    (refusal,) = predict_onnx(spec, rules).refused
+    (refusal,) = ToOnnx().refuse(replace(PlanState.of(spec), layouts=rules))
     assert spec.linears()[0].name in refusal
     assert "group size 48" in refusal
     assert "16, 32, 64" in refusal

@@ -1,4 +1,4 @@
-"""Masked weights in ONNX: the very codes, exact zeros, and a packed file that is the same file."""
+"""Masked weights in ONNX: the very codes, exact zeros, and the bytes that were predicted."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ import onnx
 import pytest
 import torch
 
-from pocketvlm.bundle import Bundle, Manifest
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import BundleError
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference.random_models import tiny_config, write_random_model
 from pocketvlm.reference_graph.forward import decode_logits
-from pocketvlm.runtime.onnx.runner import OnnxRunner
-from pocketvlm.runtime.sparse_file import expand
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
@@ -27,8 +22,7 @@ from pocketvlm.weights.sparse import SparseWeight
 from tests.export.coreml.test_forms import make_codebook
 from tests.export.onnx.test_codes import read_codes
 from tests.export.onnx.test_matches_torch import relative_error
-from tests.export.rig import Decoder, make_prompt, open_session, quantize_affine
-from tests.export.sparse_container.test_pack import make_mask
+from tests.export.rig import Decoder, make_mask, make_prompt, open_session, quantize_affine
 
 Values = AffineLayout | CodebookLayout | None
 
@@ -51,13 +45,7 @@ def make_masked(
         bits, groups = values.index_bits, (values.row_groups, 1)
         form = make_codebook(*form.shape, bits=bits, groups=groups, scaled=False, seed=seed)
     masked = SparseWeight.from_form(form, mask)
-    plan = SparseLayout(
-        density=masked.density,
-        values=values,
-        block=(4, 8) if pattern == "blocks" else (1, 1),
-        choice=(2, 4) if pattern == "2:4" else None,
-    )
-    return masked, plan
+    return masked, SparseLayout(density=masked.density, values=values)
 
 
 def mask_layers(
@@ -160,90 +148,6 @@ def test_outputs_are_torchs_and_nothing_is_silent(
 
 
 @pytest.fixture(scope="module")
-def bundles(
-    tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[bool, Path]:
-    """The same checkpoint, stored dense and packed."""
-    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
-    mask_layers(checkpoint, INT4, "2:4")
-    folder = tmp_path_factory.mktemp("bundles")
-    for packed in (False, True):
-        (folder / str(packed)).mkdir()
-        target = ToOnnx(sparse_file=packed)
-        write_graphs(checkpoint, [target], folder / str(packed), "0" * 64, RunContext())
-    return {packed: folder / str(packed) for packed in (False, True)}
-
-
-def test_packed_bundles_are_the_dense_ones(bundles: dict[bool, Path]) -> None:
-    dense, packed = Bundle.open(bundles[False]), Bundle.open(bundles[True])
-    assert not (packed.path / "onnx" / "weights.bin").exists()
-    whole = (dense.path / "onnx" / "weights.bin").read_bytes()
-    expanded = expand(packed.path / "onnx" / "weights.sparse")
-    assert expanded.content.tobytes() == whole
-    assert expanded.sha256 == dense.manifest.files["onnx/weights.bin"]
-    assert packed.stored_bytes() < dense.stored_bytes()
-    for role in ("vision", "embedding", "decoder"):
-        name = f"onnx/{role}.onnx"
-        assert (dense.path / name).read_bytes() == (packed.path / name).read_bytes()
-        assert packed.component("onnx", role).sparse_file == "onnx/weights.sparse"
-    assert (
-        "packed in the file, 50% kept" in packed.component("onnx", "decoder").precision["decoder"]
-    )
-    # Bundles without packed files are written as before.
-    assert "sparse_file" not in str(dense.manifest.to_json())
-    assert Manifest.from_json(packed.manifest.to_json(), packed.path) == packed.manifest
-
-
-@pytest.mark.parametrize("keep_vision", [True, False])
-def test_packed_bundles_answer_alike(bundles: dict[bool, Path], keep_vision: bool) -> None:
-    runners = [
-        OnnxRunner(Bundle.open(bundles[packed]), threads=1, capacity=64, keep_vision=keep_vision)
-        for packed in (False, True)
-    ]
-    assert runners[0].expand_ms is None
-    assert runners[1].expand_ms is not None
-    assert runners[1].expand_ms > 0
-    spec = Bundle.open(bundles[True]).component("onnx", "vision").inputs[0].shape
-    pixels = np.random.default_rng(0).standard_normal(spec).astype(np.float32)
-    pictures = [runner.encode_image(pixels) for runner in runners]
-    np.testing.assert_array_equal(pictures[0][0], pictures[1][0])
-    rows = [runner.embed([3, 4, 5]).copy() for runner in runners]
-    np.testing.assert_array_equal(*rows)
-    logits = [runner.decode(rows[0], np.arange(3)[None]).copy() for runner in runners]
-    np.testing.assert_array_equal(*logits)
-    assert sorted(file.name for file in (bundles[True] / "onnx").iterdir()) == [
-        "decoder.onnx",
-        "embedding.onnx",
-        "vision.onnx",
-        "weights.sparse",
-    ]
-
-
-def test_damage_is_refused(bundles: dict[bool, Path]) -> None:
-    file = bundles[True] / "onnx" / "weights.sparse"
-    data = file.read_bytes()
-    try:
-        file.write_bytes(data[:-1])
-        with pytest.raises(BundleError, match=r"weights\.sparse: was changed after signing"):
-            Bundle.open(bundles[True])
-        unchecked = Bundle.open(bundles[True], verify=False)
-        with pytest.raises(BundleError, match=r"weights\.sparse: .*damaged"):
-            OnnxRunner(unchecked)
-    finally:
-        file.write_bytes(data)
-
-
-def test_nothing_masked_is_told(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint
-    ToOnnx(sparse_file=True).export(checkpoint, tmp_path, RunContext())
-    packed = tmp_path / "onnx" / "weights.sparse"
-    assert packed.stat().st_size - expand(packed).content.size < 300
-    forms = dict.fromkeys(checkpoint.spec.linears())
-    warnings = ToOnnx(sparse_file=True).predict(checkpoint.spec, forms).warnings
-    assert warnings == ("onnx: sparse_file packs nothing: no stage masks weights",)
-
-
-@pytest.fixture(scope="module")
 def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough that weights, not names, decide the size."""
     config = tiny_config("llava")
@@ -254,7 +158,6 @@ def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("sparse_file", [False, True])
 @pytest.mark.parametrize(
     ("pattern", "values"),
     [
@@ -267,18 +170,12 @@ def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=str,
 )
-def test_prediction(
-    small_path: Path, tmp_path: Path, pattern: str, values: Values, sparse_file: bool
-) -> None:
+def test_prediction(small_path: Path, tmp_path: Path, pattern: str, values: Values) -> None:
     checkpoint = Checkpoint.load(small_path)
     plans = mask_layers(checkpoint, values, pattern)
-    target = ToOnnx(sparse_file=sparse_file)
+    target = ToOnnx()
     target.export(checkpoint, tmp_path, RunContext())
     written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
     prediction = target.predict(checkpoint.spec, plans)  # type: ignore[arg-type]
     assert sum(prediction.part_bytes.values()) == pytest.approx(written, rel=0.03)
-    assert not prediction.refused
     assert sum("masked" in warning for warning in prediction.warnings) == 1
-    if sparse_file:
-        dense = sum(ToOnnx().predict(checkpoint.spec, plans).part_bytes.values())  # type: ignore[arg-type]
-        assert sum(prediction.part_bytes.values()) + prediction.unpacked_bytes == dense

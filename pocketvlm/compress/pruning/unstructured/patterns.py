@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
-from pocketvlm.weights.layout import SparseLayout
 
 __all__ = [
     "Blocked",
@@ -18,7 +17,6 @@ __all__ = [
     "SemiStructured",
     "Unstructured",
     "keep_highest",
-    "plan_mask",
     "select",
 ]
 
@@ -141,15 +139,6 @@ class Blocked:
 
 
 Pattern = Unstructured | SemiStructured | Blocked
-
-
-def plan_mask(pattern: Pattern, density: float) -> SparseLayout:
-    """A layer pruned by a pattern as it will be stored, before anything is quantized."""
-    if isinstance(pattern, SemiStructured):
-        return SparseLayout(density=density, choice=(pattern.keep, pattern.of))
-    if isinstance(pattern, Blocked):
-        return SparseLayout(density=density, block=(pattern.rows, pattern.columns))
-    return SparseLayout(density=density)
 
 
 def select(scores: Tensor, pattern: Pattern, kept: int) -> Tensor:

@@ -15,7 +15,7 @@ from pocketvlm.compress.pruning.unstructured.allocation import (
     uniform_counts,
 )
 from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
-from pocketvlm.compress.pruning.unstructured.patterns import Pattern, Unstructured, plan_mask
+from pocketvlm.compress.pruning.unstructured.patterns import Pattern, Unstructured
 from pocketvlm.compress.pruning.unstructured.rules import (
     PruneRule,
     PruningDecision,
@@ -27,6 +27,7 @@ from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.layout import SparseLayout
 
 __all__ = ["Sparsity", "SparsityOptions", "describe_sparsity"]
 
@@ -105,8 +106,8 @@ class Sparsity:
         """
         decisions = self.decide(state.spec.linears())
         masks = {
-            decision.linear: plan_mask(
-                self.pattern, 1 - (self.ratio if decision.ratio is None else decision.ratio)
+            decision.linear: SparseLayout(
+                density=1 - (self.ratio if decision.ratio is None else decision.ratio)
             )
             for decision in decisions
             if not decision.reason

@@ -116,6 +116,7 @@ class CodebookRule(LayerRule):
             outlier_columns=apart,
             outlier_bits=self.outlier_bits,
             outlier_length=self.outlier_length,
+            is_ordered=apart > 0 or self.column_groups > 1,
             row_scales=self.normalize == "rows",
             column_scales=self.normalize == "columns",
             is_shared=self._shares(rows, columns),

@@ -21,7 +21,6 @@ from pocketvlm.compress.pruning.width.unit_scores import UnitMagnitude
 from pocketvlm.compress.pruning.width.widths import choose_widths, decoder_share, narrow_channels
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.export.onnx.size import predict_onnx
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference.random_models import SHAPES
@@ -150,7 +149,7 @@ def test_onnx_carries_the_biases_at_the_predicted_size(
     pruned = stage.apply(tiny_checkpoint, samples, CONTEXT)
     ToOnnx().export(pruned, tmp_path, CONTEXT)
     written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
-    predicted = predict_onnx(planned, dict.fromkeys(planned.linears()))
+    predicted = ToOnnx().predict(planned, dict.fromkeys(planned.linears()))
     assert sum(predicted.part_bytes.values()) == pytest.approx(written, rel=0.03)
     pixels, visual, prompt = make_prompt(pruned)
     embeds, _ = open_session(tmp_path, "vision").run(None, {"pixel_values": pixels.numpy()})

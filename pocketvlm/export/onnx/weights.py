@@ -1,13 +1,14 @@
 """Packs weight forms into the layouts of ONNX Runtime's block-quantized operators, and back.
 
 `MatMulNBits` and `GatherBlockQuantized` share one layout: codes lowest bits first, in blocks
-along the input, zero points packed the same way a row. It is the layout of `AffineWeight`, so
+along the input, zero points packed the same way, row by row. It is the layout of `AffineWeight`, so
 codes of 2, 4 and 8 bits are carried over byte for byte, and a table that is both embedding and
 head is stored once. 3-bit codes, which no kernel reads, are widened to 4-bit containers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,32 +16,17 @@ import onnx
 import torch
 from torch import Tensor
 
-from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.onnx.limits import container_bits
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 
 __all__ = [
-    "BLOCK_SIZES",
-    "FLOAT_ZERO_BITS",
-    "FLOAT_ZERO_REFUSAL",
     "PackedWeight",
-    "container_bits",
     "gathers_blocks",
     "narrowest_float",
     "pack_weight",
     "unpack_weight",
 ]
-
-BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
-"""Group sizes that the kernels of ONNX Runtime take."""
-
-FLOAT_ZERO_BITS: tuple[int, ...] = (2, 4)
-"""Containers whose kernels take zero points that are floats."""
-
-FLOAT_ZERO_REFUSAL = (
-    "8-bit codes with float zero points have no ONNX Runtime kernel; integer zero points, a "
-    "symmetric grid, or 2, 3 or 4 bits have"
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,29 +57,13 @@ class PackedWeight:
         return int(self.scales.shape[0])
 
 
-def container_bits(bits: int) -> int:
-    """Bits in which ONNX Runtime stores a code of `bits` bits."""
-    return 4 if bits == 3 else bits  # noqa: PLR2004  (the width that has no kernel)
-
-
-def pack_weight(name: str, forms: list[AffineWeight]) -> PackedWeight:
-    """Packs weights of one grid and one input width, their rows joined.
+def pack_weight(forms: Sequence[AffineWeight]) -> PackedWeight:
+    """Packs weights of one layout and one input width, their rows joined.
 
     Args:
-        name: The layer, for the message.
-        forms: At least one weight; bits, group size and input width agree.
-
-    Raises:
-        UnsupportedError: No kernel takes the group size, or zero points of this type and width.
+        forms: At least one weight, of a layout that `limits.explain` does not refuse.
     """
     first = forms[0]
-    if first.has_float_zeros and container_bits(first.bits) not in FLOAT_ZERO_BITS:
-        raise UnsupportedError(f"{name}: {FLOAT_ZERO_REFUSAL}")
-    if first.group_size not in BLOCK_SIZES:
-        raise UnsupportedError(
-            f"{name}: group size {first.group_size} has no ONNX Runtime kernel; allowed are "
-            f"{', '.join(map(str, BLOCK_SIZES))}"
-        )
     bits = container_bits(first.bits)
     rows, groups = sum(form.shape[0] for form in forms), first.groups
     if bits == first.bits:

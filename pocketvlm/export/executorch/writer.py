@@ -158,7 +158,7 @@ def _partitioner() -> Any:
 
 
 def _count_delegated(program: Any) -> Delegation:
-    """Counts operators; what only moves values between them is no operator."""
+    """Counts operators; what only moves values between them does not count."""
     from executorch.exir.lowered_backend_module import get_lowered_submodules
 
     lowered = [module for _, module, _ in get_lowered_submodules(program.graph_module)]

@@ -1,13 +1,16 @@
-"""Puts weight forms into Core ML's `constexpr` operators, code by code, and back.
+"""Puts weights into Core ML's `constexpr` operators, code by code.
 
-A `constexpr` is a constant that the package stores compressed and the runtime expands. What a form
-needs is one operator or two, one inside the other:
+A `constexpr` is a constant that the package stores compressed and the runtime expands. A weight
+needs one operator or two, one inside the other:
 
 - affine, 4 and 8 bits: `constexpr_blockwise_shift_scale` over the codes;
 - affine, 2 and 3 bits, for which the operator has no type: the codes are indices into the table
   0, 1, 2, ..., whose output is what is shifted and scaled;
 - codebooks: `constexpr_lut_to_dense`, and a shift-scale around it where rows have a scale;
-- sparse: see `sparse`.
+- sparse: `constexpr_sparse_to_dense` around a mask of bits and what it keeps, row by row. Kept
+  floats are its operand; kept integers and indices are expanded below it by operators that know the
+  mask and return it with the values, `constexpr_sparse_blockwise_shift_scale` and
+  `constexpr_lut_to_sparse`.
 
 On a symmetric grid the implied zero point is taken off the codes, which become signed, so that no
 offsets are stored. Nothing is rounded and nothing is quantized again.
@@ -19,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.constexpr import (
     Codes,
     Constexpr,
@@ -31,30 +33,28 @@ from pocketvlm.export.coreml.constexpr import (
     shifted_codes,
     steps_of,
 )
-from pocketvlm.export.coreml.limits import Deployment, container_bits, explain_misfit
-from pocketvlm.export.coreml.sparse import describe_sparse, pack_sparse, plan_of_sparse
+from pocketvlm.export.coreml.limits import Deployment, container_bits
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.bitpack import pack_codes
 from pocketvlm.weights.codebook import CodebookWeight
-from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
-from pocketvlm.weights.layout import AffineLayout, CodebookLayout, WeightLayout
+from pocketvlm.weights.nonzeros import AffineNonzeros, CodebookNonzeros
 from pocketvlm.weights.sparse import SparseWeight
 
-__all__ = ["describe_form", "pack_form"]
+__all__ = ["pack_weight"]
 
 _BYTE = 8
 _NIBBLE = 4
 
 
-def pack_form(
+def pack_weight(
     name: str, form: WeightForm, *, deployment: Deployment, float_type: type[np.floating]
 ) -> Constexpr | FloatArray:
     """A weight as the package stores it.
 
     Args:
         name: The layer, for the message.
-        form: Its weight.
+        form: Its weight, of a layout that `limits.explain` does not refuse.
         deployment: The oldest system that has to read it.
         float_type: What it expands to, and how scales and floats are stored.
 
@@ -62,71 +62,16 @@ def pack_form(
         The operator, or the array of a dense weight.
 
     Raises:
-        UnsupportedError: There is no operator for it, or a value is too large for float16.
+        UnsupportedError: A value is too large for float16.
     """
-    if isinstance(form, DenseWeight):
-        return narrow_float(name, form.values, float_type)
-    if not isinstance(form, AffineWeight | CodebookWeight | SparseWeight):
-        raise UnsupportedError(
-            f"{name}: a weight of kind {form.kind!r} cannot be exported to Core ML; there are "
-            f"{AffineWeight.kind}, {CodebookWeight.kind}, {DenseWeight.kind}, {SparseWeight.kind}"
-        )
-    planned = _plan_of(form)
-    reason = explain_misfit(planned, *form.shape, deployment)
-    if reason is not None:
-        raise UnsupportedError(f"{name}: {reason}")
+    is_old = deployment == "iOS17"
     if isinstance(form, SparseWeight):
-        return pack_sparse(form, deployment=deployment, float_type=float_type)
+        return (_pack_flat_sparse if is_old else _pack_sparse)(form, float_type)
     if isinstance(form, AffineWeight):
-        if deployment == "iOS17":
-            return _pack_affine_by_row(form, float_type)
-        return _pack_affine(form, float_type)
-    if form.order is not None:
-        raise UnsupportedError(
-            f"{name}: Core ML's look-up has no place for columns in another order; their natural "
-            "order would work"
-        )
-    if deployment == "iOS17":
-        return _pack_table(form, float_type)
-    return _pack_codebook(form, float_type)
-
-
-def describe_form(form: WeightForm) -> str:
-    """How a weight is stored, in a few words for the manifest."""
-    if isinstance(form, AffineWeight):
-        grid = "symmetric" if form.zeros is None else "asymmetric"
-        return f"int{form.bits} g{form.group_size} {grid}"
+        return (_pack_affine_by_row if is_old else _pack_affine)(form, float_type)
     if isinstance(form, CodebookWeight):
-        main = form.main
-        length, bits = main.vector_length, main.index_bits
-        return f"lut {bits}-bit indices of vectors of {length}, {main.codebooks.shape[0]} tables"
-    if isinstance(form, SparseWeight):
-        return describe_sparse(form)
-    return "float"
-
-
-def _plan_of(form: AffineWeight | CodebookWeight | SparseWeight) -> WeightLayout:
-    """The form's options, without its numbers."""
-    if isinstance(form, SparseWeight):
-        return plan_of_sparse(form)
-    if isinstance(form, AffineWeight):
-        return AffineLayout(
-            bits=form.bits,
-            group_size=form.group_size,
-            symmetric=form.zeros is None,
-            float_zeros=form.has_float_zeros,
-        )
-    main, residual = form.main, form.residual
-    return CodebookLayout(
-        index_bits=main.index_bits,
-        vector_length=main.vector_length,
-        row_groups=main.codebooks.shape[0],
-        column_groups=main.codebooks.shape[1],
-        residual_bits=None if residual is None else residual.index_bits,
-        outlier_columns=0 if form.outliers is None else form.outliers.columns,
-        row_scales=form.row_scales is not None,
-        column_scales=form.column_scales is not None or form.column_offsets is not None,
-    )
+        return (_pack_table if is_old else _pack_codebook)(form, float_type)
+    return narrow_float(name, form.dequantize(), float_type)
 
 
 def _pack_affine(form: AffineWeight, float_type: type[np.floating]) -> Constexpr:
@@ -216,4 +161,104 @@ def _pack_table(form: CodebookWeight, float_type: type[np.floating]) -> Constexp
             "shape": np.array(form.shape, dtype=np.uint32),
         },
         shape=form.shape,
+    )
+
+
+def _pack_flat_sparse(form: SparseWeight, float_type: type[np.floating]) -> Constexpr:
+    """The operator of iOS 17: one packed mask for the whole matrix, and floats alone."""
+    keeps = form.keeps().numpy().view(np.uint8)
+    return Constexpr(
+        operator="constexpr_sparse_to_dense",
+        operands={
+            "nonzero_data": exact_floats(form.stored(), float_type),
+            "mask": Codes(values=pack_codes(keeps.reshape(-1), 1), bits=_BYTE),
+            "shape": np.array(form.shape, dtype=np.uint32),
+        },
+        shape=form.shape,
+    )
+
+
+def _pack_sparse(form: SparseWeight, float_type: type[np.floating]) -> Constexpr:
+    keeps = form.keeps().numpy().view(np.uint8)
+    values = form.values
+    if isinstance(values, AffineNonzeros):
+        return _densify(_pack_integers(form, values, keeps, float_type))
+    if isinstance(values, CodebookNonzeros):
+        return _densify(_pack_indices(form, values, keeps, float_type))
+    return Constexpr(
+        operator="constexpr_sparse_to_dense",
+        operands={
+            "nonzero_data": exact_floats(form.stored(), float_type),
+            "mask": Codes(values=keeps, bits=1),
+        },
+        shape=form.shape,
+    )
+
+
+def _pack_integers(
+    form: SparseWeight,
+    values: AffineNonzeros,
+    keeps: npt.NDArray[np.uint8],
+    float_type: type[np.floating],
+) -> Constexpr:
+    rows, groups = values.scales.shape
+    # Groups must divide the columns: padding is masked. One group is the row, whatever its size.
+    columns = form.in_features if groups == 1 else groups * values.group_size
+    mask = Codes(values=np.pad(keeps, ((0, 0), (0, columns - form.in_features))), bits=1)
+    codes = form.stored().numpy()
+    symmetric = values.zeros is None
+    operands: dict[str, Codes | FloatArray] = {"scale": exact_floats(values.scales, float_type)}
+    if values.zeros is not None:
+        operands["offset"] = offset_of(values.zeros, values.bits, float_type)
+    source = None
+    if values.bits in (_NIBBLE, _BYTE):
+        operands["data_mask"] = mask
+        operands["nonzero_data"] = shifted_codes(codes, values.bits, symmetric=symmetric)
+    else:
+        source = Constexpr(
+            operator="constexpr_lut_to_sparse",
+            operands={
+                "indices_mask": mask,
+                "indices_nonzero_data": Codes(values=codes, bits=values.bits),
+                "lut": steps_of(values.bits, symmetric=symmetric),
+            },
+            shape=(rows, columns),
+        )
+    return Constexpr(
+        operator="constexpr_sparse_blockwise_shift_scale",
+        operands=operands,
+        shape=(rows, columns),
+        source=source,
+    )
+
+
+def _pack_indices(
+    form: SparseWeight,
+    values: CodebookNonzeros,
+    keeps: npt.NDArray[np.uint8],
+    float_type: type[np.floating],
+) -> Constexpr:
+    bits = container_bits(values.index_bits, "iOS18")
+    looked_up = Constexpr(
+        operator="constexpr_lut_to_sparse",
+        operands={
+            "indices_mask": Codes(values=keeps, bits=1),
+            "indices_nonzero_data": Codes(values=form.stored().numpy(), bits=bits),
+            "lut": exact_floats(fill_table(values.codebooks, bits), float_type),
+        },
+        shape=form.shape,
+    )
+    if values.row_scales is None:
+        return looked_up
+    return Constexpr(
+        operator="constexpr_sparse_blockwise_shift_scale",
+        operands={"scale": exact_floats(values.row_scales[:, None], float_type)},
+        shape=form.shape,
+        source=looked_up,
+    )
+
+
+def _densify(source: Constexpr) -> Constexpr:
+    return Constexpr(
+        operator="constexpr_sparse_to_dense", operands={}, shape=source.shape, source=source
     )

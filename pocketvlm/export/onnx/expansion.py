@@ -8,14 +8,11 @@ table stays small in memory too. Either way the operations and their order in fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from onnx import TensorProto
 
-from pocketvlm.export.onnx.packing import PackedWeight
+from pocketvlm.export.onnx.weights import PackedWeight
 from pocketvlm.export.onnx.writer import GraphWriter
-from pocketvlm.export.sparse_container.pack import MaskedPlace
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 
 __all__ = ["affine_rows", "codebook_matrix", "codebook_rows"]
@@ -51,22 +48,20 @@ def affine_rows(
     name: str,
     packed: PackedWeight,
     ids: str,
-    masked: Sequence[MaskedPlace] = (),
 ) -> str:
     """Rows of an affine table, float32 [1, L, in_features], by standard operators alone.
 
     Args:
         graph: Where the nodes go.
         name: The table.
-        packed: Its weight, whose bytes a head that is the same table shares.
+        packed: Its weight, whose bytes are shared by a head that is the same table.
         ids: int64 [1, L]: which rows.
-        masked: Which of its codes are masked weights.
     """
     groups = packed.scales.shape[1]
     width = groups * packed.block_size
     bytes_per_row = packed.codes[0].size
     codes = packed.codes.reshape(packed.out_features, bytes_per_row)
-    stored = graph.constant(f"{name}.codes", codes, masked=masked)
+    stored = graph.constant(f"{name}.codes", codes)
     taken = graph.node("Gather", [stored, ids], name=f"{name}.taken")
     unpacked = _unpack(graph, name, taken, bytes_per_row, packed.bits, width, axis=-1)
     grouped = graph.constant(
@@ -91,7 +86,7 @@ def affine_rows(
 
 
 def _zeros_of_rows(graph: GraphWriter, name: str, packed: PackedWeight, ids: str) -> str:
-    """Zero points of rows, float32, one a group: [1, L, groups, 1], or one for all."""
+    """Zero points of rows, float32, one per group: [1, L, groups, 1], or one for all."""
     zeros = packed.zeros
     if zeros is None:
         default = np.array(2 ** (packed.bits - 1), np.float32)
@@ -109,7 +104,7 @@ def _zeros_of_rows(graph: GraphWriter, name: str, packed: PackedWeight, ids: str
 
 
 def _values_of_rows(graph: GraphWriter, name: str, values: np.ndarray, ids: str) -> str:
-    """Values of rows, one a group, as float32 [1, L, groups, 1]."""
+    """Values of rows, one per group, as float32 [1, L, groups, 1]."""
     stored = graph.constant(f"{name}_by_group", values[..., None])
     rows = graph.node("Gather", [stored, ids], name=f"{name}_of_rows")
     return _float32(graph, f"{name}_of_rows", rows)
@@ -266,7 +261,7 @@ def _unpack(
     for step in range(spread):
         if bits == _BYTE:
             break
-        # Behind the last byte of a row there is nothing that the mask would keep.
+        # After the last byte of a row there is nothing that the mask would keep.
         places = np.minimum(starts // _BYTE + step, width - 1).astype(np.int32)
         index = graph.constant(f"{label}.places.{step}", places)
         taken = graph.node("Gather", [packed, index], name=f"{name}.byte.{step}", axis=axis)

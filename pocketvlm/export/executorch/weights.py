@@ -1,7 +1,7 @@
 """Puts affine weights into what XNNPACK's dynamically quantized kernels read, without a new code.
 
-XNNPACK multiplies int8 activations with signed integers around zero: 4 bits with one scale a row
-and group, or 4 and 8 bits with one scale a row. Any other grid of integers is a sum of such ones.
+XNNPACK multiplies int8 activations with signed integers around zero: 4 bits with one scale per row
+and group, or 4 and 8 bits with one scale per row. Any other grid of integers is a sum of such ones.
 With digits d of 4 bits and group g,
 
     w = scale_g * (code - zero_g) = scale_g * (d0 + 16 d1 + offset_g),
@@ -19,22 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.errors import UnsupportedError
 from pocketvlm.weights.affine import AffineWeight
 
 __all__ = [
-    "GROUP_MULTIPLE",
     "IntegerMatrix",
-    "explain_misfit",
     "integer_matrix",
-    "kernel_bits",
-    "needs_offsets",
     "scale_rounding",
     "signed_codes",
 ]
-
-GROUP_MULTIPLE = 32
-"""Sizes of a group that the blockwise kernels take are multiples of this."""
 
 _NARROW = 4
 _WIDE = 8
@@ -77,41 +69,8 @@ class IntegerMatrix:
         return grouped.view(self.scales.shape[0], -1)[:, : self.in_features]
 
 
-def kernel_bits(bits: int) -> int:
-    """Bits in which XNNPACK stores a code of `bits` bits."""
-    return _NARROW if bits <= _NARROW else _WIDE
-
-
-def explain_misfit(*, group_size: int, in_features: int) -> str | None:
-    """Why no kernel runs a grid, and what would work; `None` where one does."""
-    if group_size >= in_features or group_size % GROUP_MULTIPLE == 0:
-        return None
-    return (
-        f"group size {group_size} has no XNNPACK kernel; allowed are multiples of "
-        f"{GROUP_MULTIPLE}, or the whole row of {in_features}"
-    )
-
-
-def needs_offsets(*, bits: int, is_row: bool, symmetric: bool) -> bool:
-    """Whether a grid costs more than one product."""
-    if bits < _NARROW:
-        return False  # code - zero of 3 bits is an integer of 4
-    return not symmetric or (bits == _WIDE and not is_row)
-
-
-def integer_matrix(name: str, form: AffineWeight) -> IntegerMatrix:
-    """Puts a weight into the layout of the kernels.
-
-    Args:
-        name: The layer, for the message.
-        form: Its weight.
-
-    Raises:
-        UnsupportedError: No kernel takes its groups.
-    """
-    reason = explain_misfit(group_size=form.group_size, in_features=form.in_features)
-    if reason is not None:
-        raise UnsupportedError(f"{name}: {reason}")
+def integer_matrix(form: AffineWeight) -> IntegerMatrix:
+    """A weight as the kernels read it; of a layout that `limits.explain` does not refuse."""
     is_row = form.groups == 1
     columns = form.in_features if is_row else form.groups * form.group_size
     codes = form.codes()[:, :columns].to(torch.int16)
@@ -145,7 +104,7 @@ def scale_rounding(matrix: IntegerMatrix) -> float:
     """Largest relative change of a scale where the kernel stores it.
 
     Blockwise kernels store bfloat16, which has fewer digits than the float16 of a form; a scale
-    with eight binary digits loses nothing. One scale a row is stored in float32.
+    with eight binary digits loses nothing. One scale per row is stored in float32.
     """
     if matrix.is_row:
         return 0.0

@@ -1,1 +1,0 @@
-"""Masked weights on disk: what the mask keeps and nothing else."""
