@@ -43,7 +43,7 @@ class GraphOps(Protocol[ValueT]):
     """
 
     def embed_patches(self, pixels: ValueT) -> ValueT:
-        """Patches with their positions, behind [CLS] where there is one: [1, tokens, hidden]."""
+        """Patches with their positions, after [CLS] where there is one: [1, tokens, hidden]."""
         ...
 
     def embed_tokens(self, token_ids: ValueT) -> ValueT:
@@ -226,7 +226,7 @@ def decoder_signatures(
 
     `capacity` is chosen by the caller, who binds past and present to the same buffers. Where visual
     rows end early, `text_rows` numbers the rows of text among those of the call, and the cache of
-    later layers has a length and a capacity of its own.
+    later layers has its own length and capacity.
     """
     decoder = spec.decoder
 

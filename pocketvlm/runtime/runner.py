@@ -107,7 +107,7 @@ class Runner(ABC):
         if not is_text[-1]:
             raise InputError(
                 "the last row of a call is visual, and visual rows end before the decoder's last "
-                "layer: send the text behind the picture with it"
+                "layer: send the text after the picture with it"
             )
         self._is_text[self._length : self._length + rows] = is_text
         return np.flatnonzero(is_text)

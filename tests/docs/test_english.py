@@ -1,6 +1,6 @@
 """Texts of this repository are plain English, held to a list of phrases that are not.
 
-python tests/docs/test_english.py [PREFIX...]    prints the faults of all files, swept or not
+python tests/docs/test_english.py [PREFIX...]    prints the faults of all files, or of these
 """
 
 from __future__ import annotations
@@ -68,12 +68,6 @@ EXEMPT = {
     "tests/docs/test_english.py": "the word list",
     "pocketvlm/export/executorch/schema.py": "a sentence that programs hold, byte for byte",
 }
-# Not swept yet. This list only shrinks.
-NOT_SWEPT = (
-    "pocketvlm/export/",
-    "pocketvlm/runtime/",
-    "tests/runtime/",
-)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -161,14 +155,8 @@ def faults_of(prefix: str) -> tuple[str, ...]:
 
 
 def test_texts_are_plain_english():
-    wrong = [fault for fault in faults_of("") if not fault.startswith(NOT_SWEPT)]
+    wrong = faults_of("")
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("prefix", NOT_SWEPT)
-def test_what_is_not_swept_has_faults(prefix: str):
-    """Take an entry out of the list as soon as this fails."""
-    assert any(fault.startswith(prefix) for fault in faults_of(""))
 
 
 @pytest.mark.parametrize(

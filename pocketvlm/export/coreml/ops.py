@@ -235,7 +235,7 @@ class MilOps:
                 name=f"{label}_padded",
             )
         bias = getattr(module, "bias", None)
-        # A missing bias would be stored as zeros of each function of its own.
+        # A missing bias would be stored as separate zeros for each function.
         stored = (
             self._function.constant(f"no_bias_{rows}", np.zeros(rows, self._float_type))
             if bias is None

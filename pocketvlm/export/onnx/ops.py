@@ -377,7 +377,7 @@ class OnnxOps:
         return float(module.eps if _is_layer_norm(module) else module.variance_epsilon)
 
     def _cache_scales(self, name: str, block: int) -> tuple[str, ...]:
-        """Scales of an int8 cache behind three inputs that are left out; nothing for float32."""
+        """Scales of an int8 cache after three inputs that are left out; nothing for float32."""
         grid = self._checkpoint.cache_grid
         if grid is None:
             return ()

@@ -213,7 +213,7 @@ class ProgramProcess:
     def _bounded(self, doing: str, limit_s: float) -> Iterator[None]:
         """Turns a crash, a timeout and invalid answers into one line each."""
         if not self._close.alive:
-            raise BundleError(f"{self.file}: ExecuTorch's process has ended; open the bundle anew")
+            raise BundleError(f"{self.file}: ExecuTorch's process has ended; open the bundle again")
         self._watch.deadline = time.monotonic() + limit_s
         try:
             yield

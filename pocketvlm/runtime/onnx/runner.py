@@ -54,7 +54,7 @@ class OnnxRunner(Runner):
             capacity: Rows of KV cache; `None` for `DEFAULT_CAPACITY`, or fewer where the model
                 has fewer positions.
             keep_vision: Whether the vision graph stays in memory. If not, it is loaded for each
-                picture and freed behind it: slower, and smaller while an answer is generated.
+                picture and freed after it: slower, and smaller while an answer is generated.
 
         Raises:
             BundleError: The bundle has no ONNX graphs, or one does not load or does not match.
@@ -192,12 +192,12 @@ class OnnxRunner(Runner):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
-        # The embedding is a lookup: a pool of its own would only spin beside the decoder's.
+        # The embedding is a lookup: its own pool would only spin beside the decoder's.
         options.intra_op_num_threads = 1 if role == "embedding" else self.threads
         if role == "vision":
             # Its threads must not spin while the decoder's work.
             options.add_session_config_entry("session.force_spinning_stop", "1")
-            # It runs once a picture: keeping its activations would cost memory, and save nothing.
+            # It runs once per picture: keeping its activations would cost memory, and save nothing.
             options.enable_cpu_mem_arena = False
             options.enable_mem_pattern = False
         try:
@@ -209,7 +209,7 @@ class OnnxRunner(Runner):
                 f"{file}: ONNX Runtime cannot load it: {first_line(error)}"
             ) from error
         _require_signature(component, session, file)
-        # Weights that are expanded in steps leave several times their size behind.
+        # Weights that are expanded in steps leave several times their size to be freed.
         _return_freed_memory()
         return session
 

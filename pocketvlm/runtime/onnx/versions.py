@@ -1,4 +1,4 @@
-"""Which versions of ONNX Runtime read this package's graphs as they are meant.
+"""Which versions of ONNX Runtime read this package's graphs correctly.
 
 Found by running every operator and bit width in each version against float64. What older versions
 read otherwise is not written (`export/onnx/weights.py`), or named here.

@@ -73,7 +73,7 @@ def test_a_signal_is_one_line_and_no_call_is_answered_after_it(
     ) as caught:
         process.run(*call, outputs=[rows_of(bundle)])
     assert "\n" not in str(caught.value)
-    with pytest.raises(BundleError, match="process has ended; open the bundle anew"):
+    with pytest.raises(BundleError, match="process has ended; open the bundle again"):
         process.run(*call, outputs=[rows_of(bundle)])
     assert not is_running(process.pid)
 
