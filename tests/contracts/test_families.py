@@ -35,6 +35,7 @@ from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.executorch.native_runner import prompt_parts
 from pocketvlm.runtime.text import TextCodec
+from pocketvlm.stages import PlanState
 
 
 @pytest.fixture(scope="module", params=TINY_MODELS)
@@ -127,7 +128,7 @@ def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
     if (path.name, target) in EXPORTED_ELSEWHERE:
         pytest.skip("exported by tests/export/executorch")
     checkpoint = Checkpoint.load(path)
-    assert TARGETS[target].predict(checkpoint.spec, {}).refused == ()
+    assert TARGETS[target].refuse(PlanState.of(checkpoint.spec)) == ()
     context = RunContext(threads=1)
     write_graphs(checkpoint, (TARGETS[target],), tmp_path / "bundle", "", context)
     bundle = Bundle.open(tmp_path / "bundle")

@@ -17,7 +17,7 @@ from pocketvlm.checkpoint.records import timeless
 from pocketvlm.context import RunContext
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.stages import STAGES
-from pocketvlm.reference.random_models import write_tiny_model
+from pocketvlm.reference.random_models import tiny_config, write_random_model
 from pocketvlm.stages import FLOAT_CACHE_BITS, PlanState, Stage
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import total_stored_bytes
@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prune_depth": {"decoder_blocks": 1},
     "prune_width": {"ffn_ratio": 0.5},
     "prune": {"score": {"kind": "wanda"}},
-    "limit_tiles": {"max_tiles": 5},
+    "limit_tiles": {"max_tiles": 1},
     "reduce_tokens": {"keep": 0.5},
     "skip_visual": {"first_layers": 1},
     "distill": {"steps": 2, "batch_size": 2, "check_every": 1},
@@ -89,14 +89,14 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that cuts pictures into tiles."""
     folder = tmp_path_factory.mktemp("tiles") / "smolvlm-tiles"
-    write_tiny_model(folder.name, folder)
+    write_random_model(tiny_config(folder.name), folder, tiles_per_edge=2)
     return folder
 
 
 def samples_of_many_shapes() -> CalibrationSet:
-    """Four questions, about pictures of ten, seven, four and ten tiles."""
+    """Four questions, about pictures of five, three, three and five tiles."""
     found = CalibrationSet.from_reference(0, 4)
-    sizes = ((96, 96), (150, 60), (192, 40), (96, 96))
+    sizes = ((96, 96), (128, 40), (40, 128), (96, 96))
     pictures = [sample.open_image().resize(size) for sample, size in zip(found, sizes, strict=True)]
     samples = [
         Sample(image=picture, question=sample.question, answer=sample.answer, where=sample.where)

@@ -75,8 +75,6 @@ def test_a_processor_that_does_not_fit_the_model_is_one_line(folder, family, com
 @pytest.mark.parametrize(
     ("family", "image", "combined", "note"),
     [
-        ("smolvlm", {"do_image_splitting": True}, None, "do_image_splitting is not followed"),
-        ("smolvlm", {"do_image_splitting": ...}, None, "do_image_splitting is not followed"),
         ("llava", {"do_convert_rgb": False}, None, "do_convert_rgb is false"),
         ("llava", None, {"patch_size": ...}, "states no patch_size"),
         ("smolvlm", None, {"image_seq_len": ...}, "states no image_seq_len"),

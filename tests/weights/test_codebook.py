@@ -141,7 +141,7 @@ def test_shared_codebooks_are_stored_once(tiny_checkpoint: Checkpoint, tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": torch.tensor([0, 0, 1], dtype=torch.int32)}, "no permutation"),
+        ({"order": torch.tensor([0, 0, 1], dtype=torch.int32)}, "is not a permutation"),
         ({"row_scales": torch.ones(3, dtype=torch.float16)}, "row_scales must be"),
         ({"column_scales": torch.ones(3)}, "column_scales must be float16"),
     ],

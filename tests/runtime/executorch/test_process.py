@@ -213,8 +213,8 @@ def test_an_interrupted_answer_ends_the_process(bundle: Bundle, process: Program
     ("content", "message"),
     [
         (b"\xff\xff\xff\xff", "a header of 4294967295 bytes"),
-        (b"\2\0\0\0{]", "no JSON"),
-        (b"\2\0\0\0[]", "no object"),
+        (b"\2\0\0\0{]", "is not JSON"),
+        (b"\2\0\0\0[]", "is not an object"),
         (b"\2\0\0\0{}", "without arrays"),
         (b'\x1b\0\0\0{"arrays": [["O", [1, 2]]]}', "without type"),
         (b'\x1d\0\0\0{"arrays": [["int64", [-1]]]}', "without type"),
