@@ -15,7 +15,7 @@ from pocketvlm.models.families.table import read_model_spec, supported_families
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import plain_config, refuse_foreign_code
 
-__all__ = ["find_ignored_keys", "parse_config", "read_config", "read_spec"]
+__all__ = ["parse_config", "read_config", "read_spec", "read_spec_and_ignored"]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -43,32 +43,32 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
             what is computed and that no field of the specification holds.
         CheckpointError: A value has a type that the family's class does not take.
     """
+    return read_spec_and_ignored(config)[0]
+
+
+def read_spec_and_ignored(config: Mapping[str, Any]) -> tuple[ModelSpec, tuple[str, ...]]:
+    """As `read_spec`, and the paths of keys that the library's class does not know.
+
+    Those change nothing in the library's model either.
+    """
     if config.get("model_type") not in supported_families():
-        return read_model_spec(config)  # refuses, and names what is supported
+        return read_model_spec(config), ()  # refuses, and names what is supported
     parsed = parse_config(config)
     used: set[str] = set()
     spec = read_model_spec(parsed.to_dict(), used)
-    unread = [
-        f"{path} is {value!r:.60}"
-        for path, value, is_known in _find_unread(parsed, used)
-        if is_known
-    ]
+    unread: list[str] = []
+    ignored: list[str] = []
+    for path, value, is_known in _find_unread(parsed, used):
+        if is_known:
+            unread.append(f"{path} is {value!r:.60}")
+        else:
+            ignored.append(path)
     if unread:
         raise UnsupportedError(
             f"config.json: {join_problems(unread)}: this changes what the model computes, and is "
             "not supported"
         )
-    return spec
-
-
-def find_ignored_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Paths of keys that the library's class does not know: they change nothing in its model."""
-    if config.get("model_type") not in supported_families():
-        return ()
-    parsed = parse_config(config)
-    used: set[str] = set()
-    read_model_spec(parsed.to_dict(), used)
-    return tuple(path for path, _, is_known in _find_unread(parsed, used) if not is_known)
+    return spec, tuple(ignored)
 
 
 def _find_unread(parsed: Any, used: set[str]) -> Iterator[tuple[str, Any, bool]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.checkpoint.config import find_ignored_keys, read_config, read_spec
+from pocketvlm.checkpoint.config import read_config, read_spec, read_spec_and_ignored
 from pocketvlm.checkpoint.manifest import CheckpointManifest, read_manifest
 from pocketvlm.checkpoint.names import split_layer, stock_names
 from pocketvlm.checkpoint.tensors import (
@@ -67,8 +67,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         UnsupportedError: The model's family, or an option of it, is not supported.
     """
     config, notes = plain_config(read_config(path))
-    spec = read_spec(config)
-    ignored = find_ignored_keys(config)
+    spec, ignored = read_spec_and_ignored(config)
     if ignored:
         notes += (
             "config.json: keys that stock transformers does not know are ignored, as it ignores "

@@ -62,7 +62,7 @@ def answer_with_bundle(
     )
     # Programs of other targets have a cache of fixed size.
     limits = replace(limits, rows=engine.capacity)
-    require_fitting(prompts, tiling, samples, limits, max_new_tokens=max_new_tokens)
+    require_fitting(prompts, samples, limits, max_new_tokens=max_new_tokens)
     answers: list[str] = []
     seen: dict[Path | int, list[VisualFeatures]] = {}
     for sample, token_ids in zip(samples, prompts, strict=True):

@@ -66,6 +66,10 @@ class PromptLimits:
                 f"its prompt has {found} image placeholders where {len(grids)} pictures need "
                 f"{needed}: the chat template leaves pictures out, or text becomes a placeholder"
             )
+        return self.room_problem(token_ids, max_new_tokens)
+
+    def room_problem(self, token_ids: Sequence[int], max_new_tokens: int) -> str | None:
+        """Why a prompt, whose placeholders are right, has no place in the model, or `None`."""
         unknown = next((token for token in token_ids if token >= self.vocabulary), None)
         if unknown is not None:
             return f"token {unknown} is beyond the model's table of {self.vocabulary} rows"
@@ -140,13 +144,12 @@ def encode_questions(
 
 def require_fitting(
     prompts: Sequence[Sequence[int]],
-    tiling: SplitGrid | None,
     samples: Sequence[Sample],
     limits: PromptLimits,
     *,
     max_new_tokens: int,
 ) -> None:
-    """Checks encoded prompts.
+    """Checks prompts of `encode_questions` against other limits, such as an engine's.
 
     Raises:
         CalibrationError: One does not fit.
@@ -154,7 +157,7 @@ def require_fitting(
     problems = [
         f"{sample.where}: {problem}"
         for token_ids, sample in zip(prompts, samples, strict=True)
-        if (problem := limits.problem(token_ids, sample.grids(tiling), max_new_tokens))
+        if (problem := limits.room_problem(token_ids, max_new_tokens))
     ]
     if problems:
         raise CalibrationError(join_problems(problems))

@@ -24,7 +24,6 @@ from pocketvlm.export.parity.certificate import Bound
 from pocketvlm.export.parity.metrics import relative_error
 from pocketvlm.json_io import decode
 from pocketvlm.machine import toolchain_versions
-from pocketvlm.models.tiling import TileGrid
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.pipeline.stock import StockAnswer, StockModel, StockUnavailable
 from pocketvlm.prompt.messages import PICTURE, Turn, chat_messages, user_turn
@@ -216,26 +215,21 @@ def _ask_template(
 
     Our renderer comes first: it refuses a template that hangs, which then never reaches stock.
     """
-    samples = _samples()
+    processor, samples = checkpoint.processor, _samples()
     prompts, notes = [], []
     for number, sample in enumerate(samples):
         messages = chat_messages(sample.turns)
         try:
-            prompts.append(checkpoint.processor.encode(messages, _grids(checkpoint, sample)))
+            prompts.append(processor.encode(messages, processor.grids(sample.images)))
         except InputError as error:
             if number == 0:
                 raise
             # Some templates take a single question; then its picture is used in one turn.
             samples = (samples[0], replace(sample, name="wide picture", turns=samples[0].turns))
             messages = chat_messages(samples[1].turns)
-            prompts.append(checkpoint.processor.encode(messages, _grids(checkpoint, sample)))
+            prompts.append(processor.encode(messages, processor.grids(sample.images)))
             notes.append(f"one turn alone is compared: {error}")
     return samples, prompts, tuple(notes)
-
-
-def _grids(checkpoint: Checkpoint, sample: _Sample) -> list[TileGrid]:
-    settings = checkpoint.processor.image_processor.settings
-    return [settings.grid(*image.size) for image in sample.images]
 
 
 def _samples() -> tuple[_Sample, _Sample]:

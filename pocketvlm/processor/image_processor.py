@@ -72,11 +72,6 @@ class ImageProcessor:
             ) from error
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
 
-    @property
-    def where(self) -> Path:
-        """The file that the settings stand in."""
-        return self.settings.where
-
     def with_tiling(self, tiling: SplitGrid) -> ImageProcessor:
         """The same with another longest edge that pictures are resized to before they are cut."""
         size = {"longest_edge": tiling.first}

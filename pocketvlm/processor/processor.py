@@ -152,7 +152,10 @@ class Processor:
 
     def with_tiling(self, tiling: SplitGrid) -> Processor:
         """The same with another longest edge that pictures are resized to before they are cut."""
-        images, name = self.image_processor.with_tiling(tiling), self.image_processor.where.name
+        images, name = (
+            self.image_processor.with_tiling(tiling),
+            self.image_processor.settings.where.name,
+        )
         document = json.loads(self.files[name])
         own = document["image_processor"] if name == "processor_config.json" else document
         own["size"] = {"longest_edge": tiling.first}
@@ -161,8 +164,11 @@ class Processor:
 
     def tiles(self, images: Sequence[Image]) -> list[int]:
         """How many rows of `pixels` are each picture's."""
-        settings = self.image_processor.settings
-        return [settings.grid(*image.size).tiles for image in images]
+        return [grid.tiles for grid in self.grids(images)]
+
+    def grids(self, images: Sequence[Image]) -> list[TileGrid]:
+        """How upright pictures are cut into tiles."""
+        return [self.image_processor.settings.grid(*image.size) for image in images]
 
     def encode(
         self,

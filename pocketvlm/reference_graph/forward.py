@@ -37,6 +37,7 @@ __all__ = [
     "merge_patches",
     "new_cache",
     "project",
+    "reduce_features",
     "run_tower_block",
     "scoring_attention",
     "tower_features",
@@ -193,10 +194,24 @@ def encode_features(checkpoint: Checkpoint, entering: Tensor) -> VisualTokens:
     features = tower_features(
         model, spec, run_tower_block(model, spec, spec.tower.feature_block, entering)
     )
-    if checkpoint.reducer is None:
-        indices = torch.arange(features.shape[1]).expand(features.shape[0], -1)
-        return VisualTokens(embeds=project(model, spec, features), indices=indices)
-    queries, keys = scoring_attention(model, spec, entering)
+    kept, indices = reduce_features(checkpoint, features, entering)
+    return VisualTokens(embeds=project(model, spec, kept), indices=indices)
+
+
+def reduce_features(
+    checkpoint: Checkpoint, features: Tensor, entering: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The features that are kept, and which of the N they are.
+
+    Args:
+        checkpoint: The model, with its token reduction.
+        features: What `tower_features` returns.
+        entering: What enters the feature block; `None` where nothing is reduced.
+    """
+    if checkpoint.reducer is None or entering is None:
+        return features, torch.arange(features.shape[1]).expand(features.shape[0], -1)
+    spec = checkpoint.spec
+    queries, keys = scoring_attention(checkpoint.model, spec, entering)
     kept, indices = checkpoint.reducer(
         ReducerInputs(
             features=features,
@@ -206,7 +221,7 @@ def encode_features(checkpoint: Checkpoint, entering: Tensor) -> VisualTokens:
             merge_factor=spec.projector.merge_factor,
         )
     )
-    return VisualTokens(embeds=project(model, spec, kept), indices=indices)
+    return kept, indices
 
 
 def embed_prompts(

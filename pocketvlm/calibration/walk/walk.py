@@ -54,14 +54,13 @@ from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, to
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.projector import LinearStep, run_steps
-from pocketvlm.models.reducer import ReducerInputs
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     ModuleOps,
     VisualTokens,
     embed_patches,
     embed_prompts,
-    scoring_attention,
+    reduce_features,
     tower_features,
 )
 from pocketvlm.weights.modules import cache_dense_weights
@@ -277,20 +276,7 @@ class BlockWalk:
 
     def _reduce(self, states: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor]:
         """The features that are kept, and their indices."""
-        checkpoint, spec = self.checkpoint, self.checkpoint.spec
-        merged = self._merge(states)
-        if checkpoint.reducer is None or entering is None:
-            return merged, torch.arange(merged.shape[1]).expand(merged.shape[0], -1)
-        queries, keys = scoring_attention(checkpoint.model, spec, entering)
-        kept, indices = checkpoint.reducer(
-            ReducerInputs(
-                features=merged,
-                queries=queries,
-                keys=keys,
-                has_cls=spec.tower.has_cls,
-                merge_factor=spec.projector.merge_factor,
-            )
-        )
+        kept, indices = reduce_features(self.checkpoint, self._merge(states), entering)
         return kept.contiguous(), indices
 
     def _project(
