@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.image_settings import parse_image_settings
@@ -87,6 +88,22 @@ def test_pictures_of_several_sizes_stand_in_their_order(processor, stock):
     assert processor.tiles(images) == [grid.tiles for grid in grids]
     with pytest.raises(ValueError, match="2 grids of tiles are given for 3 pictures"):
         processor.encode(messages, grids[:2])
+
+
+@pytest.mark.parametrize(
+    "size", [{"longest_edge": 150}, {"longest_edge": 65}, {"height": 100, "width": 170}], ids=str
+)
+def test_a_first_size_that_is_not_whole_tiles_is_cut_as_stock_cuts_it(size):
+    config = {"do_image_splitting": True, "size": size, "max_image_size": {"longest_edge": 64}}
+    stock = Idefics3ImageProcessorPil(**config, resample=1)
+    config |= {"image_processor_type": "Idefics3ImageProcessor", "resample": 1}
+    found = parse_image_settings(config, Path("p.json"), "idefics3")
+    preprocessor = ImagePreprocessor.from_settings(found)
+    for shape in SIZES:
+        image = picture(shape)
+        expected = stock(images=[[image]], return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(preprocessor.pixels(image), expected)
+        assert preprocessor.grid(image).tiles == len(expected)
 
 
 def test_a_photo_becomes_the_published_number_of_tiles():
