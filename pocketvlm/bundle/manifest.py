@@ -72,6 +72,8 @@ class PromptLayout:
         image_suffix: Text after them.
         tile_marker: Text before those of a tile, with `{row}` and `{column}`; `None` where every
             picture is one tile.
+        whole_marker: Text before those of the whole picture after its tiles, where prefix and
+            suffix enclose all of them; `None` where they are the whole picture's alone.
         embedding_rows: Rows of the embedding table; every other token id must be smaller. `None` if
             unknown.
     """
@@ -81,6 +83,7 @@ class PromptLayout:
     image_prefix: str = ""
     image_suffix: str = ""
     tile_marker: str | None = None
+    whole_marker: str | None = None
     embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -206,8 +209,9 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; later additions are left out if they are empty."""
         document = asdict(self)
-        if document["prompt"]["tile_marker"] is None:
-            del document["prompt"]["tile_marker"]
+        for name in ("tile_marker", "whole_marker"):
+            if document["prompt"][name] is None:
+                del document["prompt"][name]
         if document["kv_cache"]["visual_layers"] is None:
             del document["kv_cache"]["visual_layers"]
         if not document["runtimes"]:

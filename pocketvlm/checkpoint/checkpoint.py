@@ -183,6 +183,7 @@ class Checkpoint:
             image_prefix=self.spec.image_prefix,
             image_suffix=self.spec.image_suffix,
             tile_marker=self.spec.tile_marker,
+            whole_marker=self.spec.whole_marker,
             tiling=self.spec.tiling,
         )
         if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:

@@ -9,7 +9,8 @@ how transformers names modules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pocketvlm.errors import CheckpointError
@@ -285,11 +286,14 @@ class ProcessorSpec:
             patches of a side, or takes `image_seq_len` of them.
         stand_in: A stock class that writes the same prompts, for where the first cannot be loaded
             without packages that a picture does not need; `None` where there is none.
+        named_tokens: Tokens of a picture's text, as this package spells them, that a tokenizer may
+            spell otherwise, by the name that its settings give them.
     """
 
     classes: tuple[str, ...]
     counts_patches: bool
     stand_in: str | None = None
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +310,8 @@ class ModelSpec:
         image_suffix: Text that it puts after them.
         tile_marker: Text that it puts before those of a tile (`prompt.picture_text`), or `None`
             where it never cuts pictures.
+        whole_marker: Text that it puts before those of the whole picture after its tiles, or
+            `None` where that has the text of a picture that is not cut.
         tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
             where no processor has been read.
     """
@@ -321,6 +327,7 @@ class ModelSpec:
     image_prefix: str
     image_suffix: str
     tile_marker: str | None = None
+    whole_marker: str | None = None
     tiling: SplitGrid | None = None
 
     def check(self) -> None:

@@ -162,6 +162,7 @@ def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Mani
             image_prefix=spec.image_prefix,
             image_suffix=spec.image_suffix,
             tile_marker=spec.tile_marker if spec.tiling is not None else None,
+            whole_marker=spec.whole_marker if spec.tiling is not None else None,
             embedding_rows=spec.decoder.vocab_size,
         ),
         generation=Generation(

@@ -104,6 +104,7 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
             prefix=spec.image_prefix,
             suffix=spec.image_suffix,
             tile_marker=spec.tile_marker,
+            whole_marker=spec.whole_marker,
         ),
         image_token_id=spec.image_token_id,
         embedding_rows=spec.decoder.vocab_size,
@@ -162,15 +163,22 @@ def _named_by_tokenizer(
             f"{path}: the processor's image_token is {declared!r}, and token "
             f"{spec.image_token_id}, the picture's in config.json, is {found!r}"
         )
-    prefix, suffix = spec.image_prefix, spec.image_suffix
-    if processor.get("processor_class") != "Idefics3Processor" and prefix:
-        suffix = named.get("fake_image_token", "<fake_token_around_image>")
-        prefix = suffix + named.get("global_image_token", "<global-img>")
-    marker = spec.tile_marker
-    if marker is not None:
-        marker = marker.replace(spec.image_suffix, suffix)
+    # Idefics3's class asks its tokenizer for no names.
+    is_fixed = processor.get("processor_class") == "Idefics3Processor"
+    tokens = {} if is_fixed else spec.processor.named_tokens
+
+    def spell(text: str) -> str:
+        for name, token in tokens.items():
+            text = text.replace(token, named.get(name, token))
+        return text
+
     return replace(
-        spec, image_token=found, image_prefix=prefix, image_suffix=suffix, tile_marker=marker
+        spec,
+        image_token=found,
+        image_prefix=spell(spec.image_prefix),
+        image_suffix=spell(spec.image_suffix),
+        tile_marker=None if spec.tile_marker is None else spell(spec.tile_marker),
+        whole_marker=None if spec.whole_marker is None else spell(spec.whole_marker),
     )
 
 

@@ -21,8 +21,10 @@ class PictureText:
         prefix: Text before those of a whole picture.
         suffix: Text after them.
         tile_marker: Text before those of a tile, `{row}` and `{column}` counted from 1; `None`
-            where pictures are not cut. Tiles stand row by row, a line break after each row and one
-            more before the whole picture, which comes last (Idefics3, SmolVLM).
+            where pictures are not cut. Tiles stand row by row, the whole picture after them.
+        whole_marker: Text before those of the whole picture where prefix and suffix enclose its
+            tiles as well; `None` where they are its own, and line breaks, one after each row of
+            tiles and one more, stand before it.
     """
 
     placeholder: str
@@ -30,6 +32,7 @@ class PictureText:
     prefix: str = ""
     suffix: str = ""
     tile_marker: str | None = None
+    whole_marker: str | None = None
 
     def write(self, grid: TileGrid = ONE_TILE) -> str:
         """The text of a picture that is cut in this way.
@@ -49,8 +52,10 @@ class PictureText:
             marker = self.tile_marker.replace("{row}", str(row))
             columns = range(1, grid.columns + 1)
             tiles = [marker.replace("{column}", str(column)) + visual for column in columns]
-            lines.append("".join(tiles) + "\n")
-        return "".join([*lines, "\n", whole])
+            lines.append("".join(tiles))
+        if self.whole_marker is None:
+            return "\n".join([*lines, "", whole])
+        return "".join([self.prefix, *lines, self.whole_marker, visual, self.suffix])
 
     def writes(self, word: str) -> bool:
         """Whether a token can be part of a picture's text."""

@@ -81,6 +81,7 @@ class TextCodec:
                     prefix=prompt.image_prefix,
                     suffix=prompt.image_suffix,
                     tile_marker=prompt.tile_marker,
+                    whole_marker=prompt.whole_marker,
                 ),
                 image_token_id=image_token_id,
                 embedding_rows=prompt.embedding_rows,

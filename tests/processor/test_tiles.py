@@ -137,6 +137,22 @@ def test_markers_of_a_stranger_are_replaced_and_never_formatted():
         PictureText(placeholder="<i>", count=1).write(TileGrid(rows=2, columns=1))
 
 
+def test_tiles_may_stand_with_the_whole_inside_the_pictures_frame():
+    text = PictureText(
+        placeholder="<i>",
+        count=2,
+        prefix="<start>",
+        suffix="<end>",
+        tile_marker="<{row},{column}>",
+        whole_marker="<whole>",
+    )
+    assert text.write() == "<start><i><i><end>"
+    written = text.write(TileGrid(rows=2, columns=1))
+    assert written == "<start><1,1><i><i><2,1><i><i><whole><i><i><end>"
+    assert text.writes("<whole>")
+    assert not text.writes("\n")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

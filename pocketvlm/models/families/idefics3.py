@@ -12,16 +12,20 @@ from pocketvlm.models.spec import ModelSpec, ProcessorSpec
 
 __all__ = ["read_idefics3"]
 
-_BOUNDARY = "<fake_token_around_image>"
+_BOUNDARY, _WHOLE = "<fake_token_around_image>", "<global-img>"
+_NAMED = {"fake_image_token": _BOUNDARY, "global_image_token": _WHOLE}
 _PROCESSORS = {
     "idefics3": ProcessorSpec(
-        classes=("Idefics3Processor", "SmolVLMProcessor"), counts_patches=False
+        classes=("Idefics3Processor", "SmolVLMProcessor"),
+        counts_patches=False,
+        named_tokens=_NAMED,
     ),
     # SmolVLM's class wants packages for videos before it looks at a picture.
     "smolvlm": ProcessorSpec(
         classes=("SmolVLMProcessor", "Idefics3Processor"),
         counts_patches=False,
         stand_in="Idefics3Processor",
+        named_tokens=_NAMED,
     ),
 }
 
@@ -52,7 +56,7 @@ def read_idefics3(config: Mapping[str, Any]) -> ModelSpec:
         decoder=decoder,
         image_token_id=config["image_token_id"],
         image_token="<image>",  # noqa: S106  (a token of text, not a secret)
-        image_prefix=f"{_BOUNDARY}<global-img>",
+        image_prefix=f"{_BOUNDARY}{_WHOLE}",
         image_suffix=_BOUNDARY,
         tile_marker=f"{_BOUNDARY}<row_{{row}}_col_{{column}}>",
     )
