@@ -74,6 +74,9 @@ class PromptLayout:
             picture is one tile.
         whole_marker: Text before those of the whole picture after its tiles, where prefix and
             suffix enclose all of them; `None` where they are the whole picture's alone.
+        image_mark: What the chat template writes for a picture; `None` for the placeholder itself.
+        is_prefix: Whether `bos_token` stands behind the last picture and a line break ends the
+            prompt.
         embedding_rows: Rows of the embedding table; every other token id must be smaller. `None` if
             unknown.
     """
@@ -84,6 +87,8 @@ class PromptLayout:
     image_suffix: str = ""
     tile_marker: str | None = None
     whole_marker: str | None = None
+    image_mark: str | None = None
+    is_prefix: bool = False
     embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -209,8 +214,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; later additions are left out if they are empty."""
         document = asdict(self)
-        for name in ("tile_marker", "whole_marker"):
-            if document["prompt"][name] is None:
+        for name in ("tile_marker", "whole_marker", "image_mark", "is_prefix"):
+            if document["prompt"][name] in (None, False):
                 del document["prompt"][name]
         if document["kv_cache"]["visual_layers"] is None:
             del document["kv_cache"]["visual_layers"]

@@ -184,6 +184,7 @@ class Checkpoint:
             image_suffix=self.spec.image_suffix,
             tile_marker=self.spec.tile_marker,
             whole_marker=self.spec.whole_marker,
+            image_mark=self.spec.image_mark,
             tiling=self.spec.tiling,
         )
         if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:

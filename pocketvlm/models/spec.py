@@ -288,12 +288,21 @@ class ProcessorSpec:
             without packages that a picture does not need; `None` where there is none.
         named_tokens: Tokens of a picture's text, as this package spells them, that a tokenizer may
             spell otherwise, by the name that its settings give them.
+        count_setting: The setting that states the placeholders of a picture, in the processor's
+            file or the image processor's.
+        default_count: What the setting is where no file states it; `None` where stock then fails.
+        added_words: Words that the processor adds to its tokenizer.
+        adds_ends: Whether the tokenizer may put tokens of its own before and after a prompt.
     """
 
     classes: tuple[str, ...]
     counts_patches: bool
     stand_in: str | None = None
     named_tokens: Mapping[str, str] = field(default_factory=dict)
+    count_setting: str = "image_seq_len"
+    default_count: int | None = 169
+    added_words: tuple[str, ...] = ()
+    adds_ends: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +321,10 @@ class ModelSpec:
             where it never cuts pictures.
         whole_marker: Text that it puts before those of the whole picture after its tiles, or
             `None` where that has the text of a picture that is not cut.
+        image_mark: What chat templates write for a picture; `None` for the placeholder itself.
+        has_prefix_prompt: Whether its processor puts the tokenizer's first token behind the last
+            picture, and a line break behind the prompt.
+        chat_template: The template of folders that have none; `None` where each must have one.
         tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
             where no processor has been read.
     """
@@ -328,6 +341,9 @@ class ModelSpec:
     image_suffix: str
     tile_marker: str | None = None
     whole_marker: str | None = None
+    image_mark: str | None = None
+    has_prefix_prompt: bool = False
+    chat_template: str | None = None
     tiling: SplitGrid | None = None
 
     def check(self) -> None:

@@ -163,6 +163,8 @@ def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Mani
             image_suffix=spec.image_suffix,
             tile_marker=spec.tile_marker if spec.tiling is not None else None,
             whole_marker=spec.whole_marker if spec.tiling is not None else None,
+            image_mark=spec.image_mark,
+            is_prefix=spec.has_prefix_prompt,
             embedding_rows=spec.decoder.vocab_size,
         ),
         generation=Generation(

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageProcessor", "quiet_fallbacks"]
 
-_DEFAULT_SEQUENCE = 169  # image_seq_len of the library's classes, if a file states none
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageProcessor:
@@ -136,7 +134,11 @@ def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
             f"allowed are {', '.join(allowed)}"
         )
     combined = dict(documents).get("processor_config.json", {})
-    notes = _check_placeholders(path / "processor_config.json", combined, spec)
+    # Some image processors hold the count of the combined one.
+    pictures = combined.get("image_processor") or dict(documents).get("preprocessor_config.json")
+    setting = spec.processor.count_setting
+    counted = {setting: (pictures or {}).get(setting), **combined}
+    notes = _check_placeholders(path / "processor_config.json", counted, spec)
     if (
         combined.get("image_processor") is not None
         and (path / "preprocessor_config.json").is_file()
@@ -151,8 +153,8 @@ def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
 def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) -> list[str]:
     """Checks that stock's processor writes as many placeholders per picture as the model fills."""
     expected = spec.visual_tokens
-    names = ("patch_size", "num_additional_image_tokens", "image_seq_len")
-    for name in names:
+    setting = spec.processor.count_setting
+    for name in ("patch_size", "num_additional_image_tokens", setting):
         if type(combined.get(name, 0)) not in (int, type(None)):
             raise CheckpointError(f"{where}: {name} must be a whole number")
     if spec.processor.counts_patches:
@@ -170,16 +172,16 @@ def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) 
         count -= 1 if strategy == "default" else 0
         stated = f"patch_size {patch} and vision_feature_select_strategy {strategy!r}"
     else:
-        count = combined.get("image_seq_len")
+        count, default = combined.get(setting), spec.processor.default_count
         if count is None:
-            if expected == _DEFAULT_SEQUENCE:
+            if expected == default:
                 return []
+            does = "fail" if default is None else f"write {default} placeholders"
             return [
-                "processor_config.json states no image_seq_len, for which stock processors write "
-                f"{_DEFAULT_SEQUENCE} placeholders; the model makes {expected} of a picture, which "
-                "is what is written here"
+                f"processor_config.json states no {setting}, for which stock processors {does}; "
+                f"the model makes {expected} of a picture, which is what is written here"
             ]
-        stated = f"image_seq_len {count}"
+        stated = f"{setting} {count}"
     if count != expected:
         raise CheckpointError(
             f"{where}: {stated} means {count} placeholders for a picture, but the model makes "

@@ -86,6 +86,10 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
     kind = processor.get("processor_class") or spec.processor.classes[0]
     if kind == "Idefics3Processor":
         tokenizer.add_special_tokens({"additional_special_tokens": list(_IDEFICS3_TOKENS)})
+    if spec.processor.added_words:
+        tokenizer.add_tokens(list(spec.processor.added_words))
+    if not spec.processor.adds_ends:
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False
     if tokenizer.split_special_tokens:
         raise CheckpointError(
             f"{path}: tokenizer_config.json sets split_special_tokens, with which no placeholder "
@@ -96,7 +100,7 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
     words = getattr(tokenizer, "chat_control_tokens", None)  # since transformers 5.24
     codec = PromptCodec(
         tokenizer=read_tokenizer(serialized, path / "tokenizer.json", error=CheckpointError),
-        template=find_chat_template(path, error=CheckpointError),
+        template=find_chat_template(path, spec.chat_template, error=CheckpointError),
         variables=dict(tokenizer.special_tokens_map),
         picture=PictureText(
             placeholder=spec.image_token,
@@ -105,10 +109,12 @@ def read_stock_tokenizer(path: Path, spec: ModelSpec) -> StockTokenizer:
             suffix=spec.image_suffix,
             tile_marker=spec.tile_marker,
             whole_marker=spec.whole_marker,
+            mark=spec.image_mark,
         ),
         image_token_id=spec.image_token_id,
         embedding_rows=spec.decoder.vocab_size,
         control_words=None if words is None else tuple(map(str, words)),
+        is_prefix=spec.has_prefix_prompt,
     )
     codec.check(path, error=CheckpointError)
     return StockTokenizer(
@@ -179,6 +185,7 @@ def _named_by_tokenizer(
         image_suffix=spell(spec.image_suffix),
         tile_marker=None if spec.tile_marker is None else spell(spec.tile_marker),
         whole_marker=None if spec.whole_marker is None else spell(spec.whole_marker),
+        image_mark=None if spec.image_mark is None else spell(spec.image_mark),
     )
 
 

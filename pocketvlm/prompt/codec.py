@@ -41,6 +41,8 @@ class PromptCodec:
         embedding_rows: Rows of the embedding table; ids must be smaller. `None` if unknown.
         control_words: Added tokens that are control tokens in addition to the special ones; `None`
             for those that the template writes.
+        is_prefix: Whether `bos_token` stands behind the last picture and a line break ends the
+            prompt, as PaliGemma's processor writes what it calls the prefix (arXiv 2407.07726).
     """
 
     tokenizer: Tokenizer
@@ -50,6 +52,7 @@ class PromptCodec:
     image_token_id: int
     embedding_rows: int | None = None
     control_words: tuple[str, ...] | None = None
+    is_prefix: bool = False
 
     def __post_init__(self) -> None:
         # Control tokens even if the tokenizer's files do not say so.
@@ -113,7 +116,7 @@ class PromptCodec:
         placeholders = len(self._placeholder.findall(text))
         if placeholders != pictures:
             raise InputError(
-                f"the chat template writes {self.image_token!r} {placeholders} times for "
+                f"the chat template writes {self._picture_mark!r} {placeholders} times for "
                 f"{pictures} pictures"
             )
         # transformers' rule: a template that writes the first token itself writes all of them.
@@ -123,7 +126,7 @@ class PromptCodec:
         if len(cuts) != pictures:
             raise ValueError(f"{len(cuts)} grids of tiles are given for {pictures} pictures")
         blocks = iter([self.picture.write(grid) for grid in cuts])
-        text = self._placeholder.sub(lambda _: next(blocks), text)
+        text = self._placeholder.sub(lambda _: next(blocks), self._framed(text))
         try:
             ids = self._encode_text(text, adds_tokens=adds_tokens)
         except (InputError, KeyboardInterrupt, SystemExit):
@@ -214,10 +217,22 @@ class PromptCodec:
                 return ids[:start], ids[start + len(bare) :]
         return [], []
 
+    @property
+    def _picture_mark(self) -> str:
+        """What the template writes for a picture."""
+        return self.picture.placeholder if self.picture.mark is None else self.picture.mark
+
     @cached_property
     def _placeholder(self) -> re.Pattern[str]:
-        """A placeholder that was written by the template, not by the user."""
-        return re.compile(f"(?<!{_START}){re.escape(self.image_token)}")
+        """The mark of a picture that was written by the template, not by the user."""
+        return re.compile(f"(?<!{_START}){re.escape(self._picture_mark)}")
+
+    def _framed(self, text: str) -> str:
+        """The rendered prompt with what a processor adds to it."""
+        if not self.is_prefix:
+            return text
+        ends = [0, *(found.end() for found in self._placeholder.finditer(text))]
+        return f"{text[: ends[-1]]}{self.variables.get('bos_token', '')}{text[ends[-1] :]}\n"
 
     @cached_property
     def _control(self) -> re.Pattern[str]:

@@ -25,6 +25,7 @@ class PictureText:
         whole_marker: Text before those of the whole picture where prefix and suffix enclose its
             tiles as well; `None` where they are its own, and line breaks, one after each row of
             tiles and one more, stand before it.
+        mark: What the chat template writes for a picture; `None` for the placeholder itself.
     """
 
     placeholder: str
@@ -33,6 +34,7 @@ class PictureText:
     suffix: str = ""
     tile_marker: str | None = None
     whole_marker: str | None = None
+    mark: str | None = None
 
     def write(self, grid: TileGrid = ONE_TILE) -> str:
         """The text of a picture that is cut in this way.

@@ -82,10 +82,12 @@ class TextCodec:
                     suffix=prompt.image_suffix,
                     tile_marker=prompt.tile_marker,
                     whole_marker=prompt.whole_marker,
+                    mark=prompt.image_mark,
                 ),
                 image_token_id=image_token_id,
                 embedding_rows=prompt.embedding_rows,
                 control_words=tuple(map(str, words)) if isinstance(words, list) else None,
+                is_prefix=prompt.is_prefix,
             ),
             generation=GenerationSettings.from_stock(
                 {

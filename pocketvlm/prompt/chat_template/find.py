@@ -19,13 +19,17 @@ __all__ = ["TEMPLATE_FILE", "find_chat_template"]
 
 TEMPLATE_FILE = "chat_template.jinja"
 _FOLDER = "additional_chat_templates"
+_BUILT_IN = "the model's own prompt"
 
 
-def find_chat_template(folder: Path, *, error: type[PocketVLMError]) -> ChatTemplate:
+def find_chat_template(
+    folder: Path, default: str | None = None, *, error: type[PocketVLMError]
+) -> ChatTemplate:
     """The chat template of a checkpoint or bundle.
 
     Args:
         folder: The folder.
+        default: The template of a model whose folder has none; `None` if it must have one.
         error: What is raised when there is none, or its file cannot be read.
 
     Raises:
@@ -77,6 +81,8 @@ def find_chat_template(folder: Path, *, error: type[PocketVLMError]) -> ChatTemp
     value = entry("tokenizer_config.json")
     if value is not None:
         return chosen(value, "tokenizer_config.json")
+    if default is not None:
+        return ChatTemplate(default, folder / _BUILT_IN)
     raise error(f"{folder}: no chat template; expected {TEMPLATE_FILE}")
 
 
