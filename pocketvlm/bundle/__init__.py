@@ -11,6 +11,7 @@ from pocketvlm.bundle.manifest import (
     RuntimeNeeds,
     TensorSignature,
 )
+from pocketvlm.bundle.positions import PositionGrid
 
 __all__ = [
     "BUNDLE_SCHEMA",
@@ -19,6 +20,7 @@ __all__ = [
     "Component",
     "Generation",
     "Manifest",
+    "PositionGrid",
     "PromptLayout",
     "RuntimeNeeds",
     "TensorSignature",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pocketvlm.bundle.positions import PositionGrid
 from pocketvlm.errors import BundleError
 from pocketvlm.json_io import DecodeError, decode
 
@@ -179,6 +180,8 @@ class Manifest:
             tile where `prompt` has no marker of tiles.
         visual_tokens_full: Positions that one tile takes when `positions` is `original`, N.
         positions: `original` or `consecutive`; see `models.reducer.TokenReducer`.
+        position_grid: The N tokens of a picture, where positions have three axes; `None` where
+            they have one.
         prompt: How a picture is written in a prompt.
         generation: How answers are generated.
         kv_cache: The decoder's cache.
@@ -202,6 +205,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     toolchain: Mapping[str, str | None] = field(default_factory=dict)
     runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
+    position_grid: PositionGrid | None = None
     schema: int = BUNDLE_SCHEMA
 
     def __post_init__(self) -> None:
@@ -210,6 +214,11 @@ class Manifest:
                 f"visual_tokens are {self.visual_tokens} of {self.visual_tokens_full}; both must "
                 "be at least 1, and the first no more than the second"
             )
+        if self.position_grid is not None:
+            if self.position_grid.tokens != self.visual_tokens_full:
+                raise ValueError("position_grid must have visual_tokens_full tokens")
+            if self.positions != "original":
+                raise ValueError("positions must be original where there is a position_grid")
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; later additions are left out if they are empty."""
@@ -217,6 +226,8 @@ class Manifest:
         for name in ("tile_marker", "whole_marker", "image_mark", "is_prefix"):
             if document["prompt"][name] in (None, False):
                 del document["prompt"][name]
+        if document["position_grid"] is None:
+            del document["position_grid"]
         if document["kv_cache"]["visual_layers"] is None:
             del document["kv_cache"]["visual_layers"]
         if not document["runtimes"]:

@@ -134,6 +134,7 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
         image_token_id=codec.image_token_id,
         placeholders=manifest.visual_tokens_full,
         keeps_positions=manifest.positions == "original",
+        grid=manifest.position_grid,
     )
     clock.lap("tokenize")
     rows = prompt_rows(layout, pictures, runner)

@@ -80,6 +80,7 @@ def answer_with_bundle(
             image_token_id=codec.image_token_id,
             placeholders=bundle.manifest.visual_tokens_full,
             keeps_positions=bundle.manifest.positions == "original",
+            grid=bundle.manifest.position_grid,
         )
         tokens = _greedy(engine, layout, pictures, token_ids, codec.generation, max_new_tokens)
         answers.append(codec.decode(tokens))

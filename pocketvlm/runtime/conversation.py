@@ -276,6 +276,7 @@ class Conversation:
             image_token_id=self._codec.image_token_id,
             placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",
+            grid=self._manifest.position_grid,
         )
 
     def _shared_rows(self, layout: PromptLayout) -> int:

@@ -28,7 +28,7 @@ class Rows:
 
     Attributes:
         embeds: float32 [1, rows, width].
-        positions: int64 [1, rows].
+        positions: int64 [axes, rows].
         is_visual: bool [rows]: which come from a picture.
         next_position: Rotary position of the first generated token.
     """
@@ -62,7 +62,7 @@ def prompt_rows(
     """The rows of a prompt from `start` on, embedded by a runner."""
     return Rows(
         embeds=embed_rows(layout, pictures, runner.embed, start=start),
-        positions=layout.positions[None, start:],
+        positions=layout.positions[:, start:],
         is_visual=layout.is_visual[start:],
         next_position=layout.next_position,
     )
@@ -113,6 +113,7 @@ def generate(
         Why the answer ended.
     """
     generator = sampling.generator()
+    axes = len(rows.positions)
     token_ids: list[int] = []
     logits = runner.decode(rows.embeds, rows.positions, rows.is_visual)
     lap("prefill")
@@ -130,5 +131,5 @@ def generate(
             runner.length < runner.capacity and position < stop.max_positions
         ):
             return "capacity"
-        logits = runner.decode(runner.embed([token]), np.array([[position]], np.int64))
+        logits = runner.decode(runner.embed([token]), np.full((axes, 1), position, np.int64))
         lap("decode")

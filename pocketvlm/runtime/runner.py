@@ -69,7 +69,7 @@ class Runner(ABC):
 
         Args:
             embeds: float32 [1, L, width].
-            position_ids: int64 [1, L].
+            position_ids: int64 [axes, L].
             is_visual: bool [L]: which rows come from a picture; `None` for none of them. Decoders
                 that run every row through every layer do not ask.
 

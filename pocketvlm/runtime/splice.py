@@ -3,7 +3,8 @@
 The numpy twin of `forward.embed_prompts`. A prompt's run of N placeholders becomes the k rows that
 the vision graph returned. Under `original` positions these keep the places they had among the N,
 so the text after the picture starts where it would have started without reduction; under
-`consecutive` everything is renumbered.
+`consecutive` everything is renumbered. Models that number pictures along several axes
+(`bundle.positions`) always keep them.
 
 Rows are described before they are embedded, so that a second turn can see which of them the KV
 cache holds already.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pocketvlm.bundle import PositionGrid
 from pocketvlm.errors import InputError
 
 __all__ = ["PromptLayout", "VisualFeatures", "embed_rows", "image_runs", "lay_out_prompt"]
@@ -44,7 +46,7 @@ class PromptLayout:
     Attributes:
         codes: int64 [rows]: the token id of a text row, `-1 - serial` of a visual one.
         slots: int64 [rows]: which of its picture's k embeddings a visual row takes; 0 for text.
-        positions: int64 [rows]: rotary positions.
+        positions: int64 [axes, rows]: rotary positions, on one axis or on three.
         next_position: Rotary position of the first generated token.
     """
 
@@ -64,17 +66,18 @@ class PromptLayout:
         equal = (
             (self.codes[:rows] == other.codes[:rows])
             & (self.slots[:rows] == other.slots[:rows])
-            & (self.positions[:rows] == other.positions[:rows])
+            & (self.positions[:, :rows] == other.positions[:, :rows]).all(axis=0)
         )
         return rows if equal.all() else int(equal.argmin())
 
     def extended(self, token_ids: Sequence[int]) -> PromptLayout:
         """The layout with generated tokens after it."""
         count = len(token_ids)
+        following = np.tile(self.next_position + np.arange(count), (len(self.positions), 1))
         return PromptLayout(
             codes=np.append(self.codes, np.asarray(token_ids, np.int64)),
             slots=np.append(self.slots, np.zeros(count, np.int64)),
-            positions=np.append(self.positions, self.next_position + np.arange(count)),
+            positions=np.concatenate([self.positions, following], axis=1),
             next_position=self.next_position + count,
         )
 
@@ -83,7 +86,7 @@ class PromptLayout:
         return PromptLayout(
             codes=self.codes[:rows],
             slots=self.slots[:rows],
-            positions=self.positions[:rows],
+            positions=self.positions[:, :rows],
             next_position=self.next_position,
         )
 
@@ -120,6 +123,7 @@ def lay_out_prompt(
     image_token_id: int,
     placeholders: int,
     keeps_positions: bool,
+    grid: PositionGrid | None = None,
 ) -> PromptLayout:
     """Lays out a prompt whose pictures are runs of all N placeholders.
 
@@ -129,6 +133,7 @@ def lay_out_prompt(
         image_token_id: The placeholder.
         placeholders: Length of a picture's run, N.
         keeps_positions: Whether the policy is `original`.
+        grid: A picture's tokens where positions have three axes; `None` where they have one.
 
     Raises:
         InputError: Placeholders and pictures do not match.
@@ -137,27 +142,40 @@ def lay_out_prompt(
     runs = image_runs(
         token_ids, len(pictures), image_token_id=image_token_id, placeholders=placeholders
     )
+    axes = 1 if grid is None else 3
     codes: list[npt.NDArray[np.int64]] = []
     slots: list[npt.NDArray[np.int64]] = []
     positions: list[npt.NDArray[np.int64]] = []
-    start, shift = 0, 0
+    column, position = 0, 0
+
+    def add_text(end: int) -> int:
+        count = end - column
+        codes.append(ids[column:end])
+        slots.append(np.zeros(count, np.int64))
+        positions.append(np.tile(position + np.arange(count), (axes, 1)))
+        return position + count
+
     for run, picture in zip(runs, pictures, strict=True):
+        position = add_text(run)
         kept = picture.embeds.shape[1]
-        codes += [ids[start:run], np.full(kept, -1 - picture.serial)]
-        slots += [np.zeros(run - start, np.int64), np.arange(kept)]
-        offsets = picture.indices[0] if keeps_positions else np.arange(kept)
-        positions += [np.arange(start, run) - shift, run - shift + offsets]
-        start = run + placeholders
-        if not keeps_positions:
-            shift += placeholders - kept
-    codes.append(ids[start:])
-    slots.append(np.zeros(len(ids) - start, np.int64))
-    positions.append(np.arange(start, len(ids)) - shift)
+        codes.append(np.full(kept, -1 - picture.serial))
+        slots.append(np.arange(kept))
+        if grid is not None:
+            positions.append(position + grid.offsets(picture.indices[0]))
+            position += grid.advance
+        elif keeps_positions:
+            positions.append(position + picture.indices)
+            position += placeholders
+        else:
+            positions.append(position + np.arange(kept)[None])
+            position += kept
+        column = run + placeholders
+    position = add_text(len(ids))
     return PromptLayout(
         codes=np.concatenate(codes),
         slots=np.concatenate(slots),
-        positions=np.concatenate(positions),
-        next_position=len(ids) - shift,
+        positions=np.concatenate(positions, axis=1),
+        next_position=position,
     )
 
 

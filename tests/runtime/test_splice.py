@@ -75,7 +75,7 @@ def test_equal_to_torch(pairs, kind, segments, kept, policy, seed):
         )
         start = seed % len(layout.codes)
         rows = embed_rows(layout, pictures, embed, start=start)
-    assert np.array_equal(layout.positions, expected.positions[0])
+    assert np.array_equal(layout.positions[0], expected.positions[0])
     assert np.array_equal(layout.is_visual, expected.is_visual[0])
     assert layout.next_position == int(expected.next_position)
     assert np.array_equal(rows, expected.embeds.numpy()[:, start:])

@@ -174,6 +174,7 @@ class ArtifactSide:
             image_token_id=self._manifest.prompt.image_token_id,
             placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",
+            grid=self._manifest.position_grid,
         )
         return prompt_rows(layout, pictures, self.runner)
 

@@ -84,7 +84,7 @@ class OnnxRunner(Runner):
         width, vocabulary = _last_dim(self._embedding, bundle), _last_dim(self._decoder, bundle)
         self._token = np.zeros((1, 1), np.int64)
         self._embeds = np.zeros((1, 1, width), np.float32)
-        self._position = np.zeros((1, 1), np.int64)
+        self._position = np.zeros((_position_axes(self._decoder), 1), np.int64)
         self._past_length = np.zeros(1, np.int64)
         self._past_text_length = np.zeros(1, np.int64)
         self._single_row = np.zeros(1, np.int64)
@@ -153,7 +153,7 @@ class OnnxRunner(Runner):
         if rows == 1:
             if embeds is not self._embeds:
                 np.copyto(self._embeds, embeds)
-            self._position[0, 0] = position_ids[0, 0]
+            np.copyto(self._position, position_ids)
             with self._naming("decoder"):
                 self._decoder.run_with_iobinding(self._decode_step)
         else:
@@ -243,6 +243,11 @@ def _last_dim(session: ort.InferenceSession, bundle: Bundle) -> int:
     if not isinstance(size, int):
         raise BundleError(f"{bundle.path}: the last dimension of {output.name!r} is not fixed")
     return size
+
+
+def _position_axes(decoder: ort.InferenceSession) -> int:
+    (axes,) = (value.shape[0] for value in decoder.get_inputs() if value.name == "position_ids")
+    return int(axes)
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:

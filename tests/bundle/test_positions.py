@@ -1,0 +1,94 @@
+"""Positions along three axes are those of the stock model, for any pictures in any place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+from pocketvlm.bundle import PositionGrid
+from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
+
+IMAGE, MERGE = 7, 2
+
+
+@pytest.fixture(scope="module")
+def stock() -> Qwen2VLModel:
+    with torch.device("meta"):
+        return Qwen2VLModel(
+            Qwen2VLConfig(
+                vision_config={"depth": 1, "embed_dim": 8, "hidden_size": 8, "num_heads": 2},
+                text_config={
+                    "num_hidden_layers": 1,
+                    "hidden_size": 8,
+                    "intermediate_size": 8,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "vocab_size": 16,
+                },
+            )
+        )
+
+
+def lay_out(ids, grid, pictures, kept=None):
+    indices = np.arange(grid.tokens) if kept is None else np.array(kept)
+    features = [
+        VisualFeatures(
+            embeds=np.zeros((1, len(indices), 2), np.float32), indices=indices[None], serial=serial
+        )
+        for serial in range(pictures)
+    ]
+    return lay_out_prompt(
+        ids,
+        features,
+        image_token_id=IMAGE,
+        placeholders=grid.tokens,
+        keeps_positions=True,
+        grid=grid,
+    )
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    texts=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+)
+def test_positions_are_those_of_the_stock_model(stock, texts, rows, columns):
+    grid = PositionGrid(rows=rows, columns=columns)
+    ids: list[int] = []
+    for number, length in enumerate(texts):
+        ids += ([IMAGE] * grid.tokens if number else []) + [3] * length
+    token_ids = torch.tensor([ids])
+    pictures = len(texts) - 1
+    expected, delta = stock.get_rope_index(
+        token_ids,
+        (token_ids == IMAGE).int(),
+        torch.tensor([[1, rows * MERGE, columns * MERGE]] * pictures).view(-1, 3),
+    )
+    layout = lay_out(ids, grid, pictures)
+    np.testing.assert_array_equal(layout.positions, expected[:, 0])
+    assert layout.next_position == len(ids) + int(delta[0])
+    # An answer continues on all axes at once, behind the longest side of the picture.
+    grown = layout.extended([4, 5])
+    assert grown.positions[:, -2:].tolist() == [[layout.next_position, grown.next_position - 1]] * 3
+
+
+def test_kept_tokens_stand_where_they_stood_among_all():
+    grid = PositionGrid(rows=2, columns=4)
+    ids = [3, *[IMAGE] * grid.tokens, 4]
+    whole, reduced = lay_out(ids, grid, 1), lay_out(ids, grid, 1, kept=[1, 6])
+    assert reduced.next_position == whole.next_position == 6
+    assert reduced.positions.tolist() == whole.positions[:, [0, 2, 7, 9]].tolist()
+    assert reduced.positions.tolist() == [[0, 1, 1, 5], [0, 1, 2, 5], [0, 2, 3, 5]]
+    assert whole.shared_rows(reduced) == 1
+
+
+@pytest.mark.parametrize("sides", [{"rows": 0, "columns": 1}, {"rows": 1, "columns": 5000}])
+def test_a_grid_without_a_possible_size_is_refused(sides):
+    with pytest.raises(ValueError, match="1 to 4,096"):
+        PositionGrid(**sides)
