@@ -73,7 +73,7 @@ def test_positions_are_those_of_the_stock_model(stock, texts, rows, columns):
     layout = lay_out(ids, grid, pictures)
     np.testing.assert_array_equal(layout.positions, expected[:, 0])
     assert layout.next_position == len(ids) + int(delta[0])
-    # An answer continues on all axes at once, behind the longest side of the picture.
+    # An answer continues on all axes at once, after the longest side of the picture.
     grown = layout.extended([4, 5])
     assert grown.positions[:, -2:].tolist() == [[layout.next_position, grown.next_position - 1]] * 3
 
