@@ -32,6 +32,7 @@ from pocketvlm.models.spec import LinearSpec, Part
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import load_shape
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.layout import CodebookLayout, WeightLayout
@@ -85,7 +86,7 @@ def export(path: Path, folder: Path) -> None:
 
 def measure(name: str, compress: Callable[[Checkpoint], Planned], work: Path) -> dict[str, Any]:
     """Sizes, prediction, time and memory of one case."""
-    checkpoint = Checkpoint.load(write_shape(_SHAPE, work / _SHAPE))
+    checkpoint = Checkpoint.load(write_shape(load_shape(_SHAPE), work / _SHAPE, is_split=False))
     planned = compress(checkpoint)
     saved, folder = work / f"{_SHAPE}-{name}", work / f"coreml-{name}"
     checkpoint.save(saved)

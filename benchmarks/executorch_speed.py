@@ -30,6 +30,7 @@ from pocketvlm.pipeline.run import compress_checkpoint
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import load_shape
 from pocketvlm.runtime.executorch.runner import ExecutorchRunner
 
 _PROMPT = 128
@@ -40,7 +41,7 @@ def build(shape: str, folder: Path, kind: str) -> tuple[Bundle, int]:
     """A bundle of a shape, and the bytes of its bf16 source."""
     source = folder / shape
     if not source.is_dir():
-        write_shape(shape, source)
+        write_shape(load_shape(shape), source, is_split=False)
     weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     out = folder / f"{shape}-{kind}"
     if not (out / "manifest.json").is_file():

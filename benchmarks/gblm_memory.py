@@ -92,8 +92,9 @@ def main() -> None:
         model = arguments.model
         if model is None:
             from pocketvlm.reference.random_models import write_shape
+            from pocketvlm.reference.shapes import load_shape
 
-            model = write_shape(arguments.shape, Path(folder) / "model")
+            model = write_shape(load_shape(arguments.shape), Path(folder) / "model", is_split=False)
         rows = []
         for kind in kinds:
             options = ["--gradient", kind, "--samples", str(arguments.samples)]

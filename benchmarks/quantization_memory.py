@@ -103,8 +103,9 @@ def main() -> None:
         model = arguments.model
         if model is None:
             from pocketvlm.reference.random_models import write_shape
+            from pocketvlm.reference.shapes import load_shape
 
-            model = write_shape(arguments.shape, Path(folder) / "model")
+            model = write_shape(load_shape(arguments.shape), Path(folder) / "model", is_split=False)
         rows = []
         for method in methods:
             options = ["--method", method, "--blocks", str(arguments.blocks)]

@@ -18,6 +18,7 @@ from pocketvlm.models.selection import assign_rules
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import load_shape
 
 __all__ = ["bundle_of", "write_bundle"]
 
@@ -28,12 +29,16 @@ def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
     The recipe's token reduction is left out: it changes neither bytes nor the decoder's speed.
 
     Args:
-        shape: Name in `pocketvlm.reference.random_models.SHAPES`.
+        shape: The name of a shape.
         recipe: Name of a shipped recipe, of whose quantizing stage the rules are taken.
         folder: The bundle; the model is written to a folder beside it.
     """
     return bundle_of(
-        lambda: Checkpoint.load(write_shape(shape, folder.parent / shape)), recipe, folder
+        lambda: Checkpoint.load(
+            write_shape(load_shape(shape), folder.parent / shape, is_split=False)
+        ),
+        recipe,
+        folder,
     )
 
 

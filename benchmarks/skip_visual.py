@@ -32,6 +32,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
 from pocketvlm.pipeline.sources import resolve_model
 from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import load_shape
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 
 _SHAPE = "smolvlm-256m"
@@ -40,7 +41,7 @@ _SHAPE = "smolvlm-256m"
 def measure_speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Prefill and decoding of bundles that differ in where visual rows end, in turns."""
     runners: dict[tuple[str, str], OnnxRunner] = {}
-    model = write_shape(_SHAPE, options.work / _SHAPE)
+    model = write_shape(load_shape(_SHAPE), options.work / _SHAPE, is_split=False)
     depth = Checkpoint.load(model).spec.decoder.depth
     for recipe in options.recipes:
         for layers in (None, *options.layers):

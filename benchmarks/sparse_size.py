@@ -44,7 +44,8 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference import reference_model_path
-from pocketvlm.reference.random_models import SHAPES, write_shape
+from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import list_shapes, load_shape
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.stages import Target
 from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout, plan_behind_mask
@@ -206,8 +207,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.speed:
         result = measure_speed(options)
-    elif options.model in SHAPES:
-        result = measure_sizes(write_shape(options.model, options.work / options.model), options)
+    elif options.model in list_shapes():
+        result = measure_sizes(
+            write_shape(load_shape(options.model), options.work / options.model, is_split=False),
+            options,
+        )
     else:
         result = measure_sizes(reference_model_path(options.model), options)
     print(json.dumps(result))

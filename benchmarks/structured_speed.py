@@ -33,6 +33,7 @@ from pocketvlm.compress.pruning.width.channels import Widths, remove_units, unit
 from pocketvlm.compress.pruning.width.widths import choose_widths
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import load_shape
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 
 _SHAPE = "smolvlm-256m"
@@ -138,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     cut = Cut(share=options.share, kv_groups=options.kv_groups, blocks=options.blocks)
 
-    path = write_shape(_SHAPE, options.work / _SHAPE)
+    path = write_shape(load_shape(_SHAPE), options.work / _SHAPE, is_split=False)
     whole = Checkpoint.load(path)
     before = decoder_weights(whole.spec)
     narrow = cut.apply(whole)

@@ -32,7 +32,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A local directory, a hub id, reference:pocket-llava, reference:pocket-smol, or "
-        "shape:smolvlm-256m (random weights, for speed alone).",
+        "shape:NAME, the sizes of a published model such as smolvlm-500m (random weights).",
     ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]

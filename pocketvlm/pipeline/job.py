@@ -17,6 +17,7 @@ from pocketvlm.pipeline.run import RunResult, run
 from pocketvlm.pipeline.source_check import SourceCheckMode
 from pocketvlm.pipeline.sources import (
     GENERATED_SOURCES,
+    find_model,
     load_evaluation,
     resolve_calibration,
     resolve_model,
@@ -115,7 +116,7 @@ class Job:
         options = recipe.calibration
         is_folder = options.source not in GENERATED_SOURCES
         return plan(
-            resolve_model(self.model),
+            find_model(self.model),
             recipe,
             device=device,
             calibration=resolve_calibration(options, is_reference=False) if is_folder else None,

@@ -15,11 +15,12 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
 from pocketvlm.models.spec import PARTS, ModelSpec
-from pocketvlm.pipeline.preflight import Readers, check_data, check_model
+from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import layer_bytes_by_target
+from pocketvlm.reference.shapes import Shape
 from pocketvlm.stages import PlanState, Stage, Target, check_order
 
 __all__ = ["Plan", "plan", "plan_stages"]
@@ -37,6 +38,7 @@ class Plan:
         visual_tokens: Tokens per tile after reduction; a picture is one tile unless it is split.
         visual_tokens_full: Tokens per tile before it.
         photo_tiles: Tiles of a photo of 640 x 480.
+        photo_tokens: Visual tokens of it that enter the decoder.
         most_tiles: Tiles of the picture that has most.
         source_bytes: Bytes of the source's weights in bf16.
         part_bytes: Predicted weight bytes by part of the model, scales included.
@@ -54,6 +56,7 @@ class Plan:
     visual_tokens: int
     visual_tokens_full: int
     photo_tiles: int
+    photo_tokens: int
     most_tiles: int
     source_bytes: int
     part_bytes: Mapping[str, int]
@@ -93,7 +96,7 @@ class Plan:
             return ""
         return (
             f" per tile; a photo of {_PHOTO[0]} x {_PHOTO[1]} is cut into {self.photo_tiles} "
-            f"tiles, no picture into more than {self.most_tiles}"
+            f"tiles, {self.photo_tokens} tokens; no picture into more than {self.most_tiles} tiles"
         )
 
     def raise_if_refused(self) -> None:
@@ -107,7 +110,7 @@ class Plan:
 
 
 def plan(
-    model: Path,
+    model: Path | Shape,
     recipe: Recipe,
     *,
     device: str | None = None,
@@ -117,7 +120,7 @@ def plan(
     """Plans a recipe for a model.
 
     Args:
-        model: A checkpoint directory; no weight of it is loaded.
+        model: A checkpoint directory, of which no weight is loaded, or a shape.
         recipe: The recipe.
         device: Name of a device profile whose memory it must fit.
         calibration: The calibration set, of which every row is checked.
@@ -143,30 +146,18 @@ def plan(
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
     cache_bytes = _cache_bytes(state)
-    files = sum(file.stat().st_size for file in model.glob("*.json"))
     ram_bytes = weight_bytes + cache_bytes + _activation_bytes(state.spec)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
-    if any((model / name).is_file() for name in PROCESSOR_FILES):
-        try:
-            readers = Readers.open(model, spec)
-        except CheckpointError as error:
-            refused.append(str(error))
-        else:
-            found = check_model(readers, model)
-            if not found.problems:
-                rows_found = check_data(
-                    readers,
-                    recipe.targets,
-                    kept=state.visual_tokens,
-                    calibration=calibration,
-                    evaluation=evaluation,
-                )
-                found = found.joined(rows_found)
-            refused += found.problems
-            warnings += found.notes
+    if isinstance(model, Shape):
+        file_bytes = model.text_bytes
+        if calibration is not None or evaluation is not None:
+            warnings.append("a shape has no tokenizer: rows of the data could not be checked")
     else:
-        warnings.append("no tokenizer and no image processor are here: they could not be checked")
+        file_bytes = sum(file.stat().st_size for file in model.glob("*.json"))
+        found = _check_processor(model, spec, recipe, state, calibration, evaluation)
+        refused += found.problems
+        warnings += found.notes
     source = sum(x.out_features * x.in_features for x in spec.linears()) * _SOURCE_BYTES_A_WEIGHT
     return Plan(
         model=model.name,
@@ -175,15 +166,46 @@ def plan(
         visual_tokens=state.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
         photo_tiles=_photo_tiles(state.spec),
+        photo_tokens=_photo_tokens(state),
         most_tiles=1 if state.spec.tiling is None else state.spec.tiling.most_tiles,
         source_bytes=source,
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
         weight_bytes=weight_bytes,
-        bundle_bytes=weight_bytes + files,
+        bundle_bytes=weight_bytes + file_bytes,
         kv_cache_bytes=cache_bytes,
         ram_bytes=ram_bytes,
         refused=tuple(refused),
         warnings=tuple(warnings),
+    )
+
+
+def _check_processor(
+    model: Path,
+    spec: ModelSpec,
+    recipe: Recipe,
+    state: PlanState,
+    calibration: CalibrationSet | None,
+    evaluation: CalibrationSet | None,
+) -> Findings:
+    """Checks the processor of a checkpoint directory, and every row of the data with it."""
+    if not any((model / name).is_file() for name in PROCESSOR_FILES):
+        note = "no tokenizer and no image processor are here: they could not be checked"
+        return Findings(notes=(note,))
+    try:
+        readers = Readers.open(model, spec)
+    except CheckpointError as error:
+        return Findings(problems=(str(error),))
+    found = check_model(readers, model)
+    if found.problems:
+        return found
+    return found.joined(
+        check_data(
+            readers,
+            recipe.targets,
+            kept=state.visual_tokens,
+            calibration=calibration,
+            evaluation=evaluation,
+        )
     )
 
 
@@ -217,13 +239,16 @@ def _photo_tiles(spec: ModelSpec) -> int:
     return 1 if spec.tiling is None else spec.tiling.grid(*_PHOTO).tiles
 
 
+def _photo_tokens(state: PlanState) -> int:
+    return state.visual_tokens * _photo_tiles(state.spec)
+
+
 def _cache_bytes(state: PlanState) -> int:
     """Bytes of the decoder's cache for one picture and a short chat."""
     decoder = state.spec.decoder
     layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
     visual_layers = decoder.depth if state.visual_layers is None else state.visual_layers
-    visual_rows = state.visual_tokens * _photo_tiles(state.spec)
-    rows = visual_layers * visual_rows + decoder.depth * _TURN_TOKENS
+    rows = visual_layers * _photo_tokens(state) + decoder.depth * _TURN_TOKENS
     return layer_row_bits // 8 * rows
 
 

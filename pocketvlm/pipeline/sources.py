@@ -19,10 +19,12 @@ from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import REDUCER_BUILDERS
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.reference.shapes import Shape, load_shape
 from pocketvlm.reference_graph.activation_rounding import ARITHMETICS, Arithmetic
 
 __all__ = [
     "GENERATED_SOURCES",
+    "find_model",
     "inspect_model",
     "load_checkpoint",
     "load_evaluation",
@@ -50,6 +52,20 @@ def resolve_model(name: str) -> Path:
     Raises:
         CheckpointError: There is no model of this name.
     """
+    found = find_model(name)
+    if isinstance(found, Path):
+        return found
+    from pocketvlm.reference.random_models import write_shape
+
+    return write_shape(found, Path(tempfile.gettempdir()) / "pocketvlm-shapes" / found.name)
+
+
+def find_model(name: str) -> Path | Shape:
+    """What a plan needs of a model: arguments and errors are those of `resolve_model`.
+
+    Returns:
+        A directory, or the shape that `shape:NAME` is, for which no weight is written.
+    """
     scheme, separator, rest = name.partition(":")
     if separator and scheme == "reference":
         try:
@@ -57,9 +73,7 @@ def resolve_model(name: str) -> Path:
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     if separator and scheme == "shape":
-        from pocketvlm.reference.random_models import write_shape
-
-        return write_shape(rest, Path(tempfile.gettempdir()) / "pocketvlm-shapes" / rest)
+        return load_shape(rest)
     path = Path(name)
     if path.exists():
         return path
@@ -72,8 +86,8 @@ def resolve_model(name: str) -> Path:
     )
 
 
-def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The specification of a checkpoint directory, and notes about the directory.
+def inspect_model(model: Path | Shape) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The specification of a checkpoint directory or shape, and notes about it.
 
     Only configuration and the headers of the weight files are read. A directory with a config.json
     and without weights is enough for a plan; a note says so.
@@ -82,11 +96,14 @@ def inspect_model(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
         CheckpointError: The directory is missing or damaged, or lacks a weight.
         UnsupportedError: The model's family is not supported.
     """
-    if path.is_dir() and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin*")):
+    if isinstance(model, Shape):
+        note = f"the shape of {model.source}, without its weights; compressing it takes random ones"
+        return model.spec, (note,)
+    if model.is_dir() and not any(model.glob("*.safetensors*")) and not any(model.glob("*.bin*")):
         note = "no weights are here: what is missing, ignored or tied could not be checked"
-        return read_spec(read_config(path)), (note,)
-    folder = read_model_folder(path)
-    processor = Processor.load(path, folder.spec)
+        return read_spec(read_config(model)), (note,)
+    folder = read_model_folder(model)
+    processor = Processor.load(model, folder.spec)
     return processor.spec, (*folder.notes, *processor.notes)
 
 

@@ -17,56 +17,18 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from pocketvlm.errors import CheckpointError
 from pocketvlm.files.publish import replace_directory
 from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import ATTENTION
+from pocketvlm.reference.shapes import Shape
 
 __all__ = [
-    "SHAPES",
     "tiny_config",
     "write_random_model",
     "write_shape",
     "write_tiny_model",
 ]
-
-_SMOLVLM_256M: dict[str, Any] = {
-    "architectures": ["SmolVLMForConditionalGeneration"],
-    "model_type": "smolvlm",
-    "image_token_id": 49190,
-    "pad_token_id": 2,
-    "scale_factor": 4,
-    "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "vocab_size": 49280,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    },
-    "vision_config": {
-        "model_type": "smolvlm_vision",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    },
-}
-
-SHAPES: dict[str, dict[str, Any]] = {"smolvlm-256m": _SMOLVLM_256M}
-"""Published shapes by name, as the content of a config.json."""
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _IMAGE = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
@@ -148,18 +110,37 @@ def tiny_config(name: str) -> dict[str, Any]:
     raise ValueError(f"{name!r} is not a tiny model; there are {', '.join(TINY_MODELS)}")
 
 
-def write_shape(name: str, path: Path, *, seed: int = 0) -> Path:
+def write_shape(shape: Shape, path: Path, *, seed: int = 0, is_split: bool = True) -> Path:
     """Writes a random model at a published shape, unless it is there already.
 
-    Raises:
-        CheckpointError: No shape has this name.
+    Args:
+        shape: The shape.
+        path: The directory.
+        seed: Seed of the weights.
+        is_split: Whether its processor cuts pictures into tiles, as far as the published one does.
     """
-    if name not in SHAPES:
-        raise CheckpointError(f"shape {name!r} is not known; there are {', '.join(SHAPES)}")
-    if not (path / "config.json").is_file():
-        with replace_directory(path) as folder:
-            write_random_model(SHAPES[name], folder, seed=seed)
+    processor = {**shape.processor, "image_processor": {**shape.processor["image_processor"]}}
+    tiling = shape.spec.tiling
+    if tiling is not None and not is_split:
+        processor["image_processor"]["do_image_splitting"] = False
+    texts = {
+        "processor_config.json": json.dumps(processor, indent=2) + "\n",
+        "config.json": json.dumps(shape.config, indent=2) + "\n",
+    }
+    if all(_holds(path / file, text) for file, text in texts.items()):
+        return path
+    edge = tiling.first if tiling is not None and isinstance(tiling.first, int) else 0
+    tiles = 1 if tiling is None else math.ceil(edge / tiling.side)
+    with replace_directory(path) as folder:
+        write_random_model(dict(shape.config), folder, seed=seed, tiles_per_edge=tiles)
+        (folder / "preprocessor_config.json").unlink()
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
     return path
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text(encoding="utf-8") == text
 
 
 def write_tiny_model(name: str, path: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.checkpoint.config import parse_config, read_spec, read_spec_and_ignored
+from pocketvlm.checkpoint.config import parse_config, read_spec
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.config_keys import WITHOUT_EFFECT
 from pocketvlm.models.families.table import read_model_spec
-from pocketvlm.reference.random_models import SHAPES, tiny_config
+from pocketvlm.reference.random_models import tiny_config
 
 FAMILIES = ("llava", "smolvlm")
 
@@ -133,8 +133,3 @@ def test_keys_that_the_library_does_not_know_are_told_and_ignored(tmp_path):
     write_random_model(config, tmp_path)
     notes = read_model_folder(tmp_path).notes
     assert any("qk_layer_norms" in note and "text_config.unsloth_fixed" in note for note in notes)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_published_shapes_have_no_unread_key(name: str):
-    assert read_spec_and_ignored(SHAPES[name])[1] == ()

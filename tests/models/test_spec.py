@@ -4,7 +4,8 @@ import pytest
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.models.families.table import read_model_spec
-from pocketvlm.reference.random_models import SHAPES, tiny_config
+from pocketvlm.reference.random_models import tiny_config
+from pocketvlm.reference.shapes import load_shape
 
 
 def test_every_linear_of_the_model_is_listed_with_its_shape(tiny_checkpoint):
@@ -35,7 +36,7 @@ def test_llava_stops_at_its_feature_layer():
 
 
 def test_smolvlm_256m_has_the_published_counts():
-    spec = read_model_spec(SHAPES["smolvlm-256m"])
+    spec = read_model_spec(load_shape("smolvlm-256m").config)
     assert spec.visual_tokens == 64
     weights = sum(linear.out_features * linear.in_features for linear in spec.linears())
     assert weights == pytest.approx(256e6, rel=0.02)

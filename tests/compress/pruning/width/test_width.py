@@ -23,7 +23,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference.random_models import SHAPES
+from pocketvlm.reference.shapes import load_shape
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -175,8 +175,8 @@ def test_channels_that_are_left(count: int, ratio: float, multiple: int):
 
 @pytest.fixture(scope="module")
 def specs(tiny_paths: dict[str, Path]) -> dict[str, ModelSpec]:
-    configs = {"tiny": read_config(tiny_paths["smolvlm"]), **SHAPES}
-    return {name: read_spec(config) for name, config in configs.items()}
+    tiny = read_spec(read_config(tiny_paths["smolvlm"]))
+    return {"tiny": tiny, "smolvlm-256m": load_shape("smolvlm-256m").spec}
 
 
 @given(share=st.floats(0.01, 0.59), name=st.sampled_from(["smolvlm-256m", "tiny"]))
@@ -211,7 +211,7 @@ def test_a_share_of_the_decoder_is_at_least_removed(specs, share: float, name: s
 
 
 def test_a_quarter_of_the_published_shape():
-    spec = read_spec(SHAPES["smolvlm-256m"])
+    spec = read_spec(load_shape("smolvlm-256m").config)
     widths = PruneWidth(decoder_parameters=0.25).widths(spec)
     assert widths == Widths(ffn=1024, kv_groups=3, tower_ffn=3072)
     widths = PruneWidth(decoder_parameters=0.25, kv_groups=2).widths(spec)

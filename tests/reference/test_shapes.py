@@ -1,0 +1,109 @@
+"""Shapes are the published models in everything but their weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from pocketvlm.checkpoint.config import read_spec_and_ignored
+from pocketvlm.errors import CheckpointError
+from pocketvlm.export.prediction import other_elements
+from pocketvlm.pipeline.plan import plan
+from pocketvlm.pipeline.sources import load_checkpoint
+from pocketvlm.recipes.load import load_recipe
+from pocketvlm.reference.random_models import tiny_config, write_shape
+from pocketvlm.reference.shapes import Shape, list_shapes, load_shape
+
+PARAMETERS = {
+    "granite-docling-258m": 257_517_120,
+    "llava-1.5-7b": 7_063_427_072,
+    "smolvlm-2.2b": 2_246_784_880,
+    "smolvlm-256m": 256_484_928,
+    "smolvlm-500m": 507_482_304,
+}
+"""Parameters of the published weight files, as their repositories count them."""
+
+
+@pytest.fixture(params=list_shapes())
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return load_shape(request.param)
+
+
+def test_a_shape_needs_no_default_of_the_library(shape):
+    spec, ignored = read_spec_and_ignored(shape.config)
+    assert ignored == ()
+    assert asdict(replace(shape.spec, tiling=None)) == asdict(spec)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shape_has_the_parameters_of_the_published_files(name):
+    spec = load_shape(name).spec
+    weights = sum(linear.out_features * linear.in_features for linear in spec.linears())
+    # The files also hold blocks that are never run, and the norm after them.
+    hidden, ffn = spec.tower.hidden_size, spec.tower.ffn_size
+    block = 4 * hidden * (hidden + 1) + 2 * hidden * ffn + ffn + hidden + 4 * hidden
+    rest = (spec.tower.depth - 1 - spec.tower.feature_block) * block
+    rest += 0 if spec.tower.has_post_norm else 2 * hidden
+    assert weights + sum(other_elements(spec)) + rest == PARAMETERS[name]
+
+
+def test_a_plan_of_a_shape_says_what_a_plan_of_its_checkpoint_says(tmp_path):
+    path = write_shape(TINY, tmp_path / "model")
+    assert load_checkpoint(path).spec == TINY.spec
+    recipe = load_recipe("int4-small", ["stages.1.rules.0.group_size=32"])
+    alone, whole = plan(TINY, recipe), plan(path, recipe)
+    assert alone.part_bytes == whole.part_bytes
+    assert alone.ram_bytes == whole.ram_bytes
+    assert (alone.photo_tiles, alone.photo_tokens, alone.most_tiles) == (10, 10 * 8, 10)
+    assert (whole.photo_tiles, whole.photo_tokens, whole.most_tiles) == (10, 10 * 8, 10)
+    assert alone.refused == whole.refused == ()
+
+
+def test_a_written_shape_is_written_again_where_it_is_another(tmp_path):
+    path = tmp_path / "model"
+    written = [write_shape(TINY, path).stat().st_ino, write_shape(TINY, path).stat().st_ino]
+    assert written[0] == written[1]
+    one_tile = write_shape(TINY, path, is_split=False)
+    assert load_checkpoint(one_tile).spec.tiling is None
+
+
+def test_an_unknown_shape_is_told_in_one_line():
+    with pytest.raises(CheckpointError, match="'gpt-5' is not known; there are .*smolvlm-256m"):
+        load_shape("gpt-5")
+
+
+def test_the_command_plans_a_shape_without_writing_anything(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-m", "pocketvlm", *COMMAND.split()],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(finished.stdout)
+    assert (found["photo_tiles"], found["photo_tokens"]) == (13, 13 * 40)
+    assert not list(tmp_path.iterdir())
+
+
+COMMAND = "plan shape:smolvlm-2.2b --device iphone-17-pro --recipe int4-small --json"
+
+TINY = Shape(
+    name="tiny",
+    source="nobody/tiny",
+    config=tiny_config("smolvlm"),
+    processor={
+        "processor_class": "SmolVLMProcessor",
+        "image_seq_len": 16,
+        "image_processor": {
+            **load_shape("smolvlm-256m").processor["image_processor"],
+            "size": {"longest_edge": 192},
+            "max_image_size": {"longest_edge": 64},
+        },
+    },
+)
