@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
-from pocketvlm.models.tiling import SplitGrid, TileGrid
+from pocketvlm.models.tiling import TileGrid, Tiling
 from pocketvlm.prompt.messages import Message
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def answer_problem(sample: Sample) -> str | None:
 
 def encode_questions(
     encode: Encode,
-    tiling: SplitGrid | None,
+    tiling: Tiling | None,
     samples: Sequence[Sample],
     limits: PromptLimits,
     *,

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.errors import BundleError, PocketVLMError
+from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError, decode, read_json
-from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid
+from pocketvlm.models.tiling import ONE_TILE, AspectGrid, SplitGrid, TileGrid, Tiling
 
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 
-ImageKind = Literal["clip", "llava", "siglip", "idefics3"]
+ImageKind = Literal["clip", "llava", "siglip", "idefics3", "got_ocr2"]
 
 _KINDS: dict[str, ImageKind] = {
     "CLIPImageProcessor": "clip",
@@ -27,10 +28,12 @@ _KINDS: dict[str, ImageKind] = {
     "SiglipImageProcessor": "siglip",
     "Idefics3ImageProcessor": "idefics3",
     "SmolVLMImageProcessor": "idefics3",
+    "GotOcr2ImageProcessor": "got_ocr2",
 }
 _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "llava": ("llava", "clip", "siglip"),
     "idefics3": ("idefics3",),
+    "internvl": ("got_ocr2",),
 }
 """Kinds that a family's processor works with; the first is the one without any type."""
 
@@ -58,6 +61,8 @@ class ImageSettings:
         crop_size: `height` and `width` that are cut out of the middle.
         max_image_size: `longest_edge`, the side of the Idefics3 kind's tiles.
         do_image_splitting: Whether a large picture is cut into several of them.
+        min_patches: Tiles of the smallest grid that the GotOcr2 kind considers.
+        max_patches: Tiles of its largest grid.
         resample: Number of Pillow's filter.
         image_mean: One per channel.
         image_std: Likewise.
@@ -79,6 +84,8 @@ class ImageSettings:
     image_std: tuple[float, ...]
     do_convert_rgb: bool
     do_image_splitting: bool
+    min_patches: int
+    max_patches: int
 
     @property
     def side(self) -> int:
@@ -90,23 +97,24 @@ class ImageSettings:
         return self.size["height"]
 
     @property
-    def tiling(self) -> SplitGrid | None:
+    def tiling(self) -> Tiling | None:
         """How pictures are cut into tiles; `None` where each is one."""
         if not self.do_image_splitting:
             return None
+        if self.kind == "got_ocr2":
+            return AspectGrid(side=self.side, fewest=self.min_patches, most=self.max_patches)
         size = self.size
         first = (size["height"], size["width"]) if "height" in size else size["longest_edge"]
         return SplitGrid(side=self.side, first=first)
 
-    def with_tiling(self, tiling: SplitGrid) -> ImageSettings:
-        """The same with another first size.
+    def with_tiling(self, tiling: Tiling) -> ImageSettings:
+        """The same with the settings that cut pictures in this way."""
+        return replace(self, **tiling.settings)
 
-        Raises:
-            ValueError: It is not one edge's length.
-        """
-        if not isinstance(tiling.first, int):
-            raise ValueError("pictures are cut after their longest edge was set alone")  # noqa: TRY004  (a value of an allowed type)
-        return replace(self, size={"longest_edge": tiling.first})
+    @property
+    def imposed(self) -> Mapping[str, bool]:
+        """What the model's combined processor tells the image processor, whatever its file says."""
+        return {"crop_to_patches": True} if self.kind == "got_ocr2" else {}
 
     @property
     def most_tiles(self) -> int:
@@ -167,6 +175,8 @@ class _Settings:
     image_std: float | tuple[float, ...] | None = None
     do_convert_rgb: bool | None = None
     do_image_splitting: bool | None = None
+    min_patches: int | None = None
+    max_patches: int | None = None
     data_format: str | None = None
     input_data_format: str | None = None
 
@@ -196,7 +206,11 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
     "idefics3": _Defaults(
         size={"longest_edge": 4 * 364}, resample=1, do_image_splitting=True, default_to_square=True
     ),
+    "got_ocr2": _Defaults(
+        size={"height": 384, "width": 384}, mean=_CLIP_MEAN, std=_CLIP_STD, default_to_square=True
+    ),
 }
+_FEWEST_PATCHES, _MOST_PATCHES = 1, 12
 _TILE = {"longest_edge": 364}
 
 
@@ -300,8 +314,10 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
         image_mean=_channels("image_mean", _or(stated.image_mean, default.mean)),
         image_std=_channels("image_std", _or(stated.image_std, default.std)),
         do_convert_rgb=stated.do_convert_rgb is not False,
-        do_image_splitting=kind == "idefics3"
-        and _or(stated.do_image_splitting, default.do_image_splitting),
+        do_image_splitting=kind == "got_ocr2"
+        or (kind == "idefics3" and _or(stated.do_image_splitting, default.do_image_splitting)),
+        min_patches=_or(stated.min_patches, _FEWEST_PATCHES),
+        max_patches=_or(stated.max_patches, _MOST_PATCHES),
     )
 
 
@@ -332,6 +348,8 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
         if any(not 0 < edge <= _LARGEST for edge in getattr(settings, name).values()):
             raise DecodeError(f"{name} must be between 1 and {_LARGEST}")
     size, crop = settings.size, settings.crop_size
+    if settings.kind == "got_ocr2":
+        _check_patches(settings)
     if settings.kind == "idefics3":
         if set(settings.max_image_size) != {"longest_edge"}:
             raise DecodeError("max_image_size must name longest_edge")
@@ -360,6 +378,22 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
     if size["height"] != size["width"]:
         raise DecodeError("size must be a square without do_center_crop")
     return settings
+
+
+def _check_patches(settings: ImageSettings) -> None:
+    """Refuses grids of tiles that are none or too many."""
+    fewest, most = settings.min_patches, settings.max_patches
+    if not 1 <= fewest <= most < _MOST_TILES:
+        raise DecodeError(
+            f"min_patches and max_patches are {fewest} and {most}; allowed are 1 to "
+            f"{_MOST_TILES - 1}, the smaller first"
+        )
+    if settings.do_center_crop:
+        raise DecodeError("do_center_crop must be false: pictures are cut into tiles")
+    if settings.side**2 * most > MAX_PIXELS:
+        raise DecodeError(
+            f"{most} tiles of {settings.side} x {settings.side} are more than {MAX_PIXELS:,} pixels"
+        )
 
 
 def _or(stated: Any, default: Any) -> Any:

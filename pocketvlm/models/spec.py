@@ -15,7 +15,7 @@ from typing import Literal
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
-from pocketvlm.models.tiling import SplitGrid
+from pocketvlm.models.tiling import Tiling
 
 __all__ = [
     "PARTS",
@@ -283,11 +283,13 @@ class ProcessorSpec:
     Attributes:
         classes: Classes that may process for the family; the first where a folder names none.
         counts_patches: Whether the stock processor counts a picture's placeholders from the
-            patches of a side, or takes `image_seq_len` of them.
+            patches of a side, or takes a setting's number of them.
         stand_in: A stock class that writes the same prompts, for where the first cannot be loaded
-            without packages that a picture does not need; `None` where there is none.
+            without packages that a picture does not need, such as those of its video part; it may
+            be that class itself, made without that part. `None` where there is none.
         named_tokens: Tokens of a picture's text, as this package spells them, that a tokenizer may
-            spell otherwise, by the name that its settings give them.
+            spell otherwise, by the name that its settings give them. The placeholder's name is
+            `image_token`, unless it is among them.
         count_setting: The setting that states the placeholders of a picture, in the processor's
             file or the image processor's.
         default_count: What the setting is where no file states it; `None` where stock then fails.
@@ -344,7 +346,7 @@ class ModelSpec:
     image_mark: str | None = None
     has_prefix_prompt: bool = False
     chat_template: str | None = None
-    tiling: SplitGrid | None = None
+    tiling: Tiling | None = None
 
     def check(self) -> None:
         """Checks that the sizes fit together.

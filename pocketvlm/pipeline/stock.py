@@ -155,16 +155,27 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
         if stand_in is None:
             raise
         tokenizer = AutoTokenizer.from_pretrained(path, **STOCK_ONLY)
-        processor = getattr(transformers, stand_in)(
-            image_processor=pictures, tokenizer=tokenizer, image_seq_len=folder.spec.visual_tokens
+        count = folder.spec.processor.count_setting
+        processor = _without_videos(getattr(transformers, stand_in))(
+            image_processor=pictures, tokenizer=tokenizer, **{count: folder.spec.visual_tokens}
         )
         processor.chat_template = _own_template(folder.path, tokenizer)
+        first = folder.spec.processor.classes[0]
         notes.append(
-            f"{folder.spec.processor.classes[0]} cannot be loaded without the packages of its "
-            f"video part; {stand_in}, which writes the same prompt for pictures, stands in for it"
+            f"{first} cannot be loaded without the packages of its video part; "
+            + (
+                f"{stand_in}, which writes the same prompt for pictures, stands in for it"
+                if stand_in != first
+                else "it is made without that"
+            )
         )
     processor.image_processor = pictures
     return processor, tuple(notes)
+
+
+def _without_videos(kind: Any) -> Any:
+    """A stock class whose constructor asks nothing of the parts that it is not given."""
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
 
 
 def _own_template(path: Path, tokenizer: Any) -> str | None:

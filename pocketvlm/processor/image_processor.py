@@ -21,7 +21,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json
 from pocketvlm.models.image_settings import ImageSettings, read_image_settings
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.models.tiling import SplitGrid
+from pocketvlm.models.tiling import Tiling
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class ImageProcessor:
         notes = [*settings.notes(), *_check_combined(path, spec)]
         try:
             with quiet_fallbacks():
-                stock = AutoImageProcessor.from_pretrained(str(path), backend="pil", **STOCK_ONLY)
+                stock = AutoImageProcessor.from_pretrained(
+                    str(path), backend="pil", **STOCK_ONLY, **settings.imposed
+                )
         except Exception as error:  # the library may raise anything
             first_line = " ".join(str(error).split())
             raise CheckpointError(
@@ -70,10 +72,9 @@ class ImageProcessor:
             ) from error
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
 
-    def with_tiling(self, tiling: SplitGrid) -> ImageProcessor:
-        """The same with another longest edge that pictures are resized to before they are cut."""
-        size = {"longest_edge": tiling.first}
-        stock = type(self.stock).from_dict({**self.stock.to_dict(), "size": size})
+    def with_tiling(self, tiling: Tiling) -> ImageProcessor:
+        """The same with the settings that cut pictures in this way."""
+        stock = type(self.stock).from_dict({**self.stock.to_dict(), **tiling.settings})
         return replace(self, stock=stock, settings=self.settings.with_tiling(tiling))
 
     def pixels(self, images: Sequence[Image]) -> Tensor:

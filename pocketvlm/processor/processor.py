@@ -17,7 +17,7 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.models.tiling import SplitGrid, TileGrid
+from pocketvlm.models.tiling import TileGrid, Tiling
 from pocketvlm.processor.foreign_code import refuse_foreign_code
 from pocketvlm.processor.image_processor import ImageProcessor
 from pocketvlm.processor.tokenizer import StockTokenizer, read_stock_tokenizer
@@ -146,19 +146,19 @@ class Processor:
         return self.image_processor.pixels(images)
 
     @property
-    def tiling(self) -> SplitGrid | None:
+    def tiling(self) -> Tiling | None:
         """How large pictures are cut; `None` where each is one tile."""
         return self.image_processor.settings.tiling
 
-    def with_tiling(self, tiling: SplitGrid) -> Processor:
-        """The same with another longest edge that pictures are resized to before they are cut."""
+    def with_tiling(self, tiling: Tiling) -> Processor:
+        """The same with the settings that cut pictures in this way."""
         images, name = (
             self.image_processor.with_tiling(tiling),
             self.image_processor.settings.where.name,
         )
         document = json.loads(self.files[name])
         own = document["image_processor"] if name == "processor_config.json" else document
-        own["size"] = {"longest_edge": tiling.first}
+        own.update(tiling.settings)
         files = {**self.files, name: (json.dumps(document, indent=2) + "\n").encode()}
         return replace(self, image_processor=images, files=files)
 

@@ -163,10 +163,12 @@ def _named_by_tokenizer(
             f"{path}: config.json says that token {spec.image_token_id} is the picture's, and the "
             "tokenizer has no such token"
         )
-    declared = named.get("image_token", processor.get("image_token"))
+    names = {token: name for name, token in spec.processor.named_tokens.items()}
+    placeholder = names.get(spec.image_token, "image_token")
+    declared = named.get(placeholder, processor.get(placeholder))
     if isinstance(declared, str) and declared != found:
         raise CheckpointError(
-            f"{path}: the processor's image_token is {declared!r}, and token "
+            f"{path}: the processor's {placeholder} is {declared!r}, and token "
             f"{spec.image_token_id}, the picture's in config.json, is {found!r}"
         )
     # Idefics3's class asks its tokenizer for no names.

@@ -1,11 +1,12 @@
 """Pictures to pixels, bit for bit as Hugging Face's Pillow image processors make them.
 
-Three pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
+Four pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
 padding the picture to a square. The Idefics3 kind resizes twice, first so that the longest edge has
 a given length and then to a square, whatever the aspect ratio; where it splits pictures, the second
-size is whole tiles, and the picture follows them once more as a whole. All end in the same
-arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256 values, so that is a
-table of 256 entries per channel, computed once.
+size is whole tiles, and the picture follows them once more as a whole. The GotOcr2 kind resizes
+once, to the tiles whose ratio is nearest. All end in the same arithmetic,
+`(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256 values, so that is a table of 256
+entries per channel, computed once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.models.image_settings import ImageSettings, parse_image_settings, read_image_settings
-from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid, longest_edge_size
+from pocketvlm.models.tiling import ONE_TILE, TileGrid, Tiling, longest_edge_size
 
 __all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "Tiles", "TwoStepSquare", "to_rgb"]
 
@@ -104,13 +105,13 @@ class TwoStepSquare:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """The Idefics3 kind where it splits pictures: tiles row by row, then the whole.
+    """Pictures that are cut: tiles row by row, then the whole (Idefics3, InternVL).
 
     Attributes:
         tiling: Which tiles.
     """
 
-    tiling: SplitGrid
+    tiling: Tiling
     resample: Image.Resampling
 
     @property
@@ -119,18 +120,18 @@ class Tiles:
         return self.tiling.side
 
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Resizes twice, cuts, and resizes what was cut once more as a whole."""
-        tiled = self.tiling.tiled_size(*image.size)
-        image = image.resize(self.tiling.first_size(*image.size), self.resample)
-        image = image.resize(tiled, self.resample)
-        side = self.side
+        """Resizes, cuts, and resizes once more as a whole."""
+        side, tiled = self.side, image
+        for size in self.tiling.resizes(*image.size):
+            tiled = tiled.resize(size, self.resample)
         parts = [
-            image.crop((left, top, left + side, top + side))
-            for top in range(0, tiled[1], side)
-            for left in range(0, tiled[0], side)
+            tiled.crop((left, top, left + side, top + side))
+            for top in range(0, tiled.height, side)
+            for left in range(0, tiled.width, side)
         ]
         if len(parts) > 1:
-            parts.append(image.resize((side, side), self.resample))
+            whole = tiled if self.tiling.shrinks_tiled else image
+            parts.append(whole.resize((side, side), self.resample))
         return np.stack([np.asarray(part) for part in parts])
 
 
@@ -145,7 +146,7 @@ class ImagePreprocessor:
     """
 
     geometry: Geometry
-    tiling: SplitGrid | None
+    tiling: Tiling | None
     table: npt.NDArray[np.float32]
 
     @classmethod

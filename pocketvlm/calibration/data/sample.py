@@ -13,7 +13,7 @@ from PIL import Image
 from pocketvlm.errors import CalibrationError, InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
-from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid
+from pocketvlm.models.tiling import ONE_TILE, TileGrid, Tiling
 from pocketvlm.prompt.messages import Message, Turn, chat_messages, place_pictures, user_turn
 
 __all__ = ["PictureSource", "Sample"]
@@ -140,7 +140,7 @@ class Sample:
         """
         return [self._size(image) for image in self.images]
 
-    def grids(self, tiling: SplitGrid | None) -> list[TileGrid]:
+    def grids(self, tiling: Tiling | None) -> list[TileGrid]:
         """How every picture is cut into tiles.
 
         Args:

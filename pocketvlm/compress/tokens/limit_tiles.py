@@ -1,8 +1,9 @@
 """The stage that cuts pictures into fewer tiles.
 
 Models that split large pictures spend most of their prompt on tiles: SmolVLM's settings make 13 of
-a photo. Its authors name the knob themselves: a shorter `size.longest_edge`, in whole tiles. What
-is left is an ordinary processor of the family, which stock transformers follows as well.
+a photo. Their authors name the knobs themselves: a shorter `size.longest_edge` in whole tiles, or a
+smaller `max_patches`. What is left is an ordinary processor of the family, which stock transformers
+follows as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.models.tiling import SplitGrid
+from pocketvlm.models.tiling import Tiling
 from pocketvlm.stages import PlanState, Stage, StageResult
 
 if TYPE_CHECKING:
@@ -40,16 +41,10 @@ class LimitTiles(Stage):
         if self.max_tiles < 1:
             raise ValueError(f"max_tiles is {self.max_tiles}; at least 1 is needed")
 
-    def limited(self, tiling: SplitGrid | None) -> SplitGrid | None:
+    def limited(self, tiling: Tiling | None) -> Tiling | None:
         """The tiling with no more tiles; `None` where nothing has to change."""
-        if tiling is None or tiling.most_tiles <= self.max_tiles:
-            return None
-        edges = next(
-            edges
-            for edges in range(8, 0, -1)
-            if replace(tiling, first=edges * tiling.side).most_tiles <= self.max_tiles
-        )
-        return replace(tiling, first=edges * tiling.side)
+        limited = None if tiling is None else tiling.limited(self.max_tiles)
+        return None if limited == tiling else limited
 
     def plan(self, state: PlanState) -> PlanState:
         """Leaves fewer tiles."""
@@ -61,7 +56,7 @@ class LimitTiles(Stage):
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
     ) -> StageResult:
-        """Shortens the longest edge that the processor resizes pictures to."""
+        """Changes the settings of the processor."""
         before = checkpoint.spec.tiling
         tiling = self.limited(before)
         tiles = 1 if before is None else before.most_tiles
@@ -80,6 +75,6 @@ class LimitTiles(Stage):
             notes=(self._unchanged(before),) if tiling is None else (),
         )
 
-    def _unchanged(self, tiling: SplitGrid | None) -> str:
+    def _unchanged(self, tiling: Tiling | None) -> str:
         tiles = 1 if tiling is None else tiling.most_tiles
         return f"limit_tiles: a picture becomes {tiles} of at most {self.max_tiles} tiles already"
