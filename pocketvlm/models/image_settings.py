@@ -249,7 +249,8 @@ def parse_image_settings(
         raise error(f"{where}: image_processor must be an object")
     kind = _read_kind(config, where, family, error)
     try:
-        return _check(_resolve(kind, where, decode(_Settings, _without_nulls(config))), config)
+        stated = decode(_Settings, _without_nulls(config))
+        return _check_patches(_check(_resolve(kind, where, stated), config))
     except DecodeError as fault:
         raise error(f"{where}: {fault}") from fault
 
@@ -348,8 +349,6 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
         if any(not 0 < edge <= _LARGEST for edge in getattr(settings, name).values()):
             raise DecodeError(f"{name} must be between 1 and {_LARGEST}")
     size, crop = settings.size, settings.crop_size
-    if settings.kind == "got_ocr2":
-        _check_patches(settings)
     if settings.kind == "idefics3":
         if set(settings.max_image_size) != {"longest_edge"}:
             raise DecodeError("max_image_size must name longest_edge")
@@ -380,8 +379,10 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
     return settings
 
 
-def _check_patches(settings: ImageSettings) -> None:
-    """Refuses grids of tiles that are none or too many."""
+def _check_patches(settings: ImageSettings) -> ImageSettings:
+    """Refuses grids of the GotOcr2 kind that are none or too large."""
+    if settings.kind != "got_ocr2":
+        return settings
     fewest, most = settings.min_patches, settings.max_patches
     if not 1 <= fewest <= most < _MOST_TILES:
         raise DecodeError(
@@ -394,6 +395,7 @@ def _check_patches(settings: ImageSettings) -> None:
         raise DecodeError(
             f"{most} tiles of {settings.side} x {settings.side} are more than {MAX_PIXELS:,} pixels"
         )
+    return settings
 
 
 def _or(stated: Any, default: Any) -> Any:
