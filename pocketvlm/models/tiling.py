@@ -66,10 +66,16 @@ class SplitGrid:
         """Tiles of the picture that costs most."""
         if isinstance(self.first, tuple):
             return self.grid(1, 1).tiles
+        return TileGrid(rows=self.most_edge, columns=self.most_edge).tiles
+
+    @property
+    def most_edge(self) -> int:
+        """Tiles along the longest edge that a picture can have."""
+        if isinstance(self.first, tuple):
+            return max(self.grid(1, 1).rows, self.grid(1, 1).columns)
         # The shorter edge of a nearly square picture, made even, may exceed an odd longest one.
         longest = min(self.first + self.first % 2, _LONGEST_EDGE_LIMIT)
-        longest = math.ceil(longest / self.side)
-        return TileGrid(rows=longest, columns=longest).tiles
+        return math.ceil(longest / self.side)
 
     def first_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a picture is resized to first."""
@@ -139,6 +145,11 @@ class AspectGrid:
     def most_tiles(self) -> int:
         """Tiles of the picture that costs most."""
         return TileGrid(columns=self.most).tiles
+
+    @property
+    def most_edge(self) -> int:
+        """Tiles along the longest edge that a picture can have."""
+        return self.most
 
     def grid(self, width: int, height: int) -> TileGrid:
         """The tiles of a picture of this size.

@@ -129,8 +129,7 @@ def write_shape(shape: Shape, path: Path, *, seed: int = 0, is_split: bool = Tru
     }
     if all(_holds(path / file, text) for file, text in texts.items()):
         return path
-    edge = tiling.first if tiling is not None and isinstance(tiling.first, int) else 0
-    tiles = 1 if tiling is None else math.ceil(edge / tiling.side)
+    tiles = 1 if tiling is None else tiling.most_edge
     with replace_directory(path) as folder:
         write_random_model(dict(shape.config), folder, seed=seed, tiles_per_edge=tiles)
         (folder / "preprocessor_config.json").unlink()
