@@ -12,6 +12,7 @@ from pocketvlm.files.reader import locate
 from pocketvlm.json_io import read_json
 from pocketvlm.models.config_keys import find_unread
 from pocketvlm.models.families.table import read_model_spec, supported_families
+from pocketvlm.models.families.unsupported import advise
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import plain_config, refuse_foreign_code
 
@@ -31,7 +32,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no checkpoint here: config.json is missing")
     config = read_json(locate(path, file.name, error=CheckpointError), error=CheckpointError)
     check_sizes(config, str(file))
-    refuse_foreign_code(path)
+    refuse_foreign_code(path, advise(config, supported_families()))
     return config
 
 

@@ -47,8 +47,13 @@ _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", 
 _SHOWN = 60
 
 
-def refuse_foreign_code(folder: Path) -> None:
+def refuse_foreign_code(folder: Path, advice: str | None = None) -> None:
     """Searches every file of a model folder that a library may read.
+
+    Args:
+        folder: The folder.
+        advice: What to do with a model that needs code; `None` where nothing better is known than
+            to convert it.
 
     Raises:
         CheckpointError: One asks for code, leads out of the folder, is not a regular file, or is a
@@ -67,7 +72,9 @@ def refuse_foreign_code(folder: Path) -> None:
                     "its clone"
                 )
             if file.suffix == ".json" and not _is_vocabulary(file.name):
-                _refuse_code(file)
+                _refuse_code(
+                    file, advice or "convert the model to stock transformers classes first"
+                )
 
 
 def plain_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -105,7 +112,7 @@ def _is_vocabulary(name: str) -> bool:
     return name in _VOCABULARIES or name.endswith(".index.json")
 
 
-def _refuse_code(file: Path) -> None:
+def _refuse_code(file: Path, advice: str) -> None:
     text = read_text(file, error=CheckpointError)
     try:
         document = parse_json(text, str(file), error=CheckpointError)
@@ -117,7 +124,7 @@ def _refuse_code(file: Path) -> None:
         ):
             raise CheckpointError(
                 f"{file}: needs its own code ({path}: {_shown(value)}), which is never run; "
-                "convert the model to stock transformers classes first"
+                f"{advice}"
             )
 
 

@@ -11,6 +11,7 @@ from pocketvlm.json_io import decode
 from pocketvlm.models.config_keys import ReadConfig
 from pocketvlm.models.families.idefics3 import read_idefics3
 from pocketvlm.models.families.llava import read_llava
+from pocketvlm.models.families.unsupported import advise, classes
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["FAMILIES", "read_model_spec", "supported_families"]
@@ -42,9 +43,11 @@ def read_model_spec(config: Mapping[str, Any], used: set[str] | None = None) -> 
     """
     model_type = config.get("model_type")
     reader = FAMILIES.get(str(model_type))
-    if reader is None:
+    advice = advise(config, FAMILIES)
+    if reader is None or advice is not None:
+        found = f"model_type {model_type!r}" if reader is None else f"class {classes(config)[0]!r}"
         raise UnsupportedError(
-            f"config.json: model_type {model_type!r} is not supported; "
+            f"config.json: {found} is not supported; {f'{advice}; all ' if advice else ''}"
             f"supported are {', '.join(supported_families())}"
         )
     try:
