@@ -1,71 +1,99 @@
-"""Builds the stock model of a config.json, before any weight is read."""
+"""Builds models before any weight is read: ours from its spec, the stock one from a config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
+from pocketvlm.graph.rms_norm import RMSNorm
+from pocketvlm.models.spec import ModelSpec, NormSpec
 from pocketvlm.processor.foreign_code import ATTENTION
 
 __all__ = ["build_model", "build_skeleton"]
 
 
-class _MatricesOnMeta(TorchFunctionMode):
-    """Allocates vectors and buffers, but not matrices, which are loaded one by one."""
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The modules that a spec names, on the meta device, in a tree by their dotted names.
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            shape = args[0] if args and isinstance(args[0], tuple | list) else args
-            if len(shape) > 1:
-                kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def build_model(config: Mapping[str, Any]) -> nn.Module:
-    """The stock model of a config.json, in float32, with its weight matrices on the meta device.
-
-    Raises:
-        CheckpointError: The config cannot be understood.
+    They are run by `pocketvlm.reference_graph`: the tree has no `forward` of its own. Blocks of
+    the tower that are never run are part of it, because other tools want whole models.
     """
-    from transformers.initialization import no_init_weights
+    tower, decoder = spec.tower, spec.decoder
+    whole = replace(spec, tower=replace(tower, feature_block=tower.depth - 1, has_post_norm=True))
+    root = nn.Module()
+    with torch.device("meta"):
+        if tower.class_embedding is not None:
+            owner = _container(root, tower.embeddings)
+            token = nn.Parameter(torch.empty(tower.hidden_size))
+            owner.register_parameter(tower.class_embedding, token)
+        patches = nn.Conv2d(
+            tower.channels,
+            tower.hidden_size,
+            tower.patch_size,
+            stride=tower.patch_size,
+            bias=tower.has_patch_bias,
+        )
+        _place(root, tower.patch_embedding, patches)
+        _place(root, tower.position_embedding, nn.Embedding(tower.tokens, tower.hidden_size))
+        norms = {norm.name: norm for norm in whole.norms()}
+        for linear in whole.linears():
+            if linear.name == decoder.embedding:
+                table: nn.Module = nn.Embedding(linear.out_features, linear.in_features)
+            else:
+                table = nn.Linear(linear.in_features, linear.out_features, bias=linear.has_bias)
+            _place(root, linear.name, table)
+        if decoder.tied_head:
+            head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+            _place(root, decoder.head, head)
+        for norm in norms.values():
+            _place(root, norm.name, _norm(norm))
+    root.requires_grad_(requires_grad=False)
+    return root.eval()
 
-    with _MatricesOnMeta(), no_init_weights():
-        model: nn.Module = _stock_model(config)
-    model.requires_grad_(requires_grad=False)
-    return model.eval()
+
+def _norm(norm: NormSpec) -> nn.Module:
+    if norm.has_bias:
+        return nn.LayerNorm(norm.width, eps=norm.eps)
+    return RMSNorm(norm.width, norm.eps)
+
+
+def _container(root: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name, made where there is none."""
+    module = root
+    for part in name.split(".") if name else ():
+        child = module._modules.get(part)  # noqa: SLF001  (children by name; getattr finds methods too)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    return module
+
+
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    _container(root, parent).add_module(own, module)
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Any:
-    """The same model on the meta device: which weights it has, and their names.
+    """The stock model on the meta device: which weights it has, and their names.
 
     Raises:
         CheckpointError: The config cannot be understood.
     """
-    with torch.device("meta"):
-        return _stock_model(config)
-
-
-def _stock_model(config: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForImageTextToText
 
     parsed = parse_config(config)
     try:
-        return AutoModelForImageTextToText.from_config(
-            parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
-        )
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
+            )
     except Exception as error:  # modules assert, divide by and look up values of the config
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"config.json: no model can be built from it: {words}") from error

@@ -96,7 +96,7 @@ class Checkpoint:
         processor = Processor.load(folder.path, folder.spec)
         spec = processor.spec  # with the placeholder as the tokenizer spells it
         digests = verify_blobs(folder.files)
-        model = build_model(folder.config)
+        model = build_model(folder.spec)
         load_weights(model, folder)
         checkpoint = cls(
             model=model,
@@ -163,7 +163,7 @@ class Checkpoint:
         forms: Mapping[str, WeightForm],
         vectors: Mapping[str, Tensor],
     ) -> Checkpoint:
-        """The checkpoint with other shapes: a new stock model for a changed config.json.
+        """The checkpoint with other shapes: a new model for a changed config.json.
 
         Args:
             config: The changed content of config.json.
@@ -193,7 +193,7 @@ class Checkpoint:
                 f"decoder layers, and {spec.decoder.depth} would be left; remove layers before "
                 "skip_visual"
             )
-        model = build_model(config)
+        model = build_model(spec)
         decoder = spec.decoder
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):

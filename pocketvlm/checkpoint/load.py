@@ -1,4 +1,4 @@
-"""Loads a stock model whose weight matrices are read from the files one by one."""
+"""Loads a model whose weight matrices are read from the files one by one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint.folder import ModelFolder
+from pocketvlm.checkpoint.folding import folded_tensors
 from pocketvlm.checkpoint.tensors import check_shape, read_tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import DecodeError, decode
@@ -46,7 +47,13 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
         taken.add(name)
         return read_tensor(stored[name])
 
+    # What this package saved is folded already.
+    folded = folded_tensors(() if folder.manifest else spec.folds, take)
+
     def take_vector(name: str, expected: Tensor) -> Tensor:
+        made = folded(name)
+        if made is not None:
+            return made.to(torch.float32)
         if name not in stored and not spec.runs(name):
             return torch.zeros(expected.shape)
         return take(name).to(torch.float32)
@@ -71,6 +78,9 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
                 f"{folder.path}: {name} has a weight of kind {metadata.get('kind')!r}; known are "
                 f"{', '.join(form.kind for form in FORMS)}"
             )
+        made = folded(f"{name}.weight")
+        if made is not None:
+            return DenseWeight(values=made)
         shared_tensors = _owners(name, metadata)
         prefix = name + "."
         keys = [
@@ -118,7 +128,11 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
         value = take_vector(name, parameter)
         check_shape(name, tuple(value.shape), tuple(parameter.shape))
         setattr(model.get_submodule(layer), last, nn.Parameter(value, requires_grad=False))
-    unknown = sorted(name for name in stored.keys() - taken if not name.startswith(CACHE_PREFIX))
+    unknown = sorted(
+        name
+        for name in stored.keys() - taken
+        if spec.runs(name) and not name.startswith(CACHE_PREFIX)
+    )
     if unknown:
         raise CheckpointError(
             f"{folder.path}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.export.torch_ops import TorchOps
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.torch_ops import TorchOps
 
 __all__ = ["ReducerGraph"]
 

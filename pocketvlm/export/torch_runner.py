@@ -84,6 +84,5 @@ class TorchRunner(Runner):
     def _crop(self, text: int) -> None:
         """Cuts the cache back to the rows that count, late layers to `text` of them."""
         late = self.checkpoint.visual_layers
-        for index, layer in enumerate(self._cache.layers):
-            wanted = self._length if late is None or index < late else text
-            layer.crop(min(0, wanted - layer.get_seq_length()))
+        for block in range(self.checkpoint.spec.decoder.depth):
+            self._cache.crop(block, self._length if late is None or block < late else text)

@@ -44,10 +44,12 @@ class NormStep:
 
     Attributes:
         name: Its module.
+        eps: What is added to the variance.
     """
 
     kind: Literal["norm"] = "norm"
     name: str
+    eps: float
 
 
 @dataclass(frozen=True, kw_only=True)

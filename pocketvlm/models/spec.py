@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pocketvlm.errors import CheckpointError
+from pocketvlm.models.folds import Fold
 from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
 from pocketvlm.models.tiling import Tiling
 
@@ -28,6 +29,7 @@ __all__ = [
     "NormSpec",
     "Part",
     "ProcessorSpec",
+    "RopeSpec",
     "TowerSpec",
 ]
 
@@ -73,11 +75,13 @@ class NormSpec:
     Attributes:
         name: Its module.
         width: Channels that it scales.
+        eps: What is added to the variance.
         has_bias: Whether it is a LayerNorm, with a bias, or an RMSNorm, without one.
     """
 
     name: str
     width: int
+    eps: float
     has_bias: bool
 
 
@@ -92,6 +96,8 @@ class AttentionSpec:
         k: Keys.
         v: Values.
         o: What projects the heads back to the hidden state.
+        q_norm: The RMSNorm of each head of the queries, before they are rotated; `None` for none.
+        k_norm: Likewise of the keys.
     """
 
     module: str
@@ -100,6 +106,8 @@ class AttentionSpec:
     k: str
     v: str
     o: str
+    q_norm: str | None = None
+    k_norm: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -223,13 +231,25 @@ class TowerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary positions of a decoder (RoFormer, arXiv 2104.09864).
+
+    Attributes:
+        theta: The base of the frequencies.
+        width: Channels of a head that are rotated.
+    """
+
+    theta: float
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """A pre-norm decoder with rotary positions and grouped queries.
 
     Attributes:
         prefix: Module name of the text model.
         embedding: Module name of the token embedding.
-        rotary: Module name of what computes rotary angles.
         stack: Module name of the list of blocks.
         blocks: All of them.
         norm: Module name of the norm after the last block.
@@ -242,7 +262,6 @@ class DecoderSpec:
 
     prefix: str
     embedding: str
-    rotary: str
     stack: str
     blocks: tuple[BlockSpec, ...]
     norm: str
@@ -254,7 +273,7 @@ class DecoderSpec:
     head_dim: int
     vocab_size: int
     max_positions: int
-    rope_theta: float
+    rope: RopeSpec
     norm_eps: float
     activation: str
     tied_head: bool
@@ -329,6 +348,7 @@ class ModelSpec:
         chat_template: The template of folders that have none; `None` where each must have one.
         tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
             where no processor has been read.
+        folds: How tensors of a stock checkpoint become those that are named here.
     """
 
     family: str
@@ -347,6 +367,7 @@ class ModelSpec:
     has_prefix_prompt: bool = False
     chat_template: str | None = None
     tiling: Tiling | None = None
+    folds: tuple[Fold, ...] = ()
 
     def check(self) -> None:
         """Checks that the sizes fit together.
@@ -369,9 +390,9 @@ class ModelSpec:
                     "the projector does not end with a linear layer",
                 ),
                 (decoder.heads % decoder.kv_heads, "KV heads do not divide the heads"),
-                (decoder.head_dim % 2, "an odd head_dim cannot be rotated by position"),
+                (decoder.rope.width % 2, "an odd head_dim cannot be rotated by position"),
                 (not 0 <= self.image_token_id < 2**31, "the image token's id is out of range"),
-                (not 0 < decoder.rope_theta <= _LARGEST_BASE, "rope_theta is out of range"),
+                (not 0 < decoder.rope.theta <= _LARGEST_BASE, "rope_theta is out of range"),
                 (not (0 < tower.norm_eps < 1 and 0 < decoder.norm_eps < 1), "eps is out of range"),
             )
             if is_wrong
@@ -420,17 +441,29 @@ class ModelSpec:
         names = [] if tower.pre_norm is None else [tower.pre_norm]
         names += [half.norm for block in run for half in (block.attention, block.ffn)]
         names += [tower.post_norm] if tower.has_post_norm else []
-        norms = [NormSpec(name=name, width=tower.hidden_size, has_bias=True) for name in names]
+        norms = [_norm(name, tower.hidden_size, tower.norm_eps, has_bias=True) for name in names]
         width = tower.hidden_size * self.projector.merge_factor**2
         for step in self.projector.steps:
             if isinstance(step, NormStep):
-                norms.append(NormSpec(name=step.name, width=width, has_bias=True))
+                norms.append(_norm(step.name, width, step.eps, has_bias=True))
             elif isinstance(step, LinearStep):
                 width = step.out_features
-        names = [half.norm for block in decoder.blocks for half in (block.attention, block.ffn)]
-        names.append(decoder.norm)
-        norms += [NormSpec(name=name, width=decoder.hidden_size, has_bias=False) for name in names]
+        for block in decoder.blocks:
+            attention = block.attention
+            for name, width in (
+                (attention.norm, decoder.hidden_size),
+                (attention.q_norm, decoder.head_dim),
+                (attention.k_norm, decoder.head_dim),
+                (block.ffn.norm, decoder.hidden_size),
+            ):
+                if name is not None:
+                    norms.append(_norm(name, width, decoder.norm_eps, has_bias=False))
+        norms.append(_norm(decoder.norm, decoder.hidden_size, decoder.norm_eps, has_bias=False))
         return tuple(norms)
+
+
+def _norm(name: str, width: int, eps: float, *, has_bias: bool) -> NormSpec:
+    return NormSpec(name=name, width=width, eps=eps, has_bias=has_bias)
 
 
 def _tower_linears(tower: TowerSpec) -> tuple[LinearSpec, ...]:

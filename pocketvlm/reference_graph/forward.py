@@ -1,15 +1,14 @@
 """Runs a checkpoint in torch exactly as the phone will: pixels, k embeddings, splice, decoder.
 
-This is the definition that every exported graph is held to. The blocks are the stock modules of
-transformers; what is written here is what happens between them: which hidden state becomes a
-feature, where patches are merged, where tokens are dropped, and which position ids remain.
+This is the definition that every exported graph is held to. It runs the sublayers of the phone's
+graphs over the modules of a checkpoint, and stock transformers is the oracle that it is held to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,15 +16,15 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.projector import run_steps
-from pocketvlm.models.reducer import ReducerInputs
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.prompt.generation_settings import GenerationSettings
-from pocketvlm.reference_graph.kv_cache import cache_argument
-from pocketvlm.reference_graph.visual_cutoff import run_decoder
+from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
+from pocketvlm.reference_graph.kv_cache import KVCache
+from pocketvlm.reference_graph.sublayers import decoder_sublayers, run_sublayers, tower_sublayers
+from pocketvlm.reference_graph.torch_ops import TorchOps
 
 __all__ = [
     "DecoderInputs",
-    "ModuleOps",
     "VisualTokens",
     "decode_logits",
     "decoder_states",
@@ -34,12 +33,10 @@ __all__ = [
     "encode_features",
     "encode_images",
     "greedy_generate",
-    "merge_patches",
     "new_cache",
     "project",
     "reduce_features",
     "run_tower_block",
-    "scoring_attention",
     "tower_features",
 ]
 
@@ -79,55 +76,15 @@ class DecoderInputs:
 
 def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
     """What enters the tower's first block: [images, tokens, hidden] from [images, C, S, S]."""
-    tower = spec.tower
-    hidden: Tensor = model.get_submodule(tower.patch_embedding)(pixels).flatten(2).transpose(1, 2)
-    if tower.class_embedding is not None:
-        token = getattr(model.get_submodule(tower.embeddings), tower.class_embedding)
-        hidden = torch.cat([token.expand(len(hidden), 1, -1), hidden], dim=1)
-    # Row by row: the patches of one whole picture are in raster order.
-    positions = cast("Any", model.get_submodule(tower.position_embedding))
-    hidden = hidden + positions.weight
+    ops = TorchOps(model, spec)
+    hidden = ops.embed_patches(pixels)
     norm = spec.tower.pre_norm
-    return hidden if norm is None else cast("Tensor", model.get_submodule(norm)(hidden))
+    return hidden if norm is None else ops.norm(hidden, norm)
 
 
 def run_tower_block(model: nn.Module, spec: ModelSpec, block: int, hidden: Tensor) -> Tensor:
     """One block of the tower, [images, tokens, hidden] to the same."""
-    output = model.get_submodule(spec.tower.blocks[block].module)(hidden, attention_mask=None)
-    return cast("Tensor", output[0] if isinstance(output, tuple) else output)
-
-
-def scoring_attention(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled queries and keys of the feature block, from what enters it.
-
-    Returns:
-        Two tensors [images, heads, tokens, head_dim]; no attention matrix is ever built.
-    """
-    attention = spec.tower.blocks[spec.tower.feature_block].attention
-    normed = model.get_submodule(attention.norm)(hidden)
-    shape = (*normed.shape[:2], spec.tower.heads, spec.tower.head_dim)
-    queries = model.get_submodule(attention.q)(normed).view(shape).transpose(1, 2)
-    keys = model.get_submodule(attention.k)(normed).view(shape).transpose(1, 2)
-    return queries * spec.tower.head_dim**-0.5, keys
-
-
-def merge_patches(features: Tensor, merge_factor: int) -> Tensor:
-    """Pixel shuffle: each square of patches becomes one token, channels in raster order.
-
-    Args:
-        features: [images, side * side, C].
-        merge_factor: Side of the square, s.
-
-    Returns:
-        [images, side * side / s**2, C * s**2], tokens in raster order of the merged grid.
-    """
-    if merge_factor == 1:
-        return features
-    images, count, width = features.shape
-    side = int(count**0.5)
-    cells, factor = side // merge_factor, merge_factor
-    grid = features.view(images, cells, factor, cells, factor * width)
-    return grid.transpose(2, 3).reshape(images, cells * cells, factor * factor * width)
+    return run_sublayers(tower_sublayers(model, spec, block), None, hidden)
 
 
 def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
@@ -141,38 +98,17 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
     Returns:
         [images, N, C], N the visual tokens of an image.
     """
+    ops = TorchOps(model, spec)
     if spec.tower.has_post_norm:
-        hidden = model.get_submodule(spec.tower.post_norm)(hidden)
+        hidden = ops.norm(hidden, spec.tower.post_norm)
     if spec.tower.has_cls:
-        hidden = hidden[:, 1:]
-    return merge_patches(hidden, spec.projector.merge_factor)
-
-
-class ModuleOps:
-    """Operators that are the modules of a stock model, over tensors [..., channels]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def linear(self, inputs: Tensor, *names: str) -> Tensor:
-        """One linear layer."""
-        (name,) = names
-        return cast("Tensor", self._model.get_submodule(name)(inputs))
-
-    def norm(self, inputs: Tensor, name: str) -> Tensor:
-        """A norm."""
-        return cast("Tensor", self._model.get_submodule(name)(inputs))
-
-    def activation(self, inputs: Tensor, kind: str) -> Tensor:
-        """An activation."""
-        from transformers.activations import ACT2FN
-
-        return cast("Tensor", ACT2FN[kind](inputs))
+        hidden = ops.drop_first(hidden)
+    return ops.merge_patches(hidden, spec.projector.merge_factor)
 
 
 def project(model: nn.Module, spec: ModelSpec, features: Tensor) -> Tensor:
     """Tower features [..., C] to decoder embeddings [..., width]."""
-    return run_steps(ModuleOps(model), spec.projector.steps, features)
+    return run_steps(TorchOps(model, spec), spec.projector.steps, features)
 
 
 def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
@@ -208,20 +144,14 @@ def reduce_features(
         features: What `tower_features` returns.
         entering: What enters the feature block; `None` where nothing is reduced.
     """
+    model, spec = checkpoint.model, checkpoint.spec
     if checkpoint.reducer is None or entering is None:
-        return features, torch.arange(features.shape[1]).expand(features.shape[0], -1)
-    spec = checkpoint.spec
-    queries, keys = scoring_attention(checkpoint.model, spec, entering)
-    kept, indices = checkpoint.reducer(
-        ReducerInputs(
-            features=features,
-            queries=queries,
-            keys=keys,
-            has_cls=spec.tower.has_cls,
-            merge_factor=spec.projector.merge_factor,
-        )
-    )
-    return kept, indices
+        return TorchOps(model, spec).reduce(features, features, features)
+    attention = spec.tower.blocks[spec.tower.feature_block].attention
+    ops = TorchOps(model, spec, reducer=checkpoint.reducer)
+    normed = ops.norm(entering, attention.norm)
+    queries, keys, _ = ops.split(ops.linear(normed, *attention.inputs), *attention.inputs)
+    return ops.reduce(features, queries, keys)
 
 
 def embed_prompts(
@@ -283,57 +213,61 @@ def embed_prompts(
     )
 
 
-def new_cache(checkpoint: Checkpoint) -> Any:
-    """An empty transformers cache that keeps what the phone's would."""
-    if checkpoint.cache_grid is not None:
-        from pocketvlm.reference_graph.kv_cache import QuantizedDynamicCache
-
-        return QuantizedDynamicCache(checkpoint.cache_grid)
-    from transformers import DynamicCache
-
-    return DynamicCache()
+def new_cache(checkpoint: Checkpoint) -> KVCache:
+    """An empty cache that keeps what the phone's would."""
+    return KVCache(checkpoint.spec.decoder.depth, checkpoint.cache_grid)
 
 
-def decoder_states(checkpoint: Checkpoint, inputs: DecoderInputs, cache: Any = None) -> Tensor:
+def decoder_states(
+    checkpoint: Checkpoint, inputs: DecoderInputs, cache: KVCache | None = None
+) -> Tensor:
     """What the head reads, [batch, length, width]: hidden states after the decoder's last norm.
 
-    Where visual tokens end before the last layer, their columns are zero.
+    Where visual tokens end before the last layer (`Checkpoint.visual_layers`), their rows end
+    after the attention of the last layer that they run through: no later layer computes them, and
+    none keeps keys or values of them; their columns are zero here. What remains equals, for every
+    row of text, a decoder that hides visual keys from the next layer on. Rows keep the rotary
+    positions that they had.
 
     Args:
         checkpoint: The model.
         inputs: The spliced prompt, or one step of generation.
         cache: As `decode_logits` takes it.
+
+    Raises:
+        ValueError: Visual tokens end early, there is a cache, and rows differ in how much text
+            they have.
     """
+    model, spec, late = checkpoint.model, checkpoint.spec, checkpoint.visual_layers
     if cache is None and checkpoint.cache_grid is not None:
         cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
-    if checkpoint.visual_layers is not None:
-        return run_decoder(
-            checkpoint.model,
-            checkpoint.spec.decoder,
-            inputs.embeds,
-            inputs.positions,
-            inputs.is_visual,
-            visual_layers=checkpoint.visual_layers,
-            cache=cache,
-        )
-    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
-    # Without a cache and a mask, transformers would take the gaps that removed tokens leave among
-    # the positions for borders between packed sequences, and keep them from seeing each other.
-    whole = torch.ones(inputs.embeds.shape[:2], dtype=torch.bool) if cache is None else None
-    output = decoder(
-        inputs_embeds=inputs.embeds,
-        attention_mask=whole,
-        position_ids=inputs.positions,
-        use_cache=cache is not None,
-        **cache_argument(decoder, cache),
-    )
-    return cast("Tensor", output.last_hidden_state)
+    columns = text_columns(inputs.is_visual)
+    hides_rows = late is not None and columns.shape[1] < inputs.is_visual.shape[1]
+    is_filled = inputs.is_visual.gather(1, columns)
+    if late is not None and cache is not None and bool(is_filled.any()):
+        raise ValueError("rows of one batch must have equally much text to share a cache")
+    rows = DecoderRows.at(spec.decoder, inputs.positions, cache)
+    hidden = inputs.embeds
+    for block in range(spec.decoder.depth):
+        attention, ffn = decoder_sublayers(model, spec, block)
+        hidden = attention.output(hidden, rows)
+        if hides_rows and late is not None and block == late - 1:
+            if columns.shape[1] == 0:
+                return hidden.new_zeros(inputs.embeds.shape)  # later layers have nothing to compute
+            hidden, rows = take_columns(hidden, columns), rows.take(columns)
+        hidden = ffn.output(hidden, rows)
+    hidden = TorchOps(model, spec).norm(hidden, spec.decoder.norm)
+    if not hides_rows:
+        return hidden
+    hidden = hidden.masked_fill(is_filled[..., None], 0.0)
+    places = columns[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.new_zeros(inputs.embeds.shape).scatter(1, places, hidden)
 
 
 def decode_logits(
     checkpoint: Checkpoint,
     inputs: DecoderInputs,
-    cache: Any = None,
+    cache: KVCache | None = None,
     *,
     last_only: bool = False,
     columns: Tensor | None = None,
@@ -343,8 +277,7 @@ def decode_logits(
     Args:
         checkpoint: The model.
         inputs: The spliced prompt, or one step of generation.
-        cache: A transformers cache that is extended in place, such as `new_cache` makes; `None`
-            to compute all of `inputs` at once.
+        cache: What `new_cache` made, extended in place; `None` to compute all of `inputs` at once.
         last_only: Whether only the last column is needed.
         columns: int64 [batch, m]: which columns are needed; the head runs on these alone, so that
             prompts padded on the right can share a batch at no cost.

@@ -1,45 +1,56 @@
-"""The KV cache of a stock decoder: how it is handed over, and one that holds what int8 would."""
+"""The KV cache of the reference graph; it holds what int8 would where scales are given."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
-from torch import Tensor, nn
-from transformers import DynamicCache
+import torch
+from torch import Tensor
 
 from pocketvlm.weights.kv_cache import KVCacheScales
 
-__all__ = ["QuantizedDynamicCache", "cache_argument"]
+__all__ = ["KVCache"]
 
 
-class QuantizedDynamicCache(DynamicCache):
-    """Rounds keys and values as they enter; attention sees the rounded ones, its own included."""
-
-    def __init__(self, grid: KVCacheScales) -> None:
-        super().__init__()
-        self._grid = grid
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Appends the rows of one layer, rounded, and returns all there are."""
-        keys, values = self._grid.round(layer_idx, key_states, value_states)
-        updated: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
-        return updated
-
-
-def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a decoder or to one of its attentions.
-
-    The signature decides, not the version: a family may follow a renaming later than others do.
+class KVCache:
+    """Keys and values of every block, after their rotary positions; grows call by call.
 
     Args:
-        module: A module of transformers whose `forward` takes a cache.
-        cache: A transformers cache, or `None`.
-
-    Returns:
-        `{"cache": cache}`, or `{"past_key_values": cache}` before transformers 5.24.
+        depth: Blocks of the decoder.
+        grid: Scales that keys and values are rounded to as they enter, so that attention sees
+            the rounded ones, its own included; `None` to keep them as they are.
     """
-    names = inspect.signature(module.forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
+
+    def __init__(self, depth: int, grid: KVCacheScales | None = None) -> None:
+        self._rows: list[tuple[Tensor, Tensor] | None] = [None] * depth
+        self._grid = grid
+
+    def length(self, block: int) -> int:
+        """Rows that a block holds."""
+        held = self._rows[block]
+        return 0 if held is None else held[0].shape[2]
+
+    def rows(self, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, each [batch, kv_heads, rows, head_dim].
+
+        Raises:
+            ValueError: It holds none yet.
+        """
+        held = self._rows[block]
+        if held is None:
+            raise ValueError(f"block {block} holds no rows")
+        return held
+
+    def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends rows [batch, kv_heads, length, head_dim] of a block; returns all there are."""
+        if self._grid is not None:
+            key, value = self._grid.round(block, key, value)
+        held = self._rows[block]
+        if held is not None:
+            key, value = torch.cat([held[0], key], dim=2), torch.cat([held[1], value], dim=2)
+        self._rows[block] = (key, value)
+        return key, value
+
+    def crop(self, block: int, length: int) -> None:
+        """Forgets the rows of a block after the first `length`."""
+        held = self._rows[block]
+        if held is not None:
+            self._rows[block] = (held[0][:, :, :length], held[1][:, :, :length])

@@ -19,6 +19,7 @@ from pocketvlm.evaluation.prompts import prompt_messages
 from pocketvlm.evaluation.score import Score, blinded, compare_scores, score_checkpoint
 from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
 from pocketvlm.prompt.messages import PICTURE, Turn, user_turn
+from tests.stock import stock_of
 
 assistant = Turn(role="assistant", parts=("hi",))
 QUESTIONS = ("what is it?", "why?", "is it red?", "why?", "how many are there?", "why not?")
@@ -59,7 +60,7 @@ def generate_one(checkpoint: Checkpoint, sample: Sample, tokens: int) -> str:
         pixels = processor.pixels([sample.open_image(at) for at in range(len(sample.images))])
         is_llava = checkpoint.spec.family == "llava"
         options = {"pixel_values": pixels if is_llava else pixels[None]}
-    whole = checkpoint.model.generate(
+    whole = stock_of(checkpoint).generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,

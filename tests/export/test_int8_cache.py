@@ -93,7 +93,7 @@ def test_the_kernel_caches_the_codes_that_torch_rounds_to(
     for layer in range(rounded.spec.decoder.depth):
         for kind, scales in rounded.cache_grid.to_tensors().items():
             codes = decoder.cache[f"{layer}.{kind.removesuffix('s')}"][0, :, :length]
-            held = getattr(cache.layers[layer], kind)[0] / scales[layer][:, None, :]
+            held = cache.rows(layer)[kind == "values"][0] / scales[layer][:, None, :]
             assert codes.dtype == np.int8
             assert (codes == held.round().numpy()).mean() > 0.999
 
@@ -138,9 +138,10 @@ def test_a_channel_spans_its_largest_magnitude(
             visual = encode_images(checkpoint, checkpoint.processor.pixels([sample.open_image()]))
             inputs = embed_prompts(checkpoint, torch.tensor([prompt.token_ids]), visual)
             decode_logits(checkpoint, inputs, cache)
-        for layer, states in enumerate(cache.layers):
+        for layer in range(rounded.spec.decoder.depth):
+            keys, _ = cache.rows(layer)
             for head in range(largest.shape[1]):
-                found = states.keys[0, head].abs().max(dim=0).values
+                found = keys[0, head].abs().max(dim=0).values
                 largest[layer, head] = torch.maximum(largest[layer, head], found)
     torch.testing.assert_close(rounded.cache_grid.keys * 127, largest, rtol=1e-5, atol=1e-6)
 

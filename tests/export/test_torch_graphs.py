@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.export.builders import cache_names, decoder_signatures, vision_signatures
-from pocketvlm.export.torch_ops import DecoderGraph, EmbeddingGraph, VisionGraph
-from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits
+from pocketvlm.export.signatures import cache_names, decoder_signatures, vision_signatures
+from pocketvlm.export.torch_graphs import DecoderGraph, EmbeddingGraph, VisionGraph
+from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, new_cache
 from pocketvlm.weights.modules import cache_dense_weights
 from tests.export.rig import ReceivedAttention, make_prompt
 
@@ -36,7 +35,7 @@ def test_decoder_with_gaps_and_a_second_turn(tiny_checkpoint: Checkpoint) -> Non
     _, _, prompt = make_prompt(tiny_checkpoint)
     shape = (1, spec.decoder.kv_heads, 48, spec.decoder.head_dim)
     past = [torch.full(shape, 1e4) for _ in cache_names(spec, "past")]
-    graph, cache, length = DecoderGraph(tiny_checkpoint), DynamicCache(), 0
+    graph, cache, length = DecoderGraph(tiny_checkpoint), new_cache(tiny_checkpoint), 0
     prompt = replace(prompt, positions=prompt.positions * 2)
     turn = DecoderInputs(
         embeds=torch.randn(1, 4, spec.decoder.hidden_size),

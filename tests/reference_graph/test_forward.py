@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from pocketvlm.graph.tensor_ops import merge_patches
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.processor import user_message
 from pocketvlm.reference_graph.forward import (
@@ -18,9 +19,9 @@ from pocketvlm.reference_graph.forward import (
     embed_prompts,
     encode_images,
     greedy_generate,
-    merge_patches,
-    scoring_attention,
+    reduce_features,
 )
+from tests.stock import stock_of
 
 
 class KeepEvery(TokenReducer):
@@ -71,12 +72,22 @@ def test_logits_and_answers_equal_the_stock_model(tiny_checkpoint, tiny_path):
 
 
 @torch.inference_mode()
-def test_scoring_attention_reproduces_the_blocks_own_attention(tiny_checkpoint):
-    spec, model = tiny_checkpoint.spec, tiny_checkpoint.model
+def test_a_reducer_is_given_the_attention_of_the_feature_block(tiny_checkpoint, tiny_path):
+    spec = tiny_checkpoint.spec
+    given = []
+
+    class Recorder(TokenReducer):
+        def forward(self, inputs):
+            given.append(inputs)
+            return inputs.features[:, :1], torch.zeros(len(inputs.features), 1, dtype=torch.int64)
+
+    checkpoint = replace(tiny_checkpoint, reducer=Recorder(keep=1, positions="original"))
     hidden = torch.randn(1, 5, spec.tower.hidden_size)
-    queries, keys = scoring_attention(model, spec, hidden)
-    weights = functional.softmax(queries @ keys.transpose(-1, -2), dim=-1)
-    block = model.get_submodule(spec.tower.blocks[spec.tower.feature_block].module)
+    reduce_features(checkpoint, torch.randn(1, 4, 8), hidden)
+    (inputs,) = given
+    weights = functional.softmax(inputs.queries @ inputs.keys.transpose(-1, -2), dim=-1)
+    name = spec.tower.blocks[spec.tower.feature_block].module
+    block = stock_model(tiny_path).get_submodule(name)
     normed = block.layer_norm1(hidden)
     values = block.self_attn.v_proj(normed).view(1, 5, spec.tower.heads, -1).transpose(1, 2)
     mixed = (weights @ values).transpose(1, 2).reshape(1, 5, -1)
@@ -135,14 +146,14 @@ def test_dropping_tokens_equals_masking_them(tiny_checkpoint):
     )
     mask[:, hidden_columns] = float("-inf")
     mask[hidden_columns, :] = 0.0  # rows that nobody reads, kept finite
-    decoder = checkpoint.model.get_submodule(checkpoint.spec.decoder.prefix)
-    output = decoder(
+    stock = stock_of(checkpoint)
+    output = stock.get_submodule(checkpoint.spec.decoder.prefix)(
         inputs_embeds=inputs.embeds,
         position_ids=inputs.positions,
         attention_mask=mask[None, None],
         use_cache=False,
     )
-    logits = checkpoint.model.get_submodule(checkpoint.spec.decoder.head)(output.last_hidden_state)
+    logits = stock.lm_head(output.last_hidden_state)
     kept = [column for column in range(length) if column not in hidden_columns]
     torch.testing.assert_close(reduced, logits[:, kept], atol=1e-4, rtol=1e-4)
 

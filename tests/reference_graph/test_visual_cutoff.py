@@ -16,6 +16,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.signed_folder import sign_document
 from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.reference_graph.decoder_rows import text_columns
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     decode_logits,
@@ -23,7 +24,6 @@ from pocketvlm.reference_graph.forward import (
     greedy_generate,
     new_cache,
 )
-from pocketvlm.reference_graph.visual_cutoff import text_columns
 from pocketvlm.weights.kv_cache import KVCacheScales
 
 
@@ -70,13 +70,13 @@ def masked_logits(checkpoint, inputs, visual_layers):
     def norm(name, states):
         module = model.get_submodule(name)
         square = states.square().mean(-1, keepdim=True)
-        return states / (square + module.variance_epsilon).sqrt() * module.weight.double()
+        return states / (square + module.eps).sqrt() * module.weight.double()
 
     answers = []
     for embeds, positions, visual in zip(
         inputs.embeds.double(), inputs.positions, inputs.is_visual, strict=True
     ):
-        angle = positions[:, None] * (1.0 / decoder.rope_theta**exponents)
+        angle = positions[:, None] * (1.0 / decoder.rope.theta**exponents)
 
         def rotate(states, angle=angle):
             first, second = states[:, : width // 2], states[:, width // 2 :]
@@ -143,7 +143,7 @@ def test_the_cache_holds_text_alone_behind_the_visual_layers(deep_checkpoint):
     torch.testing.assert_close(last[:, 0], whole[:, -1])
     rows, text = inputs.embeds.shape[1], int((~inputs.is_visual).sum())
     depth = checkpoint.spec.decoder.depth
-    assert [cache.get_seq_length(layer) for layer in range(depth)] == [rows] + [text] * (depth - 1)
+    assert [cache.length(layer) for layer in range(depth)] == [rows] + [text] * (depth - 1)
 
 
 @pytest.mark.parametrize("grid", [False, True])

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +22,14 @@ from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
     record_block,
-    run_sublayers,
 )
 from pocketvlm.calibration.walk.activations import ActivationStore
-from pocketvlm.calibration.walk.sublayers import decoder_sublayers
-from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
+from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
+from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import DecoderInputs, VisualTokens, embed_prompts
+from pocketvlm.reference_graph.sublayers import decoder_sublayers, run_sublayers
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = [
@@ -51,14 +50,14 @@ class AnswerLoss:
         entering: Hidden states [batch, length, width] before every block: of batch b and
             block i at `i * len(gradient) + b`.
         gradient: The loss's gradient after the last block, of each batch.
-        arguments: What attention takes beside the hidden state, of each batch.
+        rows: What attention takes beside the hidden state, of each batch.
         is_visual: bool [batch, length]: which columns came from an image, of each batch.
         mean: The loss's mean over samples.
     """
 
     entering: ActivationStore
     gradient: ActivationStore
-    arguments: tuple[Mapping[str, Any], ...]
+    rows: tuple[DecoderRows, ...]
     is_visual: tuple[Tensor, ...]
     mean: float
 
@@ -110,7 +109,7 @@ def answer_loss(
     """
     require_answers(prompts)
     model, spec = checkpoint.model, checkpoint.spec
-    arguments: list[Mapping[str, Any]] = []
+    rows: list[DecoderRows] = []
     is_visual: list[Tensor] = []
     with ExitStack() as stack:
         entering = stack.enter_context(ActivationStore(spill_folder))
@@ -121,18 +120,18 @@ def answer_loss(
                 inputs, beside = enter_decoder(checkpoint, prompts, batch, visual)
                 states.append(inputs.embeds)
                 is_visual.append(inputs.is_visual)
-                arguments.append(beside)
+                rows.append(beside)
         for block in range(spec.decoder.depth):
             sublayers = decoder_sublayers(model, spec, block)
             ends = ends_visual_rows(checkpoint, block, sublayers[0].kind)
-            with dense_weights([sublayer.body for sublayer in sublayers]):
+            with dense_weights([sublayer.linears for sublayer in sublayers]):
                 for index, hidden in enumerate(states):
                     entering.append(hidden)
-                    beside = _arguments_at(checkpoint, block, arguments[index], is_visual[index])
+                    beside = _rows_at(checkpoint, block, rows[index], is_visual[index])
                     middle = sublayers[0].run(hidden, beside)
                     if ends:
                         middle = keep_text(middle, is_visual[index])
-                    states[index] = sublayers[1].run(middle, {})
+                    states[index] = sublayers[1].run(middle, None)
         total = 0.0
         norm = model.get_submodule(spec.decoder.norm)
         head = model.get_submodule(spec.decoder.head)
@@ -154,7 +153,7 @@ def answer_loss(
         yield AnswerLoss(
             entering=entering,
             gradient=states,
-            arguments=tuple(arguments),
+            rows=tuple(rows),
             is_visual=tuple(is_visual),
             mean=total / sum(len(batch.samples) for batch in batches),
         )
@@ -176,10 +175,10 @@ def walk_back(
     Yields:
         Gradients of every block and batch, batches of one block in order.
     """
-    count = len(loss.arguments)
+    count = len(loss.rows)
     for block in reversed(range(checkpoint.spec.decoder.depth)):
         sublayers = decoder_sublayers(checkpoint.model, checkpoint.spec, block)
-        with dense_weights([sublayer.body for sublayer in sublayers]):
+        with dense_weights([sublayer.linears for sublayer in sublayers]):
             layers = linears_of(sublayers)
             if weights:
                 for layer in layers.values():
@@ -187,7 +186,7 @@ def walk_back(
             leaves = [layer.weight for layer in layers.values()] if weights else []
             for batch in range(count):
                 flags = loss.is_visual[batch]
-                beside = _arguments_at(checkpoint, block, loss.arguments[batch], flags)
+                beside = _rows_at(checkpoint, block, loss.rows[batch], flags)
                 ends = ends_visual_rows(checkpoint, block, sublayers[0].kind)
                 between = partial(keep_text, is_visual=flags) if ends else None
                 graph = record_block(
@@ -206,29 +205,26 @@ def walk_back(
                 )
 
 
-def _arguments_at(
-    checkpoint: Checkpoint, block: int, arguments: Mapping[str, Any], is_visual: Tensor
-) -> Mapping[str, Any]:
+def _rows_at(
+    checkpoint: Checkpoint, block: int, rows: DecoderRows, is_visual: Tensor
+) -> DecoderRows:
     """What a block's attention takes beside the hidden state."""
     late = checkpoint.visual_layers
-    return arguments if late is None or block < late else text_arguments(arguments, is_visual)
+    return rows if late is None or block < late else rows.take(text_columns(is_visual))
 
 
 @torch.no_grad()
 def enter_decoder(
     checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
-) -> tuple[DecoderInputs, Mapping[str, Any]]:
+) -> tuple[DecoderInputs, DecoderRows]:
     """A batch of prompts before the first block, and what attention takes beside them."""
-    rows = tile_rows(prompts, batch.samples)
+    tiles = tile_rows(prompts, batch.samples)
     inputs = embed_prompts(
         checkpoint,
         torch.tensor([prompts[index].token_ids for index in batch.samples]),
-        VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows]),
+        VisualTokens(embeds=visual.embeds[tiles], indices=visual.indices[tiles]),
     )
-    rotary = cast("Any", checkpoint.model.get_submodule(checkpoint.spec.decoder.rotary))
-    angles = rotary(inputs.embeds, position_ids=inputs.positions)
-    # No mask: causal attention within the sequence, whatever gaps its positions have.
-    return inputs, {"attention_mask": None, "position_embeddings": angles}
+    return inputs, DecoderRows.at(checkpoint.spec.decoder, inputs.positions)
 
 
 def require_answers(prompts: Sequence[Prompt]) -> None:

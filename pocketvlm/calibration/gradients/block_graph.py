@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.calibration.walk.sublayers import Sublayer
+from pocketvlm.reference_graph.sublayers import Sublayer
 from pocketvlm.weights.modules import FormLinear, cache_dense_weights
 
-__all__ = ["BlockGraph", "dense_weights", "linears_of", "record_block", "run_sublayers"]
+__all__ = ["BlockGraph", "dense_weights", "linears_of", "record_block"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,28 +96,8 @@ def dense_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def linears_of(sublayers: Sequence[Sublayer]) -> dict[str, FormLinear]:
     """The sublayers' linears by their full names, in order of execution."""
-    layers = {}
-    for sublayer in sublayers:
-        prefix = sublayer.last.rpartition(".")[0]
-        for name in (*sublayer.first, sublayer.last):
-            layer = sublayer.body.get_submodule(name.removeprefix(f"{prefix}."))
-            layers[name] = cast("FormLinear", layer)
-    return layers
-
-
-def run_sublayers(
-    sublayers: Sequence[Sublayer],
-    arguments: Mapping[str, Any],
-    hidden: Tensor,
-    between: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """The hidden state after a block of two sublayers; autograd may record it.
-
-    Args:
-        sublayers: Attention and the feed-forward network.
-        arguments: What attention takes beside the hidden state.
-        hidden: The hidden state before the block.
-        between: What happens between the sublayers, such as rows that end there.
-    """
-    middle = sublayers[0].output(hidden, arguments)
-    return sublayers[1].output(middle if between is None else between(middle), {})
+    return {
+        name: cast("FormLinear", layer)
+        for sublayer in sublayers
+        for name, layer in zip((*sublayer.first, sublayer.last), sublayer.linears, strict=True)
+    }

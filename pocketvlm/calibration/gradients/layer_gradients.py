@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,19 @@ from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
     record_block,
-    run_sublayers,
 )
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, tower_sublayers
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError, RecipeError
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import VisualTokens, embed_patches, project, tower_features
+from pocketvlm.reference_graph.sublayers import (
+    Sublayer,
+    decoder_sublayers,
+    run_sublayers,
+    tower_sublayers,
+)
 from pocketvlm.weights.modules import FormLinear
 
 __all__ = ["LayerGradient", "block_gradients", "walk_gradients"]
@@ -79,7 +84,7 @@ class _Region:
 
     modules: tuple[nn.Module, ...]
     layers: Mapping[str, FormLinear]
-    run: Callable[[Mapping[str, Any], Tensor], Tensor]
+    run: Callable[[DecoderRows | None, Tensor], Tensor]
 
 
 def walk_gradients(
@@ -117,10 +122,10 @@ def walk_gradients(
                 with dense_weights(region.modules):
                     for index, hidden in enumerate(states):
                         entering.append(hidden)
-                        states[index] = region.run(_TOWER_ARGUMENTS, hidden)
+                        states[index] = region.run(None, hidden)
             entering.extend(states)
             with dense_weights(regions[-1].modules):
-                visual = _visual_tokens([regions[-1].run({}, hidden) for hidden in states])
+                visual = _visual_tokens([regions[-1].run(None, hidden) for hidden in states])
         with answer_loss(checkpoint, prompts, batches, visual, spill_folder) as loss:
             for step in walk_back(checkpoint, loss):
                 is_last = step.batch == len(batches) - 1
@@ -131,7 +136,7 @@ def walk_gradients(
                 leaving[rows] = gradient[flags].view(len(rows), *leaving.shape[1:])
         for number, region in reversed(list(enumerate(regions))):
             is_projector = number == len(regions) - 1
-            run = partial(region.run, {} if is_projector else _TOWER_ARGUMENTS)
+            run = partial(region.run, None)
             with dense_weights(region.modules):
                 for index, batch in enumerate(images):
                     hidden = entering[number * len(images) + index]
@@ -175,14 +180,13 @@ def block_gradients(
     with ActivationStore(spill_folder) as states:
         states.extend(_patches(checkpoint, samples, images))
         for region in blocks:
-            arguments = [_TOWER_ARGUMENTS] * len(images)
-            yield from _regional(region, states, images, arguments, states.__setitem__, watch)
+            yield from _regional(region, states, images, (), states.__setitem__, watch)
         yield from _regional(
-            projector, states, images, [{}] * len(images), lambda _, new: embeds.append(new), watch
+            projector, states, images, (), lambda _, new: embeds.append(new), watch
         )
     visual = _visual_tokens(embeds)
     batches = batch_prompts(prompts, len(prompts), _BATCH_TOKENS)
-    beside: list[Mapping[str, Any]] = []
+    beside: list[DecoderRows] = []
     with ActivationStore(spill_folder) as states:
         for batch in batches:
             inputs, taken = enter_decoder(checkpoint, prompts, batch, visual)
@@ -193,21 +197,18 @@ def block_gradients(
             yield from _regional(region, states, batches, beside, states.__setitem__, watch)
 
 
-_TOWER_ARGUMENTS: Mapping[str, Any] = {"attention_mask": None}
-
-
 def _regional(
     region: _Region,
     states: ActivationStore,
     batches: Sequence[PromptBatch],
-    arguments: Sequence[Mapping[str, Any]],
+    rows: Sequence[DecoderRows],
     keep: Callable[[int, Tensor], None],
     watch: _Watch,
 ) -> Iterator[LayerGradient]:
     """One region's gradients; hands what leaves it to `keep`."""
     with dense_weights(region.modules):
         for index, batch in enumerate(batches):
-            run = partial(region.run, arguments[index])
+            run = partial(region.run, rows[index] if rows else None)
             graph = record_block(run, region.layers, states[index])
             leaving = graph.leaving.detach()
             lengths = torch.linalg.vector_norm(leaving, dim=(1, 2), keepdim=True)
@@ -293,7 +294,7 @@ def _vision_regions(checkpoint: Checkpoint) -> tuple[_Region, ...]:
         name: cast("FormLinear", model.get_submodule(name)) for name in spec.projector.linears
     }
 
-    def run_projector(_arguments: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    def run_projector(_rows: DecoderRows | None, hidden: Tensor) -> Tensor:
         return project(model, spec, tower_features(model, spec, hidden))
 
     projector = _Region(
@@ -305,9 +306,9 @@ def _vision_regions(checkpoint: Checkpoint) -> tuple[_Region, ...]:
     return (*(_block_region(tower_sublayers(model, spec, block)) for block in blocks), projector)
 
 
-def _block_region(sublayers: Sequence[Sublayer]) -> _Region:
+def _block_region(sublayers: tuple[Sublayer, Sublayer]) -> _Region:
     return _Region(
-        modules=tuple(sublayer.body for sublayer in sublayers),
+        modules=tuple(sublayer.linears for sublayer in sublayers),
         layers=linears_of(sublayers),
         run=partial(run_sublayers, sublayers),
     )

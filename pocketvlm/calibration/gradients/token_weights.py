@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import Prompt, PromptBatch
 from pocketvlm.calibration.gradients.backward import answer_loss, walk_back
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference_graph.forward import VisualTokens
+from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers
 
 __all__ = ["FLOOR", "Place", "TokenImportance", "gradient_weights"]
 

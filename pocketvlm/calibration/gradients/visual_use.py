@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompt
 from pocketvlm.calibration.gradients.backward import enter_decoder
 from pocketvlm.calibration.gradients.divergence import mean_divergence
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers
-from pocketvlm.calibration.walk.text_rows import keep_text, text_arguments
+from pocketvlm.calibration.walk.text_rows import keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.models.spec import DecoderSpec
+from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import encode_images
-from pocketvlm.reference_graph.rotary import rotate_by_position
+from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["LayerUse", "attention_ratios", "measure_visual_use"]
@@ -47,7 +46,7 @@ class LayerUse:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
     prompts: tuple[Prompt, ...]
-    arguments: Mapping[str, Any]
+    rows: DecoderRows
     is_visual: Tensor
 
 
@@ -84,14 +83,14 @@ def measure_visual_use(
         visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
         # Renumbered: prompts and visual tokens are this batch's own.
         alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
-        inputs, arguments = enter_decoder(checkpoint, own, alone, visual)
-        batches.append(_Batch(prompts=own, arguments=arguments, is_visual=inputs.is_visual))
+        inputs, rows = enter_decoder(checkpoint, own, alone, visual)
+        batches.append(_Batch(prompts=own, rows=rows, is_visual=inputs.is_visual))
         states.append(inputs.embeds)
     blocks = [decoder_sublayers(model, spec, block) for block in range(spec.decoder.depth)]
     found: list[LayerUse] = []
     with cache_dense_weights(model.get_submodule(spec.decoder.prefix)):
         reference = [
-            _answers(checkpoint, batch, _run(blocks, hidden, batch.arguments))
+            _answers(checkpoint, batch, _run(blocks, hidden, batch.rows))
             for batch, hidden in zip(batches, states, strict=True)
         ]
         if not all(bool(torch.isfinite(part).all()) for part in reference):
@@ -100,15 +99,15 @@ def measure_visual_use(
             ratios, changed = [], []
             for index, batch in enumerate(batches):
                 hidden = states[index]
-                arguments, flags = batch.arguments, batch.is_visual
-                ratios.append(attention_ratios(spec.decoder, attention, hidden, arguments, flags))
-                middle = attention.run(hidden, arguments)
+                rows, flags = batch.rows, batch.is_visual
+                ratios.append(attention_ratios(spec.decoder, attention, hidden, rows, flags))
+                middle = attention.run(hidden, rows)
                 if number < len(blocks) - 1:
-                    text = ffn.run(keep_text(middle, flags), {})
-                    beside = text_arguments(arguments, flags)
+                    text = ffn.run(keep_text(middle, flags), None)
+                    beside = rows.take(text_columns(flags))
                     behind = _run(blocks[number + 1 :], text, beside)
                     changed.append(_answers(checkpoint, batch, behind))
-                states[index] = ffn.run(middle, {})
+                states[index] = ffn.run(middle, None)
             divergence = None
             if changed:
                 divergence = max(0.0, mean_divergence(torch.cat(reference), torch.cat(changed)))
@@ -121,7 +120,7 @@ def attention_ratios(
     decoder: DecoderSpec,
     attention: Sublayer,
     hidden: Tensor,
-    arguments: Mapping[str, Any],
+    rows: DecoderRows,
     is_visual: Tensor,
 ) -> Tensor:
     """Attention paid to visual keys over that to keys of text, float64 [batch, kv_heads].
@@ -130,7 +129,7 @@ def attention_ratios(
         decoder: The model's decoder.
         attention: The attention sublayer of a layer.
         hidden: What enters it, [batch, length, width].
-        arguments: Its rotary angles.
+        rows: The rows that it has.
         is_visual: bool [batch, length], the same in every row.
     """
     normed: Tensor = attention.norm(hidden)
@@ -139,8 +138,7 @@ def attention_ratios(
         project(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
         for project in attention.first_modules[:2]
     )
-    angles = arguments["position_embeddings"]
-    queries, keys = (rotate_by_position(states, *angles) for states in (queries, keys))
+    queries, keys = (rows.rotate(states) for states in (queries, keys))
     flags = is_visual[0]
     # Only rows after the first visual one can see any.
     first = int(flags.to(torch.uint8).argmax())
@@ -155,11 +153,9 @@ def attention_ratios(
     return grouped[0] / grouped[1]
 
 
-def _run(
-    blocks: Sequence[tuple[Sublayer, Sublayer]], hidden: Tensor, arguments: Mapping[str, Any]
-) -> Tensor:
+def _run(blocks: Sequence[tuple[Sublayer, Sublayer]], hidden: Tensor, rows: DecoderRows) -> Tensor:
     for attention, ffn in blocks:
-        hidden = ffn.run(attention.run(hidden, arguments), {})
+        hidden = ffn.run(attention.run(hidden, rows), None)
     return hidden
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from pocketvlm.calibration.data.prompts import PromptBatch
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
 from pocketvlm.calibration.walk.steps import Drift, InputMoments
-from pocketvlm.calibration.walk.sublayers import Sublayer
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
+from pocketvlm.reference_graph.sublayers import Sublayer
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
 
@@ -71,12 +72,12 @@ def forms_in_place(checkpoint: Checkpoint, forms: Mapping[str, WeightForm]) -> I
 def advance(
     sublayer: Sublayer,
     hidden: ActivationStore,
-    arguments_of: Callable[[int], Mapping[str, Any]],
+    rows_of: Callable[[int], DecoderRows | None],
 ) -> None:
     """Replaces states before a sublayer by those after it."""
-    with cache_dense_weights(sublayer.body):
+    with cache_dense_weights(sublayer.linears):
         for index in range(len(hidden)):
-            hidden[index] = sublayer.run(hidden[index], arguments_of(index))
+            hidden[index] = sublayer.run(hidden[index], rows_of(index))
 
 
 @torch.no_grad()

@@ -9,24 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pocketvlm.calibration.data.prompts import Prompt, batch_prompts, encode_samples
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, tower_sublayers
-from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
+from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_patches,
     embed_prompts,
     encode_features,
 )
+from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers, tower_sublayers
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
 
@@ -69,13 +70,13 @@ class _State:
     Attributes:
         hidden: Hidden states, or visual tokens before the splice.
         indices: Which visual tokens these are, before the splice.
-        angles: Rotary angles, in the decoder.
+        rows: What attention takes beside them, in the decoder.
         is_visual: Which columns came from an image, in the decoder.
     """
 
     hidden: Tensor
     indices: Tensor | None = None
-    angles: Any = None
+    rows: DecoderRows | None = None
     is_visual: Tensor | None = None
 
 
@@ -182,8 +183,9 @@ class PartialForward:
             for block in range(spec.tower.feature_block)
             for sublayer in tower_sublayers(model, spec, block)
         ]
-        last = spec.tower.blocks[spec.tower.feature_block].module
-        encoder = [model.get_submodule(name) for name in (last, *spec.projector.linears)]
+        last = tower_sublayers(model, spec, spec.tower.feature_block)
+        encoder: list[nn.Module] = [sublayer.linears for sublayer in last]
+        encoder += [model.get_submodule(name) for name in spec.projector.linears]
         # One segment, because the reducer reads what enters the block as well as what leaves it.
         segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
         segments.append(_Segment(modules=None, run=self._embed_prompt))
@@ -201,18 +203,15 @@ class PartialForward:
         """One sublayer of a block; visual rows may end after it."""
 
         def run(_: int, state: _State) -> _State:
-            arguments: dict[str, Any] = {}
-            if sublayer.kind == "attention":
-                arguments["attention_mask"] = None
-                if state.angles is not None:
-                    arguments["position_embeddings"] = state.angles
-            behind = replace(state, hidden=sublayer.run(state.hidden, arguments))
-            if not ends or state.is_visual is None:
+            behind = replace(state, hidden=sublayer.run(state.hidden, state.rows))
+            if not ends or state.is_visual is None or state.rows is None:
                 return behind
-            angles = text_arguments(arguments, state.is_visual)["position_embeddings"]
-            return _State(hidden=keep_text(behind.hidden, state.is_visual), angles=angles)
+            return _State(
+                hidden=keep_text(behind.hidden, state.is_visual),
+                rows=state.rows.take(text_columns(state.is_visual)),
+            )
 
-        return _Segment(modules=sublayer.body, run=run)
+        return _Segment(modules=sublayer.linears, run=run)
 
     def _embed(self, rows: Sequence[int], samples: CalibrationSet) -> _State:
         images = [samples.samples[row].open_image() for row in rows]
@@ -228,9 +227,8 @@ class PartialForward:
         token_ids = torch.tensor([self.prompts[row].token_ids for row in self._rows[number]])
         visual = VisualTokens(embeds=state.hidden, indices=cast("Tensor", state.indices))
         inputs = embed_prompts(self._checkpoint, token_ids, visual)
-        rotary = cast("Any", self._checkpoint.model.get_submodule(spec.decoder.rotary))
-        angles = rotary(inputs.embeds, position_ids=inputs.positions)
-        return _State(hidden=inputs.embeds, angles=angles, is_visual=inputs.is_visual)
+        rows = DecoderRows.at(spec.decoder, inputs.positions)
+        return _State(hidden=inputs.embeds, rows=rows, is_visual=inputs.is_visual)
 
     def _answer_logits(self, number: int, state: _State) -> _State:
         """Logits that predict the answers' tokens, [tokens, vocabulary], sample after sample."""

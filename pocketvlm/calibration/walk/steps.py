@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import PromptBatch
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
-from pocketvlm.calibration.walk.sublayers import Sublayer
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
+from pocketvlm.reference_graph.sublayers import Sublayer
 
 __all__ = [
     "Drift",
@@ -19,7 +20,6 @@ __all__ = [
     "InputMoments",
     "LinearGroup",
     "Step",
-    "SublayerKind",
     "TokenWeights",
 ]
 
@@ -77,7 +77,7 @@ class FinishedSublayer:
         sublayer: The sublayer.
         inputs: Hidden states before it as they are now, batch by batch.
         targets: Hidden states after it in the float model.
-        arguments: What its body takes beside the hidden state; repeated over the batches.
+        rows: What its body takes beside the hidden state, batch by batch; empty in the tower.
         batches: Which samples a batch holds; `None` for batches outside of all moments.
         weights_of: Weights of a batch's tokens, or `None` for all alike.
     """
@@ -85,7 +85,7 @@ class FinishedSublayer:
     sublayer: Sublayer
     inputs: ActivationStore
     targets: ActivationStore
-    arguments: Sequence[Mapping[str, Any]]
+    rows: Sequence[DecoderRows]
     batches: Sequence[PromptBatch | None]
     weights_of: Callable[[int], Tensor | None]
 
@@ -94,12 +94,11 @@ class FinishedSublayer:
         """Its linears in order of execution."""
         return (*self.sublayer.first, self.sublayer.last)
 
-    def arguments_of(self, index: int) -> Mapping[str, Any]:
+    def rows_of(self, index: int) -> DecoderRows | None:
         """What the body takes beside the hidden state of a batch."""
-        return self.arguments[index % len(self.arguments)]
+        return self.rows[index] if self.rows else None
 
 
 Step = LinearGroup | FinishedSublayer
-SublayerKind = Literal["attention", "ffn"]
 TokenWeights = Callable[[Literal["first", "last"], int], Tensor | None]
 """Weights of a batch's tokens at the linears that start or end a sublayer."""

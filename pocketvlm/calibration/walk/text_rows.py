@@ -1,4 +1,4 @@
-"""Where visual rows end on a walk along the decoder; see `reference_graph.visual_cutoff`.
+"""Where visual rows end on a walk along the decoder; see `reference_graph.decoder`.
 
 The last sublayer that sees them is the attention of layer `visual_layers - 1`: their keys and
 values are read there, and what its last linear would make of them is not.
@@ -6,15 +6,12 @@ values are read there, and what its last linear would make of them is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.reference_graph.visual_cutoff import take_columns, text_columns
+from pocketvlm.reference_graph.decoder_rows import take_columns, text_columns
 
-__all__ = ["ends_visual_rows", "keep_text", "text_arguments"]
+__all__ = ["ends_visual_rows", "keep_text"]
 
 
 def ends_visual_rows(checkpoint: Checkpoint, block: int, kind: str) -> bool:
@@ -26,13 +23,3 @@ def ends_visual_rows(checkpoint: Checkpoint, block: int, kind: str) -> bool:
 def keep_text(states: Tensor, is_visual: Tensor) -> Tensor:
     """The columns of text, [batch, text, width]; rows have their images in the same columns."""
     return take_columns(states, text_columns(is_visual))
-
-
-def text_arguments(arguments: Mapping[str, Any], is_visual: Tensor) -> dict[str, Any]:
-    """What attention takes beside the hidden state, for the columns of text."""
-    columns = text_columns(is_visual)
-    angles = tuple(
-        take_columns(part.expand(len(columns), -1, -1), columns)
-        for part in arguments["position_embeddings"]
-    )
-    return {**arguments, "position_embeddings": angles}

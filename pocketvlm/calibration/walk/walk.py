@@ -13,12 +13,12 @@ layer's inputs are accumulated batch by batch and dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,22 +47,27 @@ from pocketvlm.calibration.walk.steps import (
     InputMoments,
     LinearGroup,
     Step,
-    SublayerKind,
     TokenWeights,
 )
-from pocketvlm.calibration.walk.sublayers import Sublayer, decoder_sublayers, tower_sublayers
-from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text, text_arguments
+from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.projector import LinearStep, run_steps
+from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
-    ModuleOps,
     VisualTokens,
     embed_patches,
     embed_prompts,
     reduce_features,
     tower_features,
 )
+from pocketvlm.reference_graph.sublayers import (
+    Sublayer,
+    SublayerKind,
+    decoder_sublayers,
+    tower_sublayers,
+)
+from pocketvlm.reference_graph.torch_ops import TorchOps
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["BlockWalk", "Drift", "FinishedSublayer", "InputMoments", "LinearGroup"]
@@ -171,8 +176,7 @@ class BlockWalk:
             if block == spec.tower.feature_block and checkpoint.reducer is not None:
                 entering = path.copy()
             for sublayer in tower_sublayers(checkpoint.model, spec, block):
-                arguments = {"attention_mask": None} if sublayer.kind == "attention" else {}
-                yield from self._sublayer(sublayer, path, used, _alike, [arguments])
+                yield from self._sublayer(sublayer, path, used, _alike)
         features, indices = self._keep_features(path, entering)
         path.close()
         if entering is not None:
@@ -185,7 +189,7 @@ class BlockWalk:
         path: PairedActivations,
         batches: Sequence[PromptBatch | None],
         weights_at: TokenWeights,
-        arguments: Sequence[Mapping[str, Any]],
+        rows: Sequence[DecoderRows] = (),
     ) -> Iterator[Step]:
         """The steps of a sublayer; at the end the path stands after it."""
         checkpoint = self.checkpoint
@@ -195,20 +199,23 @@ class BlockWalk:
             if path.ideal is not None
         }
 
-        def arguments_of(index: int) -> Mapping[str, Any]:
-            return arguments[index % len(arguments)]
+        def rows_of(index: int) -> DecoderRows | None:
+            return rows[index] if rows else None
 
         def moments_of_last(block: int | None) -> InputMoments:
             def inputs_of(states: Tensor, index: int) -> Tensor:
-                return sublayer.inputs_of_last(states, arguments_of(index))
+                return sublayer.inputs_of_last(states, rows_of(index))
 
             with self._store() as ideal:
                 if path.ideal is not None:
                     # All at once: each pass wants the weights dense, in one of two forms.
-                    with forms_in_place(checkpoint, originals), cache_dense_weights(sublayer.body):
+                    with (
+                        forms_in_place(checkpoint, originals),
+                        cache_dense_weights(sublayer.linears),
+                    ):
                         for index, batch in enumerate(path.ideal):
                             ideal.append(inputs_of(batch, index) if batches[index] else _NOTHING)
-                with cache_dense_weights(sublayer.body):
+                with cache_dense_weights(sublayer.linears):
                     return measure_moments(
                         path,
                         batches,
@@ -231,16 +238,16 @@ class BlockWalk:
         yield LinearGroup(names=(sublayer.last,), moments=moments_of_last)
         if path.ideal is not None:
             with forms_in_place(checkpoint, originals):
-                advance(sublayer, path.ideal, arguments_of)
+                advance(sublayer, path.ideal, rows_of)
             yield FinishedSublayer(
                 sublayer=sublayer,
                 inputs=path.now,
                 targets=path.ideal,
-                arguments=arguments,
+                rows=rows,
                 batches=batches,
                 weights_of=partial(weights_at, "last"),
             )
-        advance(sublayer, path.now, arguments_of)
+        advance(sublayer, path.now, rows_of)
 
     @torch.no_grad()
     def _keep_features(
@@ -283,7 +290,7 @@ class BlockWalk:
         self, batches: Sequence[PromptBatch], features: PairedActivations, indices: Sequence[Tensor]
     ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
         checkpoint = self.checkpoint
-        ops = ModuleOps(checkpoint.model)
+        ops = TorchOps(checkpoint.model, checkpoint.spec)
         path = features
         for step in checkpoint.spec.projector.steps:
             if not isinstance(step, LinearStep):
@@ -322,9 +329,8 @@ class BlockWalk:
     ) -> Iterator[Step]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
         batches = batch_prompts(prompts, self.first_held_out, _BATCH_TOKENS)
-        rotary = cast("Any", checkpoint.model.get_submodule(spec.decoder.rotary))
         is_visual: list[Tensor] = []
-        attention: list[dict[str, Any]] = []
+        rows: list[DecoderRows] = []
         path = PairedActivations(
             now=self._store(), ideal=self._store() if ideal is not None else None
         )
@@ -334,18 +340,15 @@ class BlockWalk:
             if path.ideal is not None and ideal is not None:
                 path.ideal.append(self._splice(batch, prompts, ideal).embeds)
             is_visual.append(inputs.is_visual)
-            angles = rotary(inputs.embeds, position_ids=inputs.positions)
-            # No mask: causal attention within the sequence, whatever gaps its positions have.
-            attention.append({"attention_mask": None, "position_embeddings": angles})
+            rows.append(DecoderRows.at(spec.decoder, inputs.positions))
         weights_by_sublayer = self._weights_by_sublayer(prompts, batches, visual, tuple(is_visual))
         for block in range(spec.decoder.depth):
             for sublayer in decoder_sublayers(checkpoint.model, spec, block):
-                arguments = attention if sublayer.kind == "attention" else [{}]
                 weights_at = weights_by_sublayer(block, sublayer.kind)
-                yield from self._sublayer(sublayer, path, batches, weights_at, arguments)
+                yield from self._sublayer(sublayer, path, batches, weights_at, rows)
                 if ends_visual_rows(checkpoint, block, sublayer.kind):
                     for index, flags in enumerate(is_visual):
-                        attention[index] = text_arguments(attention[index], flags)
+                        rows[index] = rows[index].take(text_columns(flags))
                         path.now[index] = keep_text(path.now[index], flags)
                         if path.ideal is not None:
                             path.ideal[index] = keep_text(path.ideal[index], flags)

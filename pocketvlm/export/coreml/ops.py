@@ -268,7 +268,7 @@ class MilOps:
             x=both,
             axes=[-1],
             gamma=self._float(f"{name}.weight_twice", torch.cat([weight, weight])),
-            epsilon=self._float_type(module.variance_epsilon),
+            epsilon=self._float_type(module.eps),
             name=f"{label}_wide",
         )
         return self._first_columns(normed, width, label)

@@ -103,7 +103,7 @@ class DecoderPositions:
         decoder = self._spec.decoder
         rows = min(decoder.max_positions, max(TABLE_ROWS, capacity))
         exponents = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / decoder.head_dim
-        frequencies = (1.0 / np.float32(decoder.rope_theta) ** exponents).astype(np.float32)
+        frequencies = (1.0 / np.float32(decoder.rope.theta) ** exponents).astype(np.float32)
         angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies[None]
         positions = self._mb.squeeze(
             x=self._function.inputs["position_ids"], axes=[0], name="positions"

@@ -16,13 +16,6 @@ from pocketvlm.context import RunContext
 from pocketvlm.emulation.mil.package import MilPackage
 from pocketvlm.emulation.mil.systems import LOWEST_SYSTEMS
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.export.builders import (
-    Signatures,
-    build_decoder,
-    build_embedding,
-    build_vision,
-    vision_signatures,
-)
 from pocketvlm.export.coreml.cache import (
     PassedCache,
     StatefulCache,
@@ -37,6 +30,8 @@ from pocketvlm.export.coreml.size import graph_bytes, layer_bytes
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools, listen
 from pocketvlm.export.coreml.writer import PackageWriter
 from pocketvlm.export.precisions import part_precisions
+from pocketvlm.export.signatures import Signatures, vision_signatures
+from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
 from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout

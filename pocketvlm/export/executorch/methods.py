@@ -20,10 +20,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.export.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.executorch.ops import ExecutorchOps
 from pocketvlm.export.executorch.schema import has_position_channels
+from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
+from pocketvlm.graph.rotary import inverse_frequencies
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
@@ -98,8 +99,7 @@ class DecoderMethod(nn.Module):
         if self._reads_channels:
             # Entry i is the running position after the first i rows.
             self.register_buffer("running", torch.zeros(1, capacity + 1, 1, 1))
-        exponents = torch.arange(0, decoder.head_dim, 2).to(torch.float32) / decoder.head_dim
-        self.register_buffer("frequencies", 1.0 / decoder.rope_theta**exponents)
+        self.register_buffer("frequencies", inverse_frequencies(decoder.rope))
         self._start = 0
 
     def forward(self, rows: Tensor, input_pos: Tensor) -> Tensor:

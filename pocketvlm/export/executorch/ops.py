@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.export.executorch.layers import Kernels
-from pocketvlm.export.tensor_ops import TensorOps
+from pocketvlm.graph.tensor_ops import TensorOps
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
@@ -58,13 +58,8 @@ class ExecutorchOps(TensorOps):
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         return self._kernels.embed(token_ids, self._spec.decoder.embedding)
 
-    # No kernel cuts what has no fixed size, so layers that share an input stay apart: what stands
-    # for their joined outputs is the input, and each is applied where the outputs are split.
-    def linear(self, inputs: Tensor, *names: str) -> Tensor:
-        return self._kernels.linear(inputs, names[0]) if len(names) == 1 else inputs
-
-    def split(self, joined: Tensor, *names: str) -> tuple[Tensor, ...]:
-        return tuple(self._kernels.linear(joined, name) for name in names)
+    def linear_layer(self, inputs: Tensor, name: str) -> Tensor:
+        return self._kernels.linear(inputs, name)
 
     def norm(self, inputs: Tensor, name: str) -> Tensor:
         layer = cast("Any", self._kernels.module(name))

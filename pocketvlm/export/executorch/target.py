@@ -25,7 +25,6 @@ from pocketvlm.errors import (
     PocketVLMError,
     StorageError,
 )
-from pocketvlm.export.builders import embedding_signatures, vision_signatures
 from pocketvlm.export.executorch.limits import explain
 from pocketvlm.export.executorch.schema import (
     POSITION_CHANNELS,
@@ -40,6 +39,7 @@ from pocketvlm.export.executorch.worker import (
     ConversionJob,
 )
 from pocketvlm.export.precisions import masked_notes, part_precisions
+from pocketvlm.export.signatures import embedding_signatures, vision_signatures
 from pocketvlm.files.full_disk import is_full
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part

@@ -16,8 +16,8 @@ import numpy as np
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.builders import cache_names
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.signatures import cache_names
 from pocketvlm.reference_graph.forward import DecoderInputs
 from pocketvlm.runtime.onnx.engine import onnxruntime
 

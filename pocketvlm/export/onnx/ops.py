@@ -16,6 +16,7 @@ from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebo
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
+from pocketvlm.graph.rotary import inverse_frequencies
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -374,7 +375,7 @@ class OnnxOps:
 
     @staticmethod
     def _epsilon(module: Any) -> float:
-        return float(module.eps if _is_layer_norm(module) else module.variance_epsilon)
+        return float(module.eps)
 
     def _cache_scales(self, name: str, block: int) -> tuple[str, ...]:
         """Scales of an int8 cache after three inputs that are left out; nothing for float32."""
@@ -448,8 +449,7 @@ class OnnxOps:
     def _rotary_tables(self) -> tuple[str, str]:
         """Cosines and sines of every position; computed when the session starts, not stored."""
         decoder, graph = self._spec.decoder, self._graph
-        exponents = torch.arange(0, decoder.head_dim, 2).to(torch.float32) / decoder.head_dim
-        frequencies = 1.0 / decoder.rope_theta**exponents
+        frequencies = inverse_frequencies(decoder.rope)
         bounds = [
             graph.constant(f"rotary.{name}", np.array(value, dtype=np.int64))
             for name, value in (("start", 0), ("limit", decoder.max_positions), ("delta", 1))

@@ -11,22 +11,19 @@ from pocketvlm.bundle import Component
 from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.builders import (
-    Signatures,
-    TextRows,
-    build_decoder,
-    build_embedding,
-    build_vision,
-    decoder_signatures,
-    embedding_signatures,
-    vision_signatures,
-)
 from pocketvlm.export.onnx.limits import explain
 from pocketvlm.export.onnx.needs import read_needs
 from pocketvlm.export.onnx.ops import OnnxOps
 from pocketvlm.export.onnx.size import graph_bytes, layer_bytes
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.export.precisions import masked_notes, part_precisions
+from pocketvlm.export.signatures import (
+    Signatures,
+    decoder_signatures,
+    embedding_signatures,
+    vision_signatures,
+)
+from pocketvlm.graph.builders import TextRows, build_decoder, build_embedding, build_vision
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
 from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.models.spec import AttentionSpec, BlockSpec, DecoderSpec, FfnSpec
+from pocketvlm.models.spec import AttentionSpec, BlockSpec, DecoderSpec, FfnSpec, RopeSpec
 
 __all__ = ["read_llama"]
 
@@ -56,11 +56,11 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
     # transformers 4 wrote the base beside the scaling, transformers 5 writes it inside.
     theta = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
     heads, hidden = text["num_attention_heads"], text["hidden_size"]
+    head_dim = text.get("head_dim") or hidden // heads
     stack = f"{prefix}.layers"
     return DecoderSpec(
         prefix=prefix,
         embedding=f"{prefix}.embed_tokens",
-        rotary=f"{prefix}.rotary_emb",
         stack=stack,
         blocks=tuple(_block(f"{stack}.{index}") for index in range(text["num_hidden_layers"])),
         norm=f"{prefix}.norm",
@@ -69,10 +69,10 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         ffn_size=text["intermediate_size"],
         heads=heads,
         kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or hidden // heads,
+        head_dim=head_dim,
         vocab_size=text["vocab_size"],
         max_positions=text.get("max_position_embeddings", 2048),
-        rope_theta=float(theta),
+        rope=RopeSpec(theta=float(theta), width=head_dim),
         norm_eps=text.get("rms_norm_eps", 1e-6),
         activation=text.get("hidden_act", "silu"),
         tied_head=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),

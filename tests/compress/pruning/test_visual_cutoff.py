@@ -16,7 +16,6 @@ from pocketvlm.calibration.gradients.visual_use import (
     attention_ratios,
     measure_visual_use,
 )
-from pocketvlm.calibration.walk.sublayers import decoder_sublayers
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.visual_cutoff import InactiveGroups, LowDivergence, SkipVisual
 from pocketvlm.compress.quantization.affine.gptq import Gptq
@@ -28,7 +27,9 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.recipes.load import recipe_from_document
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.reference_graph.sublayers import decoder_sublayers
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +130,10 @@ def test_attention_ratios_are_those_of_a_plain_softmax(
     pixels = deep_checkpoint.processor.pixels([samples.samples[0].open_image()])
     visual = encode_images(deep_checkpoint, pixels)
     inputs = embed_prompts(deep_checkpoint, torch.tensor([prompt.token_ids]), visual)
-    rotary = model.get_submodule(spec.decoder.prefix).rotary_emb
-    angles = rotary(inputs.embeds, position_ids=inputs.positions)
+    rows = DecoderRows.at(spec.decoder, inputs.positions)
+    angles = (rows.cosine, rows.sine)
     attention = decoder_sublayers(model, spec, 0)[0]
-    arguments = {"attention_mask": None, "position_embeddings": angles}
-    found = attention_ratios(spec.decoder, attention, inputs.embeds, arguments, inputs.is_visual)
+    found = attention_ratios(spec.decoder, attention, inputs.embeds, rows, inputs.is_visual)
     heads, width = spec.decoder.heads, spec.decoder.head_dim
     normed = attention.norm(inputs.embeds)[0].double()
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketvlm.compress.tokens.rank.ranking import gather_tokens, pool_merge_cells, top_indices
-from pocketvlm.reference_graph.forward import merge_patches
+from pocketvlm.graph.tensor_ops import merge_patches
 
 
 @st.composite

@@ -12,7 +12,7 @@ import torch
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.emulation.mil.package import MilPackage
 from pocketvlm.emulation.mil.program import MilProgram
-from pocketvlm.export.torch_ops import DecoderGraph
+from pocketvlm.export.torch_graphs import DecoderGraph
 from tests.export.coreml.rig import Decoder, export, run_vision
 from tests.export.coreml.test_codes import mix_forms
 from tests.export.rig import ReceivedAttention, make_prompt

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.executorch.methods import DecoderMethod, EmbeddingMethod, VisionMethod
-from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits
+from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, new_cache
 from pocketvlm.runtime.executorch.program import register_operators
 from tests.export.rig import make_prompt
 
@@ -42,7 +41,7 @@ def test_methods_compute_what_forward_defines(
     embed = EmbeddingMethod(Kernels(model), spec, reducer)
     decode = DecoderMethod(Kernels(model), spec, reducer, capacity=64)
     # A call a piece, as ExecuTorch's own runner makes them, and then token by token.
-    cache, length = DynamicCache(), 0
+    cache, length = new_cache(checkpoint), 0
     expected = decode_logits(checkpoint, prompt, cache, last_only=True)
     for rows in (embed(torch.tensor([[5, 6]])), picture, embed(torch.tensor([[7, 8, 9]]))):
         logits = decode(rows, torch.tensor([length]))

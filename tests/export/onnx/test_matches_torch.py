@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.accuracy import agreement_of_levels
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, greedy_generate
+from pocketvlm.reference_graph.forward import (
+    DecoderInputs,
+    decode_logits,
+    greedy_generate,
+    new_cache,
+)
 from tests.export.rig import (
     Decoder,
     ReceivedAttention,
@@ -62,7 +66,7 @@ def test_all_graphs(
         prompt = replace(prompt, positions=prompt.positions * 2)
     # The positions of the prompt have gaps, such as those of visual tokens that were removed.
     assert int(prompt.positions[0, -1]) >= prompt.embeds.shape[1]
-    decoder, cache = Decoder(tmp_path, checkpoint.spec), DynamicCache()
+    decoder, cache = Decoder(tmp_path, checkpoint.spec), new_cache(checkpoint)
     with torch.inference_mode():
         expected = decode_logits(checkpoint, prompt, cache, last_only=True)
         found = decoder(prompt.embeds.numpy(), prompt.positions.numpy())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +19,18 @@ from pocketvlm.calibration.data.prompts import Prompt, batch_prompts
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.blocks import Block, all_blocks
 from pocketvlm.errors import CalibrationError
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_patches,
     embed_prompts,
     project,
-    run_tower_block,
     tower_features,
+)
+from pocketvlm.reference_graph.sublayers import (
+    decoder_sublayers,
+    run_sublayers,
+    tower_sublayers,
 )
 
 __all__ = ["BlockPath", "PathState"]
@@ -41,13 +45,13 @@ class PathState:
     Attributes:
         rows: Indices of its samples.
         hidden: float32 [rows, tokens, width].
-        angles: Rotary angles; `None` inside the tower.
+        decoder_rows: What attention takes beside the hidden state; `None` inside the tower.
         is_visual: bool [rows, tokens]: which columns came from an image; `None` inside the tower.
     """
 
     rows: tuple[int, ...]
     hidden: Tensor
-    angles: Any = None
+    decoder_rows: DecoderRows | None = None
     is_visual: Tensor | None = None
 
 
@@ -94,7 +98,7 @@ class BlockPath:
     @torch.no_grad()
     def reach(self, block: Block, state: PathState) -> PathState:
         """The state as the block reads it: crosses from the tower to the decoder where needed."""
-        if block.stack == "tower" or state.angles is not None:
+        if block.stack == "tower" or state.decoder_rows is not None:
             return state
         model, spec = self._checkpoint.model, self._checkpoint.spec
         visual = project(model, spec, tower_features(model, spec, state.hidden))
@@ -104,11 +108,10 @@ class BlockPath:
             torch.tensor([self._prompts[row].token_ids for row in state.rows]),
             VisualTokens(embeds=visual, indices=indices),
         )
-        rotary = cast("Any", model.get_submodule(spec.decoder.rotary))
         return PathState(
             rows=state.rows,
             hidden=inputs.embeds,
-            angles=rotary(inputs.embeds, position_ids=inputs.positions),
+            decoder_rows=DecoderRows.at(spec.decoder, inputs.positions),
             is_visual=inputs.is_visual,
         )
 
@@ -116,12 +119,9 @@ class BlockPath:
     def run(self, block: Block, state: PathState) -> PathState:
         """The state after a block, from what it reads."""
         model, spec = self._checkpoint.model, self._checkpoint.spec
-        if block.stack == "tower":
-            return replace(state, hidden=run_tower_block(model, spec, block.index, state.hidden))
-        layer = model.get_submodule(block.name(spec))
-        # No mask: causal attention within the sequence.
-        hidden = layer(state.hidden, attention_mask=None, position_embeddings=state.angles)
-        return replace(state, hidden=hidden)
+        sublayers_of = tower_sublayers if block.stack == "tower" else decoder_sublayers
+        sublayers = sublayers_of(model, spec, block.index)
+        return replace(state, hidden=run_sublayers(sublayers, state.decoder_rows, state.hidden))
 
     @torch.no_grad()
     def losses(self, state: PathState) -> Tensor:

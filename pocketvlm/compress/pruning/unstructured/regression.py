@@ -198,12 +198,12 @@ def sublayer_statistics(
     found: dict[bool, _Sums] = {}
     linear = finished.sublayer.last_module
     bias = linear.bias if isinstance(linear, FormLinear) else None
-    with torch.no_grad(), cache_dense_weights(finished.sublayer.body):
+    with torch.no_grad(), cache_dense_weights(finished.sublayer.linears):
         for index, batch in enumerate(finished.batches):
             if batch is None:
                 continue
             states = finished.inputs[index]
-            inputs = finished.sublayer.inputs_of_last(states, finished.arguments_of(index))
+            inputs = finished.sublayer.inputs_of_last(states, finished.rows_of(index))
             wanted = finished.targets[index] - states
             if bias is not None:
                 wanted = wanted - bias

@@ -201,7 +201,7 @@ def _split(finished: FinishedSublayer) -> tuple[list[int], list[int]]:
 
 def _batch_loss(finished: FinishedSublayer, index: int) -> tuple[Tensor, float]:
     """Relative squared distance of outputs from the float model's, and the tokens' weight."""
-    output = finished.sublayer.output(finished.inputs[index], finished.arguments_of(index))
+    output = finished.sublayer.output(finished.inputs[index], finished.rows_of(index))
     target = finished.targets[index]
     # What follows is a norm: a token's error counts in proportion to the token's own size.
     lost = (output - target).square().mean(-1) / target.square().mean(-1)
@@ -233,7 +233,7 @@ def _dense_weights(
     checkpoint: Checkpoint, finished: FinishedSublayer, dense: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Layers of the sublayer compute with these weights; the others with their own, once."""
-    with cache_dense_weights(finished.sublayer.body):
+    with cache_dense_weights(finished.sublayer.linears):
         for name, values in dense.items():
             checkpoint.layer(name).cached = values
         yield

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.graph.tensor_ops import merge_patches
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference_graph.forward import merge_patches
 
 __all__ = ["Ranking", "RankingReducer", "gather_tokens", "pool_merge_cells", "top_indices"]
 

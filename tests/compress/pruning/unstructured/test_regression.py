@@ -191,7 +191,7 @@ def _check_sublayer(checkpoint, step: FinishedSublayer) -> None:
         for index, batch in enumerate(step.batches):
             if batch is None or not batch.held_out:
                 continue
-            behind = step.sublayer.run(step.inputs[index], step.arguments_of(index))
+            behind = step.sublayer.run(step.inputs[index], step.rows_of(index))
             weights = step.weights_of(index)
             share = torch.ones(behind.shape[:-1]) if weights is None else weights
             wanted = step.targets[index] - step.inputs[index] - (0 if bias is None else bias)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from pocketvlm.models.reducer import ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference_graph.forward import merge_patches
 
-__all__ = ["TensorOps", "split_heads"]
+__all__ = ["TensorOps", "join_heads", "merge_patches", "split_heads"]
 
 
 class TensorOps(ABC):
@@ -28,7 +27,8 @@ class TensorOps(ABC):
         self._reducer = reducer
 
     @abstractmethod
-    def split(self, joined: Tensor, *names: str) -> tuple[Tensor, ...]: ...
+    def linear_layer(self, inputs: Tensor, name: str) -> Tensor:
+        """One linear layer."""
 
     @abstractmethod
     def norm(self, inputs: Tensor, name: str) -> Tensor: ...
@@ -37,12 +37,22 @@ class TensorOps(ABC):
     def _module(self, name: str) -> nn.Module:
         """A submodule of the model."""
 
+    # Layers that share an input stay apart, since no kernel of ExecuTorch cuts what has no
+    # fixed size: what stands for their joined outputs is the input, and each layer is
+    # applied where the outputs are split.
+    def linear(self, inputs: Tensor, *names: str) -> Tensor:
+        return self.linear_layer(inputs, names[0]) if len(names) == 1 else inputs
+
+    def split(self, joined: Tensor, *names: str) -> tuple[Tensor, ...]:
+        return tuple(self.linear_layer(joined, name) for name in names)
+
     def embed_patches(self, pixels: Tensor) -> Tensor:
         tower = self._spec.tower
         patches = self._module(tower.patch_embedding)(pixels).flatten(2).transpose(1, 2)
         if tower.class_embedding is not None:
             token = getattr(self._module(tower.embeddings), tower.class_embedding)
-            patches = torch.cat([token.view(1, 1, -1), patches], dim=1)
+            token = token.view(1, 1, -1).expand(patches.shape[0], -1, -1)
+            patches = torch.cat([token, patches], dim=1)
         # Row by row: the patches of one whole image are in raster order.
         positions = cast("Any", self._module(tower.position_embedding))
         return cast("Tensor", patches + positions.weight[None])
@@ -74,7 +84,7 @@ class TensorOps(ABC):
 
     def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         if self._reducer is None:
-            return features, torch.arange(features.shape[1])[None]
+            return features, torch.arange(features.shape[1]).expand(features.shape[0], -1)
         tower = self._spec.tower
         kept, indices = self._reducer(
             ReducerInputs(
@@ -89,5 +99,29 @@ class TensorOps(ABC):
 
 
 def split_heads(joined: Tensor, heads: int, width: int) -> Tensor:
-    """[1, rows, heads * width] as [1, heads, rows, width]."""
-    return joined.view(1, joined.shape[1], heads, width).transpose(1, 2)
+    """[batch, rows, heads * width] as [batch, heads, rows, width]."""
+    return joined.view(*joined.shape[:2], heads, width).transpose(1, 2)
+
+
+def join_heads(heads: Tensor) -> Tensor:
+    """[batch, heads, rows, width] as [batch, rows, heads * width]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def merge_patches(features: Tensor, merge_factor: int) -> Tensor:
+    """Pixel shuffle: each square of patches becomes one token, channels in raster order.
+
+    Args:
+        features: [images, side * side, C].
+        merge_factor: Side of the square, s.
+
+    Returns:
+        [images, side * side / s**2, C * s**2], tokens in raster order of the merged grid.
+    """
+    if merge_factor == 1:
+        return features
+    images, count, width = features.shape
+    side = int(count**0.5)
+    cells, factor = side // merge_factor, merge_factor
+    grid = features.view(images, cells, factor, cells, factor * width)
+    return grid.transpose(2, 3).reshape(images, cells * cells, factor * factor * width)

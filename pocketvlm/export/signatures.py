@@ -1,0 +1,84 @@
+"""Signatures of the graphs: part of the bundle's contract, and the same for every target."""
+
+from __future__ import annotations
+
+from pocketvlm.bundle import TensorSignature
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = [
+    "Signatures",
+    "cache_names",
+    "decoder_signatures",
+    "embedding_signatures",
+    "vision_signatures",
+]
+
+Signatures = tuple[tuple[TensorSignature, ...], tuple[TensorSignature, ...]]
+"""Inputs and outputs of one graph."""
+
+
+def cache_names(spec: ModelSpec, prefix: str) -> tuple[str, ...]:
+    """Names of the cache tensors, `{prefix}.{block}.key` and `.value`, block by block."""
+    return tuple(
+        f"{prefix}.{block}.{kind}"
+        for block in range(spec.decoder.depth)
+        for kind in ("key", "value")
+    )
+
+
+def vision_signatures(spec: ModelSpec, kept: int) -> Signatures:
+    """Inputs and outputs of the vision graph that keeps `kept` visual tokens."""
+    side = spec.tower.image_size
+    return (
+        (_float("pixel_values", 1, spec.tower.channels, side, side),),
+        (_float("embeds", 1, kept, spec.decoder.hidden_size), _int("indices", 1, kept)),
+    )
+
+
+def embedding_signatures(spec: ModelSpec) -> Signatures:
+    """Inputs and outputs of the embedding graph."""
+    return (
+        (_int("input_ids", 1, "length"),),
+        (_float("embeds", 1, "length", spec.decoder.hidden_size),),
+    )
+
+
+def decoder_signatures(
+    spec: ModelSpec, cache_dtype: str = "float32", visual_layers: int | None = None
+) -> Signatures:
+    """Inputs and outputs of the decoder graph.
+
+    `capacity` is chosen by the caller, who binds past and present to the same buffers. Where visual
+    rows end early, `text_rows` numbers the rows of text among those of the call, and the cache of
+    later layers has its own length and capacity.
+    """
+    decoder = spec.decoder
+
+    def cache(direction: str) -> tuple[TensorSignature, ...]:
+        signatures = []
+        for index, name in enumerate(cache_names(spec, direction)):
+            is_late = visual_layers is not None and index // 2 >= visual_layers
+            capacity = "text_capacity" if is_late else "capacity"
+            shape = (1, decoder.kv_heads, capacity, decoder.head_dim)
+            signatures.append(TensorSignature(name=name, dtype=cache_dtype, shape=shape))
+        return tuple(signatures)
+
+    late = () if visual_layers is None else (_int("text_rows", "text"), _int("past_text_length", 1))
+    return (
+        (
+            _float("embeds", 1, "length", decoder.hidden_size),
+            _int("position_ids", 1, "length"),
+            _int("past_length", 1),
+            *late,
+            *cache("past"),
+        ),
+        (_float("logits", 1, 1, decoder.vocab_size), *cache("present")),
+    )
+
+
+def _float(name: str, *shape: int | str) -> TensorSignature:
+    return TensorSignature(name=name, dtype="float32", shape=shape)
+
+
+def _int(name: str, *shape: int | str) -> TensorSignature:
+    return TensorSignature(name=name, dtype="int64", shape=shape)

@@ -1,0 +1,103 @@
+"""The phone graphs as torch modules, for targets that trace one, and to test the definition.
+
+`VisionGraph`, `EmbeddingGraph` and `DecoderGraph` take and return what the bundle's graphs do:
+static shapes, a batch of one, a cache of fixed capacity that the caller owns. They use no mask,
+cache or attention machinery of transformers, whose data-dependent branches no tracer follows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
+from pocketvlm.graph.rotary import rotary_angles, rotate_by_position
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.torch_ops import TorchOps
+
+__all__ = ["DecoderGraph", "EmbeddingGraph", "VisionGraph"]
+
+
+class DecoderCache:
+    """The cache of one call of the decoder: slots after the past are filled, none is moved.
+
+    Args:
+        spec: The model.
+        positions: Rotary positions of the new tokens, int64 [1, length].
+        past_length: Filled slots, int64 [1].
+        tensors: Keys and values block by block, each [1, kv_heads, capacity, head_dim].
+    """
+
+    def __init__(
+        self, spec: ModelSpec, positions: Tensor, past_length: Tensor, tensors: tuple[Tensor, ...]
+    ) -> None:
+        self.tensors = list(tensors)
+        self._cosine, self._sine = rotary_angles(spec.decoder.rope, positions)
+        self._slots = past_length + torch.arange(positions.shape[1])
+        capacity = torch.arange(tensors[0].shape[2])
+        # What a token may see is told by slots, not by positions, which may have gaps.
+        self.visible = capacity[None] <= self._slots[:, None]
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotary embedding of [1, heads, length, head_dim]."""
+        return rotate_by_position(heads, self._cosine, self._sine)
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Writes new keys and values into the slots after the past; attends to all slots."""
+        for index, new in ((2 * block, key), (2 * block + 1, value)):
+            self.tensors[index] = self.tensors[index].index_copy(2, self._slots, new)
+        return functional.scaled_dot_product_attention(
+            query,
+            self.tensors[2 * block],
+            self.tensors[2 * block + 1],
+            attn_mask=self.visible,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class VisionGraph(nn.Module):
+    """`pixel_values` to `embeds` and `indices`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = checkpoint.model
+        self.reducer = checkpoint.reducer
+        self._spec = checkpoint.spec
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, C, S, S] to [1, k, width] and [1, k]."""
+        ops = TorchOps(self.model, self._spec, reducer=self.reducer)
+        return build_vision(ops, self._spec, pixel_values)
+
+
+class EmbeddingGraph(nn.Module):
+    """`input_ids` to `embeds`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = checkpoint.model
+        self._spec = checkpoint.spec
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[1, length] to [1, length, width]."""
+        return build_embedding(TorchOps(self.model, self._spec), input_ids)
+
+
+class DecoderGraph(nn.Module):
+    """`embeds`, `position_ids`, `past_length` and the past to `logits` and the present."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = checkpoint.model
+        self._spec = checkpoint.spec
+
+    def forward(
+        self, embeds: Tensor, position_ids: Tensor, past_length: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Returns [1, 1, vocabulary] and the cache, in the order of `cache_names`."""
+        cache = DecoderCache(self._spec, position_ids, past_length, past)
+        ops = TorchOps(self.model, self._spec, context=cache)
+        logits = build_decoder(ops, self._spec, embeds)
+        return logits, *cache.tensors

@@ -1,0 +1,1 @@
+"""The phone's graphs, written once over operators: torch's definition and every target run them."""

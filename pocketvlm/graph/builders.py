@@ -1,0 +1,95 @@
+"""The three phone graphs, written once over operators that each target supplies.
+
+What a graph is (which hidden state becomes a feature, where tokens are dropped, what is computed
+for the last position alone) is said here and in `sublayers`, and nowhere else; how it is computed
+is the target's: a target implements `GraphOps` for its own kind of value. Torch's definition of
+truth, `pocketvlm.reference_graph`, runs the same sublayers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pocketvlm.graph.operators import GraphOps
+from pocketvlm.graph.sublayers import decoder_attention, feed_forward, tower_attention
+from pocketvlm.models.projector import run_steps
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = ["TextRows", "build_decoder", "build_embedding", "build_vision"]
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextRows(Generic[ValueT]):
+    """Where visual rows end, in a decoder that runs them through its first layers only.
+
+    Attributes:
+        layers: Layers that visual rows run through.
+        select: The rows of text of a hidden state.
+    """
+
+    layers: int
+    select: Callable[[ValueT], ValueT]
+
+
+def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tuple[ValueT, ValueT]:
+    """Pixels to the embeddings and indices of the visual tokens that are kept."""
+    tower = spec.tower
+    blocks = tower.blocks[: tower.feature_block + 1]
+    hidden = ops.embed_patches(pixels)
+    if tower.pre_norm is not None:
+        hidden = ops.norm(hidden, tower.pre_norm)
+    normed = ops.norm(hidden, blocks[0].attention.norm)
+    for block, following in zip(blocks, (*blocks[1:], None), strict=True):
+        attended, queries, keys = tower_attention(ops, block.attention, normed)
+        normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
+        inner = feed_forward(ops, block.ffn, normed, tower.activation)
+        if following is not None:
+            normed, hidden = ops.add_norm(inner, hidden, following.attention.norm)
+    if tower.has_post_norm:
+        features, _ = ops.add_norm(inner, hidden, tower.post_norm)
+    else:
+        features = ops.add(inner, hidden)
+    if tower.has_cls:
+        features = ops.drop_first(features)
+    features = ops.merge_patches(features, spec.projector.merge_factor)
+    features, indices = ops.reduce(features, queries, keys)
+    return run_steps(ops, spec.projector.steps, features), indices
+
+
+def build_embedding(ops: GraphOps[ValueT], token_ids: ValueT) -> ValueT:
+    """Token ids to embeddings."""
+    return ops.embed_tokens(token_ids)
+
+
+def build_decoder(
+    ops: GraphOps[ValueT],
+    spec: ModelSpec,
+    embeds: ValueT,
+    text_rows: TextRows[ValueT] | None = None,
+) -> ValueT:
+    """Embeddings to the logits of the last position, [1, 1, vocabulary].
+
+    What follows the last block's attention is computed for the last position alone: no other
+    position reaches an output. What follows the attention of the last block that visual rows run
+    through is computed for rows of text alone, likewise.
+    """
+    decoder = spec.decoder
+    hidden = embeds
+    normed = ops.norm(hidden, decoder.blocks[0].attention.norm)
+    following = (*(block.attention.norm for block in decoder.blocks[1:]), decoder.norm)
+    for index, block in enumerate(decoder.blocks):
+        select: Callable[[ValueT], ValueT] | None = None
+        if index == decoder.depth - 1:
+            select = ops.last
+        elif text_rows is not None and index == text_rows.layers - 1:
+            select = text_rows.select
+        attended = decoder_attention(ops, block.attention, index, normed, select)
+        hidden = hidden if select is None else select(hidden)
+        normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
+        inner = feed_forward(ops, block.ffn, normed, decoder.activation)
+        normed, hidden = ops.add_norm(inner, hidden, following[index])
+    return ops.linear(normed, decoder.head)

@@ -1,0 +1,79 @@
+"""Operators of the phone graphs: what a target supplies, over its own kind of value."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+__all__ = ["GraphOps"]
+
+ValueT = TypeVar("ValueT")
+
+
+class GraphOps(Protocol[ValueT]):
+    """Operators of one target, over its own values; layers are named as in the checkpoint.
+
+    Values are float32 and have a batch of one: [1, tokens, channels].
+    """
+
+    def embed_patches(self, pixels: ValueT) -> ValueT:
+        """Patches with their positions, after [CLS] where there is one: [1, tokens, hidden]."""
+        ...
+
+    def embed_tokens(self, token_ids: ValueT) -> ValueT:
+        """Rows of the token embedding, [1, length, width]."""
+        ...
+
+    def linear(self, inputs: ValueT, *names: str) -> ValueT:
+        """Linear layers that share their input, outputs joined along the channels."""
+        ...
+
+    def split(self, joined: ValueT, *names: str) -> tuple[ValueT, ...]:
+        """Takes apart what `linear` joined."""
+        ...
+
+    def norm(self, inputs: ValueT, name: str) -> ValueT:
+        """A LayerNorm or RMSNorm."""
+        ...
+
+    def add_norm(self, inputs: ValueT, residual: ValueT, name: str) -> tuple[ValueT, ValueT]:
+        """The norm of a sum, and the sum."""
+        ...
+
+    def add(self, left: ValueT, right: ValueT) -> ValueT:
+        """A sum."""
+        ...
+
+    def activation(self, inputs: ValueT, kind: str) -> ValueT:
+        """An activation by the name that Hugging Face gives it."""
+        ...
+
+    def gated(self, joined: ValueT, gate: str, up: str, kind: str) -> ValueT:
+        """`activation(gate) * up` of joined outputs."""
+        ...
+
+    def attention(self, queries: ValueT, keys: ValueT, values: ValueT) -> ValueT:
+        """The tower's attention of all tokens to all tokens, heads joined again."""
+        ...
+
+    def cached_attention(self, joined: ValueT, block: int, *names: str) -> ValueT:
+        """The decoder's causal attention with rotary positions, extending the cache of a block."""
+        ...
+
+    def drop_first(self, inputs: ValueT) -> ValueT:
+        """All tokens but the first."""
+        ...
+
+    def last(self, inputs: ValueT) -> ValueT:
+        """The last token alone, [1, 1, channels]."""
+        ...
+
+    def merge_patches(self, features: ValueT, factor: int) -> ValueT:
+        """Pixel shuffle, as `forward.merge_patches`."""
+        ...
+
+    def reduce(self, features: ValueT, queries: ValueT, keys: ValueT) -> tuple[ValueT, ValueT]:
+        """The checkpoint's token reduction: kept features and their indices.
+
+        Queries and keys are those of the feature block, [1, tokens, hidden], not scaled yet.
+        """
+        ...

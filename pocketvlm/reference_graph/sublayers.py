@@ -1,0 +1,159 @@
+"""A transformer block as its two sublayers, x + body(norm(x)), each runnable on its own.
+
+Whatever works on a model layer by layer (calibration, gradients, pruning) walks along these; the
+bodies are those of the phone's graphs. Running a sublayer at a time means that attention is
+computed twice for its two sets of linears, where re-running whole blocks would compute it four
+times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocketvlm.graph.sublayers import decoder_attention, feed_forward, tower_attention
+from pocketvlm.models.spec import AttentionSpec, FfnSpec, ModelSpec
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
+from pocketvlm.reference_graph.torch_ops import TorchOps
+
+__all__ = ["Sublayer", "SublayerKind", "decoder_sublayers", "run_sublayers", "tower_sublayers"]
+
+SublayerKind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sublayer:
+    """Attention or the feed-forward network of one block, with its norm and its residual.
+
+    Attributes:
+        kind: Which sublayer it is.
+        norm: What is applied to the hidden state first.
+        body: What follows, from the norm's output and the rows of a call of the decoder.
+        first: Names of the linears that read the norm's output.
+        first_modules: These linears.
+        last: Name of the linear that ends the body.
+        last_module: That linear.
+    """
+
+    kind: SublayerKind
+    norm: nn.Module
+    body: Callable[[Tensor, DecoderRows | None], Tensor]
+    first: tuple[str, ...]
+    first_modules: tuple[nn.Module, ...]
+    last: str
+    last_module: nn.Module
+
+    @property
+    def linears(self) -> nn.ModuleList:
+        """Every linear of it, in order of execution."""
+        return nn.ModuleList((*self.first_modules, self.last_module))
+
+    @torch.no_grad()
+    def inputs_of_last(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
+        """What the last linear reads, [batch, tokens, width]; it is not run itself."""
+
+        def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _ReachedError(inputs[0])
+
+        handle = self.last_module.register_forward_pre_hook(stop)
+        try:
+            self.body(self.norm(hidden), rows)
+        except _ReachedError as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise AssertionError(f"{self.last} was not reached")
+
+    def output(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
+        """The hidden state after this sublayer, of the same shape; autograd may record it.
+
+        Args:
+            hidden: [batch, tokens, width].
+            rows: What attention takes beside it; `None` in the tower.
+        """
+        return hidden + self.body(self.norm(hidden), rows)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
+        """`output` without autograd."""
+        return self.output(hidden, rows)
+
+
+class _ReachedError(Exception):
+    """Carries a linear's input out of the forward pass that was only run for it."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def tower_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
+    """Both sublayers of a block of the vision tower."""
+    described = spec.tower.blocks[block]
+
+    def attend(normed: Tensor, _: DecoderRows | None) -> Tensor:
+        return tower_attention(TorchOps(model, spec), described.attention, normed)[0]
+
+    def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
+        return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.tower.activation)
+
+    return (
+        _sublayer(model, "attention", described.attention, attend),
+        _sublayer(model, "ffn", described.ffn, widen),
+    )
+
+
+def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Sublayer, Sublayer]:
+    """Both sublayers of a block of the decoder."""
+    described = spec.decoder.blocks[block]
+
+    def attend(normed: Tensor, rows: DecoderRows | None) -> Tensor:
+        ops = TorchOps(model, spec, context=rows)
+        return decoder_attention(ops, described.attention, block, normed)
+
+    def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
+        return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.decoder.activation)
+
+    return (
+        _sublayer(model, "attention", described.attention, attend),
+        _sublayer(model, "ffn", described.ffn, widen),
+    )
+
+
+def run_sublayers(
+    sublayers: tuple[Sublayer, ...],
+    rows: DecoderRows | None,
+    hidden: Tensor,
+    between: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The hidden state after a block of two sublayers; autograd may record it.
+
+    Args:
+        sublayers: Attention and the feed-forward network.
+        rows: What attention takes beside the hidden state.
+        hidden: The hidden state before the block.
+        between: What happens between the sublayers, such as rows that end there.
+    """
+    middle = sublayers[0].output(hidden, rows)
+    return sublayers[1].output(middle if between is None else between(middle), rows)
+
+
+def _sublayer(
+    model: nn.Module,
+    kind: SublayerKind,
+    described: AttentionSpec | FfnSpec,
+    body: Callable[[Tensor, DecoderRows | None], Tensor],
+) -> Sublayer:
+    return Sublayer(
+        kind=kind,
+        norm=model.get_submodule(described.norm),
+        body=body,
+        first=described.inputs,
+        first_modules=tuple(model.get_submodule(name) for name in described.inputs),
+        last=described.output,
+        last_module=model.get_submodule(described.output),
+    )

@@ -1,0 +1,81 @@
+"""`GraphOps` in plain torch, over the modules of a checkpoint: the definition of every graph."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pocketvlm.graph.tensor_ops import TensorOps, join_heads, split_heads
+from pocketvlm.models.reducer import TokenReducer
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = ["DecoderContext", "TorchOps"]
+
+
+class DecoderContext(Protocol):
+    """What the decoder's attention needs beside its inputs, in one call of the decoder."""
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotary embedding of [batch, heads, length, head_dim] at the positions of this call."""
+        ...
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Extends the cache of a block and attends to all that a row may see."""
+        ...
+
+
+class TorchOps(TensorOps):
+    """`GraphOps` over tensors [batch, tokens, channels]; autograd may record it.
+
+    Args:
+        model: Where layers come from.
+        spec: What it is.
+        reducer: The token reduction, or `None`.
+        context: For the decoder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        *,
+        reducer: TokenReducer | None = None,
+        context: DecoderContext | None = None,
+    ) -> None:
+        super().__init__(spec, reducer)
+        self._model = model
+        self._context = context
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        return self._call(self._spec.decoder.embedding, token_ids)
+
+    def linear_layer(self, inputs: Tensor, name: str) -> Tensor:
+        return self._call(name, inputs)
+
+    def norm(self, inputs: Tensor, name: str) -> Tensor:
+        return self._call(name, inputs)
+
+    def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        tower = self._spec.tower
+        query, key, value = (
+            split_heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)
+        )
+        return join_heads(functional.scaled_dot_product_attention(query, key, value))
+
+    def cached_attention(self, joined: Tensor, block: int, *names: str) -> Tensor:
+        if self._context is None:
+            raise TypeError("the decoder needs a context")
+        decoder = self._spec.decoder
+        queries, keys, values = self.split(joined, *names)
+        query = self._context.rotate(split_heads(queries, decoder.heads, decoder.head_dim))
+        key = self._context.rotate(split_heads(keys, decoder.kv_heads, decoder.head_dim))
+        value = split_heads(values, decoder.kv_heads, decoder.head_dim)
+        return join_heads(self._context.attend(block, query, key, value))
+
+    def _module(self, name: str) -> nn.Module:
+        return self._model.get_submodule(name)
+
+    def _call(self, name: str, inputs: Tensor) -> Tensor:
+        return cast("Tensor", self._module(name)(inputs))
