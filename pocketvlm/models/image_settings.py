@@ -16,11 +16,12 @@ from typing import Any, Literal
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError, decode, read_json
+from pocketvlm.models.anyres import Anyres
 from pocketvlm.models.tiling import ONE_TILE, AspectGrid, SplitGrid, TileGrid, Tiling
 
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 
-ImageKind = Literal["clip", "llava", "siglip", "idefics3", "got_ocr2"]
+ImageKind = Literal["clip", "llava", "siglip", "idefics3", "got_ocr2", "llava_next"]
 
 _KINDS: dict[str, ImageKind] = {
     "CLIPImageProcessor": "clip",
@@ -29,11 +30,13 @@ _KINDS: dict[str, ImageKind] = {
     "Idefics3ImageProcessor": "idefics3",
     "SmolVLMImageProcessor": "idefics3",
     "GotOcr2ImageProcessor": "got_ocr2",
+    "LlavaNextImageProcessor": "llava_next",
 }
 _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "llava": ("llava", "clip", "siglip"),
     "idefics3": ("idefics3",),
     "internvl": ("got_ocr2",),
+    "llava_next": ("llava_next",),
 }
 """Kinds that a family's processor works with; the first is the one without any type."""
 
@@ -63,6 +66,7 @@ class ImageSettings:
         do_image_splitting: Whether a large picture is cut into several of them.
         min_patches: Tiles of the smallest grid that the GotOcr2 kind considers.
         max_patches: Tiles of its largest grid.
+        image_grid_pinpoints: Heights and widths that the LLaVA-NeXT kind fits pictures into.
         resample: Number of Pillow's filter.
         image_mean: One per channel.
         image_std: Likewise.
@@ -86,19 +90,22 @@ class ImageSettings:
     do_image_splitting: bool
     min_patches: int
     max_patches: int
+    image_grid_pinpoints: tuple[tuple[int, int], ...]
 
     @property
     def side(self) -> int:
         """Pixels along one side of every picture that comes out."""
         if self.kind == "idefics3":
             return self.max_image_size["longest_edge"]
-        if self.do_center_crop:
+        if self.do_center_crop or (self.kind == "llava_next" and self.crop_size):
             return self.crop_size["height"]
-        return self.size["height"]
+        return self.size["height"] if "height" in self.size else self.size["shortest_edge"]
 
     @property
     def tiling(self) -> Tiling | None:
         """How pictures are cut into tiles; `None` where each is one."""
+        if self.kind == "llava_next":
+            return Anyres(side=self.side, resolutions=self.image_grid_pinpoints)
         if not self.do_image_splitting:
             return None
         if self.kind == "got_ocr2":
@@ -177,6 +184,7 @@ class _Settings:
     do_image_splitting: bool | None = None
     min_patches: int | None = None
     max_patches: int | None = None
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
     data_format: str | None = None
     input_data_format: str | None = None
 
@@ -193,6 +201,7 @@ class _Defaults:
     do_image_splitting: bool = False
     crop_size: Mapping[str, int] = field(default_factory=dict)
     default_to_square: bool = False
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
 
 _EDGE, _SQUARE = {"shortest_edge": 224}, {"height": 224, "width": 224}
@@ -208,6 +217,10 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
     ),
     "got_ocr2": _Defaults(
         size={"height": 384, "width": 384}, mean=_CLIP_MEAN, std=_CLIP_STD, default_to_square=True
+    ),
+    "llava_next": replace(
+        _CLIP,
+        image_grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     ),
 }
 _FEWEST_PATCHES, _MOST_PATCHES = 1, 12
@@ -319,6 +332,7 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
         or (kind == "idefics3" and _or(stated.do_image_splitting, default.do_image_splitting)),
         min_patches=_or(stated.min_patches, _FEWEST_PATCHES),
         max_patches=_or(stated.max_patches, _MOST_PATCHES),
+        image_grid_pinpoints=_or(stated.image_grid_pinpoints, default.image_grid_pinpoints),
     )
 
 
@@ -349,6 +363,8 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
         if any(not 0 < edge <= _LARGEST for edge in getattr(settings, name).values()):
             raise DecodeError(f"{name} must be between 1 and {_LARGEST}")
     size, crop = settings.size, settings.crop_size
+    if settings.kind == "llava_next":
+        return _check_resolutions(settings)
     if settings.kind == "idefics3":
         if set(settings.max_image_size) != {"longest_edge"}:
             raise DecodeError("max_image_size must name longest_edge")
@@ -379,6 +395,26 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
     return settings
 
 
+def _check_resolutions(settings: ImageSettings) -> ImageSettings:
+    """Refuses tiles that are not all of one size."""
+    size, side = settings.size, settings.side
+    if set(size) not in ({"shortest_edge"}, {"height", "width"}):
+        raise DecodeError(f"size names {_keys(size)}; allowed: shortest_edge, height and width")
+    edges = (*size.values(), *(settings.crop_size.values() if settings.do_center_crop else ()))
+    if not settings.do_resize or any(edge != side for edge in edges):
+        raise DecodeError(f"do_resize must be true, and size and crop_size a square of {side}")
+    resolutions = settings.image_grid_pinpoints
+    if not resolutions or any(edge < 1 or edge % side for pair in resolutions for edge in pair):
+        raise DecodeError(f"image_grid_pinpoints must be heights and widths in multiples of {side}")
+    _check_pixels(settings)
+    if settings.most_tiles > _MOST_TILES:
+        raise DecodeError(
+            f"image_grid_pinpoints cut a picture into up to {settings.most_tiles} tiles; allowed "
+            f"are {_MOST_TILES}"
+        )
+    return settings
+
+
 def _check_patches(settings: ImageSettings) -> ImageSettings:
     """Refuses grids of the GotOcr2 kind that are none or too large."""
     if settings.kind != "got_ocr2":
@@ -391,11 +427,15 @@ def _check_patches(settings: ImageSettings) -> ImageSettings:
         )
     if settings.do_center_crop:
         raise DecodeError("do_center_crop must be false: pictures are cut into tiles")
-    if settings.side**2 * most > MAX_PIXELS:
-        raise DecodeError(
-            f"{most} tiles of {settings.side} x {settings.side} are more than {MAX_PIXELS:,} pixels"
-        )
+    _check_pixels(settings)
     return settings
+
+
+def _check_pixels(settings: ImageSettings) -> None:
+    """Refuses tiles that are a larger picture, side by side, than any file may hold."""
+    side, tiles = settings.side, settings.most_tiles - 1
+    if side**2 * tiles > MAX_PIXELS:
+        raise DecodeError(f"{tiles} tiles of {side} x {side} are more than {MAX_PIXELS:,} pixels")
 
 
 def _or(stated: Any, default: Any) -> Any:

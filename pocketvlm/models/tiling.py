@@ -11,37 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from pocketvlm.models.anyres import Anyres
+from pocketvlm.models.tile_grid import ONE_TILE, TileGrid
+
 __all__ = ["ONE_TILE", "AspectGrid", "SplitGrid", "TileGrid", "Tiling", "longest_edge_size"]
 
 _LONGEST_EDGE_LIMIT = 4096
 _MOST_EDGES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileGrid:
-    """How one picture is cut.
-
-    Attributes:
-        rows: Tiles from top to bottom.
-        columns: Tiles from left to right.
-    """
-
-    rows: int = 1
-    columns: int = 1
-
-    @property
-    def is_split(self) -> bool:
-        """Whether there are several tiles; then the whole picture follows them as one more."""
-        return self.rows * self.columns > 1
-
-    @property
-    def tiles(self) -> int:
-        """Pictures that the tower sees."""
-        return self.rows * self.columns + int(self.is_split)
-
-
-ONE_TILE = TileGrid()
-"""A picture that is not cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +171,7 @@ class AspectGrid:
         )
 
 
-Tiling = SplitGrid | AspectGrid
+Tiling = SplitGrid | AspectGrid | Anyres
 """The ways in which processors cut pictures."""
 
 

@@ -21,7 +21,8 @@ class PictureText:
         prefix: Text before those of a whole picture.
         suffix: Text after them.
         tile_marker: Text before those of a tile, `{row}` and `{column}` counted from 1; `None`
-            where pictures are not cut. Tiles stand row by row, the whole picture after them.
+            where all placeholders of a picture are one run. Tiles stand row by row, the whole
+            picture after them.
         whole_marker: Text before those of the whole picture where prefix and suffix enclose its
             tiles as well; `None` where they are its own, and line breaks, one after each row of
             tiles and one more, stand before it.
@@ -37,17 +38,11 @@ class PictureText:
     mark: str | None = None
 
     def write(self, grid: TileGrid = ONE_TILE) -> str:
-        """The text of a picture that is cut in this way.
-
-        Raises:
-            ValueError: It is cut, and the model has no text for tiles.
-        """
+        """The text of a picture that is cut in this way; one run where tiles have no markers."""
+        if self.tile_marker is None or not grid.is_split:
+            return f"{self.prefix}{self.placeholder * grid.placeholders(self.count)}{self.suffix}"
         visual = self.placeholder * self.count
         whole = f"{self.prefix}{visual}{self.suffix}"
-        if not grid.is_split:
-            return whole
-        if self.tile_marker is None:
-            raise ValueError("this model's prompts have no place for tiles")
         # Replaced, not formatted: a marker may come from anybody's manifest.
         lines = []
         for row in range(1, grid.rows + 1):

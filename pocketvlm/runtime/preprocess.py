@@ -1,12 +1,12 @@
 """Pictures to pixels, bit for bit as Hugging Face's Pillow image processors make them.
 
-Four pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
+Five pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
 padding the picture to a square. The Idefics3 kind resizes twice, first so that the longest edge has
 a given length and then to a square, whatever the aspect ratio; where it splits pictures, the second
 size is whole tiles, and the picture follows them once more as a whole. The GotOcr2 kind resizes
-once, to the tiles whose ratio is nearest. All end in the same arithmetic,
-`(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256 values, so that is a table of 256
-entries per channel, computed once.
+once, to the tiles whose ratio is nearest, the LLaVA-NeXT kind to fit into a canvas of tiles. All
+end in the same arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256
+values, so that is a table of 256 entries per channel, computed once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,26 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import MAX_PIXELS
+from pocketvlm.models.anyres import Anyres
 from pocketvlm.models.image_settings import ImageSettings, parse_image_settings, read_image_settings
-from pocketvlm.models.tiling import ONE_TILE, TileGrid, Tiling, longest_edge_size
+from pocketvlm.models.tiling import (
+    ONE_TILE,
+    AspectGrid,
+    SplitGrid,
+    TileGrid,
+    Tiling,
+    longest_edge_size,
+)
 
-__all__ = ["CenterCrop", "Geometry", "ImagePreprocessor", "Tiles", "TwoStepSquare", "to_rgb"]
+__all__ = [
+    "CenterCrop",
+    "Geometry",
+    "ImagePreprocessor",
+    "PaddedTiles",
+    "Tiles",
+    "TwoStepSquare",
+    "to_rgb",
+]
 
 _WIDEST_STRIP = 64
 
@@ -111,7 +127,7 @@ class Tiles:
         tiling: Which tiles.
     """
 
-    tiling: Tiling
+    tiling: SplitGrid | AspectGrid
     resample: Image.Resampling
 
     @property
@@ -124,15 +140,40 @@ class Tiles:
         side, tiled = self.side, image
         for size in self.tiling.resizes(*image.size):
             tiled = tiled.resize(size, self.resample)
-        parts = [
-            tiled.crop((left, top, left + side, top + side))
-            for top in range(0, tiled.height, side)
-            for left in range(0, tiled.width, side)
-        ]
+        parts = _cut(tiled, side)
         if len(parts) > 1:
             whole = tiled if self.tiling.shrinks_tiled else image
             parts.append(whole.resize((side, side), self.resample))
         return np.stack([np.asarray(part) for part in parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedTiles:
+    """The LLaVA-NeXT kind: the whole, then tiles of the picture in the middle of a black canvas.
+
+    Attributes:
+        tiling: Which tiles.
+    """
+
+    tiling: Anyres
+    resample: Image.Resampling
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of a tile."""
+        return self.tiling.side
+
+    def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resizes the whole; resizes once more, centres, and cuts."""
+        height, width = self.tiling.resolution(*image.size)
+        own_width, own_height = self.tiling.fitted_size(*image.size)
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(
+            image.resize((own_width, own_height), self.resample),
+            ((width - own_width) // 2, (height - own_height) // 2),
+        )
+        whole = image.resize((self.side, self.side), self.resample)
+        return np.stack([np.asarray(part) for part in (whole, *_cut(canvas, self.side))])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,8 +225,10 @@ class ImagePreprocessor:
         """The preprocessor of settings that were read before."""
         resample = Image.Resampling(settings.resample)
         size = _target(settings.size) if settings.do_resize else None
-        if settings.tiling is not None:
-            geometry: Geometry = Tiles(tiling=settings.tiling, resample=resample)
+        if isinstance(settings.tiling, Anyres):
+            geometry: Geometry = PaddedTiles(tiling=settings.tiling, resample=resample)
+        elif settings.tiling is not None:
+            geometry = Tiles(tiling=settings.tiling, resample=resample)
         elif settings.kind == "idefics3":
             geometry = TwoStepSquare(side=settings.side, first=size, resample=resample)
         else:
@@ -225,6 +268,15 @@ class ImagePreprocessor:
         """
         _require_content(image)
         return ONE_TILE if self.tiling is None else self.tiling.grid(*image.size)
+
+
+def _cut(image: Image.Image, side: int) -> list[Image.Image]:
+    """The tiles of a picture, row by row."""
+    return [
+        image.crop((left, top, left + side, top + side))
+        for top in range(0, image.height, side)
+        for left in range(0, image.width, side)
+    ]
 
 
 def _require_content(image: Image.Image) -> None:

@@ -133,8 +133,11 @@ def test_markers_of_a_stranger_are_replaced_and_never_formatted():
     text = PictureText(placeholder="<i>", count=1, tile_marker="{row.__class__}{row}{column}{0}")
     written = text.write(TileGrid(rows=1, columns=2))
     assert written == "{row.__class__}11{0}<i>{row.__class__}12{0}<i>\n\n<i>"
-    with pytest.raises(ValueError, match="no place for tiles"):
-        PictureText(placeholder="<i>", count=1).write(TileGrid(rows=2, columns=1))
+
+
+def test_tiles_without_markers_are_one_run():
+    text = PictureText(placeholder="<i>", count=2, prefix="<p>", suffix="</p>")
+    assert text.write(TileGrid(rows=2, columns=1)) == f"<p>{'<i>' * 6}</p>"
 
 
 def test_tiles_may_stand_with_the_whole_inside_the_pictures_frame():

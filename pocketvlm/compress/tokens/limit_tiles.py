@@ -1,9 +1,9 @@
 """The stage that cuts pictures into fewer tiles.
 
 Models that split large pictures spend most of their prompt on tiles: SmolVLM's settings make 13 of
-a photo. Their authors name the knobs themselves: a shorter `size.longest_edge` in whole tiles, or a
-smaller `max_patches`. What is left is an ordinary processor of the family, which stock transformers
-follows as well.
+a photo. Their authors name the knobs themselves: a shorter `size.longest_edge` in whole tiles, a
+smaller `max_patches`, or fewer `image_grid_pinpoints`. What is left is an ordinary processor of the
+family, which stock transformers follows as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.errors import RecipeError
 from pocketvlm.models.tiling import Tiling
 from pocketvlm.stages import PlanState, Stage, StageResult
 
@@ -42,8 +43,15 @@ class LimitTiles(Stage):
             raise ValueError(f"max_tiles is {self.max_tiles}; at least 1 is needed")
 
     def limited(self, tiling: Tiling | None) -> Tiling | None:
-        """The tiling with no more tiles; `None` where nothing has to change."""
-        limited = None if tiling is None else tiling.limited(self.max_tiles)
+        """The tiling with no more tiles; `None` where nothing has to change.
+
+        Raises:
+            RecipeError: Every picture of the model is cut into more.
+        """
+        try:
+            limited = None if tiling is None else tiling.limited(self.max_tiles)
+        except ValueError as error:
+            raise RecipeError(f"limit_tiles: max_tiles is {self.max_tiles}; {error}") from error
         return None if limited == tiling else limited
 
     def plan(self, state: PlanState) -> PlanState:

@@ -1,0 +1,50 @@
+"""The tiles of one picture, and what they cost in a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pocketvlm.models.row_order import RowOrder
+
+__all__ = ["ONE_TILE", "TileGrid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileGrid:
+    """How one picture is cut.
+
+    Attributes:
+        rows: Tiles from top to bottom.
+        columns: Tiles from left to right.
+    """
+
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there are several tiles; then the whole picture follows them as one more."""
+        return self.rows * self.columns > 1
+
+    @property
+    def tiles(self) -> int:
+        """Pictures that the tower sees."""
+        return self.rows * self.columns + int(self.is_split)
+
+    def placeholders(self, per_tile: int) -> int:
+        """Placeholders of the picture in a prompt, where one tile has `per_tile` visual tokens."""
+        return self.tiles * per_tile
+
+    def most_rows(self, per_tile: int, kept: int) -> int:
+        """Rows of the decoder, at most, where `kept` of a tile's `per_tile` tokens are left."""
+        del per_tile
+        return self.tiles * kept
+
+    def order(self, per_tile: int) -> RowOrder | None:
+        """How rows of the tiles follow each other; `None` where tile follows tile."""
+        del per_tile
+        return None
+
+
+ONE_TILE = TileGrid()
+"""A picture that is not cut."""
