@@ -77,7 +77,7 @@ class TorchRunner(Runner):
         )
         with torch.inference_mode():
             logits = decode_logits(self.checkpoint, inputs, self._cache, last_only=True)
-        self._length += rows
+        self._advance(rows)
         values: npt.NDArray[np.float32] = logits[0, -1].numpy()
         return values
 

@@ -205,9 +205,9 @@ class Conversation:
         held = self._runner.length
         shared = self._shared_rows(layout)
         # The last row is always run: its logits are what the first token is chosen from.
-        reused = min(shared, len(layout.codes) - 1)
+        wanted = min(shared, len(layout.codes) - 1)
+        reused = self._runner.truncate(wanted)
         text, token_ids = TextStream(self._codec.decode_raw), list[int]()
-        self._runner.truncate(reused)
         self._cached_layout, self._cached_ids = layout, token_ids
         tokens = generate(
             self._runner,
@@ -245,7 +245,7 @@ class Conversation:
             text=text.text,
             token_ids=tuple(token_ids),
             stop_reason=stop_reason,
-            rewound_rows=held - shared,
+            rewound_rows=held - shared + wanted - reused,
             timings=clock.timings(
                 prompt_tokens=len(layout.codes) - reused,
                 visual_tokens=int(layout.is_visual[reused:].sum()),

@@ -2,19 +2,27 @@
 
 The ONNX runner is the first; one for ExecuTorch or Core ML implements the same five calls. Arrays
 are numpy, batch 1; the KV cache lives inside the runner and grows by the rows of each `decode`.
+
+Keys and values are cut back at any row by forgetting those behind it. A layer that keeps a state
+instead, such as the last inputs of a short convolution, has overwritten what was there before; its
+runner copies its states after every call of several rows, which is where a turn's prompt ends, and
+goes back to such places alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketvlm.errors import InputError
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "States"]
+
+States = Mapping[str, npt.NDArray[np.float32]]
+"""What layers keep beside keys and values, by the names of a graph."""
 
 
 class Runner(ABC):
@@ -34,6 +42,7 @@ class Runner(ABC):
         self.capacity = capacity
         self._length = 0
         self._is_text = np.zeros(capacity, np.bool_)
+        self._kept: dict[int, States] = {}
 
     @property
     def length(self) -> int:
@@ -81,19 +90,41 @@ class Runner(ABC):
                 visual rows end before the last layer; the cache is left as it was.
         """
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
         """Forgets every row from `length` on, at no cost.
+
+        Returns:
+            Rows that are left: fewer than `length` where layers keep states and none are known of
+            this place.
 
         Raises:
             ValueError: The cache holds fewer rows.
         """
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self._length} rows")
+        states = self._states()
+        if states and length < self._length:
+            self._kept = {at: kept for at, kept in self._kept.items() if at <= length}
+            length = max(self._kept, default=0)
+            for name, state in states.items():
+                state[...] = self._kept[length][name] if length else 0
         self._length = length
+        return length
 
     def reset(self) -> None:
         """Forgets every row."""
-        self._length = 0
+        self.truncate(0)
+
+    def _states(self) -> States:
+        """The states after the last row, which may be written to; none where all can be cut."""
+        return {}
+
+    def _advance(self, rows: int) -> None:
+        """Counts rows that were run."""
+        self._length += rows
+        states = self._states()
+        if states and rows > 1:
+            self._kept[self._length] = {name: state.copy() for name, state in states.items()}
 
     def _text_rows(
         self, rows: int, is_visual: npt.NDArray[np.bool_] | None

@@ -114,7 +114,7 @@ class CoremlRunner(Runner):
             count = min(self.chunk, rows - done) if fits else 1
             part = slice(done, done + count)
             logits = self._run(embeds[:, part], position_ids[:, part])
-            self._length += count
+            self._advance(count)
             done += count
         return logits
 

@@ -169,11 +169,16 @@ class RemoteRunner(Runner):
         arrays: dict[str, Array] = {
             "embeds": embeds,
             "position_ids": position_ids,
-            "length": np.array(self._length),
         }
         logits = self._ask("decode", arrays, "logits")["logits"]
         self._length += rows
         return logits
+
+    def truncate(self, length: int) -> int:
+        """Forgets every row from `length` on; the process says how many are left."""
+        left = np.array(super().truncate(length))
+        self._length = int(self._ask("truncate", {"length": left}, "length")["length"])
+        return self._length
 
     def close(self) -> None:
         """Ends the process."""

@@ -95,7 +95,8 @@ def _answer(runner: CoremlRunner, call: Mapping[str, Array]) -> dict[str, Array]
         return {"embeds": embeds, "indices": indices}
     if kind == "embed":
         return {"embeds": runner.embed(call["token_ids"].tolist())}
-    runner.truncate(int(call["length"]))
+    if kind == "truncate":
+        return {"length": np.array(runner.truncate(int(call["length"])))}
     return {"logits": runner.decode(call["embeds"], call["position_ids"])}
 
 

@@ -132,7 +132,7 @@ class ExecutorchRunner(Runner):
             )
         start = np.array([self._length], np.int64)
         (logits,) = self.process.run("text_decoder", rows, start, outputs=(self._logits,))
-        self._length += count
+        self._advance(count)
         values: npt.NDArray[np.float32] = logits[0, -1]
         return values
 

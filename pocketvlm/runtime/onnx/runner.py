@@ -9,6 +9,7 @@ allocated without being touched, so that its pages cost memory as rows are writt
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,13 +23,17 @@ from pocketvlm.errors import BundleError
 from pocketvlm.runtime.onnx.engine import LOAD_ERRORS, first_line, naming_graph
 from pocketvlm.runtime.onnx.engine import onnxruntime as ort
 from pocketvlm.runtime.onnx.external_data import require_signed_data
-from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.runner import Runner, States
 from pocketvlm.runtime.versions import require_runtime
 
 __all__ = ["DEFAULT_CAPACITY", "OnnxRunner"]
 
 DEFAULT_CAPACITY = 2048
 """Rows of KV cache unless the caller asks for another number, or the model has fewer positions."""
+
+
+_PAST = "past."
+_MAX_STATE = 2**24
 
 
 class OnnxRunner(Runner):
@@ -75,12 +80,20 @@ class OnnxRunner(Runner):
         self._embedding = self._load("embedding")
         self._decoder = self._load("decoder")
         shape = (1, cache.kv_heads, self.capacity, cache.head_dim)
+        stated = _past_shapes(self._decoder, bundle)
         # np.zeros leaves fresh pages to the system, so unused capacity costs no memory.
         self._cache = {
-            f"{layer}.{kind}": np.zeros(shape, dtype)
-            for layer in range(cache.layers)
-            for kind in ("key", "value")
+            name: np.zeros(shape, dtype) for name in stated if name.endswith((".key", ".value"))
         }
+        # No buffer is both read and written by a layer that keeps a state.
+        self._past, self._present = (
+            {
+                name: np.zeros(size, np.float32)
+                for name, size in stated.items()
+                if name not in self._cache
+            }
+            for _ in range(2)
+        )
         width, vocabulary = _last_dim(self._embedding, bundle), _last_dim(self._decoder, bundle)
         self._token = np.zeros((1, 1), np.int64)
         self._embeds = np.zeros((1, 1, width), np.float32)
@@ -166,8 +179,13 @@ class OnnxRunner(Runner):
                 _bind_input(self._decode_rows, "text_rows", text_rows)
             with self._naming("decoder"):
                 self._decoder.run_with_iobinding(self._decode_rows)
-        self._length += rows
+        for name, state in self._past.items():
+            np.copyto(state, self._present[name])
+        self._advance(rows)
         return self._logits[0, 0]
+
+    def _states(self) -> States:
+        return self._past
 
     def _bind_decoder(self) -> ort.IOBinding:
         """A binding of everything that never moves: cache, length and logits."""
@@ -180,6 +198,9 @@ class OnnxRunner(Runner):
             value = ort.OrtValue.ortvalue_from_numpy(buffer)
             binding.bind_ortvalue_input(f"past.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
+        for name, state in self._past.items():
+            _bind_input(binding, f"past.{name}", state)
+            _bind_output(binding, f"present.{name}", self._present[name])
         return binding
 
     def _naming(self, role: str) -> AbstractContextManager[None]:
@@ -235,6 +256,22 @@ def _require_signature(component: Component, session: ort.InferenceSession, file
                 f"{file}: has the {kind} {', '.join(sorted(there ^ names))} that only one of graph "
                 f"and manifest knows"
             )
+
+
+def _past_shapes(session: ort.InferenceSession, bundle: Bundle) -> dict[str, tuple[int, ...]]:
+    """What the decoder keeps of its past, by name; lengths that the caller chooses are 1.
+
+    Raises:
+        BundleError: It is more than any model keeps of a row.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value in session.get_inputs():
+        if value.name.startswith(_PAST):
+            sizes = tuple(size if isinstance(size, int) else 1 for size in value.shape)
+            if not 0 < math.prod(sizes) <= _MAX_STATE:
+                raise BundleError(f"{bundle.path}: the decoder keeps {value.name} of {sizes}")
+            shapes[value.name.removeprefix(_PAST)] = sizes
+    return shapes
 
 
 def _last_dim(session: ort.InferenceSession, bundle: Bundle) -> int:
