@@ -28,7 +28,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pocketvlm.errors import InputError
 from pocketvlm.files.reader import read_bytes
 
-__all__ = ["FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "image_size", "open_image", "read_image"]
+__all__ = [
+    "FORMATS",
+    "MAX_FILE_BYTES",
+    "MAX_PIXELS",
+    "image_size",
+    "open_image",
+    "read_image",
+    "to_rgb",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What is read: what phones and the web make, and what data sets are kept in."""
@@ -95,6 +103,15 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         # A PNG picture's own method would decode the pixels to find a block after them.
         orientation = Image.Image.getexif(image).get(_ORIENTATION)
         return (height, width) if orientation in _TURNED else (width, height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB; what is transparent shows white, as in Hugging Face."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
 
 
 def _content(path: Path) -> bytes:

@@ -28,9 +28,9 @@ def cache_names(spec: ModelSpec, prefix: str) -> tuple[str, ...]:
 
 def vision_signatures(spec: ModelSpec, kept: int) -> Signatures:
     """Inputs and outputs of the vision graph that keeps `kept` visual tokens."""
-    side = spec.tower.image_size
+    tower = spec.tower
     return (
-        (_float("pixel_values", 1, spec.tower.channels, side, side),),
+        (_float("pixel_values", 1, tower.channels, tower.height, tower.width),),
         (_float("embeds", 1, kept, spec.decoder.hidden_size), _int("indices", 1, kept)),
     )
 

@@ -80,7 +80,7 @@ class TensorOps(ABC):
         return inputs[:, -1:]
 
     def merge_patches(self, features: Tensor, factor: int) -> Tensor:
-        return merge_patches(features, factor)
+        return merge_patches(features, factor, self._spec.tower.rows)
 
     def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         if self._reducer is None:
@@ -93,6 +93,7 @@ class TensorOps(ABC):
                 keys=split_heads(keys, tower.heads, tower.head_dim),
                 has_cls=tower.has_cls,
                 merge_factor=self._spec.projector.merge_factor,
+                patch_rows=tower.rows,
             )
         )
         return kept, indices
@@ -108,20 +109,21 @@ def join_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def merge_patches(features: Tensor, merge_factor: int) -> Tensor:
+def merge_patches(features: Tensor, merge_factor: int, rows: int) -> Tensor:
     """Pixel shuffle: each square of patches becomes one token, channels in raster order.
 
     Args:
-        features: [images, side * side, C].
+        features: [images, rows * columns, C].
         merge_factor: Side of the square, s.
+        rows: Patches of an image from top to bottom.
 
     Returns:
-        [images, side * side / s**2, C * s**2], tokens in raster order of the merged grid.
+        [images, rows * columns / s**2, C * s**2], tokens in raster order of the merged grid.
     """
     if merge_factor == 1:
         return features
     images, count, width = features.shape
-    side = int(count**0.5)
-    cells, factor = side // merge_factor, merge_factor
-    grid = features.view(images, cells, factor, cells, factor * width)
-    return grid.transpose(2, 3).reshape(images, cells * cells, factor * factor * width)
+    factor = merge_factor
+    down, across = rows // factor, count // rows // factor
+    grid = features.view(images, down, factor, across, factor * width)
+    return grid.transpose(2, 3).reshape(images, down * across, factor * factor * width)

@@ -17,11 +17,18 @@ from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError, decode, read_json
 from pocketvlm.models.anyres import Anyres
-from pocketvlm.models.tiling import ONE_TILE, AspectGrid, SplitGrid, TileGrid, Tiling
+from pocketvlm.models.tiling import (
+    ONE_TILE,
+    AspectGrid,
+    SplitGrid,
+    TileGrid,
+    Tiling,
+    smart_size,
+)
 
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 
-ImageKind = Literal["clip", "llava", "siglip", "idefics3", "got_ocr2", "llava_next"]
+ImageKind = Literal["clip", "llava", "siglip", "idefics3", "got_ocr2", "llava_next", "qwen2_vl"]
 
 _KINDS: dict[str, ImageKind] = {
     "CLIPImageProcessor": "clip",
@@ -31,12 +38,14 @@ _KINDS: dict[str, ImageKind] = {
     "SmolVLMImageProcessor": "idefics3",
     "GotOcr2ImageProcessor": "got_ocr2",
     "LlavaNextImageProcessor": "llava_next",
+    "Qwen2VLImageProcessor": "qwen2_vl",
 }
 _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "llava": ("llava", "clip", "siglip"),
     "idefics3": ("idefics3",),
     "internvl": ("got_ocr2",),
     "llava_next": ("llava_next",),
+    "qwen_vl": ("qwen2_vl",),
 }
 """Kinds that a family's processor works with; the first is the one without any type."""
 
@@ -46,6 +55,8 @@ _RESAMPLING = range(6)
 _CHANNELS = 3
 _LARGEST = 2**14
 _SMALLEST = 1e-6
+_SIDE = 448
+_WIDEST_PATCH = 128
 _MOST_TILES = 65
 """Eight rows of eight, and the whole; models have markers for six by six."""
 
@@ -60,7 +71,8 @@ class ImageSettings:
         kind: Which pipeline it is.
         where: The file that they stand in.
         size: What pictures are resized to: `height` and `width`, `shortest_edge` or
-            `longest_edge`; the first of two steps for the Idefics3 kind.
+            `longest_edge`; the first of two steps for the Idefics3 kind; `height` and `width` of
+            the one size that pictures of the Qwen2-VL kind are fitted to.
         crop_size: `height` and `width` that are cut out of the middle.
         max_image_size: `longest_edge`, the side of the Idefics3 kind's tiles.
         do_image_splitting: Whether a large picture is cut into several of them.
@@ -93,13 +105,25 @@ class ImageSettings:
     image_grid_pinpoints: tuple[tuple[int, int], ...]
 
     @property
-    def side(self) -> int:
-        """Pixels along one side of every picture that comes out."""
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of every picture that comes out."""
         if self.kind == "idefics3":
-            return self.max_image_size["longest_edge"]
-        if self.do_center_crop or (self.kind == "llava_next" and self.crop_size):
-            return self.crop_size["height"]
-        return self.size["height"] if "height" in self.size else self.size["shortest_edge"]
+            return (self.max_image_size["longest_edge"],) * 2
+        is_cut = self.do_center_crop or (self.kind == "llava_next" and self.crop_size)
+        size = self.crop_size if is_cut else self.size
+        if "height" not in size:
+            return (size["shortest_edge"],) * 2
+        return size["height"], size["width"]
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of a tile, which is a square."""
+        return self.picture_size[0]
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether the model takes pictures of any size, so that this one was chosen for it."""
+        return self.kind == "qwen2_vl"
 
     @property
     def tiling(self) -> Tiling | None:
@@ -109,10 +133,12 @@ class ImageSettings:
         if not self.do_image_splitting:
             return None
         if self.kind == "got_ocr2":
-            return AspectGrid(side=self.side, fewest=self.min_patches, most=self.max_patches)
+            return AspectGrid(
+                side=self.size["height"], fewest=self.min_patches, most=self.max_patches
+            )
         size = self.size
         first = (size["height"], size["width"]) if "height" in size else size["longest_edge"]
-        return SplitGrid(side=self.side, first=first)
+        return SplitGrid(side=self.max_image_size["longest_edge"], first=first)
 
     def with_tiling(self, tiling: Tiling) -> ImageSettings:
         """The same with the settings that cut pictures in this way."""
@@ -132,28 +158,46 @@ class ImageSettings:
         """The tiles of an upright picture of this size."""
         return ONE_TILE if self.tiling is None else self.tiling.grid(width, height)
 
-    def hold_side(
-        self, side: int, taker: str, *, error: type[PocketVLMError] = BundleError
+    def with_picture_size(self, height: int, width: int) -> ImageSettings:
+        """The same for pictures of another size, where the model takes any.
+
+        Raises:
+            ValueError: It takes one size alone.
+        """
+        if not self.takes_any_size:
+            raise ValueError(f"{self.where}: the size of pictures is the model's own")
+        return replace(self, size={"height": height, "width": width})
+
+    def hold_size(
+        self, height: int, width: int, taker: str, *, error: type[PocketVLMError] = BundleError
     ) -> None:
         """Refuses settings that make pictures of another size than is taken.
 
         Args:
-            side: Pixels along one side that are taken.
+            height: Pixels from top to bottom that are taken.
+            width: Pixels from left to right.
             taker: What takes them, for the message.
             error: What is raised.
 
         Raises:
             PocketVLMError: `error`.
         """
-        if self.side != side:
+        if self.picture_size != (height, width):
+            own = self.picture_size
             raise error(
-                f"{self.where}: makes pictures of {self.side} x {self.side}, but {taker} takes "
-                f"{side} x {side}"
+                f"{self.where}: makes pictures of {own[1]} x {own[0]}, but {taker} takes "
+                f"{width} x {height}"
             )
 
     def notes(self) -> list[str]:
         """Settings that are not followed, for a plan and a report."""
         notes = []
+        if self.takes_any_size:
+            height, width = self.picture_size
+            notes.append(
+                f"pictures are fitted to {width} x {height} pixels, where the model's own "
+                "processor keeps about their size and ratio; set_resolution chooses another size"
+            )
         if not self.do_convert_rgb:
             notes.append(
                 f"{self.where.name}: do_convert_rgb is false and not followed: pictures that are "
@@ -185,6 +229,11 @@ class _Settings:
     min_patches: int | None = None
     max_patches: int | None = None
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    patch_size: int | None = None
+    merge_size: int | None = None
+    fitted_size: Mapping[str, int] | None = None
     data_format: str | None = None
     input_data_format: str | None = None
 
@@ -204,6 +253,7 @@ class _Defaults:
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
 
+_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 _EDGE, _SQUARE = {"shortest_edge": 224}, {"height": 224, "width": 224}
 _CLIP = _Defaults(
     size=_EDGE, mean=_CLIP_MEAN, std=_CLIP_STD, do_center_crop=True, crop_size=_SQUARE
@@ -222,6 +272,7 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
         _CLIP,
         image_grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     ),
+    "qwen2_vl": _Defaults(size=_PIXELS, mean=_CLIP_MEAN, std=_CLIP_STD),
 }
 _FEWEST_PATCHES, _MOST_PATCHES = 1, 12
 _TILE = {"longest_edge": 364}
@@ -311,10 +362,11 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
     for name in ("data_format", "input_data_format"):
         if getattr(stated, name) not in (None, "channels_first"):
             raise DecodeError(f"{name} must be channels_first or left out")
+    size = _size("size", stated.size, default.size, is_square=square)
     return ImageSettings(
         kind=kind,
         where=where,
-        size=_size("size", stated.size, default.size, is_square=square),
+        size=_fitted_size(stated, size) if kind == "qwen2_vl" else size,
         crop_size=_size("crop_size", stated.crop_size, default.crop_size, is_square=True),
         max_image_size=_or(stated.max_image_size, _TILE),
         resample=_or(stated.resample, default.resample),
@@ -336,8 +388,33 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
     )
 
 
+def _fitted_size(stated: _Settings, size: Mapping[str, int]) -> Mapping[str, int]:
+    """The one size that pictures are fitted to: stated, or what becomes of a square of 448."""
+    if stated.do_resize is False:
+        raise DecodeError("do_resize must be true: pictures need one size")
+    patch, merge = _or(stated.patch_size, 14), _or(stated.merge_size, 2)
+    least = _or(stated.min_pixels, size.get("shortest_edge"))
+    most = _or(stated.max_pixels, size.get("longest_edge"))
+    if least is None or most is None:
+        raise DecodeError(f"size names {_keys(size)}; it must name shortest_edge and longest_edge")
+    for name, value in (("patch_size", patch), ("merge_size", merge)):
+        if not 0 < value <= _WIDEST_PATCH:
+            raise DecodeError(f"{name} must be 1 to {_WIDEST_PATCH}")
+    if not 0 < least <= most <= _LARGEST**2:
+        raise DecodeError(
+            "size must name a shortest_edge of at least 1 pixel, and no shorter "
+            f"longest_edge of at most {_LARGEST**2:,}"
+        )
+    if stated.fitted_size is None:
+        side = smart_size(_SIDE, _SIDE, factor=patch * merge, least=least, most=most)
+        return {"height": side[0], "width": side[1]}
+    if set(stated.fitted_size) != {"height", "width"}:
+        raise DecodeError("fitted_size must name height and width")
+    return stated.fitted_size
+
+
 def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
-    """Refuses what does not end in a square of one size."""
+    """Refuses what does not end in pictures of one size."""
     for name, is_used in (
         ("size", settings.do_resize),
         ("resample", settings.do_resize or settings.kind == "idefics3"),
@@ -362,6 +439,8 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
     for name in ("size", "crop_size", "max_image_size"):
         if any(not 0 < edge <= _LARGEST for edge in getattr(settings, name).values()):
             raise DecodeError(f"{name} must be between 1 and {_LARGEST}")
+    if settings.takes_any_size:
+        return settings
     size, crop = settings.size, settings.crop_size
     if settings.kind == "llava_next":
         return _check_resolutions(settings)

@@ -30,6 +30,7 @@ class ReducerInputs:
         keys: Keys of the same block, [B, H, T, d].
         has_cls: Whether token 0 of `queries` and `keys` is [CLS].
         merge_factor: Side of the square of patches that make up one feature.
+        patch_rows: Patches of an image from top to bottom.
     """
 
     features: Tensor
@@ -37,6 +38,7 @@ class ReducerInputs:
     keys: Tensor
     has_cls: bool
     merge_factor: int
+    patch_rows: int
 
 
 class TokenReducer(nn.Module, ABC):

@@ -10,7 +10,7 @@ how transformers names modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pocketvlm.errors import CheckpointError
@@ -179,6 +179,8 @@ class TowerSpec:
         stack: Module name of the list of blocks.
         blocks: All of them, also those that are never run.
         feature_block: Index of the last block that is run; its output feeds the projector.
+        height: Pixels of a picture from top to bottom.
+        width: Pixels of a picture from left to right.
         has_post_norm: Whether the features pass `post_norm`.
         activation: Hugging Face's name of the FFN's activation.
     """
@@ -196,7 +198,8 @@ class TowerSpec:
     hidden_size: int
     ffn_size: int
     heads: int
-    image_size: int
+    height: int
+    width: int
     patch_size: int
     channels: int
     has_patch_bias: bool
@@ -220,14 +223,24 @@ class TowerSpec:
         return self.hidden_size // self.heads
 
     @property
-    def patches_per_side(self) -> int:
-        """Patches along one side of the square image."""
-        return self.image_size // self.patch_size
+    def rows(self) -> int:
+        """Patches from top to bottom."""
+        return self.height // self.patch_size
+
+    @property
+    def columns(self) -> int:
+        """Patches from left to right."""
+        return self.width // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return self.rows * self.columns
 
     @property
     def tokens(self) -> int:
         """Tokens that one image is inside the tower: its patches, and [CLS] where there is one."""
-        return self.patches_per_side**2 + int(self.has_cls)
+        return self.patches + int(self.has_cls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +323,7 @@ class ProcessorSpec:
             spell otherwise, by the name that its settings give them. The placeholder's name is
             `image_token`, unless it is among them.
         count_setting: The setting that states the placeholders of a picture, in the processor's
-            file or the image processor's.
+            file or the image processor's; `None` where stock counts them from a picture's size.
         default_count: What the setting is where no file states it; `None` where stock then fails.
         added_words: Words that the processor adds to its tokenizer.
         adds_ends: Whether the tokenizer may put tokens of its own before and after a prompt.
@@ -320,7 +333,7 @@ class ProcessorSpec:
     counts_patches: bool
     stand_in: str | None = None
     named_tokens: Mapping[str, str] = field(default_factory=dict)
-    count_setting: str = "image_seq_len"
+    count_setting: str | None = "image_seq_len"
     default_count: int | None = 169
     added_words: tuple[str, ...] = ()
     adds_ends: bool = True
@@ -380,9 +393,12 @@ class ModelSpec:
             text
             for is_wrong, text in (
                 (tower.hidden_size % tower.heads, "the tower's heads do not divide its width"),
-                (tower.patch_size > tower.image_size, "a patch is larger than the picture"),
                 (
-                    merge > max(1, tower.patches_per_side),
+                    tower.patch_size > min(tower.height, tower.width),
+                    "a patch is larger than the picture",
+                ),
+                (
+                    merge > max(1, min(tower.rows, tower.columns)),
                     f"{merge} x {merge} patches are merged and a picture has fewer",
                 ),
                 (
@@ -403,7 +419,28 @@ class ModelSpec:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens that one image costs before any reduction."""
-        return (self.tower.patches_per_side // self.projector.merge_factor) ** 2
+        return self.visual_rows * self.visual_columns
+
+    @property
+    def visual_rows(self) -> int:
+        """Visual tokens of an image from top to bottom."""
+        return self.tower.rows // self.projector.merge_factor
+
+    @property
+    def visual_columns(self) -> int:
+        """Visual tokens of an image from left to right."""
+        return self.tower.columns // self.projector.merge_factor
+
+    def with_picture_size(self, height: int, width: int) -> ModelSpec:
+        """The same for pictures of another size, of which the model takes any.
+
+        Raises:
+            CheckpointError: The sizes do not fit the model.
+        """
+        tower = replace(self.tower, height=height, width=width)
+        spec = replace(self, tower=tower)
+        spec.check()
+        return spec
 
     def runs(self, weight: str) -> bool:
         """Whether a weight of this name takes part in any answer.

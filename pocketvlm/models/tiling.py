@@ -14,7 +14,15 @@ from typing import Any, ClassVar, Literal
 from pocketvlm.models.anyres import Anyres
 from pocketvlm.models.tile_grid import ONE_TILE, TileGrid
 
-__all__ = ["ONE_TILE", "AspectGrid", "SplitGrid", "TileGrid", "Tiling", "longest_edge_size"]
+__all__ = [
+    "ONE_TILE",
+    "AspectGrid",
+    "SplitGrid",
+    "TileGrid",
+    "Tiling",
+    "longest_edge_size",
+    "smart_size",
+]
 
 _LONGEST_EDGE_LIMIT = 4096
 _MOST_EDGES = 8
@@ -192,3 +200,25 @@ def longest_edge_size(width: int, height: int, length: int) -> tuple[int, int]:
     elif height > width and height > limit:
         width, height = int(limit * ratio), limit
     return max(width, 1), max(height, 1)
+
+
+def smart_size(width: int, height: int, *, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Width and height that Qwen2-VL (arXiv 2409.12191, section 2.1) resizes a picture to.
+
+    Args:
+        width: The picture's, in pixels.
+        height: Likewise.
+        factor: Pixels along a side of a visual token, of which both sides become multiples.
+        least: Pixels that the picture has at least afterwards.
+        most: Pixels that it has at most.
+    """
+    wide, high = round(width / factor) * factor, round(height / factor) * factor
+    if wide * high > most:
+        shrink = math.sqrt(width * height / most)
+        wide = max(factor, math.floor(width / shrink / factor) * factor)
+        high = max(factor, math.floor(height / shrink / factor) * factor)
+    elif wide * high < least:
+        grow = math.sqrt(least / (width * height))
+        wide = math.ceil(width * grow / factor) * factor
+        high = math.ceil(height * grow / factor) * factor
+    return wide, high

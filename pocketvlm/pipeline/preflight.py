@@ -236,11 +236,11 @@ def _picture_problems(readers: Readers, path: Path) -> list[str]:
         image = Image.fromarray(values)
         own = readers.preprocessor.pixels(image)
         tiles = readers.preprocessor.grid(image).tiles
-        wanted = (tiles, tower.channels, tower.image_size, tower.image_size)
+        wanted = (tiles, tower.channels, tower.height, tower.width)
         if own.shape != wanted:
             return [
                 f"{path}: the image processor makes pictures of {own.shape[-1]} x "
-                f"{own.shape[-2]}, and the tower takes {tower.image_size} x {tower.image_size}"
+                f"{own.shape[-2]}, and the tower takes {tower.width} x {tower.height}"
             ]
         stock, problem = _attempt(processor.pixels, [image])
         if problem is not None:

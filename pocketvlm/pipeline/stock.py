@@ -156,8 +156,9 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
             raise
         tokenizer = AutoTokenizer.from_pretrained(path, **STOCK_ONLY)
         count = folder.spec.processor.count_setting
+        counted = {} if count is None else {count: folder.spec.visual_tokens}
         processor = _without_videos(getattr(transformers, stand_in))(
-            image_processor=pictures, tokenizer=tokenizer, **{count: folder.spec.visual_tokens}
+            image_processor=pictures, tokenizer=tokenizer, **counted
         )
         processor.chat_template = _own_template(folder.path, tokenizer)
         first = folder.spec.processor.classes[0]

@@ -23,6 +23,7 @@ from pocketvlm.models.image_settings import ImageSettings, read_image_settings
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.models.tiling import Tiling
 from pocketvlm.processor.foreign_code import STOCK_ONLY
+from pocketvlm.processor.patches import fit_picture, join_patches
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +59,10 @@ class ImageProcessor:
         from transformers import AutoImageProcessor
 
         settings = read_image_settings(path, spec.family, error=CheckpointError)
-        settings.hold_side(spec.tower.image_size, "the tower of config.json", error=CheckpointError)
+        tower = spec.tower
+        settings.hold_size(
+            tower.height, tower.width, "the tower of config.json", error=CheckpointError
+        )
         notes = [*settings.notes(), *_check_combined(path, spec)]
         try:
             with quiet_fallbacks():
@@ -70,6 +74,8 @@ class ImageProcessor:
             raise CheckpointError(
                 f"{settings.where}: the image processor cannot be read: {first_line}"
             ) from error
+        if settings.takes_any_size:
+            _hold_patches(stock, spec, settings.where)
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
 
     def with_tiling(self, tiling: Tiling) -> ImageProcessor:
@@ -78,7 +84,9 @@ class ImageProcessor:
         return replace(self, stock=stock, settings=self.settings.with_tiling(tiling))
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Preprocesses pictures into float32 [tiles, channels, side, side], picture by picture."""
+        """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture."""
+        if self.settings.takes_any_size:
+            return self._fitted_pixels(images)
         # A batch of pictures of several grids would be filled up with tiles that are empty.
         together = 1 if self.settings.tiling is not None else len(images)
         parts = [
@@ -92,13 +100,25 @@ class ImageProcessor:
         pixels: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tower = self.spec.tower
         tiles = sum(self.settings.grid(*image.size).tiles for image in images)
-        expected = (tiles, tower.channels, tower.image_size, tower.image_size)
+        expected = (tiles, tower.channels, tower.height, tower.width)
         if tuple(pixels.shape) != expected:
             raise CheckpointError(
                 f"{self.settings.where}: {len(images)} pictures become pixels of "
                 f"{tuple(pixels.shape)}, but the tower takes {expected}"
             )
         return pixels.to(torch.float32)
+
+    def _fitted_pixels(self, images: Sequence[Image]) -> Tensor:
+        """Pixels of pictures that are fitted to one size before the library's class sees them."""
+        fitted = [fit_picture(image, self.settings) for image in images]
+        vectors = self.stock(images=fitted, return_tensors="pt", do_resize=False)["pixel_values"]
+        tower = self.spec.tower
+        return join_patches(
+            vectors.to(torch.float32),
+            self.settings.picture_size,
+            patch=tower.patch_size,
+            merge=self.spec.projector.merge_factor,
+        )
 
 
 @contextmanager
@@ -111,6 +131,17 @@ def quiet_fallbacks() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _hold_patches(stock: Any, spec: ModelSpec, where: Path) -> None:
+    """Refuses an image processor that cuts pictures into other patches than the tower takes."""
+    own = (stock.patch_size, stock.merge_size)
+    wanted = (spec.tower.patch_size, spec.projector.merge_factor)
+    if own != wanted:
+        raise CheckpointError(
+            f"{where}: patch_size and merge_size are {own[0]} and {own[1]}, but the tower of "
+            f"config.json takes {wanted[0]} and {wanted[1]}"
+        )
 
 
 def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
@@ -138,7 +169,9 @@ def _check_combined(path: Path, spec: ModelSpec) -> list[str]:
     # Some image processors hold the count of the combined one.
     pictures = combined.get("image_processor") or dict(documents).get("preprocessor_config.json")
     setting = spec.processor.count_setting
-    counted = {setting: (pictures or {}).get(setting), **combined}
+    counted = combined
+    if setting is not None:
+        counted = {setting: (pictures or {}).get(setting), **combined}
     notes = _check_placeholders(path / "processor_config.json", counted, spec)
     if (
         combined.get("image_processor") is not None
@@ -155,6 +188,8 @@ def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) 
     """Checks that stock's processor writes as many placeholders per picture as the model fills."""
     expected = spec.visual_tokens
     setting = spec.processor.count_setting
+    if setting is None:
+        return []
     for name in ("patch_size", "num_additional_image_tokens", setting):
         if type(combined.get(name, 0)) not in (int, type(None)):
             raise CheckpointError(f"{where}: {name} must be a whole number")
@@ -168,7 +203,7 @@ def _check_placeholders(where: Path, combined: dict[str, Any], spec: ModelSpec) 
         if patch < 1:
             raise CheckpointError(f"{where}: patch_size must be at least 1")
         strategy = combined.get("vision_feature_select_strategy")
-        count = (spec.tower.image_size // patch) ** 2
+        count = (spec.tower.height // patch) * (spec.tower.width // patch)
         count += combined.get("num_additional_image_tokens") or 0
         count -= 1 if strategy == "default" else 0
         stated = f"patch_size {patch} and vision_feature_select_strategy {strategy!r}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
+from pocketvlm.models.image_settings import read_image_settings
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.models.tiling import TileGrid, Tiling
 from pocketvlm.processor.foreign_code import refuse_foreign_code
@@ -85,6 +86,9 @@ class Processor:
             CheckpointError: The tokenizer, image processor or chat template is missing or broken.
         """
         refuse_foreign_code(path)
+        settings = read_image_settings(path, spec.family, error=CheckpointError)
+        if settings.takes_any_size:
+            spec = spec.with_picture_size(*settings.picture_size)
         text = read_stock_tokenizer(path, spec)
         image_processor = ImageProcessor.load(path, text.spec)
         files = {
@@ -142,7 +146,7 @@ class Processor:
             write_json(config, {k: v for k, v in document.items() if k != "chat_template"})
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Preprocesses pictures into float32 [tiles, channels, size, size], picture by picture."""
+        """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture."""
         return self.image_processor.pixels(images)
 
     @property

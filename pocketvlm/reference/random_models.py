@@ -244,7 +244,7 @@ def _write_tokenizer(
 
 
 def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> None:
-    size = spec.tower.image_size
+    size = spec.tower.height
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
     centred = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     if spec.family == "llava" and not spec.tower.has_cls:

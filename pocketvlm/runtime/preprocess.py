@@ -1,12 +1,13 @@
 """Pictures to pixels, bit for bit as Hugging Face's Pillow image processors make them.
 
 Five pipelines cover the families. The CLIP kind resizes and cuts out the middle, LLaVA's own after
-padding the picture to a square. The Idefics3 kind resizes twice, first so that the longest edge has
-a given length and then to a square, whatever the aspect ratio; where it splits pictures, the second
-size is whole tiles, and the picture follows them once more as a whole. The GotOcr2 kind resizes
-once, to the tiles whose ratio is nearest, the LLaVA-NeXT kind to fit into a canvas of tiles. All
-end in the same arithmetic, `(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256
-values, so that is a table of 256 entries per channel, computed once.
+padding the picture to a square; SigLIP's and Qwen2-VL's resize to one size alone. The Idefics3 kind
+resizes twice, first so that the longest edge has a given length and then to a square, whatever the
+aspect ratio; where it splits pictures, the second size is whole tiles, and the picture follows them
+once more as a whole. The GotOcr2 kind resizes once, to the tiles whose ratio is nearest, the
+LLaVA-NeXT kind to fit into a canvas of tiles. All end in the same arithmetic,
+`(float32(float64(pixel) * factor) - mean) / std`. A pixel has 256 values, so that is a table of 256
+entries per channel, computed once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.image_file import MAX_PIXELS
+from pocketvlm.image_file import MAX_PIXELS, to_rgb
 from pocketvlm.models.anyres import Anyres
 from pocketvlm.models.image_settings import ImageSettings, parse_image_settings, read_image_settings
 from pocketvlm.models.tiling import (
@@ -41,21 +42,16 @@ __all__ = [
     "PaddedTiles",
     "Tiles",
     "TwoStepSquare",
-    "to_rgb",
 ]
 
 _WIDEST_STRIP = 64
 
 
 class Geometry(Protocol):
-    """Brings an RGB picture of any size to tiles of the side that the vision graph takes."""
-
-    @property
-    def side(self) -> int:
-        """Pixels along one side of a tile."""
+    """Brings an RGB picture of any size to tiles of the size that the vision graph takes."""
 
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Returns [tiles, side, side, 3]."""
+        """Returns [tiles, height, width, 3]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +61,12 @@ class CenterCrop:
     Attributes:
         size: Height and width that are resized to, the length that the shorter edge is resized
             to, or `None`: pictures keep their size.
-        crops: Whether the centre is cut out.
+        crop: Side of the square that is cut out of the centre, or `None`.
         pad_color: Colour of what is added to make a picture square before that, or `None`.
     """
 
-    side: int
     size: tuple[int, int] | int | None
-    crops: bool
+    crop: int | None
     resample: Image.Resampling
     pad_color: tuple[int, int, int] | None = None
 
@@ -80,7 +75,7 @@ class CenterCrop:
         if self.pad_color is not None:
             image = _pad_to_square(image, self.pad_color)
         pixels = np.asarray(self._resize(image))
-        return (_center_crop(pixels, self.side) if self.crops else pixels)[None]
+        return (pixels if self.crop is None else _center_crop(pixels, self.crop))[None]
 
     def _resize(self, image: Image.Image) -> Image.Image:
         if self.size is None:
@@ -102,6 +97,7 @@ class TwoStepSquare:
     """The Idefics3 kind: first to its own size, then to a square.
 
     Attributes:
+        side: Pixels along one side of the square.
         first: Height and width that are resized to first, the length of the longest edge, which
             keeps the ratio, or `None` for no first step.
     """
@@ -130,14 +126,9 @@ class Tiles:
     tiling: SplitGrid | AspectGrid
     resample: Image.Resampling
 
-    @property
-    def side(self) -> int:
-        """Pixels along one side of a tile."""
-        return self.tiling.side
-
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resizes, cuts, and resizes once more as a whole."""
-        side, tiled = self.side, image
+        side, tiled = self.tiling.side, image
         for size in self.tiling.resizes(*image.size):
             tiled = tiled.resize(size, self.resample)
         parts = _cut(tiled, side)
@@ -198,14 +189,14 @@ class ImagePreprocessor:
             BundleError: They are missing, of an unknown kind, or do not fit the vision graph.
         """
         settings = read_image_settings(bundle.path, bundle.manifest.family)
-        side = settings.side
+        own = (1, 3, *settings.picture_size)
         for component in bundle.manifest.components:
             if component.role == "vision":
                 shape = tuple(component.inputs[0].shape)
-                if shape != (1, 3, side, side):
+                if shape != own:
                     raise BundleError(
-                        f"{settings.where}: makes pictures of (1, 3, {side}, {side}), but "
-                        f"{component.file} takes {shape}"
+                        f"{settings.where}: makes pictures of {own}, but {component.file} takes "
+                        f"{shape}"
                     )
         return cls.from_settings(settings)
 
@@ -230,19 +221,19 @@ class ImagePreprocessor:
         elif settings.tiling is not None:
             geometry = Tiles(tiling=settings.tiling, resample=resample)
         elif settings.kind == "idefics3":
-            geometry = TwoStepSquare(side=settings.side, first=size, resample=resample)
+            side = settings.max_image_size["longest_edge"]
+            geometry = TwoStepSquare(side=side, first=size, resample=resample)
         else:
             geometry = CenterCrop(
-                side=settings.side,
                 size=size,
-                crops=settings.do_center_crop,
+                crop=settings.crop_size["height"] if settings.do_center_crop else None,
                 resample=resample,
                 pad_color=_color(settings.image_mean) if settings.do_pad else None,
             )
         return cls(geometry=geometry, tiling=settings.tiling, table=_value_table(settings))
 
     def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """Pixels of one picture, float32 [tiles, 3, side, side].
+        """Pixels of one picture, float32 [tiles, 3, height, width].
 
         Equal to Hugging Face's Pillow processor bit for bit, save where that would need more than
         `MAX_PIXELS` in between (a picture some hundred times longer than wide): there the ends
@@ -282,15 +273,6 @@ def _cut(image: Image.Image, side: int) -> list[Image.Image]:
 def _require_content(image: Image.Image) -> None:
     if min(image.size) < 1:
         raise InputError(f"a picture of {image.width} x {image.height} pixels has no content")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB; what is transparent shows white, as in Hugging Face."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
 
 
 def _target(size: Mapping[str, int]) -> tuple[int, int] | int:

@@ -48,8 +48,8 @@ def encode(checkpoint: Checkpoint, reducer: TokenReducer, pixels: Tensor) -> Vis
 
 
 def pictures(spec: ModelSpec) -> Tensor:
-    size = spec.tower.image_size
-    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    size = (spec.tower.height, spec.tower.width)
+    return torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,6 +163,7 @@ def test_an_exported_reducer_chooses_what_torch_chooses(
                 keys=keys,
                 has_cls=tower.has_cls,
                 merge_factor=spec.projector.merge_factor,
+                patch_rows=tower.rows,
             )
         )
         kept, indices = session.run(

@@ -146,7 +146,7 @@ def make_prompt(
     """Pixels, their visual tokens and a prompt around them."""
     spec = checkpoint.spec
     generator = torch.Generator().manual_seed(seed)
-    side = spec.tower.image_size
+    side = spec.tower.height
     pixels = torch.randn(1, spec.tower.channels, side, side, generator=generator)
     ids = torch.tensor([[5, 6, *[spec.image_token_id] * spec.visual_tokens, 7, 8, 9]])
     with torch.inference_mode():

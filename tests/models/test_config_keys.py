@@ -107,7 +107,7 @@ def test_keys_that_are_said_to_have_no_effect_have_none(family: str, tiny_paths:
     other = AutoModelForImageTextToText.from_config(parse_config(config)).eval()
     other.load_state_dict(weights, strict=False)
     spec = checkpoint.spec
-    side = spec.tower.image_size
+    side = spec.tower.height
     pixels = torch.randn(1, 3, side, side)
     ids = torch.tensor([[1, 5, *[spec.image_token_id] * spec.visual_tokens, 7, 8]])
     extra = {"pixel_values": pixels if family == "llava" else pixels[None]}

@@ -42,7 +42,7 @@ def test_of_another_size_is_refused_before_any_picture(folder):
 def test_pixels_are_never_other_pictures(tiny_checkpoint):
     """One picture of twice the side has the numbers of four."""
     processor = tiny_checkpoint.processor.image_processor
-    side = processor.spec.tower.image_size * 2
+    side = processor.spec.tower.height * 2
     sizes = {"size": {"height": side, "width": side}, "crop_size": {"height": side, "width": side}}
     if processor.settings.kind == "idefics3":
         sizes = {"max_image_size": {"longest_edge": side}}

@@ -98,7 +98,7 @@ def test_a_reducer_is_given_the_attention_of_the_feature_block(tiny_checkpoint, 
 def test_merging_puts_each_square_of_patches_into_one_token():
     side, width, factor = 4, 3, 2
     features = torch.arange(side * side * width, dtype=torch.float32).view(1, side * side, width)
-    merged = merge_patches(features, factor)
+    merged = merge_patches(features, factor, side)
     grid = features.view(side, side, width)
     for row in range(2):
         for column in range(2):

@@ -237,7 +237,7 @@ def test_bundle_is_checked_against_its_graph(llava, tmp_path):
         folder / "processor_config.json",
         {"image_processor": {**CLIP, "size": {"shortest_edge": 32}, "crop_size": 32}},
     )
-    assert ImagePreprocessor.from_bundle(bundle).geometry.side == 32
+    assert ImagePreprocessor.from_bundle(bundle).geometry.crop == 32
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(BundleError, match=r"preprocessor_config.json .* is missing"):

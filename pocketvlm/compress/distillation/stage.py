@@ -195,7 +195,7 @@ class Distill(Stage):
         tower = checkpoint.spec.tower
         per_sample = max(len(prompt.token_ids) for prompt in prompts)
         if self.parts != ("decoder",):
-            per_sample += tower.patches_per_side**2
+            per_sample += tower.patches
         return Schedule(
             steps=self.steps,
             batch_size=self.batch_size,

@@ -83,8 +83,8 @@ class MilOps:
         patches = self._mb.conv(
             x=pixels, strides=size, pad_type="valid", **operands, name="patches"
         )
-        count = tower.patches_per_side**2
-        patches = self._reshape(patches, [1, tower.hidden_size, count], "patches_flat")
+        flat = [1, tower.hidden_size, tower.patches]
+        patches = self._reshape(patches, flat, "patches_flat")
         patches = self._transpose(patches, [0, 2, 1], "patches_tokens")
         if tower.class_embedding is not None:
             token = getattr(model.get_submodule(name), tower.class_embedding)
@@ -198,10 +198,11 @@ class MilOps:
         if factor == 1:
             return features
         tower = self._spec.tower
-        cells, width = tower.patches_per_side // factor, tower.hidden_size
-        grid = self._reshape(features, [cells, factor, cells, factor * width], "merge_cells")
+        rows, columns = tower.rows // factor, tower.columns // factor
+        width = factor * tower.hidden_size
+        grid = self._reshape(features, [rows, factor, columns, width], "merge_cells")
         grid = self._transpose(grid, [0, 2, 1, 3], "merge_transpose")
-        return self._reshape(grid, [1, cells * cells, factor * factor * width], "merge")
+        return self._reshape(grid, [1, rows * columns, factor * width], "merge")
 
     def reduce(self, features: Any, queries: Any, keys: Any) -> tuple[Any, Any]:
         if self._reducer is None:

@@ -67,7 +67,8 @@ def _describe(
     width = spec.decoder.hidden_size
     has_channels = has_position_channels(reducer)
     channels = width + (POSITION_CHANNELS if has_channels else 0)
-    side = spec.tower.image_size
+    tower = spec.tower
+    pixels = _tensor("pixel_values", "float32", 1, tower.channels, tower.height, tower.width)
     length = {"min": 1, "max": capacity}
     document: dict[str, Any] = {
         "schema": _SCHEMA,
@@ -80,7 +81,7 @@ def _describe(
         "eos_token_ids": list(eos_token_ids),
         "methods": {
             "vision_encoder": {
-                "inputs": [_tensor("pixel_values", "float32", 1, spec.tower.channels, side, side)],
+                "inputs": [pixels],
                 "outputs": [
                     _tensor("rows", "float32", 1, kept, channels),
                     _tensor("indices", "int64", 1, kept),

@@ -150,8 +150,8 @@ def _require_that_it_runs(file: Path, job: ConversionJob) -> None:
     from pocketvlm.runtime.executorch.program import load_program
 
     module = load_program(file)
-    side = job.spec.tower.image_size
-    pixels = torch.zeros(1, job.spec.tower.channels, side, side)
+    tower = job.spec.tower
+    pixels = torch.zeros(1, tower.channels, tower.height, tower.width)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     start = torch.zeros(1, dtype=torch.int64)
     try:

@@ -99,14 +99,15 @@ def lower_program(
         "token_embedding": EmbeddingMethod(kernels["token_embedding"], spec, reducer),
         "text_decoder": DecoderMethod(kernels["text_decoder"], spec, reducer, capacity=capacity),
     }
-    side = spec.tower.image_size
+    tower = spec.tower
+    pixels = torch.zeros(1, tower.channels, tower.height, tower.width)
     length = torch.export.Dim("length", min=1, max=capacity)
     programs = {}
     rows: Tensor | None = None
     for name, method in methods.items():
         report(name)
         inputs, dynamic = {
-            "vision_encoder": ((torch.zeros(1, spec.tower.channels, side, side),), None),
+            "vision_encoder": ((pixels,), None),
             "token_embedding": (
                 (torch.zeros(1, _TRACED_LENGTH, dtype=torch.int64),),
                 ({1: length},),

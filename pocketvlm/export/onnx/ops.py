@@ -219,9 +219,10 @@ class OnnxOps:
         if factor == 1:
             return features
         tower = self._spec.tower
-        cells, width = tower.patches_per_side // factor, tower.hidden_size
-        grid = np.array([cells, factor, cells, factor * width], dtype=np.int64)
-        merged = np.array([1, cells * cells, factor * factor * width], dtype=np.int64)
+        rows, columns = tower.rows // factor, tower.columns // factor
+        width = factor * tower.hidden_size
+        grid = np.array([rows, factor, columns, width], dtype=np.int64)
+        merged = np.array([1, rows * columns, factor * width], dtype=np.int64)
         features = self._graph.node(
             "Reshape", [features, self._graph.constant("merge.grid", grid)], name="merge.cells"
         )

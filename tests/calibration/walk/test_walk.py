@@ -170,7 +170,7 @@ def test_a_single_sample_cannot_be_held_out(tiny_checkpoint, samples):
 
 def test_the_tower_may_be_known_after_fewer_images(tiny_checkpoint, samples):
     spec = tiny_checkpoint.spec
-    per_image = spec.tower.patches_per_side**2 + int(spec.tower.has_cls)
+    per_image = spec.tower.tokens
     walk = BlockWalk(checkpoint=tiny_checkpoint, samples=samples, tower_tokens=2 * per_image)
     assert walk.tower_samples == 2
     tokens = {

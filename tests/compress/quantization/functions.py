@@ -12,7 +12,7 @@ from pocketvlm.weights.dense import DenseWeight
 def logits_of(checkpoint: Checkpoint, seed: int = 0) -> torch.Tensor:
     """Logits after every token of a prompt with a picture of noise."""
     spec = checkpoint.spec
-    side = spec.tower.image_size
+    side = spec.tower.height
     pixels = torch.randn(
         1, spec.tower.channels, side, side, generator=torch.Generator().manual_seed(seed)
     )

@@ -66,8 +66,8 @@ def test_pooled_scores_follow_the_merge(side: int, factor: int) -> None:
                 :, row * factor : (row + 1) * factor, column * factor : (column + 1) * factor
             ]
             expected[:, row * cells + column] = block.mean(axis=(1, 2))
-    pooled = pool_merge_cells(torch.from_numpy(scores.reshape(2, -1)), factor)
+    pooled = pool_merge_cells(torch.from_numpy(scores.reshape(2, -1)), factor, side)
     np.testing.assert_allclose(pooled.numpy(), expected, rtol=1e-12)
     # A token and its score come from the same patches.
-    merged = merge_patches(torch.from_numpy(scores.reshape(2, -1, 1)), factor)
+    merged = merge_patches(torch.from_numpy(scores.reshape(2, -1, 1)), factor, side)
     np.testing.assert_allclose(merged.numpy().mean(-1), expected, rtol=1e-12)

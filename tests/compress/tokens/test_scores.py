@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import isqrt
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from hypothesis import strategies as st
 
 from pocketvlm.compress.tokens.baseline.random_tokens import random_indices
 from pocketvlm.compress.tokens.baseline.uniform_stride import uniform_indices
-from pocketvlm.compress.tokens.pool.average_pool import AveragePoolReducer, pooled_grid
+from pocketvlm.compress.tokens.pool.average_pool import (
+    AveragePoolReducer,
+    pooled_grid,
+    reachable_counts,
+)
 from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention, cls_attention
 from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures, distinctness
 from pocketvlm.compress.tokens.rank.ranking import Ranking, RankingReducer
@@ -72,7 +77,7 @@ def test_the_odd_one_out_is_kept() -> None:
     features[0, 7, 0] = 3
     queries, keys = (torch.zeros(1, 1, 9, 4) for _ in range(2))
     inputs = ReducerInputs(
-        features=features, queries=queries, keys=keys, has_cls=False, merge_factor=1
+        features=features, queries=queries, keys=keys, has_cls=False, merge_factor=1, patch_rows=3
     )
     _, indices = chosen(DistinctFeatures(), inputs, 2)
     assert indices.tolist() == [[4, 7]]
@@ -92,6 +97,7 @@ def inputs_of(queries: np.ndarray, keys: np.ndarray, *, has_cls: bool, merge: in
         keys=torch.from_numpy(keys),
         has_cls=has_cls,
         merge_factor=merge,
+        patch_rows=isqrt(patches),
     )
 
 
@@ -144,28 +150,31 @@ def test_random_subsets_follow_their_seed() -> None:
     assert random_indices(64, 16, seed=1) != random_indices(64, 16, seed=2)
 
 
-@given(st.integers(1, 9), st.data())
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
 @settings(max_examples=100, deadline=None)
-def test_average_pool_is_adaptive_pooling(side: int, data: st.DataObject) -> None:
-    keep = data.draw(
-        st.sampled_from([k for k in range(1, side * side + 1) if pooled_grid(side, k)])
-    )
-    grid = pooled_grid(side, keep)
+def test_average_pool_is_adaptive_pooling(height: int, width: int, data: st.DataObject) -> None:
+    tokens = (height, width)
+    keep = data.draw(st.sampled_from(reachable_counts(tokens)))
+    grid = pooled_grid(tokens, keep)
     assert grid is not None
-    queries, keys = draw(0, side * side)
+    queries, keys = draw(0, height * width)
     inputs = inputs_of(queries, keys, has_cls=False, merge=1)
-    pooled, indices = AveragePoolReducer(side=side, grid=grid, positions="original")(inputs)
-    maps = inputs.features.transpose(1, 2).reshape(2, 5, side, side)
+    pooled, indices = AveragePoolReducer(tokens=tokens, grid=grid, positions="original")(inputs)
+    maps = inputs.features.transpose(1, 2).reshape(2, 5, height, width)
     expected = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)
     assert indices.shape == (2, keep)
     assert bool((indices[:, 1:] > indices[:, :-1]).all())
 
 
-def test_a_pooled_grid_is_square_or_twice_as_wide() -> None:
-    assert pooled_grid(8, 64) == (8, 8)
-    assert pooled_grid(8, 32) == (4, 8)
-    assert pooled_grid(8, 16) == (4, 4)
-    assert pooled_grid(8, 7) is None
-    assert pooled_grid(8, 10) is None
-    assert pooled_grid(4, 15) is None
+def test_a_pooled_grid_has_cells_that_are_square_or_twice_as_high() -> None:
+    square = (8, 8)
+    assert pooled_grid(square, 64) == (8, 8)
+    assert pooled_grid(square, 32) == (4, 8)
+    assert pooled_grid(square, 16) == (4, 4)
+    assert pooled_grid(square, 7) is None
+    assert pooled_grid(square, 10) is None
+    assert pooled_grid((4, 4), 15) is None
+    assert pooled_grid((6, 12), 18) == (3, 6)
+    assert pooled_grid((12, 6), 18) == (6, 3)
+    assert pooled_grid((6, 12), 7) is None

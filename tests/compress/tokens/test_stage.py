@@ -30,7 +30,7 @@ def reduce(checkpoint: Checkpoint, **options: Any) -> Checkpoint:
 
 
 def pixels_of(checkpoint: Checkpoint, images: int = 2) -> Tensor:
-    size = checkpoint.spec.tower.image_size
+    size = checkpoint.spec.tower.height
     return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 

@@ -124,7 +124,7 @@ def test_vision_and_embedding_equal_torch(case: Case) -> None:
     ours, theirs = CoremlRunner(case.bundle), TorchRunner(case.checkpoint)
     tower = case.checkpoint.spec.tower
     pixels = np.random.default_rng(1).standard_normal(
-        (1, tower.channels, tower.image_size, tower.image_size)
+        (1, tower.channels, tower.height, tower.width)
     )
     found, expected = (r.encode_image(pixels.astype(np.float32)) for r in (ours, theirs))
     np.testing.assert_array_equal(found[1], expected[1])

@@ -27,24 +27,30 @@ __all__ = [
 ]
 
 
-def pooled_grid(side: int, keep: int) -> tuple[int, int] | None:
-    """Rows and columns of the squarest grid of `keep` cells over a square of `side` tokens.
+def pooled_grid(tokens: tuple[int, int], keep: int) -> tuple[int, int] | None:
+    """Rows and columns of the grid of `keep` cells whose cells are the squarest.
 
-    At most twice as many columns as rows: 32 of 64 tokens are a grid of 4 x 8.
+    Cells are at most twice as high as wide: 32 of 8 x 8 tokens are a grid of 4 x 8.
+
+    Args:
+        tokens: Rows and columns of visual tokens.
+        keep: Cells.
 
     Returns:
         The grid, or `None` where there is none.
     """
-    for rows in range(min(isqrt(keep), side), 0, -1):
+    height, width = tokens
+    for rows in range(min(isqrt(keep * height // width), height), 0, -1):
         columns = keep // rows
         if rows * columns == keep:
-            return (rows, columns) if columns <= min(side, 2 * rows) else None
+            fits = columns <= width and columns * height <= 2 * rows * width
+            return (rows, columns) if fits else None
     return None
 
 
-def reachable_counts(side: int) -> tuple[int, ...]:
-    """Every number of tokens that pooling a square of `side` tokens can leave, ascending."""
-    return tuple(keep for keep in range(1, side * side + 1) if pooled_grid(side, keep))
+def reachable_counts(tokens: tuple[int, int]) -> tuple[int, ...]:
+    """Every number of cells that pooling a grid of tokens can leave, ascending."""
+    return tuple(keep for keep in range(1, tokens[0] * tokens[1] + 1) if pooled_grid(tokens, keep))
 
 
 def pooling_cells(length: int, cells: int) -> tuple[tuple[int, int], ...]:
@@ -60,16 +66,19 @@ class AveragePoolReducer(TokenReducer):
     weights: Tensor
     centres: Tensor
 
-    def __init__(self, *, side: int, grid: tuple[int, int], positions: PositionPolicy) -> None:
+    def __init__(
+        self, *, tokens: tuple[int, int], grid: tuple[int, int], positions: PositionPolicy
+    ) -> None:
         super().__init__(keep=grid[0] * grid[1], positions=positions)
-        weights = torch.zeros(self.keep, side * side)
+        height, width = tokens
+        weights = torch.zeros(self.keep, height * width)
         centres = []
-        rows, columns = pooling_cells(side, grid[0]), pooling_cells(side, grid[1])
+        rows, columns = pooling_cells(height, grid[0]), pooling_cells(width, grid[1])
         boxes = [(row, column) for row in rows for column in columns]
         for cell, ((top, bottom), (left, right)) in enumerate(boxes):
-            inside = [r * side + c for r in range(top, bottom) for c in range(left, right)]
+            inside = [r * width + c for r in range(top, bottom) for c in range(left, right)]
             weights[cell, inside] = 1 / len(inside)
-            centres.append((top + bottom - 1) // 2 * side + (left + right - 1) // 2)
+            centres.append((top + bottom - 1) // 2 * width + (left + right - 1) // 2)
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("centres", torch.tensor(centres), persistent=False)
 
@@ -90,7 +99,7 @@ class AveragePool(Reducer):
 
     def nearest_count(self, spec: ModelSpec, count: int) -> int:
         """The number of cells closest to `count`."""
-        counts = reachable_counts(isqrt(spec.visual_tokens))
+        counts = reachable_counts((spec.visual_rows, spec.visual_columns))
         return min(counts, key=lambda candidate: abs(candidate - count))
 
     def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
@@ -99,15 +108,15 @@ class AveragePool(Reducer):
         Raises:
             RecipeError: No grid has `keep` cells.
         """
-        side = isqrt(spec.visual_tokens)
-        grid = pooled_grid(side, keep)
+        tokens = (spec.visual_rows, spec.visual_columns)
+        grid = pooled_grid(tokens, keep)
         if grid is None:
-            counts = reachable_counts(side)
-            below = max(count for count in counts if count < keep)
-            above = min(count for count in counts if count > keep)
+            counts = reachable_counts(tokens)
+            below = [count for count in counts if count < keep]
+            above = [count for count in counts if count > keep]
+            nearest = " and ".join(map(str, [*below[-1:], *above[:1]]))
             raise RecipeError(
-                f"reduce_tokens: keep {keep}: average_pool cannot cut {side} x {side} visual "
-                f"tokens into that many cells; the nearest counts that it can are {below} and "
-                f"{above}"
+                f"reduce_tokens: keep {keep}: average_pool cannot cut {tokens[0]} x {tokens[1]} "
+                f"visual tokens into that many cells; the nearest counts that it can are {nearest}"
             )
-        return AveragePoolReducer(side=side, grid=grid, positions=positions)
+        return AveragePoolReducer(tokens=tokens, grid=grid, positions=positions)

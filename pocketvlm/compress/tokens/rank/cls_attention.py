@@ -46,7 +46,8 @@ class ClsAttention(Ranking):
 
     def score(self, inputs: ReducerInputs) -> Tensor:
         """[CLS] attention of each visual token, [B, N]."""
-        return pool_merge_cells(cls_attention(inputs.queries, inputs.keys), inputs.merge_factor)
+        attention = cls_attention(inputs.queries, inputs.keys)
+        return pool_merge_cells(attention, inputs.merge_factor, inputs.patch_rows)
 
     def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
         """The module of one model.

@@ -48,19 +48,20 @@ def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
     return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
 
 
-def pool_merge_cells(scores: Tensor, merge_factor: int) -> Tensor:
+def pool_merge_cells(scores: Tensor, merge_factor: int, rows: int) -> Tensor:
     """Mean score of the patches that make up each visual token.
 
     Args:
-        scores: One score per patch, [B, side * side].
+        scores: One score per patch, [B, rows * columns].
         merge_factor: Side of the square of patches that the projector merges.
+        rows: Patches of an image from top to bottom.
 
     Returns:
-        [B, side * side / merge_factor**2], in the order of `forward.merge_patches`.
+        [B, rows * columns / merge_factor**2], in the order of `forward.merge_patches`.
     """
     if merge_factor == 1:
         return scores
-    return merge_patches(scores[..., None], merge_factor).mean(dim=-1)
+    return merge_patches(scores[..., None], merge_factor, rows).mean(dim=-1)
 
 
 class RankingReducer(TokenReducer):

@@ -55,4 +55,4 @@ class ReceivedAttention(Ranking):
         """Received attention of each visual token, [B, N]."""
         received = received_attention(inputs.queries, inputs.keys)
         patches = received[:, 1:] if inputs.has_cls else received
-        return pool_merge_cells(patches, inputs.merge_factor)
+        return pool_merge_cells(patches, inputs.merge_factor, inputs.patch_rows)

@@ -76,7 +76,7 @@ def samples():
 
 
 def prompt_of(spec):
-    side = spec.tower.image_size
+    side = spec.tower.height
     pixels = torch.randn(
         1, spec.tower.channels, side, side, generator=torch.Generator().manual_seed(1)
     )

@@ -117,7 +117,7 @@ def test_stock_classes_load_the_folder_in_a_process_without_this_package(
         spec = cut.spec
         assert spec.decoder.has_mlp_bias
         assert not spec.decoder.has_output_bias
-        side = spec.tower.image_size
+        side = spec.tower.height
         pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         ids = torch.tensor([[5, 6, *[spec.image_token_id] * spec.visual_tokens, 7, 8, 9]])
         inputs = {"input_ids": ids, "pixel_values": pixels if family == "llava" else pixels[None]}
