@@ -133,12 +133,10 @@ class ImageSettings:
         if not self.do_image_splitting:
             return None
         if self.kind == "got_ocr2":
-            return AspectGrid(
-                side=self.size["height"], fewest=self.min_patches, most=self.max_patches
-            )
+            return AspectGrid(side=self.side, fewest=self.min_patches, most=self.max_patches)
         size = self.size
         first = (size["height"], size["width"]) if "height" in size else size["longest_edge"]
-        return SplitGrid(side=self.max_image_size["longest_edge"], first=first)
+        return SplitGrid(side=self.side, first=first)
 
     def with_tiling(self, tiling: Tiling) -> ImageSettings:
         """The same with the settings that cut pictures in this way."""

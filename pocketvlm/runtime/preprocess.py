@@ -221,8 +221,7 @@ class ImagePreprocessor:
         elif settings.tiling is not None:
             geometry = Tiles(tiling=settings.tiling, resample=resample)
         elif settings.kind == "idefics3":
-            side = settings.max_image_size["longest_edge"]
-            geometry = TwoStepSquare(side=side, first=size, resample=resample)
+            geometry = TwoStepSquare(side=settings.side, first=size, resample=resample)
         else:
             geometry = CenterCrop(
                 size=size,
