@@ -1,4 +1,4 @@
-"""Whoever arrives with a model that cannot be read is told what would work."""
+"""A model that cannot be read is refused with what would work."""
 
 from __future__ import annotations
 

@@ -77,9 +77,10 @@ def test_an_unknown_shape_is_told_in_one_line():
         load_shape("gpt-5")
 
 
-def test_the_command_plans_a_shape_without_writing_anything(tmp_path):
+def test_the_command_writes_nothing_and_does_not_wait_for_the_library(tmp_path):
+    """To import transformers takes as long as everything else, and a shape does not need it."""
     finished = subprocess.run(
-        [sys.executable, "-m", "pocketvlm", *COMMAND.split()],
+        [sys.executable, "-X", "importtime", "-m", "pocketvlm", *COMMAND.split()],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -89,6 +90,9 @@ def test_the_command_plans_a_shape_without_writing_anything(tmp_path):
     found = json.loads(finished.stdout)
     assert (found["photo_tiles"], found["photo_tokens"]) == (13, 13 * 40)
     assert not list(tmp_path.iterdir())
+    imported = [line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()]
+    assert "torch" in imported
+    assert "transformers" not in imported
 
 
 COMMAND = "plan shape:smolvlm-2.2b --device iphone-17-pro --recipe int4-small --json"
