@@ -56,7 +56,10 @@ class GraphOps(Protocol[ValueT]):
         ...
 
     def cached_attention(self, joined: ValueT, block: int, *names: str) -> ValueT:
-        """The decoder's causal attention with rotary positions, extending the cache of a block."""
+        """The decoder's causal attention with rotary positions, extending the cache of a block.
+
+        Heads of queries and keys pass the norms of the block's attention first, where it has any.
+        """
         ...
 
     def drop_first(self, inputs: ValueT) -> ValueT:

@@ -61,6 +61,10 @@ class TensorOps(ABC):
         total = inputs + residual
         return self.norm(total, name), total
 
+    def head_norm(self, heads: Tensor, name: str | None) -> Tensor:
+        """Heads, their channels last, after their norm where they have one."""
+        return heads if name is None else self.norm(heads, name)
+
     def add(self, left: Tensor, right: Tensor) -> Tensor:
         return left + right
 

@@ -65,14 +65,30 @@ class TorchOps(TensorOps):
         return join_heads(functional.scaled_dot_product_attention(query, key, value))
 
     def cached_attention(self, joined: Tensor, block: int, *names: str) -> Tensor:
+        query, key, value = self.decoder_heads(joined, block, *names)
+        return join_heads(self._rows.attend(block, query, key, value))
+
+    def decoder_heads(
+        self, joined: Tensor, block: int, *names: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a block, each [batch, heads, length, head_dim].
+
+        Queries and keys have passed their norms and are rotated.
+        """
+        decoder, context = self._spec.decoder, self._rows
+        attention = decoder.blocks[block].attention
+        queries, keys, values = self.split(joined, *names)
+        query = split_heads(queries, decoder.heads, decoder.head_dim)
+        query = context.rotate(self.head_norm(query, attention.q_norm))
+        key = split_heads(keys, decoder.kv_heads, decoder.head_dim)
+        key = context.rotate(self.head_norm(key, attention.k_norm))
+        return query, key, split_heads(values, decoder.kv_heads, decoder.head_dim)
+
+    @property
+    def _rows(self) -> DecoderContext:
         if self._context is None:
             raise TypeError("the decoder needs a context")
-        decoder = self._spec.decoder
-        queries, keys, values = self.split(joined, *names)
-        query = self._context.rotate(split_heads(queries, decoder.heads, decoder.head_dim))
-        key = self._context.rotate(split_heads(keys, decoder.kv_heads, decoder.head_dim))
-        value = split_heads(values, decoder.kv_heads, decoder.head_dim)
-        return join_heads(self._context.attend(block, query, key, value))
+        return self._context
 
     def _module(self, name: str) -> nn.Module:
         return self._model.get_submodule(name)

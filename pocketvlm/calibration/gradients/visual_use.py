@@ -15,10 +15,10 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.text_rows import keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
-from pocketvlm.models.spec import DecoderSpec
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers
+from pocketvlm.reference_graph.torch_ops import TorchOps
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["LayerUse", "attention_ratios", "measure_visual_use"]
@@ -100,7 +100,9 @@ def measure_visual_use(
             for index, batch in enumerate(batches):
                 hidden = states[index]
                 rows, flags = batch.rows, batch.is_visual
-                ratios.append(attention_ratios(spec.decoder, attention, hidden, rows, flags))
+                ratios.append(
+                    attention_ratios(checkpoint, number, attention.norm(hidden), rows, flags)
+                )
                 middle = attention.run(hidden, rows)
                 if number < len(blocks) - 1:
                     text = ffn.run(keep_text(middle, flags), None)
@@ -117,28 +119,21 @@ def measure_visual_use(
 
 
 def attention_ratios(
-    decoder: DecoderSpec,
-    attention: Sublayer,
-    hidden: Tensor,
-    rows: DecoderRows,
-    is_visual: Tensor,
+    checkpoint: Checkpoint, block: int, normed: Tensor, rows: DecoderRows, is_visual: Tensor
 ) -> Tensor:
     """Attention paid to visual keys over that to keys of text, float64 [batch, kv_heads].
 
     Args:
-        decoder: The model's decoder.
-        attention: The attention sublayer of a layer.
-        hidden: What enters it, [batch, length, width].
+        checkpoint: The model.
+        block: Index of a decoder layer.
+        normed: What its attention reads, [batch, length, width].
         rows: The rows that it has.
         is_visual: bool [batch, length], the same in every row.
     """
-    normed: Tensor = attention.norm(hidden)
-    batch, length = hidden.shape[:2]
-    queries, keys = (
-        project(normed).view(batch, length, -1, decoder.head_dim).transpose(1, 2)
-        for project in attention.first_modules[:2]
-    )
-    queries, keys = (rows.rotate(states) for states in (queries, keys))
+    decoder, (batch, length) = checkpoint.spec.decoder, normed.shape[:2]
+    names = decoder.blocks[block].attention.inputs
+    ops = TorchOps(checkpoint.model, checkpoint.spec, context=rows)
+    queries, keys, _ = ops.decoder_heads(ops.linear(normed, *names), block, *names)
     flags = is_visual[0]
     # Only rows after the first visual one can see any.
     first = int(flags.to(torch.uint8).argmax())

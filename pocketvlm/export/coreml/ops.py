@@ -163,9 +163,12 @@ class MilOps:
         if self._positions is None or self._cache is None:
             raise TypeError("the decoder needs positions and a cache")
         decoder, length = self._spec.decoder, self._positions.length
+        attention = decoder.blocks[block].attention
         queries, keys, values = self.split(joined, *names)
-        query = self._positions.rotate(self._heads(queries, decoder.heads))
-        key = self._positions.rotate(self._heads(keys, decoder.kv_heads))
+        query = self._head_norm(self._heads(queries, decoder.heads), attention.q_norm)
+        query = self._positions.rotate(query)
+        key = self._head_norm(self._heads(keys, decoder.kv_heads), attention.k_norm)
+        key = self._positions.rotate(key)
         value = self._heads(values, decoder.kv_heads)
         every_key, every_value = self._cache.extend(block, key, value)
         # Heads that share keys lie one below the other: nothing is repeated.
@@ -273,6 +276,10 @@ class MilOps:
             name=f"{label}_wide",
         )
         return self._first_columns(normed, width, label)
+
+    def _head_norm(self, heads: Any, name: str | None) -> Any:
+        """[heads, length, d] after their norm, where they have one."""
+        return heads if name is None else self.norm(heads, name)
 
     def _heads(self, joined: Any, heads: int) -> Any:
         """[1, length, heads * d] as [heads, length, d]."""

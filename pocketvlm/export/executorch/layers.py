@@ -218,7 +218,7 @@ class Kernels(nn.Module):
         return self._run(name, token_ids, self._make_table)
 
     def mean(self, inputs: Tensor) -> Tensor:
-        """The mean of every row, [1, tokens, 1]: a product, since no kernel averages rows."""
+        """The mean of every row, [..., 1]: a product, since no kernel averages rows."""
         width = inputs.shape[-1]
         return self._run(f"mean_{width}", inputs, lambda _: _averager(width))
 

@@ -66,7 +66,7 @@ class ExecutorchOps(TensorOps):
         if isinstance(layer, torch.nn.LayerNorm):
             return cast("Tensor", layer(inputs))
         mean = self._kernels.mean(inputs * inputs)
-        scale = torch.rsqrt(mean + self._spec.decoder.norm_eps)
+        scale = torch.rsqrt(mean + layer.eps)
         return cast("Tensor", inputs * scale * layer.weight)
 
     def activation(self, inputs: Tensor, kind: str) -> Tensor:
@@ -88,9 +88,12 @@ class ExecutorchOps(TensorOps):
         if self._cache is None:
             raise TypeError("the decoder needs a cache")
         decoder = self._spec.decoder
+        attention = decoder.blocks[block].attention
         queries, keys, values = self.split(joined, *names)
-        query = self._cache.rotate(self._heads(queries, decoder.heads, decoder.head_dim))
-        key = self._cache.rotate(self._heads(keys, decoder.kv_heads, decoder.head_dim))
+        query = self._heads(queries, decoder.heads, decoder.head_dim)
+        query = self._cache.rotate(self.head_norm(query, attention.q_norm))
+        key = self._heads(keys, decoder.kv_heads, decoder.head_dim)
+        key = self._cache.rotate(self.head_norm(key, attention.k_norm))
         value = self._heads(values, decoder.kv_heads, decoder.head_dim)
         attended = self._cache.attend(block, query, key, value)
         return attended.view(1, -1, decoder.heads * decoder.head_dim)

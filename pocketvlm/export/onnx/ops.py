@@ -17,6 +17,7 @@ from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
 from pocketvlm.graph.rotary import inverse_frequencies
+from pocketvlm.models.spec import AttentionSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -179,13 +180,12 @@ class OnnxOps:
         kept: _Rows = "text" if late is not None and block >= late else "all"
         before, total = self._sequence_lengths(kept)
         cosine, sine = self._rotary_rows(kept)
-        label = decoder.blocks[block].attention.module
+        attention = decoder.blocks[block].attention
+        label = attention.module
         attended, _, _ = self._graph.nodes(
             "GroupQueryAttention",
             [
-                joined,
-                "",
-                "",
+                *self._normed_heads(joined, attention),
                 f"past.{block}.key",
                 f"past.{block}.value",
                 before,
@@ -204,6 +204,28 @@ class OnnxOps:
             **self._cache_attributes(),
         )
         return attended
+
+    def _normed_heads(self, joined: str, attention: AttentionSpec) -> tuple[str, str, str]:
+        """Queries, keys and values as the attention takes them: packed, where no head has a norm.
+
+        The operator has norms of its own, which the CPU's kernel does not know.
+        """
+        if attention.q_norm is None and attention.k_norm is None:
+            return joined, "", ""
+        queries, keys, values = self.split(joined, *attention.inputs)
+        queries = self._head_norm(queries, attention.q_norm, attention.q)
+        return queries, self._head_norm(keys, attention.k_norm, attention.k), values
+
+    def _head_norm(self, joined: str, name: str | None, linear: str) -> str:
+        if name is None:
+            return joined
+        width, every = self._spec.decoder.head_dim, self._widths[linear]
+        heads = self._reshape(joined, [1, -1, every // width, width], f"{name}.heads")
+        return self._reshape(self.norm(heads, name), [1, -1, every], f"{name}.joined")
+
+    def _reshape(self, inputs: str, shape: Sequence[int], name: str) -> str:
+        sizes = self._graph.constant(f"{name}.shape", np.array(shape, dtype=np.int64))
+        return self._graph.node("Reshape", [inputs, sizes], name=name)
 
     def select_text(self, inputs: str) -> str:
         """The rows that `text_rows` names."""

@@ -1,4 +1,7 @@
-"""Decoders of the Llama kind: Llama (arXiv 2302.13971, 2307.09288) and Qwen2 (2407.10671)."""
+"""Decoders of the Llama kind: Llama (arXiv 2302.13971, 2307.09288), Qwen2 (2407.10671), Qwen3.
+
+Qwen3 (2505.09388) has norms on the heads of queries and keys where Qwen2 has biases.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,12 @@ def _llama_biases(text: Mapping[str, Any]) -> tuple[bool, bool, bool]:
 _BIASES: Mapping[str, Callable[[Mapping[str, Any]], tuple[bool, bool, bool]]] = {
     "llama": _llama_biases,
     "qwen2": lambda _: (True, False, False),
+    "qwen3": _llama_biases,
 }
 """Whether queries, keys and values, the attention's output and the FFN have biases, by decoder."""
+
+_WITH_HEAD_NORMS = ("qwen3",)
+_WINDOW_SETTINGS = ("use_sliding_window", "sliding_window", "max_window_layers")
 
 
 def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
@@ -41,17 +48,21 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
             f"config.json: text_config.model_type {kind!r} is not supported; supported are "
             f"{', '.join(_BIASES)}"
         )
+    # What the window's settings mean is what the library's class writes into `layer_types`.
+    window = ", ".join(f"{key} {text.get(key)!r}" for key in _WINDOW_SETTINGS)
     if any(layer != "full_attention" for layer in text.get("layer_types") or ()):
         raise UnsupportedError(
-            "config.json: text_config.layer_types has layers of sliding attention, which are not "
-            "supported; supported is full attention in every layer"
+            f"config.json: text_config.layer_types has layers of sliding attention ({window}), "
+            "which are not supported; supported is full attention in every layer"
         )
     qkv, output, mlp = _BIASES[kind](text)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
+    scaling = rope.get("rope_type", "default")
+    # Dynamic scaling begins after max_position_embeddings, where every bundle has ended.
+    if scaling != "default" and not (scaling == "dynamic" and rope["factor"] >= 1):
         raise UnsupportedError(
-            f"config.json: text_config rope_type {rope['rope_type']!r} is not supported; "
-            "supported is 'default'"
+            f"config.json: text_config rope_type {scaling!r} is not supported; supported are "
+            "'default' and 'dynamic'"
         )
     # transformers 4 wrote the base beside the scaling, transformers 5 writes it inside.
     theta = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
@@ -62,7 +73,10 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         prefix=prefix,
         embedding=f"{prefix}.embed_tokens",
         stack=stack,
-        blocks=tuple(_block(f"{stack}.{index}") for index in range(text["num_hidden_layers"])),
+        blocks=tuple(
+            _block(f"{stack}.{index}", has_head_norms=kind in _WITH_HEAD_NORMS)
+            for index in range(text["num_hidden_layers"])
+        ),
         norm=f"{prefix}.norm",
         head="lm_head",
         hidden_size=hidden,
@@ -82,7 +96,7 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
     )
 
 
-def _block(module: str) -> BlockSpec:
+def _block(module: str, *, has_head_norms: bool) -> BlockSpec:
     attention, mlp = f"{module}.self_attn", f"{module}.mlp"
     return BlockSpec(
         module=module,
@@ -93,6 +107,8 @@ def _block(module: str) -> BlockSpec:
             k=f"{attention}.k_proj",
             v=f"{attention}.v_proj",
             o=f"{attention}.o_proj",
+            q_norm=f"{attention}.q_norm" if has_head_norms else None,
+            k_norm=f"{attention}.k_norm" if has_head_norms else None,
         ),
         ffn=FfnSpec(
             module=mlp,

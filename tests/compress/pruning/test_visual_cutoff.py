@@ -133,7 +133,8 @@ def test_attention_ratios_are_those_of_a_plain_softmax(
     rows = DecoderRows.at(spec.decoder, inputs.positions)
     angles = (rows.cosine, rows.sine)
     attention = decoder_sublayers(model, spec, 0)[0]
-    found = attention_ratios(spec.decoder, attention, inputs.embeds, rows, inputs.is_visual)
+    normed = attention.norm(inputs.embeds)
+    found = attention_ratios(deep_checkpoint, 0, normed, rows, inputs.is_visual)
     heads, width = spec.decoder.heads, spec.decoder.head_dim
     normed = attention.norm(inputs.embeds)[0].double()
 
