@@ -41,7 +41,7 @@ class Published:
 
 
 EVERY_Q8_0 = ({"match": ".*", **Q8_0},)
-# 4304 columns are no whole number of blocks of 32: llama.cpp leaves such a matrix in fp16.
+# 4304 columns are not a whole number of blocks of 32: llama.cpp leaves such a matrix in fp16.
 ALL_BUT_FC2 = (
     {"part": "projector", **Q8_0},
     {"match": r".*vision.*(q|k|v|out)_proj", **Q8_0},

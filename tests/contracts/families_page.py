@@ -1,0 +1,143 @@
+"""Writes docs/families.md: which families run where, and what published models would weigh.
+
+    python -m tests.contracts.families_page > docs/families.md
+
+Every cell of the first table that says yes is a tiny model whose bundle `test_families.py` runs and
+compares with the stock model, in the same run of the tests that compares this page; the others hold
+the sentence by which `plan` refuses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pocketvlm.checkpoint.config import read_spec
+from pocketvlm.errors import PocketVLMError
+from pocketvlm.models.families.table import FAMILIES
+from pocketvlm.pipeline.plan import plan
+from pocketvlm.recipes.load import default_target, load_recipe
+from pocketvlm.reference.random_models import TINY_MODELS, tiny_config
+from pocketvlm.reference.shapes import Shape, list_shapes, load_shape
+from pocketvlm.stages import PlanState
+from tests.contracts.targets import TARGETS
+
+__all__ = ["render_page"]
+
+_RECIPE = "int4-small"
+_TITLES = {"onnx": "ONNX", "executorch": "ExecuTorch", "coreml": "Core ML"}
+_INTRODUCTION = """\
+# Families
+
+A family is supported where a tiny model of it, with seeded random weights, answers as stock
+transformers does: the same logits in torch, and in the bundle 32 equal greedy tokens after prompt
+and pixels of the stock processor, with several pictures and in a second turn, on ONNX Runtime,
+ExecuTorch and the evaluator of Core ML programs. This page is written by the tests that compare
+them (`python -m tests.contracts.families_page > docs/families.md`).
+
+What a target cannot run is refused by `plan` in one line, by what it is and not by the family's
+name. A `model_type` that is not listed is refused with the nearest ones that are; a checkpoint that
+needs its own code, with the repository that is converted to stock classes.
+"""
+_SHAPES = """\
+## Published sizes
+
+`shape:NAME` stands for a published model in every command ([command line](command_line.md)). This
+is what `plan` says of them with the recipe `{recipe}`: the bundle for each target, and the visual
+tokens of a photo of 640 x 480 before and after reduction. Sizes of files that others published for
+phones are predicted within 10 % (`tests/pipeline/test_published_bundles.py`).
+"""
+
+
+class _Reasons:
+    """Sentences, numbered in the order in which they are first needed."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, sentence: str) -> int:
+        """The number of a sentence."""
+        return self._numbers.setdefault(sentence, len(self._numbers) + 1)
+
+    def lines(self) -> Iterator[str]:
+        """All of them, as a list after a blank line."""
+        if self._numbers:
+            yield ""
+        for sentence, number in self._numbers.items():
+            yield f"{number}. {sentence}"
+
+
+def render_page() -> str:
+    """The page's text."""
+    parts = [_INTRODUCTION, *_families(), "", _SHAPES.format(recipe=_RECIPE), *_shapes()]
+    return "\n".join(parts) + "\n"
+
+
+def _families() -> Iterator[str]:
+    reasons = _Reasons()
+    yield _row("tiny model", "`model_type`", "tower", "decoder", *_TITLES.values())
+    yield _row(*["---"] * (4 + len(_TITLES)))
+    for name in TINY_MODELS:
+        config = tiny_config(name)
+        state = PlanState.of(read_spec(config))
+        cells = [_cell(TARGETS[target].refuse(state), reasons) for target in _TITLES]
+        types = (f"`{_type(config, part)}`" for part in ("vision_config", "text_config"))
+        yield _row(f"`{name}`", _readers(config), *types, *cells)
+    yield from reasons.lines()
+
+
+def _cell(refused: tuple[str, ...], reasons: _Reasons) -> str:
+    if not refused:
+        return "yes"
+    numbers = ", ".join(str(reasons.number(reason)) for reason in refused)
+    return f"no ({numbers})"
+
+
+def _shapes() -> Iterator[str]:
+    reasons = _Reasons()
+    yield _row("shape", "published as", "parameters", "tokens of a photo", *_TITLES.values())
+    yield _row("---", "---", "---:", "---:", *["---:"] * len(_TITLES))
+    for name in list_shapes():
+        shape = load_shape(name)
+        weights = sum(linear.out_features * linear.in_features for linear in shape.spec.linears())
+        cells, tokens = [], "-"
+        for target in _TITLES:
+            cell, before, after = _planned(shape, target, reasons)
+            cells.append(cell)
+            tokens = f"{before:,} -> {after:,}" if target == "onnx" and after else tokens
+        yield _row(f"`{name}`", shape.source, f"{weights / 1e6:,.0f} M", tokens, *cells)
+    yield from reasons.lines()
+
+
+def _planned(shape: Shape, target: str, reasons: _Reasons) -> tuple[str, int, int]:
+    """Megabytes or numbers of reasons; tokens of a photo before and after reduction."""
+    recipe = replace(load_recipe(_RECIPE), targets=(default_target(target),))
+    try:
+        made = plan(shape, recipe)
+    except PocketVLMError as error:
+        return f"no ({reasons.number(str(error))})", 0, 0
+    if made.refused:
+        numbers = ", ".join(str(reasons.number(reason)) for reason in made.refused)
+        return f"no ({numbers})", 0, 0
+    before = made.photo_tokens * made.visual_tokens_full // made.visual_tokens
+    return f"{made.bundle_bytes / 1e6:,.0f} MB", before, made.photo_tokens
+
+
+def _readers(config: Mapping[str, Any]) -> str:
+    """Model types that are read as this one is."""
+    reader = FAMILIES[config["model_type"]]
+    return ", ".join(f"`{name}`" for name, found in FAMILIES.items() if found is reader)
+
+
+def _type(config: Mapping[str, Any], part: str) -> str:
+    return str(config[part].get("model_type", "-"))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render_page())
