@@ -82,13 +82,12 @@ def build_decoder(
     normed = ops.norm(hidden, decoder.blocks[0].attention.norm)
     following = (*(block.attention.norm for block in decoder.blocks[1:]), decoder.norm)
     for index, block in enumerate(decoder.blocks):
-        select: Callable[[ValueT], ValueT] | None = None
+        attended = decoder_attention(ops, block.attention, index, normed)
         if index == decoder.depth - 1:
-            select = ops.last
+            attended, hidden = ops.last(attended), ops.last(hidden)
         elif text_rows is not None and index == text_rows.layers - 1:
-            select = text_rows.select
-        attended = decoder_attention(ops, block.attention, index, normed, select)
-        hidden = hidden if select is None else select(hidden)
+            attended, hidden = text_rows.select(attended), text_rows.select(hidden)
+        attended = ops.linear(attended, block.attention.o)
         normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, decoder.activation)
         normed, hidden = ops.add_norm(inner, hidden, following[index])

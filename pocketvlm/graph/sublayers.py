@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 from pocketvlm.graph.operators import GraphOps
@@ -32,20 +31,19 @@ def decoder_attention(
     attention: AttentionSpec,
     block: int,
     normed: ValueT,
-    select: Callable[[ValueT], ValueT] | None = None,
 ) -> ValueT:
-    """Causal attention of a decoder block.
+    """Causal attention of a decoder block, without the linear that ends it.
+
+    Rows may end between the two, whose keys and values are read and which nothing reads after.
 
     Args:
         ops: The operators.
         attention: The sublayer.
         block: Index of its block, whose cache is extended.
         normed: What it reads.
-        select: Which rows go on; `None` for all of them.
     """
     names = attention.inputs
-    attended = ops.cached_attention(ops.linear(normed, *names), block, *names)
-    return ops.linear(attended if select is None else select(attended), attention.o)
+    return ops.cached_attention(ops.linear(normed, *names), block, *names)
 
 
 def feed_forward(ops: GraphOps[ValueT], ffn: FfnSpec, normed: ValueT, activation: str) -> ValueT:

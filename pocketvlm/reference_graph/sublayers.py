@@ -113,7 +113,8 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
 
     def attend(normed: Tensor, rows: DecoderRows | None) -> Tensor:
         ops = TorchOps(model, spec, context=rows)
-        return decoder_attention(ops, described.attention, block, normed)
+        attended = decoder_attention(ops, described.attention, block, normed)
+        return ops.linear(attended, described.attention.o)
 
     def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
         return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.decoder.activation)
