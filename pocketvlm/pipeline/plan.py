@@ -141,7 +141,7 @@ def plan(
         if target.missing_toolkit is not None:
             refused.append(f"{target.method}: {target.missing_toolkit}")
         refused += target.refuse(state)
-        warnings += prediction.warnings
+        warnings += (*prediction.warnings, *_context_warnings(target, state))
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
@@ -241,6 +241,18 @@ def _photo_tiles(spec: ModelSpec) -> int:
 
 def _photo_tokens(state: PlanState) -> int:
     return state.visual_tokens * _photo_tiles(state.spec)
+
+
+def _context_warnings(target: Target, state: PlanState) -> list[str]:
+    """What is to be said where a conversation about a photo is longer than the target's cache."""
+    rows, tokens = target.capacity(state.spec), _photo_tokens(state)
+    if tokens + _TURN_TOKENS <= rows:
+        return []
+    return [
+        f"{target.method}: a photo of {_PHOTO[0]} x {_PHOTO[1]} takes {tokens:,} of the {rows:,} "
+        f"tokens of a conversation, and leaves fewer than {_TURN_TOKENS} for text; limit_tiles or "
+        "reduce_tokens would make room"
+    ]
 
 
 def _cache_bytes(state: PlanState) -> int:

@@ -15,7 +15,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.export.prediction import other_elements
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.sources import load_checkpoint
-from pocketvlm.recipes.load import load_recipe
+from pocketvlm.recipes.load import default_target, load_recipe
 from pocketvlm.reference.random_models import tiny_config, write_shape
 from pocketvlm.reference.shapes import Shape, list_shapes, load_shape
 
@@ -62,6 +62,17 @@ def test_a_plan_of_a_shape_says_what_a_plan_of_its_checkpoint_says(tmp_path):
     assert (alone.photo_tiles, alone.photo_tokens, alone.most_tiles) == (10, 10 * 8, 10)
     assert (whole.photo_tiles, whole.photo_tokens, whole.most_tiles) == (10, 10 * 8, 10)
     assert alone.refused == whole.refused == ()
+
+
+def test_a_photo_that_leaves_no_room_for_text_is_told():
+    text = {**TINY.config["text_config"], "max_position_embeddings": 300}
+    narrow = replace(TINY, config={**TINY.config, "text_config": text})
+    room = [f"{name}: a photo of 640 x 480 takes" for name in ("onnx", "executorch")]
+    recipe = load_recipe("float")
+    recipe = replace(recipe, targets=(*recipe.targets, default_target("executorch")))
+    assert not [line for line in plan(TINY, recipe).warnings if "a photo" in line]
+    told = [line for line in plan(narrow, recipe).warnings if "a photo" in line]
+    assert [line.partition(" 160 of the 300 ")[0] for line in told] == room
 
 
 def test_a_written_shape_is_written_again_where_it_is_another(tmp_path):
