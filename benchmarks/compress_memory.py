@@ -1,11 +1,11 @@
 """Peak memory, time and size of `pocketvlm compress` at a published shape; what `plan` said of it.
 
     python benchmarks/compress_memory.py --recipe int4-small --samples 8
-    python benchmarks/compress_memory.py --recipe int4-small --model shape:smolvlm-500m --bench
+    python benchmarks/compress_memory.py --recipe int4-small --model smolvlm-500m --one-tile --bench
 
 The job runs in a separate process, whose peak is read by the kernel's own accounting. Random
 weights: memory, time and bytes do not depend on their values. Prints a table and one JSON line.
-With `--bench` the bundle is timed as well, as `compress` does it, and the samples are the recipe's.
+With `--bench` the bundle is timed as well, as `compress` does it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,25 @@ _PROGRAM = (sys.executable, "-m", "pocketvlm")
 _FIGURES = ("ttft_user_ms", "decode_tok_s")
 
 
-def measure(model: str, recipe: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+_WRITE = """
+import sys
+from pathlib import Path
+from pocketvlm.reference.random_models import write_shape
+from pocketvlm.reference.shapes import load_shape
+write_shape(load_shape(sys.argv[1]), Path(sys.argv[2]), is_split=False)
+"""
+
+
+def measure(shape: str, recipe: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Plans and runs one job, and reads what it cost."""
+    model, out = f"shape:{shape}", root / f"{shape}-{recipe}"
+    if options.one_tile:
+        model = str(root / shape)
+        subprocess.run([sys.executable, "-c", _WRITE, shape, model], check=True)
     job = [model, "--recipe", recipe, "--json"]
     if options.samples is not None:
         job += ["--set", f"calibration.samples={options.samples}"]
-    # In a process of its own: a child's peak is at least that of the process that starts it.
+    # In its own process: a child's peak is at least that of the process that starts it.
     planned = subprocess.run([*_PROGRAM, "plan", *job], capture_output=True, check=True)
     command = [*_PROGRAM, "compress", *job, "--out", str(out)]
     command.append("--no-baseline" if options.bench else "--no-bench")
@@ -47,7 +60,8 @@ def measure(model: str, recipe: str, options: argparse.Namespace, out: Path) -> 
     report = json.loads(text)
     size = report["size"]
     return {
-        "model": model,
+        "model": shape,
+        "one_tile": options.one_tile,
         "recipe": recipe,
         "samples": options.samples,
         "exit_code": process.returncode,
@@ -66,16 +80,19 @@ def measure(model: str, recipe: str, options: argparse.Namespace, out: Path) -> 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="Default: shape:smolvlm-256m.")
+    parser.add_argument("--model", action="append", help="A shape. Default: smolvlm-256m.")
     parser.add_argument("--recipe", action="append", required=True)
     parser.add_argument("--samples", type=int, help="Samples to calibrate on, not the recipe's.")
+    parser.add_argument(
+        "--one-tile", action="store_true", help="Leave pictures whole that the processor would cut."
+    )
     parser.add_argument("--bench", action="store_true", help="Time the bundle as well.")
     parser.add_argument("--keep", type=Path, help="Keep the runs here.")
     arguments = parser.parse_args()
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="pocketvlm-"))
     rows = [
-        measure(model, recipe, arguments, root / model.replace(":", "-") / recipe)
-        for model in arguments.model or ["shape:smolvlm-256m"]
+        measure(shape, recipe, arguments, root)
+        for shape in arguments.model or ["smolvlm-256m"]
         for recipe in arguments.recipe
     ]
     if arguments.keep is None:
