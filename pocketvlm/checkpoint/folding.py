@@ -13,6 +13,7 @@ from pocketvlm.models.folds import (
     Fold,
     Multiply,
     PatchKernel,
+    Reshape,
     ScaleRows,
     SplitRows,
     SumFrames,
@@ -48,6 +49,8 @@ def apply_fold(fold: Fold, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if isinstance(fold, PatchKernel):
             shape = (first.shape[0], fold.size, fold.size, fold.channels)
             return (first.view(shape).permute(0, 3, 1, 2).contiguous(),)
+        if isinstance(fold, Reshape):
+            return (first.reshape(fold.shape),)
         return (first.t().contiguous(),)
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(

@@ -49,8 +49,8 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         inner = feed_forward(ops, block.ffn, normed, tower.activation)
         if following is not None:
             normed, hidden = ops.add_norm(inner, hidden, following.attention.norm)
-    if tower.has_post_norm:
-        features, _ = ops.add_norm(inner, hidden, tower.post_norm)
+    if tower.feature_norm is not None:
+        features, _ = ops.add_norm(inner, hidden, tower.feature_norm)
     else:
         features = ops.add(inner, hidden)
     if tower.has_cls:

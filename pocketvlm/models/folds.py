@@ -17,6 +17,7 @@ __all__ = [
     "Fold",
     "Multiply",
     "PatchKernel",
+    "Reshape",
     "ScaleRows",
     "SplitRows",
     "SumFrames",
@@ -111,6 +112,22 @@ class PatchKernel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reshape:
+    """The same numbers in another shape, such as a table of positions that is a bare parameter.
+
+    Attributes:
+        source: The stored tensor.
+        target: The tensor of the model.
+        shape: Its shape.
+    """
+
+    kind: Literal["reshape"] = "reshape"
+    source: str
+    target: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transpose:
     """A bare matrix [in, out] as the weight of a linear, [out, in].
 
@@ -124,12 +141,12 @@ class Transpose:
     target: str
 
 
-Fold = SplitRows | ScaleRows | AddOne | Multiply | SumFrames | PatchKernel | Transpose
+Fold = SplitRows | ScaleRows | AddOne | Multiply | SumFrames | PatchKernel | Reshape | Transpose
 
 
 def fold_sources(fold: Fold) -> tuple[str, ...]:
     """Names of the stored tensors that a fold reads."""
-    if isinstance(fold, SplitRows | Transpose):
+    if isinstance(fold, SplitRows | Reshape | Transpose):
         return (fold.source,)
     if isinstance(fold, ScaleRows):
         return (fold.target, fold.scale)

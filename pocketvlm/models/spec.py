@@ -175,7 +175,7 @@ class TowerSpec:
         class_embedding: Name of the parameter in it that is the [CLS] token.
         position_embedding: Module name of its table of positions.
         pre_norm: Module name of the norm before the first block, where there is one.
-        post_norm: Module name of the norm after the last block.
+        post_norm: Module name of the norm after the last block, where there is one.
         stack: Module name of the list of blocks.
         blocks: All of them, also those that are never run.
         feature_block: Index of the last block that is run; its output feeds the projector.
@@ -183,6 +183,7 @@ class TowerSpec:
         width: Pixels of a picture from left to right.
         has_post_norm: Whether the features pass `post_norm`.
         activation: Hugging Face's name of the FFN's activation.
+        has_qkv_bias: Whether queries, keys and values have biases; every other linear has one.
     """
 
     prefix: str
@@ -191,7 +192,7 @@ class TowerSpec:
     class_embedding: str | None
     position_embedding: str
     pre_norm: str | None
-    post_norm: str
+    post_norm: str | None
     stack: str
     blocks: tuple[BlockSpec, ...]
     feature_block: int
@@ -206,11 +207,17 @@ class TowerSpec:
     has_post_norm: bool
     activation: str
     norm_eps: float
+    has_qkv_bias: bool = True
 
     @property
     def depth(self) -> int:
         """Blocks, also those that are never run."""
         return len(self.blocks)
+
+    @property
+    def feature_norm(self) -> str | None:
+        """Module name of the norm that features pass, where they pass one."""
+        return self.post_norm if self.has_post_norm else None
 
     @property
     def has_cls(self) -> bool:
@@ -454,7 +461,7 @@ class ModelSpec:
             return int(rest.partition(".")[0]) <= tower.feature_block
         if not weight.startswith(f"{tower.prefix}."):
             return True
-        parts = (tower.embeddings, tower.pre_norm, tower.post_norm if tower.has_post_norm else None)
+        parts = (tower.embeddings, tower.pre_norm, tower.feature_norm)
         return any(part is not None and weight.startswith(f"{part}.") for part in parts)
 
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -477,7 +484,7 @@ class ModelSpec:
         run = tower.blocks[: tower.feature_block + 1]
         names = [] if tower.pre_norm is None else [tower.pre_norm]
         names += [half.norm for block in run for half in (block.attention, block.ffn)]
-        names += [tower.post_norm] if tower.has_post_norm else []
+        names += [] if tower.feature_norm is None else [tower.feature_norm]
         norms = [_norm(name, tower.hidden_size, tower.norm_eps, has_bias=True) for name in names]
         width = tower.hidden_size * self.projector.merge_factor**2
         for step in self.projector.steps:
@@ -506,7 +513,13 @@ def _norm(name: str, width: int, eps: float, *, has_bias: bool) -> NormSpec:
 def _tower_linears(tower: TowerSpec) -> tuple[LinearSpec, ...]:
     hidden, ffn = tower.hidden_size, tower.ffn_size
     return tuple(
-        _linear(name, "tower", index, shape, has_bias=True)
+        _linear(
+            name,
+            "tower",
+            index,
+            shape,
+            has_bias=tower.has_qkv_bias or name not in block.attention.inputs,
+        )
         for index, block in enumerate(tower.blocks[: tower.feature_block + 1])
         for name, shape in (
             *((name, (hidden, hidden)) for name in (*block.attention.inputs, block.attention.o)),

@@ -41,7 +41,14 @@ _CHAT_TEMPLATE = (
 )
 
 
-TINY_MODELS = ("llava", "llava-interleave", "smolvlm", "smolvlm-tiles")
+TINY_MODELS = (
+    "llava",
+    "llava-interleave",
+    "smolvlm",
+    "smolvlm-tiles",
+    "internvl3",
+    "internvl3.5",
+)
 """Names of tiny configurations: one for every way of building that a reader knows."""
 
 
@@ -107,6 +114,39 @@ def tiny_config(name: str) -> dict[str, Any]:
             "text_config": text,
             "vision_config": {**vision, "model_type": "smolvlm_vision", "image_size": 64},
         }
+    if name in ("internvl3", "internvl3.5"):
+        is_newer = name == "internvl3.5"
+        return {
+            "architectures": ["InternVLForConditionalGeneration"],
+            "model_type": "internvl",
+            "image_token_id": 259,
+            "downsample_ratio": 0.5,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": is_newer,
+            "text_config": {
+                **text,
+                "model_type": "qwen3" if is_newer else "qwen2",
+                "head_dim": 32 if is_newer else 16,
+                "tie_word_embeddings": is_newer,
+            },
+            "vision_config": {
+                **vision,
+                "model_type": "internvl_vision",
+                "image_size": [32, 32],
+                "patch_size": [8, 8],
+                "num_channels": 3,
+                "attention_bias": not is_newer,
+                "hidden_act": "gelu",
+                "layer_norm_eps": 1e-6,
+                "norm_type": "layer_norm",
+                "use_qk_norm": False,
+                "use_mask_token": False,
+                "use_absolute_position_embeddings": True,
+                "use_mean_pooling": not is_newer,
+            },
+        }
     raise ValueError(f"{name!r} is not a tiny model; there are {', '.join(TINY_MODELS)}")
 
 
@@ -171,7 +211,8 @@ def write_random_model(
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(path, config, spec, tiles_per_edge)
     _write_image_processor(path, spec, tiles_per_edge)
-    (path / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    template = _CHAT_TEMPLATE.replace("<image>", spec.image_mark or spec.image_token)
+    (path / "chat_template.jinja").write_text(template, encoding="utf-8")
     (path / "generation_config.json").write_text('{"eos_token_id": 2}\n', encoding="utf-8")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -204,7 +245,11 @@ def _write_tokenizer(
     placeholder = spec.image_token_id
     places = range(1, tiles_per_edge + 1) if tiles_per_edge > 1 else ()
     markers = [f"<row_{row}_col_{column}>" for row in places for column in places]
-    special |= {placeholder + offset: token for offset, token in enumerate([*_IMAGE, *markers])}
+    named = _named_words(spec)
+    pictures = (
+        (spec.image_token, *sorted(set(named.values()) - {spec.image_token})) if named else _IMAGE
+    )
+    special |= {placeholder + offset: token for offset, token in enumerate([*pictures, *markers])}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words: list[str] = list(alphabet)
     merges: list[tuple[str, str]] = []
@@ -235,12 +280,20 @@ def _write_tokenizer(
                 "eos_token": _SPECIAL[2],
                 "pad_token": _SPECIAL[2],
                 "model_max_length": config["text_config"]["max_position_embeddings"],
+                **({"extra_special_tokens": named} if named else {}),
             },
             indent=2,
         )
         + "\n",
         encoding="utf-8",
     )
+
+
+def _named_words(spec: ModelSpec) -> dict[str, str]:
+    """Words of a picture's text that stock's processor asks its tokenizer for, by their names."""
+    if spec.image_token in _IMAGE:
+        return {}
+    return {**spec.processor.named_tokens, "video_token": "<video>"}
 
 
 def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> None:
@@ -266,6 +319,17 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
             "image_std": [0.26862954, 0.26130258, 0.27577711],
             "resample": 3,
         }
+    elif spec.family == "internvl":
+        own = {
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "size": {"height": size, "width": size},
+            "crop_to_patches": False,
+            "min_patches": 1,
+            "max_patches": 12,
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+            "resample": 3,
+        }
     else:
         own = {
             "image_processor_type": "Idefics3ImageProcessor",
@@ -285,7 +349,11 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
             "vision_feature_select_strategy": "default" if spec.tower.has_cls else "full",
         }
     else:
-        combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
+        kinds = {"idefics3": "Idefics3Processor"}
+        combined = {
+            "processor_class": kinds.get(spec.family, spec.processor.classes[0]),
+            spec.processor.count_setting: spec.visual_tokens,
+        }
     for name, document in (
         ("preprocessor_config.json", {**common, **own}),
         ("processor_config.json", combined),

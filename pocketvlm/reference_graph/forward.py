@@ -99,8 +99,8 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
         [images, N, C], N the visual tokens of an image.
     """
     ops = TorchOps(model, spec)
-    if spec.tower.has_post_norm:
-        hidden = ops.norm(hidden, spec.tower.post_norm)
+    if spec.tower.feature_norm is not None:
+        hidden = ops.norm(hidden, spec.tower.feature_norm)
     if spec.tower.has_cls:
         hidden = ops.drop_first(hidden)
     return ops.merge_patches(hidden, spec.projector.merge_factor)

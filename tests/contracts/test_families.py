@@ -55,11 +55,16 @@ def test_every_family_runs_on_onnx(name):
 
 
 def test_the_source_check_passes_to_the_last_bit(path):
+    """Folded weights are rounded once more than stock's: there it is the last bits."""
     report = verify_folder(path)
     assert report.verdict == "passed", report.lines()
     assert {check.metric for check in report.checks} == set(BOUNDS)
+    error = 5e-6 if read_model_folder(path).spec.folds else 0.0
     for check in report.checks:
-        assert check.value == (1.0 if check.metric.endswith("_equal") else 0.0), check
+        if check.metric.endswith("_equal"):
+            assert check.value == 1.0, check
+        else:
+            assert check.value <= error, check
 
 
 @torch.inference_mode()
@@ -74,9 +79,10 @@ def test_logits_and_answers_are_those_of_the_stock_model(path):
     grids = [processor.image_processor.settings.grid(*picture.size)]
     ids = torch.tensor([processor.encode([user_message("what is it?")], grids)])
     inputs = embed_prompts(checkpoint, ids, encode_images(checkpoint, pixels))
-    images = pixels if checkpoint.spec.family == "llava" else pixels[None]
+    images = pixels[None] if checkpoint.spec.family == "idefics3" else pixels
     expected = stock(input_ids=ids, pixel_values=images).logits
-    torch.testing.assert_close(decode_logits(checkpoint, inputs), expected, rtol=0, atol=1e-6)
+    error = 2e-5 if checkpoint.spec.folds else 1e-6
+    torch.testing.assert_close(decode_logits(checkpoint, inputs), expected, rtol=0, atol=error)
     generated = stock.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -115,6 +121,10 @@ def stock_answers(path: Path, turns: Sequence[Turn], images: Sequence[Image.Imag
     return stock.answer(turns, images, max_new_tokens=32).generated
 
 
+TILES = {"idefics3": [7, 10], "internvl": [11, 5]}
+"""Of the two pictures, by the family that cuts them."""
+
+
 EXPORTED_ELSEWHERE = {("llava", "executorch"), ("smolvlm", "executorch")}
 """To trace a program takes half a minute; of these, tests of that target do it."""
 
@@ -147,7 +157,7 @@ def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
     talk.ask("and this?", square, max_new_tokens=1)
     tiles = checkpoint.processor.tiles([wide, square])
     assert len(talk._tiles) == sum(tiles)
-    assert tiles == ([7, 10] if checkpoint.spec.tiling else [1, 1])
+    assert tiles == TILES.get(checkpoint.spec.family if checkpoint.spec.tiling else "", [1, 1])
     assert talk.answers[-1].timings.reused_tokens > 0
 
 

@@ -10,6 +10,7 @@ from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.json_io import decode
 from pocketvlm.models.config_keys import ReadConfig
 from pocketvlm.models.families.idefics3 import read_idefics3
+from pocketvlm.models.families.internvl import read_internvl
 from pocketvlm.models.families.llava import read_llava
 from pocketvlm.models.families.unsupported import advise, classes
 from pocketvlm.models.spec import ModelSpec
@@ -17,6 +18,7 @@ from pocketvlm.models.spec import ModelSpec
 __all__ = ["FAMILIES", "read_model_spec", "supported_families"]
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
+    "internvl": read_internvl,
     "llava": read_llava,
     "idefics3": read_idefics3,
     "smolvlm": read_idefics3,

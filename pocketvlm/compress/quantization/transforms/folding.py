@@ -203,12 +203,12 @@ def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tens
         return f"{before.activation} stands before it, and no scale passes through it"
     if before is not None:
         return "another linear layer stands before it"
-    if not tower.has_post_norm:
+    if tower.feature_norm is None:
         return "it reads the tower's residual stream, which no norm scales"
     if checkpoint.reducer is not None:
         return "the token reducer reads the same features, and would choose other tokens"
     # Merged patches are copies of the norm's channels, side by side.
-    return Fold(producer=tower.post_norm, channels=columns % tower.hidden_size)
+    return Fold(producer=tower.feature_norm, channels=columns % tower.hidden_size)
 
 
 def _read_weight(checkpoint: Checkpoint, name: str) -> Tensor:

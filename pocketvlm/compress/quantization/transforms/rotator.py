@@ -103,8 +103,8 @@ class Rotator:
                 write_vector(module, name, turned.contiguous())
         for block in tower.blocks[: tower.feature_block + 1]:
             self._rotate_block(block, rotation, "tower")
-        if tower.has_post_norm:
-            self._absorb_post_norm(rotation)
+        if tower.feature_norm is not None:
+            self._absorb_norm(tower.feature_norm, rotation)
         self._inputs(spec.projector.linears[0], rotation, "tower")
         return ""
 
@@ -139,26 +139,27 @@ class Rotator:
             return "the token reducer reads its features, and would choose other tokens"
         if not isinstance(self._checkpoint.spec.projector.steps[0], LinearStep):
             return "a norm with weights stands between its features and the projector"
-        if tower.has_post_norm and float(self._post_norm_shift().abs().max()) > _LARGEST_SHIFT:
+        last = tower.feature_norm
+        if last is not None and float(self._norm_shift(last).abs().max()) > _LARGEST_SHIFT:
             return "its last norm has channels of almost no weight, whose bias cannot be folded"
         return ""
 
-    def _post_norm_shift(self) -> Tensor:
+    def _norm_shift(self, name: str) -> Tensor:
         """Bias of the last norm in units of its weight, [hidden]."""
-        norm = self._checkpoint.model.get_submodule(self._checkpoint.spec.tower.post_norm)
+        norm = self._checkpoint.model.get_submodule(name)
         weight, bias = read_vector(norm, "weight"), read_vector(norm, "bias")
         if weight is None or bias is None:
             raise TypeError("the tower's last norm has no weight and bias")
         return torch.where(bias == 0, 0.0, bias / weight)
 
-    def _absorb_post_norm(self, rotation: Tensor) -> None:
+    def _absorb_norm(self, name: str, rotation: Tensor) -> None:
         """Moves the last norm's weight into the projector; its bias stays, turned.
 
         The projector may have no bias that could take it up.
         """
         spec, model = self._checkpoint.spec, self._checkpoint.model
-        norm = model.get_submodule(spec.tower.post_norm)
-        shift, weight = self._post_norm_shift(), read_vector(norm, "weight")
+        norm = model.get_submodule(name)
+        shift, weight = self._norm_shift(name), read_vector(norm, "weight")
         if weight is None:
             raise TypeError("the tower's last norm has no weight")
         copies = spec.projector.merge_factor**2
