@@ -13,7 +13,7 @@ from torch import nn
 import pocketvlm
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.families.table import FAMILIES, read_model_spec
-from pocketvlm.reference.random_models import tiny_config
+from pocketvlm.reference.random_models import TINY_MODELS, tiny_config
 from tests.stock import stock_of
 
 ROOT = Path(pocketvlm.__file__).parent
@@ -21,9 +21,12 @@ MODULES = re.compile(
     r"\b(self_attn|[qkvo]_proj|out_proj|gate_proj|up_proj|down_proj|fc[12]|layer_norm[12]"
     r"|input_layernorm|post_attention_layernorm|post_layernorm|pre_layrnorm"
     r"|patch_embedding|class_embedding|position_embedding|rotary_emb|multi_modal_projector"
-    r"|modality_projection|vision_tower|language_model|lm_head)\b"
+    r"|modality_projection|vision_tower|language_model|lm_head"
+    r"|projection_layer|cls_token|lambda_[12])\b"
 )
-FAMILY = re.compile(r"^(llava|idefics3|smolvlm|clip|clip_vision_model|siglip|llama)$")
+FAMILY = re.compile(
+    r"^(llava|idefics3|smolvlm|internvl|got_ocr2|clip|clip_vision_model|siglip|llama|qwen[23])$"
+)
 MAY_KNOW = {
     "models/families/": "what readers are for",
     "models/spec.py": "fields of the description have the same names",
@@ -97,12 +100,17 @@ def test_every_name_of_a_spec_is_one_of_the_stock_model(tiny_checkpoint: Checkpo
     assert len(model.get_submodule(decoder.stack)) == decoder.depth
 
 
+def reads(model_type: str, name: str) -> bool:
+    """Whether the reader of a type reads a tiny model."""
+    return FAMILIES[tiny_config(name)["model_type"]] is FAMILIES[model_type]
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_reader_tells_a_processor_that_stock_has(model_type: str):
     import transformers
 
-    config = tiny_config("llava" if model_type == "llava" else "smolvlm")
-    spec = read_model_spec({**config, "model_type": model_type})
+    name = next(name for name in TINY_MODELS if reads(model_type, name))
+    spec = read_model_spec({**tiny_config(name), "model_type": model_type})
     assert spec.model_type == model_type
     named = (*spec.processor.classes, *filter(None, [spec.processor.stand_in]))
     assert all(hasattr(transformers, name) for name in named)

@@ -208,7 +208,7 @@ class OnnxOps:
     def _normed_heads(self, joined: str, attention: AttentionSpec) -> tuple[str, str, str]:
         """Queries, keys and values as the attention takes them: packed, where no head has a norm.
 
-        The operator has norms of its own, which the CPU's kernel does not know.
+        The operator could apply them itself, but not in its CPU kernel.
         """
         if attention.q_norm is None and attention.k_norm is None:
             return joined, "", ""

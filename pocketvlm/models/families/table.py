@@ -18,10 +18,10 @@ from pocketvlm.models.spec import ModelSpec
 __all__ = ["FAMILIES", "read_model_spec", "supported_families"]
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
-    "internvl": read_internvl,
     "llava": read_llava,
     "idefics3": read_idefics3,
     "smolvlm": read_idefics3,
+    "internvl": read_internvl,
 }
 """Readers by `model_type` of config.json."""
 
