@@ -348,12 +348,10 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
             "num_additional_image_tokens": int(spec.tower.has_cls),
             "vision_feature_select_strategy": "default" if spec.tower.has_cls else "full",
         }
+    elif spec.family == "internvl":
+        combined = {"processor_class": "InternVLProcessor", "image_seq_length": spec.visual_tokens}
     else:
-        kinds = {"idefics3": "Idefics3Processor"}
-        combined = {
-            "processor_class": kinds.get(spec.family, spec.processor.classes[0]),
-            spec.processor.count_setting: spec.visual_tokens,
-        }
+        combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
     for name, document in (
         ("preprocessor_config.json", {**common, **own}),
         ("processor_config.json", combined),
