@@ -33,9 +33,9 @@ from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference import reference_model_path
-from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
 from tests.compress.pruning.tall import answer_losses, silence, write_tall
 from tests.compress.quantization.functions import logits_of
+from tests.stock import stock_of
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_cosines_of_states_without_direction():
 
 
 def reference_influences(checkpoint, samples, weight_of_visual):
-    """BI by hooks on the model's own forward pass, one sample and one token at a time."""
-    spec, model = checkpoint.spec, checkpoint.model
+    """BI by hooks on the stock model's forward pass, one sample and one token at a time."""
+    spec, model = checkpoint.spec, stock_of(checkpoint)
     names = {block: block.name(spec) for block in path_of(checkpoint, samples).blocks}
     sums = {block: [0.0, 0.0] for block in names}
     flags = []
@@ -106,10 +106,11 @@ def reference_influences(checkpoint, samples, weight_of_visual):
         for sample, prompt in zip(
             samples, encode_samples(checkpoint.processor, samples), strict=True
         ):
-            visual = encode_images(checkpoint, checkpoint.processor.pixels([sample.open_image()]))
-            inputs = embed_prompts(checkpoint, torch.tensor([prompt.token_ids]), visual)
-            flags.append(inputs.is_visual[0])
-            decode_logits(checkpoint, inputs)
+            pixels = checkpoint.processor.pixels([sample.open_image()])
+            ids = torch.tensor([prompt.token_ids])
+            flags.append(ids[0] == spec.image_token_id)
+            pictures = pixels if spec.family == "llava" else pixels[:, None]
+            model(input_ids=ids, pixel_values=pictures)
     for handle in handles:
         handle.remove()
     return {block: 1 - total / count for block, (total, count) in sums.items()}
