@@ -15,6 +15,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
 from pocketvlm.models.spec import PARTS, ModelSpec
+from pocketvlm.models.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES
@@ -165,7 +166,7 @@ def plan(
         targets=tuple(target.method for target in recipe.targets),
         visual_tokens=state.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
-        photo_tiles=_photo_tiles(state.spec),
+        photo_tiles=_photo_grid(state.spec).tiles,
         photo_tokens=_photo_tokens(state),
         most_tiles=1 if state.spec.tiling is None else state.spec.tiling.most_tiles,
         source_bytes=source,
@@ -235,12 +236,12 @@ def plan_stages(
     return state
 
 
-def _photo_tiles(spec: ModelSpec) -> int:
-    return 1 if spec.tiling is None else spec.tiling.grid(*_PHOTO).tiles
+def _photo_grid(spec: ModelSpec) -> TileGrid:
+    return ONE_TILE if spec.tiling is None else spec.tiling.grid(*_PHOTO)
 
 
 def _photo_tokens(state: PlanState) -> int:
-    return state.visual_tokens * _photo_tiles(state.spec)
+    return _photo_grid(state.spec).most_rows(state.spec.visual_tokens, state.visual_tokens)
 
 
 def _context_warnings(target: Target, state: PlanState) -> list[str]:

@@ -157,19 +157,22 @@ def write_shape(shape: Shape, path: Path, *, seed: int = 0, is_split: bool = Tru
         shape: The shape.
         path: The directory.
         seed: Seed of the weights.
-        is_split: Whether its processor cuts pictures into tiles, as far as the published one does.
+        is_split: Whether its processor cuts pictures as the published one does, or as little as it
+            can.
     """
     processor = {**shape.processor, "image_processor": {**shape.processor["image_processor"]}}
     tiling = shape.spec.tiling
     if tiling is not None and not is_split:
-        processor["image_processor"]["do_image_splitting"] = False
+        processor["image_processor"].update(tiling.limited(1).settings)
     texts = {
         "processor_config.json": json.dumps(processor, indent=2) + "\n",
         "config.json": json.dumps(shape.config, indent=2) + "\n",
     }
     if all(_holds(path / file, text) for file, text in texts.items()):
         return path
-    tiles = 1 if tiling is None else tiling.most_edge
+    has_markers = tiling is not None and shape.spec.tile_marker is not None
+    has_markers = shape.spec.tile_marker is not None
+    tiles = tiling.most_edge if tiling is not None and has_markers else 1
     with replace_directory(path) as folder:
         write_random_model(dict(shape.config), folder, seed=seed, tiles_per_edge=tiles)
         (folder / "preprocessor_config.json").unlink()

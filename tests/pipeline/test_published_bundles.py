@@ -66,6 +66,10 @@ FILES = [
     Published(
         "smolvlm-2.2b", "ggml-org: SmolVLM2-2.2B mmproj Q8_0", 592.523200, PICTURES, ALL_BUT_FC2
     ),
+    Published("internvl3-1b", "ggml-org: InternVL3-1B Q8_0", 675.206560, LANGUAGE, EVERY_Q8_0),
+    Published(
+        "internvl3-1b", "ggml-org: InternVL3-1B mmproj Q8_0", 332.567840, PICTURES, EVERY_Q8_0
+    ),
     Published(
         "llava-1.5-7b",
         "mys: ggml_llava-v1.5-7b Q4_0",
