@@ -14,9 +14,13 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_optimal_tiled_canvas,
 )
 
+from pocketvlm.checkpoint import read_model_folder
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.image_settings import parse_image_settings
 from pocketvlm.models.tiling import ONE_TILE, AspectGrid, TileGrid
+from pocketvlm.pipeline.stock import StockModel
+from pocketvlm.processor import Processor, user_message
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from tests.processor.test_tiles import SIZES, picture
 
@@ -34,6 +38,66 @@ CONFIG: dict[str, Any] = {
 
 def read(**changes: Any):
     return parse_image_settings({**CONFIG, **changes}, Path("p.json"), "internvl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("aspect") / "model"
+    write_tiny_model("internvl3", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Processor:
+    return Processor.load(folder, read_model_folder(folder).spec)
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> Any:
+    """The family's processor without its video part, which wants torchvision."""
+    model = StockModel.load(read_model_folder(folder))
+    assert type(model.processor).__name__ == "InternVLProcessor"
+    assert model.notes[0].endswith("it is made without that")
+    return model.processor
+
+
+def conversation(texts: list[str], pictures: int) -> list[dict[str, Any]]:
+    system = {"role": "system", "content": [{"type": "text", "text": "you see well"}]}
+    first = user_message(texts[0], images=pictures)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+    return [system, first, answer, *(user_message(text) for text in texts[1:])]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_pixels_and_prompt_are_those_of_the_stock_processor(processor, stock, size):
+    images = [picture(size), picture((50, 70)), picture(size[::-1])]
+    messages = conversation(["what are they?", "and this?"], 2)
+    text = stock.apply_chat_template(messages, add_generation_prompt=True)
+    expected = stock(images=[images], text=[text], return_tensors="np", add_special_tokens=False)
+    preprocessor = ImagePreprocessor.from_settings(processor.image_processor.settings)
+    ours = np.concatenate([preprocessor.pixels(image) for image in images])
+    np.testing.assert_array_equal(ours, expected["pixel_values"])
+    np.testing.assert_array_equal(processor.pixels(images).numpy(), ours)
+    grids = [preprocessor.grid(image) for image in images]
+    assert sum(grid.tiles for grid in grids) == len(ours)
+    assert processor.encode(messages, grids) == expected["input_ids"][0].tolist()
+
+
+def test_a_tokenizer_may_spell_the_words_of_a_picture_otherwise(folder, tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    words = {"<img>": "<image-begin>", "</img>": "<image-end>", "<IMG_CONTEXT>": "<|visual|>"}
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        if file.suffix in (".json", ".jinja"):
+            for word, other in words.items():
+                content = content.replace(word.encode(), other.encode())
+        (path / file.name).write_bytes(content)
+    own = Processor.load(path, read_model_folder(path).spec)
+    before = Processor.load(folder, read_model_folder(folder).spec)
+    messages, grids = [user_message("what?")], [TileGrid(rows=1, columns=2)]
+    assert own.encode(messages, grids) == before.encode(messages, grids)
+    assert own.spec.image_prefix == "<image-begin>"
 
 
 @settings(max_examples=400)
