@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,17 @@ from pocketvlm.checkpoint.config import parse_config, read_spec
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.config_keys import WITHOUT_EFFECT
 from pocketvlm.models.families.table import read_model_spec
-from pocketvlm.reference.random_models import tiny_config
+from pocketvlm.reference.random_models import tiny_config, write_tiny_model
 
-FAMILIES = ("llava", "smolvlm")
+FAMILIES = ("llava", "smolvlm", "internvl3.5")
+
+
+@pytest.fixture(scope="module")
+def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("keys")
+    for family in FAMILIES:
+        write_tiny_model(family, root / family)
+    return {family: root / family for family in FAMILIES}
 
 
 def changed(value: Any) -> Any:
@@ -110,7 +119,7 @@ def test_keys_that_are_said_to_have_no_effect_have_none(family: str, tiny_paths:
     side = spec.tower.height
     pixels = torch.randn(1, 3, side, side)
     ids = torch.tensor([[1, 5, *[spec.image_token_id] * spec.visual_tokens, 7, 8]])
-    extra = {"pixel_values": pixels if family == "llava" else pixels[None]}
+    extra = {"pixel_values": pixels[None] if family == "smolvlm" else pixels}
     with torch.inference_mode():
         logits = [
             model(input_ids=ids, **extra).logits for model in (_stock(tiny_paths[family]), other)
