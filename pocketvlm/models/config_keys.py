@@ -24,6 +24,7 @@ WITHOUT_EFFECT = frozenset(
         # Training alone.
         "attention_dropout", "hidden_dropout", "dropout", "initializer_range", "initializer_factor",
         "neftune_noise_alpha", "pretraining_tp", "router_aux_loss_coef", "gradient_checkpointing",
+        "hidden_dropout_prob", "projection_dropout", "layer_scale_init_value",
         # Heads of other tasks.
         "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
         "task_specific_params", "projection_dim", "vision_use_head", "logit_scale_init_value",
