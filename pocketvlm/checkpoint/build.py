@@ -40,7 +40,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
             bias=tower.has_patch_bias,
         )
         _place(root, tower.patch_embedding, patches)
-        _place(root, tower.position_embedding, nn.Embedding(tower.tokens, tower.hidden_size))
+        if tower.position_embedding is not None:
+            _place(root, tower.position_embedding, nn.Embedding(tower.tokens, tower.hidden_size))
         norms = {norm.name: norm for norm in whole.norms()}
         for linear in whole.linears():
             if linear.name == decoder.embedding:

@@ -177,8 +177,12 @@ class Checkpoint:
             UnsupportedError: The config asks for something that the family does not support.
             KeyError: A weight or a vector is missing.
         """
+        tower = self.spec.tower
+        spec = read_spec(config)
+        if tower.takes_any_size:
+            spec = spec.with_picture_size(tower.height, tower.width)
         spec = replace(
-            read_spec(config),
+            spec,
             image_token=self.spec.image_token,  # as the tokenizer spells them
             image_prefix=self.spec.image_prefix,
             image_suffix=self.spec.image_suffix,

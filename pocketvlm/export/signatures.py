@@ -67,7 +67,7 @@ def decoder_signatures(
     return (
         (
             _float("embeds", 1, "length", decoder.hidden_size),
-            _int("position_ids", 1, "length"),
+            _int("position_ids", decoder.rope.axes, "length"),
             _int("past_length", 1),
             *late,
             *cache("past"),

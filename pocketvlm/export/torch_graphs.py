@@ -25,7 +25,7 @@ class DecoderCache:
 
     Args:
         spec: The model.
-        positions: Rotary positions of the new tokens, int64 [1, length].
+        positions: Rotary positions of the new tokens, int64 [axes, length].
         past_length: Filled slots, int64 [1].
         tensors: Keys and values block by block, each [1, kv_heads, capacity, head_dim].
     """
@@ -34,7 +34,7 @@ class DecoderCache:
         self, spec: ModelSpec, positions: Tensor, past_length: Tensor, tensors: tuple[Tensor, ...]
     ) -> None:
         self.tensors = list(tensors)
-        self._cosine, self._sine = rotary_angles(spec.decoder.rope, positions)
+        self._cosine, self._sine = rotary_angles(spec.decoder.rope, positions[:, None])
         self._slots = past_length + torch.arange(positions.shape[1])
         capacity = torch.arange(tensors[0].shape[2])
         # What a token may see is told by slots, not by positions, which may have gaps.

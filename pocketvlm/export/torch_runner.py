@@ -68,12 +68,12 @@ class TorchRunner(Runner):
             self._cache = new_cache(self.checkpoint)
         else:
             self._crop(text)
-        positions = torch.from_numpy(position_ids)
+        positions = torch.from_numpy(position_ids)[:, None]
         inputs = DecoderInputs(
             embeds=torch.from_numpy(embeds),
             positions=positions,
             is_visual=torch.from_numpy(flags)[None],
-            next_position=positions[:, -1] + 1,
+            next_position=positions[0, :, -1] + 1,
         )
         with torch.inference_mode():
             logits = decode_logits(self.checkpoint, inputs, self._cache, last_only=True)

@@ -51,8 +51,13 @@ class GraphOps(Protocol[ValueT]):
         """`activation(gate) * up` of joined outputs."""
         ...
 
-    def attention(self, queries: ValueT, keys: ValueT, values: ValueT) -> ValueT:
-        """The tower's attention of all tokens to all tokens, heads joined again."""
+    def attention(
+        self, queries: ValueT, keys: ValueT, values: ValueT, window: int | None = None
+    ) -> ValueT:
+        """The tower's attention, heads joined again, of all tokens or of those of a window.
+
+        Queries and keys are turned by the positions of their patches, where the tower does that.
+        """
         ...
 
     def cached_attention(self, joined: ValueT, block: int, *names: str) -> ValueT:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pocketvlm.models.spec import RopeSpec
+from pocketvlm.models.spec import RopeSpec, TowerSpec
 
-__all__ = ["inverse_frequencies", "rotary_angles", "rotate_by_position"]
+__all__ = [
+    "inverse_frequencies",
+    "pair_selection",
+    "patch_angles",
+    "rotary_angles",
+    "rotate_by_position",
+]
 
 
 def inverse_frequencies(rope: RopeSpec) -> Tensor:
@@ -21,10 +27,37 @@ def rotary_angles(rope: RopeSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rope: The kind.
-        positions: int64 [batch, length].
+        positions: int64 [batch, length]; [axes, batch, length] where rows may have other positions
+            on each axis.
     """
     angles = positions[..., None].to(torch.float32) * inverse_frequencies(rope)
+    if positions.dim() == 3:  # noqa: PLR2004  (axes, batch, length)
+        angles = (angles * pair_selection(rope)[:, None, None]).sum(dim=0)
     angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def pair_selection(rope: RopeSpec) -> Tensor:
+    """One where an axis turns a pair of channels and zero elsewhere, float32 [axes, width / 2]."""
+    axes = torch.tensor(rope.pair_axes)
+    return (axes == torch.arange(rope.axes)[:, None]).to(torch.float32)
+
+
+def patch_angles(tower: TowerSpec) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a tower's patches in raster order, each float32 [1, patches, width].
+
+    The first half of the pairs of a head's channels turns by the row, the other by the column.
+
+    Raises:
+        ValueError: The tower does not turn them.
+    """
+    if tower.rope_theta is None:
+        raise ValueError("this tower has no rotary positions")
+    frequencies = inverse_frequencies(RopeSpec(theta=tower.rope_theta, width=tower.head_dim // 2))
+    row = torch.arange(tower.rows).repeat_interleave(tower.columns)
+    column = torch.arange(tower.columns).repeat(tower.rows)
+    halves = [place[:, None].to(torch.float32) * frequencies for place in (row, column)]
+    angles = torch.cat([*halves, *halves], dim=-1)[None]
     return angles.cos(), angles.sin()
 
 

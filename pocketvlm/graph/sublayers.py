@@ -15,14 +15,15 @@ ValueT = TypeVar("ValueT")
 def tower_attention(
     ops: GraphOps[ValueT], attention: AttentionSpec, normed: ValueT
 ) -> tuple[ValueT, ValueT, ValueT]:
-    """Attention of all patches to all patches.
+    """Attention of patches to each other.
 
     Returns:
-        What is added to the hidden state, and the queries and keys, which may score tokens.
+        What is added to the hidden state, and the queries and keys, which may score tokens: before
+        they are turned, since equal content at different places should look equal.
     """
     names = attention.inputs
     queries, keys, values = ops.split(ops.linear(normed, *names), *names)
-    attended = ops.linear(ops.attention(queries, keys, values), attention.o)
+    attended = ops.linear(ops.attention(queries, keys, values, attention.window), attention.o)
     return attended, queries, keys
 
 

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.models.reducer import ReducerInputs, TokenReducer
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.spec import ModelSpec, TowerSpec
 
-__all__ = ["TensorOps", "join_heads", "merge_patches", "split_heads"]
+__all__ = [
+    "TensorOps",
+    "join_heads",
+    "join_windows",
+    "merge_patches",
+    "split_heads",
+    "split_windows",
+]
 
 
 class TensorOps(ABC):
@@ -53,6 +60,8 @@ class TensorOps(ABC):
             token = getattr(self._module(tower.embeddings), tower.class_embedding)
             token = token.view(1, 1, -1).expand(patches.shape[0], -1, -1)
             patches = torch.cat([token, patches], dim=1)
+        if tower.position_embedding is None:
+            return cast("Tensor", patches)
         # Row by row: the patches of one whole image are in raster order.
         positions = cast("Any", self._module(tower.position_embedding))
         return cast("Tensor", patches + positions.weight[None])
@@ -113,6 +122,22 @@ def join_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
+def split_windows(states: Tensor, tower: TowerSpec, side: int) -> Tensor:
+    """[batch, heads, patches, width] as [batch * windows, heads, side**2, width]."""
+    batch, heads, _, width = states.shape
+    down, across = tower.rows // side, tower.columns // side
+    grid = states.reshape(batch, heads, down, side, across, side, width)
+    return grid.permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, heads, side * side, width)
+
+
+def join_windows(states: Tensor, tower: TowerSpec, side: int) -> Tensor:
+    """What `split_windows` took apart."""
+    _, heads, _, width = states.shape
+    down, across = tower.rows // side, tower.columns // side
+    grid = states.reshape(-1, down, across, heads, side, side, width)
+    return grid.permute(0, 3, 1, 4, 2, 5, 6).reshape(-1, heads, tower.patches, width)
+
+
 def merge_patches(features: Tensor, merge_factor: int, rows: int) -> Tensor:
     """Pixel shuffle: each square of patches becomes one token, channels in raster order.
 
@@ -129,5 +154,5 @@ def merge_patches(features: Tensor, merge_factor: int, rows: int) -> Tensor:
     images, count, width = features.shape
     factor = merge_factor
     down, across = rows // factor, count // rows // factor
-    grid = features.view(images, down, factor, across, factor * width)
+    grid = features.reshape(images, down, factor, across, factor * width)
     return grid.transpose(2, 3).reshape(images, down * across, factor * factor * width)

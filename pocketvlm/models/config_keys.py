@@ -31,7 +31,8 @@ WITHOUT_EFFECT = frozenset(
         # Read where prompts are made and answers end: generation settings, processor, tokenizer.
         "bos_token_id", "eos_token_id", "pad_token_id", "_pad_token_id", "sep_token_id",
         "decoder_start_token_id", "image_seq_length", "bad_words_ids", "suppress_tokens",
-        "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "max_length",
+        "begin_suppress_tokens", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+        "tokens_per_second", "forced_bos_token_id", "forced_eos_token_id", "max_length",
         "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
         "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
         "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",

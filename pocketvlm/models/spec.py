@@ -9,10 +9,11 @@ how transformers names modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pocketvlm.bundle import PositionGrid
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.folds import Fold
 from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
@@ -38,6 +39,7 @@ _LARGEST_BASE = 1e15
 PARTS: tuple[Part, ...] = ("tower", "projector", "decoder", "embedding", "head")
 
 _LONGEST_CONTEXT = 4096
+_POSITION_AXES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,8 @@ class AttentionSpec:
         o: What projects the heads back to the hidden state.
         q_norm: The RMSNorm of each head of the queries, before they are rotated; `None` for none.
         k_norm: Likewise of the keys.
+        window: Side, in patches, of the squares within which a tower's tokens attend to each other;
+            `None` where they attend to all.
     """
 
     module: str
@@ -108,6 +112,7 @@ class AttentionSpec:
     o: str
     q_norm: str | None = None
     k_norm: str | None = None
+    window: int | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -173,7 +178,7 @@ class TowerSpec:
         embeddings: Module name of what turns pixels into tokens.
         patch_embedding: Module name of the convolution in it.
         class_embedding: Name of the parameter in it that is the [CLS] token.
-        position_embedding: Module name of its table of positions.
+        position_embedding: Module name of its table of positions, where there is one.
         pre_norm: Module name of the norm before the first block, where there is one.
         post_norm: Module name of the norm after the last block, where there is one.
         stack: Module name of the list of blocks.
@@ -184,13 +189,16 @@ class TowerSpec:
         has_post_norm: Whether the features pass `post_norm`.
         activation: Hugging Face's name of the FFN's activation.
         has_qkv_bias: Whether queries, keys and values have biases; every other linear has one.
+        has_norm_bias: Whether norms are LayerNorms or, without a bias, RMSNorms.
+        rope_theta: Base of the frequencies by which queries and keys turn: one half of the pairs of
+            channels by a patch's row, the other by its column; `None` where they do not.
     """
 
     prefix: str
     embeddings: str
     patch_embedding: str
     class_embedding: str | None
-    position_embedding: str
+    position_embedding: str | None
     pre_norm: str | None
     post_norm: str | None
     stack: str
@@ -208,6 +216,8 @@ class TowerSpec:
     activation: str
     norm_eps: float
     has_qkv_bias: bool = True
+    has_norm_bias: bool = True
+    rope_theta: float | None = None
 
     @property
     def depth(self) -> int:
@@ -218,6 +228,11 @@ class TowerSpec:
     def feature_norm(self) -> str | None:
         """Module name of the norm that features pass, where they pass one."""
         return self.post_norm if self.has_post_norm else None
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether the model takes pictures of any size, so that this one was chosen for it."""
+        return self.rope_theta is not None
 
     @property
     def has_cls(self) -> bool:
@@ -257,10 +272,35 @@ class RopeSpec:
     Attributes:
         theta: The base of the frequencies.
         width: Channels of a head that are rotated.
+        sections: Pairs of channels that turn by the position in time, by that in height and by that
+            in width (M-RoPE, arXiv 2409.12191, section 2.1); empty where positions have one axis.
+        is_interleaved: Whether sections alternate pair by pair, and time takes what the other two
+            leave, or lie one after another.
     """
 
     theta: float
     width: int
+    sections: tuple[int, ...] = ()
+    is_interleaved: bool = False
+
+    @property
+    def axes(self) -> int:
+        """Numbers that a position consists of."""
+        return max(1, len(self.sections))
+
+    @property
+    def pair_axes(self) -> tuple[int, ...]:
+        """Which of them turns each pair of channels."""
+        if not self.sections:
+            return (0,) * (self.width // 2)
+        if not self.is_interleaved:
+            return tuple(axis for axis, pairs in enumerate(self.sections) for _ in range(pairs))
+        axes = [0] * (self.width // 2)
+        for axis, pairs in enumerate(self.sections):
+            if axis > 0:
+                last = min(len(axes), self.axes * pairs)
+                axes[axis : last : self.axes] = [axis] * len(range(axis, last, self.axes))
+        return tuple(axes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,12 +456,29 @@ class ModelSpec:
                 (decoder.rope.width % 2, "an odd head_dim cannot be rotated by position"),
                 (not 0 <= self.image_token_id < 2**31, "the image token's id is out of range"),
                 (not 0 < decoder.rope.theta <= _LARGEST_BASE, "rope_theta is out of range"),
+                (
+                    decoder.rope.sections
+                    and (
+                        len(decoder.rope.sections) != _POSITION_AXES
+                        or min(decoder.rope.sections) < 0
+                        or sum(decoder.rope.sections) != decoder.rope.width // 2
+                    ),
+                    "mrope_section does not share the pairs of a head among three axes",
+                ),
+                *_picture_faults(tower, merge),
                 (not (0 < tower.norm_eps < 1 and 0 < decoder.norm_eps < 1), "eps is out of range"),
             )
             if is_wrong
         ]
         if wrong:
             raise CheckpointError(f"config.json: {'; '.join(wrong)}")
+
+    @property
+    def position_grid(self) -> PositionGrid | None:
+        """A picture's tokens where positions have three axes; `None` where they have one."""
+        if self.decoder.rope.axes == 1:
+            return None
+        return PositionGrid(rows=self.visual_rows, columns=self.visual_columns)
 
     @property
     def visual_tokens(self) -> int:
@@ -459,7 +516,10 @@ class ModelSpec:
         rest = weight.removeprefix(f"{tower.stack}.")
         if rest != weight:
             return int(rest.partition(".")[0]) <= tower.feature_block
-        if not weight.startswith(f"{tower.prefix}."):
+        projector = (*self.projector.linears, *self.projector.norms)
+        if not weight.startswith(f"{tower.prefix}.") or weight.startswith(
+            tuple(f"{name}." for name in projector)
+        ):
             return True
         parts = (tower.embeddings, tower.pre_norm, tower.feature_norm)
         return any(part is not None and weight.startswith(f"{part}.") for part in parts)
@@ -485,7 +545,10 @@ class ModelSpec:
         names = [] if tower.pre_norm is None else [tower.pre_norm]
         names += [half.norm for block in run for half in (block.attention, block.ffn)]
         names += [] if tower.feature_norm is None else [tower.feature_norm]
-        norms = [_norm(name, tower.hidden_size, tower.norm_eps, has_bias=True) for name in names]
+        has_bias = tower.has_norm_bias
+        norms = [
+            _norm(name, tower.hidden_size, tower.norm_eps, has_bias=has_bias) for name in names
+        ]
         width = tower.hidden_size * self.projector.merge_factor**2
         for step in self.projector.steps:
             if isinstance(step, NormStep):
@@ -504,6 +567,26 @@ class ModelSpec:
                     norms.append(_norm(name, width, decoder.norm_eps, has_bias=False))
         norms.append(_norm(decoder.norm, decoder.hidden_size, decoder.norm_eps, has_bias=False))
         return tuple(norms)
+
+
+def _picture_faults(tower: TowerSpec, merge: int) -> Iterator[tuple[bool, str]]:
+    """What is wrong with the size of pictures, where the tower takes any."""
+    if not tower.takes_any_size:
+        return
+    picture, cell = f"a picture of {tower.width} x {tower.height} pixels", tower.patch_size * merge
+    yield (
+        bool(tower.height % cell or tower.width % cell),
+        f"{picture} is not whole cells of {cell} x {cell}, which become a visual token each",
+    )
+    yield tower.head_dim % 4 != 0, "a tower's head cannot be rotated by rows and columns"
+    sides = {block.attention.window for block in tower.blocks} - {None}
+    for side in sorted(side for side in sides if side is not None):
+        pixels = side * tower.patch_size
+        yield (
+            side < 1 or bool(tower.rows % side or tower.columns % side),
+            f"{picture} is not whole windows of {pixels} x {pixels}, within which tokens attend to "
+            f"each other",
+        )
 
 
 def _norm(name: str, width: int, eps: float, *, has_bias: bool) -> NormSpec:

@@ -178,6 +178,7 @@ def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Mani
             head_dim=spec.decoder.head_dim,
             dtype="float32",
         ),
+        position_grid=spec.position_grid,
         components=(),
         toolchain=toolchain_versions(),
     )

@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pocketvlm.checkpoint import ModelFolder, read_config
 from pocketvlm.checkpoint.config import parse_config
+from pocketvlm.errors import CheckpointError
 from pocketvlm.export.parity.metrics import Floats
+from pocketvlm.models.image_settings import ImageSettings, read_image_settings
 from pocketvlm.processor.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
+from pocketvlm.processor.patches import fit_picture, join_patches
 from pocketvlm.processor.tokenizer import bounded_templates
 from pocketvlm.prompt.messages import Picture, Turn
 
@@ -64,11 +68,14 @@ class StockModel:
         model: The model, float32.
         processor: The combined processor.
         notes: Where it differs from the library's own choice.
+        fitting: How pictures are fitted to one size before the library sees them, where the model
+            takes any size.
     """
 
     model: Any
     processor: Any
     notes: tuple[str, ...]
+    fitting: ImageSettings | None = None
 
     @classmethod
     def load(cls, folder: ModelFolder) -> StockModel:
@@ -87,6 +94,9 @@ class StockModel:
         refuse_foreign_code(folder.path)
         from transformers import AutoModelForImageTextToText
 
+        fitting = None
+        if folder.spec.tower.takes_any_size:
+            fitting = read_image_settings(folder.path, folder.spec.family, error=CheckpointError)
         with _quiet():
             try:
                 processor, notes = _load_processor(folder)
@@ -100,7 +110,9 @@ class StockModel:
                 ).eval()
             except Exception as error:  # the library may raise anything
                 raise StockUnavailable(f"transformers cannot load it: {_line(error)}") from error
-        return cls(model=model, processor=processor, notes=notes)
+        if fitting is not None:
+            processor.image_processor.do_resize = False
+        return cls(model=model, processor=processor, notes=notes, fitting=fitting)
 
     def answer(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], *, max_new_tokens: int
@@ -110,6 +122,8 @@ class StockModel:
         Raises:
             StockUnavailable: The library cannot.
         """
+        if self.fitting is not None:
+            images = [fit_picture(image, self.fitting) for image in images]
         with _quiet(), bounded_templates(), torch.inference_mode():
             try:
                 inputs = self.processor.apply_chat_template(
@@ -132,13 +146,25 @@ class StockModel:
             except Exception as error:  # the library may raise anything
                 raise StockUnavailable(f"transformers cannot run it: {_line(error)}") from error
         token_ids = inputs["input_ids"][0].tolist()
-        pixels = inputs["pixel_values"].to(torch.float32)
+        pixels = self._pixels(inputs["pixel_values"].to(torch.float32))
         return StockAnswer(
             pixels=pixels.reshape(-1, *pixels.shape[-3:]).numpy(),
             token_ids=token_ids,
             logits=logits.to(torch.float32).numpy(),
             generated=out.sequences[0, len(token_ids) :].tolist(),
             scores=np.stack([score[0].to(torch.float32).numpy() for score in out.scores]),
+        )
+
+    def _pixels(self, values: Tensor) -> Tensor:
+        """Pixels as a picture has them, from what the library hands its model."""
+        if self.fitting is None:
+            return values
+        pictures = self.processor.image_processor
+        return join_patches(
+            values,
+            self.fitting.picture_size,
+            patch=pictures.patch_size,
+            merge=pictures.merge_size,
         )
 
 

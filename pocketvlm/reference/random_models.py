@@ -48,6 +48,8 @@ TINY_MODELS = (
     "smolvlm-tiles",
     "internvl3",
     "internvl3.5",
+    "qwen2-vl",
+    "qwen2.5-vl",
 )
 """Names of tiny configurations: one for every way of building that a reader knows."""
 
@@ -147,7 +149,45 @@ def tiny_config(name: str) -> dict[str, Any]:
                 "use_mean_pooling": not is_newer,
             },
         }
+    if name in ("qwen2-vl", "qwen2.5-vl"):
+        return _qwen_config(name, text)
     raise ValueError(f"{name!r} is not a tiny model; there are {', '.join(TINY_MODELS)}")
+
+
+def _qwen_config(name: str, text: dict[str, Any]) -> dict[str, Any]:
+    """A config of the Qwen-VL kind; its tiny pictures are 64 x 32 pixels."""
+    del text["head_dim"]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    vision: dict[str, Any] = {
+        "depth": 3,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    if name == "qwen2-vl":
+        kind, label = "qwen2_vl", "Qwen2VL"
+        vision |= {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        kind, label = "qwen2_5_vl", "Qwen2_5_VL"
+        vision |= {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "out_hidden_size": 64,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        }
+    return {
+        "architectures": [f"{label}ForConditionalGeneration"],
+        "model_type": kind,
+        "image_token_id": 259,
+        "video_token_id": 260,
+        "vision_start_token_id": 261,
+        "vision_end_token_id": 262,
+        "tie_word_embeddings": True,
+        "text_config": {**text, "model_type": f"{kind}_text", "rope_parameters": rope},
+        "vision_config": {**vision, "model_type": f"{kind}_vision"},
+    }
 
 
 def write_shape(shape: Shape, path: Path, *, seed: int = 0, is_split: bool = True) -> Path:
@@ -301,6 +341,9 @@ def _named_words(spec: ModelSpec) -> dict[str, str]:
 
 def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> None:
     size = spec.tower.height
+    if spec.tower.takes_any_size:
+        _write_fitted_processor(path, spec)
+        return
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
     centred = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     if spec.family == "llava" and not spec.tower.has_cls:
@@ -360,3 +403,20 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
         ("processor_config.json", combined),
     ):
         (path / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_fitted_processor(path: Path, spec: ModelSpec) -> None:
+    patch, merge = spec.tower.patch_size, spec.projector.merge_factor
+    document = {
+        "processor_class": spec.processor.classes[0],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": (patch * merge) ** 2, "longest_edge": 2**20},
+        "fitted_size": {"height": 2 * patch * merge, "width": 4 * patch * merge},
+        "patch_size": patch,
+        "merge_size": merge,
+        "temporal_patch_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    (path / "preprocessor_config.json").write_text(text, encoding="utf-8")

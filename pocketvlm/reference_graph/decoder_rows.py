@@ -35,7 +35,7 @@ class DecoderRows:
     def at(
         cls, decoder: DecoderSpec, positions: Tensor, cache: KVCache | None = None
     ) -> DecoderRows:
-        """Rows at rotary positions, int64 [batch, length]."""
+        """Rows at rotary positions, int64 [batch, length] or [axes, batch, length]."""
         cosine, sine = rotary_angles(decoder.rope, positions)
         return cls(cosine=cosine, sine=sine, cache=cache)
 

@@ -60,7 +60,8 @@ class DecoderInputs:
 
     Attributes:
         embeds: float32 [batch, length, width].
-        positions: int64 [batch, length]: rotary positions.
+        positions: int64 [batch, length]: rotary positions; [3, batch, length] where pictures have
+            other ones on each axis.
         is_visual: bool [batch, length]: which columns came from an image.
         next_position: int64 [batch]: rotary position of the first generated token.
         token_ids: int64 [batch, tokens]: the prompts before the splice; `None` where rows are not
@@ -72,6 +73,10 @@ class DecoderInputs:
     is_visual: Tensor
     next_position: Tensor
     token_ids: Tensor | None = None
+
+    def positions_of(self, prompt: int) -> Tensor:
+        """Positions of one prompt, int64 [axes, length]."""
+        return self.positions[..., prompt, :].reshape(-1, self.positions.shape[-1])
 
 
 def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
@@ -190,25 +195,33 @@ def embed_prompts(
     pieces: list[Tensor] = []
     places: list[Tensor] = []
     flags: list[Tensor] = []
-    start, shift = 0, 0
+    start, position, grid = 0, 0, spec.position_grid
     for number, run in enumerate((*runs, length)):
         pieces.append(embedding(token_ids[:, start:run]))
-        places.append(torch.arange(start, run).expand(batch, -1) - shift)
+        places.append((position + torch.arange(run - start)).expand(batch, -1))
         flags.append(torch.zeros(batch, run - start, dtype=torch.bool))
+        position += run - start
         if number == len(runs):
             break
         pieces.append(embeds[:, number])
-        offsets = indices[:, number] if keeps_positions else torch.arange(kept).expand(batch, -1)
-        places.append(run - shift + offsets)
         flags.append(torch.ones(batch, kept, dtype=torch.bool))
         start = run + spec.visual_tokens
-        if not keeps_positions:
-            shift += spec.visual_tokens - kept
+        if grid is not None:
+            places.append(position + torch.from_numpy(grid.offsets(indices[:, number].numpy())))
+            position += grid.advance
+        elif keeps_positions:
+            places.append(position + indices[:, number])
+            position += spec.visual_tokens
+        else:
+            places.append((position + torch.arange(kept)).expand(batch, -1))
+            position += kept
+    if grid is not None:
+        places = [place.expand(3, batch, -1) for place in places]
     return DecoderInputs(
         embeds=torch.cat(pieces, dim=1),
-        positions=torch.cat(places, dim=1),
+        positions=torch.cat(places, dim=-1),
         is_visual=torch.cat(flags, dim=1),
-        next_position=torch.full((batch,), length - shift),
+        next_position=torch.full((batch,), position),
         token_ids=token_ids,
     )
 

@@ -7,7 +7,14 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pocketvlm.graph.tensor_ops import TensorOps, join_heads, split_heads
+from pocketvlm.graph.rotary import patch_angles, rotate_by_position
+from pocketvlm.graph.tensor_ops import (
+    TensorOps,
+    join_heads,
+    join_windows,
+    split_heads,
+    split_windows,
+)
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
@@ -57,12 +64,19 @@ class TorchOps(TensorOps):
     def norm(self, inputs: Tensor, name: str) -> Tensor:
         return self._call(name, inputs)
 
-    def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attention(
+        self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
         tower = self._spec.tower
-        query, key, value = (
-            split_heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)
-        )
-        return join_heads(functional.scaled_dot_product_attention(query, key, value))
+        heads = [split_heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)]
+        if tower.rope_theta is not None:
+            angles = patch_angles(tower)
+            heads[:2] = [rotate_by_position(part, *angles) for part in heads[:2]]
+        if window is not None:
+            heads = [split_windows(part, tower, window) for part in heads]
+        query, key, value = heads
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        return join_heads(attended if window is None else join_windows(attended, tower, window))
 
     def cached_attention(self, joined: Tensor, block: int, *names: str) -> Tensor:
         query, key, value = self.decoder_heads(joined, block, *names)

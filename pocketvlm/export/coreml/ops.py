@@ -18,10 +18,12 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.cache import DecoderCache
 from pocketvlm.export.coreml.constexpr import narrow_float
-from pocketvlm.export.coreml.positions import DecoderPositions
+from pocketvlm.export.coreml.positions import DecoderPositions, turn
 from pocketvlm.export.coreml.reducer import inline
 from pocketvlm.export.coreml.weights import pack_weight
 from pocketvlm.export.coreml.writer import FunctionWriter, identifier
+from pocketvlm.graph.rotary import patch_angles
+from pocketvlm.graph.tensor_ops import split_windows
 
 __all__ = ["MilOps"]
 
@@ -90,6 +92,8 @@ class MilOps:
             token = getattr(model.get_submodule(name), tower.class_embedding)
             cls = self._float(f"{name}.{tower.class_embedding}", token.view(1, 1, -1))
             patches = self._mb.concat(values=[cls, patches], axis=1, name="patches_cls")
+        if tower.position_embedding is None:
+            return patches
         # Row by row: the patches of one whole image are in raster order.
         positions = cast("Any", model.get_submodule(tower.position_embedding))
         table = self._float(f"{name}.positions", positions.weight[None])
@@ -145,19 +149,61 @@ class MilOps:
         opened = self.activation(opened, kind)
         return self._mb.mul(x=opened, y=values, name=self._label(f"{gate}.gated"))
 
-    def attention(self, queries: Any, keys: Any, values: Any) -> Any:
+    def attention(self, queries: Any, keys: Any, values: Any, window: int | None = None) -> Any:
         tower = self._spec.tower
         label, tokens = queries.name, queries.shape[1]
-        heads = [1, tokens, tower.heads, tower.head_dim]
+        if window is not None:
+            queries, keys, values = (
+                self._split_windows(part, window) for part in (queries, keys, values)
+            )
+        heads = [*queries.shape[:2], tower.heads, tower.head_dim]
         query, key, value = (
             self._transpose(
                 self._reshape(part, heads, f"{part.name}_split"), [0, 2, 1, 3], f"{part.name}_heads"
             )
             for part in (queries, keys, values)
         )
+        if tower.rope_theta is not None:
+            query, key = (self._turn_patches(part, window) for part in (query, key))
         attended = self._attend(query, key, value, tower.head_dim, label)
         attended = self._transpose(attended, [0, 2, 1, 3], f"{label}_tokens")
+        if window is not None:
+            return self._join_windows(attended, window, label)
         return self._reshape(attended, [1, tokens, tower.hidden_size], f"{label}_joined")
+
+    def _split_windows(self, joined: Any, side: int) -> Any:
+        """[1, patches, hidden] as [windows, side**2, hidden]."""
+        tower = self._spec.tower
+        down, across, width = tower.rows // side, tower.columns // side, tower.hidden_size
+        label = f"{joined.name}_windows"
+        grid = self._reshape(joined, [down, side, across, side * width], f"{label}_grid")
+        grid = self._transpose(grid, [0, 2, 1, 3], f"{label}_apart")
+        return self._reshape(grid, [down * across, side * side, width], label)
+
+    def _join_windows(self, attended: Any, side: int, label: str) -> Any:
+        """[windows, side**2, heads, d] as [1, patches, hidden]."""
+        tower = self._spec.tower
+        down, across, width = tower.rows // side, tower.columns // side, tower.hidden_size
+        grid = self._reshape(attended, [down, across, side, side * width], f"{label}_windows")
+        grid = self._transpose(grid, [0, 2, 1, 3], f"{label}_rows")
+        return self._reshape(grid, [1, tower.patches, width], f"{label}_joined")
+
+    def _turn_patches(self, heads: Any, window: int | None) -> Any:
+        """[windows, heads, tokens, d] at the rows and columns of their patches."""
+        tower = self._spec.tower
+        cosine, sine = (angles[:, None] for angles in patch_angles(tower))
+        sine = torch.cat([-sine[..., : tower.head_dim // 2], sine[..., tower.head_dim // 2 :]], -1)
+        if window is not None:
+            cosine, sine = (split_windows(part, tower, window) for part in (cosine, sine))
+        kind = "whole" if window is None else f"window_{window}"
+        return turn(
+            self._mb,
+            heads,
+            self._function.constant(
+                f"patch_cosine_{kind}", cosine.numpy().astype(self._float_type)
+            ),
+            self._function.constant(f"patch_sine_{kind}", sine.numpy().astype(self._float_type)),
+        )
 
     def cached_attention(self, joined: Any, block: int, *names: str) -> Any:
         if self._positions is None or self._cache is None:

@@ -13,7 +13,7 @@ import numpy as np
 from pocketvlm.export.coreml.writer import FunctionWriter
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["TABLE_ROWS", "DecoderPositions"]
+__all__ = ["TABLE_ROWS", "DecoderPositions", "turn"]
 
 _MASKED = -1e4  # far below any score, far above what float16 ends at
 TABLE_ROWS = 4096
@@ -23,7 +23,7 @@ class DecoderPositions:
     """Positions, mask and row count of a call.
 
     Args:
-        function: What is written; it has the inputs `position_ids` [1, length], `past_length`
+        function: What is written; it has the inputs `position_ids` [axes, length], `past_length`
             [1], and `length` [1] where not every row is real.
         spec: The model.
         capacity: Rows of the cache.
@@ -52,13 +52,8 @@ class DecoderPositions:
         self._cosine, self._sine = self._rotary(capacity)
 
     def rotate(self, heads: Any) -> Any:
-        """Rotary embedding of [heads, length, d] (arXiv 2104.09864, eq. 34)."""
-        label = heads.name
-        left, right = self._mb.split(x=heads, num_splits=2, axis=-1, name=f"{label}_halves")
-        swapped = self._mb.concat(values=[right, left], axis=-1, name=f"{label}_swapped")
-        straight = self._mb.mul(x=heads, y=self._cosine, name=f"{label}_cosine")
-        turned = self._mb.mul(x=swapped, y=self._sine, name=f"{label}_sine")
-        return self._mb.add(x=straight, y=turned, name=f"{label}_rotated")
+        """Rotary embedding of [heads, length, d]."""
+        return turn(self._mb, heads, self._cosine, self._sine)
 
     def mask(self, shared: int) -> Any:
         """What is added to scores [heads, shared * length, capacity]."""
@@ -105,18 +100,39 @@ class DecoderPositions:
         exponents = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / decoder.head_dim
         frequencies = (1.0 / np.float32(decoder.rope.theta) ** exponents).astype(np.float32)
         angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies[None]
-        positions = self._mb.squeeze(
-            x=self._function.inputs["position_ids"], axes=[0], name="positions"
-        )
+        positions = self._function.inputs["position_ids"]
+        if decoder.rope.axes == 1:
+            positions = self._mb.squeeze(x=positions, axes=[0], name="positions")
         halves = []
         for name, table in (("cosine", np.cos(angles)), ("sine", np.sin(angles))):
             stored = self._function.constant(
                 f"rotary_{name}", table.astype(self._function.package.float_type)
             )
-            halves.append(self._mb.gather(x=stored, indices=positions, axis=0, name=f"{name}_half"))
+            half = self._mb.gather(x=stored, indices=positions, axis=0, name=f"{name}_half")
+            halves.append(half if decoder.rope.axes == 1 else self._of_axes(half, name))
         cosine, sine = halves
         negated = self._mb.mul(x=sine, y=self._function.package.float_type(-1), name="sine_negated")
         return (
             self._mb.concat(values=[cosine, cosine], axis=-1, name="cosine"),
             self._mb.concat(values=[negated, sine], axis=-1, name="sine"),
         )
+
+    def _of_axes(self, half: Any, name: str) -> Any:
+        """[axes, length, pairs] as [length, pairs], each pair from the axis that turns it."""
+        rope = self._spec.decoder.rope
+        axes = np.array(rope.pair_axes) == np.arange(rope.axes)[:, None]
+        own = self._function.constant(
+            "rotary_axes", axes[:, None].astype(self._function.package.float_type)
+        )
+        half = self._mb.mul(x=half, y=own, name=f"{name}_own")
+        return self._mb.reduce_sum(x=half, axes=[0], name=f"{name}_of_axes")
+
+
+def turn(builder: Any, heads: Any, cosine: Any, sine: Any) -> Any:
+    """Rotary embedding of [..., d] (arXiv 2104.09864, eq. 34); half of the sines is negated."""
+    label = heads.name
+    left, right = builder.split(x=heads, num_splits=2, axis=-1, name=f"{label}_halves")
+    swapped = builder.concat(values=[right, left], axis=-1, name=f"{label}_swapped")
+    straight = builder.mul(x=heads, y=cosine, name=f"{label}_cosine")
+    turned = builder.mul(x=swapped, y=sine, name=f"{label}_sine")
+    return builder.add(x=straight, y=turned, name=f"{label}_rotated")

@@ -25,13 +25,18 @@ def render_swift(bundle: Bundle) -> str:
 
     Raises:
         BundleError: The bundle has no Core ML packages, or one whose shapes are not fixed, or its
-            pictures are cut into tiles.
+            pictures are cut into tiles or have positions along three axes.
     """
     manifest = bundle.manifest
     if manifest.prompt.tile_marker is not None:
         raise BundleError(
             f"{bundle.path}: the Swift file answers about pictures of one tile, and this model's "
             "are cut into several; docs/runtime.md says how"
+        )
+    if manifest.position_grid is not None:
+        raise BundleError(
+            f"{bundle.path}: the Swift file counts positions along one axis, and this model's have "
+            "three; docs/runtime.md says how"
         )
     vision, embedding, _ = (
         bundle.component(_TARGET, role) for role in ("vision", "embedding", "decoder")

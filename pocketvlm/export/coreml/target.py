@@ -270,7 +270,7 @@ def _decoder_signatures(spec: ModelSpec, length: int, *, is_padded: bool) -> Sig
     decoder = spec.decoder
     shapes: list[tuple[str, str, tuple[int, ...]]] = [
         ("embeds", "float32", (1, length, decoder.hidden_size)),
-        ("position_ids", "int32", (1, length)),
+        ("position_ids", "int32", (decoder.rope.axes, length)),
         ("past_length", "int32", (1,)),
     ]
     if is_padded:

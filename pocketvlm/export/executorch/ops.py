@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.export.executorch.layers import Kernels
+from pocketvlm.graph.rotary import patch_angles
 from pocketvlm.graph.tensor_ops import TensorOps
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
@@ -76,13 +77,26 @@ class ExecutorchOps(TensorOps):
             return 0.5 * inputs * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * cubic))
         return super().activation(inputs, kind)
 
-    def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attention(
+        self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
         tower = self._spec.tower
-        query, key, value = (
-            self._heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)
-        )
-        attended = torch.ops.llama.custom_sdpa(query, key, value, 0)
-        return cast("Tensor", attended.view(1, -1, tower.hidden_size))
+        heads = [self._heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)]
+        if tower.rope_theta is not None:
+            cosine, sine = (angles[:, :, None] for angles in patch_angles(tower))
+            heads[:2] = [
+                part * cosine + self._kernels.rotate_half(part) * sine for part in heads[:2]
+            ]
+        if window is None:
+            attended = torch.ops.llama.custom_sdpa(*heads, 0)
+            return cast("Tensor", attended.view(1, -1, tower.hidden_size))
+        down, across, width = tower.rows // window, tower.columns // window, tower.hidden_size
+        inner = (down * across, window * window, tower.heads, tower.head_dim)
+        cells = (down, window, across, window * width)
+        split = [part.view(cells).transpose(1, 2).reshape(inner) for part in heads]
+        attended = torch.ops.llama.custom_sdpa(*split, 0)
+        attended = attended.view(down, across, window, window * width).transpose(1, 2)
+        return cast("Tensor", attended.reshape(1, -1, width))
 
     def cached_attention(self, joined: Tensor, block: int, *names: str) -> Tensor:
         if self._cache is None:

@@ -14,17 +14,19 @@ from typing import Any
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["POSITION_CHANNELS", "constant_methods", "has_position_channels"]
-
-POSITION_CHANNELS = 2
-"""Channels after an embedding that tell the decoder where a row is."""
+__all__ = ["constant_methods", "position_channels"]
 
 _SCHEMA = 1
 
 
-def has_position_channels(reducer: TokenReducer | None) -> bool:
-    """Whether positions have gaps, so that rows must say where they are."""
-    return reducer is not None and reducer.positions == "original"
+def position_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
+    """Channels after an embedding that tell the decoder where a row is, where it cannot count.
+
+    These are one for each axis of positions and one more; none where positions have no gaps.
+    """
+    axes = spec.decoder.rope.axes
+    has_gaps = reducer is not None and reducer.positions == "original"
+    return axes + 1 if has_gaps or axes > 1 else 0
 
 
 def constant_methods(
@@ -65,8 +67,8 @@ def _describe(
 ) -> dict[str, Any]:
     kept = spec.visual_tokens if reducer is None else reducer.keep
     width = spec.decoder.hidden_size
-    has_channels = has_position_channels(reducer)
-    channels = width + (POSITION_CHANNELS if has_channels else 0)
+    told = position_channels(spec, reducer)
+    channels = width + told
     tower = spec.tower
     pixels = _tensor("pixel_values", "float32", 1, tower.channels, tower.height, tower.width)
     length = {"min": 1, "max": capacity}
@@ -105,10 +107,11 @@ def _describe(
             "a picture's rows take the place of its placeholders in the prompt",
         ],
     }
-    if has_channels:
+    if told:
+        axes = told - 1
         document["position_channels"] = {
-            "offset": width,
-            "advance": width + 1,
+            "offset": width if axes == 1 else list(range(width, width + axes)),
+            "advance": width + axes,
             "meaning": "position = running + offset; running grows by advance behind each row",
         }
     return document

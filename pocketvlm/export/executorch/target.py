@@ -27,9 +27,8 @@ from pocketvlm.errors import (
 )
 from pocketvlm.export.executorch.limits import explain
 from pocketvlm.export.executorch.schema import (
-    POSITION_CHANNELS,
     constant_methods,
-    has_position_channels,
+    position_channels,
 )
 from pocketvlm.export.executorch.size import graph_bytes, layer_bytes
 from pocketvlm.export.executorch.worker import (
@@ -153,7 +152,7 @@ class ToExecutorch(Target):
         spec, reducer = checkpoint.spec, checkpoint.reducer
         kept = spec.visual_tokens if reducer is None else reducer.keep
         width = spec.decoder.hidden_size
-        width += POSITION_CHANNELS if has_position_channels(reducer) else 0
+        width += position_channels(spec, reducer)
         (pixels,), (_, indices) = vision_signatures(spec, kept)
         (ids,), _ = embedding_signatures(spec)
         rows = TensorSignature(name="rows", dtype="float32", shape=(1, "length", width))

@@ -89,7 +89,7 @@ def _all_logits(
                 None,
                 {
                     "embeds": prompt.embeds[:, start:end].numpy(),
-                    "position_ids": prompt.positions[:, start:end].numpy(),
+                    "position_ids": prompt.positions_of(0)[:, start:end].numpy(),
                     "past_length": np.array([start], np.int64),
                     **feed,
                 },

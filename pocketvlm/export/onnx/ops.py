@@ -16,7 +16,7 @@ from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebo
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
-from pocketvlm.graph.rotary import inverse_frequencies
+from pocketvlm.graph.rotary import inverse_frequencies, pair_selection, patch_angles
 from pocketvlm.models.spec import AttentionSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
@@ -80,6 +80,8 @@ class OnnxOps:
             cls = getattr(model.get_submodule(name), tower.class_embedding).view(1, 1, -1)
             token = self._float(f"{name}.{tower.class_embedding}", cls)
             patches = self._graph.node("Concat", [token, patches], name=f"{name}.cls", axis=1)
+        if tower.position_embedding is None:
+            return patches
         # Row by row: the patches of one whole picture are in raster order.
         table = cast("Any", model.get_submodule(tower.position_embedding)).weight
         positions = self._float(f"{name}.positions", table[None])
@@ -165,14 +167,45 @@ class OnnxOps:
         opened = self.activation(opened, kind)
         return self._graph.node("Mul", [opened, values], name=f"{joined}.gated")
 
-    def attention(self, queries: str, keys: str, values: str) -> str:
-        return self._graph.node(
-            "MultiHeadAttention",
-            [queries, keys, values],
-            name=f"{queries}.attention",
-            domain=CONTRIB,
-            num_heads=self._spec.tower.heads,
+    def attention(self, queries: str, keys: str, values: str, window: int | None = None) -> str:
+        tower, label = self._spec.tower, f"{queries}.attention"
+        operands = [queries, keys, values]
+        if tower.rope_theta is not None:
+            operands[:2] = [self._turn_patches(part) for part in operands[:2]]
+        if window is not None:
+            operands = [self._split_windows(part, window) for part in operands]
+        attended = self._graph.node(
+            "MultiHeadAttention", operands, name=label, domain=CONTRIB, num_heads=tower.heads
         )
+        return attended if window is None else self._join_windows(attended, window)
+
+    def _turn_patches(self, joined: str) -> str:
+        """Queries or keys at the rows and columns of their patches."""
+        tower, graph = self._spec.tower, self._graph
+        cosine, sine = (angles[0, :, : tower.head_dim // 2] for angles in patch_angles(tower))
+        operands = [
+            joined,
+            graph.constant("patches.first", np.zeros(1, np.int64)),
+            graph.constant("patches.cosine", cosine.numpy()),
+            graph.constant("patches.sine", sine.numpy()),
+        ]
+        return graph.node("RotaryEmbedding", operands, name=f"{joined}.turned", domain=CONTRIB)
+
+    def _split_windows(self, joined: str, side: int) -> str:
+        """[1, patches, hidden] as [windows, side**2, hidden]."""
+        tower = self._spec.tower
+        down, across, width = tower.rows // side, tower.columns // side, tower.hidden_size
+        grid = self._reshape(joined, [down, side, across, side * width], f"{joined}.grid")
+        grid = self._graph.node("Transpose", [grid], name=f"{joined}.windows", perm=[0, 2, 1, 3])
+        return self._reshape(grid, [down * across, side * side, width], f"{joined}.split")
+
+    def _join_windows(self, attended: str, side: int) -> str:
+        """What `_split_windows` took apart."""
+        tower = self._spec.tower
+        down, across, width = tower.rows // side, tower.columns // side, tower.hidden_size
+        grid = self._reshape(attended, [down, across, side, side * width], f"{attended}.grid")
+        grid = self._graph.node("Transpose", [grid], name=f"{attended}.rows", perm=[0, 2, 1, 3])
+        return self._reshape(grid, [1, tower.patches, width], f"{attended}.joined")
 
     def cached_attention(self, joined: str, block: int, *names: str) -> str:
         decoder = self._spec.decoder
@@ -454,6 +487,8 @@ class OnnxOps:
         So it is given rows that were looked up by position; slots of the past are rotated already.
         """
         label = _LABELS[rows]
+        if self._spec.decoder.rope.axes > 1:
+            self._turn_rows(rows)
         if f"{label}cosine" not in self._shared:
             graph, name = self._graph, f"{label}positions"
             flat = graph.constant("flat", np.array([-1], dtype=np.int64))
@@ -468,6 +503,30 @@ class OnnxOps:
                     "Gather", [self._shared[f"{kind}s"], slots], name=f"{label}rotary.{kind}"
                 )
         return self._shared[f"{label}cosine"], self._shared[f"{label}sine"]
+
+    def _turn_rows(self, rows: _Rows) -> None:
+        """The same where a position has several axes, each of which turns some pairs of channels.
+
+        A product with a matrix that has one number a column takes each pair's angle from its axis.
+        """
+        label, graph, rope = _LABELS[rows], self._graph, self._spec.decoder.rope
+        if f"{label}cosine" in self._shared:
+            return
+        name = f"{label}positions"
+        positions = graph.node(
+            "Cast", [self._positions_of(rows)], name=f"{name}.float32", to=onnx.TensorProto.FLOAT
+        )
+        positions = graph.node("Transpose", [positions], name=name, perm=[1, 0])
+        matrix = pair_selection(rope) * inverse_frequencies(rope)
+        frequencies = graph.constant("rotary.frequencies", matrix.numpy())
+        angles = graph.node("MatMul", [positions, frequencies], name=f"{label}rotary.angles")
+        none = graph.constant("none", np.array([0], dtype=np.int64))
+        pads = graph.node("Concat", [_PASTS[rows], none, none, none], name=f"{name}.pads", axis=0)
+        for kind, operator in (("cosine", "Cos"), ("sine", "Sin")):
+            values = graph.node(operator, [angles], name=f"{label}rotary.{kind}s")
+            self._shared[f"{label}{kind}"] = graph.node(
+                "Pad", [values, pads], name=f"{label}rotary.{kind}"
+            )
 
     def _rotary_tables(self) -> tuple[str, str]:
         """Cosines and sines of every position; computed when the session starts, not stored."""

@@ -33,7 +33,7 @@ __all__ = ["ToOnnx"]
 _FOLDER = "onnx"
 _WEIGHTS = "weights.bin"
 _TRACED_OPSET = 18  # the version that torch's exporter writes natively
-_DECODER_OPSET = 23  # the first with RMSNormalization
+_RMS_NORM_OPSET = 23  # the first with RMSNormalization
 _ACCURACY_LEVELS = (0, 4)
 
 
@@ -135,7 +135,8 @@ class ToOnnx(Target):
 
         with WeightFile(target / _WEIGHTS) as weights:
             kept = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
-            graph = GraphWriter("vision", weights, opset=_TRACED_OPSET)
+            opset = _TRACED_OPSET if spec.tower.has_norm_bias else _RMS_NORM_OPSET
+            graph = GraphWriter("vision", weights, opset=opset)
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.tower_accuracy_level)
             embeds, indices = build_vision(ops, spec, "pixel_values")
             ops.output(embeds, "embeds")
@@ -147,7 +148,7 @@ class ToOnnx(Target):
             ops.output(build_embedding(ops, "input_ids"), "embeds")
             finish(graph, "embedding", embedding_signatures(spec), ("embedding",))
 
-            graph = GraphWriter("decoder", weights, opset=_DECODER_OPSET)
+            graph = GraphWriter("decoder", weights, opset=_RMS_NORM_OPSET)
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)
             late = checkpoint.visual_layers
             text_rows = None if late is None else TextRows(layers=late, select=ops.select_text)

@@ -103,7 +103,7 @@ class CheckpointSide:
             inputs = embed_prompts(self._checkpoint, torch.tensor([prompt.token_ids]), visual)
         return Rows(
             embeds=inputs.embeds.numpy(),
-            positions=inputs.positions.numpy(),
+            positions=inputs.positions_of(0).numpy(),
             is_visual=inputs.is_visual[0].numpy(),
             next_position=int(inputs.next_position[0]),
         )
@@ -124,23 +124,24 @@ class CheckpointSide:
         lengths = [rows.embeds.shape[1] for rows in prompts]
         ends = [length + len(more) for length, more in zip(lengths, continuations, strict=True)]
         embeds = torch.zeros(len(prompts), max(ends), width)
-        positions = torch.zeros(len(prompts), max(ends), dtype=torch.int64)
+        axes = len(prompts[0].positions)
+        positions = torch.zeros(axes, len(prompts), max(ends), dtype=torch.int64)
         is_visual = torch.zeros(len(prompts), max(ends), dtype=torch.bool)
         columns = torch.zeros(len(prompts), 1 + max(map(len, continuations)), dtype=torch.int64)
         for row, (rows, more) in enumerate(zip(prompts, continuations, strict=True)):
             start, end = lengths[row], ends[row]
             embeds[row, :start] = torch.from_numpy(rows.embeds[0])
-            positions[row, :start] = torch.from_numpy(rows.positions[0])
+            positions[:, row, :start] = torch.from_numpy(rows.positions)
             is_visual[row, :start] = torch.from_numpy(rows.is_visual)
             if more:
                 embeds[row, start:end] = torch.from_numpy(self.embed(more)[0])
-            positions[row, start:] = rows.next_position + torch.arange(max(ends) - start)
+            positions[:, row, start:] = rows.next_position + torch.arange(max(ends) - start)
             columns[row] = (start - 1 + torch.arange(columns.shape[1])).clamp(max=end - 1)
         inputs = DecoderInputs(
             embeds=embeds,
             positions=positions,
             is_visual=is_visual,
-            next_position=positions[:, -1] + 1,
+            next_position=positions[0, :, -1] + 1,
         )
         with torch.inference_mode():
             logits = decode_logits(self._checkpoint, inputs, columns=columns).numpy()

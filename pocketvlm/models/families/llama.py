@@ -23,11 +23,20 @@ _BIASES: Mapping[str, Callable[[Mapping[str, Any]], tuple[bool, bool, bool]]] = 
     "llama": _llama_biases,
     "qwen2": lambda _: (True, False, False),
     "qwen3": _llama_biases,
+    "qwen2_vl_text": lambda _: (True, False, False),
+    "qwen2_5_vl_text": lambda _: (True, False, False),
 }
 """Whether queries, keys and values, the attention's output and the FFN have biases, by decoder."""
 
 _WITH_HEAD_NORMS = ("qwen3",)
 _WINDOW_SETTINGS = ("use_sliding_window", "sliding_window", "max_window_layers")
+
+
+_SECTIONS: Mapping[str, tuple[int, ...]] = {
+    "qwen2_vl_text": (16, 24, 24),
+    "qwen2_5_vl_text": (16, 24, 24),
+}
+"""Pairs of channels by axis of positions where a config does not say, by decoder."""
 
 
 def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
@@ -64,6 +73,7 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
             f"config.json: text_config rope_type {scaling!r} is not supported; supported are "
             "'default' and 'dynamic'"
         )
+    sections = tuple(rope.get("mrope_section") or _SECTIONS.get(kind, ()))
     # transformers 4 wrote the base beside the scaling, transformers 5 writes it inside.
     theta = rope.get("rope_theta", text.get("rope_theta", 10_000.0))
     heads, hidden = text["num_attention_heads"], text["hidden_size"]
@@ -86,7 +96,12 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         head_dim=head_dim,
         vocab_size=text["vocab_size"],
         max_positions=text.get("max_position_embeddings", 2048),
-        rope=RopeSpec(theta=float(theta), width=head_dim),
+        rope=RopeSpec(
+            theta=float(theta),
+            width=head_dim,
+            sections=sections,
+            is_interleaved=bool(rope.get("mrope_interleaved", False)),
+        ),
         norm_eps=text.get("rms_norm_eps", 1e-6),
         activation=text.get("hidden_act", "silu"),
         tied_head=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),

@@ -12,6 +12,7 @@ from pocketvlm.models.config_keys import ReadConfig
 from pocketvlm.models.families.idefics3 import read_idefics3
 from pocketvlm.models.families.internvl import read_internvl
 from pocketvlm.models.families.llava import read_llava
+from pocketvlm.models.families.qwen_vl import read_qwen_vl
 from pocketvlm.models.families.unsupported import advise, classes
 from pocketvlm.models.spec import ModelSpec
 
@@ -22,6 +23,8 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "idefics3": read_idefics3,
     "smolvlm": read_idefics3,
     "internvl": read_internvl,
+    "qwen2_vl": read_qwen_vl,
+    "qwen2_5_vl": read_qwen_vl,
 }
 """Readers by `model_type` of config.json."""
 

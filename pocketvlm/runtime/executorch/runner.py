@@ -39,11 +39,8 @@ class _Sizes:
     def __post_init__(self) -> None:
         if not 1 <= self.max_context_len <= _MAX_CAPACITY:
             raise ValueError(f"max_context_len must be 1 to {_MAX_CAPACITY:,}")
-        if self.hidden_size < 1 or self.row_channels not in (
-            self.hidden_size,
-            self.hidden_size + 2,
-        ):
-            raise ValueError("row_channels must be hidden_size, or 2 more")
+        if self.hidden_size < 1 or self.row_channels - self.hidden_size not in (0, 2, 4):
+            raise ValueError("row_channels must be hidden_size, or 2 or 4 more")
 
 
 class ExecutorchRunner(Runner):
@@ -124,8 +121,8 @@ class ExecutorchRunner(Runner):
         if self._channels > self._width:
             rows = np.empty((1, count, self._channels), np.float32)
             rows[..., : self._width] = embeds
-            rows[0, :, self._width] = position_ids[0] - counted
-            rows[0, :, self._width + 1] = 1.0
+            rows[0, :, self._width : -1] = (position_ids - counted).T
+            rows[0, :, -1] = 1.0
         elif not np.array_equal(position_ids[0], counted):
             raise InputError(
                 "this ExecuTorch program counts positions row by row, and the given ones have gaps"

@@ -91,12 +91,10 @@ class Rotator:
             return reason
         rotation = fix_ones(random_rotation(tower.hidden_size, self._generator("tower")))
         patches = model.get_submodule(tower.patch_embedding)
-        positions = model.get_submodule(tower.position_embedding)
-        for module, name, axis in (
-            (patches, "weight", 0),
-            (patches, "bias", 0),
-            (positions, "weight", 1),
-        ):
+        turned_vectors = [(patches, "weight", 0), (patches, "bias", 0)]
+        if tower.position_embedding is not None:
+            turned_vectors.append((model.get_submodule(tower.position_embedding), "weight", 1))
+        for module, name, axis in turned_vectors:
             values = read_vector(module, name)
             if values is not None:
                 turned = (values.movedim(axis, -1) @ rotation).movedim(-1, axis)
