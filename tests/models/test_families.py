@@ -109,7 +109,8 @@ def reads(model_type: str, name: str) -> bool:
 def test_every_reader_tells_a_processor_that_stock_has(model_type: str):
     import transformers
 
-    name = next(name for name in TINY_MODELS if reads(model_type, name))
+    own = [name for name in TINY_MODELS if tiny_config(name)["model_type"] == model_type]
+    name = next(iter(own or [name for name in TINY_MODELS if reads(model_type, name)]))
     spec = read_model_spec({**tiny_config(name), "model_type": model_type})
     assert spec.model_type == model_type
     named = (*spec.processor.classes, *filter(None, [spec.processor.stand_in]))

@@ -117,12 +117,14 @@ def _read_tower(vision: Mapping[str, Any]) -> TowerSpec:
 
 def _block(module: str) -> BlockSpec:
     attention, mlp = f"{module}.attention", f"{module}.mlp"
-    inputs = {key: f"{attention}.{key}_proj" for key in "qkv"}
+    queries, keys, values = (f"{attention}.{key}_proj" for key in "qkv")
     output, norms = f"{attention}.projection_layer", f"{module}.layernorm"
     up, down = f"{mlp}.fc1", f"{mlp}.fc2"
     return BlockSpec(
         module=module,
-        attention=AttentionSpec(module=attention, norm=f"{norms}_before", o=output, **inputs),
+        attention=AttentionSpec(
+            module=attention, norm=f"{norms}_before", q=queries, k=keys, v=values, o=output
+        ),
         ffn=FfnSpec(module=mlp, norm=f"{norms}_after", gate=None, up=up, down=down),
     )
 
@@ -146,7 +148,7 @@ def _read_projector(config: Mapping[str, Any], width: int) -> ProjectorSpec:
 
 def _folds(tower: TowerSpec) -> tuple[Fold, ...]:
     """LayerScale into what it scales; bare parameters as a vector and as a table."""
-    token, table = f"{tower.embeddings}.cls_token", tower.position_embedding
+    token, table = f"{tower.embeddings}.cls_token", str(tower.position_embedding)
     width = tower.hidden_size
     return (
         Reshape(source=token, target=token, shape=(width,)),
