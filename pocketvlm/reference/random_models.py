@@ -32,6 +32,7 @@ __all__ = [
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _IMAGE = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+_FRAME = ("<|vision_start|>", "<|vision_end|>")
 _CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
@@ -254,7 +255,10 @@ def write_random_model(
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(path, config, spec, tiles_per_edge)
     _write_image_processor(path, spec, tiles_per_edge)
-    template = _CHAT_TEMPLATE.replace("<image>", spec.image_mark or spec.image_token)
+    mark = spec.image_mark or spec.image_token
+    if spec.tower.takes_any_size:  # stock tells pictures apart by what stands between them
+        mark = mark.join(_FRAME)
+    template = _CHAT_TEMPLATE.replace("<image>", mark)
     (path / "chat_template.jinja").write_text(template, encoding="utf-8")
     (path / "generation_config.json").write_text('{"eos_token_id": 2}\n', encoding="utf-8")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -336,7 +340,9 @@ def _named_words(spec: ModelSpec) -> dict[str, str]:
     """Words of a picture's text that stock's processor asks its tokenizer for, by their names."""
     if spec.image_token in _IMAGE:
         return {}
-    return {**spec.processor.named_tokens, "video_token": "<video>"}
+    framing = dict(zip(("vision_start_token", "vision_end_token"), _FRAME, strict=True))
+    named = {**spec.processor.named_tokens, "video_token": "<video>"}
+    return named | framing if spec.tower.takes_any_size else named
 
 
 def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> None:
