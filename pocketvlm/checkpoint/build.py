@@ -42,6 +42,10 @@ def build_model(spec: ModelSpec) -> nn.Module:
         _place(root, tower.patch_embedding, patches)
         if tower.position_embedding is not None:
             _place(root, tower.position_embedding, nn.Embedding(tower.tokens, tower.hidden_size))
+        for conv in decoder.convolutions.values():
+            width = decoder.hidden_size
+            kernel = nn.Conv1d(width, width, conv.taps, groups=width, bias=conv.has_bias)
+            _place(root, conv.kernel, kernel)
         norms = {norm.name: norm for norm in whole.norms()}
         for linear in whole.linears():
             if linear.name == decoder.embedding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from pocketvlm.models.folds import (
     Multiply,
     PatchKernel,
     Reshape,
+    ResizeTable,
     ScaleRows,
     SplitRows,
     SumFrames,
@@ -51,12 +53,33 @@ def apply_fold(fold: Fold, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return (first.view(shape).permute(0, 3, 1, 2).contiguous(),)
         if isinstance(fold, Reshape):
             return (first.reshape(fold.shape),)
+        if isinstance(fold, ResizeTable):
+            return (_resize_table(first.to(torch.float32), fold.rows, fold.columns),)
         return (first.t().contiguous(),)
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(
             f"tensor {fold_sources(fold)[0]} is {tuple(first.shape)}, which cannot be folded: "
             f"{' '.join(str(error).split())}"
         ) from error
+
+
+def _resize_table(table: Tensor, rows: int, columns: int) -> Tensor:
+    """[side * side, hidden] to [rows * columns, hidden]."""
+    side = math.isqrt(table.shape[0])
+    if side * side != table.shape[0]:
+        raise RuntimeError("its rows do not form a square")
+    down, across = _axis_weights(side, rows), _axis_weights(side, columns)
+    weights = (down[:, None, :, None] * across[None, :, None, :]).reshape(rows * columns, -1)
+    return weights @ table
+
+
+def _axis_weights(side: int, length: int) -> Tensor:
+    """What each of `length` places takes of each of `side` places of the table."""
+    scale = side / torch.tensor(float(length))
+    centers = (torch.arange(length, dtype=torch.float32) + 0.5) * scale - 0.5
+    distance = (torch.arange(side, dtype=torch.float32) - centers[:, None]).abs()
+    weights = (1 - distance / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def folded_tensors(

@@ -159,6 +159,6 @@ def load_cache_grid(folder: ModelFolder) -> KVCacheScales | None:
         return None
     decoder = folder.spec.decoder
     for name, scales in tensors.items():
-        expected = (decoder.depth, decoder.kv_heads, decoder.head_dim)
+        expected = (len(decoder.attention_blocks), decoder.kv_heads, decoder.head_dim)
         check_shape(CACHE_PREFIX + name, tuple(scales.shape), expected)
     return KVCacheScales.from_tensors(tensors)

@@ -17,4 +17,8 @@ def other_elements(spec: ModelSpec) -> tuple[int, int]:
     ) * tower.hidden_size
     norms = sum(norm.width * (1 + norm.has_bias) for norm in spec.norms())
     biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)
-    return embeddings, norms + biases
+    kernels = sum(
+        (conv.taps + int(conv.has_bias)) * spec.decoder.hidden_size
+        for conv in spec.decoder.convolutions.values()
+    )
+    return embeddings, norms + biases + kernels

@@ -18,11 +18,15 @@ Signatures = tuple[tuple[TensorSignature, ...], tuple[TensorSignature, ...]]
 
 
 def cache_names(spec: ModelSpec, prefix: str) -> tuple[str, ...]:
-    """Names of the cache tensors, `{prefix}.{block}.key` and `.value`, block by block."""
+    """Names of the cache tensors, block by block.
+
+    They are `{prefix}.{block}.key` and `.value`, or `.conv`, the state of a short convolution.
+    """
+    convolutions = spec.decoder.convolutions
     return tuple(
         f"{prefix}.{block}.{kind}"
         for block in range(spec.decoder.depth)
-        for kind in ("key", "value")
+        for kind in (("conv",) if block in convolutions else ("key", "value"))
     )
 
 
@@ -48,16 +52,22 @@ def decoder_signatures(
 ) -> Signatures:
     """Inputs and outputs of the decoder graph.
 
-    `capacity` is chosen by the caller, who binds past and present to the same buffers. Where visual
-    rows end early, `text_rows` numbers the rows of text among those of the call, and the cache of
-    later layers has its own length and capacity.
+    `capacity` is chosen by the caller, who binds past and present to the same buffers, save for
+    states of short convolutions, which have one size, [1, taps - 1, width]. Where visual rows end
+    early, `text_rows` numbers the rows of text among those of the call, and the cache of later
+    layers has its own length and capacity.
     """
     decoder = spec.decoder
 
     def cache(direction: str) -> tuple[TensorSignature, ...]:
         signatures = []
-        for index, name in enumerate(cache_names(spec, direction)):
-            is_late = visual_layers is not None and index // 2 >= visual_layers
+        for name in cache_names(spec, direction):
+            block = int(name.split(".")[1])
+            if block in decoder.convolutions:
+                rows = decoder.convolutions[block].taps - 1
+                signatures.append(_float(name, 1, rows, decoder.hidden_size))
+                continue
+            is_late = visual_layers is not None and block >= visual_layers
             capacity = "text_capacity" if is_late else "capacity"
             shape = (1, decoder.kv_heads, capacity, decoder.head_dim)
             signatures.append(TensorSignature(name=name, dtype=cache_dtype, shape=shape))

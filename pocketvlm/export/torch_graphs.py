@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.export.signatures import cache_names
 from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.graph.rotary import rotary_angles, rotate_by_position
 from pocketvlm.models.spec import ModelSpec
@@ -27,16 +28,21 @@ class DecoderCache:
         spec: The model.
         positions: Rotary positions of the new tokens, int64 [axes, length].
         past_length: Filled slots, int64 [1].
-        tensors: Keys and values block by block, each [1, kv_heads, capacity, head_dim].
+        tensors: Keys and values of blocks, each [1, kv_heads, capacity, head_dim], and states of
+            short convolutions, [1, taps - 1, width], in the order of `cache_names`.
+
+    Attributes:
+        tensors: What they have become.
     """
 
     def __init__(
         self, spec: ModelSpec, positions: Tensor, past_length: Tensor, tensors: tuple[Tensor, ...]
     ) -> None:
-        self.tensors = list(tensors)
+        self.tensors = dict(zip(cache_names(spec, "past"), tensors, strict=True))
         self._cosine, self._sine = rotary_angles(spec.decoder.rope, positions[:, None])
         self._slots = past_length + torch.arange(positions.shape[1])
-        capacity = torch.arange(tensors[0].shape[2])
+        key = self.tensors[f"past.{spec.decoder.attention_blocks[0]}.key"]
+        capacity = torch.arange(key.shape[2])
         # What a token may see is told by slots, not by positions, which may have gaps.
         self.visible = capacity[None] <= self._slots[:, None]
 
@@ -46,15 +52,23 @@ class DecoderCache:
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Writes new keys and values into the slots after the past; attends to all slots."""
-        for index, new in ((2 * block, key), (2 * block + 1, value)):
-            self.tensors[index] = self.tensors[index].index_copy(2, self._slots, new)
+        names = (f"past.{block}.key", f"past.{block}.value")
+        for name, new in zip(names, (key, value), strict=True):
+            self.tensors[name] = self.tensors[name].index_copy(2, self._slots, new)
         return functional.scaled_dot_product_attention(
             query,
-            self.tensors[2 * block],
-            self.tensors[2 * block + 1],
+            self.tensors[names[0]],
+            self.tensors[names[1]],
             attn_mask=self.visible,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+    def after_past(self, block: int, values: Tensor, rows: int) -> Tensor:
+        """The state of a block with values after it; its last rows are the next state."""
+        name = f"past.{block}.conv"
+        window = torch.cat([self.tensors[name], values], dim=1)
+        self.tensors[name] = window[:, -rows:]
+        return window
 
 
 class VisionGraph(nn.Module):
@@ -100,4 +114,4 @@ class DecoderGraph(nn.Module):
         cache = DecoderCache(self._spec, position_ids, past_length, past)
         ops = TorchOps(self.model, self._spec, context=cache)
         logits = build_decoder(ops, self._spec, embeds)
-        return logits, *cache.tensors
+        return logits, *cache.tensors.values()

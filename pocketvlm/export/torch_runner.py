@@ -14,7 +14,7 @@ import torch
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, encode_images, new_cache
-from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.runner import Runner, States
 
 __all__ = ["TorchRunner"]
 
@@ -80,6 +80,9 @@ class TorchRunner(Runner):
         self._advance(rows)
         values: npt.NDArray[np.float32] = logits[0, -1].numpy()
         return values
+
+    def _states(self) -> States:
+        return {str(block): state.numpy() for block, state in self._cache.states.items()}
 
     def _crop(self, text: int) -> None:
         """Cuts the cache back to the rows that count, late layers to `text` of them."""

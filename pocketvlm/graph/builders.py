@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pocketvlm.graph.operators import GraphOps
-from pocketvlm.graph.sublayers import decoder_attention, feed_forward, tower_attention
+from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, tower_attention
 from pocketvlm.models.projector import run_steps
 from pocketvlm.models.spec import ModelSpec
 
@@ -79,16 +79,16 @@ def build_decoder(
     """
     decoder = spec.decoder
     hidden = embeds
-    normed = ops.norm(hidden, decoder.blocks[0].attention.norm)
-    following = (*(block.attention.norm for block in decoder.blocks[1:]), decoder.norm)
+    normed = ops.norm(hidden, decoder.blocks[0].mixer.norm)
+    following = (*(block.mixer.norm for block in decoder.blocks[1:]), decoder.norm)
     for index, block in enumerate(decoder.blocks):
-        attended = decoder_attention(ops, block.attention, index, normed)
+        mixed = decoder_mixer(ops, block.mixer, index, normed)
         if index == decoder.depth - 1:
-            attended, hidden = ops.last(attended), ops.last(hidden)
+            mixed, hidden = ops.last(mixed), ops.last(hidden)
         elif text_rows is not None and index == text_rows.layers - 1:
-            attended, hidden = text_rows.select(attended), text_rows.select(hidden)
-        attended = ops.linear(attended, block.attention.o)
-        normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
+            mixed, hidden = text_rows.select(mixed), text_rows.select(hidden)
+        mixed = ops.linear(mixed, block.mixer.output)
+        normed, hidden = ops.add_norm(mixed, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, decoder.activation)
         normed, hidden = ops.add_norm(inner, hidden, following[index])
     return ops.linear(normed, decoder.head)

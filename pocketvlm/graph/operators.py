@@ -67,6 +67,10 @@ class GraphOps(Protocol[ValueT]):
         """
         ...
 
+    def short_conv(self, joined: ValueT, block: int, *names: str) -> ValueT:
+        """C * conv(B * x) of joined B, C and x, extending the state of a decoder block."""
+        ...
+
     def drop_first(self, inputs: ValueT) -> ValueT:
         """All tokens but the first."""
         ...

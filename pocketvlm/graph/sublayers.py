@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TypeVar
 
 from pocketvlm.graph.operators import GraphOps
-from pocketvlm.models.spec import AttentionSpec, FfnSpec
+from pocketvlm.models.spec import AttentionSpec, FfnSpec, ShortConvSpec
 
-__all__ = ["decoder_attention", "feed_forward", "tower_attention"]
+__all__ = ["decoder_mixer", "feed_forward", "tower_attention"]
 
 ValueT = TypeVar("ValueT")
 
@@ -27,24 +27,26 @@ def tower_attention(
     return attended, queries, keys
 
 
-def decoder_attention(
+def decoder_mixer(
     ops: GraphOps[ValueT],
-    attention: AttentionSpec,
+    mixer: AttentionSpec | ShortConvSpec,
     block: int,
     normed: ValueT,
 ) -> ValueT:
-    """Causal attention of a decoder block, without the linear that ends it.
+    """Attention of a decoder block or its short convolution, without the linear that ends it.
 
     Rows may end between the two, whose keys and values are read and which nothing reads after.
 
     Args:
         ops: The operators.
-        attention: The sublayer.
-        block: Index of its block, whose cache is extended.
+        mixer: The sublayer.
+        block: Index of its block, whose cache or state is extended.
         normed: What it reads.
     """
-    names = attention.inputs
-    return ops.cached_attention(ops.linear(normed, *names), block, *names)
+    joined = ops.linear(normed, *mixer.inputs)
+    if isinstance(mixer, ShortConvSpec):
+        return ops.short_conv(joined, block, *mixer.inputs)
+    return ops.cached_attention(joined, block, *mixer.inputs)
 
 
 def feed_forward(ops: GraphOps[ValueT], ffn: FfnSpec, normed: ValueT, activation: str) -> ValueT:

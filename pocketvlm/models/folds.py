@@ -18,6 +18,7 @@ __all__ = [
     "Multiply",
     "PatchKernel",
     "Reshape",
+    "ResizeTable",
     "ScaleRows",
     "SplitRows",
     "SumFrames",
@@ -141,7 +142,35 @@ class Transpose:
     target: str
 
 
-Fold = SplitRows | ScaleRows | AddOne | Multiply | SumFrames | PatchKernel | Reshape | Transpose
+@dataclass(frozen=True, kw_only=True)
+class ResizeTable:
+    """A table of positions of a square of patches, resampled to that of the tower's picture.
+
+    Bilinear and antialiased, pixel centres kept (SigLIP 2's NaFlex, arXiv 2502.14786).
+
+    Attributes:
+        target: The table [side * side, hidden], stored under the same name.
+        rows: Patches of the picture from top to bottom.
+        columns: Patches from left to right.
+    """
+
+    kind: Literal["resize_table"] = "resize_table"
+    target: str
+    rows: int
+    columns: int
+
+
+Fold = (
+    SplitRows
+    | ScaleRows
+    | AddOne
+    | Multiply
+    | SumFrames
+    | PatchKernel
+    | Reshape
+    | Transpose
+    | ResizeTable
+)
 
 
 def fold_sources(fold: Fold) -> tuple[str, ...]:

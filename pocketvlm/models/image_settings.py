@@ -20,6 +20,7 @@ from pocketvlm.models.anyres import Anyres
 from pocketvlm.models.tiling import (
     ONE_TILE,
     AspectGrid,
+    LargeGrid,
     SplitGrid,
     TileGrid,
     Tiling,
@@ -28,7 +29,9 @@ from pocketvlm.models.tiling import (
 
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 
-ImageKind = Literal["clip", "llava", "siglip", "idefics3", "got_ocr2", "llava_next", "qwen2_vl"]
+ImageKind = Literal[
+    "clip", "llava", "siglip", "idefics3", "got_ocr2", "llava_next", "qwen2_vl", "lfm2_vl"
+]
 
 _KINDS: dict[str, ImageKind] = {
     "CLIPImageProcessor": "clip",
@@ -37,6 +40,7 @@ _KINDS: dict[str, ImageKind] = {
     "Idefics3ImageProcessor": "idefics3",
     "SmolVLMImageProcessor": "idefics3",
     "GotOcr2ImageProcessor": "got_ocr2",
+    "Lfm2VlImageProcessor": "lfm2_vl",
     "LlavaNextImageProcessor": "llava_next",
     "Qwen2VLImageProcessor": "qwen2_vl",
 }
@@ -44,6 +48,7 @@ _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "llava": ("llava", "clip", "siglip"),
     "idefics3": ("idefics3",),
     "internvl": ("got_ocr2",),
+    "lfm2_vl": ("lfm2_vl",),
     "llava_next": ("llava_next",),
     "qwen_vl": ("qwen2_vl",),
 }
@@ -79,6 +84,13 @@ class ImageSettings:
         min_patches: Tiles of the smallest grid that the GotOcr2 kind considers.
         max_patches: Tiles of its largest grid.
         image_grid_pinpoints: Heights and widths that the LLaVA-NeXT kind fits pictures into.
+        min_tiles: As `min_patches`, of the LFM2-VL kind.
+        max_tiles: As `max_patches`.
+        use_thumbnail: Whether the whole picture follows its tiles there.
+        encoder_patch_size: Pixels along one side of its patches.
+        downsample_factor: Patches along one side of its visual tokens.
+        max_image_tokens: Visual tokens of its largest picture that is not cut, but for
+        max_pixels_tolerance: how many times more pixels that one may have.
         resample: Number of Pillow's filter.
         image_mean: One per channel.
         image_std: Likewise.
@@ -103,6 +115,13 @@ class ImageSettings:
     min_patches: int
     max_patches: int
     image_grid_pinpoints: tuple[tuple[int, int], ...]
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool
+    encoder_patch_size: int
+    downsample_factor: int
+    max_image_tokens: int
+    max_pixels_tolerance: float
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -132,6 +151,17 @@ class ImageSettings:
             return Anyres(side=self.side, resolutions=self.image_grid_pinpoints)
         if not self.do_image_splitting:
             return None
+        if self.kind == "lfm2_vl":
+            unit = self.encoder_patch_size * self.downsample_factor
+            return LargeGrid(
+                side=self.side,
+                fewest=self.min_tiles,
+                most=self.max_tiles,
+                patch=self.encoder_patch_size,
+                unit=unit,
+                most_pixels=self.max_image_tokens * unit**2 * self.max_pixels_tolerance,
+                has_whole=self.use_thumbnail,
+            )
         if self.kind == "got_ocr2":
             return AspectGrid(side=self.side, fewest=self.min_patches, most=self.max_patches)
         size = self.size
@@ -146,6 +176,13 @@ class ImageSettings:
     def imposed(self) -> Mapping[str, bool]:
         """What the model's combined processor tells the image processor, whatever its file says."""
         return {"crop_to_patches": True} if self.kind == "got_ocr2" else {}
+
+    @property
+    def tile_tokens(self) -> int | None:
+        """Placeholders of a tile, where the image processor's settings count them."""
+        if self.kind != "lfm2_vl":
+            return None
+        return (self.side // (self.encoder_patch_size * self.downsample_factor)) ** 2
 
     @property
     def most_tiles(self) -> int:
@@ -232,6 +269,15 @@ class _Settings:
     patch_size: int | None = None
     merge_size: int | None = None
     fitted_size: Mapping[str, int] | None = None
+    tile_size: int | None = None
+    min_tiles: int | None = None
+    max_tiles: int | None = None
+    use_thumbnail: bool | None = None
+    encoder_patch_size: int | None = None
+    downsample_factor: int | None = None
+    min_image_tokens: int | None = None
+    max_image_tokens: int | None = None
+    max_pixels_tolerance: float | None = None
     data_format: str | None = None
     input_data_format: str | None = None
 
@@ -271,7 +317,14 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
         image_grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     ),
     "qwen2_vl": _Defaults(size=_PIXELS, mean=_CLIP_MEAN, std=_CLIP_STD),
+    "lfm2_vl": _Defaults(
+        size={"height": 512, "width": 512},
+        resample=2,
+        do_image_splitting=True,
+        default_to_square=True,
+    ),
 }
+_LFM2_TILE = 512
 _FEWEST_PATCHES, _MOST_PATCHES = 1, 12
 _TILE = {"longest_edge": 364}
 
@@ -361,14 +414,18 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
         if getattr(stated, name) not in (None, "channels_first"):
             raise DecodeError(f"{name} must be channels_first or left out")
     size = _size("size", stated.size, default.size, is_square=square)
+    if kind == "qwen2_vl":
+        size = _fitted_size(stated, size)
+    elif kind == "lfm2_vl":  # it has a size as well, and does not look at it
+        size = dict.fromkeys(("height", "width"), _or(stated.tile_size, _LFM2_TILE))
     return ImageSettings(
         kind=kind,
         where=where,
-        size=_fitted_size(stated, size) if kind == "qwen2_vl" else size,
+        size=size,
         crop_size=_size("crop_size", stated.crop_size, default.crop_size, is_square=True),
         max_image_size=_or(stated.max_image_size, _TILE),
         resample=_or(stated.resample, default.resample),
-        do_resize=stated.do_resize is not False,
+        do_resize=kind == "lfm2_vl" or stated.do_resize is not False,
         do_center_crop=_or(stated.do_center_crop, default.do_center_crop),
         # Other kinds pad a batch to one size, which a picture of its own has already.
         do_pad=kind == "llava" and stated.do_pad is True,
@@ -379,10 +436,20 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
         image_std=_channels("image_std", _or(stated.image_std, default.std)),
         do_convert_rgb=stated.do_convert_rgb is not False,
         do_image_splitting=kind == "got_ocr2"
-        or (kind == "idefics3" and _or(stated.do_image_splitting, default.do_image_splitting)),
+        or (
+            kind in ("idefics3", "lfm2_vl")
+            and _or(stated.do_image_splitting, default.do_image_splitting)
+        ),
         min_patches=_or(stated.min_patches, _FEWEST_PATCHES),
         max_patches=_or(stated.max_patches, _MOST_PATCHES),
         image_grid_pinpoints=_or(stated.image_grid_pinpoints, default.image_grid_pinpoints),
+        min_tiles=_or(stated.min_tiles, 2),
+        max_tiles=_or(stated.max_tiles, 10),
+        use_thumbnail=_or(stated.use_thumbnail, True),  # noqa: FBT003  (a default)
+        encoder_patch_size=_or(stated.encoder_patch_size, 16),
+        downsample_factor=_or(stated.downsample_factor, 2),
+        max_image_tokens=_or(stated.max_image_tokens, 256),
+        max_pixels_tolerance=_or(stated.max_pixels_tolerance, 2.0),
     )
 
 
@@ -493,19 +560,35 @@ def _check_resolutions(settings: ImageSettings) -> ImageSettings:
 
 
 def _check_patches(settings: ImageSettings) -> ImageSettings:
-    """Refuses grids of the GotOcr2 kind that are none or too large."""
-    if settings.kind != "got_ocr2":
+    """Refuses grids of the GotOcr2 and LFM2-VL kinds that are none or too large."""
+    if settings.kind == "got_ocr2":
+        names, fewest, most = "patches", settings.min_patches, settings.max_patches
+    elif settings.kind == "lfm2_vl":
+        names, fewest, most = "tiles", settings.min_tiles, settings.max_tiles
+        _check_units(settings)
+    else:
         return settings
-    fewest, most = settings.min_patches, settings.max_patches
     if not 1 <= fewest <= most < _MOST_TILES:
         raise DecodeError(
-            f"min_patches and max_patches are {fewest} and {most}; allowed are 1 to "
+            f"min_{names} and max_{names} are {fewest} and {most}; allowed are 1 to "
             f"{_MOST_TILES - 1}, the smaller first"
         )
     if settings.do_center_crop:
         raise DecodeError("do_center_crop must be false: pictures are cut into tiles")
     _check_pixels(settings)
     return settings
+
+
+def _check_units(settings: ImageSettings) -> None:
+    """Refuses tiles of the LFM2-VL kind that do not hold whole visual tokens."""
+    unit = settings.encoder_patch_size * settings.downsample_factor
+    if unit < 1 or settings.side % unit:
+        raise DecodeError(
+            "tile_size must be a multiple of encoder_patch_size x downsample_factor, and is "
+            f"{settings.side}"
+        )
+    if not 1 <= settings.max_image_tokens <= _LARGEST or not settings.max_pixels_tolerance > 0:
+        raise DecodeError("max_image_tokens and max_pixels_tolerance must be above 0")
 
 
 def _check_pixels(settings: ImageSettings) -> None:

@@ -23,6 +23,8 @@ __all__ = [
     "PARTS",
     "AttentionSpec",
     "BlockSpec",
+    "ConvBlockSpec",
+    "DecoderBlock",
     "DecoderSpec",
     "FfnSpec",
     "LinearSpec",
@@ -31,6 +33,7 @@ __all__ = [
     "Part",
     "ProcessorSpec",
     "RopeSpec",
+    "ShortConvSpec",
     "TowerSpec",
 ]
 
@@ -167,6 +170,75 @@ class BlockSpec:
     module: str
     attention: AttentionSpec
     ffn: FfnSpec
+
+    @property
+    def mixer(self) -> AttentionSpec:
+        """The sublayer in which rows see each other."""
+        return self.attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """A gated short convolution (LFM2, arXiv 2511.23404), by the names of its modules.
+
+    It makes C * conv(B * x), each channel convolved along the rows. What it keeps of the past is a
+    state, the last `taps - 1` rows of B * x.
+
+    Attributes:
+        module: The whole.
+        norm: What is applied to the hidden state first.
+        b: The linear that makes the gate before the convolution.
+        c: The gate after it.
+        x: What is convolved.
+        kernel: The convolution, weight [width, 1, taps].
+        taps: Rows that it sees: the current one and those before it.
+        o: The linear that ends the sublayer.
+        has_bias: Whether linears and convolution have biases.
+    """
+
+    module: str
+    norm: str
+    b: str
+    c: str
+    x: str
+    kernel: str
+    taps: int
+    o: str
+    has_bias: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Linears that read the norm's output."""
+        return (self.b, self.c, self.x)
+
+    @property
+    def output(self) -> str:
+        """The linear that ends the sublayer."""
+        return self.o
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvBlockSpec:
+    """A decoder block that has a short convolution instead of attention.
+
+    Attributes:
+        module: The block.
+        conv: Its first sublayer.
+        ffn: Its second.
+    """
+
+    module: str
+    conv: ShortConvSpec
+    ffn: FfnSpec
+
+    @property
+    def mixer(self) -> ShortConvSpec:
+        """The sublayer in which rows see each other."""
+        return self.conv
+
+
+DecoderBlock = BlockSpec | ConvBlockSpec
+"""A block of a decoder; those of a tower have attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +395,7 @@ class DecoderSpec:
     prefix: str
     embedding: str
     stack: str
-    blocks: tuple[BlockSpec, ...]
+    blocks: tuple[DecoderBlock, ...]
     norm: str
     head: str
     hidden_size: int
@@ -345,6 +417,29 @@ class DecoderSpec:
     def depth(self) -> int:
         """Blocks."""
         return len(self.blocks)
+
+    @property
+    def attention_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that have attention, and with it a cache of keys and values."""
+        return tuple(i for i, block in enumerate(self.blocks) if isinstance(block, BlockSpec))
+
+    def attention(self, block: int) -> AttentionSpec:
+        """The attention of a block that has it.
+
+        Raises:
+            ValueError: It has none.
+        """
+        found = self.blocks[block]
+        if not isinstance(found, BlockSpec):
+            raise ValueError(f"{found.module} has no attention")  # noqa: TRY004  (a block's kind)
+        return found.attention
+
+    @property
+    def convolutions(self) -> dict[int, ShortConvSpec]:
+        """Short convolutions by the indices of their blocks."""
+        return {
+            i: block.conv for i, block in enumerate(self.blocks) if not isinstance(block, BlockSpec)
+        }
 
     @property
     def context_length(self) -> int:
@@ -436,6 +531,7 @@ class ModelSpec:
             CheckpointError: They do not; the message has the fields.
         """
         tower, decoder, merge = self.tower, self.decoder, self.projector.merge_factor
+        taps = {conv.taps for conv in decoder.convolutions.values()}
         wrong = [
             text
             for is_wrong, text in (
@@ -451,6 +547,11 @@ class ModelSpec:
                 (
                     not isinstance(self.projector.steps[-1], LinearStep),
                     "the projector does not end with a linear layer",
+                ),
+                (not decoder.attention_blocks, "no layer of the decoder has attention"),
+                (
+                    len(taps) > 1 or any(count < 2 for count in taps),  # noqa: PLR2004  (no state)
+                    "short convolutions do not all see the same 2 rows or more",
                 ),
                 (decoder.heads % decoder.kv_heads, "KV heads do not divide the heads"),
                 (decoder.rope.width % 2, "an odd head_dim cannot be rotated by position"),
@@ -556,11 +657,17 @@ class ModelSpec:
             elif isinstance(step, LinearStep):
                 width = step.out_features
         for block in decoder.blocks:
-            attention = block.attention
+            per_head = (
+                (
+                    (block.attention.q_norm, decoder.head_dim),
+                    (block.attention.k_norm, decoder.head_dim),
+                )
+                if isinstance(block, BlockSpec)
+                else ()
+            )
             for name, width in (
-                (attention.norm, decoder.hidden_size),
-                (attention.q_norm, decoder.head_dim),
-                (attention.k_norm, decoder.head_dim),
+                (block.mixer.norm, decoder.hidden_size),
+                *per_head,
                 (block.ffn.norm, decoder.hidden_size),
             ):
                 if name is not None:
@@ -617,12 +724,19 @@ def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
     query, key = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     linears = []
     for index, block in enumerate(decoder.blocks):
-        attention, mlp = block.attention, block.ffn
-        shapes = {attention.q: (query, hidden), attention.k: (key, hidden)}
-        shapes |= {attention.v: (key, hidden), attention.o: (hidden, query)}
-        for name, shape in shapes.items():
-            has_bias = decoder.has_output_bias if name == attention.o else decoder.has_qkv_bias
-            linears.append(_linear(name, "decoder", index, shape, has_bias=has_bias))
+        mlp = block.ffn
+        if isinstance(block, ConvBlockSpec):
+            conv = block.conv
+            for name in (*conv.inputs, conv.o):
+                shape = (hidden, hidden)
+                linears.append(_linear(name, "decoder", index, shape, has_bias=conv.has_bias))
+        else:
+            attention = block.attention
+            shapes = {attention.q: (query, hidden), attention.k: (key, hidden)}
+            shapes |= {attention.v: (key, hidden), attention.o: (hidden, query)}
+            for name, shape in shapes.items():
+                has_bias = decoder.has_output_bias if name == attention.o else decoder.has_qkv_bias
+                linears.append(_linear(name, "decoder", index, shape, has_bias=has_bias))
         shapes = dict.fromkeys(mlp.inputs, (ffn, hidden)) | {mlp.down: (hidden, ffn)}
         for name, shape in shapes.items():
             linears.append(_linear(name, "decoder", index, shape, has_bias=decoder.has_mlp_bias))

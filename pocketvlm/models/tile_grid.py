@@ -16,20 +16,22 @@ class TileGrid:
     Attributes:
         rows: Tiles from top to bottom.
         columns: Tiles from left to right.
+        has_whole: Whether the whole picture follows its tiles, where there are several.
     """
 
     rows: int = 1
     columns: int = 1
+    has_whole: bool = True
 
     @property
     def is_split(self) -> bool:
-        """Whether there are several tiles; then the whole picture follows them as one more."""
+        """Whether there are several tiles."""
         return self.rows * self.columns > 1
 
     @property
     def tiles(self) -> int:
         """Pictures that the tower sees."""
-        return self.rows * self.columns + int(self.is_split)
+        return self.rows * self.columns + int(self.is_split and self.has_whole)
 
     def placeholders(self, per_tile: int) -> int:
         """Placeholders of the picture in a prompt, where one tile has `per_tile` visual tokens."""

@@ -173,7 +173,7 @@ def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Mani
             max_positions=spec.decoder.context_length,
         ),
         kv_cache=CacheLayout(
-            layers=spec.decoder.depth,
+            layers=len(spec.decoder.attention_blocks),
             kv_heads=spec.decoder.kv_heads,
             head_dim=spec.decoder.head_dim,
             dtype="float32",

@@ -260,8 +260,9 @@ def _cache_bytes(state: PlanState) -> int:
     """Bytes of the decoder's cache for one picture and a short chat."""
     decoder = state.spec.decoder
     layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
-    visual_layers = decoder.depth if state.visual_layers is None else state.visual_layers
-    rows = visual_layers * _photo_tokens(state) + decoder.depth * _TURN_TOKENS
+    layers = len(decoder.attention_blocks)
+    visual_layers = layers if state.visual_layers is None else state.visual_layers
+    rows = visual_layers * _photo_tokens(state) + layers * _TURN_TOKENS
     return layer_row_bits // 8 * rows
 
 

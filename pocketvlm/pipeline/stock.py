@@ -26,6 +26,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.models.image_settings import ImageSettings, read_image_settings
 from pocketvlm.processor.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
+from pocketvlm.processor.image_processor import as_tiles, load_stock_pictures
 from pocketvlm.processor.patches import fit_picture, join_patches
 from pocketvlm.processor.tokenizer import bounded_templates
 from pocketvlm.prompt.messages import Picture, Turn
@@ -70,11 +71,13 @@ class StockModel:
         notes: Where it differs from the library's own choice.
         fitting: How pictures are fitted to one size before the library sees them, where the model
             takes any size.
+        patch: Pixels along one side of a patch.
     """
 
     model: Any
     processor: Any
     notes: tuple[str, ...]
+    patch: int
     fitting: ImageSettings | None = None
 
     @classmethod
@@ -112,7 +115,13 @@ class StockModel:
                 raise StockUnavailable(f"transformers cannot load it: {_line(error)}") from error
         if fitting is not None:
             processor.image_processor.do_resize = False
-        return cls(model=model, processor=processor, notes=notes, fitting=fitting)
+        return cls(
+            model=model,
+            processor=processor,
+            notes=notes,
+            patch=folder.spec.tower.patch_size,
+            fitting=fitting,
+        )
 
     def answer(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], *, max_new_tokens: int
@@ -148,7 +157,7 @@ class StockModel:
         token_ids = inputs["input_ids"][0].tolist()
         pixels = self._pixels(inputs["pixel_values"].to(torch.float32))
         return StockAnswer(
-            pixels=pixels.reshape(-1, *pixels.shape[-3:]).numpy(),
+            pixels=pixels.numpy(),
             token_ids=token_ids,
             logits=logits.to(torch.float32).numpy(),
             generated=out.sequences[0, len(token_ids) :].tolist(),
@@ -158,7 +167,7 @@ class StockModel:
     def _pixels(self, values: Tensor) -> Tensor:
         """Pixels as a picture has them, from what the library hands its model."""
         if self.fitting is None:
-            return values
+            return as_tiles(values, self.patch)
         pictures = self.processor.image_processor
         return join_patches(
             values,
@@ -170,10 +179,12 @@ class StockModel:
 
 def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
     import transformers
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     path, notes = str(folder.path), []
-    pictures = AutoImageProcessor.from_pretrained(path, backend="pil", **STOCK_ONLY)
+    pictures = load_stock_pictures(
+        folder.path, read_image_settings(folder.path, folder.spec.family, error=CheckpointError)
+    )
     try:
         processor = AutoProcessor.from_pretrained(path, **STOCK_ONLY)
     except Exception:
@@ -189,7 +200,7 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
         processor.chat_template = _own_template(folder.path, tokenizer)
         first = folder.spec.processor.classes[0]
         notes.append(
-            f"{first} cannot be loaded without the packages of its video part; "
+            f"{first} cannot be loaded without packages that a picture does not need; "
             + (
                 f"{stand_in}, which writes the same prompt for pictures, stands in for it"
                 if stand_in != first

@@ -28,7 +28,7 @@ from pocketvlm.processor.patches import fit_picture, join_patches
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageProcessor", "quiet_fallbacks"]
+__all__ = ["ImageProcessor", "as_tiles", "load_stock_pictures", "quiet_fallbacks"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,19 +56,20 @@ class ImageProcessor:
                 pictures do not have the tower's size, or the folder's processor belongs to another
                 family or writes another number of placeholders than the model needs.
         """
-        from transformers import AutoImageProcessor
-
         settings = read_image_settings(path, spec.family, error=CheckpointError)
         tower = spec.tower
         settings.hold_size(
             tower.height, tower.width, "the tower of config.json", error=CheckpointError
         )
+        if settings.tile_tokens not in (None, spec.visual_tokens):
+            raise CheckpointError(
+                f"{settings.where}: encoder_patch_size and downsample_factor mean "
+                f"{settings.tile_tokens} placeholders for a tile, but the model makes "
+                f"{spec.visual_tokens} visual tokens of it"
+            )
         notes = [*settings.notes(), *_check_combined(path, spec)]
         try:
-            with quiet_fallbacks():
-                stock = AutoImageProcessor.from_pretrained(
-                    str(path), backend="pil", **STOCK_ONLY, **settings.imposed
-                )
+            stock = load_stock_pictures(path, settings)
         except Exception as error:  # the library may raise anything
             first_line = " ".join(str(error).split())
             raise CheckpointError(
@@ -94,11 +95,12 @@ class ImageProcessor:
                 images=[[image] for image in images[start : start + together]],
                 return_tensors="pt",
                 do_convert_rgb=True,
-            )["pixel_values"].flatten(0, -4)
+            )["pixel_values"]
             for start in range(0, len(images), max(1, together))
         ]
-        pixels: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tower = self.spec.tower
+        parts = [as_tiles(part, tower.patch_size) for part in parts]
+        pixels: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tiles = sum(self.settings.grid(*image.size).tiles for image in images)
         expected = (tiles, tower.channels, tower.height, tower.width)
         if tuple(pixels.shape) != expected:
@@ -119,6 +121,35 @@ class ImageProcessor:
             patch=tower.patch_size,
             merge=self.spec.projector.merge_factor,
         )
+
+
+def load_stock_pictures(path: Path, settings: ImageSettings) -> Any:
+    """The library's image processor of a folder, on its Pillow backend; it may raise anything."""
+    from transformers import AutoImageProcessor
+
+    if settings.kind == "lfm2_vl":
+        from pocketvlm.processor.lfm2_pictures import Lfm2VlImageProcessorPil
+
+        return Lfm2VlImageProcessorPil.from_pretrained(str(path), local_files_only=True)
+    with quiet_fallbacks():
+        return AutoImageProcessor.from_pretrained(
+            str(path), backend="pil", **STOCK_ONLY, **settings.imposed
+        )
+
+
+def as_tiles(pixels: Tensor, patch: int) -> Tensor:
+    """What a stock image processor returns as pixel_values, as [tiles, channels, side, side].
+
+    Args:
+        pixels: [..., channels, side, side], or patches [tiles, patches, patch * patch * channels].
+        patch: Pixels along one side of a patch.
+    """
+    if pixels.dim() > 3:  # noqa: PLR2004  (tiles)
+        return pixels.flatten(0, -4)
+    tiles, count, width = pixels.shape
+    grid, channels = round(count**0.5), width // patch**2
+    cells = pixels.view(tiles, grid, grid, patch, patch, channels)
+    return torch.einsum("trcyxk->tkrycx", cells).reshape(tiles, channels, grid * patch, -1)
 
 
 @contextmanager

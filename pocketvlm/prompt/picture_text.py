@@ -52,7 +52,9 @@ class PictureText:
             lines.append("".join(tiles))
         if self.whole_marker is None:
             return "\n".join([*lines, "", whole])
-        return "".join([self.prefix, *lines, self.whole_marker, visual, self.suffix])
+        if grid.has_whole:
+            lines += [self.whole_marker, visual]
+        return "".join([self.prefix, *lines, self.suffix])
 
     def writes(self, word: str) -> bool:
         """Whether a token can be part of a picture's text."""

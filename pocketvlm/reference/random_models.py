@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ TINY_MODELS = (
     "internvl3.5",
     "qwen2-vl",
     "qwen2.5-vl",
+    "lfm2-vl",
+    "lfm2-vl-tiles",
 )
 """Names of tiny configurations: one for every way of building that a reader knows."""
 
@@ -152,6 +155,35 @@ def tiny_config(name: str) -> dict[str, Any]:
         }
     if name in ("qwen2-vl", "qwen2.5-vl"):
         return _qwen_config(name, text)
+    if name in ("lfm2-vl", "lfm2-vl-tiles"):
+        del text["rms_norm_eps"], text["head_dim"]
+        layers = ["conv", "full_attention", "conv", "conv"]
+        return {
+            "architectures": ["Lfm2VlForConditionalGeneration"],
+            "model_type": "lfm2_vl",
+            "image_token_id": 259,
+            "projector_hidden_size": 96,
+            "projector_use_layernorm": name == "lfm2-vl",
+            "downsample_factor": 2,
+            "tie_word_embeddings": True,
+            "text_config": {
+                **text,
+                "model_type": "lfm2",
+                "num_hidden_layers": len(layers),
+                "layer_types": layers,
+                "intermediate_size": 130,  # of which the class makes 96
+                "block_multiple_of": 32,
+                "conv_bias": name == "lfm2-vl-tiles",
+                "conv_L_cache": 4 if name == "lfm2-vl-tiles" else 3,
+                "tie_word_embeddings": True,
+            },
+            "vision_config": {
+                **{key: value for key, value in vision.items() if key != "image_size"},
+                "model_type": "siglip2_vision_model",
+                "num_patches": 16,
+                "vision_use_head": False,
+            },
+        }
     raise ValueError(f"{name!r} is not a tiny model; there are {', '.join(TINY_MODELS)}")
 
 
@@ -228,7 +260,7 @@ def _holds(file: Path, text: str) -> bool:
 
 def write_tiny_model(name: str, path: Path) -> None:
     """Writes a tiny model of `TINY_MODELS`, with the processor that belongs to it."""
-    tiles = 3 if name == "smolvlm-tiles" else 1
+    tiles = 3 if name.endswith("-tiles") else 1
     write_random_model(tiny_config(name), path, tiles_per_edge=tiles)
 
 
@@ -291,12 +323,18 @@ def _write_tokenizer(
     special = {0: _SPECIAL[0], 1: _SPECIAL[1], 2: _SPECIAL[2]}
     placeholder = spec.image_token_id
     places = range(1, tiles_per_edge + 1) if tiles_per_edge > 1 else ()
-    markers = [f"<row_{row}_col_{column}>" for row in places for column in places]
     named = _named_words(spec)
     pictures = (
         (spec.image_token, *sorted(set(named.values()) - {spec.image_token})) if named else _IMAGE
     )
-    special |= {placeholder + offset: token for offset, token in enumerate([*pictures, *markers])}
+    texts = [
+        (spec.tile_marker or "").format(row=row, column=column)
+        for row in places
+        for column in places
+    ]
+    texts += [spec.image_prefix, spec.image_suffix, spec.whole_marker or ""]
+    tokens = dict.fromkeys([*pictures, *re.findall(r"<[^<>]+>", "".join(texts))])
+    special |= {placeholder + offset: token for offset, token in enumerate(tokens)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words: list[str] = list(alphabet)
     merges: list[tuple[str, str]] = []
@@ -382,6 +420,19 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
             "image_std": [0.229, 0.224, 0.225],
             "resample": 3,
         }
+    elif spec.family == "lfm2_vl":
+        own = {
+            "image_processor_type": "Lfm2VlImageProcessorFast",
+            "tile_size": size,
+            "encoder_patch_size": spec.tower.patch_size,
+            "downsample_factor": spec.projector.merge_factor,
+            "min_image_tokens": spec.visual_tokens // 4,
+            "max_image_tokens": spec.visual_tokens,
+            "do_image_splitting": tiles_per_edge > 1,
+            "max_tiles": 2 * tiles_per_edge,
+            **centred,
+            "resample": 2,
+        }
     else:
         own = {
             "image_processor_type": "Idefics3ImageProcessor",
@@ -402,6 +453,8 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
         }
     elif spec.family == "internvl":
         combined = {"processor_class": "InternVLProcessor", "image_seq_length": spec.visual_tokens}
+    elif spec.family == "lfm2_vl":
+        combined = {"processor_class": "Lfm2VlProcessor"}
     else:
         combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
     for name, document in (

@@ -69,6 +69,12 @@ class DecoderRows:
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
+    def after_past(self, block: int, values: Tensor, rows: int) -> Tensor:
+        """The last `rows` rows of a state, zeros at the start, and values after them."""
+        if self.cache is not None:
+            return self.cache.after_past(block, values, rows)
+        return functional.pad(values, (0, 0, rows, 0))
+
 
 def text_columns(is_visual: Tensor) -> Tensor:
     """The columns of text, int64 [batch, most], ascending.

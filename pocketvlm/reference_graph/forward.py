@@ -228,7 +228,7 @@ def embed_prompts(
 
 def new_cache(checkpoint: Checkpoint) -> KVCache:
     """An empty cache that keeps what the phone's would."""
-    return KVCache(checkpoint.spec.decoder.depth, checkpoint.cache_grid)
+    return KVCache(checkpoint.spec.decoder.attention_blocks, checkpoint.cache_grid)
 
 
 def decoder_states(

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.graph.sublayers import decoder_attention, feed_forward, tower_attention
-from pocketvlm.models.spec import AttentionSpec, FfnSpec, ModelSpec
+from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, tower_attention
+from pocketvlm.models.spec import AttentionSpec, FfnSpec, ModelSpec, ShortConvSpec
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.torch_ops import TorchOps
 
@@ -30,7 +30,7 @@ class Sublayer:
     """Attention or the feed-forward network of one block, with its norm and its residual.
 
     Attributes:
-        kind: Which sublayer it is.
+        kind: Which sublayer it is; a short convolution stands in place of attention.
         norm: What is applied to the hidden state first.
         body: What follows, from the norm's output and the rows of a call of the decoder.
         first: Names of the linears that read the norm's output.
@@ -111,16 +111,16 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
     """Both sublayers of a block of the decoder."""
     described = spec.decoder.blocks[block]
 
-    def attend(normed: Tensor, rows: DecoderRows | None) -> Tensor:
+    def mix(normed: Tensor, rows: DecoderRows | None) -> Tensor:
         ops = TorchOps(model, spec, context=rows)
-        attended = decoder_attention(ops, described.attention, block, normed)
-        return ops.linear(attended, described.attention.o)
+        mixed = decoder_mixer(ops, described.mixer, block, normed)
+        return ops.linear(mixed, described.mixer.output)
 
     def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
         return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.decoder.activation)
 
     return (
-        _sublayer(model, "attention", described.attention, attend),
+        _sublayer(model, "attention", described.mixer, mix),
         _sublayer(model, "ffn", described.ffn, widen),
     )
 
@@ -146,7 +146,7 @@ def run_sublayers(
 def _sublayer(
     model: nn.Module,
     kind: SublayerKind,
-    described: AttentionSpec | FfnSpec,
+    described: AttentionSpec | ShortConvSpec | FfnSpec,
     body: Callable[[Tensor, DecoderRows | None], Tensor],
 ) -> Sublayer:
     return Sublayer(

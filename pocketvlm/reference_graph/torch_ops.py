@@ -32,6 +32,14 @@ class DecoderContext(Protocol):
         """Extends the cache of a block and attends to all that a row may see."""
         ...
 
+    def after_past(self, block: int, values: Tensor, rows: int) -> Tensor:
+        """Extends the state of a block, the last `rows` rows that it was given.
+
+        Returns:
+            The state before, zeros at the start, and the values [batch, length, width] after it.
+        """
+        ...
+
 
 class TorchOps(TensorOps):
     """`GraphOps` over tensors [batch, tokens, channels]; autograd may record it.
@@ -90,7 +98,7 @@ class TorchOps(TensorOps):
         Queries and keys have passed their norms and are rotated.
         """
         decoder, context = self._spec.decoder, self._rows
-        attention = decoder.blocks[block].attention
+        attention = decoder.attention(block)
         queries, keys, values = self.split(joined, *names)
         query = split_heads(queries, decoder.heads, decoder.head_dim)
         query = context.rotate(self.head_norm(query, attention.q_norm))
@@ -103,6 +111,15 @@ class TorchOps(TensorOps):
         if self._context is None:
             raise TypeError("the decoder needs a context")
         return self._context
+
+    def short_conv(self, joined: Tensor, block: int, *names: str) -> Tensor:
+        if self._context is None:
+            raise TypeError("the decoder needs a context")
+        conv = self._spec.decoder.convolutions[block]
+        kernel = cast("nn.Conv1d", self._module(conv.kernel))
+        before, after, values = self.split(joined, *names)
+        window = self._context.after_past(block, before * values, conv.taps - 1)
+        return after * kernel(window.transpose(1, 2)).transpose(1, 2)
 
     def _module(self, name: str) -> nn.Module:
         return self._model.get_submodule(name)

@@ -29,6 +29,7 @@ from pocketvlm.models.image_settings import ImageSettings, parse_image_settings,
 from pocketvlm.models.tiling import (
     ONE_TILE,
     AspectGrid,
+    LargeGrid,
     SplitGrid,
     TileGrid,
     Tiling,
@@ -117,13 +118,13 @@ class TwoStepSquare:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Pictures that are cut: tiles row by row, then the whole (Idefics3, InternVL).
+    """Pictures that are cut: tiles row by row, then the whole (Idefics3, InternVL, LFM2-VL).
 
     Attributes:
         tiling: Which tiles.
     """
 
-    tiling: SplitGrid | AspectGrid
+    tiling: SplitGrid | AspectGrid | LargeGrid
     resample: Image.Resampling
 
     def fit(self, image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -132,7 +133,7 @@ class Tiles:
         for size in self.tiling.resizes(*image.size):
             tiled = tiled.resize(size, self.resample)
         parts = _cut(tiled, side)
-        if len(parts) > 1:
+        if self.tiling.grid(*image.size).tiles > len(parts):
             whole = tiled if self.tiling.shrinks_tiled else image
             parts.append(whole.resize((side, side), self.resample))
         return np.stack([np.asarray(part) for part in parts])

@@ -3,7 +3,7 @@
 The ONNX runner is the first; one for ExecuTorch or Core ML implements the same five calls. Arrays
 are numpy, batch 1; the KV cache lives inside the runner and grows by the rows of each `decode`.
 
-Keys and values are cut back at any row by forgetting those behind it. A layer that keeps a state
+Keys and values are cut back at any row by forgetting those after it. A layer that keeps a state
 instead, such as the last inputs of a short convolution, has overwritten what was there before; its
 runner copies its states after every call of several rows, which is where a turn's prompt ends, and
 goes back to such places alone.

@@ -21,7 +21,8 @@ class KVCacheScales:
     """Symmetric int8: a cached number is scale * code, the code in [-128, 127].
 
     Attributes:
-        keys: Scales of rotated keys, float32 [layers, kv_heads, head_dim].
+        keys: Scales of rotated keys, float32 [layers, kv_heads, head_dim], of layers that have
+            attention.
         values: Scales of values, likewise.
     """
 

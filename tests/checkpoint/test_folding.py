@@ -13,6 +13,7 @@ from pocketvlm.models.folds import (
     AddOne,
     Multiply,
     PatchKernel,
+    ResizeTable,
     ScaleRows,
     SplitRows,
     SumFrames,
@@ -72,6 +73,26 @@ def test_a_bare_matrix_is_the_weight_of_a_linear():
     matrix, inputs = torch.randn(4, 6), torch.randn(2, 4)
     (weight,) = apply_fold(Transpose(source="m", target="l.weight"), [matrix])
     torch.testing.assert_close(functional.linear(inputs, weight), inputs @ matrix)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (4, 4), (3, 9), (16, 5), (1, 1), (7, 40)])
+def test_a_table_of_positions_is_resampled_as_torch_resamples_pictures(rows, columns):
+    table = torch.randn(16, 5)
+    (found,) = apply_fold(ResizeTable(target="t", rows=rows, columns=columns), [table])
+    expected = functional.interpolate(
+        table.T.view(1, 5, 4, 4),
+        (rows, columns),
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
+    )
+    torch.testing.assert_close(found, expected[0].flatten(1).T)
+
+
+def test_a_table_of_another_shape_than_a_square_is_refused():
+    fold = ResizeTable(target="t", rows=2, columns=2)
+    with pytest.raises(CheckpointError, match="its rows do not form a square"):
+        apply_fold(fold, [torch.zeros(15, 3)])
 
 
 def test_a_source_is_read_once_for_all_that_is_made_of_it():

@@ -113,7 +113,7 @@ def stock_answers(path: Path, turns: Sequence[Turn], images: Sequence[Image.Imag
     return stock.answer(turns, images, max_new_tokens=32).generated
 
 
-TILES = {"idefics3": [7, 10], "internvl": [11, 5]}
+TILES = {"idefics3": [7, 10], "internvl": [11, 5], "lfm2_vl": [4, 1]}
 """Of the two pictures, by the family that cuts them."""
 
 
@@ -146,7 +146,10 @@ def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
     parts = prompt_parts(bundle, TextCodec.from_bundle(bundle), asked, [wide])
     shown = [part for part in parts if isinstance(part, np.ndarray)]
     np.testing.assert_array_equal(np.concatenate(shown), checkpoint.processor.pixels([wide]))
-    talk.ask("and this?", square, max_new_tokens=1)
+    second = talk.ask("and this?", square, max_new_tokens=8)
+    said = Turn(role="assistant", parts=(first.text,))
+    turns = [asked, said, user_turn("and this?", 1)]
+    assert list(second.token_ids) == stock_answers(path, turns, [wide, square])[:8]
     tiles = checkpoint.processor.tiles([wide, square])
     assert len(talk._tiles) == sum(tiles)
     assert tiles == TILES.get(checkpoint.spec.family if checkpoint.spec.tiling else "", [1, 1])

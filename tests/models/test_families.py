@@ -22,10 +22,11 @@ MODULES = re.compile(
     r"|input_layernorm|post_attention_layernorm|post_layernorm|pre_layrnorm"
     r"|patch_embedding|class_embedding|position_embedding|rotary_emb|multi_modal_projector"
     r"|modality_projection|vision_tower|language_model|lm_head"
-    r"|projection_layer|cls_token|lambda_[12])\b"
+    r"|projection_layer|cls_token|lambda_[12]|operator_norm|embedding_norm|in_proj)\b"
 )
 FAMILY = re.compile(
-    r"^(llava|idefics3|smolvlm|internvl|got_ocr2|clip|clip_vision_model|siglip|llama|qwen[23])$"
+    r"^(llava|idefics3|smolvlm|internvl|got_ocr2|clip|clip_vision_model|siglip|llama|qwen[23]"
+    r"|lfm2|lfm2_vl|siglip2_vision_model)$"
 )
 MAY_KNOW = {
     "models/families/": "what readers are for",

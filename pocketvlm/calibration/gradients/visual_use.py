@@ -131,7 +131,7 @@ def attention_ratios(
         is_visual: bool [batch, length], the same in every row.
     """
     decoder, (batch, length) = checkpoint.spec.decoder, normed.shape[:2]
-    names = decoder.blocks[block].attention.inputs
+    names = decoder.attention(block).inputs
     ops = TorchOps(checkpoint.model, checkpoint.spec, context=rows)
     queries, keys, _ = ops.decoder_heads(ops.linear(normed, *names), block, *names)
     flags = is_visual[0]

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from pocketvlm.calibration.gradients.visual_use import LayerUse, measure_visual_use
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.pruning.uniform import require_uniform_decoder
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import ModelSpec
@@ -146,6 +147,7 @@ class SkipVisual(Stage):
 
     def plan(self, state: PlanState) -> PlanState:
         """Ends visual tokens early; all layers run them where calibration decides how many."""
+        require_uniform_decoder(state.spec, self.method)
         if self.rule is None:
             return replace(state, visual_layers=self._visual_layers(state.spec))
         return replace(state, visual_layers=state.spec.decoder.depth).with_notes(
@@ -185,6 +187,7 @@ class SkipVisual(Stage):
                 "a checkpoint is cut once"
             )
         spec = checkpoint.spec
+        require_uniform_decoder(spec, self.method)
         rows: tuple[dict[str, Any], ...] = ()
         if self.rule is not None:
             uses = measure_visual_use(

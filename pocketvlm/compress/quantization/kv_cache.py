@@ -165,7 +165,7 @@ def _cached_states(
     token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
     cache = new_cache(checkpoint)
     decode_logits(checkpoint, embed_prompts(checkpoint, token_ids, visual), cache, last_only=True)
-    return (cache.rows(block) for block in range(checkpoint.spec.decoder.depth))
+    return (cache.rows(block) for block in checkpoint.spec.decoder.attention_blocks)
 
 
 def _row_bytes(grid: KVCacheScales, bytes_a_number: int) -> int:

@@ -1,6 +1,7 @@
 """The decoder's cache in Core ML: kept by the runtime (iOS 18), or passed in and out (iOS 17).
 
-Either way there are two tensors, [blocks, kv_heads, capacity, width]. The width is the head's,
+Either way there are two tensors, [layers, kv_heads, capacity, width], of the layers that have
+attention. The width is the head's,
 rounded up to a multiple of 32: states of other widths fail on the Neural Engine.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.export.coreml.writer import FunctionWriter
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.spec import DecoderSpec, ModelSpec
 
 __all__ = [
     "CACHE_DTYPE",
@@ -39,7 +40,7 @@ def cache_signatures(
 ) -> tuple[TensorSignature, ...]:
     """Keys and values: states of iOS 18, inputs or outputs of iOS 17."""
     decoder = spec.decoder
-    shape = (decoder.depth, decoder.kv_heads, capacity, round_up(decoder.head_dim))
+    shape = (len(decoder.attention_blocks), decoder.kv_heads, capacity, round_up(decoder.head_dim))
     return tuple(
         TensorSignature(name=name, dtype=CACHE_DTYPE, shape=shape)
         for name in (_PASSED if is_output else _NAMES)
@@ -87,6 +88,7 @@ class StatefulCache:
         from coremltools.converters.mil.mil import Builder
 
         heads, width = self._decoder.kv_heads, round_up(self._decoder.head_dim)
+        layer = self._decoder.attention_blocks.index(block)
         bounds = [
             Builder.concat(
                 values=[
@@ -98,8 +100,8 @@ class StatefulCache:
                 name=f"cache_{block}_{label}",
             )
             for label, front, place, back in (
-                ("begin", [block, 0], self._start, [0]),
-                ("end", [block + 1, heads], self._end, [width]),
+                ("begin", [layer, 0], self._start, [0]),
+                ("end", [layer + 1, heads], self._end, [width]),
             )
         ]
         rows = []
@@ -187,13 +189,15 @@ class PassedCache:
             self._function.output(joined, output, CACHE_DTYPE)
 
 
-def _block_of(cache: Any, block: int, capacity: int, decoder: Any, label: str) -> Any:
+def _block_of(cache: Any, block: int, capacity: int, decoder: DecoderSpec, label: str) -> Any:
     from coremltools.converters.mil.mil import Builder
+
+    layer = decoder.attention_blocks.index(block)
 
     return Builder.slice_by_index(
         x=cache,
-        begin=[block, 0, 0, 0],
-        end=[block + 1, decoder.kv_heads, capacity, decoder.head_dim],
+        begin=[layer, 0, 0, 0],
+        end=[layer + 1, decoder.kv_heads, capacity, decoder.head_dim],
         squeeze_mask=[True, False, False, False],
         name=f"{label}_rows",
     )

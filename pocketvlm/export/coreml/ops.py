@@ -18,6 +18,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.coreml.cache import DecoderCache
 from pocketvlm.export.coreml.constexpr import narrow_float
+from pocketvlm.export.coreml.conv_states import ConvStates
 from pocketvlm.export.coreml.positions import DecoderPositions, turn
 from pocketvlm.export.coreml.reducer import inline
 from pocketvlm.export.coreml.weights import pack_weight
@@ -49,6 +50,7 @@ class MilOps:
         reducer: The token reducer as a program, or `None`.
         positions: For the decoder: which rows a call has, and where they are.
         cache: For the decoder: its cache.
+        states: For the decoder: states of its short convolutions.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class MilOps:
         reducer: Any = None,
         positions: DecoderPositions | None = None,
         cache: DecoderCache | None = None,
+        states: ConvStates | None = None,
     ) -> None:
         from coremltools.converters.mil.mil import Builder
 
@@ -69,6 +72,7 @@ class MilOps:
         self._reducer = reducer
         self._positions = positions
         self._cache = cache
+        self._states = states
         self._float_type = function.package.float_type
         self._short = "fp16" if self._float_type is np.float16 else "fp32"
         self._names: dict[str, int] = {}
@@ -209,7 +213,7 @@ class MilOps:
         if self._positions is None or self._cache is None:
             raise TypeError("the decoder needs positions and a cache")
         decoder, length = self._spec.decoder, self._positions.length
-        attention = decoder.blocks[block].attention
+        attention = decoder.attention(block)
         queries, keys, values = self.split(joined, *names)
         query = self._head_norm(self._heads(queries, decoder.heads), attention.q_norm)
         query = self._positions.rotate(query)
@@ -231,6 +235,33 @@ class MilOps:
         attended = self._transpose(attended, [1, 0, 2], f"{label}_tokens")
         width = decoder.heads * decoder.head_dim
         return self._reshape(attended, [1, length, width], f"{label}_joined")
+
+    def short_conv(self, joined: Any, block: int, *names: str) -> Any:
+        if self._states is None:
+            raise TypeError("the decoder needs states")
+        conv = self._spec.decoder.convolutions[block]
+        before, after, values = self.split(joined, *names)
+        label = self._label(conv.kernel)
+        values = self._mb.mul(x=before, y=values, name=f"{label}_gated")
+        window = self._states.after_past(block, values, conv.taps - 1)
+        kernel = cast("Any", self._checkpoint.model.get_submodule(conv.kernel))
+        _, length, width = values.shape
+        parts = []
+        for tap in range(conv.taps):
+            rows = self._mb.slice_by_index(
+                x=window,
+                begin=[0, tap, 0],
+                end=[1, tap + length, width],
+                name=f"{label}_{tap}_rows",
+            )
+            weight = self._float(f"{conv.kernel}.weight_{tap}", kernel.weight[:, 0, tap])
+            parts.append(self._mb.mul(x=rows, y=weight, name=f"{label}_{tap}"))
+        if kernel.bias is not None:
+            parts.append(self._float(f"{conv.kernel}.bias", kernel.bias))
+        total = parts[0]
+        for number, part in enumerate(parts[1:], start=1):
+            total = self._mb.add(x=total, y=part, name=f"{label}_sum_{number}")
+        return self._mb.mul(x=after, y=total, name=self._label(conv.module))
 
     def drop_first(self, inputs: Any) -> Any:
         _, count, width = inputs.shape

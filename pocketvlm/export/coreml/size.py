@@ -154,6 +154,8 @@ def _float_bytes(spec: ModelSpec, float_bytes: int, capacity: int) -> int:
         # A layer norm has a weight and a bias; an RMS norm's weight is stored twice over.
         values += [norm.width, norm.width] if norm.has_bias else [2 * norm.width]
     values += [linear.out_features for linear in spec.linears() if linear.has_bias]
+    for conv in decoder.convolutions.values():
+        values += [decoder.hidden_size] * (conv.taps + int(conv.has_bias))
     # Layers without a bias share zeros by width; a tied head is one of them.
     values += {x.out_features for x in spec.linears() if not x.has_bias} | {decoder.vocab_size}
     angles = min(decoder.max_positions, max(TABLE_ROWS, capacity)) * decoder.head_dim // 2

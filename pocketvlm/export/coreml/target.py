@@ -22,6 +22,7 @@ from pocketvlm.export.coreml.cache import (
     cache_signatures,
     round_up,
 )
+from pocketvlm.export.coreml.conv_states import ConvStates, conv_state_signatures
 from pocketvlm.export.coreml.limits import DEPLOYMENTS, explain
 from pocketvlm.export.coreml.ops import MilOps
 from pocketvlm.export.coreml.positions import DecoderPositions
@@ -187,10 +188,14 @@ class ToCoreml(Target):
             inputs, outputs = _decoder_signatures(spec, length, is_padded=length > 1)
             with package.function(name, inputs, states) as function:
                 positions = DecoderPositions(function, spec, capacity, length)
-                cache = StatefulCache(function, spec, capacity, length)
-                ops = MilOps(function, checkpoint, positions=positions, cache=cache)
+                cache, convs = (
+                    StatefulCache(function, spec, capacity, length),
+                    ConvStates(function, spec),
+                )
+                ops = MilOps(function, checkpoint, positions=positions, cache=cache, states=convs)
                 logits = build_decoder(ops, spec, ops.enter(function.inputs["embeds"]))
                 function.output(logits, "logits", "float32")
+                convs.finish()
             components.append(
                 Component(
                     target="coreml",
@@ -221,9 +226,11 @@ class ToCoreml(Target):
         with package.function(_MAIN, inputs) as function:
             positions = DecoderPositions(function, spec, capacity, self.chunk)
             cache = PassedCache(function, spec, capacity, positions.slots)
-            ops = MilOps(function, checkpoint, positions=positions, cache=cache)
+            convs = ConvStates(function, spec)
+            ops = MilOps(function, checkpoint, positions=positions, cache=cache, states=convs)
             logits = build_decoder(ops, spec, ops.enter(function.inputs["embeds"]))
             function.output(logits, "logits", "float32")
+            convs.finish()
             cache.finish()
         package.save(folder / file)
         decoder = Component(
@@ -275,9 +282,11 @@ def _decoder_signatures(spec: ModelSpec, length: int, *, is_padded: bool) -> Sig
     ]
     if is_padded:
         shapes.append(("length", "int32", (1,)))
+    rows = (TensorSignature(name=name, dtype=kind, shape=shape) for name, kind, shape in shapes)
+    logits = TensorSignature(name="logits", dtype="float32", shape=(1, 1, decoder.vocab_size))
     return (
-        tuple(TensorSignature(name=name, dtype=kind, shape=shape) for name, kind, shape in shapes),
-        (TensorSignature(name="logits", dtype="float32", shape=(1, 1, decoder.vocab_size)),),
+        (*rows, *conv_state_signatures(spec)),
+        (logits, *conv_state_signatures(spec, is_output=True)),
     )
 
 

@@ -106,9 +106,13 @@ class DecoderMethod(nn.Module):
         self._reads_channels = position_channels(spec, reducer) > 0
         decoder = spec.decoder
         shape = (1, capacity, decoder.kv_heads, decoder.head_dim)
-        for block in range(decoder.depth):
+        for block in decoder.attention_blocks:
             self.register_buffer(f"key_{block}", torch.zeros(shape))
             self.register_buffer(f"value_{block}", torch.zeros(shape))
+        for block, conv in decoder.convolutions.items():
+            # Row i + taps - 1 is that of slot i; those before the first stay zero.
+            rows = torch.zeros(1, capacity + conv.taps - 1, 1, decoder.hidden_size)
+            self.register_buffer(f"conv_{block}", rows)
         if self._reads_channels:
             # Entry i is the running position after the first i rows.
             self.register_buffer("running", torch.zeros(1, capacity + 1, 1, 1))
@@ -151,6 +155,18 @@ class DecoderMethod(nn.Module):
             True,  # noqa: FBT003  (is_causal; the operator takes no names)
         )
         return cast("Tensor", attended)
+
+    def windows(self, block: int, values: Tensor) -> tuple[Tensor, ...]:
+        """Extends the rows of a short convolution; returns those that each of its taps sees.
+
+        All rows are kept, as those of keys are: a runner that knows no states can cut a
+        conversation back anywhere, and an empty cache needs no clearing.
+        """
+        rows = getattr(self, f"conv_{block}")
+        taps = self._spec.decoder.convolutions[block].taps
+        torch.ops.llama.update_cache(values[:, :, None], rows, self._start + taps - 1)
+        slots = self._start + torch.arange(values.shape[1])
+        return tuple(rows[:, :, 0].index_select(1, slots + tap) for tap in range(taps))
 
     def _positions(self, rows: Tensor, input_pos: Tensor, start: int) -> Tensor:
         """Rotary positions, float32 [1, length], or [1, length, axes] where they have several."""

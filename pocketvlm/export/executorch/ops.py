@@ -29,6 +29,10 @@ class AttentionCache(Protocol):
         """Rotary embedding at the positions of this call."""
         ...
 
+    def windows(self, block: int, values: Tensor) -> tuple[Tensor, ...]:
+        """Extends the rows of a short convolution; returns those that each of its taps sees."""
+        ...
+
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Extends the cache of a block and attends to all of it."""
         ...
@@ -102,7 +106,7 @@ class ExecutorchOps(TensorOps):
         if self._cache is None:
             raise TypeError("the decoder needs a cache")
         decoder = self._spec.decoder
-        attention = decoder.blocks[block].attention
+        attention = decoder.attention(block)
         queries, keys, values = self.split(joined, *names)
         query = self._heads(queries, decoder.heads, decoder.head_dim)
         query = self._cache.rotate(self.head_norm(query, attention.q_norm))
@@ -111,6 +115,17 @@ class ExecutorchOps(TensorOps):
         value = self._heads(values, decoder.kv_heads, decoder.head_dim)
         attended = self._cache.attend(block, query, key, value)
         return attended.view(1, -1, decoder.heads * decoder.head_dim)
+
+    def short_conv(self, joined: Tensor, block: int, *names: str) -> Tensor:
+        if self._cache is None:
+            raise TypeError("the decoder needs a cache")
+        conv = self._spec.decoder.convolutions[block]
+        before, after, values = self.split(joined, *names)
+        windows = self._cache.windows(block, before * values)
+        kernel = cast("Any", self._kernels.module(conv.kernel))
+        taps = kernel.weight[:, 0].unbind(dim=-1)
+        total = sum(window * tap for window, tap in zip(windows, taps, strict=True))
+        return after * (total if kernel.bias is None else total + kernel.bias)
 
     def _module(self, name: str) -> torch.nn.Module:
         return self._kernels.module(name)

@@ -17,7 +17,7 @@ import numpy as np
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.export.signatures import cache_names
+from pocketvlm.export.signatures import cache_names, decoder_signatures
 from pocketvlm.reference_graph.forward import DecoderInputs
 from pocketvlm.runtime.onnx.engine import onnxruntime
 
@@ -72,16 +72,19 @@ def _all_logits(
     session = onnxruntime.InferenceSession(
         folder / "onnx" / "decoder.onnx", options, providers=["CPUExecutionProvider"]
     )
-    decoder = checkpoint.spec.decoder
+    names = cache_names(checkpoint.spec, "past")
+    kept = "float32" if checkpoint.cache_grid is None else "int8"
+    signatures, _ = decoder_signatures(checkpoint.spec, kept)
     rows = []
     for prompt in prompts:
         length = prompt.embeds.shape[1]
-        shape = (1, decoder.kv_heads, length, decoder.head_dim)
-        dtype = np.float32 if checkpoint.cache_grid is None else np.int8
-        cache = [np.zeros(shape, dtype) for _ in range(2 * decoder.depth)]
+        cache = [
+            np.zeros([size if isinstance(size, int) else length for size in past.shape], past.dtype)
+            for past in signatures[-len(names) :]
+        ]
         start = 0
         for number, end in enumerate(_ends(checkpoint, prompt)):
-            feed = dict(zip(cache_names(checkpoint.spec, "past"), cache, strict=True))
+            feed = dict(zip(names, cache, strict=True))
             if checkpoint.visual_layers is not None:
                 feed["text_rows"] = np.array([end - start - 1], np.int64)
                 feed["past_text_length"] = np.array([number], np.int64)

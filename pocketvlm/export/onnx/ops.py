@@ -213,7 +213,7 @@ class OnnxOps:
         kept: _Rows = "text" if late is not None and block >= late else "all"
         before, total = self._sequence_lengths(kept)
         cosine, sine = self._rotary_rows(kept)
-        attention = decoder.blocks[block].attention
+        attention = decoder.attention(block)
         label = attention.module
         attended, _, _ = self._graph.nodes(
             "GroupQueryAttention",
@@ -259,6 +259,29 @@ class OnnxOps:
     def _reshape(self, inputs: str, shape: Sequence[int], name: str) -> str:
         sizes = self._graph.constant(f"{name}.shape", np.array(shape, dtype=np.int64))
         return self._graph.node("Reshape", [inputs, sizes], name=name)
+
+    def short_conv(self, joined: str, block: int, *names: str) -> str:
+        graph, conv = self._graph, self._spec.decoder.convolutions[block]
+        label, end = conv.module, np.iinfo(np.int64).max
+        before, after, values = self.split(joined, *names)
+        values = graph.node("Mul", [before, values], name=f"{label}.gated")
+        state = f"past.{block}.conv"
+        window = graph.node("Concat", [state, values], name=f"{label}.window", axis=1)
+        kept = self._slice(window, 1 - conv.taps, end, axis=1, name=f"{label}.state")
+        self.output(kept, f"present.{block}.conv")
+        kernel = cast("Any", self._checkpoint.model.get_submodule(conv.kernel))
+        parts = []
+        for tap in range(conv.taps):
+            # Rows that this tap sees: as many as are new, from row `tap` of the window on.
+            stop = tap + 1 - conv.taps or end
+            name = f"{conv.kernel}.{tap}"
+            rows = self._slice(window, tap, stop, axis=1, name=f"{name}.rows")
+            weight = self._float(f"{name}.weight", kernel.weight[:, 0, tap], narrow=False)
+            parts.append(graph.node("Mul", [rows, weight], name=name))
+        if kernel.bias is not None:
+            parts.append(self._float(f"{conv.kernel}.bias", kernel.bias, narrow=False))
+        total = graph.node("Sum", parts, name=f"{conv.kernel}.sum")
+        return graph.node("Mul", [after, total], name=label)
 
     def select_text(self, inputs: str) -> str:
         """The rows that `text_rows` names."""
@@ -438,8 +461,9 @@ class OnnxOps:
         grid = self._checkpoint.cache_grid
         if grid is None:
             return ()
-        keys = self._graph.constant(f"{name}.key_scales", grid.keys[block].numpy())
-        values = self._graph.constant(f"{name}.value_scales", grid.values[block].numpy())
+        layer = self._spec.decoder.attention_blocks.index(block)
+        keys = self._graph.constant(f"{name}.key_scales", grid.keys[layer].numpy())
+        values = self._graph.constant(f"{name}.value_scales", grid.values[layer].numpy())
         return ("", "", "", keys, values)
 
     def _cache_attributes(self) -> dict[str, Any]:

@@ -31,11 +31,16 @@ def read_clip(vision: Mapping[str, Any], prefix: str, *, feature_block: int) -> 
         has_post_norm=False,
         activation="quick_gelu",
         norm_eps=1e-5,
+        image_size=vision["image_size"],
     )
 
 
 def read_siglip(
-    vision: Mapping[str, Any], prefix: str, *, feature_block: int | None = None
+    vision: Mapping[str, Any],
+    prefix: str,
+    *,
+    feature_block: int | None = None,
+    image_size: int | None = None,
 ) -> TowerSpec:
     """SigLIP: patches alone, with a bias.
 
@@ -44,6 +49,7 @@ def read_siglip(
         prefix: Module name of the tower.
         feature_block: Index of the last block that is run, whose output is taken as it is; `None`
             for all blocks and the norm after them.
+        image_size: Side of a picture, where the tower takes pictures of any size.
 
     Raises:
         KeyError: A field is missing.
@@ -59,11 +65,18 @@ def read_siglip(
         has_post_norm=feature_block is None,
         activation="gelu_pytorch_tanh",
         norm_eps=1e-6,
+        image_size=vision["image_size"] if image_size is None else image_size,
     )
 
 
 def _read(
-    vision: Mapping[str, Any], prefix: str, *, activation: str, norm_eps: float, **own: Any
+    vision: Mapping[str, Any],
+    prefix: str,
+    *,
+    image_size: int,
+    activation: str,
+    norm_eps: float,
+    **own: Any,
 ) -> TowerSpec:
     embeddings, stack = f"{prefix}.embeddings", f"{prefix}.encoder.layers"
     return TowerSpec(
@@ -77,8 +90,8 @@ def _read(
         hidden_size=vision["hidden_size"],
         ffn_size=vision["intermediate_size"],
         heads=vision["num_attention_heads"],
-        height=vision["image_size"],
-        width=vision["image_size"],
+        height=image_size,
+        width=image_size,
         patch_size=vision["patch_size"],
         channels=vision.get("num_channels", 3),
         activation=vision.get("hidden_act", activation),

@@ -11,6 +11,7 @@ from pocketvlm.json_io import decode
 from pocketvlm.models.config_keys import ReadConfig
 from pocketvlm.models.families.idefics3 import read_idefics3
 from pocketvlm.models.families.internvl import read_internvl
+from pocketvlm.models.families.lfm2_vl import read_lfm2_vl
 from pocketvlm.models.families.llava import read_llava
 from pocketvlm.models.families.qwen_vl import read_qwen_vl
 from pocketvlm.models.families.unsupported import advise, classes
@@ -25,6 +26,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "internvl": read_internvl,
     "qwen2_vl": read_qwen_vl,
     "qwen2_5_vl": read_qwen_vl,
+    "lfm2_vl": read_lfm2_vl,
 }
 """Readers by `model_type` of config.json."""
 

@@ -17,12 +17,13 @@ from pocketvlm.emulation.mil.package import Function
 from pocketvlm.emulation.mil.types import Array
 from pocketvlm.errors import BundleError
 from pocketvlm.runtime.coreml.package import ComputedPackage, OpenPackage, ReferencePackage
-from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.runner import Runner, States
 
 __all__ = ["CoremlRunner"]
 
 _TARGET = "coreml"
 _CACHES = ("key_cache", "value_cache")
+_CONV = "conv_state"
 _ROWS = {"embeds", "position_ids", "past_length"}
 _COUNT = "length"
 
@@ -64,7 +65,7 @@ class CoremlRunner(Runner):
         self._step, self._prefill = by_length[0], by_length[-1]
         for entry in by_length:
             names = {parameter.name for parameter in entry.function.inputs}
-            if names - {_COUNT} != _ROWS | set(_CACHES):
+            if names - {_COUNT, _CONV} != _ROWS | set(_CACHES):
                 raise BundleError(f"{entry.where} takes {', '.join(sorted(names))}: no decoder")
         self.engine = self._step.package.engine
         super().__init__(capacity=self._step.size(_CACHES[0], -2))
@@ -72,7 +73,7 @@ class CoremlRunner(Runner):
         self._carried: dict[str, Array] = {
             parameter.name: np.zeros(parameter.type.sizes, np.float32)
             for parameter in self._step.function.inputs
-            if parameter.name in _CACHES and not parameter.is_state
+            if parameter.name in (*_CACHES, _CONV) and not parameter.is_state
         }
 
     def encode_image(
@@ -110,13 +111,16 @@ class CoremlRunner(Runner):
         logits = np.zeros(0, np.float32)
         done = 0
         while done < rows:
-            fits = bool(self._carried) or self._length + self.chunk <= self.capacity
+            fits = _CACHES[0] in self._carried or self._length + self.chunk <= self.capacity
             count = min(self.chunk, rows - done) if fits else 1
             part = slice(done, done + count)
             logits = self._run(embeds[:, part], position_ids[:, part])
             self._advance(count)
             done += count
         return logits
+
+    def _states(self) -> States:
+        return {name: state for name, state in self._carried.items() if name == _CONV}
 
     def _run(
         self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
@@ -134,7 +138,8 @@ class CoremlRunner(Runner):
             inputs[_COUNT] = np.array([rows], np.int32)
         outputs = entry.predict(inputs)
         for name in self._carried:
-            self._carried[name] = outputs[f"{name}_out"]
+            found = outputs[f"{name}_out"]
+            self._carried[name] = found if name in _CACHES else found.copy()
         logits: npt.NDArray[np.float32] = outputs["logits"][0, -1]
         return logits
 

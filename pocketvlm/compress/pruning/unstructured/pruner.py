@@ -138,9 +138,7 @@ class Prune(Stage, WalkOptions, SparsityOptions):
 def _sublayer_outputs(spec: ModelSpec) -> frozenset[str]:
     """The last linear of every sublayer."""
     blocks = (*spec.tower.blocks, *spec.decoder.blocks)
-    return frozenset(
-        name for block in blocks for name in (block.attention.output, block.ffn.output)
-    )
+    return frozenset(name for block in blocks for name in (block.mixer.output, block.ffn.output))
 
 
 def _kept_row(decision: PruningDecision, checkpoint: Checkpoint) -> dict[str, Any]:

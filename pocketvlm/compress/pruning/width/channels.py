@@ -239,7 +239,7 @@ def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Ch
 
 def _kv_groups(spec: ModelSpec, block: int) -> UnitGroup:
     decoder = spec.decoder
-    attention = decoder.blocks[block].attention
+    attention = decoder.attention(block)
     # repeat_kv lets consecutive query heads read one key-value head.
     queries = decoder.heads // decoder.kv_heads * decoder.head_dim
     return UnitGroup(

@@ -19,6 +19,7 @@ from pocketvlm.calibration.walk.steps import InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.driver import visit_groups
 from pocketvlm.compress.layerwise.hessian import diagonal_block_width
+from pocketvlm.compress.pruning.uniform import require_uniform_decoder
 from pocketvlm.compress.pruning.width.channels import (
     DecoderBiases,
     UnitGroup,
@@ -123,8 +124,9 @@ class PruneWidth(Stage, WalkOptions):
         """What every block keeps.
 
         Raises:
-            RecipeError: A width is not possible in this model.
+            RecipeError: A width is not possible in this model, or its layers are of several kinds.
         """
+        require_uniform_decoder(spec, self.method)
         return choose_widths(
             spec,
             decoder_parameters=self.decoder_parameters,

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.projector import ActivationStep, LinearStep, NormStep
-from pocketvlm.models.spec import BlockSpec, DecoderSpec, LinearSpec, TowerSpec
+from pocketvlm.models.spec import (
+    BlockSpec,
+    ConvBlockSpec,
+    DecoderBlock,
+    DecoderSpec,
+    LinearSpec,
+    TowerSpec,
+)
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import is_float, with_values
 from pocketvlm.weights.modules import FormLinear
@@ -166,8 +173,11 @@ def find_fold(checkpoint: Checkpoint, linear: LinearSpec) -> Fold | str:
     return "a lookup has no inputs to scale"
 
 
-def _find_in_decoder(decoder: DecoderSpec, block: BlockSpec, name: str, columns: Tensor) -> Fold:
-    if name == block.attention.o:
+def _find_in_decoder(decoder: DecoderSpec, block: DecoderBlock, name: str, columns: Tensor) -> Fold:
+    if isinstance(block, ConvBlockSpec):
+        if name == block.conv.o:
+            return Fold(producer=block.conv.c, channels=columns)
+    elif name == block.attention.o:
         # The query heads of a group read the same channels of one head of v.
         width, repeats = decoder.head_dim, decoder.heads // decoder.kv_heads
         shared = columns // (width * repeats) * width + columns % width
@@ -185,8 +195,8 @@ def _find_in_tower(tower: TowerSpec, block: BlockSpec, name: str, columns: Tenso
     return Fold(producer=_norm_before(block, name), channels=columns)
 
 
-def _norm_before(block: BlockSpec, name: str) -> str:
-    return block.ffn.norm if name in block.ffn.inputs else block.attention.norm
+def _norm_before(block: DecoderBlock, name: str) -> str:
+    return block.ffn.norm if name in block.ffn.inputs else block.mixer.norm
 
 
 def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tensor) -> Fold | str:

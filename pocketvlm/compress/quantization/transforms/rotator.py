@@ -31,7 +31,7 @@ from pocketvlm.compress.quantization.transforms.folding import (
 from pocketvlm.compress.quantization.transforms.orthogonal import fix_ones, random_rotation
 from pocketvlm.context import derive_seed
 from pocketvlm.models.projector import LinearStep
-from pocketvlm.models.spec import BlockSpec
+from pocketvlm.models.spec import BlockSpec, DecoderBlock
 
 __all__ = ["Rotator"]
 
@@ -72,6 +72,8 @@ class Rotator:
         decoder, tower = self._checkpoint.spec.decoder, self._checkpoint.spec.tower
         repeats = decoder.heads // decoder.kv_heads
         for block in decoder.blocks:
+            if not isinstance(block, BlockSpec):
+                continue  # a convolution works on channels as they are
             attention = block.attention
             turns = self._head_rotations(attention.module, decoder.kv_heads, decoder.head_dim)
             self._outputs(attention.v, turns, "heads")
@@ -123,9 +125,9 @@ class Rotator:
             for linear, form in self._checkpoint.forms().items()
         )
 
-    def _rotate_block(self, block: BlockSpec, rotation: Tensor, stream: str) -> None:
+    def _rotate_block(self, block: DecoderBlock, rotation: Tensor, stream: str) -> None:
         """What reads a residual stream is turned back, what writes to it is turned."""
-        for sublayer in (block.attention, block.ffn):
+        for sublayer in (block.mixer, block.ffn):
             self._read_stream(sublayer.norm, sublayer.inputs, rotation, stream)
             self._outputs(sublayer.output, rotation, stream)
 
