@@ -88,10 +88,10 @@ class AffineGrid:
         if rows is not None:
             scales, zeros = scales[rows], zeros[rows]
         # In place: for a large table every temporary is as large as the float32 result.
-        dense = codes.view(*scales.shape, -1).to(torch.float32)
+        dense = codes.view(*scales.shape, self.group_size).to(torch.float32)
         dense -= zeros.to(torch.float32)[..., None]
         dense *= scales.to(torch.float32)[..., None]
-        return dense.view(scales.shape[0], -1)
+        return dense.view(codes.shape)
 
     def grid_tensors(self) -> dict[str, Tensor]:
         """Scales, and zero points where they are stored."""

@@ -94,6 +94,7 @@ def test_every_element_is_what_the_definition_says(
 
     chosen = torch.tensor([[3, 0], [15, 3]])
     assert torch.equal(form.take_rows(chosen), dense[chosen])
+    assert form.take_rows(chosen[:, :0]).shape == (2, 0, dense.shape[1])
 
     again = CodebookWeight.from_tensors(form.to_tensors(), form.to_metadata())
     assert torch.equal(again.dequantize(), dense)

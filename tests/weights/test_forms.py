@@ -70,6 +70,8 @@ def test_taking_rows_equals_indexing_the_dense_matrix():
     form, *_ = random_affine(7, 40, 4, 16, symmetric=False)
     rows = torch.tensor([[0, 6], [3, 3]])
     assert torch.equal(form.take_rows(rows), form.dequantize()[rows])
+    none = rows[:, :0]  # as between two tiles that follow each other
+    assert torch.equal(form.take_rows(none), form.dequantize()[none])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -99,6 +99,7 @@ def test_kept_elements_are_the_forms_own_and_bytes_are_as_planned(
 
     chosen = torch.randint(0, rows, (2, 3), generator=generator)
     assert torch.equal(sparse.take_rows(chosen), dense[chosen])
+    assert sparse.take_rows(chosen[:, :0]).shape == (2, 0, columns)
     again = SparseWeight.from_tensors(sparse.to_tensors(), sparse.to_metadata())
     assert torch.equal(again.dequantize(), dense)
     assert again.to_metadata() == sparse.to_metadata()
