@@ -84,6 +84,14 @@ class ImageProcessor:
         stock = type(self.stock).from_dict({**self.stock.to_dict(), **tiling.settings})
         return replace(self, stock=stock, settings=self.settings.with_tiling(tiling))
 
+    def with_picture_size(self, height: int, width: int) -> ImageProcessor:
+        """The same for pictures that are fitted to another size, where the model takes any."""
+        return replace(
+            self,
+            settings=self.settings.with_picture_size(height, width),
+            spec=self.spec.with_picture_size(height, width),
+        )
+
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture."""
         if self.settings.takes_any_size:

@@ -166,6 +166,18 @@ class Processor:
         files = {**self.files, name: (json.dumps(document, indent=2) + "\n").encode()}
         return replace(self, image_processor=images, files=files)
 
+    def with_picture_size(self, height: int, width: int) -> Processor:
+        """The same with another size that pictures are fitted to, where the model takes any."""
+        name = self.image_processor.settings.where.name
+        document = json.loads(self.files[name])
+        own = document["image_processor"] if name == "processor_config.json" else document
+        own["fitted_size"] = {"height": height, "width": width}
+        files = {**self.files, name: (json.dumps(document, indent=2) + "\n").encode()}
+        images = self.image_processor.with_picture_size(height, width)
+        return replace(
+            self, image_processor=images, text=self.text.with_spec(images.spec), files=files
+        )
+
     def tiles(self, images: Sequence[Image]) -> list[int]:
         """How many rows of `pixels` are each picture's."""
         return [grid.tiles for grid in self.grids(images)]

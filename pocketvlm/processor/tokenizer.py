@@ -51,6 +51,11 @@ class StockTokenizer:
     spec: ModelSpec
     notes: tuple[str, ...]
 
+    def with_spec(self, spec: ModelSpec) -> StockTokenizer:
+        """The same for pictures of another number of visual tokens."""
+        picture = replace(self.codec.picture, count=spec.visual_tokens)
+        return replace(self, codec=replace(self.codec, picture=picture), spec=spec)
+
     def runtime_files(self) -> dict[str, bytes]:
         """The text files of a bundle, by name; a stock fast tokenizer loads from them as well."""
         config: dict[str, Any] = {

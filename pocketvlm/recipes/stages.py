@@ -24,6 +24,7 @@ from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
+from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
@@ -38,6 +39,7 @@ STAGES: tuple[type[Stage], ...] = (
     PruneDepth,
     PruneWidth,
     Prune,
+    SetResolution,
     LimitTiles,
     ReduceTokens,
     SkipVisual,

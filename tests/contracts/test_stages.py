@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prune_depth": {"decoder_blocks": 1},
     "prune_width": {"ffn_ratio": 0.5},
     "prune": {"score": {"kind": "wanda"}},
+    "set_resolution": {"height": 64, "width": 64},
     "limit_tiles": {"max_tiles": 1},
     "reduce_tokens": {"keep": 0.5},
     "skip_visual": {"first_layers": 1},

@@ -107,6 +107,11 @@ class ReduceTokens(Stage):
             RecipeError: `keep` does not suit the model.
             UnsupportedError: The reducer does not suit its tower.
         """
+        if self.positions == "consecutive" and spec.position_grid is not None:
+            raise RecipeError(
+                "reduce_tokens: positions are rows and columns of a picture in this model, which "
+                "cannot be recounted; allowed is original"
+            )
         reducer, keep = self.reducer.choose(spec), self.resolved_keep(spec)
         return reducer.build(spec, keep=keep, positions=self.positions).eval()
 
