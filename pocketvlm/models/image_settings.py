@@ -230,8 +230,8 @@ class ImageSettings:
         if self.takes_any_size:
             height, width = self.picture_size
             notes.append(
-                f"pictures are fitted to {width} x {height} pixels, where the model's own "
-                "processor keeps about their size and ratio; set_resolution chooses another size"
+                f"pictures are fitted to one size, {width} x {height} pixels unless set_resolution "
+                "chooses another; the model's own processor keeps about their size and ratio"
             )
         if not self.do_convert_rgb:
             notes.append(

@@ -114,7 +114,7 @@ def test_without_a_size_of_its_own_a_picture_is_what_stock_makes_of_a_square_of_
     nested = settings_of(size={"shortest_edge": 3136, "longest_edge": 40000}, max_pixels=None)
     assert nested.picture_size == (196, 196)
     (note,) = settings_of().notes()
-    assert note.startswith("pictures are fitted to 448 x 448 pixels")
+    assert note.startswith("pictures are fitted to one size, 448 x 448 pixels unless")
 
 
 @pytest.mark.parametrize(
