@@ -18,12 +18,15 @@ __all__ = [
     "Component",
     "Generation",
     "Manifest",
+    "MutualRows",
     "PromptLayout",
     "RuntimeNeeds",
     "TensorSignature",
 ]
 
 BUNDLE_SCHEMA = 1
+MutualRows = Literal["tile", "prompt"]
+"""Rows of a prompt that see each other, the later ones too: a tile's, or all of them."""
 _MAX_CACHE_ROW = 2**24
 _MAX_POSITIONS = 2**24
 
@@ -127,6 +130,8 @@ class CacheLayout:
         head_dim: Width of a head.
         dtype: Type of its elements.
         visual_layers: First layers that hold visual rows; `None` for all.
+        mutual_rows: Rows that see each other and so enter in one call; `None` where every row sees
+            the past alone.
     """
 
     layers: int
@@ -134,6 +139,7 @@ class CacheLayout:
     head_dim: int
     dtype: Literal["float32", "float16", "int8"]
     visual_layers: int | None = None
+    mutual_rows: MutualRows | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.kv_heads, self.head_dim)
@@ -228,8 +234,9 @@ class Manifest:
                 del document["prompt"][name]
         if document["position_grid"] is None:
             del document["position_grid"]
-        if document["kv_cache"]["visual_layers"] is None:
-            del document["kv_cache"]["visual_layers"]
+        for name in ("visual_layers", "mutual_rows"):
+            if document["kv_cache"][name] is None:
+                del document["kv_cache"][name]
         if not document["runtimes"]:
             del document["runtimes"]
         return document

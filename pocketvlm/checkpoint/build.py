@@ -13,7 +13,6 @@ from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
 from pocketvlm.graph.rms_norm import RMSNorm
 from pocketvlm.models.spec import ModelSpec, NormSpec
-from pocketvlm.processor.foreign_code import ATTENTION
 
 __all__ = ["build_model", "build_skeleton"]
 
@@ -97,7 +96,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(
-                parsed, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
+                parsed, dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:  # modules assert, divide by and look up values of the config
         words = " ".join(f"{type(error).__name__}: {error}".split())

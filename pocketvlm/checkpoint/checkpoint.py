@@ -205,11 +205,12 @@ class Checkpoint:
                 form = forms[decoder.embedding if is_tied else name]
                 check_shape(name, form.shape, (module.out_features, module.in_features))
                 bias = vectors[name + ".bias"] if module.bias is not None else None
-                model.set_submodule(name, FormLinear(form, bias))
+                softcap = decoder.logit_softcap if name == decoder.head else None
+                model.set_submodule(name, FormLinear(form, bias, softcap=softcap))
             elif name == decoder.embedding:
                 form = forms[name]
                 check_shape(name, form.shape, (decoder.vocab_size, decoder.hidden_size))
-                model.set_submodule(name, FormEmbedding(form))
+                model.set_submodule(name, FormEmbedding(form, scale=decoder.embed_scale))
         for name, parameter in list(model.named_parameters()):
             check_shape(name, tuple(vectors[name].shape), tuple(parameter.shape))
             owner = model.get_submodule(name.rpartition(".")[0])

@@ -115,12 +115,13 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
             form = shared[spec.decoder.embedding] if is_tied else take_form(name, shape)
             check_shape(name, form.shape, shape)
             bias = take_vector(name + ".bias", module.bias) if module.bias is not None else None
-            model.set_submodule(name, FormLinear(form, bias))
+            softcap = spec.decoder.logit_softcap if name == spec.decoder.head else None
+            model.set_submodule(name, FormLinear(form, bias, softcap=softcap))
         elif name == spec.decoder.embedding:
             shape = (spec.decoder.vocab_size, spec.decoder.hidden_size)
             form = shared[name] = take_form(name, shape)
             check_shape(name, form.shape, shape)
-            model.set_submodule(name, FormEmbedding(form))
+            model.set_submodule(name, FormEmbedding(form, scale=spec.decoder.embed_scale))
     for name, parameter in list(model.named_parameters()):
         layer, _, last = name.rpartition(".")
         if last == "bias" and isinstance(model.get_submodule(layer), FormLinear):

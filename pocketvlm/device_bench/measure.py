@@ -137,7 +137,7 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
         grid=manifest.position_grid,
     )
     clock.lap("tokenize")
-    rows = prompt_rows(layout, pictures, runner)
+    rows = prompt_rows(layout, pictures, runner, mutual_rows=manifest.kv_cache.mutual_rows)
     clock.lap("embed")
     stop = StopRules(
         max_new_tokens=loaded.workload.new_tokens,

@@ -55,7 +55,8 @@ def decoder_signatures(
     `capacity` is chosen by the caller, who binds past and present to the same buffers, save for
     states of short convolutions, which have one size, [1, taps - 1, width]. Where visual rows end
     early, `text_rows` numbers the rows of text among those of the call, and the cache of later
-    layers has its own length and capacity.
+    layers has its own length and capacity. Where rows see each other, `mutual` has a number for
+    each row, -1 for those that see the past alone.
     """
     decoder = spec.decoder
 
@@ -80,6 +81,7 @@ def decoder_signatures(
             _int("position_ids", decoder.rope.axes, "length"),
             _int("past_length", 1),
             *late,
+            *(() if decoder.mutual_rows is None else (_int("mutual", 1, "length"),)),
             *cache("past"),
         ),
         (_float("logits", 1, 1, decoder.vocab_size), *cache("present")),

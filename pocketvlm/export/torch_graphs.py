@@ -39,16 +39,18 @@ class DecoderCache:
         self, spec: ModelSpec, positions: Tensor, past_length: Tensor, tensors: tuple[Tensor, ...]
     ) -> None:
         self.tensors = dict(zip(cache_names(spec, "past"), tensors, strict=True))
-        self._cosine, self._sine = rotary_angles(spec.decoder.rope, positions[:, None])
+        self._decoder = spec.decoder
+        self._positions = positions[:, None]
         self._slots = past_length + torch.arange(positions.shape[1])
         key = self.tensors[f"past.{spec.decoder.attention_blocks[0]}.key"]
         capacity = torch.arange(key.shape[2])
         # What a token may see is told by slots, not by positions, which may have gaps.
         self.visible = capacity[None] <= self._slots[:, None]
 
-    def rotate(self, heads: Tensor) -> Tensor:
+    def rotate(self, block: int, heads: Tensor) -> Tensor:
         """Rotary embedding of [1, heads, length, head_dim]."""
-        return rotate_by_position(heads, self._cosine, self._sine)
+        angles = rotary_angles(self._decoder.rope_of(block), self._positions)
+        return rotate_by_position(heads, *angles)
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Writes new keys and values into the slots after the past; attends to all slots."""

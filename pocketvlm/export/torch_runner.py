@@ -55,6 +55,7 @@ class TorchRunner(Runner):
         embeds: npt.NDArray[np.float32],
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
+        mutual: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows after those in the cache and returns the last one's logits."""
         rows = embeds.shape[1]
@@ -74,6 +75,7 @@ class TorchRunner(Runner):
             positions=positions,
             is_visual=torch.from_numpy(flags)[None],
             next_position=positions[0, :, -1] + 1,
+            mutual=None if mutual is None else torch.from_numpy(mutual)[None],
         )
         with torch.inference_mode():
             logits = decode_logits(self.checkpoint, inputs, self._cache, last_only=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pocketvlm.graph.operators import GraphOps
-from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, tower_attention
-from pocketvlm.models.projector import run_steps
+from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
+from pocketvlm.models.projector import ProjectorSpec, run_steps
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["TextRows", "build_decoder", "build_embedding", "build_vision"]
+__all__ = ["TextRows", "build_decoder", "build_embedding", "build_vision", "merged_features"]
 
 ValueT = TypeVar("ValueT")
 
@@ -55,9 +55,15 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         features = ops.add(inner, hidden)
     if tower.has_cls:
         features = ops.drop_first(features)
-    features = ops.merge_patches(features, spec.projector.merge_factor)
+    features = merged_features(ops, spec.projector, features)
     features, indices = ops.reduce(features, queries, keys)
     return run_steps(ops, spec.projector.steps, features), indices
+
+
+def merged_features(ops: GraphOps[ValueT], projector: ProjectorSpec, features: ValueT) -> ValueT:
+    """Visual tokens before the projector's steps, from a picture's patches."""
+    merge = ops.average_patches if projector.merge == "average" else ops.merge_patches
+    return merge(features, projector.merge_factor)
 
 
 def build_embedding(ops: GraphOps[ValueT], token_ids: ValueT) -> ValueT:
@@ -87,8 +93,8 @@ def build_decoder(
             mixed, hidden = ops.last(mixed), ops.last(hidden)
         elif text_rows is not None and index == text_rows.layers - 1:
             mixed, hidden = text_rows.select(mixed), text_rows.select(hidden)
-        mixed = ops.linear(mixed, block.mixer.output)
+        mixed = mixer_output(ops, block.mixer, mixed)
         normed, hidden = ops.add_norm(mixed, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, decoder.activation)
         normed, hidden = ops.add_norm(inner, hidden, following[index])
-    return ops.linear(normed, decoder.head)
+    return ops.head(normed)

@@ -20,7 +20,7 @@ class GraphOps(Protocol[ValueT]):
         ...
 
     def embed_tokens(self, token_ids: ValueT) -> ValueT:
-        """Rows of the token embedding, [1, length, width]."""
+        """Rows of the token embedding times `DecoderSpec.embed_scale`, [1, length, width]."""
         ...
 
     def linear(self, inputs: ValueT, *names: str) -> ValueT:
@@ -61,7 +61,7 @@ class GraphOps(Protocol[ValueT]):
         ...
 
     def cached_attention(self, joined: ValueT, block: int, *names: str) -> ValueT:
-        """The decoder's causal attention with rotary positions, extending the cache of a block.
+        """The decoder's attention with rotary positions, extending the cache of a block.
 
         Heads of queries and keys pass the norms of the block's attention first, where it has any.
         """
@@ -69,6 +69,10 @@ class GraphOps(Protocol[ValueT]):
 
     def short_conv(self, joined: ValueT, block: int, *names: str) -> ValueT:
         """C * conv(B * x) of joined B, C and x, extending the state of a decoder block."""
+        ...
+
+    def head(self, normed: ValueT) -> ValueT:
+        """Logits, bounded by `DecoderSpec.logit_softcap`."""
         ...
 
     def drop_first(self, inputs: ValueT) -> ValueT:
@@ -81,6 +85,10 @@ class GraphOps(Protocol[ValueT]):
 
     def merge_patches(self, features: ValueT, factor: int) -> ValueT:
         """Pixel shuffle, as `forward.merge_patches`."""
+        ...
+
+    def average_patches(self, features: ValueT, factor: int) -> ValueT:
+        """The mean of each square of patches, tokens in raster order."""
         ...
 
     def reduce(self, features: ValueT, queries: ValueT, keys: ValueT) -> tuple[ValueT, ValueT]:

@@ -19,7 +19,8 @@ __all__ = [
 def inverse_frequencies(rope: RopeSpec) -> Tensor:
     """Angle per position of each pair of channels, float32 [width / 2] (eq. 15)."""
     exponents = torch.arange(0, rope.width, 2).to(torch.float32) / rope.width
-    return 1.0 / rope.theta**exponents
+    frequencies = 1.0 / rope.theta**exponents
+    return frequencies if rope.factor == 1.0 else frequencies / rope.factor
 
 
 def rotary_angles(rope: RopeSpec, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pocketvlm.graph.operators import GraphOps
 from pocketvlm.models.spec import AttentionSpec, FfnSpec, ShortConvSpec
 
-__all__ = ["decoder_mixer", "feed_forward", "tower_attention"]
+__all__ = ["decoder_mixer", "feed_forward", "mixer_output", "tower_attention"]
 
 ValueT = TypeVar("ValueT")
 
@@ -49,6 +49,16 @@ def decoder_mixer(
     return ops.cached_attention(joined, block, *mixer.inputs)
 
 
+def mixer_output(
+    ops: GraphOps[ValueT], mixer: AttentionSpec | ShortConvSpec, mixed: ValueT
+) -> ValueT:
+    """What the sublayer adds to the hidden state, from what `decoder_mixer` gave."""
+    output = ops.linear(mixed, mixer.output)
+    if isinstance(mixer, ShortConvSpec) or mixer.post_norm is None:
+        return output
+    return ops.norm(output, mixer.post_norm)
+
+
 def feed_forward(ops: GraphOps[ValueT], ffn: FfnSpec, normed: ValueT, activation: str) -> ValueT:
     """A feed-forward network, gated or not."""
     joined = ops.linear(normed, *ffn.inputs)
@@ -56,4 +66,5 @@ def feed_forward(ops: GraphOps[ValueT], ffn: FfnSpec, normed: ValueT, activation
         inner = ops.activation(joined, activation)
     else:
         inner = ops.gated(joined, ffn.gate, ffn.up, activation)
-    return ops.linear(inner, ffn.down)
+    inner = ops.linear(inner, ffn.down)
+    return inner if ffn.post_norm is None else ops.norm(inner, ffn.post_norm)

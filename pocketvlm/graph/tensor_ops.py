@@ -95,6 +95,10 @@ class TensorOps(ABC):
     def merge_patches(self, features: Tensor, factor: int) -> Tensor:
         return merge_patches(features, factor, self._spec.tower.rows)
 
+    def average_patches(self, features: Tensor, factor: int) -> Tensor:
+        cells = merge_patches(features, factor, self._spec.tower.rows)
+        return cells.unflatten(-1, (factor**2, features.shape[-1])).mean(dim=-2)
+
     def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         if self._reducer is None:
             return features, torch.arange(features.shape[1]).expand(features.shape[0], -1)

@@ -30,7 +30,15 @@ from pocketvlm.models.tiling import (
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 
 ImageKind = Literal[
-    "clip", "llava", "siglip", "idefics3", "got_ocr2", "llava_next", "qwen2_vl", "lfm2_vl"
+    "clip",
+    "llava",
+    "siglip",
+    "idefics3",
+    "got_ocr2",
+    "llava_next",
+    "qwen2_vl",
+    "lfm2_vl",
+    "gemma3",
 ]
 
 _KINDS: dict[str, ImageKind] = {
@@ -43,6 +51,7 @@ _KINDS: dict[str, ImageKind] = {
     "Lfm2VlImageProcessor": "lfm2_vl",
     "LlavaNextImageProcessor": "llava_next",
     "Qwen2VLImageProcessor": "qwen2_vl",
+    "Gemma3ImageProcessor": "gemma3",
 }
 _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "llava": ("llava", "clip", "siglip"),
@@ -51,6 +60,8 @@ _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "lfm2_vl": ("lfm2_vl",),
     "llava_next": ("llava_next",),
     "qwen_vl": ("qwen2_vl",),
+    "paligemma": ("siglip",),
+    "gemma3": ("gemma3",),
 }
 """Kinds that a family's processor works with; the first is the one without any type."""
 
@@ -278,6 +289,7 @@ class _Settings:
     min_image_tokens: int | None = None
     max_image_tokens: int | None = None
     max_pixels_tolerance: float | None = None
+    do_pan_and_scan: bool | None = None
     data_format: str | None = None
     input_data_format: str | None = None
 
@@ -306,6 +318,7 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
     "clip": _CLIP,
     "llava": _CLIP,
     "siglip": _Defaults(size=_SQUARE),
+    "gemma3": _Defaults(size=_SQUARE, resample=2),
     "idefics3": _Defaults(
         size={"longest_edge": 4 * 364}, resample=1, do_image_splitting=True, default_to_square=True
     ),
@@ -410,6 +423,8 @@ def _resolve(kind: ImageKind, where: Path, stated: _Settings) -> ImageSettings:
         raise DecodeError("image_mean must be a list where do_pad is true: it colours the border")
     if stated.pad_size is not None:
         raise DecodeError("pad_size is not supported; leave it out")
+    if kind == "gemma3" and stated.do_pan_and_scan:
+        raise DecodeError("do_pan_and_scan must be false: pictures are shown once, as a whole")
     for name in ("data_format", "input_data_format"):
         if getattr(stated, name) not in (None, "channels_first"):
             raise DecodeError(f"{name} must be channels_first or left out")

@@ -40,16 +40,18 @@ class LinearStep:
 
 @dataclass(frozen=True, kw_only=True)
 class NormStep:
-    """A LayerNorm over the channels.
+    """A norm over the channels.
 
     Attributes:
         name: Its module.
         eps: What is added to the variance.
+        has_bias: Whether it is a LayerNorm, with a bias, or an RMSNorm, without one.
     """
 
     kind: Literal["norm"] = "norm"
     name: str
     eps: float
+    has_bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +74,18 @@ class ProjectorSpec:
     """From the tower's features, [tokens, hidden], to rows of the decoder.
 
     Attributes:
-        merge_factor: Side of the square of patches that becomes one visual token, its channels side
-            by side in raster order; 1 for none.
+        merge_factor: Side of the square of patches that becomes one visual token; 1 for none.
         steps: What follows, token by token.
+        merge: What a token is: the patches' channels side by side in raster order, or their mean.
     """
 
     merge_factor: int
     steps: tuple[ProjectorStep, ...]
+    merge: Literal["concatenate", "average"] = "concatenate"
+
+    def merged_width(self, hidden: int) -> int:
+        """Channels of a visual token, from those of a patch."""
+        return hidden * (self.merge_factor**2 if self.merge == "concatenate" else 1)
 
     @property
     def linears(self) -> tuple[str, ...]:

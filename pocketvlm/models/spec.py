@@ -34,6 +34,7 @@ __all__ = [
     "ProcessorSpec",
     "RopeSpec",
     "ShortConvSpec",
+    "SlidingSpec",
     "TowerSpec",
 ]
 
@@ -105,6 +106,8 @@ class AttentionSpec:
         k_norm: Likewise of the keys.
         window: Side, in patches, of the squares within which a tower's tokens attend to each other;
             `None` where they attend to all.
+        post_norm: What is applied to what the sublayer returns, before the sum; `None` for nothing.
+        is_sliding: Whether a row sees no further back than `DecoderSpec.sliding` says.
     """
 
     module: str
@@ -116,6 +119,8 @@ class AttentionSpec:
     q_norm: str | None = None
     k_norm: str | None = None
     window: int | None = None
+    post_norm: str | None = None
+    is_sliding: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -138,6 +143,7 @@ class FfnSpec:
         gate: The linear whose activation multiplies `up`, or `None` where `up` itself is activated.
         up: The linear that widens.
         down: The linear that narrows again.
+        post_norm: What is applied to what the sublayer returns, before the sum; `None` for nothing.
     """
 
     module: str
@@ -145,6 +151,7 @@ class FfnSpec:
     gate: str | None
     up: str
     down: str
+    post_norm: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -348,12 +355,14 @@ class RopeSpec:
             in width (M-RoPE, arXiv 2409.12191, section 2.1); empty where positions have one axis.
         is_interleaved: Whether sections alternate pair by pair, and time takes what the other two
             leave, or lie one after another.
+        factor: What positions are divided by (2306.15595).
     """
 
     theta: float
     width: int
     sections: tuple[int, ...] = ()
     is_interleaved: bool = False
+    factor: float = 1.0
 
     @property
     def axes(self) -> int:
@@ -376,6 +385,19 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlidingSpec:
+    """Attention to the near past alone (Longformer, arXiv 2004.05150).
+
+    Attributes:
+        window: Rows that a row sees, itself included.
+        rope: Positions of the layers that have it.
+    """
+
+    window: int
+    rope: RopeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """A pre-norm decoder with rotary positions and grouped queries.
 
@@ -390,6 +412,12 @@ class DecoderSpec:
         has_qkv_bias: Whether queries, keys and values have biases.
         has_output_bias: Whether the attention's last linear has one.
         has_mlp_bias: Whether the FFN's linears have.
+        sliding: How blocks attend that do not see the whole past; `None` where all see it.
+        mutual_rows: Rows that see each other, the later ones too: those of a picture's tile, or
+            the whole prompt; `None` where every row sees the past alone.
+        embed_scale: What rows of the token embedding are multiplied by.
+        score_softcap: Bound c of attention scores s, as c tanh(s / c); `None` for none.
+        logit_softcap: Likewise of the logits.
     """
 
     prefix: str
@@ -412,6 +440,11 @@ class DecoderSpec:
     has_qkv_bias: bool
     has_output_bias: bool
     has_mlp_bias: bool
+    sliding: SlidingSpec | None = None
+    mutual_rows: Literal["tile", "prompt"] | None = None
+    embed_scale: float = 1.0
+    score_softcap: float | None = None
+    logit_softcap: float | None = None
 
     @property
     def depth(self) -> int:
@@ -448,6 +481,22 @@ class DecoderSpec:
         It is the bundle's `max_positions`, and the limit of evaluation.
         """
         return min(self.max_positions, _LONGEST_CONTEXT)
+
+    def sliding_of(self, block: int) -> SlidingSpec | None:
+        """How a block attends that does not see the whole past; `None` for one that does."""
+        found = self.blocks[block]
+        is_sliding = isinstance(found, BlockSpec) and found.attention.is_sliding
+        return self.sliding if is_sliding else None
+
+    def rope_of(self, block: int) -> RopeSpec:
+        """Rotary positions of a block."""
+        sliding = self.sliding_of(block)
+        return self.rope if sliding is None else sliding.rope
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether some row sees others than all of the past."""
+        return self.mutual_rows is not None or self.sliding is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -650,10 +699,10 @@ class ModelSpec:
         norms = [
             _norm(name, tower.hidden_size, tower.norm_eps, has_bias=has_bias) for name in names
         ]
-        width = tower.hidden_size * self.projector.merge_factor**2
+        width = self.projector.merged_width(tower.hidden_size)
         for step in self.projector.steps:
             if isinstance(step, NormStep):
-                norms.append(_norm(step.name, width, step.eps, has_bias=True))
+                norms.append(_norm(step.name, width, step.eps, has_bias=step.has_bias))
             elif isinstance(step, LinearStep):
                 width = step.out_features
         for block in decoder.blocks:
@@ -661,6 +710,7 @@ class ModelSpec:
                 (
                     (block.attention.q_norm, decoder.head_dim),
                     (block.attention.k_norm, decoder.head_dim),
+                    (block.attention.post_norm, decoder.hidden_size),
                 )
                 if isinstance(block, BlockSpec)
                 else ()
@@ -669,6 +719,7 @@ class ModelSpec:
                 (block.mixer.norm, decoder.hidden_size),
                 *per_head,
                 (block.ffn.norm, decoder.hidden_size),
+                (block.ffn.post_norm, decoder.hidden_size),
             ):
                 if name is not None:
                     norms.append(_norm(name, width, decoder.norm_eps, has_bias=False))
@@ -744,7 +795,7 @@ def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
 
 
 def _projector_linears(spec: ModelSpec) -> tuple[LinearSpec, ...]:
-    width = spec.tower.hidden_size * spec.projector.merge_factor**2
+    width = spec.projector.merged_width(spec.tower.hidden_size)
     linears = []
     for step in spec.projector.steps:
         if isinstance(step, LinearStep):

@@ -176,6 +176,7 @@ def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Mani
             layers=len(spec.decoder.attention_blocks),
             kv_heads=spec.decoder.kv_heads,
             head_dim=spec.decoder.head_dim,
+            mutual_rows=spec.decoder.mutual_rows,
             dtype="float32",
         ),
         position_grid=spec.position_grid,

@@ -8,7 +8,9 @@ backend, one tile each, as in a bundle.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
 from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.models.image_settings import ImageSettings, read_image_settings
-from pocketvlm.processor.foreign_code import ATTENTION, STOCK_ONLY, refuse_foreign_code
+from pocketvlm.processor.foreign_code import STOCK_ONLY, refuse_foreign_code
 from pocketvlm.processor.image_processor import as_tiles, load_stock_pictures
 from pocketvlm.processor.patches import fit_picture, join_patches
 from pocketvlm.processor.tokenizer import bounded_templates
@@ -107,7 +109,6 @@ class StockModel:
                     str(folder.path),
                     config=parse_config(read_config(folder.path)),
                     dtype=torch.float32,
-                    attn_implementation=ATTENTION,
                     use_safetensors=True,
                     **STOCK_ONLY,
                 ).eval()
@@ -142,7 +143,7 @@ class StockModel:
                     return_dict=True,
                     return_tensors="pt",
                 )
-                inputs.pop("token_type_ids", None)
+                inputs = {name: inputs[name] for name in self._inputs() if name in inputs}
                 logits = self.model(**inputs).logits[0]
                 out = self.model.generate(
                     **inputs,
@@ -176,6 +177,11 @@ class StockModel:
             merge=pictures.merge_size,
         )
 
+    def _inputs(self) -> list[str]:
+        """What the model takes of what the processor makes; labels are for training."""
+        taken = inspect.signature(self.model.forward).parameters
+        return [name for name in taken if name != "labels"]
+
 
 def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
     import transformers
@@ -208,6 +214,8 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
             )
         )
     processor.image_processor = pictures
+    if processor.chat_template is None:
+        processor.chat_template = folder.spec.chat_template
     return processor, tuple(notes)
 
 
@@ -251,7 +259,7 @@ def _hold_memory(folder: ModelFolder) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the library's notices and progress bars off the terminal."""
+    """Keeps the library's notices, warnings and progress bars off the terminal."""
     from transformers.utils import logging as stock_logging
 
     logger = logging.getLogger("transformers")
@@ -259,7 +267,9 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     stock_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
         if showed_bars:

@@ -107,10 +107,10 @@ class PromptCodec:
             InputError: The chat template refuses the conversation or does not write one placeholder
                 per picture, the prompt is empty, or a token has no row in the embedding table.
         """
+        marked = [_mark(message, self._control) for message in messages]
+        answer = marked.pop() if self.is_prefix and _is_answer(marked[-1]) else None
         text = self.template.render(
-            [_mark(message, self._control) for message in messages],
-            self.variables,
-            add_generation_prompt=add_generation_prompt,
+            marked, self.variables, add_generation_prompt=add_generation_prompt
         )
         pictures = sum(map(_count_pictures, messages))
         placeholders = len(self._placeholder.findall(text))
@@ -126,7 +126,7 @@ class PromptCodec:
         if len(cuts) != pictures:
             raise ValueError(f"{len(cuts)} grids of tiles are given for {pictures} pictures")
         blocks = iter([self.picture.write(grid) for grid in cuts])
-        text = self._placeholder.sub(lambda _: next(blocks), self._framed(text))
+        text = self._placeholder.sub(lambda _: next(blocks), self._framed(text, answer))
         try:
             ids = self._encode_text(text, adds_tokens=adds_tokens)
         except (InputError, KeyboardInterrupt, SystemExit):
@@ -227,12 +227,16 @@ class PromptCodec:
         """The mark of a picture that was written by the template, not by the user."""
         return re.compile(f"(?<!{_START}){re.escape(self._picture_mark)}")
 
-    def _framed(self, text: str) -> str:
-        """The rendered prompt with what a processor adds to it."""
+    def _framed(self, text: str, answer: Message | None) -> str:
+        """The rendered prompt with what a processor adds to it, and the answer behind a prefix."""
         if not self.is_prefix:
             return text
         ends = [0, *(found.end() for found in self._placeholder.finditer(text))]
-        return f"{text[: ends[-1]]}{self.variables.get('bos_token', '')}{text[ends[-1] :]}\n"
+        first = self.variables.get("bos_token", "")
+        framed = f"{text[: ends[-1]]}{first}{text[ends[-1] :]}\n"
+        if answer is None:
+            return framed
+        return framed + _text_of(answer) + self.variables.get("eos_token", "")
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -289,6 +293,17 @@ def _mark(value: Any, control: re.Pattern[str]) -> Any:
     if isinstance(value, list | tuple):
         return [_mark(item, control) for item in value]
     return value
+
+
+def _is_answer(message: Message) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return content
+    return "".join(item.get("text", "") for item in content)
 
 
 def _count_pictures(message: Message) -> int:

@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.files.publish import replace_directory
-from pocketvlm.models.families.table import read_model_spec
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.processor.foreign_code import ATTENTION
 from pocketvlm.reference.shapes import Shape
 
 __all__ = [
@@ -54,6 +53,9 @@ TINY_MODELS = (
     "qwen2.5-vl",
     "lfm2-vl",
     "lfm2-vl-tiles",
+    "paligemma",
+    "paligemma2",
+    "gemma3",
 )
 """Names of tiny configurations: one for every way of building that a reader knows."""
 
@@ -184,6 +186,52 @@ def tiny_config(name: str) -> dict[str, Any]:
                 "vision_use_head": False,
             },
         }
+    siglip = {**vision, "model_type": "siglip_vision_model"}
+    if name == "paligemma":
+        return {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "model_type": "paligemma",
+            "image_token_index": 259,
+            "projection_dim": 64,
+            "text_config": {**text, "model_type": "gemma", "num_key_value_heads": 1},
+            "vision_config": siglip,
+        }
+    if name == "paligemma2":
+        gemma2 = {"query_pre_attn_scalar": 16, "sliding_window": 8} | {
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 1.0,
+        }
+        return {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "model_type": "paligemma",
+            "image_token_index": 259,
+            "projection_dim": 64,
+            "text_config": {**text, "model_type": "gemma2", **gemma2},
+            "vision_config": siglip,
+        }
+    if name == "gemma3":
+        local, whole = "sliding_attention", "full_attention"
+        ropes = {
+            local: {"rope_type": "default", "rope_theta": 10000.0},
+            whole: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        }
+        gemma3 = {"query_pre_attn_scalar": 16, "sliding_window": 6, "rope_parameters": ropes}
+        return {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "image_token_index": 259,
+            "eoi_token_index": 260,
+            "boi_token_index": 261,
+            "mm_tokens_per_image": 4,
+            "text_config": {
+                **text,
+                **gemma3,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 3,
+                "layer_types": [local, whole, local],
+            },
+            "vision_config": siglip,
+        }
     raise ValueError(f"{name!r} is not a tiny model; there are {', '.join(TINY_MODELS)}")
 
 
@@ -276,7 +324,7 @@ def write_random_model(
         seed: Seed of the weights.
         tiles_per_edge: Tiles along a picture's longest edge, where its processor splits pictures.
     """
-    spec = read_model_spec(config)
+    spec = read_spec(config)
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
@@ -290,8 +338,9 @@ def write_random_model(
     mark = spec.image_mark or spec.image_token
     if spec.tower.takes_any_size:  # stock tells pictures apart by what stands between them
         mark = mark.join(_FRAME)
-    template = _CHAT_TEMPLATE.replace("<image>", mark)
-    (path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if spec.chat_template is None:
+        template = _CHAT_TEMPLATE.replace("<image>", mark)
+        (path / "chat_template.jinja").write_text(template, encoding="utf-8")
     (path / "generation_config.json").write_text('{"eos_token_id": 2}\n', encoding="utf-8")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -301,7 +350,7 @@ def _tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(**config), attn_implementation=ATTENTION, trust_remote_code=False
+            AutoConfig.for_model(**config), trust_remote_code=False
         )
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
@@ -390,8 +439,20 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
         return
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
     centred = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    if spec.family == "llava" and not spec.tower.has_cls:
+    square = {"size": {"height": size, "width": size}, "do_resize": True}
+    if spec.family in ("paligemma", "gemma3"):
         own: dict[str, Any] = {
+            "image_processor_type": "SiglipImageProcessor",
+            "image_seq_length": spec.visual_tokens,
+            **square,
+            "resample": 3,
+            **centred,
+        }
+        if spec.family == "gemma3":
+            own |= {"image_processor_type": "Gemma3ImageProcessor", "resample": 2}
+            own["do_pan_and_scan"] = None
+    elif spec.family == "llava" and not spec.tower.has_cls:
+        own = {
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": size, "width": size},
             "do_resize": True,
@@ -455,6 +516,10 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
         combined = {"processor_class": "InternVLProcessor", "image_seq_length": spec.visual_tokens}
     elif spec.family == "lfm2_vl":
         combined = {"processor_class": "Lfm2VlProcessor"}
+    elif spec.family in ("paligemma", "gemma3"):
+        combined = {"processor_class": spec.processor.classes[0]}
+        if spec.family == "gemma3":
+            combined["image_seq_length"] = spec.visual_tokens
     else:
         combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
     for name, document in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.graph.rotary import rotary_angles, rotate_by_position
-from pocketvlm.models.spec import DecoderSpec
+from pocketvlm.graph.visibility import capped_attention, visible_rows
+from pocketvlm.models.spec import DecoderSpec, RopeSpec
 from pocketvlm.reference_graph.kv_cache import KVCache
 
 __all__ = ["DecoderRows", "take_columns", "text_columns"]
@@ -17,48 +19,66 @@ __all__ = ["DecoderRows", "take_columns", "text_columns"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderRows:
-    """The rows of one call: their rotary angles, and the cache that they extend.
+    """The rows of one call: where they are, what they see, and the cache that they extend.
 
-    Every row sees the rows before it and itself, whatever gaps their positions have.
+    Every row sees the rows before it and itself, whatever gaps their positions have, unless the
+    decoder says otherwise (`graph.visibility`).
 
     Attributes:
-        cosine: float32 [batch, length, head_dim].
-        sine: Likewise.
+        decoder: The decoder.
+        angles: Cosines and sines by kind of position, each float32 [batch, length, head_dim].
+        mutual: int64 [batch, length], as `visible_rows` takes it; `None` for no such rows.
         cache: Rows of earlier calls, extended in place; `None` for a call that stands alone.
     """
 
-    cosine: Tensor
-    sine: Tensor
+    decoder: DecoderSpec
+    angles: Mapping[RopeSpec, tuple[Tensor, Tensor]]
+    mutual: Tensor | None = None
     cache: KVCache | None = None
 
     @classmethod
     def at(
-        cls, decoder: DecoderSpec, positions: Tensor, cache: KVCache | None = None
+        cls,
+        decoder: DecoderSpec,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        *,
+        mutual: Tensor | None = None,
     ) -> DecoderRows:
         """Rows at rotary positions, int64 [batch, length] or [axes, batch, length]."""
-        cosine, sine = rotary_angles(decoder.rope, positions)
-        return cls(cosine=cosine, sine=sine, cache=cache)
+        ropes = {decoder.rope_of(block) for block in range(decoder.depth)}
+        angles = {rope: rotary_angles(rope, positions) for rope in ropes}
+        return cls(decoder=decoder, angles=angles, mutual=mutual, cache=cache)
 
     def take(self, columns: Tensor) -> DecoderRows:
         """The rows in the given columns, int64 [batch, m]."""
+
+        def taken(angle: Tensor) -> Tensor:
+            return take_columns(angle.expand(len(columns), -1, -1), columns)
+
         return replace(
             self,
-            cosine=take_columns(self.cosine.expand(len(columns), -1, -1), columns),
-            sine=take_columns(self.sine.expand(len(columns), -1, -1), columns),
+            angles={rope: (taken(cos), taken(sin)) for rope, (cos, sin) in self.angles.items()},
+            mutual=None if self.mutual is None else self.mutual.gather(1, columns),
         )
 
-    def rotate(self, heads: Tensor) -> Tensor:
+    def rotate(self, block: int, heads: Tensor) -> Tensor:
         """Rotary embedding of [batch, heads, length, head_dim]."""
-        return rotate_by_position(heads, self.cosine, self.sine)
+        return rotate_by_position(heads, *self.angles[self.decoder.rope_of(block)])
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention to the rows before and to these, [batch, heads, length, head_dim]."""
+        """Attention to the rows before and to these, [batch, heads, length, head_dim]."""
         rows, held = query.shape[2], 0
         if self.cache is not None:
             held = self.cache.length(block)
             key, value = self.cache.extend(block, key, value)
+        softcap = self.decoder.score_softcap
+        if softcap is not None:
+            return capped_attention(query, key, value, self._visible(block, held, rows), softcap)
         mask = None
-        if rows > 1 and held > 0:
+        if self.decoder.has_masks:
+            mask = self._visible(block, held, rows)
+        elif rows > 1 and held > 0:
             mask = torch.ones(rows, held + rows, dtype=torch.bool).tril(held)
         return functional.scaled_dot_product_attention(
             query,
@@ -74,6 +94,16 @@ class DecoderRows:
         if self.cache is not None:
             return self.cache.after_past(block, values, rows)
         return functional.pad(values, (0, 0, rows, 0))
+
+    def _visible(self, block: int, held: int, rows: int) -> Tensor:
+        """What these rows may see, bool [batch, 1, rows, held + rows]."""
+        sliding = self.decoder.sliding_of(block)
+        return visible_rows(
+            torch.arange(held, held + rows),
+            held + rows,
+            window=None if sliding is None else sliding.window,
+            mutual=self.mutual,
+        )[:, None]
 
 
 def text_columns(is_visual: Tensor) -> Tensor:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.graph.builders import merged_features
 from pocketvlm.models.projector import run_steps
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.spec import DecoderSpec, ModelSpec
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
 from pocketvlm.reference_graph.kv_cache import KVCache
@@ -66,6 +67,8 @@ class DecoderInputs:
         next_position: int64 [batch]: rotary position of the first generated token.
         token_ids: int64 [batch, tokens]: the prompts before the splice; `None` where rows are not
             whole prompts.
+        mutual: int64 [batch, length]: numbers of rows that see each other, -1 for others
+            (`graph.visibility`); `None` for none.
     """
 
     embeds: Tensor
@@ -73,6 +76,11 @@ class DecoderInputs:
     is_visual: Tensor
     next_position: Tensor
     token_ids: Tensor | None = None
+    mutual: Tensor | None = None
+
+    def rows(self, decoder: DecoderSpec, cache: KVCache | None = None) -> DecoderRows:
+        """What attention takes beside the embeddings."""
+        return DecoderRows.at(decoder, self.positions, cache, mutual=self.mutual)
 
     def positions_of(self, prompt: int) -> Tensor:
         """Positions of one prompt, int64 [axes, length]."""
@@ -108,7 +116,7 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
         hidden = ops.norm(hidden, spec.tower.feature_norm)
     if spec.tower.has_cls:
         hidden = ops.drop_first(hidden)
-    return ops.merge_patches(hidden, spec.projector.merge_factor)
+    return merged_features(ops, spec.projector, hidden)
 
 
 def project(model: nn.Module, spec: ModelSpec, features: Tensor) -> Tensor:
@@ -160,7 +168,11 @@ def reduce_features(
 
 
 def embed_prompts(
-    checkpoint: Checkpoint, token_ids: Tensor, visual: VisualTokens | None
+    checkpoint: Checkpoint,
+    token_ids: Tensor,
+    visual: VisualTokens | None,
+    *,
+    answer_starts: Sequence[int] | None = None,
 ) -> DecoderInputs:
     """Splices visual tokens into prompts.
 
@@ -169,6 +181,8 @@ def embed_prompts(
         token_ids: int64 [batch, length]; every image is a run of all N placeholders, and the runs
             lie in the same columns in every row.
         visual: Tokens of all images, row by row; `None` for text alone.
+        answer_starts: Where in each row of `token_ids` an answer follows the prompt; `None` where
+            none does.
 
     Raises:
         ValueError: Rows differ in where their images are, or placeholders and images disagree.
@@ -177,6 +191,8 @@ def embed_prompts(
     embedding = checkpoint.model.get_submodule(spec.decoder.embedding)
     batch, length = token_ids.shape
     runs = _image_runs(token_ids, spec)
+    ends = torch.tensor([length] * batch if answer_starts is None else answer_starts)[:, None]
+    kind = spec.decoder.mutual_rows
     if visual is None:
         if runs:
             raise ValueError(f"the prompt has {len(runs)} images, but no visual tokens were given")
@@ -187,6 +203,7 @@ def embed_prompts(
             is_visual=torch.zeros_like(positions, dtype=torch.bool),
             next_position=torch.full((batch,), length),
             token_ids=token_ids,
+            mutual=None if kind is None else _numbers(kind, positions, ends, None),
         )
     kept = visual.embeds.shape[1]
     embeds = visual.embeds.view(batch, len(runs), kept, -1)
@@ -195,16 +212,21 @@ def embed_prompts(
     pieces: list[Tensor] = []
     places: list[Tensor] = []
     flags: list[Tensor] = []
+    numbers: list[Tensor] = []
     start, position, grid = 0, 0, spec.position_grid
     for number, run in enumerate((*runs, length)):
         pieces.append(embedding(token_ids[:, start:run]))
         places.append((position + torch.arange(run - start)).expand(batch, -1))
         flags.append(torch.zeros(batch, run - start, dtype=torch.bool))
         position += run - start
+        if kind is not None:
+            numbers.append(_numbers(kind, torch.arange(start, run).expand(batch, -1), ends, None))
         if number == len(runs):
             break
         pieces.append(embeds[:, number])
         flags.append(torch.ones(batch, kept, dtype=torch.bool))
+        if kind is not None:
+            numbers.append(_numbers(kind, torch.full((batch, kept), run), ends, number))
         start = run + spec.visual_tokens
         if grid is not None:
             places.append(position + torch.from_numpy(grid.offsets(indices[:, number].numpy())))
@@ -223,7 +245,17 @@ def embed_prompts(
         is_visual=torch.cat(flags, dim=1),
         next_position=torch.full((batch,), position),
         token_ids=token_ids,
+        mutual=torch.cat(numbers, dim=1) if numbers else None,
     )
+
+
+def _numbers(
+    kind: Literal["tile", "prompt"], columns: Tensor, ends: Tensor, tile: int | None
+) -> Tensor:
+    """Numbers of rows of text, or of a tile: which rows see each other, -1 for none."""
+    if kind == "prompt":
+        return torch.where(columns < ends, 0, -1)
+    return torch.full_like(columns, -1 if tile is None else tile)
 
 
 def new_cache(checkpoint: Checkpoint) -> KVCache:
@@ -259,7 +291,7 @@ def decoder_states(
     is_filled = inputs.is_visual.gather(1, columns)
     if late is not None and cache is not None and bool(is_filled.any()):
         raise ValueError("rows of one batch must have equally much text to share a cache")
-    rows = DecoderRows.at(spec.decoder, inputs.positions, cache)
+    rows = inputs.rows(spec.decoder, cache)
     hidden = inputs.embeds
     for block in range(spec.decoder.depth):
         attention, ffn = decoder_sublayers(model, spec, block)

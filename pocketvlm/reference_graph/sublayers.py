@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, tower_attention
+from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
 from pocketvlm.models.spec import AttentionSpec, FfnSpec, ModelSpec, ShortConvSpec
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.torch_ops import TorchOps
@@ -114,7 +114,7 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
     def mix(normed: Tensor, rows: DecoderRows | None) -> Tensor:
         ops = TorchOps(model, spec, context=rows)
         mixed = decoder_mixer(ops, described.mixer, block, normed)
-        return ops.linear(mixed, described.mixer.output)
+        return mixer_output(ops, described.mixer, mixed)
 
     def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
         return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.decoder.activation)

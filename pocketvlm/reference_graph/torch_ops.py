@@ -24,7 +24,7 @@ __all__ = ["DecoderContext", "TorchOps"]
 class DecoderContext(Protocol):
     """What the decoder's attention needs beside its inputs, in one call of the decoder."""
 
-    def rotate(self, heads: Tensor) -> Tensor:
+    def rotate(self, block: int, heads: Tensor) -> Tensor:
         """Rotary embedding of [batch, heads, length, head_dim] at the positions of this call."""
         ...
 
@@ -101,9 +101,9 @@ class TorchOps(TensorOps):
         attention = decoder.attention(block)
         queries, keys, values = self.split(joined, *names)
         query = split_heads(queries, decoder.heads, decoder.head_dim)
-        query = context.rotate(self.head_norm(query, attention.q_norm))
+        query = context.rotate(block, self.head_norm(query, attention.q_norm))
         key = split_heads(keys, decoder.kv_heads, decoder.head_dim)
-        key = context.rotate(self.head_norm(key, attention.k_norm))
+        key = context.rotate(block, self.head_norm(key, attention.k_norm))
         return query, key, split_heads(values, decoder.kv_heads, decoder.head_dim)
 
     @property
@@ -120,6 +120,9 @@ class TorchOps(TensorOps):
         before, after, values = self.split(joined, *names)
         window = self._context.after_past(block, before * values, conv.taps - 1)
         return after * kernel(window.transpose(1, 2)).transpose(1, 2)
+
+    def head(self, normed: Tensor) -> Tensor:
+        return self._call(self._spec.decoder.head, normed)
 
     def _module(self, name: str) -> nn.Module:
         return self._model.get_submodule(name)

@@ -205,13 +205,14 @@ class Conversation:
         held = self._runner.length
         shared = self._shared_rows(layout)
         # The last row is always run: its logits are what the first token is chosen from.
-        wanted = min(shared, len(layout.codes) - 1)
+        kind = self._manifest.kv_cache.mutual_rows
+        wanted = layout.whole_start(min(shared, len(layout.codes) - 1), kind)
         reused = self._runner.truncate(wanted)
         text, token_ids = TextStream(self._codec.decode_raw), list[int]()
         self._cached_layout, self._cached_ids = layout, token_ids
         tokens = generate(
             self._runner,
-            prompt_rows(layout, tiles, self._runner, start=reused),
+            prompt_rows(layout, tiles, self._runner, start=reused, mutual_rows=kind),
             StopRules(
                 max_new_tokens=max_new_tokens,
                 end_token_ids=self._codec.eos_token_ids,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pocketvlm.bundle import MutualRows
 from pocketvlm.runtime.answer import StopReason
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
@@ -30,6 +31,7 @@ class Rows:
         embeds: float32 [1, rows, width].
         positions: int64 [axes, rows].
         is_visual: bool [rows]: which come from a picture.
+        mutual: int64 [rows], as `Runner.decode` takes it.
         next_position: Rotary position of the first generated token.
     """
 
@@ -37,6 +39,7 @@ class Rows:
     positions: npt.NDArray[np.int64]
     is_visual: npt.NDArray[np.bool_]
     next_position: int
+    mutual: npt.NDArray[np.int64] | None = None
 
 
 def encode_tiles(
@@ -57,14 +60,21 @@ def encode_tiles(
 
 
 def prompt_rows(
-    layout: PromptLayout, pictures: Sequence[VisualFeatures], runner: Runner, *, start: int = 0
+    layout: PromptLayout,
+    pictures: Sequence[VisualFeatures],
+    runner: Runner,
+    *,
+    start: int = 0,
+    mutual_rows: MutualRows | None = None,
 ) -> Rows:
     """The rows of a prompt from `start` on, embedded by a runner."""
+    mutual = layout.mutual(mutual_rows)
     return Rows(
         embeds=embed_rows(layout, pictures, runner.embed, start=start),
         positions=layout.positions[:, start:],
         is_visual=layout.is_visual[start:],
         next_position=layout.next_position,
+        mutual=None if mutual is None else mutual[start:],
     )
 
 
@@ -115,7 +125,7 @@ def generate(
     generator = sampling.generator()
     axes = len(rows.positions)
     token_ids: list[int] = []
-    logits = runner.decode(rows.embeds, rows.positions, rows.is_visual)
+    logits = runner.decode(rows.embeds, rows.positions, rows.is_visual, rows.mutual)
     lap("prefill")
     while True:
         token = sampling.choose(adjust(logits, token_ids), generator)

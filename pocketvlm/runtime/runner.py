@@ -73,6 +73,7 @@ class Runner(ABC):
         embeds: npt.NDArray[np.float32],
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
+        mutual: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows after those in the cache, which then holds them too.
 
@@ -81,6 +82,9 @@ class Runner(ABC):
             position_ids: int64 [axes, L].
             is_visual: bool [L]: which rows come from a picture; `None` for none of them. Decoders
                 that run every row through every layer do not ask.
+            mutual: int64 [L]: rows with the same number see each other, -1 for rows that see the
+                past alone; `None` for no others. All rows of a number come in one call. Decoders
+                without such rows do not ask.
 
         Returns:
             Logits of the last row, float32 [vocabulary]; overwritten by the next call.

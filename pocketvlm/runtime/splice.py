@@ -18,10 +18,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pocketvlm.bundle import PositionGrid
+from pocketvlm.bundle import MutualRows, PositionGrid
 from pocketvlm.errors import InputError
 
-__all__ = ["PromptLayout", "VisualFeatures", "embed_rows", "image_runs", "lay_out_prompt"]
+__all__ = [
+    "PromptLayout",
+    "VisualFeatures",
+    "embed_rows",
+    "image_runs",
+    "lay_out_prompt",
+    "whole_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +61,23 @@ class PromptLayout:
     slots: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     next_position: int
+
+    def mutual(self, kind: MutualRows | None) -> npt.NDArray[np.int64] | None:
+        """Numbers of rows that see each other, int64 [rows], -1 for the others.
+
+        Args:
+            kind: Which rows do; `None` where none do.
+        """
+        if kind is None:
+            return None
+        if kind == "prompt":
+            return np.zeros(len(self.codes), np.int64)
+        return np.where(self.codes < 0, -1 - self.codes, -1)
+
+    def whole_start(self, start: int, kind: MutualRows | None) -> int:
+        """The last row up to `start` that a call may begin with: rows that see each other stay."""
+        numbers = self.mutual(kind)
+        return start if numbers is None else whole_rows(numbers, start)
 
     @property
     def is_visual(self) -> npt.NDArray[np.bool_]:
@@ -89,6 +113,13 @@ class PromptLayout:
             positions=self.positions[:, :rows],
             next_position=self.next_position,
         )
+
+
+def whole_rows(mutual: npt.NDArray[np.int64], count: int) -> int:
+    """The most rows up to `count` after which no row sees one before, by their numbers [rows]."""
+    while 0 < count < len(mutual) and 0 <= mutual[count] == mutual[count - 1]:
+        count -= 1
+    return count
 
 
 def image_runs(

@@ -21,11 +21,15 @@ class FormLinear(nn.Module):
         form: The stored weight; assign a new one to compress the layer.
         bias: float32 [out_features], or `None`.
         cached: The dense weight, while `cache_dense_weights` holds it.
+        softcap: Bound c of what it returns, y, as c tanh(y / c); `None` for none.
     """
 
-    def __init__(self, form: WeightForm, bias: Tensor | None) -> None:
+    def __init__(
+        self, form: WeightForm, bias: Tensor | None, *, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.form = form
+        self.softcap = softcap
         self.cached: Tensor | None = None
         self.bias: nn.Parameter | None = None
         if bias is not None:
@@ -38,15 +42,24 @@ class FormLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Applies the layer to [..., in_features]."""
-        return functional.linear(inputs, self.weight, self.bias)
+        outputs = functional.linear(inputs, self.weight, self.bias)
+        if self.softcap is None:
+            return outputs
+        return torch.tanh(outputs / self.softcap) * self.softcap
 
 
 class FormEmbedding(nn.Module):
-    """A token embedding whose table is a `WeightForm`; returns float32."""
+    """A token embedding whose table is a `WeightForm`; returns float32.
 
-    def __init__(self, form: WeightForm) -> None:
+    Attributes:
+        form: The stored table.
+        scale: What its rows are multiplied by.
+    """
+
+    def __init__(self, form: WeightForm, *, scale: float = 1.0) -> None:
         super().__init__()
         self.form = form
+        self.scale = scale
         self.cached: Tensor | None = None
 
     @property
@@ -56,7 +69,8 @@ class FormEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Looks up [...] ids, returns [..., width]."""
-        return self.form.take_rows(token_ids) if self.cached is None else self.cached[token_ids]
+        rows = self.form.take_rows(token_ids) if self.cached is None else self.cached[token_ids]
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 @contextmanager

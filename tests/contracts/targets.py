@@ -14,6 +14,7 @@ __all__ = ["TARGETS"]
 TARGETS: Mapping[str, Target] = {
     "onnx": ToOnnx(accuracy_level=0, tower_accuracy_level=0),
     "executorch": ToExecutorch(context=448),
-    "coreml": ToCoreml(context=448),
+    # A chunk holds the prompts of models whose rows all see each other.
+    "coreml": ToCoreml(context=448, chunk=48),
 }
 """By the tag that names them in a recipe."""

@@ -12,7 +12,8 @@ from torch import nn
 
 import pocketvlm
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.models.families.table import FAMILIES, read_model_spec
+from pocketvlm.checkpoint.config import read_spec
+from pocketvlm.models.families.table import FAMILIES
 from pocketvlm.reference.random_models import TINY_MODELS, tiny_config
 from tests.stock import stock_of
 
@@ -25,8 +26,8 @@ MODULES = re.compile(
     r"|projection_layer|cls_token|lambda_[12]|operator_norm|embedding_norm|in_proj)\b"
 )
 FAMILY = re.compile(
-    r"^(llava|idefics3|smolvlm|internvl|got_ocr2|clip|clip_vision_model|siglip|llama|qwen[23]"
-    r"|lfm2|lfm2_vl|siglip2_vision_model)$"
+    r"^(llava|idefics3|smolvlm|internvl|paligemma|gemma[23]?|gemma3_text|got_ocr2|clip"
+    r"|clip_vision_model|siglip|llama|qwen[23]|lfm2|lfm2_vl|siglip2_vision_model)$"
 )
 MAY_KNOW = {
     "models/families/": "what readers are for",
@@ -112,7 +113,7 @@ def test_every_reader_tells_a_processor_that_stock_has(model_type: str):
 
     own = [name for name in TINY_MODELS if tiny_config(name)["model_type"] == model_type]
     name = next(iter(own or [name for name in TINY_MODELS if reads(model_type, name)]))
-    spec = read_model_spec({**tiny_config(name), "model_type": model_type})
+    spec = read_spec({**tiny_config(name), "model_type": model_type})
     assert spec.model_type == model_type
     named = (*spec.processor.classes, *filter(None, [spec.processor.stand_in]))
     assert all(hasattr(transformers, name) for name in named)

@@ -45,7 +45,7 @@ def test_smolvlm_256m_has_the_published_counts():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model_type": "paligemma"}, UnsupportedError, "supported are llava, idefics3, smolvlm"),
+        ({"model_type": "kosmos-2"}, UnsupportedError, "supported are llava, idefics3, smolvlm"),
         ({"vision_feature_layer": [-2, -3]}, UnsupportedError, "one layer"),
         ({"vision_feature_layer": -9}, UnsupportedError, "outside a tower of 3 blocks"),
         ({"vision_config": {"model_type": "pixtral"}}, UnsupportedError, "clip_vision_model"),

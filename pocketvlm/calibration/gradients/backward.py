@@ -223,8 +223,9 @@ def enter_decoder(
         checkpoint,
         torch.tensor([prompts[index].token_ids for index in batch.samples]),
         VisualTokens(embeds=visual.embeds[tiles], indices=visual.indices[tiles]),
+        answer_starts=[prompts[index].answer_start for index in batch.samples],
     )
-    return inputs, DecoderRows.at(checkpoint.spec.decoder, inputs.positions)
+    return inputs, inputs.rows(checkpoint.spec.decoder)
 
 
 def require_answers(prompts: Sequence[Prompt]) -> None:

@@ -226,8 +226,9 @@ class PartialForward:
         spec = self._checkpoint.spec
         token_ids = torch.tensor([self.prompts[row].token_ids for row in self._rows[number]])
         visual = VisualTokens(embeds=state.hidden, indices=cast("Tensor", state.indices))
-        inputs = embed_prompts(self._checkpoint, token_ids, visual)
-        rows = DecoderRows.at(spec.decoder, inputs.positions)
+        starts = [self.prompts[row].answer_start for row in self._rows[number]]
+        inputs = embed_prompts(self._checkpoint, token_ids, visual, answer_starts=starts)
+        rows = inputs.rows(spec.decoder)
         return _State(hidden=inputs.embeds, rows=rows, is_visual=inputs.is_visual)
 
     def _answer_logits(self, number: int, state: _State) -> _State:

@@ -340,7 +340,7 @@ class BlockWalk:
             if path.ideal is not None and ideal is not None:
                 path.ideal.append(self._splice(batch, prompts, ideal).embeds)
             is_visual.append(inputs.is_visual)
-            rows.append(DecoderRows.at(spec.decoder, inputs.positions))
+            rows.append(inputs.rows(spec.decoder))
         weights_by_sublayer = self._weights_by_sublayer(prompts, batches, visual, tuple(is_visual))
         for block in range(spec.decoder.depth):
             for sublayer in decoder_sublayers(checkpoint.model, spec, block):
@@ -434,7 +434,8 @@ class BlockWalk:
         token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
         rows = tile_rows(prompts, batch.samples)
         tokens = VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows])
-        return embed_prompts(self.checkpoint, token_ids, tokens)
+        starts = [prompts[index].answer_start for index in batch.samples]
+        return embed_prompts(self.checkpoint, token_ids, tokens, answer_starts=starts)
 
 
 def _without_visual(is_visual: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class AnswerBatch:
     Attributes:
         samples: Their numbers in the calibration set.
         token_ids: int64 [batch, length], padded on the right.
+        answer_starts: Where in each row the prompt ends.
         rows: int64 [tokens]: which prompt an answer's token belongs to.
         columns: int64 [tokens]: where the token before it stands, whose state predicts it.
         labels: int64 [tokens]: the tokens.
@@ -37,6 +38,7 @@ class AnswerBatch:
 
     samples: tuple[int, ...]
     token_ids: Tensor
+    answer_starts: tuple[int, ...]
     rows: Tensor
     columns: Tensor
     labels: Tensor
@@ -66,6 +68,7 @@ def make_batch(prompts: Sequence[Prompt], samples: Sequence[int]) -> AnswerBatch
     return AnswerBatch(
         samples=tuple(samples),
         token_ids=token_ids,
+        answer_starts=tuple(prompt.answer_start for prompt in chosen),
         rows=rows,
         columns=columns - 1,
         labels=token_ids[rows, columns],
@@ -108,7 +111,8 @@ def answer_states(checkpoint: Checkpoint, batch: AnswerBatch, visual: VisualToke
         batch: The prompts.
         visual: Visual tokens of its samples, in order.
     """
-    states = decoder_states(checkpoint, embed_prompts(checkpoint, batch.token_ids, visual))
+    inputs = embed_prompts(checkpoint, batch.token_ids, visual, answer_starts=batch.answer_starts)
+    states = decoder_states(checkpoint, inputs)
     # The image stands before the answer, so tokens that were removed from it move all of it.
     removed = batch.token_ids.shape[1] - states.shape[1]
     return states[batch.rows, batch.columns - removed]

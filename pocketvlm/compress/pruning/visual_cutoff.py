@@ -146,8 +146,13 @@ class SkipVisual(Stage):
             )
 
     def plan(self, state: PlanState) -> PlanState:
-        """Ends visual tokens early; all layers run them where calibration decides how many."""
+        """Ends visual tokens early; all layers run them where calibration decides how many.
+
+        Raises:
+            RecipeError: The decoder has masks, or layers of two kinds, or these are all its layers.
+        """
         require_uniform_decoder(state.spec, self.method)
+        _require_no_masks(state.spec)
         if self.rule is None:
             return replace(state, visual_layers=self._visual_layers(state.spec))
         return replace(state, visual_layers=state.spec.decoder.depth).with_notes(
@@ -188,6 +193,7 @@ class SkipVisual(Stage):
             )
         spec = checkpoint.spec
         require_uniform_decoder(spec, self.method)
+        _require_no_masks(spec)
         rows: tuple[dict[str, Any], ...] = ()
         if self.rule is not None:
             uses = measure_visual_use(
@@ -226,3 +232,11 @@ def _row(number: int, use: LayerUse, layers: int) -> dict[str, Any]:
         "visual_ratio_by_group": [float(ratio) for ratio in use.ratios.mean(dim=0)],
         "divergence_if_last": use.divergence,
     }
+
+
+def _require_no_masks(spec: ModelSpec) -> None:
+    if spec.decoder.has_masks:
+        raise RecipeError(
+            "skip_visual: rows of this decoder see later rows or a window of the past, and without "
+            "visual rows they would see others; allowed are decoders whose rows all see the past"
+        )

@@ -164,7 +164,9 @@ def _cached_states(
     visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
     token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
     cache = new_cache(checkpoint)
-    decode_logits(checkpoint, embed_prompts(checkpoint, token_ids, visual), cache, last_only=True)
+    starts = [prompts[index].answer_start for index in batch.samples]
+    inputs = embed_prompts(checkpoint, token_ids, visual, answer_starts=starts)
+    decode_logits(checkpoint, inputs, cache, last_only=True)
     return (cache.rows(block) for block in checkpoint.spec.decoder.attention_blocks)
 
 

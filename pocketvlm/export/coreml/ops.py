@@ -107,8 +107,13 @@ class MilOps:
         name = self._spec.decoder.embedding
         table = self._weight(name)
         rows = self._mb.gather(x=table, indices=token_ids, axis=0, name="embedding_rows")
-        width = self._spec.decoder.hidden_size
-        return self._first_columns(rows, width, "embedding_row")
+        decoder = self._spec.decoder
+        rows = self._first_columns(rows, decoder.hidden_size, "embedding_row")
+        if decoder.embed_scale == 1.0:
+            return rows
+        return self._mb.mul(
+            x=rows, y=self._float_type(decoder.embed_scale), name="embedding_scaled"
+        )
 
     def linear(self, inputs: Any, *names: str) -> Any:
         outputs = tuple(self._linear(inputs, name) for name in names)
@@ -216,9 +221,9 @@ class MilOps:
         attention = decoder.attention(block)
         queries, keys, values = self.split(joined, *names)
         query = self._head_norm(self._heads(queries, decoder.heads), attention.q_norm)
-        query = self._positions.rotate(query)
+        query = self._positions.rotate(block, query)
         key = self._head_norm(self._heads(keys, decoder.kv_heads), attention.k_norm)
-        key = self._positions.rotate(key)
+        key = self._positions.rotate(block, key)
         value = self._heads(values, decoder.kv_heads)
         every_key, every_value = self._cache.extend(block, key, value)
         # Heads that share keys lie one below the other: nothing is repeated.
@@ -227,8 +232,10 @@ class MilOps:
         query = self._reshape(
             query, [decoder.kv_heads, shared * length, decoder.head_dim], f"{label}_shared"
         )
-        mask = self._positions.mask(shared)
-        attended = self._attend(query, every_key, every_value, decoder.head_dim, label, mask)
+        mask = self._positions.mask(block, shared)
+        attended = self._attend(
+            query, every_key, every_value, decoder.head_dim, label, mask, decoder.score_softcap
+        )
         attended = self._reshape(
             attended, [decoder.heads, length, decoder.head_dim], f"{label}_unshared"
         )
@@ -263,6 +270,13 @@ class MilOps:
             total = self._mb.add(x=total, y=part, name=f"{label}_sum_{number}")
         return self._mb.mul(x=after, y=total, name=self._label(conv.module))
 
+    def head(self, normed: Any) -> Any:
+        decoder = self._spec.decoder
+        logits = self.linear(normed, decoder.head)
+        return (
+            logits if decoder.logit_softcap is None else self._capped(logits, decoder.logit_softcap)
+        )
+
     def drop_first(self, inputs: Any) -> Any:
         _, count, width = inputs.shape
         return self._mb.slice_by_index(
@@ -283,6 +297,13 @@ class MilOps:
         grid = self._reshape(features, [rows, factor, columns, width], "merge_cells")
         grid = self._transpose(grid, [0, 2, 1, 3], "merge_transpose")
         return self._reshape(grid, [1, rows * columns, factor * width], "merge")
+
+    def average_patches(self, features: Any, factor: int) -> Any:
+        tower = self._spec.tower
+        rows, columns, width = tower.rows // factor, tower.columns // factor, tower.hidden_size
+        grid = self._reshape(features, [rows, factor, columns, factor, width], "pool_cells")
+        mean = self._mb.reduce_mean(x=grid, axes=[1, 3], keep_dims=False, name="pool_mean")
+        return self._reshape(mean, [1, rows * columns, width], "pool")
 
     def reduce(self, features: Any, queries: Any, keys: Any) -> tuple[Any, Any]:
         if self._reducer is None:
@@ -364,12 +385,28 @@ class MilOps:
         split = self._reshape(joined, [length, heads, width], f"{joined.name}_split")
         return self._transpose(split, [1, 0, 2], f"{joined.name}_heads")
 
+    def _capped(self, values: Any, softcap: float) -> Any:
+        """Values v as softcap tanh(v / softcap)."""
+        label = values.name
+        share = self._mb.mul(x=values, y=self._float_type(1 / softcap), name=f"{label}_share")
+        bounded = self._mb.tanh(x=share, name=f"{label}_bounded")
+        return self._mb.mul(x=bounded, y=self._float_type(softcap), name=f"{label}_capped")
+
     def _attend(
-        self, query: Any, key: Any, value: Any, width: int, label: str, mask: Any = None
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        width: int,
+        label: str,
+        mask: Any = None,
+        softcap: float | None = None,
     ) -> Any:
         scale = self._float_type(width**-0.5)
         query = self._mb.mul(x=query, y=scale, name=f"{label}_scaled")
         scores = self._mb.matmul(x=query, y=key, transpose_y=True, name=f"{label}_scores")
+        if softcap is not None:
+            scores = self._capped(scores, softcap)
         if mask is not None:
             scores = self._mb.add(x=scores, y=mask, name=f"{label}_masked")
         weights = self._mb.softmax(x=scores, axis=-1, name=f"{label}_weights")

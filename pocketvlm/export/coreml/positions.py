@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.export.coreml.writer import FunctionWriter
-from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.spec import ModelSpec, RopeSpec
 
 __all__ = ["TABLE_ROWS", "DecoderPositions", "turn"]
 
@@ -24,7 +24,8 @@ class DecoderPositions:
 
     Args:
         function: What is written; it has the inputs `position_ids` [axes, length], `past_length`
-            [1], and `length` [1] where not every row is real.
+            [1], `length` [1] where not every row is real, and `mutual` [1, length] where rows may
+            see each other.
         spec: The model.
         capacity: Rows of the cache.
         length: Rows of a call.
@@ -47,23 +48,32 @@ class DecoderPositions:
         self._count = function.inputs.get("length")
         self._rows = np.arange(length, dtype=np.int32)
         self.slots = Builder.add(x=function.inputs["past_length"], y=self._rows, name="slots")
-        self._masks: dict[int, Any] = {}
-        self._hidden = self._hide(capacity)
-        self._cosine, self._sine = self._rotary(capacity)
+        self._capacity = capacity
+        self._masks: dict[tuple[int | None, int], Any] = {}
+        self._hidden: dict[int | None, Any] = {}
+        self._hidden[None] = self._hide(None)
+        rope = spec.decoder.rope
+        self._angles = {rope: self._rotary(rope)}
 
-    def rotate(self, heads: Any) -> Any:
+    def rotate(self, block: int, heads: Any) -> Any:
         """Rotary embedding of [heads, length, d]."""
-        return turn(self._mb, heads, self._cosine, self._sine)
+        rope = self._spec.decoder.rope_of(block)
+        if rope not in self._angles:
+            self._angles[rope] = self._rotary(rope)
+        return turn(self._mb, heads, *self._angles[rope])
 
-    def mask(self, shared: int) -> Any:
-        """What is added to scores [heads, shared * length, capacity]."""
-        if shared not in self._masks:
-            self._masks[shared] = (
-                self._hidden
-                if shared == 1
-                else self._mb.tile(x=self._hidden, reps=[shared, 1], name=f"mask_{shared}")
-            )
-        return self._masks[shared]
+    def mask(self, block: int, shared: int) -> Any:
+        """What is added to scores [heads, shared * length, capacity] of a block."""
+        sliding = self._spec.decoder.sliding_of(block)
+        window = None if sliding is None else sliding.window
+        if (window, shared) not in self._masks:
+            if window not in self._hidden:
+                self._hidden[window] = self._hide(window)
+            mask = self._hidden[window]
+            if shared > 1:
+                mask = self._mb.tile(x=mask, reps=[shared, 1], name=f"{mask.name}_{shared}")
+            self._masks[window, shared] = mask
+        return self._masks[window, shared]
 
     def clean(self, embeds: Any) -> Any:
         """Ones instead of rows that are not tokens, so that nothing there reaches a norm."""
@@ -81,40 +91,75 @@ class DecoderPositions:
         row = self._mb.sub(x=self._count, y=np.array([1], np.int32), name=f"{label}_row")
         return self._mb.gather(x=values, indices=row, axis=1, name=label)
 
-    def _hide(self, capacity: int) -> Any:
+    def _hide(self, window: int | None) -> Any:
         """[length, capacity]: 0 where a row may look, a large negative number elsewhere.
 
-        What a row may see is told by slots, not by positions, which may have gaps.
+        What a row may see is told by slots, not by positions, which may have gaps
+        (`graph.visibility.visible_rows`).
         """
-        every = self._function.constant("cache_rows", np.arange(capacity, dtype=np.int32)[None])
-        slots = self._mb.expand_dims(x=self.slots, axes=[1], name="slots_column")
-        is_later = self._mb.greater(x=every, y=slots, name="is_later")
-        is_later = self._mb.cast(x=is_later, dtype=self._short, name="is_later_float")
+        label = "" if window is None else "sliding_"
+        rows = np.arange(self._capacity, dtype=np.int32)[None]
+        every = self._function.constant("cache_rows", rows)
+        slots = self._mb.expand_dims(x=self.slots, axes=[1], name=f"{label}slots_column")
+        hidden = self._mb.greater(x=every, y=slots, name=f"{label}is_later")
+        if window is not None:
+            behind = self._mb.sub(x=slots, y=every, name=f"{label}behind")
+            is_far = self._mb.greater_equal(x=behind, y=np.int32(window), name=f"{label}is_far")
+            hidden = self._mb.logical_or(x=hidden, y=is_far, name=f"{label}outside")
+        if "mutual" in self._function.inputs:
+            apart = self._mb.logical_not(x=self._together(label, every), name=f"{label}apart")
+            hidden = self._mb.logical_and(x=hidden, y=apart, name=f"{label}hidden")
+        hidden = self._mb.cast(
+            x=hidden,
+            dtype=self._short,
+            name=f"{label}is_hidden_float" if self._spec.decoder.has_masks else "is_later_float",
+        )
         masked = self._function.package.float_type(_MASKED)
-        return self._mb.mul(x=is_later, y=masked, name="mask")
+        return self._mb.mul(x=hidden, y=masked, name=f"{label}mask")
 
-    def _rotary(self, capacity: int) -> tuple[Any, Any]:
+    def _together(self, label: str, every: Any) -> Any:
+        """Which cache rows have the number of each row, bool [length, capacity]."""
+        numbers = self._mb.squeeze(
+            x=self._function.inputs["mutual"], axes=[0], name=f"{label}numbers"
+        )
+        column = self._mb.expand_dims(x=numbers, axes=[1], name=f"{label}number_column")
+        past = self._function.inputs["past_length"]
+        place = self._mb.sub(x=every, y=past, name=f"{label}place")
+        inside = self._mb.maximum(x=place, y=np.int32(0), name=f"{label}not_before")
+        inside = self._mb.minimum(x=inside, y=np.int32(self.length - 1), name=f"{label}inside")
+        found = self._mb.gather(x=numbers, indices=inside, axis=0, name=f"{label}by_slot")
+        same = self._mb.equal(x=column, y=found, name=f"{label}same")
+        is_real = self._mb.equal(x=inside, y=place, name=f"{label}is_new")
+        same = self._mb.logical_and(x=same, y=is_real, name=f"{label}same_new")
+        counts = self._mb.greater_equal(x=column, y=np.int32(0), name=f"{label}counts")
+        return self._mb.logical_and(x=same, y=counts, name=f"{label}together")
+
+    def _rotary(self, rope: RopeSpec) -> tuple[Any, Any]:
         """Cosines and sines of the rows, [length, d]; the first half of the sines is negated."""
         decoder = self._spec.decoder
-        rows = min(decoder.max_positions, max(TABLE_ROWS, capacity))
-        exponents = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / decoder.head_dim
-        frequencies = (1.0 / np.float32(decoder.rope.theta) ** exponents).astype(np.float32)
+        label = "" if rope == decoder.rope else "sliding_"
+        rows = min(decoder.max_positions, max(TABLE_ROWS, self._capacity))
+        exponents = np.arange(0, rope.width, 2, dtype=np.float32) / rope.width
+        frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+        frequencies = frequencies / np.float32(rope.factor)
         angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies[None]
         positions = self._function.inputs["position_ids"]
-        if decoder.rope.axes == 1:
-            positions = self._mb.squeeze(x=positions, axes=[0], name="positions")
+        if rope.axes == 1:
+            positions = self._mb.squeeze(x=positions, axes=[0], name=f"{label}positions")
         halves = []
         for name, table in (("cosine", np.cos(angles)), ("sine", np.sin(angles))):
             stored = self._function.constant(
-                f"rotary_{name}", table.astype(self._function.package.float_type)
+                f"{label}rotary_{name}", table.astype(self._function.package.float_type)
             )
-            half = self._mb.gather(x=stored, indices=positions, axis=0, name=f"{name}_half")
-            halves.append(half if decoder.rope.axes == 1 else self._of_axes(half, name))
+            half = self._mb.gather(x=stored, indices=positions, axis=0, name=f"{label}{name}_half")
+            halves.append(half if rope.axes == 1 else self._of_axes(half, name))
         cosine, sine = halves
-        negated = self._mb.mul(x=sine, y=self._function.package.float_type(-1), name="sine_negated")
+        negated = self._mb.mul(
+            x=sine, y=self._function.package.float_type(-1), name=f"{label}sine_negated"
+        )
         return (
-            self._mb.concat(values=[cosine, cosine], axis=-1, name="cosine"),
-            self._mb.concat(values=[negated, sine], axis=-1, name="sine"),
+            self._mb.concat(values=[cosine, cosine], axis=-1, name=f"{label}cosine"),
+            self._mb.concat(values=[negated, sine], axis=-1, name=f"{label}sine"),
         )
 
     def _of_axes(self, half: Any, name: str) -> Any:

@@ -38,6 +38,11 @@ def render_swift(bundle: Bundle) -> str:
             f"{bundle.path}: the Swift file counts positions along one axis, and this model's have "
             "three; docs/runtime.md says how"
         )
+    if manifest.kv_cache.mutual_rows is not None:
+        raise BundleError(
+            f"{bundle.path}: the Swift file runs rows that see the past alone, and some of this "
+            "model's see later ones; docs/runtime.md says how"
+        )
     vision, embedding, _ = (
         bundle.component(_TARGET, role) for role in ("vision", "embedding", "decoder")
     )

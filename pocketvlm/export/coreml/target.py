@@ -34,7 +34,7 @@ from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.signatures import Signatures, vision_signatures
 from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
-from pocketvlm.stages import Explanation, Target
+from pocketvlm.stages import Explanation, PlanState, Target
 from pocketvlm.weights.layout import WeightLayout
 
 __all__ = ["ToCoreml"]
@@ -153,6 +153,25 @@ class ToCoreml(Target):
         """Rows of the cache."""
         return round_up(min(self.context, spec.decoder.max_positions))
 
+    def refuse(self, state: PlanState) -> tuple[str, ...]:
+        """What of a model the target cannot run; also prompts that must come in one call."""
+        found = super().refuse(state)
+        if state.spec.decoder.mutual_rows != "prompt" or state.visual_tokens < self.chunk:
+            return found
+        return (
+            *found,
+            "coreml: all rows of a prompt see each other and come in one call, and a picture has "
+            f"{state.visual_tokens}; set chunk ({self.chunk}) to these and the longest question",
+        )
+
+    def _prefill_rows(self, checkpoint: Checkpoint) -> int:
+        """Rows of a call of the decoder: a tile's at least, where they see each other."""
+        if checkpoint.spec.decoder.mutual_rows != "tile":
+            return self.chunk
+        reducer = checkpoint.reducer
+        kept = checkpoint.spec.visual_tokens if reducer is None else reducer.keep
+        return max(self.chunk, kept)
+
     def _export_vision(self, checkpoint: Checkpoint, folder: Path) -> Component:
         spec, reducer = checkpoint.spec, checkpoint.reducer
         program = None
@@ -184,7 +203,7 @@ class ToCoreml(Target):
         capacity = self.capacity(spec)
         states = cache_signatures(spec, capacity)
         components = [self._write_embedding(package, checkpoint, file, "embedding")]
-        for name, length in (("prefill", self.chunk), ("decode", 1)):
+        for name, length in (("prefill", self._prefill_rows(checkpoint)), ("decode", 1)):
             inputs, outputs = _decoder_signatures(spec, length, is_padded=length > 1)
             with package.function(name, inputs, states) as function:
                 positions = DecoderPositions(function, spec, capacity, length)
@@ -220,11 +239,12 @@ class ToCoreml(Target):
         package = self._package()
         file = f"{_FOLDER}/decoder.mlpackage"
         capacity = self.capacity(spec)
-        inputs, outputs = _decoder_signatures(spec, self.chunk, is_padded=True)
+        rows = self._prefill_rows(checkpoint)
+        inputs, outputs = _decoder_signatures(spec, rows, is_padded=True)
         inputs = (*inputs, *cache_signatures(spec, capacity))
         outputs = (*outputs, *cache_signatures(spec, capacity, is_output=True))
         with package.function(_MAIN, inputs) as function:
-            positions = DecoderPositions(function, spec, capacity, self.chunk)
+            positions = DecoderPositions(function, spec, capacity, rows)
             cache = PassedCache(function, spec, capacity, positions.slots)
             convs = ConvStates(function, spec)
             ops = MilOps(function, checkpoint, positions=positions, cache=cache, states=convs)
@@ -282,6 +302,8 @@ def _decoder_signatures(spec: ModelSpec, length: int, *, is_padded: bool) -> Sig
     ]
     if is_padded:
         shapes.append(("length", "int32", (1,)))
+        if decoder.mutual_rows is not None:
+            shapes.append(("mutual", "int32", (1, length)))
     rows = (TensorSignature(name=name, dtype=kind, shape=shape) for name, kind, shape in shapes)
     logits = TensorSignature(name="logits", dtype="float32", shape=(1, 1, decoder.vocab_size))
     return (

@@ -25,7 +25,7 @@ __all__ = ["AttentionCache", "ExecutorchOps"]
 class AttentionCache(Protocol):
     """What the decoder's attention needs beside its inputs; heads are [1, length, heads, dim]."""
 
-    def rotate(self, heads: Tensor) -> Tensor:
+    def rotate(self, block: int, heads: Tensor) -> Tensor:
         """Rotary embedding at the positions of this call."""
         ...
 
@@ -61,7 +61,14 @@ class ExecutorchOps(TensorOps):
         self._cache = cache
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        return self._kernels.embed(token_ids, self._spec.decoder.embedding)
+        rows = self._kernels.embed(token_ids, self._spec.decoder.embedding)
+        scale = self._spec.decoder.embed_scale
+        return rows if scale == 1.0 else rows * scale
+
+    def head(self, normed: Tensor) -> Tensor:
+        logits = self.linear(normed, self._spec.decoder.head)
+        softcap = self._spec.decoder.logit_softcap
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     def linear_layer(self, inputs: Tensor, name: str) -> Tensor:
         return self._kernels.linear(inputs, name)
@@ -109,9 +116,9 @@ class ExecutorchOps(TensorOps):
         attention = decoder.attention(block)
         queries, keys, values = self.split(joined, *names)
         query = self._heads(queries, decoder.heads, decoder.head_dim)
-        query = self._cache.rotate(self.head_norm(query, attention.q_norm))
+        query = self._cache.rotate(block, self.head_norm(query, attention.q_norm))
         key = self._heads(keys, decoder.kv_heads, decoder.head_dim)
-        key = self._cache.rotate(self.head_norm(key, attention.k_norm))
+        key = self._cache.rotate(block, self.head_norm(key, attention.k_norm))
         value = self._heads(values, decoder.kv_heads, decoder.head_dim)
         attended = self._cache.attend(block, query, key, value)
         return attended.view(1, -1, decoder.heads * decoder.head_dim)

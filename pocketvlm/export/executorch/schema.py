@@ -14,7 +14,7 @@ from typing import Any
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["constant_methods", "position_channels"]
+__all__ = ["constant_methods", "position_channels", "row_channels"]
 
 _SCHEMA = 1
 
@@ -27,6 +27,12 @@ def position_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
     axes = spec.decoder.rope.axes
     has_gaps = reducer is not None and reducer.positions == "original"
     return axes + 1 if has_gaps or axes > 1 else 0
+
+
+def row_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
+    """Channels of a row: an embedding, and what the decoder must know of it."""
+    channels = spec.decoder.hidden_size + position_channels(spec, reducer)
+    return channels + (spec.decoder.mutual_rows is not None)
 
 
 def constant_methods(
@@ -68,7 +74,7 @@ def _describe(
     kept = spec.visual_tokens if reducer is None else reducer.keep
     width = spec.decoder.hidden_size
     told = position_channels(spec, reducer)
-    channels = width + told
+    channels = row_channels(spec, reducer)
     tower = spec.tower
     pixels = _tensor("pixel_values", "float32", 1, tower.channels, tower.height, tower.width)
     length = {"min": 1, "max": capacity}
@@ -113,6 +119,11 @@ def _describe(
             "offset": width if axes == 1 else list(range(width, width + axes)),
             "advance": width + axes,
             "meaning": "position = running + offset; running grows by advance behind each row",
+        }
+    if spec.decoder.mutual_rows is not None:
+        document["mutual_channel"] = {
+            "channel": channels - 1,
+            "meaning": "rows of one call with the same number see each other; -1: the past alone",
         }
     return document
 

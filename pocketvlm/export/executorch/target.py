@@ -26,10 +26,7 @@ from pocketvlm.errors import (
     StorageError,
 )
 from pocketvlm.export.executorch.limits import explain
-from pocketvlm.export.executorch.schema import (
-    constant_methods,
-    position_channels,
-)
+from pocketvlm.export.executorch.schema import constant_methods, row_channels
 from pocketvlm.export.executorch.size import graph_bytes, layer_bytes
 from pocketvlm.export.executorch.worker import (
     JOB_FILE,
@@ -151,8 +148,7 @@ class ToExecutorch(Target):
     def _components(self, checkpoint: Checkpoint, notes: tuple[str, ...]) -> tuple[Component, ...]:
         spec, reducer = checkpoint.spec, checkpoint.reducer
         kept = spec.visual_tokens if reducer is None else reducer.keep
-        width = spec.decoder.hidden_size
-        width += position_channels(spec, reducer)
+        width = row_channels(spec, reducer)
         (pixels,), (_, indices) = vision_signatures(spec, kept)
         (ids,), _ = embedding_signatures(spec)
         rows = TensorSignature(name="rows", dtype="float32", shape=(1, "length", width))

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebook_rows
+from pocketvlm.export.onnx.masks import Masks
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
 from pocketvlm.graph.rotary import inverse_frequencies, pair_selection, patch_angles
-from pocketvlm.models.spec import AttentionSpec
+from pocketvlm.models.spec import AttentionSpec, RopeSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -59,6 +60,7 @@ class OnnxOps:
             linear.name: linear.out_features for linear in checkpoint.spec.linears()
         } | {checkpoint.spec.decoder.head: checkpoint.spec.decoder.vocab_size}
         self._shared: dict[str, str] = {}
+        self._masks = Masks(graph, checkpoint.spec.decoder)
 
     def embed_patches(self, pixels: str) -> str:
         tower = self._spec.tower
@@ -88,6 +90,10 @@ class OnnxOps:
         return self._graph.node("Add", [patches, positions], name=f"{name}.add_positions")
 
     def embed_tokens(self, token_ids: str) -> str:
+        rows, scale = self._embed_rows(token_ids), self._spec.decoder.embed_scale
+        return rows if scale == 1.0 else self._times(rows, scale, f"{rows}.scaled")
+
+    def _embed_rows(self, token_ids: str) -> str:
         name = self._spec.decoder.embedding
         form = self._checkpoint.form(name).without_mask()
         if isinstance(form, AffineWeight):
@@ -212,7 +218,7 @@ class OnnxOps:
         late = self._checkpoint.visual_layers
         kept: _Rows = "text" if late is not None and block >= late else "all"
         before, total = self._sequence_lengths(kept)
-        cosine, sine = self._rotary_rows(kept)
+        cosine, sine = self._rotary_rows(kept, decoder.rope_of(block))
         attention = decoder.attention(block)
         label = attention.module
         attended, _, _ = self._graph.nodes(
@@ -225,7 +231,7 @@ class OnnxOps:
                 total,
                 cosine,
                 sine,
-                *self._cache_scales(label, block),
+                *self._masks_and_scales(label, block),
             ],
             [label, f"present.{block}.key", f"present.{block}.value"],
             name=label,
@@ -235,8 +241,19 @@ class OnnxOps:
             do_rotary=1,
             rotary_interleaved=0,
             **self._cache_attributes(),
+            **self._score_attributes(),
         )
         return attended
+
+    def head(self, normed: str) -> str:
+        logits = self.linear(normed, self._spec.decoder.head)
+        softcap = self._spec.decoder.logit_softcap
+        if softcap is None:
+            return logits
+        bounded = self._graph.node(
+            "Tanh", [self._times(logits, 1 / softcap, "logits.share")], name="logits.bounded"
+        )
+        return self._times(bounded, softcap, "logits.capped")
 
     def _normed_heads(self, joined: str, attention: AttentionSpec) -> tuple[str, str, str]:
         """Queries, keys and values as the attention takes them: packed, where no head has a norm.
@@ -309,6 +326,20 @@ class OnnxOps:
         )
         return self._graph.node(
             "Reshape", [features, self._graph.constant("merge.shape", merged)], name="merge"
+        )
+
+    def average_patches(self, features: str, factor: int) -> str:
+        tower = self._spec.tower
+        rows, columns, width = tower.rows // factor, tower.columns // factor, tower.hidden_size
+        grid = np.array([rows, factor, columns, factor, width], dtype=np.int64)
+        pooled = np.array([1, rows * columns, width], dtype=np.int64)
+        features = self._graph.node(
+            "Reshape", [features, self._graph.constant("pool.grid", grid)], name="pool.cells"
+        )
+        axes = self._graph.constant("pool.axes", np.array([1, 3], dtype=np.int64))
+        features = self._graph.node("ReduceMean", [features, axes], name="pool.mean", keepdims=0)
+        return self._graph.node(
+            "Reshape", [features, self._graph.constant("pool.shape", pooled)], name="pool"
         )
 
     def reduce(self, features: str, queries: str, keys: str) -> tuple[str, str]:
@@ -456,15 +487,15 @@ class OnnxOps:
     def _epsilon(module: Any) -> float:
         return float(module.eps)
 
-    def _cache_scales(self, name: str, block: int) -> tuple[str, ...]:
-        """Scales of an int8 cache after three inputs that are left out; nothing for float32."""
-        grid = self._checkpoint.cache_grid
+    def _masks_and_scales(self, name: str, block: int) -> tuple[str, ...]:
+        """What is added to scores, and scales of an int8 cache; nothing where there is neither."""
+        mask, grid = self._masks.of(block), self._checkpoint.cache_grid
         if grid is None:
-            return ()
+            return () if mask is None else ("", mask)
         layer = self._spec.decoder.attention_blocks.index(block)
         keys = self._graph.constant(f"{name}.key_scales", grid.keys[layer].numpy())
         values = self._graph.constant(f"{name}.value_scales", grid.values[layer].numpy())
-        return ("", "", "", keys, values)
+        return ("", mask or "", "", keys, values)
 
     def _cache_attributes(self) -> dict[str, Any]:
         grid = self._checkpoint.cache_grid
@@ -475,6 +506,18 @@ class OnnxOps:
             "v_quant_type": "PER_CHANNEL",
             "kv_cache_bit_width": grid.bits,
         }
+
+    def _score_attributes(self) -> dict[str, Any]:
+        """How scores are masked and bounded, where that is more than causal."""
+        decoder = self._spec.decoder
+        attributes: dict[str, Any] = {"causal": 0} if decoder.has_masks else {}
+        if decoder.score_softcap is not None:
+            attributes["softcap"] = decoder.score_softcap
+        return attributes
+
+    def _times(self, inputs: str, factor: float, name: str) -> str:
+        constant = self._graph.constant(f"{name}.factor", np.array(factor, dtype=np.float32))
+        return self._graph.node("Mul", [inputs, constant], name=name)
 
     def _sequence_lengths(self, rows: _Rows) -> tuple[str, str]:
         """`seqlens_k` (one less than the total) and the total, as the attention wants them."""
@@ -503,15 +546,16 @@ class OnnxOps:
             self._shared["text_position_ids"] = self.select_text("position_ids")
         return self._shared["text_position_ids"]
 
-    def _rotary_rows(self, rows: _Rows) -> tuple[str, str]:
+    def _rotary_rows(self, rows: _Rows, rope: RopeSpec) -> tuple[str, str]:
         """Cosines and sines by cache slot, [total, head_dim / 2].
 
         The attention rotates the token of slot i by row i of its table, and offers no other way
         to give a prompt positions with gaps (it reads the first of a prompt's position ids only).
         So it is given rows that were looked up by position; slots of the past are rotated already.
         """
-        label = _LABELS[rows]
-        if self._spec.decoder.rope.axes > 1:
+        kind_of = "" if rope == self._spec.decoder.rope else "sliding."
+        label = _LABELS[rows] + kind_of
+        if rope.axes > 1:
             self._turn_rows(rows)
         if f"{label}cosine" not in self._shared:
             graph, name = self._graph, f"{label}positions"
@@ -520,11 +564,13 @@ class OnnxOps:
             none = graph.constant("none", np.array([0], dtype=np.int64))
             pads = graph.node("Concat", [_PASTS[rows], none], name=f"{name}.pads", axis=0)
             slots = graph.node("Pad", [positions, pads], name=f"{name}.by_slot")
-            if "cosines" not in self._shared:
-                self._shared["cosines"], self._shared["sines"] = self._rotary_tables()
+            if f"{kind_of}cosines" not in self._shared:
+                tables = self._rotary_tables(rope, f"{kind_of}rotary")
+                self._shared[f"{kind_of}cosines"], self._shared[f"{kind_of}sines"] = tables
             for kind in ("cosine", "sine"):
+                table = self._shared[f"{kind_of}{kind}s"]
                 self._shared[f"{label}{kind}"] = graph.node(
-                    "Gather", [self._shared[f"{kind}s"], slots], name=f"{label}rotary.{kind}"
+                    "Gather", [table, slots], name=f"{label}rotary.{kind}"
                 )
         return self._shared[f"{label}cosine"], self._shared[f"{label}sine"]
 
@@ -552,24 +598,24 @@ class OnnxOps:
                 "Pad", [values, pads], name=f"{label}rotary.{kind}"
             )
 
-    def _rotary_tables(self) -> tuple[str, str]:
+    def _rotary_tables(self, rope: RopeSpec, label: str) -> tuple[str, str]:
         """Cosines and sines of every position; computed when the session starts, not stored."""
         decoder, graph = self._spec.decoder, self._graph
-        frequencies = inverse_frequencies(decoder.rope)
+        frequencies = inverse_frequencies(rope)
         bounds = [
-            graph.constant(f"rotary.{name}", np.array(value, dtype=np.int64))
+            graph.constant(f"{label}.{name}", np.array(value, dtype=np.int64))
             for name, value in (("start", 0), ("limit", decoder.max_positions), ("delta", 1))
         ]
-        positions = graph.node("Range", bounds, name="rotary.range")
+        positions = graph.node("Range", bounds, name=f"{label}.range")
         positions = graph.node(
-            "Cast", [positions], name="rotary.float32", to=onnx.TensorProto.FLOAT
+            "Cast", [positions], name=f"{label}.float32", to=onnx.TensorProto.FLOAT
         )
-        column = graph.constant("rotary.column", np.array([-1, 1], dtype=np.int64))
-        positions = graph.node("Reshape", [positions, column], name="rotary.rows")
-        row = graph.constant("rotary.frequencies", frequencies[None].numpy())
-        angles = graph.node("Mul", [positions, row], name="rotary.angles")
-        cosines = graph.node("Cos", [angles], name="rotary.cosines")
-        return cosines, graph.node("Sin", [angles], name="rotary.sines")
+        column = graph.constant(f"{label}.column", np.array([-1, 1], dtype=np.int64))
+        positions = graph.node("Reshape", [positions, column], name=f"{label}.rows")
+        row = graph.constant(f"{label}.frequencies", frequencies[None].numpy())
+        angles = graph.node("Mul", [positions, row], name=f"{label}.angles")
+        cosines = graph.node("Cos", [angles], name=f"{label}.cosines")
+        return cosines, graph.node("Sin", [angles], name=f"{label}.sines")
 
 
 def _can_join(forms: list[WeightForm]) -> bool:

@@ -135,8 +135,7 @@ class ToOnnx(Target):
 
         with WeightFile(target / _WEIGHTS) as weights:
             kept = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
-            opset = _TRACED_OPSET if spec.tower.has_norm_bias else _RMS_NORM_OPSET
-            graph = GraphWriter("vision", weights, opset=opset)
+            graph = GraphWriter("vision", weights, opset=_vision_opset(spec))
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.tower_accuracy_level)
             embeds, indices = build_vision(ops, spec, "pixel_values")
             ops.output(embeds, "embeds")
@@ -157,3 +156,9 @@ class ToOnnx(Target):
             cache = "float32" if checkpoint.cache_grid is None else "int8"
             finish(graph, "decoder", decoder_signatures(spec, cache, late), ("decoder", head))
         return tuple(components)
+
+
+def _vision_opset(spec: ModelSpec) -> int:
+    before = f"{spec.decoder.prefix}."
+    norms = (norm for norm in spec.norms() if not norm.name.startswith(before))
+    return _TRACED_OPSET if all(norm.has_bias for norm in norms) else _RMS_NORM_OPSET

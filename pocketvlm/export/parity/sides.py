@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +107,7 @@ class CheckpointSide:
             positions=inputs.positions_of(0).numpy(),
             is_visual=inputs.is_visual[0].numpy(),
             next_position=int(inputs.next_position[0]),
+            mutual=None if inputs.mutual is None else inputs.mutual[0].numpy(),
         )
 
     def answers(self, prompts: Sequence[Rows]) -> list[Floats]:
@@ -127,12 +129,15 @@ class CheckpointSide:
         axes = len(prompts[0].positions)
         positions = torch.zeros(axes, len(prompts), max(ends), dtype=torch.int64)
         is_visual = torch.zeros(len(prompts), max(ends), dtype=torch.bool)
+        mutual = torch.full((len(prompts), max(ends)), -1)
         columns = torch.zeros(len(prompts), 1 + max(map(len, continuations)), dtype=torch.int64)
         for row, (rows, more) in enumerate(zip(prompts, continuations, strict=True)):
             start, end = lengths[row], ends[row]
             embeds[row, :start] = torch.from_numpy(rows.embeds[0])
             positions[:, row, :start] = torch.from_numpy(rows.positions)
             is_visual[row, :start] = torch.from_numpy(rows.is_visual)
+            if rows.mutual is not None:
+                mutual[row, :start] = torch.from_numpy(rows.mutual)
             if more:
                 embeds[row, start:end] = torch.from_numpy(self.embed(more)[0])
             positions[:, row, start:] = rows.next_position + torch.arange(max(ends) - start)
@@ -142,6 +147,7 @@ class CheckpointSide:
             positions=positions,
             is_visual=is_visual,
             next_position=positions[0, :, -1] + 1,
+            mutual=mutual if self._checkpoint.spec.decoder.mutual_rows else None,
         )
         with torch.inference_mode():
             logits = decode_logits(self._checkpoint, inputs, columns=columns).numpy()
@@ -177,12 +183,14 @@ class ArtifactSide:
             keeps_positions=self._manifest.positions == "original",
             grid=self._manifest.position_grid,
         )
-        return prompt_rows(layout, pictures, self.runner)
+        kind = self._manifest.kv_cache.mutual_rows
+        return prompt_rows(layout, pictures, self.runner, mutual_rows=kind)
 
     def answer(self, rows: Rows) -> Floats:
         """Logits [vocabulary] after rows without any before them."""
         self.runner.reset()
-        return self.runner.decode(rows.embeds, rows.positions, rows.is_visual).copy()
+        logits = self.runner.decode(rows.embeds, rows.positions, rows.is_visual, rows.mutual)
+        return logits.copy()
 
     def generate(self, rows: Rows, *, tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
         """A greedy answer, token by token on the cache; its end token is part of it."""
@@ -201,13 +209,20 @@ class ArtifactSide:
             first: Rows of the first turn's prompt.
         """
         self.runner.reset()
-        for start, end in ((0, first), (first, first + 1), (first + 1, first + 2)):
-            self._decode(rows, slice(start, end))
-        return self._decode(rows, slice(first + 2, None)).copy()
+        ends = [first, first + 1, first + 2, rows.embeds.shape[1]]
+        if rows.mutual is not None:  # rows that see each other come in one call
+            numbers = rows.mutual
+            ends = [end for end in ends[:-1] if not 0 <= numbers[end - 1] == numbers[end]] + ends[
+                -1:
+            ]
+        for start, end in pairwise([0, *ends]):
+            logits = self._decode(rows, slice(start, end))
+        return logits.copy()
 
     def _decode(self, rows: Rows, part: slice) -> Floats:
+        mutual = None if rows.mutual is None else rows.mutual[part]
         return self.runner.decode(
-            rows.embeds[:, part], rows.positions[:, part], rows.is_visual[part]
+            rows.embeds[:, part], rows.positions[:, part], rows.is_visual[part], mutual
         )
 
 

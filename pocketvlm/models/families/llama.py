@@ -11,7 +11,7 @@ from typing import Any
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.spec import AttentionSpec, BlockSpec, DecoderSpec, FfnSpec, RopeSpec
 
-__all__ = ["read_llama"]
+__all__ = ["decoder_block", "read_llama"]
 
 
 def _llama_biases(text: Mapping[str, Any]) -> tuple[bool, bool, bool]:
@@ -84,7 +84,7 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
         embedding=f"{prefix}.embed_tokens",
         stack=stack,
         blocks=tuple(
-            _block(f"{stack}.{index}", has_head_norms=kind in _WITH_HEAD_NORMS)
+            decoder_block(f"{stack}.{index}", has_head_norms=kind in _WITH_HEAD_NORMS)
             for index in range(text["num_hidden_layers"])
         ),
         norm=f"{prefix}.norm",
@@ -111,7 +111,13 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
     )
 
 
-def _block(module: str, *, has_head_norms: bool) -> BlockSpec:
+def decoder_block(module: str, *, has_head_norms: bool) -> BlockSpec:
+    """A block of a decoder of this kind, by the name of its module.
+
+    Args:
+        module: The name.
+        has_head_norms: Whether heads of queries and keys are normed before they are rotated.
+    """
     attention, mlp = f"{module}.self_attn", f"{module}.mlp"
     return BlockSpec(
         module=module,

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from pocketvlm.bundle import Bundle, Component
 from pocketvlm.emulation.mil.package import Function
 from pocketvlm.emulation.mil.types import Array
-from pocketvlm.errors import BundleError
+from pocketvlm.errors import BundleError, InputError
 from pocketvlm.runtime.coreml.package import ComputedPackage, OpenPackage, ReferencePackage
 from pocketvlm.runtime.runner import Runner, States
+from pocketvlm.runtime.splice import whole_rows
 
 __all__ = ["CoremlRunner"]
 
@@ -25,7 +26,7 @@ _TARGET = "coreml"
 _CACHES = ("key_cache", "value_cache")
 _CONV = "conv_state"
 _ROWS = {"embeds", "position_ids", "past_length"}
-_COUNT = "length"
+_COUNT, _MUTUAL = "length", "mutual"
 
 
 class CoremlRunner(Runner):
@@ -65,7 +66,7 @@ class CoremlRunner(Runner):
         self._step, self._prefill = by_length[0], by_length[-1]
         for entry in by_length:
             names = {parameter.name for parameter in entry.function.inputs}
-            if names - {_COUNT, _CONV} != _ROWS | set(_CACHES):
+            if names - {_COUNT, _CONV, _MUTUAL} != _ROWS | set(_CACHES):
                 raise BundleError(f"{entry.where} takes {', '.join(sorted(names))}: no decoder")
         self.engine = self._step.package.engine
         super().__init__(capacity=self._step.size(_CACHES[0], -2))
@@ -99,6 +100,7 @@ class CoremlRunner(Runner):
         embeds: npt.NDArray[np.float32],
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
+        mutual: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows, writes them to the cache, and returns the last one's logits.
 
@@ -113,8 +115,17 @@ class CoremlRunner(Runner):
         while done < rows:
             fits = _CACHES[0] in self._carried or self._length + self.chunk <= self.capacity
             count = min(self.chunk, rows - done) if fits else 1
+            if mutual is not None and done + count < rows:
+                count = whole_rows(mutual[done:], count)
+                if count == 0:
+                    raise InputError(
+                        f"row {done} of the prompt sees rows that come more than {self.chunk} "
+                        "later or find no room in the cache: ask something shorter, or make the "
+                        "bundle with a larger chunk"
+                    )
             part = slice(done, done + count)
-            logits = self._run(embeds[:, part], position_ids[:, part])
+            numbers = None if mutual is None else mutual[part]
+            logits = self._run(embeds[:, part], position_ids[:, part], numbers)
             self._advance(count)
             done += count
         return logits
@@ -123,7 +134,10 @@ class CoremlRunner(Runner):
         return {name: state for name, state in self._carried.items() if name == _CONV}
 
     def _run(
-        self, embeds: npt.NDArray[np.float32], position_ids: npt.NDArray[np.int64]
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        mutual: npt.NDArray[np.int64] | None,
     ) -> npt.NDArray[np.float32]:
         rows = embeds.shape[1]
         entry = self._step if rows == 1 else self._prefill
@@ -134,8 +148,13 @@ class CoremlRunner(Runner):
             "past_length": np.array([self._length], np.int32),
             **self._carried,
         }
-        if any(parameter.name == _COUNT for parameter in entry.function.inputs):
+        taken = {parameter.name for parameter in entry.function.inputs}
+        if _COUNT in taken:
             inputs[_COUNT] = np.array([rows], np.int32)
+        if _MUTUAL in taken:
+            numbers = np.full(rows, -1) if mutual is None else mutual
+            padded = np.pad(numbers, (0, padding), constant_values=-1)
+            inputs[_MUTUAL] = padded[None].astype(np.int32)
         outputs = entry.predict(inputs)
         for name in self._carried:
             found = outputs[f"{name}_out"]

@@ -162,6 +162,7 @@ class RemoteRunner(Runner):
         embeds: npt.NDArray[np.float32],
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
+        mutual: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows after those in the cache and returns the last one's logits."""
         rows = embeds.shape[1]
@@ -170,6 +171,8 @@ class RemoteRunner(Runner):
             "embeds": embeds,
             "position_ids": position_ids,
         }
+        if mutual is not None:
+            arrays["mutual"] = mutual
         logits = self._ask("decode", arrays, "logits")["logits"]
         self._length += rows
         return logits

@@ -97,7 +97,8 @@ def _answer(runner: CoremlRunner, call: Mapping[str, Array]) -> dict[str, Array]
         return {"embeds": runner.embed(call["token_ids"].tolist())}
     if kind == "truncate":
         return {"length": np.array(runner.truncate(int(call["length"])))}
-    return {"logits": runner.decode(call["embeds"], call["position_ids"])}
+    mutual = call.get("mutual")
+    return {"logits": runner.decode(call["embeds"], call["position_ids"], mutual=mutual)}
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ def answer_with_multimodal_runner(
     """
     turn, images = question_turn(prompt, image)
     codec = TextCodec.from_bundle(bundle)
+    if bundle.manifest.kv_cache.mutual_rows == "prompt":
+        raise InputError(
+            f"{bundle.path}: MultimodalRunner gives a prompt to the model piece by piece, and all "
+            "rows of this model's prompts see each other"
+        )
     if not codec.generation.is_plain:
         settings = ", ".join(codec.generation.to_json())
         raise InputError(

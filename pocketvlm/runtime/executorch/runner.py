@@ -26,6 +26,8 @@ __all__ = ["ExecutorchRunner"]
 
 _METHODS = {"vision_encoder", "token_embedding", "text_decoder", "get_model_schema"}
 _MAX_CAPACITY = 2**24
+_MOST_CHANNELS = 5
+"""Four of a row's position along three axes, and one of the rows that it sees beside the past."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class _Sizes:
     def __post_init__(self) -> None:
         if not 1 <= self.max_context_len <= _MAX_CAPACITY:
             raise ValueError(f"max_context_len must be 1 to {_MAX_CAPACITY:,}")
-        if self.hidden_size < 1 or self.row_channels - self.hidden_size not in (0, 2, 4):
-            raise ValueError("row_channels must be hidden_size, or 2 or 4 more")
+        if self.hidden_size < 1 or not 0 <= self.row_channels - self.hidden_size <= _MOST_CHANNELS:
+            raise ValueError(f"row_channels must be hidden_size, or up to {_MOST_CHANNELS} more")
 
 
 class ExecutorchRunner(Runner):
@@ -71,6 +73,7 @@ class ExecutorchRunner(Runner):
         super().__init__(capacity=sizes.max_context_len)
         self._channels = sizes.row_channels
         self._width = sizes.hidden_size
+        self._has_mutual = bundle.manifest.kv_cache.mutual_rows is not None
         self._visual_tokens = bundle.manifest.visual_tokens
         self._logits = ArrayType("float32", (1, 1, vocabulary))
 
@@ -107,6 +110,7 @@ class ExecutorchRunner(Runner):
         embeds: npt.NDArray[np.float32],
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
+        mutual: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows after those in the cache and returns the last one's logits.
 
@@ -121,8 +125,13 @@ class ExecutorchRunner(Runner):
         if self._channels > self._width:
             rows = np.empty((1, count, self._channels), np.float32)
             rows[..., : self._width] = embeds
-            rows[0, :, self._width : -1] = (position_ids - counted).T
-            rows[0, :, -1] = 1.0
+        told = self._channels - self._width - self._has_mutual
+        if self._has_mutual:
+            rows[0, :, -1] = -1 if mutual is None else mutual
+        if told:
+            last = self._width + told - 1
+            rows[0, :, self._width : last] = (position_ids - counted).T
+            rows[0, :, last] = 1.0
         elif not np.array_equal(position_ids[0], counted):
             raise InputError(
                 "this ExecuTorch program counts positions row by row, and the given ones have gaps"

@@ -101,6 +101,8 @@ class OnnxRunner(Runner):
         self._past_length = np.zeros(1, np.int64)
         self._past_text_length = np.zeros(1, np.int64)
         self._single_row = np.zeros(1, np.int64)
+        self._has_mutual = cache.mutual_rows is not None
+        self._alone = np.full((1, 1), -1, np.int64)
         self._logits = np.zeros((1, 1, vocabulary), np.float32)
         self._embed_step = self._embedding.io_binding()
         _bind_input(self._embed_step, "input_ids", self._token)
@@ -110,6 +112,8 @@ class OnnxRunner(Runner):
         _bind_input(self._decode_step, "position_ids", self._position)
         if self._visual_layers is not None:
             _bind_input(self._decode_step, "text_rows", self._single_row)
+        if self._has_mutual:
+            _bind_input(self._decode_step, "mutual", self._alone)
         self._decode_rows = self._bind_decoder()
 
     @property
@@ -154,6 +158,7 @@ class OnnxRunner(Runner):
         embeds: npt.NDArray[np.float32],
         position_ids: npt.NDArray[np.int64],
         is_visual: npt.NDArray[np.bool_] | None = None,
+        mutual: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs L rows, writes them to the cache, and returns the last one's logits."""
         rows = embeds.shape[1]
@@ -177,6 +182,10 @@ class OnnxRunner(Runner):
             _bind_input(self._decode_rows, "position_ids", position_ids)
             if text_rows is not None:
                 _bind_input(self._decode_rows, "text_rows", text_rows)
+            numbers = np.full((1, rows), -1) if mutual is None else mutual[None]
+            if self._has_mutual:
+                numbers = np.ascontiguousarray(numbers, np.int64)
+                _bind_input(self._decode_rows, "mutual", numbers)
             with self._naming("decoder"):
                 self._decoder.run_with_iobinding(self._decode_rows)
         for name, state in self._past.items():

@@ -131,7 +131,7 @@ def test_attention_ratios_are_those_of_a_plain_softmax(
     visual = encode_images(deep_checkpoint, pixels)
     inputs = embed_prompts(deep_checkpoint, torch.tensor([prompt.token_ids]), visual)
     rows = DecoderRows.at(spec.decoder, inputs.positions)
-    angles = (rows.cosine, rows.sine)
+    angles = rows.angles[spec.decoder.rope]
     attention = decoder_sublayers(model, spec, 0)[0]
     normed = attention.norm(inputs.embeds)
     found = attention_ratios(deep_checkpoint, 0, normed, rows, inputs.is_visual)

@@ -125,9 +125,11 @@ class IgnoresImages(TorchRunner):
 
 
 class CountsPositionsAnew(TorchRunner):
-    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
+    def decode(
+        self, embeds: Any, position_ids: Any, is_visual: Any = None, mutual: Any = None
+    ) -> Any:
         consecutive = np.arange(self.length, self.length + embeds.shape[1])[None]
-        return super().decode(embeds, consecutive, is_visual)
+        return super().decode(embeds, consecutive, is_visual, mutual)
 
 
 class KeepsItsCache(TorchRunner):
@@ -139,9 +141,11 @@ class KeepsItsCache(TorchRunner):
 
 
 class ForgetsItsCache(TorchRunner):
-    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
+    def decode(
+        self, embeds: Any, position_ids: Any, is_visual: Any = None, mutual: Any = None
+    ) -> Any:
         self.truncate(0)
-        return super().decode(embeds, position_ids, is_visual)
+        return super().decode(embeds, position_ids, is_visual, mutual)
 
 
 class KeepsOtherTokens(TorchRunner):
@@ -159,8 +163,10 @@ class ConfusesChannels(TorchRunner):
 
 
 class ReturnsNothing(TorchRunner):
-    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
-        return super().decode(embeds, position_ids, is_visual) * np.float32("nan")
+    def decode(
+        self, embeds: Any, position_ids: Any, is_visual: Any = None, mutual: Any = None
+    ) -> Any:
+        return super().decode(embeds, position_ids, is_visual, mutual) * np.float32("nan")
 
 
 class EmbedsTheNextToken(TorchRunner):
@@ -232,8 +238,10 @@ def test_other_pixels_are_caught(reduced: Checkpoint, tmp_path: Path) -> None:
 class SwapsItsFavourites(TorchRunner):
     """Exchanges the two best logits after the prompt: a wrong token with hardly any error."""
 
-    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
-        logits = super().decode(embeds, position_ids, is_visual).copy()
+    def decode(
+        self, embeds: Any, position_ids: Any, is_visual: Any = None, mutual: Any = None
+    ) -> Any:
+        logits = super().decode(embeds, position_ids, is_visual, mutual).copy()
         if embeds.shape[1] == 1:
             first, second = np.argsort(logits)[::-1][:2]
             logits[[first, second]] = logits[[second, first]]
@@ -243,8 +251,10 @@ class SwapsItsFavourites(TorchRunner):
 class Trembles(TorchRunner):
     """Adds the noise of a coarse kernel."""
 
-    def decode(self, embeds: Any, position_ids: Any, is_visual: Any = None) -> Any:
-        logits = super().decode(embeds, position_ids, is_visual)
+    def decode(
+        self, embeds: Any, position_ids: Any, is_visual: Any = None, mutual: Any = None
+    ) -> Any:
+        logits = super().decode(embeds, position_ids, is_visual, mutual)
         noise = np.random.default_rng(self.length).normal(size=logits.shape)
         return logits + (0.05 * logits.std() * noise).astype(np.float32)
 

@@ -107,11 +107,12 @@ class BlockPath:
             self._checkpoint,
             torch.tensor([self._prompts[row].token_ids for row in state.rows]),
             VisualTokens(embeds=visual, indices=indices),
+            answer_starts=[self._prompts[row].answer_start for row in state.rows],
         )
         return PathState(
             rows=state.rows,
             hidden=inputs.embeds,
-            decoder_rows=DecoderRows.at(spec.decoder, inputs.positions),
+            decoder_rows=inputs.rows(spec.decoder),
             is_visual=inputs.is_visual,
         )
 

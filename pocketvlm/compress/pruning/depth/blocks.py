@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
@@ -67,6 +68,12 @@ def all_blocks(spec: ModelSpec) -> tuple[Block, ...]:
 def spec_without(spec: ModelSpec, removed: Mapping[Stack, int]) -> ModelSpec:
     """The specification with that many blocks fewer, by stack: those that stay are renumbered."""
     tower, decoder = removed.get("tower", 0), removed.get("decoder", 0)
+    kinds = {spec.decoder.sliding_of(block) for block in range(spec.decoder.depth)}
+    if decoder and len(kinds) > 1:
+        raise RecipeError(
+            "prune_depth: layers of this decoder differ in how far they see, and are what they are "
+            "by their number; allowed are blocks of the tower"
+        )
     return replace(
         spec,
         tower=replace(

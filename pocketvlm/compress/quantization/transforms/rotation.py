@@ -59,8 +59,14 @@ class Rotate(Stage):
         """The specification of the model after this stage, from that before it.
 
         Raises:
-            RecipeError: The residual stream cannot be rotated while the head is tied.
+            RecipeError: The residual stream cannot be rotated: the head is tied, or what sublayers
+                add to it passes norms first.
         """
+        if self.residual and any(block.ffn.post_norm is not None for block in spec.decoder.blocks):
+            raise RecipeError(
+                "rotate: residual needs sublayers that end with a linear, and this decoder's end "
+                "with a norm, whose weights no rotation passes; allowed is residual: false"
+            )
         if not (self.residual and spec.decoder.tied_head):
             return spec
         if not self.untie_head:
