@@ -164,10 +164,20 @@ class _Sample:
     images: tuple[Image.Image, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stock:
+    """What the stock classes answered: their names, and an answer to each sample."""
+
+    answers: tuple[StockAnswer, ...]
+    model: str
+    processor: str
+    notes: tuple[str, ...]
+
+
 def check_source(checkpoint: Checkpoint, folder: ModelFolder) -> SourceReport:
     """Compares a checkpoint, before any stage, with the stock classes.
 
-    A second model is loaded in float32 and freed before this returns.
+    A second model is loaded in float32, and freed before the checkpoint is asked.
 
     Args:
         checkpoint: The checkpoint as it was loaded from the folder.
@@ -179,21 +189,19 @@ def check_source(checkpoint: Checkpoint, folder: ModelFolder) -> SourceReport:
     started = time.perf_counter()
     samples, prompts, unasked = _ask_template(checkpoint)
     try:
-        stock = StockModel.load(folder)
-        checks: list[SourceCheck] = []
-        for sample, prompt in zip(samples, prompts, strict=True):
-            answer = stock.answer(sample.turns, sample.images, max_new_tokens=_NEW_TOKENS)
-            checks += _compare(checkpoint, sample, prompt, answer)
+        stock = _ask_stock(folder, samples)
     except StockUnavailable as reason:
         return SourceReport(verdict="not verified", reason=str(reason))
+    asked = zip(samples, prompts, stock.answers, strict=True)
+    checks = [check for question in asked for check in _compare(checkpoint, *question)]
     return SourceReport(
         verdict="passed" if all(check.passed for check in checks) else "failed",
         checks=tuple(checks),
         notes=(*stock.notes, *unasked),
         stock={
             "transformers": str(toolchain_versions(["transformers"])["transformers"]),
-            "model": type(stock.model).__name__,
-            "processor": type(stock.processor).__name__,
+            "model": stock.model,
+            "processor": stock.processor,
         },
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -206,6 +214,24 @@ def verify_folder(path: Path) -> SourceReport:
         PocketVLMError: The checkpoint cannot be loaded.
     """
     return check_source(load_checkpoint(path), read_model_folder(path))
+
+
+def _ask_stock(folder: ModelFolder, samples: Sequence[_Sample]) -> _Stock:
+    """Loads the stock model, asks it everything, and frees it.
+
+    Raises:
+        StockUnavailable: The library cannot load it or answer.
+    """
+    stock = StockModel.load(folder)
+    return _Stock(
+        answers=tuple(
+            stock.answer(sample.turns, sample.images, max_new_tokens=_NEW_TOKENS)
+            for sample in samples
+        ),
+        model=type(stock.model).__name__,
+        processor=type(stock.processor).__name__,
+        notes=stock.notes,
+    )
 
 
 def _ask_template(
