@@ -10,10 +10,10 @@ __all__ = ["other_elements"]
 def other_elements(spec: ModelSpec) -> tuple[int, int]:
     """Numbers outside of weight matrices: of patches and positions, and of norms and biases."""
     tower = spec.tower
-    patches = tower.tokens
+    positions = 0 if tower.position_embedding is None else tower.tokens
     patch_weights = tower.channels * tower.patch_size**2
     embeddings = (
-        patch_weights + patches + int(tower.has_cls) + int(tower.has_patch_bias)
+        patch_weights + positions + int(tower.has_cls) + int(tower.has_patch_bias)
     ) * tower.hidden_size
     norms = sum(norm.width * (1 + norm.has_bias) for norm in spec.norms())
     biases = sum(linear.out_features for linear in spec.linears() if linear.has_bias)

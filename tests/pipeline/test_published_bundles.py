@@ -70,6 +70,10 @@ FILES = [
     Published(
         "internvl3-1b", "ggml-org: InternVL3-1B mmproj Q8_0", 332.567840, PICTURES, EVERY_Q8_0
     ),
+    Published("lfm2-vl-1.6b", "LiquidAI: LFM2-VL-1.6B Q8_0", 1246.252448, LANGUAGE, EVERY_Q8_0),
+    Published(
+        "lfm2-vl-1.6b", "LiquidAI: LFM2-VL-1.6B mmproj Q8_0", 564.115648, PICTURES, ALL_BUT_FC2
+    ),
     Published(
         "llava-1.5-7b",
         "mys: ggml_llava-v1.5-7b Q4_0",

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pocketvlm.checkpoint.config import read_spec_and_ignored
@@ -17,14 +19,22 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.export.prediction import other_elements
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.sources import load_checkpoint
+from pocketvlm.processor.image_processor import ImageProcessor
 from pocketvlm.recipes.load import default_target, load_recipe
 from pocketvlm.reference.random_models import tiny_config, write_shape
 from pocketvlm.reference.shapes import Shape, list_shapes, load_shape
+from pocketvlm.runtime.preprocess import ImagePreprocessor
 
 PARAMETERS = {
     "granite-docling-258m": 257_517_120,
     "internvl3-1b": 938_193_024,
+    "internvl3.5-1b": 1_060_897_792,
+    "internvl3.5-2b": 2_348_347_392,
+    "lfm2-vl-1.6b": 1_584_804_000,
+    "lfm2-vl-450m": 450_816_512,
     "llava-1.5-7b": 7_063_427_072,
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2.5-vl-3b": 3_754_622_976,
     "smolvlm-2.2b": 2_246_784_880,
     "smolvlm-256m": 256_484_928,
     "smolvlm-500m": 507_482_304,
@@ -43,6 +53,15 @@ def test_a_shape_needs_no_default_of_the_library(shape):
     assert asdict(replace(shape.spec, tiling=None)) == asdict(spec)
 
 
+def test_a_shape_has_a_processor_that_the_library_loads(shape, tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps(shape.processor))
+    processor = ImageProcessor.load(tmp_path, shape.spec)
+    assert processor.settings.tiling == shape.spec.tiling
+    picture = Image.new("RGB", (640, 480), (255, 127, 0))
+    runtime = ImagePreprocessor.from_settings(processor.settings)
+    np.testing.assert_array_equal(processor.pixels([picture]).numpy(), runtime.pixels(picture))
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_shape_has_the_parameters_of_the_published_files(name):
     shape = load_shape(name)
@@ -52,8 +71,8 @@ def test_a_shape_has_the_parameters_of_the_published_files(name):
     assert published == PARAMETERS[name]
     weights = sum(linear.out_features * linear.in_features for linear in shape.spec.linears())
     counted = weights + sum(other_elements(shape.spec))
-    # The files also hold what is never run: a last block of the tower, heads of other tasks.
-    assert 0.98 * published < counted <= published
+    # Files also hold blocks that are never run; a table of positions is as large as the picture.
+    assert counted == pytest.approx(published, rel=0.01)
 
 
 def test_a_plan_of_a_shape_says_what_a_plan_of_its_checkpoint_says(tmp_path):
