@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pocketvlm.checkpoint import Checkpoint, read_model_folder
 from pocketvlm.errors import CheckpointError
-from pocketvlm.reference.random_models import tiny_config, write_random_model
+from pocketvlm.reference.random_models import tiny_config, write_random_model, write_tiny_model
 from tests.conftest import notes_of_ours
 
 LLAVA = {
@@ -168,6 +168,29 @@ def test_buffers_and_surplus_tensors_are_left_out_as_stock_leaves_them(llava):
     (note,) = assert_stock_s_answer(llava).source.notes
     assert "no place in a llava model" in note
     assert "1 more" in note
+
+
+@pytest.mark.parametrize("names", ["transformers 4", "transformers 4.52", "base model"])
+def test_folds_find_what_they_read_under_former_names(tmp_path, names):
+    path = tmp_path / "internvl3"
+    write_tiny_model("internvl3", path)
+    today = our_weights(Checkpoint.load(path))
+    patterns = {**LLAVA[names]}
+    if r"^model\.vision_tower\." in patterns:
+        patterns[r"^model\.vision_tower\."] = "vision_tower."
+    rewrite(path, lambda tensors: rename(tensors, patterns))
+    former = our_weights(Checkpoint.load(path))
+    assert today.keys() == former.keys()
+    assert all(torch.equal(today[name], former[name]) for name in today)
+
+
+def test_a_scale_that_is_missing_is_not_invented(tmp_path):
+    path = tmp_path / "internvl3"
+    write_tiny_model("internvl3", path)
+    lost = "model.vision_tower.encoder.layer.1.lambda_2"
+    rewrite(path, lambda tensors: {k: v for k, v in tensors.items() if k != lost})
+    with pytest.raises(CheckpointError, match="layer.1.lambda_2"):
+        Checkpoint.load(path)
 
 
 def test_one_weight_under_two_names(llava):
