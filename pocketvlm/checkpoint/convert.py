@@ -66,12 +66,18 @@ def save_layout(checkpoint: Checkpoint, path: Path | str, *, layout: str) -> Sav
             codebooks.
 
     Raises:
-        UnsupportedError: No layer is quantized, or one has a form that the layout cannot hold.
+        UnsupportedError: No layer is quantized, one has a form that the layout cannot hold, or
+            tensors of the model were folded.
         CheckpointError: `path` holds something else, or cannot be written.
     """
     path = Path(path)
     if layout not in LAYOUTS:
         raise UnsupportedError(f"layout {layout!r} is not known; known are {', '.join(LAYOUTS)}")
+    if checkpoint.spec.folds:
+        raise UnsupportedError(
+            f"a {checkpoint.spec.model_type} checkpoint cannot be written for other tools: tensors "
+            "that they look for were folded into others when it was read"
+        )
     _refuse_foreign(path)
     linears = _linears(checkpoint)
     quantized = _quantized(linears, layout)

@@ -56,6 +56,23 @@ def test_stock_cuts_the_same_tiles_afterwards(path, tmp_path, tiles, most):
         np.testing.assert_array_equal(own.pixels(picture), expected)
 
 
+@pytest.mark.parametrize(("tiles", "most"), [(1, 1), (3, 3), (5, 5), (13, 13)])
+def test_a_smaller_grid_is_followed_by_stock(tmp_path, tiles, most):
+    write_tiny_model("internvl3.5", tmp_path / "model")
+    done = limit(Checkpoint.load(tmp_path / "model"), tiles)
+    assert done.spec.tiling is not None
+    assert done.spec.tiling.most_tiles == most
+    done.save(tmp_path / "saved")
+    again = Checkpoint.load(tmp_path / "saved")
+    assert again.spec == done.spec
+    stock = AutoImageProcessor.from_pretrained(tmp_path / "saved", backend="pil")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 700, 3), np.uint8))
+    expected = stock(images=[picture], return_tensors="np", crop_to_patches=True)["pixel_values"]
+    assert len(expected) == most
+    for checkpoint in (done, again):
+        np.testing.assert_array_equal(checkpoint.processor.pixels([picture]).numpy(), expected)
+
+
 @pytest.mark.parametrize("tiles", [10, 11])
 def test_what_is_few_enough_stays_with_a_note(path, tiles):
     before = Checkpoint.load(path)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.checkpoint.convert import save_layout
 from pocketvlm.errors import CheckpointError, UnsupportedError
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
@@ -179,6 +180,15 @@ def test_what_a_layout_cannot_hold_is_one_clear_line(tiny_checkpoint, tmp_path):
     with pytest.raises(UnsupportedError, match="known are gptq, gptq_v2, vptq"):
         save_layout(tiny_checkpoint, out, layout="awq")
     assert not out.exists()
+
+
+def test_what_was_folded_is_not_written_for_readers_of_stock_s_tensors(tmp_path):
+    write_tiny_model("internvl3", tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    quantize_affine(checkpoint)
+    with pytest.raises(UnsupportedError, match="internvl checkpoint cannot be written for other"):
+        save_layout(checkpoint, tmp_path / "out", layout="gptq")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(tiny_checkpoint, tiny_path, tmp_path):
