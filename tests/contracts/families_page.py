@@ -84,7 +84,7 @@ def _families() -> Iterator[str]:
         state = PlanState.of(read_spec(config))
         cells = [_cell(TARGETS[target].refuse(state), reasons) for target in _TITLES]
         types = (f"`{_type(config, part)}`" for part in ("vision_config", "text_config"))
-        yield _row(f"`{name}`", _readers(config), *types, *cells)
+        yield _row(f"`{name}`", _model_types(config), *types, *cells)
     yield from reasons.lines()
 
 
@@ -125,10 +125,12 @@ def _planned(shape: Shape, target: str, reasons: _Reasons) -> tuple[str, int, in
     return f"{made.bundle_bytes / 1e6:,.0f} MB", before, made.photo_tokens
 
 
-def _readers(config: Mapping[str, Any]) -> str:
-    """Model types that are read as this one is."""
-    reader = FAMILIES[config["model_type"]]
-    return ", ".join(f"`{name}`" for name, found in FAMILIES.items() if found is reader)
+def _model_types(config: Mapping[str, Any]) -> str:
+    """The model's type, and those that are read as it is and have no tiny model."""
+    own = config["model_type"]
+    covered = {tiny_config(name)["model_type"] for name in TINY_MODELS} - {own}
+    alike = (name for name, reader in FAMILIES.items() if reader is FAMILIES[own])
+    return ", ".join(f"`{name}`" for name in alike if name not in covered)
 
 
 def _type(config: Mapping[str, Any], part: str) -> str:

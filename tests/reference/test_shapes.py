@@ -26,6 +26,7 @@ from pocketvlm.reference.shapes import Shape, list_shapes, load_shape
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 
 PARAMETERS = {
+    "gemma-3-4b": 4_300_079_472,
     "granite-docling-258m": 257_517_120,
     "internvl3-1b": 938_193_024,
     "internvl3.5-1b": 1_060_897_792,
@@ -33,6 +34,7 @@ PARAMETERS = {
     "lfm2-vl-1.6b": 1_584_804_000,
     "lfm2-vl-450m": 450_816_512,
     "llava-1.5-7b": 7_063_427_072,
+    "paligemma2-3b": 3_032_242_416,
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2.5-vl-3b": 3_754_622_976,
     "smolvlm-2.2b": 2_246_784_880,
