@@ -1,11 +1,11 @@
-"""Which decoders can lose whole units: those whose blocks are all of one kind."""
+"""Which models can lose whole units: those whose blocks are all of one kind."""
 
 from __future__ import annotations
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["require_uniform_decoder"]
+__all__ = ["require_uniform_decoder", "require_uniform_tower"]
 
 
 def require_uniform_decoder(spec: ModelSpec, method: str) -> None:
@@ -20,4 +20,17 @@ def require_uniform_decoder(spec: ModelSpec, method: str) -> None:
             f"{method}: {len(decoder.convolutions)} of the decoder's {decoder.depth} layers have a "
             f"short convolution instead of attention, which {method} does not support; prune and "
             "every quantizer work on such layers"
+        )
+
+
+def require_uniform_tower(spec: ModelSpec, method: str) -> None:
+    """Checks that a tower's blocks are told apart by their number alone.
+
+    Raises:
+        RecipeError: Some attend within windows, or the tower's config.json counts in another way.
+    """
+    if spec.tower.takes_any_size:
+        raise RecipeError(
+            f"{method}: a tower for pictures of any size says by number which blocks attend within "
+            f"windows, and {method} cannot renumber them; decoder_blocks alone is possible"
         )

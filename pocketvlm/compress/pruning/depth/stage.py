@@ -30,7 +30,7 @@ from pocketvlm.compress.pruning.depth.blocks import (
     spec_without,
 )
 from pocketvlm.compress.pruning.depth.greedy_blocks import Greedy
-from pocketvlm.compress.pruning.uniform import require_uniform_decoder
+from pocketvlm.compress.pruning.uniform import require_uniform_decoder, require_uniform_tower
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.spec import ModelSpec
@@ -88,11 +88,13 @@ class PruneDepth(Stage):
         """The specification of the model after this stage, from that before it.
 
         Raises:
-            RecipeError: There are not that many blocks to remove, or those of the decoder are of
+            RecipeError: There are not that many blocks to remove, or those of a stack are of
                 several kinds.
         """
         if self.decoder_blocks:
             require_uniform_decoder(spec, self.method)
+        if self.tower_blocks:
+            require_uniform_tower(spec, self.method)
         return spec_without(spec, {stack: self._count(spec, stack) for stack in STACKS})
 
     def plan(self, state: PlanState) -> PlanState:

@@ -145,11 +145,13 @@ class Rotator:
         return ""
 
     def _norm_shift(self, name: str) -> Tensor:
-        """Bias of the last norm in units of its weight, [hidden]."""
+        """Bias of the last norm in units of its weight, [hidden]; zeros where it has none."""
         norm = self._checkpoint.model.get_submodule(name)
         weight, bias = read_vector(norm, "weight"), read_vector(norm, "bias")
-        if weight is None or bias is None:
-            raise TypeError("the tower's last norm has no weight and bias")
+        if weight is None:
+            raise TypeError("the tower's last norm has no weight")
+        if bias is None:
+            return torch.zeros_like(weight)
         return torch.where(bias == 0, 0.0, bias / weight)
 
     def _absorb_norm(self, name: str, rotation: Tensor) -> None:
@@ -165,7 +167,8 @@ class Rotator:
         copies = spec.projector.merge_factor**2
         multiply_inputs(self._checkpoint, spec.projector.linears[0], weight.repeat(copies))
         write_vector(norm, "weight", torch.ones_like(weight))
-        write_vector(norm, "bias", shift @ rotation)
+        if spec.tower.has_norm_bias:
+            write_vector(norm, "bias", shift @ rotation)
 
     def _read_stream(
         self, norm: str, linears: tuple[str, ...], rotation: Tensor, stream: str
