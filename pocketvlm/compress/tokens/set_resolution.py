@@ -80,7 +80,7 @@ class SetResolution(Stage):
         if spec is not before:
             processor = checkpoint.processor.with_picture_size(self.height, self.width)
             checkpoint = replace(checkpoint, processor=processor, spec=spec)
-        ctx.report(self.method, 1, 1, f"{spec.visual_tokens} tokens a picture")
+        ctx.report(self.method, 1, 1, f"{spec.visual_tokens} tokens per picture")
         return StageResult(
             checkpoint=checkpoint,
             is_calibrated=False,
