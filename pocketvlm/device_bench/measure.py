@@ -20,7 +20,7 @@ from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
-from pocketvlm.models.tiling import TileGrid
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.reports.measurement import Memory, Prompt
 from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream

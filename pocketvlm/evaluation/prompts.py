@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
-from pocketvlm.models.tiling import TileGrid, Tiling
+from pocketvlm.models.images.tilings import TileGrid, Tiling
 from pocketvlm.prompt.messages import Message
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Literal
 from pocketvlm.bundle import PositionGrid
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.folds import Fold
+from pocketvlm.models.images.tilings import Tiling
 from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
-from pocketvlm.models.tiling import Tiling
 
 __all__ = [
     "PARTS",

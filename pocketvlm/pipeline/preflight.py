@@ -24,8 +24,8 @@ from pocketvlm.errors import CalibrationError, PocketVLMError, UnsupportedError,
 from pocketvlm.evaluation.prompts import PromptLimits, answer_problem
 from pocketvlm.evaluation.score import MAX_NEW_TOKENS
 from pocketvlm.export.parity.prompts import second_turn
+from pocketvlm.models.images.tilings import ONE_TILE
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.models.tiling import ONE_TILE
 from pocketvlm.pipeline.assemble import write_processor
 from pocketvlm.processor import Processor
 from pocketvlm.prompt.messages import Turn, chat_messages, user_turn

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json
-from pocketvlm.models.image_settings import ImageSettings, read_image_settings
+from pocketvlm.models.images.settings import ImageSettings, read_image_settings
+from pocketvlm.models.images.tilings import Tiling
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.models.tiling import Tiling
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.processor.patches import fit_picture, join_patches
 
@@ -138,7 +138,7 @@ def load_stock_pictures(path: Path, settings: ImageSettings) -> Any:
     if settings.kind == "lfm2_vl":
         from pocketvlm.processor.lfm2_pictures import Lfm2VlImageProcessorPil
 
-        return Lfm2VlImageProcessorPil.from_pretrained(str(path), local_files_only=True)
+        return Lfm2VlImageProcessorPil.from_pretrained(str(path), **STOCK_ONLY)
     with quiet_fallbacks():
         return AutoImageProcessor.from_pretrained(
             str(path), backend="pil", **STOCK_ONLY, **settings.imposed

@@ -10,7 +10,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from pocketvlm.image_file import to_rgb
-from pocketvlm.models.image_settings import ImageSettings
+from pocketvlm.models.images.settings import ImageSettings
 
 __all__ = ["fit_picture", "join_patches"]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
-from pocketvlm.models.image_settings import read_image_settings
+from pocketvlm.models.images.settings import read_image_settings
+from pocketvlm.models.images.tilings import TileGrid, Tiling
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.models.tiling import TileGrid, Tiling
 from pocketvlm.processor.foreign_code import refuse_foreign_code
 from pocketvlm.processor.image_processor import ImageProcessor
 from pocketvlm.processor.tokenizer import StockTokenizer, read_stock_tokenizer

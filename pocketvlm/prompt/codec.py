@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from pocketvlm.errors import InputError, PocketVLMError
-from pocketvlm.models.tiling import ONE_TILE, TileGrid
+from pocketvlm.models.images.tilings import ONE_TILE, TileGrid
 from pocketvlm.prompt.chat_template import ChatTemplate, Message
 from pocketvlm.prompt.picture_text import PictureText
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketvlm.models.tiling import ONE_TILE, TileGrid
+from pocketvlm.models.images.tilings import ONE_TILE, TileGrid
 
 __all__ = ["PictureText"]
 

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from pocketvlm.bundle import Bundle, Manifest
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import open_image
-from pocketvlm.models.tiling import TileGrid
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream

@@ -24,17 +24,21 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import MAX_PIXELS, to_rgb
-from pocketvlm.models.anyres import Anyres
-from pocketvlm.models.image_settings import ImageSettings, parse_image_settings, read_image_settings
-from pocketvlm.models.tiling import (
+from pocketvlm.models.images.settings import (
+    ImageSettings,
+    parse_image_settings,
+    read_image_settings,
+)
+from pocketvlm.models.images.tilings import (
     ONE_TILE,
     AspectGrid,
     LargeGrid,
     SplitGrid,
     TileGrid,
     Tiling,
-    longest_edge_size,
 )
+from pocketvlm.models.images.tilings.anyres import Anyres
+from pocketvlm.models.images.tilings.split_grid import longest_edge_size
 
 __all__ = [
     "CenterCrop",

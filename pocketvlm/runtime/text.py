@@ -17,7 +17,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
 from pocketvlm.files.reader import locate, read_text
 from pocketvlm.json_io import read_json
-from pocketvlm.models.tiling import TileGrid
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.chat_template import Message, find_chat_template
 from pocketvlm.prompt.codec import PromptCodec, read_tokenizer
 from pocketvlm.prompt.generation_settings import GenerationSettings

@@ -33,7 +33,7 @@ MAY_KNOW = {
     "models/families/": "what readers are for",
     "models/spec.py": "fields of the description have the same names",
     "reference/": "the shipped models: how they are built and trained",
-    "models/image_settings.py": "kinds of image processors, told apart by their own classes",
+    "models/images/": "kinds of image processors, told apart by their own classes",
     "runtime/preprocess.py": "likewise",
     "processor/image_processor.py": "likewise",
     "checkpoint/names.py": "buffers that every stock model computes itself",

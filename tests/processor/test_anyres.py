@@ -18,9 +18,9 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.anyres import Anyres
-from pocketvlm.models.image_settings import ImageSettings, parse_image_settings
-from pocketvlm.models.row_order import LINE_BREAK, RowOrder
+from pocketvlm.models.images.settings import ImageSettings, parse_image_settings
+from pocketvlm.models.images.tilings.anyres import Anyres
+from pocketvlm.models.images.tilings.row_order import LINE_BREAK, RowOrder
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from tests.processor.test_tiles import SIZES, picture
 

@@ -16,8 +16,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 
 from pocketvlm.checkpoint import read_model_folder
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.image_settings import parse_image_settings
-from pocketvlm.models.tiling import ONE_TILE, AspectGrid, TileGrid
+from pocketvlm.models.images.settings import parse_image_settings
+from pocketvlm.models.images.tilings import ONE_TILE, AspectGrid, TileGrid
 from pocketvlm.pipeline.stock import StockModel
 from pocketvlm.processor import Processor, user_message
 from pocketvlm.reference.random_models import write_tiny_model

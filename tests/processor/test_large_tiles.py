@@ -24,8 +24,8 @@ from PIL import Image
 
 from pocketvlm.checkpoint import read_model_folder
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.image_settings import parse_image_settings
-from pocketvlm.models.tiling import ONE_TILE, LargeGrid, TileGrid
+from pocketvlm.models.images.settings import parse_image_settings
+from pocketvlm.models.images.tilings import ONE_TILE, LargeGrid, TileGrid
 from pocketvlm.pipeline.stock import StockModel
 from pocketvlm.processor import Processor, user_message
 from pocketvlm.processor.image_processor import as_tiles

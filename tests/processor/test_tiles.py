@@ -12,9 +12,9 @@ from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.image_settings import parse_image_settings
+from pocketvlm.models.images.settings import parse_image_settings
+from pocketvlm.models.images.tilings import ONE_TILE, SplitGrid, TileGrid
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.models.tiling import ONE_TILE, SplitGrid, TileGrid
 from pocketvlm.processor import Processor, user_message
 from pocketvlm.prompt.picture_text import PictureText
 from pocketvlm.reference.random_models import write_tiny_model

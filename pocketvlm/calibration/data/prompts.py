@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from pocketvlm.calibration.source import CalibrationSet, Sample
 from pocketvlm.errors import CalibrationError, PocketVLMError
-from pocketvlm.models.tiling import TileGrid
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.processor import Processor
 
 __all__ = [

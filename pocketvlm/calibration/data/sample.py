@@ -13,7 +13,7 @@ from PIL import Image
 from pocketvlm.errors import CalibrationError, InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
-from pocketvlm.models.tiling import ONE_TILE, TileGrid, Tiling
+from pocketvlm.models.images.tilings import ONE_TILE, TileGrid, Tiling
 from pocketvlm.prompt.messages import Message, Turn, chat_messages, place_pictures, user_turn
 
 __all__ = ["PictureSource", "Sample"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.tiling import Tiling
+from pocketvlm.models.images.tilings import Tiling
 from pocketvlm.stages import PlanState, Stage, StageResult
 
 if TYPE_CHECKING:

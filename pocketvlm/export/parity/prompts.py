@@ -12,7 +12,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.export.parity.sides import Prompt
-from pocketvlm.models.tiling import TileGrid
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.messages import Message, user_turn
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec

@@ -17,7 +17,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
 from pocketvlm.export.coreml.swift import render_swift
 from pocketvlm.export.coreml.target import ToCoreml
-from pocketvlm.models.tiling import SplitGrid
+from pocketvlm.models.images.tilings import SplitGrid
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.runtime.preprocess import ImagePreprocessor

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pocketvlm.models.row_order import LINE_BREAK, RowOrder
-from pocketvlm.models.tile_grid import TileGrid
+from pocketvlm.models.images.tilings.row_order import LINE_BREAK, RowOrder
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 
 __all__ = ["Anyres", "MapGrid"]
 

@@ -1,8 +1,4 @@
-"""Tilings: into how many pictures of the tower's size one picture is cut, by its size alone.
-
-Sizes are computed as the library's image processors compute them, roundings included, so that
-prompts and pixels agree with them for every size.
-"""
+"""Idefics3's tiling: tiles in full resolution, then the whole picture."""
 
 from __future__ import annotations
 
@@ -11,21 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from pocketvlm.models.anyres import Anyres
-from pocketvlm.models.aspect_grid import AspectGrid
-from pocketvlm.models.large_grid import LargeGrid
-from pocketvlm.models.tile_grid import ONE_TILE, TileGrid
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 
-__all__ = [
-    "ONE_TILE",
-    "AspectGrid",
-    "LargeGrid",
-    "SplitGrid",
-    "TileGrid",
-    "Tiling",
-    "longest_edge_size",
-    "smart_size",
-]
+__all__ = ["SplitGrid", "longest_edge_size"]
 
 _LONGEST_EDGE_LIMIT = 4096
 _MOST_EDGES = 8
@@ -110,10 +94,6 @@ class SplitGrid:
         return max(1, math.ceil(length / self.side)) * self.side
 
 
-Tiling = SplitGrid | AspectGrid | LargeGrid | Anyres
-"""The ways in which processors cut pictures."""
-
-
 def longest_edge_size(width: int, height: int, length: int) -> tuple[int, int]:
     """Width and height with the longest edge at `length`; the shorter is even, and at least 1."""
     ratio = width / height
@@ -131,25 +111,3 @@ def longest_edge_size(width: int, height: int, length: int) -> tuple[int, int]:
     elif height > width and height > limit:
         width, height = int(limit * ratio), limit
     return max(width, 1), max(height, 1)
-
-
-def smart_size(width: int, height: int, *, factor: int, least: int, most: int) -> tuple[int, int]:
-    """Width and height that Qwen2-VL (arXiv 2409.12191, section 2.1) resizes a picture to.
-
-    Args:
-        width: The picture's, in pixels.
-        height: Likewise.
-        factor: Pixels along a side of a visual token, of which both sides become multiples.
-        least: Pixels that the picture has at least afterwards.
-        most: Pixels that it has at most.
-    """
-    wide, high = round(width / factor) * factor, round(height / factor) * factor
-    if wide * high > most:
-        shrink = math.sqrt(width * height / most)
-        wide = max(factor, math.floor(width / shrink / factor) * factor)
-        high = max(factor, math.floor(height / shrink / factor) * factor)
-    elif wide * high < least:
-        grow = math.sqrt(least / (width * height))
-        wide = math.ceil(width * grow / factor) * factor
-        high = math.ceil(height * grow / factor) * factor
-    return wide, high

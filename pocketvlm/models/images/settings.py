@@ -16,16 +16,16 @@ from typing import Any, Literal
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError, decode, read_json
-from pocketvlm.models.anyres import Anyres
-from pocketvlm.models.tiling import (
+from pocketvlm.models.images.qwen2_vl import smart_size
+from pocketvlm.models.images.tilings import (
     ONE_TILE,
     AspectGrid,
     LargeGrid,
     SplitGrid,
     TileGrid,
     Tiling,
-    smart_size,
 )
+from pocketvlm.models.images.tilings.anyres import Anyres
 
 __all__ = ["ImageKind", "ImageSettings", "parse_image_settings", "read_image_settings"]
 

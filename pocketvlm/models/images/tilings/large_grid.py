@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from pocketvlm.models.aspect_grid import AspectGrid
-from pocketvlm.models.tile_grid import ONE_TILE, TileGrid
+from pocketvlm.models.images.tilings.aspect_grid import AspectGrid
+from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 
 __all__ = ["LargeGrid"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from pocketvlm.models.tile_grid import ONE_TILE, TileGrid
+from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 
 __all__ = ["AspectGrid"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketvlm.models.row_order import RowOrder
+from pocketvlm.models.images.tilings.row_order import RowOrder
 
 __all__ = ["ONE_TILE", "TileGrid"]
 

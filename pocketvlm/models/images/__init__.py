@@ -1,0 +1,1 @@
+"""Pictures: what image processors make of them, as data that their settings hold."""

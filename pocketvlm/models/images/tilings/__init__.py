@@ -1,0 +1,25 @@
+"""Tilings: into how many pictures of the tower's size one picture is cut, by its size alone.
+
+Sizes are computed as the library's image processors compute them, roundings included, so that
+prompts and pixels agree with them for every size.
+"""
+
+from __future__ import annotations
+
+from pocketvlm.models.images.tilings.anyres import Anyres
+from pocketvlm.models.images.tilings.aspect_grid import AspectGrid
+from pocketvlm.models.images.tilings.large_grid import LargeGrid
+from pocketvlm.models.images.tilings.split_grid import SplitGrid
+from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
+
+__all__ = [
+    "ONE_TILE",
+    "AspectGrid",
+    "LargeGrid",
+    "SplitGrid",
+    "TileGrid",
+    "Tiling",
+]
+
+Tiling = SplitGrid | AspectGrid | LargeGrid | Anyres
+"""The ways in which processors cut pictures."""
