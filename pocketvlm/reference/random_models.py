@@ -21,6 +21,7 @@ from torch import Tensor
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.files.publish import replace_directory
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.processor.foreign_code import ATTENTION
 from pocketvlm.reference.shapes import Shape
 
 __all__ = [
@@ -350,7 +351,9 @@ def _tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(**config), trust_remote_code=False
+            AutoConfig.for_model(**config),
+            attn_implementation=ATTENTION,
+            trust_remote_code=False,
         )
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
