@@ -20,7 +20,7 @@ __all__ = ["build_model", "build_skeleton"]
 def build_model(spec: ModelSpec) -> nn.Module:
     """The modules that a spec names, on the meta device, in a tree by their dotted names.
 
-    They are run by `pocketvlm.reference_graph`: the tree has no `forward` of its own. Blocks of
+    They are run by `pocketvlm.reference_graph`: the tree itself has no `forward`. Blocks of
     the tower that are never run are part of it, because other tools want whole models.
     """
     tower, decoder = spec.tower, spec.decoder

@@ -41,7 +41,7 @@ class PromptCodec:
         embedding_rows: Rows of the embedding table; ids must be smaller. `None` if unknown.
         control_words: Added tokens that are control tokens in addition to the special ones; `None`
             for those that the template writes.
-        is_prefix: Whether `bos_token` stands behind the last picture and a line break ends the
+        is_prefix: Whether `bos_token` stands after the last picture and a line break ends the
             prompt, as PaliGemma's processor writes what it calls the prefix (arXiv 2407.07726).
     """
 
@@ -228,7 +228,7 @@ class PromptCodec:
         return re.compile(f"(?<!{_START}){re.escape(self._picture_mark)}")
 
     def _framed(self, text: str, answer: Message | None) -> str:
-        """The rendered prompt with what a processor adds to it, and the answer behind a prefix."""
+        """The rendered prompt with what a processor adds to it, and the answer after a prefix."""
         if not self.is_prefix:
             return text
         ends = [0, *(found.end() for found in self._placeholder.finditer(text))]

@@ -103,8 +103,8 @@ class DecoderPositions:
         slots = self._mb.expand_dims(x=self.slots, axes=[1], name=f"{label}slots_column")
         hidden = self._mb.greater(x=every, y=slots, name=f"{label}is_later")
         if window is not None:
-            behind = self._mb.sub(x=slots, y=every, name=f"{label}behind")
-            is_far = self._mb.greater_equal(x=behind, y=np.int32(window), name=f"{label}is_far")
+            distance = self._mb.sub(x=slots, y=every, name=f"{label}distance")
+            is_far = self._mb.greater_equal(x=distance, y=np.int32(window), name=f"{label}is_far")
             hidden = self._mb.logical_or(x=hidden, y=is_far, name=f"{label}outside")
         if "mutual" in self._function.inputs:
             apart = self._mb.logical_not(x=self._together(label, every), name=f"{label}apart")

@@ -38,12 +38,12 @@ class Masks:
         window = None if sliding is None else sliding.window
         name = "mask" if window is None else "mask.sliding"
         if name not in self._shared:
-            behind = self._rows_behind()
+            distance = self._distances()
             zero = graph.constant("zero", np.array(0, dtype=np.int64))
-            visible = graph.node("GreaterOrEqual", [behind, zero], name=f"{name}.past")
+            visible = graph.node("GreaterOrEqual", [distance, zero], name=f"{name}.past")
             if window is not None:
                 limit = graph.constant(f"{name}.window", np.array(window, dtype=np.int64))
-                near = graph.node("Less", [behind, limit], name=f"{name}.near")
+                near = graph.node("Less", [distance, limit], name=f"{name}.near")
                 visible = graph.node("And", [visible, near], name=f"{name}.near_past")
             if decoder.mutual_rows is not None:
                 visible = graph.node("Or", [visible, self._rows_together()], name=f"{name}.visible")
@@ -54,9 +54,9 @@ class Masks:
             self._shared[name] = graph.node("Unsqueeze", [added, axes], name=name)
         return self._shared[name]
 
-    def _rows_behind(self) -> str:
-        """How far each slot lies behind each row, int64 [length, total]."""
-        if "behind" not in self._shared:
+    def _distances(self) -> str:
+        """How many rows each slot lies after each row, int64 [length, total]."""
+        if "distance" not in self._shared:
             graph = self._graph
             length = graph.node("Shape", ["position_ids"], name="mask.length", start=-1)
             scalar = graph.constant("scalar", np.zeros(0, dtype=np.int64))
@@ -69,8 +69,8 @@ class Masks:
             every = graph.node("Range", [zero, total, one], name="mask.every")
             axis = graph.constant("mask.column", np.array([1], dtype=np.int64))
             column = graph.node("Unsqueeze", [slots, axis], name="mask.slot_column")
-            self._shared["behind"] = graph.node("Sub", [column, every], name="mask.behind")
-        return self._shared["behind"]
+            self._shared["distance"] = graph.node("Sub", [column, every], name="mask.distance")
+        return self._shared["distance"]
 
     def _rows_together(self) -> str:
         """Which slots have the number of each row in `mutual`, bool [length, total]."""
