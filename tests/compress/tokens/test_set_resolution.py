@@ -68,7 +68,7 @@ def test_answers_at_another_size_are_those_of_the_stock_model(path, tmp_path):
     assert again.spec == done.spec
     noise = np.random.default_rng(2).integers(0, 256, (70, 130, 3), np.uint8)
     picture = Image.fromarray(noise)
-    # The size is not a setting of stock's: the folder as it was, and pictures fitted by the new one.
+    # Stock has no such setting: the folder as it was, and pictures fitted by the new one.
     stock = StockModel.load(read_model_folder(path))
     stock = replace(stock, fitting=done.processor.image_processor.settings)
     expected = stock.answer([user_turn("what is it?", 1)], [picture], max_new_tokens=32)
