@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.errors import BundleError
+from pocketvlm.export.coreml.swift import render_swift
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.torch_runner import TorchRunner
@@ -101,3 +103,9 @@ def test_an_empty_cache_begins_with_zeros(runner: Runner):
     run(runner, [30, 31, 32])
     runner.reset()
     np.testing.assert_array_equal(run(runner, [7, 8]), expected)
+
+
+def test_the_swift_file_says_what_it_does_not_keep(bundle: Bundle, passed: Bundle):
+    for each in (bundle, passed):
+        with pytest.raises(BundleError, match="has states of short convolutions as well"):
+            render_swift(each)

@@ -51,6 +51,11 @@ def render_swift(bundle: Bundle) -> str:
         key=lambda component: _shape(component.inputs, "embeds")[1],
     )
     step, prefill = decoders[0], decoders[-1]
+    if any(signature.name == "conv_state" for signature in prefill.inputs):
+        raise BundleError(
+            f"{bundle.path}: the Swift file keeps keys and values, and this decoder has states of "
+            "short convolutions as well; docs/runtime.md says how"
+        )
     passed = tuple(signature for signature in prefill.inputs if signature.name not in _ROWS)
     caches = passed or prefill.states
     _, chunk, width = _shape(prefill.inputs, "embeds")
