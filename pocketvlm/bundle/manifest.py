@@ -81,6 +81,8 @@ class PromptLayout:
         image_mark: What the chat template writes for a picture; `None` for the placeholder itself.
         is_prefix: Whether `bos_token` stands behind the last picture and a line break ends the
             prompt.
+        line_break: File with the row, little-endian float32, that stands after each line of a
+            picture whose tiles make up one map; `None` where tile follows tile.
         embedding_rows: Rows of the embedding table; every other token id must be smaller. `None` if
             unknown.
     """
@@ -93,6 +95,7 @@ class PromptLayout:
     whole_marker: str | None = None
     image_mark: str | None = None
     is_prefix: bool = False
+    line_break: str | None = None
     embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -229,7 +232,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; later additions are left out if they are empty."""
         document = asdict(self)
-        for name in ("tile_marker", "whole_marker", "image_mark", "is_prefix"):
+        for name in ("tile_marker", "whole_marker", "image_mark", "is_prefix", "line_break"):
             if document["prompt"][name] in (None, False):
                 del document["prompt"][name]
         if document["position_grid"] is None:

@@ -52,6 +52,10 @@ def build_model(spec: ModelSpec) -> nn.Module:
             else:
                 table = nn.Linear(linear.in_features, linear.out_features, bias=linear.has_bias)
             _place(root, linear.name, table)
+        if spec.line_break is not None:
+            path, _, own = spec.line_break.rpartition(".")
+            row = nn.Parameter(torch.empty(decoder.hidden_size))
+            _container(root, path).register_parameter(own, row)
         if decoder.tied_head:
             head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
             _place(root, decoder.head, head)

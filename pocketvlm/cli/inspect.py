@@ -91,7 +91,7 @@ def inspect(
         f"visual tokens  {manifest.visual_tokens} of {manifest.visual_tokens_full}, "
         f"positions {manifest.positions}"
     )
-    if manifest.prompt.tile_marker is not None:
+    if manifest.prompt.tile_marker is not None or manifest.prompt.line_break is not None:
         say("               per tile: large pictures are cut into several, and shown whole as well")
     cache = manifest.kv_cache
     if cache.visual_layers is not None:

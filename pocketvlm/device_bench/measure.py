@@ -25,8 +25,9 @@ from pocketvlm.reports.measurement import Memory, Prompt
 from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import choose_engine, open_engine
-from pocketvlm.runtime.generate import StopRules, encode_tiles, generate, prompt_rows
+from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
 from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
@@ -42,6 +43,7 @@ class _Loaded:
     bundle: Bundle
     codec: TextCodec
     preprocessor: ImagePreprocessor
+    rows: PictureRows
     runner: Runner
     workload: Workload
     messages: Sequence[Message]
@@ -71,10 +73,10 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
     if image is not None:
         grids.append(preprocessor.grid(read_image(image, "the workload's picture")))
     messages = [user_message(text, images=len(grids))]
-    tiles = sum(grid.tiles for grid in grids)
-    visual_tokens = bundle.manifest.visual_tokens * tiles
+    full, kept = bundle.manifest.visual_tokens_full, bundle.manifest.visual_tokens
+    placeholders = sum(grid.placeholders(full) for grid in grids)
     prompt = codec.encode(messages, grids)
-    dropped = (bundle.manifest.visual_tokens_full - bundle.manifest.visual_tokens) * tiles
+    dropped = placeholders - sum(grid.most_rows(full, kept) for grid in grids)
     rows = len(prompt) - dropped + workload.new_tokens
     _require_positions(bundle, workload, prompt_tokens=len(prompt), dropped=dropped)
     clock.skip()
@@ -84,6 +86,7 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
         bundle=bundle,
         codec=codec,
         preprocessor=preprocessor,
+        rows=PictureRows.from_bundle(bundle),
         runner=runner,
         workload=workload,
         messages=messages,
@@ -98,7 +101,7 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
         prompt=Prompt(
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             text_tokens=text_tokens,
-            visual_tokens=visual_tokens,
+            visual_tokens=cold.prompt_tokens - (len(prompt) - placeholders),
             tokens=cold.prompt_tokens,
         ),
         cold=cold,
@@ -125,14 +128,13 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
         picture = read_image(image, "the workload's picture")
         pixels = loaded.preprocessor.pixels(picture)
         clock.lap("preprocess")
-        pictures += encode_tiles(runner, pixels)
         grids.append(loaded.preprocessor.grid(picture))
+        pictures += loaded.rows.encode(runner, pixels, grids[0])
         clock.lap("vision")
     layout = lay_out_prompt(
         codec.encode(loaded.messages, grids),
         pictures,
         image_token_id=codec.image_token_id,
-        placeholders=manifest.visual_tokens_full,
         keeps_positions=manifest.positions == "original",
         grid=manifest.position_grid,
     )

@@ -11,9 +11,11 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.runtime.engines import open_engine
-from pocketvlm.runtime.generate import StopRules, encode_tiles, generate, prompt_rows
+from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
@@ -56,33 +58,38 @@ def answer_with_bundle(
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     limits = bundle_limits(bundle, codec)
     tiling = preprocessor.tiling
-    prompts = encode_questions(codec.encode, tiling, samples, limits, max_new_tokens=max_new_tokens)
+    encode, rows = codec.encode, PictureRows.from_bundle(bundle)
+    questions = encode_questions(encode, tiling, samples, limits, max_new_tokens=max_new_tokens)
     engine = runner or open_for_questions(
         bundle, samples, max_new_tokens=max_new_tokens, threads=ctx.threads
     )
     # Programs of other targets have a cache of fixed size.
     limits = replace(limits, rows=engine.capacity)
-    require_fitting(prompts, samples, limits, max_new_tokens=max_new_tokens)
+    require_fitting(questions, samples, limits, max_new_tokens=max_new_tokens)
     answers: list[str] = []
-    seen: dict[Path | int, list[VisualFeatures]] = {}
-    for sample, token_ids in zip(samples, prompts, strict=True):
-        keys = [image if isinstance(image, Path) else id(image) for image in sample.images]
+    seen: dict[tuple[Path | int, TileGrid], list[VisualFeatures]] = {}
+    for sample, question in zip(samples, questions, strict=True):
+        keys = [
+            (image if isinstance(image, Path) else id(image), grid)
+            for image, grid in zip(sample.images, question.grids, strict=True)
+        ]
         seen = {key: seen[key] for key in keys if key in seen}
         for number, key in enumerate(keys):
             if key not in seen:
-                pixels = preprocessor.pixels(sample.open_image(number))
-                seen[key] = encode_tiles(engine, pixels)
+                pixels = preprocessor.pixels(sample.open_image(number), key[1])
+                seen[key] = rows.encode(engine, pixels, key[1])
         tiles = [tile for key in keys for tile in seen[key]]
         pictures = [replace(tile, serial=serial) for serial, tile in enumerate(tiles)]
         layout = lay_out_prompt(
-            token_ids,
+            question.token_ids,
             pictures,
             image_token_id=codec.image_token_id,
-            placeholders=bundle.manifest.visual_tokens_full,
             keeps_positions=bundle.manifest.positions == "original",
             grid=bundle.manifest.position_grid,
         )
-        tokens = _greedy(engine, layout, pictures, token_ids, codec.generation, max_new_tokens)
+        tokens = _greedy(
+            engine, layout, pictures, question.token_ids, codec.generation, max_new_tokens
+        )
         answers.append(codec.decode(tokens))
         ctx.report(task, len(answers), len(samples))
     return answers
@@ -113,8 +120,10 @@ def open_for_questions(
     codec = TextCodec.from_bundle(bundle)
     limits = bundle_limits(bundle, codec)
     tiling = ImagePreprocessor.from_bundle(bundle).tiling
-    prompts = encode_questions(codec.encode, tiling, samples, limits, max_new_tokens=max_new_tokens)
-    rows = max(map(limits.rows_of, prompts), default=0) + max_new_tokens
+    questions = encode_questions(
+        codec.encode, tiling, samples, limits, max_new_tokens=max_new_tokens
+    )
+    rows = max(map(limits.rows_of, questions), default=0) + max_new_tokens
     return open_engine(bundle, runtime, threads=threads, rows=rows)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PromptLimits",
+    "Question",
     "answer_problem",
     "encode_questions",
     "prompt_messages",
@@ -26,6 +27,19 @@ __all__ = [
 ]
 
 Encode = Callable[[list[Message], list[TileGrid]], list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question as a model takes it.
+
+    Attributes:
+        token_ids: The prompt, its pictures as all their placeholders.
+        grids: How its pictures are cut, in their order.
+    """
+
+    token_ids: list[int]
+    grids: list[TileGrid]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +64,33 @@ class PromptLimits:
     positions: int
     rows: int | None = None
 
-    def rows_of(self, token_ids: Sequence[int]) -> int:
-        """Rows of KV cache that a prompt takes."""
-        tiles = token_ids.count(self.image_token_id) // self.placeholders
-        return len(token_ids) - tiles * (self.placeholders - self.kept)
+    def rows_of(self, question: Question) -> int:
+        """Rows of KV cache that a question takes, at most."""
+        dropped = sum(
+            grid.placeholders(self.placeholders) - grid.most_rows(self.placeholders, self.kept)
+            for grid in question.grids
+        )
+        return len(question.token_ids) - dropped
 
-    def problem(
-        self, token_ids: Sequence[int], grids: Sequence[TileGrid], max_new_tokens: int
-    ) -> str | None:
-        """Why a prompt about pictures of these grids cannot be answered, or `None`."""
-        found = token_ids.count(self.image_token_id)
-        needed = self.placeholders * sum(grid.tiles for grid in grids)
+    def problem(self, question: Question, max_new_tokens: int) -> str | None:
+        """Why a question cannot be answered, or `None`."""
+        grids = question.grids
+        found = question.token_ids.count(self.image_token_id)
+        needed = sum(grid.placeholders(self.placeholders) for grid in grids)
         if found != needed:
             return (
                 f"its prompt has {found} image placeholders where {len(grids)} pictures need "
                 f"{needed}: the chat template leaves pictures out, or text becomes a placeholder"
             )
-        return self.room_problem(token_ids, max_new_tokens)
+        return self.room_problem(question, max_new_tokens)
 
-    def room_problem(self, token_ids: Sequence[int], max_new_tokens: int) -> str | None:
-        """Why a prompt, whose placeholders are right, has no place in the model, or `None`."""
+    def room_problem(self, question: Question, max_new_tokens: int) -> str | None:
+        """Why a question, whose placeholders are right, has no place in the model, or `None`."""
+        token_ids = question.token_ids
         unknown = next((token for token in token_ids if token >= self.vocabulary), None)
         if unknown is not None:
             return f"token {unknown} is beyond the model's table of {self.vocabulary} rows"
-        rows = self.rows_of(token_ids)
+        rows = self.rows_of(question)
         taken = len(token_ids) if self.keeps_positions else rows
         # The last token of an answer is not run.
         if taken + max_new_tokens - 1 > self.positions:
@@ -106,8 +123,8 @@ def encode_questions(
     limits: PromptLimits,
     *,
     max_new_tokens: int,
-) -> list[list[int]]:
-    """The prompts of all samples.
+) -> list[Question]:
+    """All samples as a model takes them.
 
     Args:
         encode: From messages and the tiles of their pictures to token ids.
@@ -120,44 +137,43 @@ def encode_questions(
         CalibrationError: A row cannot be asked: the chat template refuses it, it is too long, or
             it has a token that the model does not know.
     """
-    prompts: list[list[int]] = []
+    questions: list[Question] = []
     problems: list[str] = []
     for sample in samples:
-        token_ids: list[int] = []
         problem: str | None
         try:
             grids = sample.grids(tiling)
-            token_ids = encode(prompt_messages(sample), grids)
-            problem = limits.problem(token_ids, grids, max_new_tokens)
+            ids = encode(prompt_messages(sample), grids)
+            questions.append(Question(token_ids=ids, grids=grids))
+            problem = limits.problem(questions[-1], max_new_tokens)
             problem = problem or answer_problem(sample)
         except CalibrationError as error:  # says where itself
             problems.append(str(error))
             problem = None
         except PocketVLMError as error:
             problem = str(error)
-        prompts.append(token_ids)
         problems += [] if problem is None else [f"{sample.where}: {problem}"]
     if problems:
         raise CalibrationError(join_problems(problems))
-    return prompts
+    return questions
 
 
 def require_fitting(
-    prompts: Sequence[Sequence[int]],
+    questions: Sequence[Question],
     samples: Sequence[Sample],
     limits: PromptLimits,
     *,
     max_new_tokens: int,
 ) -> None:
-    """Checks prompts of `encode_questions` against other limits, such as an engine's.
+    """Checks questions of `encode_questions` against other limits, such as an engine's.
 
     Raises:
         CalibrationError: One does not fit.
     """
     problems = [
         f"{sample.where}: {problem}"
-        for token_ids, sample in zip(prompts, samples, strict=True)
-        if (problem := limits.room_problem(token_ids, max_new_tokens))
+        for question, sample in zip(questions, samples, strict=True)
+        if (problem := limits.room_problem(question, max_new_tokens))
     ]
     if problems:
         raise CalibrationError(join_problems(problems))

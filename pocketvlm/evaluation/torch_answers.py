@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.evaluation.prompts import PromptLimits, encode_questions
+from pocketvlm.evaluation.prompts import PromptLimits, Question, encode_questions
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_arithmetic
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
@@ -22,7 +24,7 @@ from pocketvlm.reference_graph.forward import (
 from pocketvlm.weights.modules import cache_dense_weights
 
 if TYPE_CHECKING:
-    from pocketvlm.calibration.data.sample import PictureSource, Sample
+    from pocketvlm.calibration.data.sample import Sample
 
 __all__ = ["answer_with_checkpoint", "checkpoint_limits"]
 
@@ -60,7 +62,7 @@ def answer_with_checkpoint(
     """
     processor, eos = checkpoint.processor, checkpoint.processor.eos_token_ids
     limits = checkpoint_limits(checkpoint)
-    token_ids = encode_questions(
+    questions = encode_questions(
         processor.encode, processor.tiling, samples, limits, max_new_tokens=max_new_tokens
     )
     answers = [""] * len(samples)
@@ -72,14 +74,16 @@ def answer_with_checkpoint(
     ):
         for start in range(0, len(samples), _CHUNK * batch_size):
             chunk = range(start, min(start + _CHUNK * batch_size, len(samples)))
-            features = _encode(checkpoint, [samples[index] for index in chunk], batch_size)
-            prompts = {index: token_ids[index] for index in chunk}
-            for batch in _equal_batches(prompts, limits, batch_size):
-                visual = _stack(features, [samples[index] for index in batch])
-                together = torch.tensor([prompts[index] for index in batch])
+            shown = {index: _pictures(samples[index], questions[index]) for index in chunk}
+            every = [picture for own in shown.values() for picture in own]
+            features = _encode(checkpoint, every, batch_size)
+            asked = {index: questions[index] for index in chunk}
+            for batch in _equal_batches(asked, limits, batch_size):
+                visual = _stack(features, [one for index in batch for one in shown[index]])
+                together = torch.tensor([asked[index].token_ids for index in batch])
                 generated = greedy_generate(
                     checkpoint,
-                    embed_prompts(checkpoint, together, visual),
+                    embed_prompts(checkpoint, together, visual, asked[batch[0]].grids),
                     max_new_tokens=max_new_tokens,
                     eos_token_ids=eos,
                 )
@@ -103,36 +107,56 @@ def checkpoint_limits(checkpoint: Checkpoint) -> PromptLimits:
     )
 
 
-def _image_key(image: PictureSource) -> Path | int:
-    """The identity of a picture: its path, or its object."""
-    return image if isinstance(image, Path) else id(image)
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    """A picture as one question shows it.
+
+    Attributes:
+        sample: Whose it is.
+        number: Which of its pictures.
+        grid: How it is cut.
+    """
+
+    sample: Sample
+    number: int
+    grid: TileGrid
+
+    @property
+    def key(self) -> tuple[Path | int, TileGrid]:
+        """What equal pictures share: path or object, and the tiles."""
+        image = self.sample.images[self.number]
+        return image if isinstance(image, Path) else id(image), self.grid
+
+
+def _pictures(sample: Sample, question: Question) -> list[_Picture]:
+    return [
+        _Picture(sample=sample, number=number, grid=grid)
+        for number, grid in enumerate(question.grids)
+    ]
 
 
 def _encode(
-    checkpoint: Checkpoint, samples: Sequence[Sample], batch_size: int
-) -> dict[Path | int, tuple[Tensor, Tensor]]:
-    unique = {
-        _image_key(image): (sample, number)
-        for sample in samples
-        for number, image in enumerate(sample.images)
-    }
-    keys = list(unique)
-    features: dict[Path | int, tuple[Tensor, Tensor]] = {}
-    for start in range(0, len(keys), batch_size):
-        batch = keys[start : start + batch_size]
-        images = [sample.open_image(number) for sample, number in (unique[key] for key in batch)]
-        visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
-        tiles = checkpoint.processor.tiles(images)
+    checkpoint: Checkpoint, pictures: Sequence[_Picture], batch_size: int
+) -> dict[tuple[Path | int, TileGrid], tuple[Tensor, Tensor]]:
+    unique = list({picture.key: picture for picture in pictures}.values())
+    features: dict[tuple[Path | int, TileGrid], tuple[Tensor, Tensor]] = {}
+    for start in range(0, len(unique), batch_size):
+        batch = unique[start : start + batch_size]
+        images = [picture.sample.open_image(picture.number) for picture in batch]
+        grids = [picture.grid for picture in batch]
+        visual = encode_images(checkpoint, checkpoint.processor.pixels(images, grids))
+        tiles = [grid.tiles for grid in grids]
         parts = zip(visual.embeds.split(tiles), visual.indices.split(tiles), strict=True)
-        features |= dict(zip(batch, parts, strict=True))
+        features |= dict(zip((picture.key for picture in batch), parts, strict=True))
     return features
 
 
 def _stack(
-    features: dict[Path | int, tuple[Tensor, Tensor]], samples: Sequence[Sample]
+    features: dict[tuple[Path | int, TileGrid], tuple[Tensor, Tensor]],
+    pictures: Sequence[_Picture],
 ) -> VisualTokens | None:
     """Visual tokens of all pictures, sample by sample."""
-    rows = [features[_image_key(image)] for sample in samples for image in sample.images]
+    rows = [features[picture.key] for picture in pictures]
     if not rows:
         return None
     return VisualTokens(
@@ -142,13 +166,16 @@ def _stack(
 
 
 def _equal_batches(
-    prompts: dict[int, list[int]], limits: PromptLimits, batch_size: int
+    questions: dict[int, Question], limits: PromptLimits, batch_size: int
 ) -> Iterator[list[int]]:
-    """Batches of prompt numbers with equal length and placeholders in the same columns."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, ids in prompts.items():
-        columns = [at for at, token in enumerate(ids) if token == limits.image_token_id]
-        groups.setdefault((len(ids), *columns[:: limits.placeholders]), []).append(number)
+    """Batches of question numbers with equal length, tiles, and columns of placeholders."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, asked in questions.items():
+        ids = asked.token_ids
+        columns = tuple(at for at, token in enumerate(ids) if token == limits.image_token_id)
+        # Rows of a map are left out picture by picture.
+        alone = number if any(grid.is_map for grid in asked.grids) else None
+        groups.setdefault((len(ids), columns, tuple(asked.grids), alone), []).append(number)
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]

@@ -36,7 +36,7 @@ class ReducerGraph(nn.Module):
         features, queries, keys = (
             torch.randn(shape, generator=generator)
             for shape in (
-                (1, self._spec.visual_tokens, tower.hidden_size * factor**2),
+                (1, self._spec.visual_tokens, tower.feature_size * factor**2),
                 (1, tower.tokens, tower.hidden_size),
                 (1, tower.tokens, tower.hidden_size),
             )

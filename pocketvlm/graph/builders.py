@@ -43,16 +43,21 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
     if tower.pre_norm is not None:
         hidden = ops.norm(hidden, tower.pre_norm)
     normed = ops.norm(hidden, blocks[0].attention.norm)
-    for block, following in zip(blocks, (*blocks[1:], None), strict=True):
+    earlier: list[ValueT] = []
+    for index, (block, following) in enumerate(zip(blocks, (*blocks[1:], None), strict=True)):
         attended, queries, keys = tower_attention(ops, block.attention, normed)
         normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, tower.activation)
         if following is not None:
             normed, hidden = ops.add_norm(inner, hidden, following.attention.norm)
+            if index in tower.earlier_features:
+                earlier.append(hidden)
     if tower.feature_norm is not None:
         features, _ = ops.add_norm(inner, hidden, tower.feature_norm)
     else:
         features = ops.add(inner, hidden)
+    if earlier:
+        features = ops.join_channels(*earlier, features)
     if tower.has_cls:
         features = ops.drop_first(features)
     features = merged_features(ops, spec.projector, features)

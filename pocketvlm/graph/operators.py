@@ -75,6 +75,10 @@ class GraphOps(Protocol[ValueT]):
         """Logits, bounded by `DecoderSpec.logit_softcap`."""
         ...
 
+    def join_channels(self, *parts: ValueT) -> ValueT:
+        """Values of the same tokens, channels after channels."""
+        ...
+
     def drop_first(self, inputs: ValueT) -> ValueT:
         """All tokens but the first."""
         ...

@@ -86,6 +86,9 @@ class TensorOps(ABC):
         opened, values = self.split(joined, gate, up)
         return self.activation(opened, kind) * values
 
+    def join_channels(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, dim=-1)
+
     def drop_first(self, inputs: Tensor) -> Tensor:
         return inputs[:, 1:]
 

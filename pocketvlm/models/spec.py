@@ -263,6 +263,8 @@ class TowerSpec:
         stack: Module name of the list of blocks.
         blocks: All of them, also those that are never run.
         feature_block: Index of the last block that is run; its output feeds the projector.
+        earlier_features: Blocks before it whose outputs feed the projector as well: they stand
+            before its own, channels after channels.
         height: Pixels of a picture from top to bottom.
         width: Pixels of a picture from left to right.
         has_post_norm: Whether the features pass `post_norm`.
@@ -297,6 +299,12 @@ class TowerSpec:
     has_qkv_bias: bool = True
     has_norm_bias: bool = True
     rope_theta: float | None = None
+    earlier_features: tuple[int, ...] = ()
+
+    @property
+    def feature_size(self) -> int:
+        """Channels of the features of one patch."""
+        return self.hidden_size * (1 + len(self.earlier_features))
 
     @property
     def depth(self) -> int:
@@ -552,6 +560,8 @@ class ModelSpec:
         chat_template: The template of folders that have none; `None` where each must have one.
         tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
             where no processor has been read.
+        line_break: Name of the parameter that is the row after each line of a picture whose tiles
+            make up one map; `None` where tile follows tile.
         folds: How tensors of a stock checkpoint become those that are named here.
     """
 
@@ -571,6 +581,7 @@ class ModelSpec:
     has_prefix_prompt: bool = False
     chat_template: str | None = None
     tiling: Tiling | None = None
+    line_break: str | None = None
     folds: tuple[Fold, ...] = ()
 
     def check(self) -> None:
@@ -699,7 +710,7 @@ class ModelSpec:
         norms = [
             _norm(name, tower.hidden_size, tower.norm_eps, has_bias=has_bias) for name in names
         ]
-        width = self.projector.merged_width(tower.hidden_size)
+        width = self.projector.merged_width(tower.feature_size)
         for step in self.projector.steps:
             if isinstance(step, NormStep):
                 norms.append(_norm(step.name, width, step.eps, has_bias=step.has_bias))
@@ -795,7 +806,7 @@ def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
 
 
 def _projector_linears(spec: ModelSpec) -> tuple[LinearSpec, ...]:
-    width = spec.projector.merged_width(spec.tower.hidden_size)
+    width = spec.projector.merged_width(spec.tower.feature_size)
     linears = []
     for step in spec.projector.steps:
         if isinstance(step, LinearStep):

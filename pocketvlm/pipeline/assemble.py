@@ -34,6 +34,7 @@ from pocketvlm.stages import Target
 __all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs", "write_processor"]
 
 PARITY_FILE = "parity.json"
+_LINE_BREAK = "line_break.f32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,10 @@ def _write_rest(
             visual_tokens=checkpoint.reducer.keep,
             positions=checkpoint.reducer.positions,
         )
+    if checkpoint.spec.line_break is not None:
+        row = checkpoint.model.get_parameter(checkpoint.spec.line_break).detach().numpy()
+        (folder / _LINE_BREAK).write_bytes(row.astype("<f4").tobytes())
+        manifest = replace(manifest, prompt=replace(manifest.prompt, line_break=_LINE_BREAK))
     cache = replace(
         manifest.kv_cache,
         dtype="float32" if checkpoint.cache_grid is None else "int8",

@@ -40,6 +40,7 @@ class Plan:
         visual_tokens_full: Tokens per tile before it.
         photo_tiles: Tiles of a photo of 640 x 480.
         photo_tokens: Visual tokens of it that enter the decoder.
+        photo_tokens_full: The same before reduction.
         most_tiles: Tiles of the picture that has most.
         source_bytes: Bytes of the source's weights in bf16.
         part_bytes: Predicted weight bytes by part of the model, scales included.
@@ -58,6 +59,7 @@ class Plan:
     visual_tokens_full: int
     photo_tiles: int
     photo_tokens: int
+    photo_tokens_full: int
     most_tiles: int
     source_bytes: int
     part_bytes: Mapping[str, int]
@@ -168,6 +170,7 @@ def plan(
         visual_tokens_full=spec.visual_tokens,
         photo_tiles=_photo_grid(state.spec).tiles,
         photo_tokens=_photo_tokens(state),
+        photo_tokens_full=_photo_grid(spec).placeholders(spec.visual_tokens),
         most_tiles=1 if state.spec.tiling is None else state.spec.tiling.most_tiles,
         source_bytes=source,
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},

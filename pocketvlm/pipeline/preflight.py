@@ -21,7 +21,7 @@ from pocketvlm.calibration.data.prompts import encode_sample
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.errors import CalibrationError, PocketVLMError, UnsupportedError, join_problems
-from pocketvlm.evaluation.prompts import PromptLimits, answer_problem
+from pocketvlm.evaluation.prompts import PromptLimits, Question, answer_problem
 from pocketvlm.evaluation.score import MAX_NEW_TOKENS
 from pocketvlm.export.parity.prompts import second_turn
 from pocketvlm.models.images.tilings import ONE_TILE
@@ -208,7 +208,10 @@ def certificate_samples(
             return False
         for messages in (sample.messages(), second_turn(sample)):
             prompt, problem = _attempt(readers.codec.encode, messages, grids)
-            if problem or limits.problem(prompt, grids, _CERTIFIED_TOKENS):
+            if problem:
+                return False
+            question = Question(token_ids=prompt, grids=grids)
+            if limits.problem(question, _CERTIFIED_TOKENS):
                 return False
         return bool(sample.images)
 
@@ -263,7 +266,8 @@ def _prompt_problems(readers: Readers, path: Path) -> list[str]:
         messages = chat_messages(turns)
         prompt, problem = _attempt(readers.codec.encode, messages)
         if problem is None:
-            problem = readers.limits().problem(prompt, [ONE_TILE], 1)
+            question = Question(token_ids=prompt, grids=[ONE_TILE])
+            problem = readers.limits().problem(question, 1)
         if problem is not None:
             return [f"{path}: a question about a picture cannot be asked: {problem}"]
         stock, problem = _attempt(readers.processor.encode, messages)
@@ -325,7 +329,8 @@ def _question_problem(readers: Readers, limits: PromptLimits, sample: Sample) ->
         return str(error)
     prompt, problem = _attempt(readers.codec.encode, sample.messages(), grids)
     if problem is None:
-        problem = limits.problem(prompt, grids, MAX_NEW_TOKENS)
+        question = Question(token_ids=prompt, grids=grids)
+        problem = limits.problem(question, MAX_NEW_TOKENS)
     problem = problem or answer_problem(sample)
     if problem is not None:
         return f"{sample.where}: {problem}"

@@ -295,9 +295,12 @@ def _compare(
             )
         )
 
-    pixels = processor.pixels(sample.images)
+    grids = processor.grids(sample.images)
+    pixels = processor.pixels(sample.images, grids)
     preprocessor = ImagePreprocessor.from_settings(processor.image_processor.settings)
-    runtime = np.concatenate([preprocessor.pixels(image) for image in sample.images])
+    runtime = np.concatenate(
+        [preprocessor.pixels(*cut) for cut in zip(sample.images, grids, strict=True)]
+    )
     for metric, found in (
         ("pixels_max_abs", pixels.numpy()),
         ("runtime_pixels_max_abs", runtime),
@@ -316,7 +319,7 @@ def _compare(
     hold("placeholders_differ", abs(ours - theirs), f"stock has {theirs}, here {ours}")
     with torch.inference_mode(), cache_dense_weights(checkpoint.model):
         visual = encode_images(checkpoint, pixels)
-        inputs = embed_prompts(checkpoint, torch.tensor([prompt]), visual)
+        inputs = embed_prompts(checkpoint, torch.tensor([prompt]), visual, grids)
         logits = decode_logits(checkpoint, inputs, new_cache(checkpoint), last_only=False)[0]
         generated = _generate(checkpoint, inputs)
     # Prompts with different tokens can only be compared by their last logits.

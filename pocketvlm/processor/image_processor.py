@@ -20,7 +20,7 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json
 from pocketvlm.models.images.settings import ImageSettings, read_image_settings
-from pocketvlm.models.images.tilings import Tiling
+from pocketvlm.models.images.tilings import TileGrid, Tiling
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.processor.patches import fit_picture, join_patches
@@ -75,6 +75,11 @@ class ImageProcessor:
             raise CheckpointError(
                 f"{settings.where}: the image processor cannot be read: {first_line}"
             ) from error
+        if spec.tiling is not None and spec.tiling != settings.tiling:
+            raise CheckpointError(
+                f"{settings.where}: cuts pictures otherwise than config.json says: "
+                f"{dict(spec.tiling.settings)} there"
+            )
         if settings.takes_any_size:
             _hold_patches(stock, spec, settings.where)
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
@@ -92,24 +97,31 @@ class ImageProcessor:
             spec=self.spec.with_picture_size(height, width),
         )
 
-    def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture."""
+    def pixels(self, images: Sequence[Image], grids: Sequence[TileGrid] | None = None) -> Tensor:
+        """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture.
+
+        Args:
+            images: The pictures.
+            grids: How each of them is cut; `None` where each is the only one of its conversation.
+        """
         if self.settings.takes_any_size:
             return self._fitted_pixels(images)
         # A batch of pictures of several grids would be filled up with tiles that are empty.
         together = 1 if self.settings.tiling is not None else len(images)
-        parts = [
-            self.stock(
-                images=[[image] for image in images[start : start + together]],
-                return_tensors="pt",
-                do_convert_rgb=True,
-            )["pixel_values"]
-            for start in range(0, len(images), max(1, together))
-        ]
         tower = self.spec.tower
-        parts = [as_tiles(part, tower.patch_size) for part in parts]
-        pixels: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tiles = sum(self.settings.grid(*image.size).tiles for image in images)
+        own = [self.settings.grid(*image.size) for image in images]
+        cuts = own if grids is None else list(grids)
+        parts = []
+        for start in range(0, len(images), max(1, together)):
+            chosen = slice(start, start + together)
+            # What a class does with a picture among others, it does with one twice.
+            times = 1 if cuts[chosen] == own[chosen] else 2
+            pictures = [[image] * times for image in images[chosen]]
+            found = self.stock(images=pictures, return_tensors="pt", do_convert_rgb=True)
+            pixels = found["pixel_values"]
+            parts.append(as_tiles(pixels[: len(pixels) // times], tower.patch_size))
+        pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tiles = sum(grid.tiles for grid in cuts)
         expected = (tiles, tower.channels, tower.height, tower.width)
         if tuple(pixels.shape) != expected:
             raise CheckpointError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.models.images.settings import read_image_settings
-from pocketvlm.models.images.tilings import TileGrid, Tiling
+from pocketvlm.models.images.tilings import TileGrid, Tiling, grids_of
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import refuse_foreign_code
 from pocketvlm.processor.image_processor import ImageProcessor
@@ -145,9 +145,9 @@ class Processor:
             # It would be found first, and may be one of several.
             write_json(config, {k: v for k, v in document.items() if k != "chat_template"})
 
-    def pixels(self, images: Sequence[Image]) -> Tensor:
+    def pixels(self, images: Sequence[Image], grids: Sequence[TileGrid] | None = None) -> Tensor:
         """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture."""
-        return self.image_processor.pixels(images)
+        return self.image_processor.pixels(images, grids)
 
     @property
     def tiling(self) -> Tiling | None:
@@ -183,8 +183,8 @@ class Processor:
         return [grid.tiles for grid in self.grids(images)]
 
     def grids(self, images: Sequence[Image]) -> list[TileGrid]:
-        """How upright pictures are cut into tiles."""
-        return [self.image_processor.settings.grid(*image.size) for image in images]
+        """How all upright pictures of a conversation are cut into tiles."""
+        return grids_of(self.tiling, [image.size for image in images])
 
     def encode(
         self,

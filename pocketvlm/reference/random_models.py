@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.images.tilings.anyres import Anyres
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import ATTENTION
 from pocketvlm.reference.shapes import Shape
@@ -46,6 +47,9 @@ _CHAT_TEMPLATE = (
 TINY_MODELS = (
     "llava",
     "llava-interleave",
+    "llava-next",
+    "granite-vision",
+    "llava-onevision",
     "smolvlm",
     "smolvlm-tiles",
     "internvl3",
@@ -112,6 +116,45 @@ def tiny_config(name: str) -> dict[str, Any]:
             "tie_word_embeddings": True,
             "text_config": {**text, "tie_word_embeddings": True},
             "vision_config": {**vision, "model_type": "clip_vision_model", "projection_dim": 64},
+        }
+    if name in ("llava-next", "granite-vision"):
+        decoder = {**text, "model_type": "mistral", "sliding_window": None}
+        tower = {**vision, "model_type": "clip_vision_model", "projection_dim": 64}
+        if name == "granite-vision":
+            del text["head_dim"]
+            decoder = {**text, "model_type": "granite", "tie_word_embeddings": True}
+            decoder |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+            decoder |= {"attention_multiplier": 0.1, "logits_scaling": 8.0}
+            tower = {**vision, "model_type": "siglip_vision_model", "num_hidden_layers": 4}
+        is_granite = name == "granite-vision"
+        return {
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "model_type": "llava_next",
+            "image_token_index": 259,
+            "vision_feature_layer": [-4, -2, -1] if is_granite else -2,
+            "vision_feature_select_strategy": "full" if is_granite else "default",
+            "projector_hidden_act": "gelu",
+            "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
+            "tie_word_embeddings": is_granite,
+            "text_config": decoder,
+            "vision_config": tower,
+        }
+    if name == "llava-onevision":
+        del text["head_dim"]
+        return {
+            "architectures": ["LlavaOnevisionForConditionalGeneration"],
+            "model_type": "llava_onevision",
+            "image_token_index": 259,
+            "video_token_index": 260,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "projector_hidden_act": "gelu",
+            # The last one makes a map that is made smaller.
+            "image_grid_pinpoints": [[32, 32], [32, 64], [64, 32], [64, 64], [160, 160]],
+            "vision_aspect_ratio": "anyres_max_9",
+            "tie_word_embeddings": True,
+            "text_config": {**text, "model_type": "qwen2", "tie_word_embeddings": True},
+            "vision_config": {**vision, "model_type": "siglip_vision_model"},
         }
     if name in ("smolvlm", "smolvlm-tiles"):
         return {
@@ -443,8 +486,19 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
     common: dict[str, Any] = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
     centred = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     square = {"size": {"height": size, "width": size}, "do_resize": True}
-    if spec.family in ("paligemma", "gemma3"):
+    if isinstance(spec.tiling, Anyres):
+        crop = {"crop_size": {"height": size, "width": size}}
+        kind = "LlavaNext" if spec.tiling.cuts_several else "LlavaOnevision"
         own: dict[str, Any] = {
+            "image_processor_type": f"{kind}ImageProcessor",
+            "size": {"height": size, "width": size},
+            **(crop if spec.tiling.cuts_several else {}),
+            **spec.tiling.settings,
+            **centred,
+            "resample": 3,
+        }
+    elif spec.family in ("paligemma", "gemma3"):
+        own = {
             "image_processor_type": "SiglipImageProcessor",
             "image_seq_length": spec.visual_tokens,
             **square,
@@ -508,15 +562,13 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
             **centred,
             "resample": 1,
         }
-    if spec.family == "llava":
+    if spec.processor.counts_patches:
         combined: dict[str, Any] = {
-            "processor_class": "LlavaProcessor",
+            "processor_class": spec.processor.classes[0],
             "patch_size": spec.tower.patch_size,
             "num_additional_image_tokens": int(spec.tower.has_cls),
             "vision_feature_select_strategy": "default" if spec.tower.has_cls else "full",
         }
-    elif spec.family == "internvl":
-        combined = {"processor_class": "InternVLProcessor", "image_seq_length": spec.visual_tokens}
     elif spec.family == "lfm2_vl":
         combined = {"processor_class": "Lfm2VlProcessor"}
     elif spec.family in ("paligemma", "gemma3"):
@@ -524,7 +576,9 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
         if spec.family == "gemma3":
             combined["image_seq_length"] = spec.visual_tokens
     else:
-        combined = {"processor_class": "Idefics3Processor", "image_seq_len": spec.visual_tokens}
+        kind = spec.processor.stand_in or spec.processor.classes[0]
+        count = spec.processor.count_setting
+        combined = {"processor_class": kind} | ({count: spec.visual_tokens} if count else {})
     for name, document in (
         ("preprocessor_config.json", {**common, **own}),
         ("processor_config.json", combined),

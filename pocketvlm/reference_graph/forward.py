@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Literal, cast
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.graph.builders import merged_features
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.projector import run_steps
 from pocketvlm.models.spec import DecoderSpec, ModelSpec
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
 from pocketvlm.reference_graph.kv_cache import KVCache
+from pocketvlm.reference_graph.picture_rows import arrange_tiles
 from pocketvlm.reference_graph.sublayers import decoder_sublayers, run_sublayers, tower_sublayers
 from pocketvlm.reference_graph.torch_ops import TorchOps
 
@@ -106,14 +109,17 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
     Args:
         model: The model.
         spec: Where its parts are.
-        hidden: [images, tokens, hidden].
+        hidden: [images, tokens, hidden], and the features of earlier blocks after it.
 
     Returns:
         [images, N, C], N the visual tokens of an image.
     """
     ops = TorchOps(model, spec)
+    hidden, earlier = hidden.tensor_split([spec.tower.hidden_size], dim=-1)
     if spec.tower.feature_norm is not None:
         hidden = ops.norm(hidden, spec.tower.feature_norm)
+    if spec.tower.earlier_features:
+        hidden = ops.join_channels(earlier, hidden)
     if spec.tower.has_cls:
         hidden = ops.drop_first(hidden)
     return merged_features(ops, spec.projector, hidden)
@@ -162,7 +168,7 @@ def reduce_features(
         return TorchOps(model, spec).reduce(features, features, features)
     attention = spec.tower.blocks[spec.tower.feature_block].attention
     ops = TorchOps(model, spec, reducer=checkpoint.reducer)
-    normed = ops.norm(entering, attention.norm)
+    normed = ops.norm(entering[..., : spec.tower.hidden_size], attention.norm)
     queries, keys, _ = ops.split(ops.linear(normed, *attention.inputs), *attention.inputs)
     return ops.reduce(features, queries, keys)
 
@@ -171,6 +177,7 @@ def embed_prompts(
     checkpoint: Checkpoint,
     token_ids: Tensor,
     visual: VisualTokens | None,
+    grids: Sequence[TileGrid] | None = None,
     *,
     answer_starts: Sequence[int] | None = None,
 ) -> DecoderInputs:
@@ -178,9 +185,10 @@ def embed_prompts(
 
     Args:
         checkpoint: The model.
-        token_ids: int64 [batch, length]; every image is a run of all N placeholders, and the runs
-            lie in the same columns in every row.
-        visual: Tokens of all images, row by row; `None` for text alone.
+        token_ids: int64 [batch, length]; every image is a run of all its placeholders, or each of
+            its tiles is one, and the runs lie in the same columns in every row.
+        visual: Tokens of all tiles, row by row; `None` for text alone.
+        grids: How the images of a row are cut; may be `None` where tile follows tile.
         answer_starts: Where in each row of `token_ids` an answer follows the prompt; `None` where
             none does.
 
@@ -190,12 +198,10 @@ def embed_prompts(
     spec = checkpoint.spec
     embedding = checkpoint.model.get_submodule(spec.decoder.embedding)
     batch, length = token_ids.shape
-    runs = _image_runs(token_ids, spec)
     ends = torch.tensor([length] * batch if answer_starts is None else answer_starts)[:, None]
     kind = spec.decoder.mutual_rows
     if visual is None:
-        if runs:
-            raise ValueError(f"the prompt has {len(runs)} images, but no visual tokens were given")
+        _image_runs(token_ids, spec.image_token_id, [])
         positions = torch.arange(length).expand(batch, -1)
         return DecoderInputs(
             embeds=embedding(token_ids),
@@ -205,9 +211,14 @@ def embed_prompts(
             token_ids=token_ids,
             mutual=None if kind is None else _numbers(kind, positions, ends, None),
         )
-    kept = visual.embeds.shape[1]
-    embeds = visual.embeds.view(batch, len(runs), kept, -1)
-    indices = visual.indices.view(batch, len(runs), kept)
+    _, kept, width = visual.embeds.shape
+    images = arrange_tiles(
+        checkpoint,
+        visual.embeds.view(batch, -1, kept, width),
+        visual.indices.view(batch, -1, kept),
+        grids,
+    )
+    runs = _image_runs(token_ids, spec.image_token_id, [image.placeholders for image in images])
     keeps_positions = checkpoint.reducer is None or checkpoint.reducer.positions == "original"
     pieces: list[Tensor] = []
     places: list[Tensor] = []
@@ -223,20 +234,22 @@ def embed_prompts(
             numbers.append(_numbers(kind, torch.arange(start, run).expand(batch, -1), ends, None))
         if number == len(runs):
             break
-        pieces.append(embeds[:, number])
-        flags.append(torch.ones(batch, kept, dtype=torch.bool))
+        image = images[number]
+        count = image.embeds.shape[1]
+        pieces.append(image.embeds)
+        flags.append(torch.ones(batch, count, dtype=torch.bool))
         if kind is not None:
-            numbers.append(_numbers(kind, torch.full((batch, kept), run), ends, number))
-        start = run + spec.visual_tokens
+            numbers.append(_numbers(kind, torch.full((batch, count), run), ends, number))
+        start = run + image.placeholders
         if grid is not None:
-            places.append(position + torch.from_numpy(grid.offsets(indices[:, number].numpy())))
+            places.append(position + torch.from_numpy(grid.offsets(image.indices.numpy())))
             position += grid.advance
         elif keeps_positions:
-            places.append(position + indices[:, number])
-            position += spec.visual_tokens
+            places.append(position + image.indices)
+            position += image.placeholders
         else:
-            places.append((position + torch.arange(kept)).expand(batch, -1))
-            position += kept
+            places.append((position + torch.arange(count)).expand(batch, -1))
+            position += count
     if grid is not None:
         places = [place.expand(3, batch, -1) for place in places]
     return DecoderInputs(
@@ -409,14 +422,15 @@ def _adjusted(
     return torch.from_numpy(np.stack([settings.adjust(*row) for row in rows]))
 
 
-def _image_runs(token_ids: Tensor, spec: ModelSpec) -> list[int]:
+def _image_runs(token_ids: Tensor, image_token_id: int, lengths: Sequence[int]) -> list[int]:
     """First columns of the runs of placeholders, the same in every row."""
-    is_image = token_ids == spec.image_token_id
+    is_image = token_ids == image_token_id
     if not bool((is_image == is_image[:1]).all()):
         raise ValueError("rows of one batch must have their images in the same columns")
     columns = is_image[0].nonzero().flatten().tolist()
-    count = spec.visual_tokens
-    runs = columns[::count]
-    if columns != [start + offset for start in runs for offset in range(count)]:
-        raise ValueError(f"{len(columns)} image placeholders do not form whole runs of {count}")
-    return cast("list[int]", runs)
+    firsts = accumulate(lengths[:-1], initial=0) if lengths else ()
+    runs = [columns[first] for first in firsts if first < len(columns)]
+    ranges = (range(run, run + length) for run, length in zip(runs, lengths, strict=False))
+    if columns != list(chain.from_iterable(ranges)):
+        raise ValueError(f"{len(columns)} image placeholders are not runs of {list(lengths)}")
+    return runs

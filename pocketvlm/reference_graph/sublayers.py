@@ -9,8 +9,8 @@ times.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class Sublayer:
         first_modules: These linears.
         last: Name of the linear that ends the body.
         last_module: That linear.
+        width: Channels of the hidden state. What stands after them are features of earlier blocks,
+            which pass as they are.
+        is_feature: Whether the hidden state after it is such a feature.
     """
 
     kind: SublayerKind
@@ -46,6 +49,8 @@ class Sublayer:
     first_modules: tuple[nn.Module, ...]
     last: str
     last_module: nn.Module
+    width: int
+    is_feature: bool = False
 
     @property
     def linears(self) -> nn.ModuleList:
@@ -61,21 +66,33 @@ class Sublayer:
 
         handle = self.last_module.register_forward_pre_hook(stop)
         try:
-            self.body(self.norm(hidden), rows)
+            self.body(self.normed(hidden), rows)
         except _ReachedError as reached:
             return reached.inputs
         finally:
             handle.remove()
         raise AssertionError(f"{self.last} was not reached")
 
+    def own(self, hidden: Tensor) -> Tensor:
+        """The hidden state without the features that it carries, [batch, tokens, width]."""
+        return hidden[..., : self.width]
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the body reads."""
+        return cast("Tensor", self.norm(self.own(hidden)))
+
     def output(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
-        """The hidden state after this sublayer, of the same shape; autograd may record it.
+        """The hidden state after this sublayer, with all features; autograd may record it.
 
         Args:
-            hidden: [batch, tokens, width].
+            hidden: [batch, tokens, width], and the features of earlier blocks after it.
             rows: What attention takes beside it; `None` in the tower.
         """
-        return hidden + self.body(self.norm(hidden), rows)
+        after = self.own(hidden) + self.body(self.normed(hidden), rows)
+        carried = hidden[..., self.width :]
+        if not self.is_feature and not carried.shape[-1]:
+            return after
+        return torch.cat([after, carried, *([after] if self.is_feature else [])], dim=-1)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
@@ -102,8 +119,11 @@ def tower_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Subl
         return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.tower.activation)
 
     return (
-        _sublayer(model, "attention", described.attention, attend),
-        _sublayer(model, "ffn", described.ffn, widen),
+        _sublayer(model, "attention", described.attention, attend, spec.tower.hidden_size),
+        replace(
+            _sublayer(model, "ffn", described.ffn, widen, spec.tower.hidden_size),
+            is_feature=block in spec.tower.earlier_features,
+        ),
     )
 
 
@@ -120,8 +140,8 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
         return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.decoder.activation)
 
     return (
-        _sublayer(model, "attention", described.mixer, mix),
-        _sublayer(model, "ffn", described.ffn, widen),
+        _sublayer(model, "attention", described.mixer, mix, spec.decoder.hidden_size),
+        _sublayer(model, "ffn", described.ffn, widen, spec.decoder.hidden_size),
     )
 
 
@@ -148,6 +168,7 @@ def _sublayer(
     kind: SublayerKind,
     described: AttentionSpec | ShortConvSpec | FfnSpec,
     body: Callable[[Tensor, DecoderRows | None], Tensor],
+    width: int,
 ) -> Sublayer:
     return Sublayer(
         kind=kind,
@@ -157,4 +178,5 @@ def _sublayer(
         first_modules=tuple(model.get_submodule(name) for name in described.inputs),
         last=described.output,
         last_module=model.get_submodule(described.output),
+        width=width,
     )

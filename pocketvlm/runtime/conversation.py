@@ -9,6 +9,7 @@ correctness, and `Answer.rewound_rows` says how much.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL.Image import Image
@@ -21,7 +22,8 @@ from pocketvlm.prompt.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import open_engine
-from pocketvlm.runtime.generate import StopRules, encode_tiles, generate, prompt_rows
+from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
@@ -34,6 +36,27 @@ _POLICIES = ("original", "consecutive")
 
 PictureInput = Image | Path | str
 """A picture, or the path of its file."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Picture:
+    """A picture of the conversation.
+
+    Attributes:
+        source: What was given.
+        size: Its width and height, upright.
+        grid: How it is cut.
+        rows: What stands for it in prompts.
+    """
+
+    source: PictureInput
+    size: tuple[int, int]
+    grid: TileGrid
+    rows: list[VisualFeatures]
+
+
+def _open(source: PictureInput) -> Image:
+    return source if isinstance(source, Image) else open_image(Path(source))
 
 
 def question_turn(
@@ -117,10 +140,10 @@ class Conversation:
         self._manifest = manifest
         self._codec = TextCodec.from_bundle(bundle)
         self._preprocessor = ImagePreprocessor.from_bundle(bundle)
+        self._rows = PictureRows.from_bundle(bundle)
         self._runner = open_engine(bundle) if runner is None else runner
         self._runner.reset()
-        self._tiles: list[VisualFeatures] = []
-        self._grids: list[TileGrid] = []
+        self._pictures: list[_Picture] = []
         self._serial = 0
         # What the runner's cache holds, whatever became of the turn that put it there: the first
         # `runner.length` rows of the layout with the tokens after it.
@@ -131,8 +154,7 @@ class Conversation:
         """Starts over; the graphs stay loaded."""
         self.messages.clear()
         self.answers.clear()
-        self._tiles.clear()
-        self._grids.clear()
+        self._pictures.clear()
         self._cached_layout = None
         self._cached_ids = []
         self._runner.reset()
@@ -187,13 +209,10 @@ class Conversation:
             raise InputError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
         turn, images = question_turn(prompt, image)
         clock = StageClock()
-        tiles, grids = list(self._tiles), list(self._grids)
-        for picture in images:
-            found, grid = self._encode(picture, clock)
-            tiles += found
-            grids.append(grid)
+        pictures = self._look(images, clock)
+        tiles = [tile for picture in pictures for tile in picture.rows]
         messages = [*self.messages, turn.to_message()]
-        prompt_ids = self._codec.encode(messages, grids)
+        prompt_ids = self._codec.encode(messages, [picture.grid for picture in pictures])
         layout = self._lay_out(prompt_ids, tiles)
         clock.lap("tokenize")
         require_room(
@@ -254,28 +273,43 @@ class Conversation:
             ),
         )
         self.messages = [*messages, assistant_message(answer.text)]
-        self._tiles, self._grids = tiles, grids
+        self._pictures = pictures
         self.answers.append(answer)
         return answer
 
+    def _look(self, images: Sequence[PictureInput], clock: StageClock) -> list[_Picture]:
+        """All pictures so far and new ones; an earlier one again if it is now cut otherwise."""
+        opened = [_open(image) for image in images]
+        known = len(self._pictures)
+        sizes = [picture.size for picture in self._pictures] + [image.size for image in opened]
+        grids = self._preprocessor.grids(sizes)
+        clock.lap("preprocess")
+        pictures: list[_Picture] = []
+        for number, grid in enumerate(grids):
+            if number < known and self._pictures[number].grid == grid:
+                pictures.append(self._pictures[number])
+                continue
+            source = self._pictures[number].source if number < known else images[number - known]
+            image = opened[number - known] if number >= known else _open(source)
+            pictures.append(self._encode(source, image, grid, clock))
+        return pictures
+
     def _encode(
-        self, image: PictureInput, clock: StageClock
-    ) -> tuple[list[VisualFeatures], TileGrid]:
-        picture = image if isinstance(image, Image) else open_image(Path(image))
-        pixels = self._preprocessor.pixels(picture)
+        self, source: PictureInput, image: Image, grid: TileGrid, clock: StageClock
+    ) -> _Picture:
+        pixels = self._preprocessor.pixels(image, grid)
         clock.lap("preprocess")
         # Never reused, so that rows of an abandoned turn's picture match no other one.
-        tiles = encode_tiles(self._runner, pixels, serial=self._serial + 1)
-        self._serial += len(tiles)
+        rows = self._rows.encode(self._runner, pixels, grid, serial=self._serial + 1)
+        self._serial += len(rows)
         clock.lap("vision")
-        return tiles, self._preprocessor.grid(picture)
+        return _Picture(source=source, size=image.size, grid=grid, rows=rows)
 
     def _lay_out(self, prompt_ids: list[int], tiles: list[VisualFeatures]) -> PromptLayout:
         return lay_out_prompt(
             prompt_ids,
             tiles,
             image_token_id=self._codec.image_token_id,
-            placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",
             grid=self._manifest.position_grid,
         )

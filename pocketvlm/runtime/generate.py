@@ -18,7 +18,7 @@ from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, embed_rows
 
-__all__ = ["Rows", "StopRules", "encode_tiles", "generate", "prompt_rows"]
+__all__ = ["Rows", "StopRules", "generate", "prompt_rows"]
 
 Logits = npt.NDArray[np.float32]
 
@@ -40,23 +40,6 @@ class Rows:
     is_visual: npt.NDArray[np.bool_]
     next_position: int
     mutual: npt.NDArray[np.int64] | None = None
-
-
-def encode_tiles(
-    runner: Runner, pixels: npt.NDArray[np.float32], *, serial: int = 0
-) -> list[VisualFeatures]:
-    """What the vision graph makes of the tiles of one picture, one after another.
-
-    Args:
-        runner: The engine.
-        pixels: float32 [tiles, C, S, S].
-        serial: Number of the first tile; the others count on.
-    """
-    found = []
-    for number, tile in enumerate(pixels, start=serial):
-        embeds, indices = runner.encode_image(tile[None])
-        found.append(VisualFeatures(embeds=embeds, indices=indices, serial=number))
-    return found
 
 
 def prompt_rows(

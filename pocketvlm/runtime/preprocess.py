@@ -12,7 +12,7 @@ entries per channel, computed once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +30,12 @@ from pocketvlm.models.images.settings import (
     read_image_settings,
 )
 from pocketvlm.models.images.tilings import (
-    ONE_TILE,
     AspectGrid,
     LargeGrid,
     SplitGrid,
     TileGrid,
     Tiling,
+    grids_of,
 )
 from pocketvlm.models.images.tilings.anyres import Anyres
 from pocketvlm.models.images.tilings.split_grid import longest_edge_size
@@ -179,11 +179,13 @@ class ImagePreprocessor:
     Attributes:
         geometry: How the picture is brought to size.
         tiling: How large pictures are cut; `None` where each is one tile.
+        whole: How a picture is brought to size that is not cut because there are several.
         table: float32 [3, 256]: what each value of each channel becomes.
     """
 
     geometry: Geometry
     tiling: Tiling | None
+    whole: Geometry
     table: npt.NDArray[np.float32]
 
     @classmethod
@@ -234,35 +236,62 @@ class ImagePreprocessor:
                 resample=resample,
                 pad_color=_color(settings.image_mean) if settings.do_pad else None,
             )
-        return cls(geometry=geometry, tiling=settings.tiling, table=_value_table(settings))
+        whole = geometry
+        if isinstance(settings.tiling, Anyres):
+            whole = CenterCrop(
+                size=(settings.side, settings.side),
+                crop=None,
+                resample=resample,
+                pad_color=_color(settings.image_mean),
+            )
+        return cls(
+            geometry=geometry,
+            tiling=settings.tiling,
+            whole=whole,
+            table=_value_table(settings),
+        )
 
-    def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
+    def pixels(self, image: Image.Image, grid: TileGrid | None = None) -> npt.NDArray[np.float32]:
         """Pixels of one picture, float32 [tiles, 3, height, width].
 
         Equal to Hugging Face's Pillow processor bit for bit, save where that would need more than
         `MAX_PIXELS` in between (a picture some hundred times longer than wide): there the ends
         that the centre crop removes anyway are cut off first.
 
+        Args:
+            image: The picture.
+            grid: Its entry of `grids` of all pictures of the conversation; `None` where it is the
+                only one.
+
         Raises:
             InputError: The picture has no pixels, or cannot be decoded.
         """
-        _require_content(image)
+        geometry = self.geometry if grid in (None, self.grid(image)) else self.whole
         try:
-            tiles = self.geometry.fit(to_rgb(image))
+            tiles = geometry.fit(to_rgb(image))
         except OSError as error:  # a lazily opened file turns out to be truncated here
             raise InputError(f"the picture is damaged or truncated: {error}") from error
         channels = np.moveaxis(tiles, -1, 0)
         pixels = [row[channel] for row, channel in zip(self.table, channels, strict=True)]
         return np.stack(pixels, axis=1)
 
+    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[TileGrid]:
+        """The tiles of all pictures of a conversation, by their widths and heights.
+
+        Raises:
+            InputError: A picture has no pixels.
+        """
+        for size in sizes:
+            _require_content(size)
+        return grids_of(self.tiling, sizes)
+
     def grid(self, image: Image.Image) -> TileGrid:
-        """The tiles that `pixels` makes of a picture.
+        """The tiles of the only picture of a conversation.
 
         Raises:
             InputError: The picture has no pixels.
         """
-        _require_content(image)
-        return ONE_TILE if self.tiling is None else self.tiling.grid(*image.size)
+        return self.grids([image.size])[0]
 
 
 def _cut(image: Image.Image, side: int) -> list[Image.Image]:
@@ -274,9 +303,9 @@ def _cut(image: Image.Image, side: int) -> list[Image.Image]:
     ]
 
 
-def _require_content(image: Image.Image) -> None:
-    if min(image.size) < 1:
-        raise InputError(f"a picture of {image.width} x {image.height} pixels has no content")
+def _require_content(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise InputError(f"a picture of {size[0]} x {size[1]} pixels has no content")
 
 
 def _target(size: Mapping[str, int]) -> tuple[int, int] | int:

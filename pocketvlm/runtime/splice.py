@@ -33,16 +33,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VisualFeatures:
-    """What the vision graph returned for one picture.
+    """The rows that stand for one run of placeholders: a picture, or one tile of it.
 
     Attributes:
         embeds: float32 [1, k, width].
         indices: int64 [1, k]: which of the N unreduced tokens these are, ascending.
+        placeholders: Length of the run, N.
         serial: Tells this picture from every other one of the conversation.
     """
 
     embeds: npt.NDArray[np.float32]
     indices: npt.NDArray[np.int64]
+    placeholders: int
     serial: int = 0
 
 
@@ -123,28 +125,30 @@ def whole_rows(mutual: npt.NDArray[np.int64], count: int) -> int:
 
 
 def image_runs(
-    token_ids: Sequence[int], pictures: int, *, image_token_id: int, placeholders: int
+    token_ids: Sequence[int], lengths: Sequence[int], *, image_token_id: int
 ) -> list[int]:
-    """First columns of the runs of placeholders, one run per picture.
+    """First columns of the runs of placeholders, one run per picture or tile.
 
     Args:
         token_ids: The prompt.
-        pictures: How many pictures it has.
+        lengths: Placeholders of each run.
         image_token_id: The placeholder.
-        placeholders: Length of a picture's run, N.
 
     Raises:
         InputError: Placeholders and pictures do not match.
     """
     columns = np.flatnonzero(np.asarray(token_ids, np.int64) == image_token_id)
-    runs = columns[::placeholders]
-    whole = (runs[:, None] + np.arange(placeholders)).ravel()
-    if len(runs) != pictures or not np.array_equal(columns, whole):
-        raise InputError(
-            f"the prompt has {len(columns)} image placeholders where {pictures} pictures need "
-            f"{pictures} runs of {placeholders}"
-        )
-    return runs.tolist()
+    needed = sum(lengths)
+    first = np.cumsum([0, *lengths])[:-1]
+    if len(columns) == needed:
+        # Neighbouring runs are told apart by their lengths alone.
+        gaps = np.flatnonzero(np.diff(columns) > 1) + 1
+        if np.isin(gaps, first).all():
+            return columns[first].tolist()
+    raise InputError(
+        f"the prompt has {len(columns)} image placeholders where its pictures need {needed} in "
+        f"{len(lengths)} runs"
+    )
 
 
 def lay_out_prompt(
@@ -152,17 +156,15 @@ def lay_out_prompt(
     pictures: Sequence[VisualFeatures],
     *,
     image_token_id: int,
-    placeholders: int,
     keeps_positions: bool,
     grid: PositionGrid | None = None,
 ) -> PromptLayout:
-    """Lays out a prompt whose pictures are runs of all N placeholders.
+    """Lays out a prompt whose pictures are runs of all their placeholders.
 
     Args:
         token_ids: The prompt.
         pictures: Features of its pictures, in order.
         image_token_id: The placeholder.
-        placeholders: Length of a picture's run, N.
         keeps_positions: Whether the policy is `original`.
         grid: A picture's tokens where positions have three axes; `None` where they have one.
 
@@ -170,9 +172,8 @@ def lay_out_prompt(
         InputError: Placeholders and pictures do not match.
     """
     ids = np.asarray(token_ids, np.int64)
-    runs = image_runs(
-        token_ids, len(pictures), image_token_id=image_token_id, placeholders=placeholders
-    )
+    lengths = [picture.placeholders for picture in pictures]
+    runs = image_runs(token_ids, lengths, image_token_id=image_token_id)
     axes = 1 if grid is None else 3
     codes: list[npt.NDArray[np.int64]] = []
     slots: list[npt.NDArray[np.int64]] = []
@@ -196,11 +197,11 @@ def lay_out_prompt(
             position += grid.advance
         elif keeps_positions:
             positions.append(position + picture.indices)
-            position += placeholders
+            position += picture.placeholders
         else:
             positions.append(position + np.arange(kept)[None])
             position += kept
-        column = run + placeholders
+        column = run + picture.placeholders
     position = add_text(len(ids))
     return PromptLayout(
         codes=np.concatenate(codes),

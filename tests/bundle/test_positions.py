@@ -38,7 +38,10 @@ def lay_out(ids, grid, pictures, kept=None):
     indices = np.arange(grid.tokens) if kept is None else np.array(kept)
     features = [
         VisualFeatures(
-            embeds=np.zeros((1, len(indices), 2), np.float32), indices=indices[None], serial=serial
+            embeds=np.zeros((1, len(indices), 2), np.float32),
+            indices=indices[None],
+            placeholders=grid.tokens,
+            serial=serial,
         )
         for serial in range(pictures)
     ]
@@ -46,7 +49,6 @@ def lay_out(ids, grid, pictures, kept=None):
         ids,
         features,
         image_token_id=IMAGE,
-        placeholders=grid.tokens,
         keeps_positions=True,
         grid=grid,
     )

@@ -121,8 +121,7 @@ def _planned(shape: Shape, target: str, reasons: _Reasons) -> tuple[str, int, in
     if made.refused:
         numbers = ", ".join(str(reasons.number(reason)) for reason in made.refused)
         return f"no ({numbers})", 0, 0
-    before = made.photo_tokens * made.visual_tokens_full // made.visual_tokens
-    return f"{made.bundle_bytes / 1e6:,.0f} MB", before, made.photo_tokens
+    return f"{made.bundle_bytes / 1e6:,.0f} MB", made.photo_tokens_full, made.photo_tokens
 
 
 def _model_types(config: Mapping[str, Any]) -> str:

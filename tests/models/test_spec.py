@@ -46,8 +46,10 @@ def test_smolvlm_256m_has_the_published_counts():
     ("change", "error", "message"),
     [
         ({"model_type": "kosmos-2"}, UnsupportedError, "supported are llava, idefics3, smolvlm"),
-        ({"vision_feature_layer": [-2, -3]}, UnsupportedError, "one layer"),
-        ({"vision_feature_layer": -9}, UnsupportedError, "outside a tower of 3 blocks"),
+        ({"vision_feature_layer": [-2, -3]}, UnsupportedError, "each once and in their order"),
+        ({"vision_feature_layer": [0, -2]}, UnsupportedError, "each once and in their order"),
+        ({"vision_feature_layer": -9}, UnsupportedError, "states of the 3 blocks"),
+        ({"vision_feature_select_strategy": "full"}, UnsupportedError, "supported is 'default'"),
         ({"vision_config": {"model_type": "pixtral"}}, UnsupportedError, "clip_vision_model"),
     ],
 )

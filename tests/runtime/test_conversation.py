@@ -141,7 +141,7 @@ def test_template_that_rewrites_history_is_answered_right_and_told(llava, tmp_pa
     # The same conversation, had it begun with these messages.
     fresh = Conversation(bundle)
     fresh.messages = talk.messages[:2]
-    fresh._tiles, fresh._grids = [*talk._tiles], [*talk._grids]
+    fresh._pictures = [*talk._pictures]
     assert fresh.ask("Two", max_new_tokens=4).token_ids == second.token_ids
     assert TextCodec.from_bundle(bundle).encode(talk.messages)
 

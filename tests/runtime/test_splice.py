@@ -18,10 +18,11 @@ from pocketvlm.runtime.splice import VisualFeatures, embed_rows, lay_out_prompt
 FULL = 16
 
 
-def features(rng, indices, width, serial):
+def features(rng, indices, width, serial, full=FULL):
     return VisualFeatures(
         embeds=rng.standard_normal((1, len(indices), width), np.float32),
         indices=np.array([indices]),
+        placeholders=full,
         serial=serial,
     )
 
@@ -70,7 +71,6 @@ def test_equal_to_torch(pairs, kind, segments, kept, policy, seed):
             ids,
             pictures,
             image_token_id=spec.image_token_id,
-            placeholders=FULL,
             keeps_positions=policy != "consecutive",
         )
         start = seed % len(layout.codes)
@@ -82,14 +82,12 @@ def test_equal_to_torch(pairs, kind, segments, kept, policy, seed):
 
 
 def lay_out(ids, pictures=(), *, keeps_positions=True):
-    return lay_out_prompt(
-        ids, pictures, image_token_id=9, placeholders=3, keeps_positions=keeps_positions
-    )
+    return lay_out_prompt(ids, pictures, image_token_id=9, keeps_positions=keeps_positions)
 
 
 def test_shared_rows_end_where_token_picture_or_position_differ():
     rng = np.random.default_rng(0)
-    one, two = features(rng, [0, 2], 4, 1), features(rng, [0, 2], 4, 2)
+    one, two = (features(rng, [0, 2], 4, serial, 3) for serial in (1, 2))
     base = lay_out([1, 9, 9, 9, 2, 3], [one])
     assert base.shared_rows(base) == 5
     assert base.shared_rows(lay_out([1, 9, 9, 9, 2, 4], [one])) == 4
@@ -110,6 +108,6 @@ def test_generated_tokens_continue_the_positions():
 
 @pytest.mark.parametrize("ids", [[1, 9, 9, 2], [1, 9, 9, 9, 9], [1, 2], [9, 9, 9, 9, 9, 9]])
 def test_placeholders_that_do_not_match_the_pictures_are_an_error(ids):
-    picture = features(np.random.default_rng(0), [0, 1], 4, 0)
-    with pytest.raises(InputError, match="1 pictures need 1 runs of 3"):
+    picture = features(np.random.default_rng(0), [0, 1], 4, 0, 3)
+    with pytest.raises(InputError, match="its pictures need 3 in 1 runs"):
         lay_out(ids, [picture])

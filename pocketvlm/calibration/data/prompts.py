@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,6 +14,7 @@ from pocketvlm.processor import Processor
 __all__ = [
     "Prompt",
     "PromptBatch",
+    "batch_grids",
     "batch_images",
     "batch_prompts",
     "encode_sample",
@@ -30,7 +31,8 @@ class Prompt:
 
     Attributes:
         token_ids: The ids.
-        tile_starts: Column of the first placeholder of each tile.
+        image_columns: Columns of its image's placeholders.
+        grid: How its image is cut into tiles.
         is_truncated: Whether the end was cut off at the longest length that is used.
         answer_start: Column of the answer's first token.
         answer_end: Column after the token that ends the answer; equal to `answer_start` if the
@@ -39,7 +41,8 @@ class Prompt:
     """
 
     token_ids: tuple[int, ...]
-    tile_starts: tuple[int, ...]
+    image_columns: tuple[int, ...]
+    grid: TileGrid
     is_truncated: bool
     answer_start: int
     answer_end: int
@@ -53,7 +56,15 @@ class Prompt:
     @property
     def tiles(self) -> int:
         """Tiles that its image is cut into."""
-        return len(self.tile_starts)
+        return self.grid.tiles
+
+    def sharing(self, index: int) -> Hashable:
+        """What prompts of one batch have in common, of the sample of this number.
+
+        Rows of a map that tiles make up may be left out picture by picture, so that its prompt has
+        a length of its own once tokens are reduced.
+        """
+        return self.image_columns, self.grid, index if self.grid.is_map else None
 
     def predicting(self, length: int) -> slice:
         """Columns whose logits predict the answer: each token is predicted one column earlier.
@@ -127,9 +138,9 @@ def batch_prompts(
 
     No prompt is padded: a padded column would need a mask that the phone does not have.
     """
-    alike: dict[tuple[bool, int, tuple[int, ...]], list[int]] = {}
+    alike: dict[tuple[bool, int, Hashable], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        key = (index >= first_held_out, len(prompt.token_ids), prompt.tile_starts)
+        key = (index >= first_held_out, len(prompt.token_ids), prompt.sharing(index))
         alike.setdefault(key, []).append(index)
     batches = []
     for (held_out, length, _), indices in alike.items():
@@ -139,6 +150,11 @@ def batch_prompts(
             for start in range(0, len(indices), size)
         ]
     return tuple(batches)
+
+
+def batch_grids(prompts: Sequence[Prompt], samples: Sequence[int]) -> list[TileGrid]:
+    """How the image of every prompt in a batch of these samples is cut."""
+    return [prompts[samples[0]].grid]
 
 
 def tile_rows(prompts: Sequence[Prompt], chosen: Iterable[int]) -> list[int]:
@@ -166,7 +182,7 @@ def encode_sample(processor: Processor, sample: Sample) -> Prompt:
     except PocketVLMError as error:  # the chat template refuses the conversation
         raise CalibrationError(f"{sample.where}: {error}") from error
     columns = [at for at, token in enumerate(token_ids) if token == spec.image_token_id]
-    needed = spec.visual_tokens * grids[0].tiles
+    needed = grids[0].placeholders(spec.visual_tokens)
     if len(columns) != needed:
         raise CalibrationError(
             f"{sample.where}: its prompt has {len(columns)} image placeholders, not the {needed} "
@@ -181,7 +197,8 @@ def encode_sample(processor: Processor, sample: Sample) -> Prompt:
     answer = _answer_columns(processor, sample, token_ids, grids)
     return Prompt(
         token_ids=tuple(token_ids[:longest]),
-        tile_starts=tuple(columns[:: spec.visual_tokens]),
+        image_columns=tuple(columns),
+        grid=grids[0],
         is_truncated=len(token_ids) > longest,
         answer_start=min(answer.start, longest),
         answer_end=min(answer.stop, longest),

@@ -13,7 +13,7 @@ from PIL import Image
 from pocketvlm.errors import CalibrationError, InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
-from pocketvlm.models.images.tilings import ONE_TILE, TileGrid, Tiling
+from pocketvlm.models.images.tilings import ONE_TILE, TileGrid, Tiling, grids_of
 from pocketvlm.prompt.messages import Message, Turn, chat_messages, place_pictures, user_turn
 
 __all__ = ["PictureSource", "Sample"]
@@ -151,7 +151,7 @@ class Sample:
         """
         if tiling is None:
             return [ONE_TILE] * len(self.images)
-        return [tiling.grid(width, height) for width, height in self.image_sizes()]
+        return grids_of(tiling, self.image_sizes())
 
     def _size(self, image: PictureSource) -> tuple[int, int]:
         if isinstance(image, Image.Image):

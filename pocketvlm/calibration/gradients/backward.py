@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, tile_rows
+from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_grids, tile_rows
 from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
@@ -38,6 +38,7 @@ __all__ = [
     "answer_loss",
     "enter_decoder",
     "require_answers",
+    "visual_gradients",
     "walk_back",
 ]
 
@@ -218,14 +219,41 @@ def enter_decoder(
     checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
 ) -> tuple[DecoderInputs, DecoderRows]:
     """A batch of prompts before the first block, and what attention takes beside them."""
+    inputs = _splice(checkpoint, prompts, batch, _tiles_of(prompts, batch, visual))
+    return inputs, inputs.rows(checkpoint.spec.decoder)
+
+
+def visual_gradients(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    batch: PromptBatch,
+    visual: VisualTokens,
+    gradient: Tensor,
+) -> Tensor:
+    """Gradients of a batch's visual tokens, [tiles, k, width], from those of its embeddings."""
+    tiles = _tiles_of(prompts, batch, visual)
+    leaf = tiles.embeds.detach().requires_grad_()
+    with torch.enable_grad():
+        entering = _splice(checkpoint, prompts, batch, replace(tiles, embeds=leaf)).embeds
+        (found,) = torch.autograd.grad(entering, [leaf], gradient)
+    return found
+
+
+def _tiles_of(prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens) -> VisualTokens:
     tiles = tile_rows(prompts, batch.samples)
-    inputs = embed_prompts(
+    return VisualTokens(embeds=visual.embeds[tiles], indices=visual.indices[tiles])
+
+
+def _splice(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, tiles: VisualTokens
+) -> DecoderInputs:
+    return embed_prompts(
         checkpoint,
         torch.tensor([prompts[index].token_ids for index in batch.samples]),
-        VisualTokens(embeds=visual.embeds[tiles], indices=visual.indices[tiles]),
+        tiles,
+        batch_grids(prompts, batch.samples),
         answer_starts=[prompts[index].answer_start for index in batch.samples],
     )
-    return inputs, inputs.rows(checkpoint.spec.decoder)
 
 
 def require_answers(prompts: Sequence[Prompt]) -> None:

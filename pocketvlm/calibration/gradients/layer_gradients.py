@@ -18,17 +18,20 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pocketvlm.calibration.data.prompts import (
     PromptBatch,
     batch_images,
     batch_prompts,
     encode_samples,
+    tile_rows,
 )
 from pocketvlm.calibration.gradients.backward import (
     answer_loss,
     enter_decoder,
     require_answers,
+    visual_gradients,
     walk_back,
 )
 from pocketvlm.calibration.gradients.block_graph import (
@@ -80,11 +83,15 @@ class LayerGradient:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Region:
-    """What is differentiated at once: a block, or the projector with the merge before it."""
+    """What is differentiated at once: a block, or the projector with the merge before it.
+
+    What leaves a block of the tower may carry features of earlier ones after its own `width`.
+    """
 
     modules: tuple[nn.Module, ...]
     layers: Mapping[str, FormLinear]
     run: Callable[[DecoderRows | None, Tensor], Tensor]
+    width: int
 
 
 def walk_gradients(
@@ -131,9 +138,10 @@ def walk_gradients(
                 is_last = step.batch == len(batches) - 1
                 yield from watch.pass_on(step.inputs, step.outputs, batches[step.batch], is_last)
             leaving = torch.empty_like(visual.embeds)
-            for batch, flags, gradient in zip(batches, loss.is_visual, loss.gradient, strict=True):
-                rows = list(batch.samples)
-                leaving[rows] = gradient[flags].view(len(rows), *leaving.shape[1:])
+            for batch, gradient in zip(batches, loss.gradient, strict=True):
+                leaving[tile_rows(prompts, batch.samples)] = visual_gradients(
+                    checkpoint, prompts, batch, visual, gradient
+                )
         for number, region in reversed(list(enumerate(regions))):
             is_projector = number == len(regions) - 1
             run = partial(region.run, None)
@@ -141,7 +149,8 @@ def walk_gradients(
                 for index, batch in enumerate(images):
                     hidden = entering[number * len(images) + index]
                     graph = record_block(run, region.layers, hidden)
-                    gradient = leaving[list(batch.samples)] if is_projector else states[index]
+                    tiles = tile_rows(prompts, batch.samples)
+                    gradient = leaving[tiles] if is_projector else states[index]
                     states[index], outputs, _ = graph.pull(gradient)
                     is_last = index == len(images) - 1
                     yield from watch.pass_on(graph.inputs, outputs, batch, is_last)
@@ -211,9 +220,14 @@ def _regional(
             run = partial(region.run, rows[index] if rows else None)
             graph = record_block(run, region.layers, states[index])
             leaving = graph.leaving.detach()
-            lengths = torch.linalg.vector_norm(leaving, dim=(1, 2), keepdim=True)
+            own = leaving[..., : region.width]
+            # Tiles of one sample are its tokens.
+            dims = (1, 2) if len(own) == len(batch.samples) else (0, 1, 2)
+            lengths = torch.linalg.vector_norm(own, dim=dims, keepdim=True)
             # The norm of zero has no gradient; zero is a subgradient of it.
-            _, outputs, _ = graph.pull(torch.where(lengths == 0, 0.0, leaving / lengths))
+            gradient = torch.where(lengths == 0, 0.0, own / lengths)
+            carried = leaving.shape[-1] - own.shape[-1]
+            _, outputs, _ = graph.pull(functional.pad(gradient, (0, carried)))
             keep(index, leaving)
             yield from watch.pass_on(graph.inputs, outputs, batch, index == len(batches) - 1)
 
@@ -233,7 +247,8 @@ class _Watch:
         is_last: bool,
     ) -> Iterator[LayerGradient]:
         """The gradients of a block's layers on one batch, one by one."""
-        for name, gradient in outputs.items():
+        for name, values in outputs.items():
+            gradient = _by_sample(values, batch)
             finite = torch.isfinite(gradient).flatten(1).all(dim=1)
             if not bool(finite.all()):
                 sample = batch.samples[int(finite.logical_not().nonzero()[0])]
@@ -249,10 +264,15 @@ class _Watch:
             yield LayerGradient(
                 name=name,
                 samples=batch.samples,
-                inputs=inputs[name],
+                inputs=_by_sample(inputs[name], batch),
                 outputs=gradient,
                 is_last=is_last,
             )
+
+
+def _by_sample(values: Tensor, batch: PromptBatch) -> Tensor:
+    """Values [tiles, tokens, channels] with all tokens of a sample in one row."""
+    return values.reshape(len(batch.samples), -1, values.shape[-1])
 
 
 def _require_all_tokens(checkpoint: Checkpoint) -> None:
@@ -264,8 +284,9 @@ def _require_all_tokens(checkpoint: Checkpoint) -> None:
 
 
 def _image_batches(checkpoint: Checkpoint, samples: CalibrationSet) -> tuple[PromptBatch, ...]:
-    count = len(samples)
-    per_batch = max(1, _BATCH_TOKENS // checkpoint.spec.tower.tokens)
+    spec, count = checkpoint.spec, len(samples)
+    # The tiles of one sample have one gradient together.
+    per_batch = 1 if spec.tiling is not None else max(1, _BATCH_TOKENS // spec.tower.tokens)
     return batch_images(count, count, per_batch, fitted=count, judging=0)
 
 
@@ -301,6 +322,7 @@ def _vision_regions(checkpoint: Checkpoint) -> tuple[_Region, ...]:
         modules=tuple(layers.values()),
         layers=layers,
         run=run_projector,
+        width=spec.decoder.hidden_size,
     )
     blocks = range(spec.tower.feature_block + 1)
     return (*(_block_region(tower_sublayers(model, spec, block)) for block in blocks), projector)
@@ -311,4 +333,5 @@ def _block_region(sublayers: tuple[Sublayer, Sublayer]) -> _Region:
         modules=tuple(sublayer.linears for sublayer in sublayers),
         layers=linears_of(sublayers),
         run=partial(run_sublayers, sublayers),
+        width=sublayers[0].width,
     )

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.calibration.data.prompts import Prompt, batch_prompts, encode_samples
+from pocketvlm.calibration.data.prompts import Prompt, batch_grids, batch_prompts, encode_samples
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
@@ -226,8 +226,9 @@ class PartialForward:
         spec = self._checkpoint.spec
         token_ids = torch.tensor([self.prompts[row].token_ids for row in self._rows[number]])
         visual = VisualTokens(embeds=state.hidden, indices=cast("Tensor", state.indices))
+        grids = batch_grids(self.prompts, self._rows[number])
         starts = [self.prompts[row].answer_start for row in self._rows[number]]
-        inputs = embed_prompts(self._checkpoint, token_ids, visual, answer_starts=starts)
+        inputs = embed_prompts(self._checkpoint, token_ids, visual, grids, answer_starts=starts)
         rows = inputs.rows(spec.decoder)
         return _State(hidden=inputs.embeds, rows=rows, is_visual=inputs.is_visual)
 

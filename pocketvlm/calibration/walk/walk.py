@@ -27,6 +27,7 @@ from pocketvlm.calibration.data.modality import ModalityWeighting, TokenCounts, 
 from pocketvlm.calibration.data.prompts import (
     Prompt,
     PromptBatch,
+    batch_grids,
     batch_images,
     batch_prompts,
     encode_samples,
@@ -110,12 +111,15 @@ class BlockWalk:
 
     @cached_property
     def counts(self) -> TokenCounts:
-        """Tokens that enter the decoder, after any reduction."""
+        """Tokens that enter the decoder, at most, after any reduction."""
         spec, reducer = self.checkpoint.spec, self.checkpoint.reducer
         kept = spec.visual_tokens if reducer is None else reducer.keep
         total = sum(len(prompt.token_ids) for prompt in self.prompts)
-        tiles = sum(prompt.tiles for prompt in self.prompts)
-        return TokenCounts(visual=kept * tiles, text=total - spec.visual_tokens * tiles)
+        grids = [prompt.grid for prompt in self.prompts]
+        return TokenCounts(
+            visual=sum(grid.most_rows(spec.visual_tokens, kept) for grid in grids),
+            text=total - sum(grid.placeholders(spec.visual_tokens) for grid in grids),
+        )
 
     @property
     def first_held_out(self) -> int:
@@ -231,7 +235,7 @@ class BlockWalk:
                 measure_moments,
                 path,
                 batches,
-                lambda states, _: sublayer.norm(states),
+                lambda states, _: sublayer.normed(states),
                 partial(weights_at, "first"),
             ),
         )
@@ -434,8 +438,9 @@ class BlockWalk:
         token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
         rows = tile_rows(prompts, batch.samples)
         tokens = VisualTokens(embeds=visual.embeds[rows], indices=visual.indices[rows])
+        grids = batch_grids(prompts, batch.samples)
         starts = [prompts[index].answer_start for index in batch.samples]
-        return embed_prompts(self.checkpoint, token_ids, tokens, answer_starts=starts)
+        return embed_prompts(self.checkpoint, token_ids, tokens, grids, answer_starts=starts)
 
 
 def _without_visual(is_visual: Tensor) -> Tensor:

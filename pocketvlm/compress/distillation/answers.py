@@ -6,17 +6,18 @@ that is read here sees what was padded, and no mask is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.data.prompts import Prompt, batch_grids
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import derive_seed
 from pocketvlm.errors import CalibrationError
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.reference_graph.forward import VisualTokens, decoder_states, embed_prompts
 
 __all__ = ["AnswerBatch", "answer_states", "make_batch", "ordered_batches", "shuffled_batches"]
@@ -29,6 +30,7 @@ class AnswerBatch:
     Attributes:
         samples: Their numbers in the calibration set.
         token_ids: int64 [batch, length], padded on the right.
+        grids: How the image of each is cut, the same of all.
         answer_starts: Where in each row the prompt ends.
         rows: int64 [tokens]: which prompt an answer's token belongs to.
         columns: int64 [tokens]: where the token before it stands, whose state predicts it.
@@ -38,6 +40,7 @@ class AnswerBatch:
 
     samples: tuple[int, ...]
     token_ids: Tensor
+    grids: list[TileGrid]
     answer_starts: tuple[int, ...]
     rows: Tensor
     columns: Tensor
@@ -68,6 +71,7 @@ def make_batch(prompts: Sequence[Prompt], samples: Sequence[int]) -> AnswerBatch
     return AnswerBatch(
         samples=tuple(samples),
         token_ids=token_ids,
+        grids=batch_grids(prompts, samples),
         answer_starts=tuple(prompt.answer_start for prompt in chosen),
         rows=rows,
         columns=columns - 1,
@@ -80,9 +84,9 @@ def ordered_batches(
     prompts: Sequence[Prompt], samples: Sequence[int], size: int
 ) -> Iterator[tuple[int, ...]]:
     """Batches of samples whose images stand in the same columns, in order."""
-    waiting: dict[tuple[int, ...], list[int]] = {}
+    waiting: dict[Hashable, list[int]] = {}
     for index in samples:
-        group = waiting.setdefault(prompts[index].tile_starts, [])
+        group = waiting.setdefault(prompts[index].sharing(index), [])
         group.append(index)
         if len(group) == size:
             yield tuple(group)
@@ -111,7 +115,9 @@ def answer_states(checkpoint: Checkpoint, batch: AnswerBatch, visual: VisualToke
         batch: The prompts.
         visual: Visual tokens of its samples, in order.
     """
-    inputs = embed_prompts(checkpoint, batch.token_ids, visual, answer_starts=batch.answer_starts)
+    inputs = embed_prompts(
+        checkpoint, batch.token_ids, visual, batch.grids, answer_starts=batch.answer_starts
+    )
     states = decoder_states(checkpoint, inputs)
     # The image stands before the answer, so tokens that were removed from it move all of it.
     removed = batch.token_ids.shape[1] - states.shape[1]

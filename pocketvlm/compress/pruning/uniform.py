@@ -27,8 +27,14 @@ def require_uniform_tower(spec: ModelSpec, method: str) -> None:
     """Checks that a tower's blocks are told apart by their number alone.
 
     Raises:
-        RecipeError: Some attend within windows, or the tower's config.json counts in another way.
+        RecipeError: Some attend within windows, features are taken after several, or the tower's
+            config.json counts in another way.
     """
+    if spec.tower.earlier_features:
+        raise RecipeError(
+            f"{method}: this tower's features are taken after several of its blocks, which would "
+            "be others; decoder_blocks alone is possible"
+        )
     if spec.tower.takes_any_size:
         raise RecipeError(
             f"{method}: a tower for pictures of any size says by number which blocks attend within "

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
+from pocketvlm.calibration.data.prompts import (
+    Prompt,
+    PromptBatch,
+    batch_grids,
+    batch_prompts,
+    encode_samples,
+)
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
@@ -163,9 +169,10 @@ def _cached_states(
     images = [samples.samples[index].open_image() for index in batch.samples]
     visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
     token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
+    grids = batch_grids(prompts, batch.samples)
     cache = new_cache(checkpoint)
     starts = [prompts[index].answer_start for index in batch.samples]
-    inputs = embed_prompts(checkpoint, token_ids, visual, answer_starts=starts)
+    inputs = embed_prompts(checkpoint, token_ids, visual, grids, answer_starts=starts)
     decode_logits(checkpoint, inputs, cache, last_only=True)
     return (cache.rows(block) for block in checkpoint.spec.decoder.attention_blocks)
 

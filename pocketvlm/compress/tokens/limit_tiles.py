@@ -15,6 +15,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.images.tilings import Tiling
+from pocketvlm.models.images.tilings.anyres import Anyres
 from pocketvlm.stages import PlanState, Stage, StageResult
 
 if TYPE_CHECKING:
@@ -70,9 +71,12 @@ class LimitTiles(Stage):
         tiles = 1 if before is None else before.most_tiles
         after = tiles if tiling is None else tiling.most_tiles
         if tiling is not None:
+            # Such a model puts rows of tiles in their order itself.
+            stated = tiling.settings if isinstance(tiling, Anyres) else {}
             checkpoint = replace(
                 checkpoint,
                 processor=checkpoint.processor.with_tiling(tiling),
+                config={**checkpoint.config, **stated},
                 spec=replace(checkpoint.spec, tiling=tiling),
             )
         ctx.report(self.method, 1, 1, f"{after} of {tiles} tiles")

@@ -277,6 +277,9 @@ class MilOps:
             logits if decoder.logit_softcap is None else self._capped(logits, decoder.logit_softcap)
         )
 
+    def join_channels(self, *parts: Any) -> Any:
+        return self._mb.concat(values=list(parts), axis=-1, name="features")
+
     def drop_first(self, inputs: Any) -> Any:
         _, count, width = inputs.shape
         return self._mb.slice_by_index(
@@ -293,7 +296,7 @@ class MilOps:
             return features
         tower = self._spec.tower
         rows, columns = tower.rows // factor, tower.columns // factor
-        width = factor * tower.hidden_size
+        width = factor * tower.feature_size
         grid = self._reshape(features, [rows, factor, columns, width], "merge_cells")
         grid = self._transpose(grid, [0, 2, 1, 3], "merge_transpose")
         return self._reshape(grid, [1, rows * columns, factor * width], "merge")

@@ -28,7 +28,7 @@ def render_swift(bundle: Bundle) -> str:
             pictures are cut into tiles or have positions along three axes.
     """
     manifest = bundle.manifest
-    if manifest.prompt.tile_marker is not None:
+    if manifest.prompt.tile_marker is not None or manifest.prompt.line_break is not None:
         raise BundleError(
             f"{bundle.path}: the Swift file answers about pictures of one tile, and this model's "
             "are cut into several; docs/runtime.md says how"

@@ -304,6 +304,9 @@ class OnnxOps:
         """The rows that `text_rows` names."""
         return self._graph.node("Gather", [inputs, "text_rows"], name=f"{inputs}.text", axis=1)
 
+    def join_channels(self, *parts: str) -> str:
+        return self._graph.node("Concat", list(parts), name="features", axis=-1)
+
     def drop_first(self, inputs: str) -> str:
         return self._slice(inputs, 1, np.iinfo(np.int64).max, axis=1, name="drop_cls")
 
@@ -315,7 +318,7 @@ class OnnxOps:
             return features
         tower = self._spec.tower
         rows, columns = tower.rows // factor, tower.columns // factor
-        width = factor * tower.hidden_size
+        width = factor * tower.feature_size
         grid = np.array([rows, factor, columns, width], dtype=np.int64)
         merged = np.array([1, rows * columns, factor * width], dtype=np.int64)
         features = self._graph.node(

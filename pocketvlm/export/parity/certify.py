@@ -84,7 +84,7 @@ def certify(
         runner = engines[name](bundle, context.threads, rows)
         metrics, details = _measure(
             reference,
-            ArtifactSide(runner, bundle.manifest, questions.pictures),
+            ArtifactSide(runner, bundle, questions.pictures),
             questions,
             tokens=tokens,
             eos_token_ids=checkpoint.processor.eos_token_ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,6 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.export.parity.sides import Prompt
-from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.messages import Message, user_turn
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
@@ -43,7 +42,7 @@ class Questions:
         """Every question about the pictures of the next one, and about blank ones."""
         blank = len(self.pictures) - 1
         return [
-            (number, Prompt(token_ids=prompt.token_ids, pictures=pictures))
+            (number, replace(prompt, pictures=pictures))
             for number, prompt in enumerate(self.prompts)
             for pictures in dict.fromkeys(
                 (
@@ -76,22 +75,21 @@ def read_questions(
     farthest, equal = 0.0, 0
     for sample in samples:
         first = len(pictures)
-        grids: list[TileGrid] = []
-        for number in range(len(sample.images)):
-            image = sample.open_image(number)
-            pixels: Floats = processor.pixels([image]).numpy()
-            found = preprocessor.pixels(image)
+        images = [sample.open_image(number) for number in range(len(sample.images))]
+        grids = preprocessor.grids([image.size for image in images])
+        for image, grid in zip(images, grids, strict=True):
+            pixels: Floats = processor.pixels([image], [grid]).numpy()
+            found = preprocessor.pixels(image, grid)
             same_shape = found.shape == pixels.shape
             farthest = max(farthest, float(np.abs(found - pixels).max()) if same_shape else np.inf)
             pictures += [tile[None] for tile in pixels]
-            grids.append(preprocessor.grid(image))
         places = tuple(range(first, len(pictures)))
         messages = sample.messages()
         ids = processor.encode(messages, grids)
         equal += codec.encode(messages, grids) == ids
-        prompts.append(Prompt(token_ids=tuple(ids), pictures=places))
+        prompts.append(Prompt(token_ids=tuple(ids), pictures=places, grids=tuple(grids)))
         again = processor.encode(second_turn(sample), grids)
-        follow_ups.append(Prompt(token_ids=tuple(again), pictures=places))
+        follow_ups.append(Prompt(token_ids=tuple(again), pictures=places, grids=tuple(grids)))
     questions = Questions(
         pictures=(*pictures, np.zeros_like(pictures[0])),
         prompts=tuple(prompts),

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pocketvlm.bundle import Manifest
+from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.parity.metrics import Floats, cosine, relative_error
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     VisualTokens,
@@ -26,6 +27,7 @@ from pocketvlm.reference_graph.forward import (
     encode_images,
 )
 from pocketvlm.runtime.generate import Rows, StopRules, generate, prompt_rows
+from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 
@@ -50,12 +52,14 @@ class Prompt:
     """One question as both sides take it.
 
     Attributes:
-        token_ids: The prompt, each tile as all N placeholders.
+        token_ids: The prompt, each picture as all its placeholders.
         pictures: Numbers of its pictures' tiles, in the order of their places.
+        grids: How its pictures are cut.
     """
 
     token_ids: tuple[int, ...]
     pictures: tuple[int, ...]
+    grids: tuple[TileGrid, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +105,8 @@ class CheckpointSide:
             indices=torch.from_numpy(np.concatenate([part.indices for part in seen])),
         )
         with torch.inference_mode():
-            inputs = embed_prompts(self._checkpoint, torch.tensor([prompt.token_ids]), visual)
+            token_ids = torch.tensor([prompt.token_ids])
+            inputs = embed_prompts(self._checkpoint, token_ids, visual, prompt.grids)
         return Rows(
             embeds=inputs.embeds.numpy(),
             positions=inputs.positions_of(0).numpy(),
@@ -157,9 +162,10 @@ class CheckpointSide:
 class ArtifactSide:
     """An engine, fed as the bundle's manifest says."""
 
-    def __init__(self, runner: Runner, manifest: Manifest, pictures: Sequence[Floats]) -> None:
+    def __init__(self, runner: Runner, bundle: Bundle, pictures: Sequence[Floats]) -> None:
         self.runner = runner
-        self._manifest = manifest
+        self._manifest = bundle.manifest
+        self._rows = PictureRows.from_bundle(bundle)
         self.features: list[Features] = []
         for pixels in pictures:
             embeds, indices = runner.encode_image(pixels)
@@ -167,19 +173,15 @@ class ArtifactSide:
 
     def rows(self, prompt: Prompt) -> Rows:
         """The rows of a prompt."""
-        pictures = [
-            VisualFeatures(
-                embeds=self.features[picture].embeds,
-                indices=self.features[picture].indices,
-                serial=serial,
-            )
-            for serial, picture in enumerate(prompt.pictures)
-        ]
+        remaining = iter(self.features[picture] for picture in prompt.pictures)
+        pictures: list[VisualFeatures] = []
+        for grid in prompt.grids:
+            tiles = [(tile.embeds, tile.indices) for tile in islice(remaining, grid.tiles)]
+            pictures += self._rows.arrange(tiles, grid, serial=len(pictures))
         layout = lay_out_prompt(
             prompt.token_ids,
             pictures,
             image_token_id=self._manifest.prompt.image_token_id,
-            placeholders=self._manifest.visual_tokens_full,
             keeps_positions=self._manifest.positions == "original",
             grid=self._manifest.position_grid,
         )

@@ -1,6 +1,7 @@
 """Decoders of the Llama kind: Llama (arXiv 2302.13971, 2307.09288), Qwen2 (2407.10671), Qwen3.
 
-Qwen3 (2505.09388) has norms on the heads of queries and keys where Qwen2 has biases.
+Qwen3 (2505.09388) has norms on the heads of queries and keys where Qwen2 has biases. Mistral
+(2310.06825) is one of them where its window is none or wider than any context here.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ _BIASES: Mapping[str, Callable[[Mapping[str, Any]], tuple[bool, bool, bool]]] = 
     "qwen3": _llama_biases,
     "qwen2_vl_text": lambda _: (True, False, False),
     "qwen2_5_vl_text": lambda _: (True, False, False),
+    "mistral": lambda _: (False, False, False),
 }
 """Whether queries, keys and values, the attention's output and the FFN have biases, by decoder."""
 
+_WITH_MULTIPLIERS = {"granite": _llama_biases}
+"""The same of decoders that are of the Llama kind once multipliers are folded (`granite_folds`)."""
+
 _WITH_HEAD_NORMS = ("qwen3",)
+_NO_WINDOW = 4096  # positions of the longest context of any bundle
 _WINDOW_SETTINGS = ("use_sliding_window", "sliding_window", "max_window_layers")
 
 
@@ -39,12 +45,15 @@ _SECTIONS: Mapping[str, tuple[int, ...]] = {
 """Pairs of channels by axis of positions where a config does not say, by decoder."""
 
 
-def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
+def read_llama(
+    config: Mapping[str, Any], prefix: str, *, folds_multipliers: bool = False
+) -> DecoderSpec:
     """The decoder that `text_config` describes.
 
     Args:
         config: Content of config.json.
         prefix: Module name of the text model.
+        folds_multipliers: Whether the family folds those of a Granite decoder.
 
     Raises:
         UnsupportedError: It is another decoder, or its positions are scaled.
@@ -52,10 +61,11 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
     """
     text = config["text_config"]
     kind = text.get("model_type")
-    if kind not in _BIASES:
+    biases = {**_BIASES, **(_WITH_MULTIPLIERS if folds_multipliers else {})}
+    if kind not in biases:
         raise UnsupportedError(
             f"config.json: text_config.model_type {kind!r} is not supported; supported are "
-            f"{', '.join(_BIASES)}"
+            f"{', '.join(biases)}"
         )
     # What the window's settings mean is what the library's class writes into `layer_types`.
     window = ", ".join(f"{key} {text.get(key)!r}" for key in _WINDOW_SETTINGS)
@@ -64,7 +74,13 @@ def read_llama(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
             f"config.json: text_config.layer_types has layers of sliding attention ({window}), "
             "which are not supported; supported is full attention in every layer"
         )
-    qkv, output, mlp = _BIASES[kind](text)
+    if kind == "mistral" and (text.get("sliding_window") or _NO_WINDOW) < _NO_WINDOW:
+        raise UnsupportedError(
+            f"config.json: text_config.sliding_window {text['sliding_window']} is not supported; "
+            f"supported are none, and windows of {_NO_WINDOW} positions or more, beyond which no "
+            "bundle goes"
+        )
+    qkv, output, mlp = biases[kind](text)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     scaling = rope.get("rope_type", "default")
     # Dynamic scaling begins after max_position_embeddings, where every bundle has ended.

@@ -6,10 +6,12 @@ LLaVA-1.5 has CLIP and Llama; the LLaVA-Interleave models have SigLIP and Qwen2.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.families.clip import read_clip, read_siglip
+from pocketvlm.models.families.granite import granite_folds
 from pocketvlm.models.families.llama import read_llama
 from pocketvlm.models.projector import ActivationStep, LinearStep, ProjectorSpec
 from pocketvlm.models.spec import ModelSpec, ProcessorSpec, TowerSpec
@@ -38,26 +40,20 @@ def read_llava(config: Mapping[str, Any]) -> ModelSpec:
             f"are {', '.join(_TOWERS)}"
         )
     read_tower, only = _TOWERS[kind]
-    layer = config.get("vision_feature_layer", -2)
     strategy = config.get("vision_feature_select_strategy", "default")
-    if not isinstance(layer, int) or strategy != only:
+    if strategy != only:
         raise UnsupportedError(
-            f"config.json: vision_feature_layer {layer!r} with strategy {strategy!r} is not "
-            f"supported for {kind}; supported is one layer with strategy {only!r}"
+            f"config.json: vision_feature_select_strategy {strategy!r} is not supported for "
+            f"{kind}; supported is {only!r}"
         )
-    depth = vision["num_hidden_layers"]
-    # hidden_states[0] is what enters the first block, so state i leaves block i - 1.
-    state = layer if layer >= 0 else depth + 1 + layer
-    if not 1 <= state <= depth:
-        raise UnsupportedError(
-            f"config.json: vision_feature_layer {layer} lies outside a tower of {depth} blocks"
-        )
-    decoder = read_llama(config, "model.language_model")
-    return ModelSpec(
+    *earlier, last = _feature_blocks(config, vision["num_hidden_layers"])
+    tower = read_tower(vision, "model.vision_tower", feature_block=last)
+    decoder = read_llama(config, "model.language_model", folds_multipliers=True)
+    spec = ModelSpec(
         family="llava",
         processor=ProcessorSpec(classes=("LlavaProcessor",), counts_patches=True),
         model_type=config["model_type"],
-        tower=read_tower(vision, "model.vision_tower", feature_block=state - 1),
+        tower=replace(tower, earlier_features=tuple(earlier)),
         projector=_read_projector(config, decoder.hidden_size),
         decoder=decoder,
         image_token_id=config["image_token_id"]
@@ -67,6 +63,21 @@ def read_llava(config: Mapping[str, Any]) -> ModelSpec:
         image_prefix="",
         image_suffix="",
     )
+    return replace(spec, folds=granite_folds(config["text_config"], spec))
+
+
+def _feature_blocks(config: Mapping[str, Any], depth: int) -> list[int]:
+    """Blocks whose outputs are features, in order."""
+    stated = config.get("vision_feature_layer", -2)
+    layers = list(stated) if isinstance(stated, list | tuple) else [stated]
+    # hidden_states[0] is what enters the first block, so state i leaves block i - 1.
+    blocks = [(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers]
+    if not blocks or blocks != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= depth:
+        raise UnsupportedError(
+            f"config.json: vision_feature_layer {stated} is not supported; supported are states of "
+            f"the {depth} blocks, each once and in their order"
+        )
+    return blocks
 
 
 def _read_projector(config: Mapping[str, Any], width: int) -> ProjectorSpec:

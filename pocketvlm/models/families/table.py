@@ -14,6 +14,7 @@ from pocketvlm.models.families.idefics3 import read_idefics3
 from pocketvlm.models.families.internvl import read_internvl
 from pocketvlm.models.families.lfm2_vl import read_lfm2_vl
 from pocketvlm.models.families.llava import read_llava
+from pocketvlm.models.families.llava_next import read_llava_next
 from pocketvlm.models.families.paligemma import read_paligemma
 from pocketvlm.models.families.qwen_vl import read_qwen_vl
 from pocketvlm.models.families.unsupported import advise, classes
@@ -31,6 +32,8 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "lfm2_vl": read_lfm2_vl,
     "paligemma": read_paligemma,
     "gemma3": read_gemma3,
+    "llava_next": read_llava_next,
+    "llava_onevision": read_llava_next,
 }
 """Readers by `model_type` of config.json."""
 

@@ -36,6 +36,7 @@ ImageKind = Literal[
     "idefics3",
     "got_ocr2",
     "llava_next",
+    "llava_onevision",
     "qwen2_vl",
     "lfm2_vl",
     "gemma3",
@@ -50,6 +51,7 @@ _KINDS: dict[str, ImageKind] = {
     "GotOcr2ImageProcessor": "got_ocr2",
     "Lfm2VlImageProcessor": "lfm2_vl",
     "LlavaNextImageProcessor": "llava_next",
+    "LlavaOnevisionImageProcessor": "llava_onevision",
     "Qwen2VLImageProcessor": "qwen2_vl",
     "Gemma3ImageProcessor": "gemma3",
 }
@@ -58,7 +60,7 @@ _FAMILY_KINDS: dict[str, tuple[ImageKind, ...]] = {
     "idefics3": ("idefics3",),
     "internvl": ("got_ocr2",),
     "lfm2_vl": ("lfm2_vl",),
-    "llava_next": ("llava_next",),
+    "llava_next": ("llava_next", "llava_onevision"),
     "qwen_vl": ("qwen2_vl",),
     "paligemma": ("siglip",),
     "gemma3": ("gemma3",),
@@ -135,11 +137,16 @@ class ImageSettings:
     max_pixels_tolerance: float
 
     @property
+    def is_anyres(self) -> bool:
+        """Whether it fits pictures into resolutions."""
+        return self.kind in ("llava_next", "llava_onevision")
+
+    @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of every picture that comes out."""
         if self.kind == "idefics3":
             return (self.max_image_size["longest_edge"],) * 2
-        is_cut = self.do_center_crop or (self.kind == "llava_next" and self.crop_size)
+        is_cut = self.do_center_crop or (self.is_anyres and self.crop_size)
         size = self.crop_size if is_cut else self.size
         if "height" not in size:
             return (size["shortest_edge"],) * 2
@@ -158,8 +165,14 @@ class ImageSettings:
     @property
     def tiling(self) -> Tiling | None:
         """How pictures are cut into tiles; `None` where each is one."""
-        if self.kind == "llava_next":
-            return Anyres(side=self.side, resolutions=self.image_grid_pinpoints)
+        if self.is_anyres:
+            is_onevision = self.kind == "llava_onevision"
+            return Anyres(
+                side=self.side,
+                resolutions=tuple((height, width) for height, width in self.image_grid_pinpoints),
+                most_area=_MOST_AREA if is_onevision else None,
+                cuts_several=not is_onevision,
+            )
         if not self.do_image_splitting:
             return None
         if self.kind == "lfm2_vl":
@@ -329,6 +342,14 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
         _CLIP,
         image_grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     ),
+    "llava_onevision": _Defaults(
+        size={"height": 384, "width": 384},
+        mean=_CLIP_MEAN,
+        std=_CLIP_STD,
+        image_grid_pinpoints=tuple(
+            (384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)
+        ),
+    ),
     "qwen2_vl": _Defaults(size=_PIXELS, mean=_CLIP_MEAN, std=_CLIP_STD),
     "lfm2_vl": _Defaults(
         size={"height": 512, "width": 512},
@@ -338,6 +359,7 @@ _DEFAULTS: dict[ImageKind, _Defaults] = {
     ),
 }
 _LFM2_TILE = 512
+_MOST_AREA = 9  # "anyres_max_9", the only one that LLaVA-OneVision is published with
 _FEWEST_PATCHES, _MOST_PATCHES = 1, 12
 _TILE = {"longest_edge": 364}
 
@@ -522,7 +544,7 @@ def _check(settings: ImageSettings, config: Mapping[str, Any]) -> ImageSettings:
     if settings.takes_any_size:
         return settings
     size, crop = settings.size, settings.crop_size
-    if settings.kind == "llava_next":
+    if settings.is_anyres:
         return _check_resolutions(settings)
     if settings.kind == "idefics3":
         if set(settings.max_image_size) != {"longest_edge"}:

@@ -52,7 +52,8 @@ def answer_with_multimodal_runner(
     Raises:
         MissingExtraError: ExecuTorch is not installed.
         BundleError: The bundle has no program, or it does not load or run.
-        InputError: Nothing was asked, or the bundle has settings of generation.
+        InputError: Nothing was asked, or the bundle has settings of generation, or pictures whose
+            tiles make up one map.
         UnspeakablePieceError: The answer holds a character that several tokens make up.
     """
     turn, images = question_turn(prompt, image)
@@ -97,12 +98,17 @@ def prompt_parts(
     """
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     pictures = [image if isinstance(image, Image) else open_image(Path(image)) for image in images]
-    ids = codec.encode([turn.to_message()], [preprocessor.grid(picture) for picture in pictures])
+    grids = preprocessor.grids([picture.size for picture in pictures])
+    if any(grid.is_map for grid in grids):
+        raise InputError(
+            f"{bundle.path}: MultimodalRunner shows tile after tile, and the tiles of this model's "
+            "pictures make up one map"
+        )
+    ids = codec.encode([turn.to_message()], grids)
     tiles = [tile[None] for picture in pictures for tile in preprocessor.pixels(picture)]
     placeholders = bundle.manifest.visual_tokens_full
-    starts = image_runs(
-        ids, len(tiles), image_token_id=codec.image_token_id, placeholders=placeholders
-    )
+    lengths = [placeholders] * len(tiles)
+    starts = image_runs(ids, lengths, image_token_id=codec.image_token_id)
     parts: list[Sequence[int] | npt.NDArray[np.float32]] = []
     end = 0
     for start, tile in zip(starts, tiles, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.context import RunContext
-from pocketvlm.errors import BundleError
+from pocketvlm.errors import BundleError, CheckpointError, RecipeError
 from pocketvlm.export.coreml.swift import render_swift
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.models.images.tilings import SplitGrid
@@ -104,3 +105,20 @@ def test_the_swift_file_refuses_tiles(path, tmp_path):
     write_graphs(Checkpoint.load(path), (target,), tmp_path / "b", "", RunContext(threads=1))
     with pytest.raises(BundleError, match="answers about pictures of one tile"):
         render_swift(Bundle.open(tmp_path / "b"))
+
+
+def test_a_model_that_states_its_resolutions_itself_has_fewer_of_them(tmp_path):
+    write_tiny_model("llava-next", tmp_path / "model")
+    before = Checkpoint.load(tmp_path / "model")
+    done = limit(before, 3)
+    assert done.spec.tiling is not None
+    assert done.spec.tiling.most_tiles == 3
+    assert done.config["image_grid_pinpoints"] == [[32, 64], [64, 32]]
+    done.save(tmp_path / "saved")
+    assert Checkpoint.load(tmp_path / "saved").spec == done.spec
+    with pytest.raises(RecipeError, match="max_tiles is 2; every picture of this model is cut"):
+        limit(before, 2)
+    config = dict(before.config, image_grid_pinpoints=[[32, 32]])
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="cuts pictures otherwise than config.json says"):
+        Checkpoint.load(tmp_path / "model")

@@ -86,7 +86,7 @@ def block_influences(
                 continue
             before = path.reach(block, state)
             state = path.run(block, before)
-            found = cosines(before.hidden, state.hidden)
+            found = cosines(path.own(block, before), path.own(block, state))
             if not bool(torch.isfinite(found).all()):
                 raise CalibrationError(
                     f"hidden states after block {block.index} of the {block.stack} are not finite"

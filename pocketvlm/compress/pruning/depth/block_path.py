@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.prompts import Prompt, batch_prompts
+from pocketvlm.calibration.data.prompts import Prompt, batch_grids, batch_prompts
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.blocks import Block, all_blocks
 from pocketvlm.errors import CalibrationError
@@ -107,6 +107,7 @@ class BlockPath:
             self._checkpoint,
             torch.tensor([self._prompts[row].token_ids for row in state.rows]),
             VisualTokens(embeds=visual, indices=indices),
+            batch_grids(self._prompts, state.rows),
             answer_starts=[self._prompts[row].answer_start for row in state.rows],
         )
         return PathState(
@@ -123,6 +124,12 @@ class BlockPath:
         sublayers_of = tower_sublayers if block.stack == "tower" else decoder_sublayers
         sublayers = sublayers_of(model, spec, block.index)
         return replace(state, hidden=run_sublayers(sublayers, state.decoder_rows, state.hidden))
+
+    def own(self, block: Block, state: PathState) -> Tensor:
+        """The state at a block without the features of earlier blocks that it carries."""
+        spec = self._checkpoint.spec
+        stack = spec.tower if block.stack == "tower" else spec.decoder
+        return state.hidden[..., : stack.hidden_size]
 
     @torch.no_grad()
     def losses(self, state: PathState) -> Tensor:

@@ -204,7 +204,8 @@ def sublayer_statistics(
                 continue
             states = finished.inputs[index]
             inputs = finished.sublayer.inputs_of_last(states, finished.rows_of(index))
-            wanted = finished.targets[index] - states
+            own = finished.sublayer.own
+            wanted = own(finished.targets[index]) - own(states)
             if bias is not None:
                 wanted = wanted - bias
             if batch.held_out not in found:

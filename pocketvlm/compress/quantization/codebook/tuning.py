@@ -201,8 +201,9 @@ def _split(finished: FinishedSublayer) -> tuple[list[int], list[int]]:
 
 def _batch_loss(finished: FinishedSublayer, index: int) -> tuple[Tensor, float]:
     """Relative squared distance of outputs from the float model's, and the tokens' weight."""
-    output = finished.sublayer.output(finished.inputs[index], finished.rows_of(index))
-    target = finished.targets[index]
+    sublayer = finished.sublayer
+    output = sublayer.own(sublayer.output(finished.inputs[index], finished.rows_of(index)))
+    target = sublayer.own(finished.targets[index])
     # What follows is a norm: a token's error counts in proportion to the token's own size.
     lost = (output - target).square().mean(-1) / target.square().mean(-1)
     weights = finished.weights_of(index)

@@ -3,9 +3,9 @@
 Between two linears without anything but linear operations and norms, any orthogonal matrix and its
 inverse may be inserted. Three places allow that:
 
-- R1, the decoder's residual stream: whatever writes to it (embedding table, projector, o,
-  down) is rotated, whatever reads it is rotated back. An RMSNorm commutes with a rotation
-  once its weight is folded into the layers after it.
+- R1, the decoder's residual stream: whatever writes to it (embedding table, projector, the
+  row after lines, o, down) is rotated, whatever reads it is rotated back. An RMSNorm commutes with
+  a rotation once its weight is folded into the layers after it.
 - R2, inside each head, between v and o.
 - R3, the tower's residual stream. Its LayerNorms subtract the mean, so only rotations that keep
   the mean commute with them.
@@ -63,6 +63,12 @@ class Rotator:
         rotate_inputs(self._checkpoint, decoder.embedding, rotation)
         self._note(decoder.embedding, "outputs", "residual")
         self._outputs(spec.projector.linears[-1], rotation, "residual")
+        if spec.line_break is not None:
+            path, _, name = spec.line_break.rpartition(".")
+            owner = self._checkpoint.model.get_submodule(path)
+            row = read_vector(owner, name)
+            if row is not None:
+                write_vector(owner, name, row @ rotation)
         for block in decoder.blocks:
             self._rotate_block(block, rotation, "residual")
         self._read_stream(decoder.norm, (decoder.head,), rotation, "residual")

@@ -1,36 +1,48 @@
 """Any resolution, as LLaVA-NeXT and LLaVA-OneVision cut pictures (arXiv 2310.03744, 2408.03326).
 
 A picture is fitted into the best of some resolutions, its ratio kept, black around it; the whole
-picture comes first, then the tiles. Of the features a map is put together again, the border cut off
-and a learned row set behind each line. All roundings are the library's.
+picture comes first, then the tiles. Of the features a map is put together again: the border is cut
+off, what is too large made smaller, and a learned row set after each line. All roundings are the
+library's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketvlm.models.images.tilings.row_order import LINE_BREAK, RowOrder
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 
 __all__ = ["Anyres", "MapGrid"]
 
+_TOO_LARGE = 1.1
+_Places = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MapGrid(TileGrid):
-    """A picture as a whole, and as tiles that make up one map.
+    """A picture as a whole, and as tiles that make up one map; without tiles, the whole is the map.
 
     Attributes:
         picture: Its width and height.
+        most_area: Tokens of a map in tiles: one that has much more is made smaller; `None` for all.
     """
 
     picture: tuple[int, int]
+    most_area: int | None = None
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the tiles make up one map."""
+        return True
 
     @property
     def tiles(self) -> int:
@@ -40,22 +52,16 @@ class MapGrid(TileGrid):
     def placeholders(self, per_tile: int) -> int:
         """Placeholders of the picture in a prompt."""
         height, width = self._lines(isqrt(per_tile))
-        return per_tile + height * (width + 1)
+        return per_tile + height * (width + 1) if self.rows else per_tile + 1
 
     def most_rows(self, per_tile: int, kept: int) -> int:
         """Rows of the decoder, at most: a reduction may keep what the border takes away, or not."""
         height, _ = self._lines(isqrt(per_tile))
-        return min(self.placeholders(per_tile), self.tiles * kept + height)
+        return min(self.placeholders(per_tile), self.tiles * kept + max(height, 1))
 
     def order(self, per_tile: int) -> RowOrder:
-        """The whole picture row by row, then the map line by line, each with a break behind it."""
+        """The whole picture row by row, then the map line by line, each with a break after it."""
         return _order(self, per_tile)
-
-    def _lines(self, side: int) -> tuple[int, int]:
-        """Lines of the map and their length, without the border, for tiles of `side` tokens."""
-        height, width = self.rows * side, self.columns * side
-        top, left = self.border(side)
-        return height - 2 * top, width - 2 * left
 
     def border(self, side: int) -> tuple[int, int]:
         """Lines above and below the picture, and columns at its sides, that show black alone."""
@@ -65,21 +71,80 @@ class MapGrid(TileGrid):
             return (height - int(round(own_height * (width / own_width), 7))) // 2, 0
         return 0, (width - int(round(own_width * (height / own_height), 7))) // 2
 
+    def shrunk(self, height: int, width: int, side: int) -> tuple[int, int]:
+        """Lines of a map and their length after it was made smaller, where it is too large."""
+        if self.most_area is None:
+            return height, width
+        ratio = math.sqrt(height * width / (self.most_area * side**2))
+        if ratio <= _TOO_LARGE:
+            return height, width
+        return int(height // ratio), int(width // ratio)
+
+    def _lines(self, side: int) -> tuple[int, int]:
+        """Lines of the map and their length, for tiles of `side` tokens; none without tiles."""
+        if not self.rows:
+            return 0, 0
+        top, left = self.border(side)
+        return self.shrunk(self.rows * side - 2 * top, self.columns * side - 2 * left, side)
+
 
 @lru_cache(maxsize=64)
 def _order(grid: MapGrid, per_tile: int) -> RowOrder:
     side = isqrt(per_tile)
-    tokens = per_tile + np.arange(grid.rows * grid.columns * per_tile)
-    tiles = tokens.reshape(grid.rows, grid.columns, side, side)
-    whole = tiles.swapaxes(1, 2).reshape(grid.rows * side, grid.columns * side)
-    top, left = grid.border(side)
-    shown = whole[top : len(whole) - top, left : whole.shape[1] - left]
-    lines = np.pad(shown, ((0, 0), (0, 1)), constant_values=LINE_BREAK)
-    return RowOrder(
-        sources=np.concatenate([np.arange(per_tile), lines.ravel()]),
-        before=per_tile,
-        line=lines.shape[1],
+    whole = np.arange(per_tile)
+    if not grid.rows:
+        sources = np.append(whole, LINE_BREAK)[:, None]
+        return RowOrder(sources=sources, before=0, line=per_tile + 1)
+    tiles = (per_tile + np.arange(grid.rows * grid.columns * per_tile)).reshape(
+        grid.rows, grid.columns, side, side
     )
+    tokens = tiles.swapaxes(1, 2).reshape(grid.rows * side, grid.columns * side)
+    top, left = grid.border(side)
+    tokens = tokens[top : len(tokens) - top, left : tokens.shape[1] - left]
+    height, width = grid.shrunk(*tokens.shape, side)
+    if (height, width) == tokens.shape:
+        mixed, weights = tokens[..., None], None
+    else:
+        mixed, weights = _mix(tokens, height, width)
+    lines = np.pad(mixed, ((0, 0), (0, 1), (0, 0)), constant_values=LINE_BREAK)
+    count = mixed.shape[2]
+    sources = np.concatenate([np.tile(whole[:, None], count), lines.reshape(-1, count)])
+    if weights is not None:
+        alone = np.eye(1, count, dtype=np.float32)
+        ended = np.concatenate([weights, np.tile(alone, (height, 1, 1))], axis=1)
+        weights = np.concatenate([np.tile(alone, (per_tile, 1)), ended.reshape(-1, count)])
+    return RowOrder(sources=sources, before=per_tile, line=width + 1, weights=weights)
+
+
+def _mix(
+    tokens: npt.NDArray[np.int64], height: int, width: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Bilinear interpolation without antialiasing: four tokens of each new one, and their shares.
+
+    Args:
+        tokens: int64 [lines, columns].
+        height: New lines.
+        width: New columns.
+
+    Returns:
+        Both [height, width, 4].
+    """
+    (top, bottom, down), (left, right, across) = (
+        _neighbours(size, new) for size, new in zip(tokens.shape, (height, width), strict=True)
+    )
+    corners = [tokens[np.ix_(line, column)] for line in (top, bottom) for column in (left, right)]
+    columns = (1 - across, across)
+    shares = [np.outer(line, column) for line in (1 - down, down) for column in columns]
+    return np.stack(corners, axis=-1), np.stack(shares, axis=-1).astype(np.float32)
+
+
+def _neighbours(size: int, new: int) -> tuple[_Places, _Places, npt.NDArray[np.float32]]:
+    """Of every new place along one axis, the old ones before and after, and the second's share."""
+    half = np.float32(0.5)  # in float32 throughout, as torch counts
+    centres = (np.arange(new, dtype=np.float32) + half) * np.float32(size / new)
+    places = np.maximum(centres - half, 0)
+    before = places.astype(np.int64)
+    return before, np.minimum(before + 1, size - 1), places - before.astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +154,16 @@ class Anyres:
     Attributes:
         side: Pixels along one side of a tile.
         resolutions: Heights and widths that a picture may be fitted into, whole tiles both.
+        most_area: Tokens of a map in tiles: one that has much more is made smaller; `None` for all.
+        cuts_several: Whether pictures are cut where a conversation has several; else each of them
+            is padded to a square and seen as a whole.
     """
 
     kind: Literal["anyres"] = "anyres"
     side: int
     resolutions: tuple[tuple[int, int], ...]
+    most_area: int | None = None
+    cuts_several: bool = True
 
     @property
     def most_tiles(self) -> int:
@@ -128,8 +198,17 @@ class Anyres:
         """The tiles of a picture of this size."""
         best = self.resolution(width, height)
         return MapGrid(
-            rows=best[0] // self.side, columns=best[1] // self.side, picture=(width, height)
+            rows=best[0] // self.side,
+            columns=best[1] // self.side,
+            picture=(width, height),
+            most_area=self.most_area,
         )
+
+    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[TileGrid]:
+        """The tiles of all pictures of a conversation, by their widths and heights."""
+        if len(sizes) > 1 and not self.cuts_several:
+            return [MapGrid(rows=0, columns=0, picture=size) for size in sizes]
+        return [self.grid(*size) for size in sizes]
 
     def resolution(self, width: int, height: int) -> tuple[int, int]:
         """Height and width that it is fitted into: most of its pixels, then least around them."""

@@ -29,6 +29,11 @@ class TileGrid:
         return self.rows * self.columns > 1
 
     @property
+    def is_map(self) -> bool:
+        """Whether the tiles make up one map of rows again, as `order` says."""
+        return False
+
+    @property
     def tiles(self) -> int:
         """Pictures that the tower sees."""
         return self.rows * self.columns + int(self.is_split and self.has_whole)

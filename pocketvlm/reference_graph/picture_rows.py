@@ -1,0 +1,84 @@
+"""From tiles of pictures to the rows that stand for them: the twin of `runtime.picture_rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
+
+__all__ = ["PictureRows", "arrange_tiles"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PictureRows:
+    """The rows that stand for one run of placeholders: a picture, or one tile of it.
+
+    Attributes:
+        embeds: float32 [batch, k, width].
+        indices: int64 [batch, k]: which of the N unreduced tokens these are, ascending.
+        placeholders: Length of the run, N.
+    """
+
+    embeds: Tensor
+    indices: Tensor
+    placeholders: int
+
+
+def arrange_tiles(
+    checkpoint: Checkpoint, embeds: Tensor, indices: Tensor, grids: Sequence[TileGrid] | None
+) -> list[PictureRows]:
+    """The rows of a prompt's pictures, one entry per tile, or per picture where tiles make a map.
+
+    Args:
+        checkpoint: The model.
+        embeds: float32 [batch, tiles, k, width]: what the vision graph returned for every tile.
+        indices: int64 [batch, tiles, k]: which of its tokens each tile kept.
+        grids: How the pictures are cut, the same in every prompt; may be `None` where tile follows
+            tile.
+
+    Raises:
+        ValueError: Grids are missing or do not have these tiles, or prompts of one batch kept rows
+            of different numbers.
+    """
+    spec = checkpoint.spec
+    per_tile = spec.visual_tokens
+    if spec.line_break is None:
+        return [
+            PictureRows(embeds=embeds[:, tile], indices=indices[:, tile], placeholders=per_tile)
+            for tile in range(embeds.shape[1])
+        ]
+    if grids is None or sum(grid.tiles for grid in grids) != embeds.shape[1]:
+        raise ValueError(f"{embeds.shape[1]} tiles make up maps, and their grids are not given")
+    last = checkpoint.model.get_parameter(spec.line_break).expand(len(embeds), 1, -1)
+    pictures: list[PictureRows] = []
+    first = 0
+    for grid in grids:
+        tiles = slice(first, first + grid.tiles)
+        first += grid.tiles
+        order = grid.order(per_tile)
+        if order is None:
+            raise ValueError("a picture of this model has no order of rows")
+        kept = [order.kept(own.numpy(), per_tile) for own in indices[:, tiles]]
+        if len({len(own.offsets) for own in kept}) > 1:
+            raise ValueError("prompts of one batch kept rows of different numbers")
+        table = torch.cat([embeds[:, tiles].flatten(1, 2), last], dim=1)
+        width = table.shape[-1]
+        rows = torch.stack([torch.from_numpy(own.rows) for own in kept]) % table.shape[1]
+        places = rows.flatten(1)[..., None].expand(-1, -1, width)
+        mixed = table.gather(1, places).view(*rows.shape, width)
+        weights = [torch.from_numpy(own.weights) for own in kept if own.weights is not None]
+        if weights:
+            mixed = mixed * torch.stack(weights)[..., None]
+        pictures.append(
+            PictureRows(
+                embeds=mixed.sum(dim=2),
+                indices=torch.stack([torch.from_numpy(own.offsets) for own in kept]),
+                placeholders=len(order.sources),
+            )
+        )
+    return pictures

@@ -1,0 +1,112 @@
+"""From a picture's tiles to the rows that stand for it in a prompt.
+
+Most models show the decoder tile after tile. Where the tiles make up one map again (`RowOrder`),
+rows of all of them are put in its order, with the bundle's learned row after each line; a prompt
+then sees one picture and no tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.errors import BundleError
+from pocketvlm.files.reader import read_bytes
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
+from pocketvlm.runtime.runner import Runner
+from pocketvlm.runtime.splice import VisualFeatures
+
+__all__ = ["PictureRows", "TileFeatures"]
+
+_FLOAT = np.dtype("<f4")
+
+TileFeatures = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+"""What the vision graph returns for one tile: embeds [1, k, width] and indices [1, k]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PictureRows:
+    """Encodes the pictures of one bundle.
+
+    Attributes:
+        per_tile: Placeholders of one tile, N.
+        line_break: float32 [width]: the row after each line; `None` where there are no lines.
+    """
+
+    per_tile: int
+    line_break: npt.NDArray[np.float32] | None
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> PictureRows:
+        """Reads the bundle's learned row, where it has one.
+
+        Raises:
+            BundleError: It is missing, or holds no finite numbers.
+        """
+        manifest, row = bundle.manifest, None
+        if manifest.prompt.line_break is not None:
+            path = bundle.file(manifest.prompt.line_break)
+            content = read_bytes(path, error=BundleError)
+            if not content or len(content) % _FLOAT.itemsize:
+                raise BundleError(
+                    f"{path}: holds {len(content)} bytes, which are not whole float32 numbers"
+                )
+            row = np.frombuffer(content, _FLOAT).astype(np.float32)
+            if not np.isfinite(row).all():
+                raise BundleError(f"{path}: holds a number that is not finite")
+        return cls(per_tile=manifest.visual_tokens_full, line_break=row)
+
+    def encode(
+        self, runner: Runner, pixels: npt.NDArray[np.float32], grid: TileGrid, *, serial: int = 0
+    ) -> list[VisualFeatures]:
+        """The rows of one picture: one entry per tile, or one where tiles make up a map.
+
+        Args:
+            runner: The engine.
+            pixels: float32 [tiles, C, S, S].
+            grid: The tiles.
+            serial: Number of the first entry; the others count on.
+        """
+        tiles = [runner.encode_image(tile[None]) for tile in pixels]
+        return self.arrange(tiles, grid, serial=serial)
+
+    def arrange(
+        self, tiles: Sequence[TileFeatures], grid: TileGrid, *, serial: int = 0
+    ) -> list[VisualFeatures]:
+        """The same from what the vision graph has returned for every tile.
+
+        Raises:
+            BundleError: The row after each line is missing or of another width.
+        """
+        order = grid.order(self.per_tile)
+        if order is None:
+            return [
+                VisualFeatures(
+                    embeds=embeds, indices=indices, placeholders=self.per_tile, serial=number
+                )
+                for number, (embeds, indices) in enumerate(tiles, start=serial)
+            ]
+        width = tiles[0][0].shape[2]
+        if self.line_break is None or len(self.line_break) != width:
+            raise BundleError(
+                f"pictures of this model need a row of {width} numbers after each line, and the "
+                "bundle has none"
+            )
+        indices = np.concatenate([indices for _, indices in tiles])
+        kept = order.kept(indices, self.per_tile)
+        table = np.concatenate([*(embeds[0] for embeds, _ in tiles), self.line_break[None]])
+        embeds = table[kept.rows]
+        if kept.weights is not None:
+            embeds = embeds * kept.weights[..., None]
+        return [
+            VisualFeatures(
+                embeds=embeds.sum(axis=1)[None],
+                indices=kept.offsets[None],
+                placeholders=len(order.sources),
+                serial=serial,
+            )
+        ]
