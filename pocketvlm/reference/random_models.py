@@ -176,12 +176,12 @@ def tiny_config(name: str) -> dict[str, Any]:
             "projector_hidden_act": "gelu",
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": is_newer,
+            "tie_word_embeddings": False,
             "text_config": {
                 **text,
                 "model_type": "qwen3" if is_newer else "qwen2",
                 "head_dim": 32 if is_newer else 16,
-                "tie_word_embeddings": is_newer,
+                "tie_word_embeddings": False,
             },
             "vision_config": {
                 **vision,

@@ -105,7 +105,8 @@ def record_targets(
         for chosen in ordered_batches(prompts, range(len(prompts)), _BATCH):
             batch = make_batch(prompts, chosen)
             images = [samples.samples[index].open_image() for index in chosen]
-            seen = encode_images(teacher, teacher.processor.pixels(images))
+            # As the student cuts them, which may be into fewer tiles.
+            seen = encode_images(teacher, student.processor.pixels(images))
             found = answer_states(teacher, batch, seen)
             if not bool(torch.isfinite(found).all()):
                 raise CalibrationError(

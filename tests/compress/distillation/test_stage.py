@@ -17,9 +17,11 @@ from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
+from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.sparse import SparseWeight
 
@@ -72,6 +74,16 @@ def test_a_pruned_model_comes_nearer_and_keeps_its_zeros(tiny_path, samples) -> 
     assert all(row["update_norm"] >= 0 for row in rows)
     assert {row["part"] for row in rows} == {"tower", "projector", "decoder"}
     assert learned.history[-1].notes == ()
+
+
+def test_the_teacher_sees_the_tiles_of_the_student(samples, tmp_path) -> None:
+    """Its processor would cut more, and the prompts have no place for them."""
+    path = tmp_path / "model"
+    write_tiny_model("smolvlm-tiles", path)
+    student = LimitTiles(max_tiles=1).apply(_pruned(path, samples), samples, RunContext())
+    learned = SHORT.apply(student, samples, RunContext(source_dir=path))
+    metrics = learned.history[-1].metrics
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
 
 
 def test_nothing_is_left_behind_in_the_model(tiny_path, samples) -> None:
