@@ -52,6 +52,7 @@ TINY_MODELS = (
     "llava-onevision",
     "smolvlm",
     "smolvlm-tiles",
+    "idefics3",
     "internvl3",
     "internvl3.5",
     "qwen2-vl",
@@ -155,6 +156,16 @@ def tiny_config(name: str) -> dict[str, Any]:
             "tie_word_embeddings": True,
             "text_config": {**text, "model_type": "qwen2", "tie_word_embeddings": True},
             "vision_config": {**vision, "model_type": "siglip_vision_model"},
+        }
+    if name == "idefics3":
+        return {
+            "architectures": ["Idefics3ForConditionalGeneration"],
+            "model_type": "idefics3",
+            "image_token_id": 259,
+            "scale_factor": 2,
+            "tie_word_embeddings": True,
+            "text_config": {**text, "tie_word_embeddings": True},
+            "vision_config": {**vision, "model_type": "idefics3_vision", "image_size": 64},
         }
     if name in ("smolvlm", "smolvlm-tiles"):
         return {
