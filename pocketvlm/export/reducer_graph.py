@@ -31,12 +31,13 @@ class ReducerGraph(nn.Module):
 
     def example(self) -> tuple[Tensor, Tensor, Tensor]:
         """Random inputs of the shapes of this model."""
-        tower, factor = self._spec.tower, self._spec.projector.merge_factor
+        tower = self._spec.tower
+        width = self._spec.projector.merged_width(tower.feature_size)
         generator = torch.Generator().manual_seed(0)
         features, queries, keys = (
             torch.randn(shape, generator=generator)
             for shape in (
-                (1, self._spec.visual_tokens, tower.feature_size * factor**2),
+                (1, self._spec.visual_tokens, width),
                 (1, tower.tokens, tower.hidden_size),
                 (1, tower.tokens, tower.hidden_size),
             )

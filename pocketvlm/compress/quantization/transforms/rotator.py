@@ -170,7 +170,8 @@ class Rotator:
         shift, weight = self._norm_shift(name), read_vector(norm, "weight")
         if weight is None:
             raise TypeError("the tower's last norm has no weight")
-        copies = spec.projector.merge_factor**2
+        width = spec.tower.hidden_size
+        copies = spec.projector.merged_width(width) // width
         multiply_inputs(self._checkpoint, spec.projector.linears[0], weight.repeat(copies))
         write_vector(norm, "weight", torch.ones_like(weight))
         if spec.tower.has_norm_bias:
