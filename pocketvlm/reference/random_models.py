@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.folds import AddOne
 from pocketvlm.models.images.tilings.anyres import Anyres
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.processor.foreign_code import ATTENTION
 from pocketvlm.reference.shapes import Shape
 
 __all__ = [
@@ -382,8 +382,9 @@ def write_random_model(
     spec = read_spec(config)
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
+    centred = {fold.target for fold in spec.folds if isinstance(fold, AddOne)}
     tensors = {
-        name: _random_tensor(name, shape, generator)
+        name: _random_tensor(name, shape, generator, norm=0.0 if name in centred else 1.0)
         for name, shape in _tensor_shapes(config).items()
         if not (spec.decoder.tied_head and name == "lm_head.weight")
     }
@@ -406,17 +407,19 @@ def _tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.for_model(**config),
-            attn_implementation=ATTENTION,
             trust_remote_code=False,
         )
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random_tensor(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, *, norm: float
+) -> Tensor:
+    """Values of the size that a trained tensor of this name has; weights of norms lie at `norm`."""
     if name.endswith("bias"):
         return (torch.randn(shape, generator=generator) * 0.01).to(torch.bfloat16)
     if len(shape) == 1 and "norm" in name.lower().replace("layrnorm", "norm"):
-        return (1 + 0.05 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
+        return (norm + 0.05 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
     fan_in = math.prod(shape[1:])
     scale = 0.02 if "embed" in name else fan_in**-0.5
     return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
