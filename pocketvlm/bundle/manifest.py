@@ -79,7 +79,7 @@ class PromptLayout:
         whole_marker: Text before those of the whole picture after its tiles, where prefix and
             suffix enclose all of them; `None` where they are the whole picture's alone.
         image_mark: What the chat template writes for a picture; `None` for the placeholder itself.
-        is_prefix: Whether `bos_token` stands behind the last picture and a line break ends the
+        is_prefix: Whether `bos_token` stands after the last picture and a line break ends the
             prompt.
         line_break: File with the row, little-endian float32, that stands after each line of a
             picture whose tiles make up one map; `None` where tile follows tile.

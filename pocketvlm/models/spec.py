@@ -525,7 +525,7 @@ class ProcessorSpec:
             file or the image processor's; `None` where stock counts them from a picture's size.
         default_count: What the setting is where no file states it; `None` where stock then fails.
         added_words: Words that the processor adds to its tokenizer.
-        adds_ends: Whether the tokenizer may put tokens of its own before and after a prompt.
+        adds_ends: Whether the tokenizer may put its own tokens before and after a prompt.
     """
 
     classes: tuple[str, ...]
@@ -555,8 +555,8 @@ class ModelSpec:
         whole_marker: Text that it puts before those of the whole picture after its tiles, or
             `None` where that has the text of a picture that is not cut.
         image_mark: What chat templates write for a picture; `None` for the placeholder itself.
-        has_prefix_prompt: Whether its processor puts the tokenizer's first token behind the last
-            picture, and a line break behind the prompt.
+        has_prefix_prompt: Whether its processor puts the tokenizer's first token after the last
+            picture, and a line break after the prompt.
         chat_template: The template of folders that have none; `None` where each must have one.
         tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
             where no processor has been read.
