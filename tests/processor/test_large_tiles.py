@@ -214,6 +214,16 @@ def test_settings_that_cannot_be_followed_are_refused(change, message):
         parse_image_settings(config, Path("p.json"), "lfm2_vl", error=CheckpointError)
 
 
+@pytest.mark.parametrize(
+    ("splits", "what"),
+    [(True, "pictures that are not cut, and wholes after tiles, are"), (False, "pictures are")],
+)
+def test_what_is_fitted_is_noted(splits, what):
+    config = {**_SETTINGS, "do_image_splitting": splits}
+    (note,) = parse_image_settings(config, Path("p.json"), "lfm2_vl").notes()
+    assert note.startswith(f"{what} fitted to 64 x 64 pixels, where the model's own processor")
+
+
 def test_an_image_processor_of_other_visual_tokens_is_refused(folder: Path, tmp_path: Path):
     path = tmp_path / "model"
     shutil.copytree(folder, path)

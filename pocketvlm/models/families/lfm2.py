@@ -46,9 +46,8 @@ def read_lfm2(config: Mapping[str, Any], prefix: str) -> DecoderSpec:
                 f"{supported!r}"
             )
     theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
-    heads, hidden = text["num_attention_heads"], text["hidden_size"]
+    heads, hidden, stack = text["num_attention_heads"], text["hidden_size"], f"{prefix}.layers"
     head_dim = text.get("head_dim") or hidden // heads
-    stack = f"{prefix}.layers"
     return DecoderSpec(
         prefix=prefix,
         embedding=f"{prefix}.embed_tokens",

@@ -257,6 +257,12 @@ class ImageSettings:
                 f"pictures are fitted to one size, {width} x {height} pixels unless set_resolution "
                 "chooses another; the model's own processor keeps about their size and ratio"
             )
+        if self.kind == "lfm2_vl":
+            cut = " that are not cut, and wholes after tiles," if self.tiling is not None else ""
+            notes.append(
+                f"pictures{cut} are fitted to {self.side} x {self.side} pixels, where the model's "
+                "own processor keeps about their size and ratio"
+            )
         if not self.do_convert_rgb:
             notes.append(
                 f"{self.where.name}: do_convert_rgb is false and not followed: pictures that are "
