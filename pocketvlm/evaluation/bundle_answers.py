@@ -14,11 +14,11 @@ from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.runtime.engines import open_engine
-from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.generate import Rows, StopRules, generate, prompt_rows
 from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
-from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
+from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import TextCodec
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def answer_with_bundle(
             keeps_positions=bundle.manifest.positions == "original",
             grid=bundle.manifest.position_grid,
         )
-        tokens = _greedy(
-            engine, layout, pictures, question.token_ids, codec.generation, max_new_tokens
-        )
+        kind = bundle.manifest.kv_cache.mutual_rows
+        prompt = prompt_rows(layout, pictures, engine, mutual_rows=kind)
+        tokens = _greedy(engine, prompt, question.token_ids, codec.generation, max_new_tokens)
         answers.append(codec.decode(tokens))
         ctx.report(task, len(answers), len(samples))
     return answers
@@ -158,8 +158,7 @@ def bundle_limits(bundle: Bundle, codec: TextCodec) -> PromptLimits:
 
 def _greedy(
     runner: Runner,
-    layout: PromptLayout,
-    pictures: Sequence[VisualFeatures],
+    rows: Rows,
     prompt: Sequence[int],
     settings: GenerationSettings,
     max_new_tokens: int,
@@ -169,7 +168,7 @@ def _greedy(
     tokens = list(
         generate(
             runner,
-            prompt_rows(layout, pictures, runner),
+            rows,
             StopRules(max_new_tokens=max_new_tokens, end_token_ids=ends),
             adjust=lambda logits, chosen: settings.adjust(logits, prompt, chosen),
         )

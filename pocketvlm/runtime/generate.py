@@ -47,10 +47,18 @@ def prompt_rows(
     pictures: Sequence[VisualFeatures],
     runner: Runner,
     *,
+    mutual_rows: MutualRows | None,
     start: int = 0,
-    mutual_rows: MutualRows | None = None,
 ) -> Rows:
-    """The rows of a prompt from `start` on, embedded by a runner."""
+    """The rows of a prompt from `start` on, embedded by a runner.
+
+    Args:
+        layout: The prompt.
+        pictures: Features of its pictures.
+        runner: The engine.
+        mutual_rows: Which rows see each other, as the manifest's `kv_cache` says.
+        start: Rows before it are in the cache already.
+    """
     mutual = layout.mutual(mutual_rows)
     return Rows(
         embeds=embed_rows(layout, pictures, runner.embed, start=start),

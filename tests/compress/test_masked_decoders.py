@@ -18,8 +18,11 @@ from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError, RecipeError
+from pocketvlm.evaluation.bundle_answers import answer_with_bundle
+from pocketvlm.evaluation.torch_answers import answer_with_checkpoint
 from pocketvlm.export.coreml.swift import render_swift
 from pocketvlm.export.coreml.target import ToCoreml
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference.random_models import tiny_config, write_tiny_model
@@ -104,6 +107,21 @@ def test_rows_of_each_picture_have_a_number_of_their_own(checkpoints):
     numbers = torch.where(inputs.is_visual, inputs.mutual, -1)
     assert torch.equal(numbers, inputs.mutual)
     assert numbers[inputs.is_visual].tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_a_bundle_is_scored_by_the_answers_that_its_checkpoint_gives(checkpoints, name, tmp_path):
+    checkpoint, context = checkpoints[name], RunContext(threads=1)
+    target = ToOnnx(accuracy_level=0, tower_accuracy_level=0)
+    write_graphs(checkpoint, (target,), tmp_path / "bundle", "", context)
+    samples = [
+        Sample(question=question, image=picture((40 + 9 * number, 30)), answer="a")
+        for number, question in enumerate(("what is it?", "where?", "how many are there?"))
+    ]
+    asked = {"max_new_tokens": 12, "ctx": context, "task": "answers"}
+    ours = answer_with_checkpoint(checkpoint, samples, batch_size=2, **asked)
+    assert answer_with_bundle(Bundle.open(tmp_path / "bundle"), samples, **asked) == ours
+    assert len({*ours}) > 1
 
 
 def test_a_prompt_that_no_chunk_holds_is_one_line_and_leaves_the_conversation(
