@@ -139,7 +139,7 @@ def test_a_prompt_that_no_chunk_holds_is_one_line_and_leaves_the_conversation(
     image = picture((40, 30))
     expected = talk.ask("what is it?", image, max_new_tokens=4)
     with pytest.raises(InputError, match="see.* rows that come more than 32 later") as caught:
-        talk.ask("and what is after it, left of the other one?", max_new_tokens=4)
+        talk.ask("and what is right of it, left of the other one?", max_new_tokens=4)
     assert "\n" not in str(caught.value)
     talk.reset()
     assert talk.ask("what is it?", image, max_new_tokens=4).token_ids == expected.token_ids
