@@ -100,7 +100,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(
-                parsed, dtype=torch.float32, trust_remote_code=False
+                parsed, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
     except Exception as error:  # modules assert, divide by and look up values of the config
         words = " ".join(f"{type(error).__name__}: {error}".split())

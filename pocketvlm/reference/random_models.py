@@ -407,6 +407,7 @@ def _tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.for_model(**config),
+            attn_implementation="eager",
             trust_remote_code=False,
         )
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
