@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from pocketvlm.export.onnx.limits import container_bits
 from pocketvlm.export.prediction import other_elements
+from pocketvlm.models.folds import Multiply, ScaleRows
 from pocketvlm.models.spec import LinearSpec, ModelSpec
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
@@ -45,9 +46,14 @@ def graph_bytes(
 ) -> dict[str, int]:
     """Bytes of the graphs and of all that is not a weight matrix, within 3 % of all files."""
     parts = Counter({"other": _other_bytes(spec)})
+    # What a fold multiplied is not bf16 any more, and stays float32.
+    products = {fold.target for fold in spec.folds if isinstance(fold, ScaleRows | Multiply)}
     for linear, layout in layouts.items():
         if isinstance(layout, CodebookLayout):
             parts[linear.part] += _expanding_nodes(layout) * _NODE_BYTES
+        elif layout is None and f"{linear.name}.weight" in products:
+            rows, columns = linear.shape
+            parts[linear.part] += rows * columns * (_WIDE_BYTES - _FLOAT_BYTES)
     return dict(parts)
 
 

@@ -10,7 +10,7 @@ import pytest
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.reference.random_models import tiny_config, write_random_model
+from pocketvlm.reference.random_models import tiny_config, write_random_model, write_tiny_model
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.layout import AffineLayout
 from tests.export.rig import quantize_affine
@@ -59,6 +59,16 @@ def test_prediction(
     assert sum(predicted.part_bytes.values()) == pytest.approx(written, rel=0.03)
     assert ("head" in predicted.part_bytes) == (not checkpoint.spec.decoder.tied_head)
     assert len(predicted.warnings) == (2 if tower is not None and tower.bits == 3 else 0)
+
+
+@pytest.mark.parametrize("name", ["internvl3", "granite-vision"])
+def test_what_a_fold_multiplied_takes_four_bytes(name: str, tmp_path: Path) -> None:
+    write_tiny_model(name, tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    ToOnnx().export(checkpoint, tmp_path, RunContext(threads=1))
+    written = sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
+    predicted = ToOnnx().predict(checkpoint.spec, PlanState.of(checkpoint.spec).layouts)
+    assert sum(predicted.part_bytes.values()) == pytest.approx(written, rel=0.03)
 
 
 def test_wider_groups_and_symmetric_grids_are_smaller(tiny_checkpoint: Checkpoint) -> None:
