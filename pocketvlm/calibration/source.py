@@ -19,6 +19,7 @@ from PIL import Image
 from pocketvlm.calibration.data.folder import read_folder
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.errors import CalibrationError
+from pocketvlm.reference import Pictures
 
 __all__ = ["CalibrationSet", "Sample", "Split"]
 
@@ -77,15 +78,23 @@ class CalibrationSet:
         return cls(name=folder.name, samples=content.samples, notes=content.notes)
 
     @classmethod
-    def from_reference(cls, seed: int, n: int, *, split: Split = "calibration") -> CalibrationSet:
+    def from_reference(
+        cls,
+        seed: int,
+        n: int,
+        *,
+        split: Split = "calibration",
+        pictures: Pictures = "reference",
+    ) -> CalibrationSet:
         """Generated scenes of the kind that the reference models were trained on.
 
         Args:
             seed: Seed within the split.
             n: The number of samples.
             split: Which of the disjoint seed spaces to draw from.
+            pictures: Scenes, or mosaics of several.
         """
-        from pocketvlm.reference.questions import generate_examples
+        from pocketvlm.reference.mosaics import GENERATORS
 
         samples = tuple(
             Sample(
@@ -95,9 +104,9 @@ class CalibrationSet:
                 kind=example.kind,
                 where=f"reference scene {index}",
             )
-            for index, example in enumerate(generate_examples(seed, n, split=split))
+            for index, example in enumerate(GENERATORS[pictures](seed, n, split=split))
         )
-        return cls(name=f"reference:{seed} ({split})", samples=samples)
+        return cls(name=f"{pictures}:{seed} ({split})", samples=samples)
 
     @classmethod
     def synthetic(cls, n: int, seed: int = 0) -> CalibrationSet:

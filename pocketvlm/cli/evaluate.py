@@ -72,7 +72,8 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        str, typer.Option(help="A folder of pictures and questions, or reference:SEED.")
+        str,
+        typer.Option(help="A folder of pictures and questions, reference:SEED or mosaics:SEED."),
     ] = "reference:1",
     n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 500,
     arithmetic: Annotated[

@@ -31,8 +31,9 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A local directory, a hub id, reference:pocket-llava, reference:pocket-smol, or "
-        "shape:NAME, the sizes of a published model such as smolvlm-500m (random weights).",
+        help="A local directory, a hub id, reference:pocket-llava, reference:pocket-smol, "
+        "reference:pocket-tiles, or shape:NAME, the sizes of a published model such as "
+        "smolvlm-500m (random weights).",
     ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
@@ -46,23 +47,24 @@ QuestionsOption = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A folder of pictures and questions, or reference:SEED. Default: generated ones.",
+        help="A folder of pictures and questions, reference:SEED or mosaics:SEED. Default: "
+        "generated ones.",
     ),
 ]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="A folder of pictures and questions, `reference` or `synthetic`. Default: the "
-        "recipe's.",
+        help="A folder of pictures and questions, `reference`, `mosaics` or `synthetic`. Default: "
+        "the recipe's.",
     ),
 ]
 DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Questions to score: a folder, reference:SEED, or none. Default: reference:1 for a "
-        "reference model, else none.",
+        help="Questions to score: a folder, reference:SEED, mosaics:SEED, or none. Default: seed 1 "
+        "of what a reference model was trained on, else none.",
     ),
 ]
 RecipeOption = Annotated[

@@ -24,7 +24,8 @@ from pocketvlm.pipeline.sources import (
     select_targets,
 )
 from pocketvlm.recipes.load import Recipe, load_recipe
-from pocketvlm.reference.questions import generate_examples
+from pocketvlm.reference import REFERENCE_MODELS, Pictures
+from pocketvlm.reference.mosaics import GENERATORS
 from pocketvlm.runtime.conversation import Conversation
 
 __all__ = ["Job", "SceneAnswer"]
@@ -86,8 +87,8 @@ class Job:
         recipe = self._recipe()
         path = resolve_model(self.model)
         plan(path, recipe).raise_if_refused()
-        is_reference = self.model.startswith("reference:")
-        calibration = resolve_calibration(recipe.calibration, is_reference=is_reference)
+        pictures = self._pictures()
+        calibration = resolve_calibration(recipe.calibration, pictures=pictures)
         ctx = RunContext(seed=self.seed, threads=self.threads, on_progress=on_progress)
         wants_baseline = self.bench and self.baseline and recipe.stages
         return run(
@@ -96,7 +97,7 @@ class Job:
             out=out,
             calibration=calibration,
             ctx=ctx,
-            evaluation=self._evaluation(is_reference=is_reference),
+            evaluation=self._evaluation(pictures),
             workload=load_workload("vlm") if self.bench else None,
             baseline=(lambda: make_float_baseline(path, out, ctx)) if wants_baseline else None,
             source_check=self.source_check,
@@ -119,8 +120,8 @@ class Job:
             find_model(self.model),
             recipe,
             device=device,
-            calibration=resolve_calibration(options, is_reference=False) if is_folder else None,
-            evaluation=self._evaluation(is_reference=False),
+            calibration=resolve_calibration(options, pictures=None) if is_folder else None,
+            evaluation=self._evaluation(None),
         )
 
     def _recipe(self) -> Recipe:
@@ -132,7 +133,8 @@ class Job:
 
     def ask_about_a_scene(self, result: RunResult) -> SceneAnswer:
         """Asks the finished bundle about one held-out scene, whose picture is stored next to it."""
-        example = next(generate_examples(7, 1, split="evaluation"))
+        generate = GENERATORS[self._pictures() or "reference"]
+        example = next(generate(7, 1, split="evaluation"))
         picture = result.out / "scene.png"
         with replace_file(picture) as aside:
             example.image.save(aside, format="PNG")
@@ -145,6 +147,11 @@ class Job:
             expected=example.answer,
         )
 
-    def _evaluation(self, *, is_reference: bool) -> CalibrationSet | None:
-        data = self.data or ("reference:1" if is_reference else "none")
+    def _pictures(self) -> Pictures | None:
+        """What a reference model was trained on."""
+        scheme, _, name = self.model.partition(":")
+        return REFERENCE_MODELS.get(name) if scheme == "reference" else None
+
+    def _evaluation(self, pictures: Pictures | None) -> CalibrationSet | None:
+        data = self.data or (f"{pictures}:1" if pictures else "none")
         return None if data == "none" else load_evaluation(data, self.n)

@@ -18,7 +18,7 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
 from pocketvlm.recipes.stages import REDUCER_BUILDERS
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.reference import REFERENCE_MODELS, Pictures, reference_model_path
 from pocketvlm.reference.shapes import Shape, load_shape
 from pocketvlm.reference_graph.activation_rounding import ARITHMETICS, Arithmetic
 
@@ -37,7 +37,7 @@ __all__ = [
 _LONGEST_SEED = 18
 
 
-GENERATED_SOURCES = ("auto", "reference", "synthetic")
+GENERATED_SOURCES = ("auto", "reference", "mosaics", "synthetic")
 """Calibration sources that are generated, not read from a folder."""
 
 
@@ -132,17 +132,25 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint.load(path, reducers=REDUCER_BUILDERS)
 
 
-def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> CalibrationSet:
+def resolve_calibration(
+    options: CalibrationOptions, *, pictures: Pictures | None
+) -> CalibrationSet:
     """The calibration set that a recipe asks for.
+
+    Args:
+        options: The recipe's.
+        pictures: What the model was trained on, where it is a reference model.
 
     Raises:
         CalibrationError: It names a folder that holds no usable samples.
     """
     source = options.source
     if source == "auto":
-        source = "reference" if is_reference else "synthetic"
-    if source == "reference":
-        return CalibrationSet.from_reference(seed=options.seed, n=options.samples)
+        source = pictures or "synthetic"
+    if source in ("reference", "mosaics"):
+        return CalibrationSet.from_reference(
+            seed=options.seed, n=options.samples, pictures=cast("Pictures", source)
+        )
     if source == "synthetic":
         return CalibrationSet.synthetic(n=options.samples, seed=options.seed)
     try:
@@ -152,19 +160,23 @@ def resolve_calibration(options: CalibrationOptions, *, is_reference: bool) -> C
 
 
 def load_evaluation(data: str, n: int) -> CalibrationSet:
-    """Evaluation samples: a folder, or `reference:SEED` for held-out generated scenes.
+    """Evaluation samples: a folder, or held-out generated scenes.
+
+    `reference:SEED` are scenes, `mosaics:SEED` pictures of several scenes.
 
     Raises:
         CalibrationError: There is no such data.
     """
     scheme, separator, seed = data.partition(":")
-    if separator and scheme == "reference":
+    if separator and scheme in ("reference", "mosaics"):
         if not seed.isdecimal() or len(seed) > _LONGEST_SEED:
             raise CalibrationError(
                 f"--data {data[:60]}: the seed must be a whole number of up to "
                 f"{_LONGEST_SEED} digits"
             )
-        return CalibrationSet.from_reference(seed=int(seed), n=n, split="evaluation")
+        return CalibrationSet.from_reference(
+            seed=int(seed), n=n, split="evaluation", pictures=cast("Pictures", scheme)
+        )
     return CalibrationSet.from_folder(Path(data), limit=n, require_images=False)
 
 

@@ -222,8 +222,11 @@ def choose_samples(bundle: Bundle, questions: Questions) -> CalibrationSet:
     """The pictures and prompts of the questions."""
     if questions.data is not None:
         return load_evaluation(questions.data, questions.n)
-    if bundle.manifest.model in REFERENCE_MODELS:
-        return CalibrationSet.from_reference(seed=1, n=questions.n, split="evaluation")
+    pictures = REFERENCE_MODELS.get(bundle.manifest.model)
+    if pictures is not None:
+        return CalibrationSet.from_reference(
+            seed=1, n=questions.n, split="evaluation", pictures=pictures
+        )
     return CalibrationSet.synthetic(n=questions.n)
 
 

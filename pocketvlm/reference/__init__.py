@@ -1,16 +1,27 @@
 """The reference models and the scenes that they were trained on.
 
-`pocket-llava` and `pocket-smol` are small but real vision-language models in stock transformers
-classes. They ship inside the package: tests, the demo and every quality figure work offline.
+`pocket-llava`, `pocket-smol` and `pocket-tiles` are small but real vision-language models in stock
+transformers classes. They ship inside the package: tests, the demo and every quality figure work
+offline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["REFERENCE_MODELS", "reference_model_path"]
+__all__ = ["REFERENCE_MODELS", "Pictures", "reference_model_path"]
 
-REFERENCE_MODELS: tuple[str, ...] = ("pocket-llava", "pocket-smol")
+Pictures = Literal["reference", "mosaics"]
+"""Generated pictures: scenes of the size that a tower takes, or several scenes in one."""
+
+REFERENCE_MODELS: Mapping[str, Pictures] = {
+    "pocket-llava": "reference",
+    "pocket-smol": "reference",
+    "pocket-tiles": "mosaics",
+}
+"""The pictures that each model was trained on, by its name."""
 
 
 def reference_model_path(name: str) -> Path:

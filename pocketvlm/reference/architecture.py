@@ -1,6 +1,6 @@
-"""The two architectures: what is fixed before any weight is trained.
+"""The architectures: what is fixed before any weight is trained.
 
-Both put an 8x8 grid of visual tokens before the same decoder, so the decoder is pretrained once.
+All put an 8x8 grid of visual tokens per tile before the same decoder, so it is pretrained once.
 Every linear dimension is a multiple of 32, which suits group-wise int4 and Core ML.
 """
 
@@ -52,10 +52,10 @@ MAX_POSITIONS = 1024
 _PATCH = CANVAS // PATCH_GRID
 
 
-def decoder_config() -> LlamaConfig:
-    """The text decoder that both models share: 2.5 M parameters."""
+def decoder_config(vocabulary: int = VOCABULARY_SIZE) -> LlamaConfig:
+    """The text decoder that all models have: 2.5 M parameters."""
     return LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=6,
@@ -75,8 +75,8 @@ def build_model(name: str) -> PreTrainedModel:
     """Builds a reference model with fresh random weights in float32."""
     if name == "pocket-llava":
         return _build_llava()
-    if name == "pocket-smol":
-        return _build_smol()
+    if name in ("pocket-smol", "pocket-tiles"):
+        return _build_smol(DIALECTS[name].vocabulary_size)
     raise ValueError(
         f"no reference architecture is called {name!r}; there are {', '.join(DIALECTS)}"
     )
@@ -105,7 +105,7 @@ def _build_llava() -> PreTrainedModel:
     return LlavaForConditionalGeneration(config)
 
 
-def _build_smol() -> PreTrainedModel:
+def _build_smol(vocabulary: int) -> PreTrainedModel:
     vision = SmolVLMVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -116,7 +116,7 @@ def _build_smol() -> PreTrainedModel:
     )
     config = SmolVLMConfig(
         vision_config=vision,
-        text_config=decoder_config(),
+        text_config=decoder_config(vocabulary),
         image_token_id=IMAGE_ID,
         scale_factor=2,
         tie_word_embeddings=True,
@@ -142,9 +142,9 @@ def build_processor(name: str) -> ProcessorMixin:
         )
     return Idefics3Processor(
         image_processor=Idefics3ImageProcessorPil(
-            size={"longest_edge": CANVAS},
+            size={"longest_edge": CANVAS * (2 if name == "pocket-tiles" else 1)},
             max_image_size={"longest_edge": CANVAS},
-            do_image_splitting=False,
+            do_image_splitting=name == "pocket-tiles",
         ),
         tokenizer=tokenizer,
         image_seq_len=VISUAL_TOKENS,

@@ -10,8 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.reference import REFERENCE_MODELS, Pictures, reference_model_path
 from pocketvlm.reference.questions import QUESTION_KINDS
+from pocketvlm.reference.tokenizer import DIALECTS
 
 __all__ = ["main", "write_card"]
 
@@ -24,6 +25,15 @@ _DESCRIPTIONS = {
         "`SmolVLMForConditionalGeneration`: a SigLIP-type tower without CLS (4 layers of 128, "
         "8-pixel patches), a 2x2 pixel shuffle with a linear connector and a Llama decoder."
     ),
+    "pocket-tiles": (
+        "`SmolVLMForConditionalGeneration`: `pocket-smol` with image splitting. Pictures of up to "
+        "256x256 pixels are cut into tiles of 128x128, which the tower sees beside the whole."
+    ),
+}
+
+_PICTURES: dict[Pictures, str] = {
+    "reference": "The picture is 128x128 pixels and becomes 8x8 = 64 visual tokens.",
+    "mosaics": "A tile is 128x128 pixels and becomes 8x8 = 64 visual tokens.",
 }
 
 _BODY = """---
@@ -36,7 +46,7 @@ pipeline_tag: image-text-to-text
 
 {description}
 The decoder has 6 layers of 192, six query heads over two key-value heads of 32, tied embeddings
-and a vocabulary of 512. The picture is 128x128 pixels and becomes 8x8 = 64 visual tokens.
+and a vocabulary of {vocabulary}. {pictures}
 
 A small real vision-language model for tests, demos and compression research: it answers questions
 about generated scenes (`pocketvlm.reference.scenes`) and about nothing else. Its words are a closed
@@ -44,7 +54,7 @@ list of 24, so "word" measures telling words apart rather than open reading.
 
 ## Measured
 
-{n} held-out questions, one scene each, greedy answers, exact match, float32 arithmetic on the
+{n} held-out questions, one picture each, greedy answers, exact match, float32 arithmetic on the
 shipped bfloat16 weights. "Blind" is the same model with noise in place of every picture.
 
 {table}
@@ -73,6 +83,8 @@ def write_card(name: str, figures: dict[str, dict[str, float]], training: str, s
         lines.append(f"| {kind} | {row['n']:.0f} | {row['accuracy']:.1%} | {row['blind']:.1%} |")
     text = _BODY.format(
         name=name,
+        vocabulary=DIALECTS[name].vocabulary_size,
+        pictures=_PICTURES[REFERENCE_MODELS[name]],
         description=_DESCRIPTIONS[name],
         n=int(figures["all"]["n"]),
         table="\n".join(lines),

@@ -27,7 +27,7 @@ from pocketvlm.reference.scenes import (
     render,
     word_coverage,
 )
-from pocketvlm.reference.tokenizer import DIALECTS
+from pocketvlm.reference.tokenizer import SCENE_DIALECTS
 
 __all__ = [
     "ATTRIBUTES",
@@ -106,7 +106,7 @@ def make_shard(folder: Path, seed: int, index: int) -> Path:
     if path.exists():
         return path
     images, labels, contents = [], [], []
-    packs: dict[str, list[NDArray[np.int16]]] = {dialect: [] for dialect in DIALECTS}
+    packs: dict[str, list[NDArray[np.int16]]] = {dialect: [] for dialect in SCENE_DIALECTS}
     for row in range(SHARD_SIZE):
         number = index * SHARD_SIZE + row
         scene, first = sample_example_scene(seed, number, split="train")
@@ -137,5 +137,5 @@ def load_shard(path: Path) -> Shard:
             images=arrays["images"],
             labels=arrays["labels"],
             contents=arrays["contents"],
-            packs={dialect: arrays[dialect] for dialect in DIALECTS},
+            packs={dialect: arrays[dialect] for dialect in SCENE_DIALECTS},
         )

@@ -20,7 +20,8 @@ from PIL import Image
 
 from pocketvlm.processor.foreign_code import ATTENTION, STOCK_ONLY
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
-from pocketvlm.reference.questions import QUESTION_KINDS, Example, generate_examples
+from pocketvlm.reference.mosaics import GENERATORS
+from pocketvlm.reference.questions import QUESTION_KINDS, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -126,7 +127,11 @@ def main() -> None:
     parser.add_argument("model", help=f"{', '.join(REFERENCE_MODELS)}, or a folder")
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--no-tiles", action="store_true", help="show pictures as a whole, where tiles are cut"
+    )
     options = parser.parse_args()
     named = options.model in REFERENCE_MODELS
     folder = reference_model_path(options.model) if named else Path(options.model)
@@ -134,8 +139,17 @@ def main() -> None:
         folder, dtype=torch.float32, attn_implementation=ATTENTION, **STOCK_ONLY
     ).eval()
     processor = AutoProcessor.from_pretrained(folder, **STOCK_ONLY)
+    if options.no_tiles:
+        processor.image_processor.do_image_splitting = False
+    generate = GENERATORS[REFERENCE_MODELS.get(folder.name, "reference")]
     seen, unseen = (
-        score_model(model, processor, generate_examples(options.seed, options.n), blind=blind)
+        score_model(
+            model,
+            processor,
+            generate(options.seed, options.n),
+            blind=blind,
+            batch_size=options.batch,
+        )
         for blind in (False, True)
     )
     print(f"{'kind':<10} {'n':>6} {'accuracy':>9} {'blind':>7}")

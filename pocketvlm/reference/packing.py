@@ -27,7 +27,15 @@ from pocketvlm.reference.tokenizer import (
     build_tokenizer,
 )
 
-__all__ = ["IGNORED", "PACK_LENGTH", "Pack", "choose_questions", "image_span", "pack_questions"]
+__all__ = [
+    "IGNORED",
+    "PACK_LENGTH",
+    "Pack",
+    "choose_questions",
+    "image_span",
+    "pack_questions",
+    "picture_prefix",
+]
 
 PACK_LENGTH = 256
 IGNORED = -100
@@ -41,7 +49,7 @@ _KIND_WEIGHTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One training sequence; every array has ``PACK_LENGTH`` entries.
+    """One training sequence; every array is as long.
 
     Attributes:
         tokens: Token ids, the image placeholders included.
@@ -61,7 +69,7 @@ def _encode(dialect: str, text: str) -> tuple[int, ...]:
     return tuple(_tokenizer(dialect)(text)["input_ids"])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _tokenizer(dialect: str) -> PreTrainedTokenizerFast:
     return build_tokenizer(dialect)
 
@@ -75,6 +83,11 @@ def _prefix(dialect: str) -> tuple[int, ...]:
         *[IMAGE_ID] * VISUAL_TOKENS,
         *_encode(dialect, after),
     )
+
+
+def picture_prefix(dialect: str, picture: str) -> tuple[int, ...]:
+    """A prompt to the end of its picture, whose text is given."""
+    return (BOS_ID, *_encode(dialect, DIALECTS[dialect].header + picture))
 
 
 def image_span(dialect: str) -> slice:
@@ -104,13 +117,27 @@ def choose_questions(scene: Scene, rng: np.random.Generator, count: int) -> list
     return list(chosen.values())
 
 
-def pack_questions(questions: list[Question], rng: np.random.Generator, dialect: str) -> Pack:
-    """Packs questions about one scene into a sequence; those that do not fit are left out."""
-    prefix = _prefix(dialect)
-    tokens = np.full(PACK_LENGTH, PAD_ID, dtype=np.int16)
-    targets = np.full(PACK_LENGTH, IGNORED, dtype=np.int16)
-    segments = np.full(PACK_LENGTH, -1, dtype=np.int16)
-    positions = np.zeros(PACK_LENGTH, dtype=np.int16)
+def pack_questions(
+    questions: list[Question],
+    rng: np.random.Generator,
+    dialect: str,
+    prefix: tuple[int, ...] | None = None,
+    length: int = PACK_LENGTH,
+) -> Pack:
+    """Packs questions about one picture into a sequence; those that do not fit are left out.
+
+    Args:
+        questions: The questions.
+        rng: Decides where a turn follows another.
+        dialect: How a chat is written.
+        prefix: The prompt to the end of the picture; `None` for that of one scene.
+        length: Tokens of the sequence.
+    """
+    prefix = _prefix(dialect) if prefix is None else prefix
+    tokens = np.full(length, PAD_ID, dtype=np.int16)
+    targets = np.full(length, IGNORED, dtype=np.int16)
+    segments = np.full(length, -1, dtype=np.int16)
+    positions = np.zeros(length, dtype=np.int16)
     tokens[: len(prefix)] = prefix
     segments[: len(prefix)] = 0
     positions[: len(prefix)] = np.arange(len(prefix))
@@ -124,14 +151,14 @@ def pack_questions(questions: list[Question], rng: np.random.Generator, dialect:
             *_encode(dialect, DIALECTS[dialect].reply),
         )
         answer = (*_encode(dialect, question.answer), EOS_ID)
-        length = len(asked) + len(answer)
-        if end + length > PACK_LENGTH:
+        added = len(asked) + len(answer)
+        if end + added > length:
             break
         if not follows:
             segment, position = segment + 1, len(prefix)
-        tokens[end : end + length] = (*asked, *answer)
-        targets[end + len(asked) - 1 : end + length - 1] = answer
-        segments[end : end + length] = segment
-        positions[end : end + length] = np.arange(position, position + length)
-        end, position = end + length, position + length
+        tokens[end : end + added] = (*asked, *answer)
+        targets[end + len(asked) - 1 : end + added - 1] = answer
+        segments[end : end + added] = segment
+        positions[end : end + added] = np.arange(position, position + added)
+        end, position = end + added, position + added
     return Pack(tokens=tokens, targets=targets, segments=segments, positions=positions)

@@ -29,6 +29,7 @@ from pocketvlm.reference.scenes import (
 __all__ = [
     "FORMS",
     "QUESTION_KINDS",
+    "SPLIT_KEYS",
     "Example",
     "Form",
     "Question",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "calibration", "evaluation"]
-_SPLIT_KEYS: dict[Split, int] = {"train": 1, "calibration": 2, "evaluation": 3}
+SPLIT_KEYS: dict[Split, int] = {"train": 1, "calibration": 2, "evaluation": 3}
 
 QUESTION_KINDS: tuple[str, ...] = (
     "existence", "count", "color", "shape", "size", "position", "relation", "word",
@@ -118,8 +119,8 @@ def generate_examples(seed: int, n: int, *, split: Split = "evaluation") -> Iter
     Raises:
         ValueError: If the split is unknown, or ``seed`` or ``n`` is negative.
     """
-    if split not in _SPLIT_KEYS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(_SPLIT_KEYS)}")
+    if split not in SPLIT_KEYS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLIT_KEYS)}")
     if seed < 0 or n < 0:
         raise ValueError(f"seed and n must not be negative, got seed={seed}, n={n}")
     for index in range(n):
@@ -134,7 +135,7 @@ def sample_example_scene(seed: int, index: int, *, split: Split) -> tuple[Scene,
 
     The form and its answer are drawn first, then scenes until one of them has such a question.
     """
-    rng = np.random.default_rng((_SPLIT_KEYS[split], seed, index))
+    rng = np.random.default_rng((SPLIT_KEYS[split], seed, index))
     kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
     forms = [form for form in FORMS if form.kind == kind]
     form = forms[rng.integers(len(forms))]

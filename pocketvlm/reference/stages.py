@@ -27,7 +27,7 @@ from pocketvlm.reference.forward import Vision, decode_packed, look, normalise_p
 from pocketvlm.reference.oracle import Oracle, initialise_decoder
 from pocketvlm.reference.packing import IGNORED, image_span
 from pocketvlm.reference.scenes import COLORS, SHAPES, SIZES, WORDS
-from pocketvlm.reference.tokenizer import DIALECTS, EOS_ID, VOCABULARY_SIZE, build_tokenizer
+from pocketvlm.reference.tokenizer import EOS_ID, SCENE_DIALECTS, VOCABULARY_SIZE, build_tokenizer
 
 __all__ = ["Batch", "DecoderStage", "JointStage", "Loss", "Stage", "TowerStage"]
 
@@ -144,7 +144,7 @@ class DecoderStage:
 
     def dialect(self, step: int) -> str:
         """Alternates between the dialects."""
-        return tuple(DIALECTS)[step % len(DIALECTS)]
+        return tuple(SCENE_DIALECTS)[step % len(SCENE_DIALECTS)]
 
     def loss(self, batch: Batch, *, training: bool) -> Loss:
         """Answer loss on noisy oracle tokens."""

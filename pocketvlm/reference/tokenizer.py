@@ -23,14 +23,15 @@ __all__ = [
     "EOS_ID",
     "IMAGE_ID",
     "PAD_ID",
+    "SCENE_DIALECTS",
     "VOCABULARY_SIZE",
     "Dialect",
     "build_tokenizer",
 ]
 
-VOCABULARY_SIZE = 512  # what the grammar needs, rounded up to a multiple of 64
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = 0, 1, 2, 3
-_SPECIALS = 8
+VOCABULARY_SIZE = 512  # of the two models that share a decoder: a multiple of 64
+_WORDS = VOCABULARY_SIZE - 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,13 @@ class Dialect:
     """How a model family writes a chat.
 
     Attributes:
-        specials: Names of the first ``_SPECIALS`` ids: padding, begin, end and image come first.
+        specials: Names of the first ids: padding, begin, end and image come first.
         chat_template: The jinja template that renders a conversation.
         placeholder: What the family's processor puts around the tokens of an image.
         header: What the template puts before a user's text.
         reply: What it puts between a user's text and the answer to it.
+        tile_marker: What the family's processor puts before the tokens of a tile, or `None` where
+            it cuts no pictures.
     """
 
     specials: tuple[str, ...]
@@ -50,10 +53,31 @@ class Dialect:
     placeholder: tuple[str, str]
     header: str
     reply: str
+    tile_marker: str | None = None
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of a model's table: the same words for every dialect, after its special tokens.
+
+        Rounded up to a multiple of 32, which suits groups of weights.
+        """
+        return -(-(_WORDS + len(self.specials)) // 32) * 32
+
+
+_SMOL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant:\n{% else %}User:{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
+)
 
 # Neither template leaves work to a tokenizer post-processor: the text that it renders holds every
 # special token, so rendering then encoding and encoding in one go cannot disagree.
+SCENE_DIALECTS = ("pocket-llava", "pocket-smol")
+"""Of the models that see one scene at a time, and share a decoder."""
 DIALECTS: dict[str, Dialect] = {
     "pocket-llava": Dialect(
         specials=("<pad>", "<s>", "</s>", "<image>", *(f"<reserved_{i}>" for i in range(4, 8))),
@@ -82,18 +106,28 @@ DIALECTS: dict[str, Dialect] = {
             "<reserved_6>",
             "<reserved_7>",
         ),
-        chat_template=(
-            "{{ bos_token }}{% for message in messages %}"
-            "{% if message['role'] == 'assistant' %}Assistant:\n{% else %}User:{% endif %}"
-            "{% if message['content'] is string %}{{ message['content'] }}"
-            "{% else %}{% for item in message['content'] %}"
-            "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}"
-            "{% endfor %}{% endif %}{{ eos_token }}"
-            "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
-        ),
+        chat_template=_SMOL_TEMPLATE,
         placeholder=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
         header="User:",
         reply="<end_of_utterance>Assistant:\n",
+    ),
+    # The dialect of pocket-smol, with markers of tiles.
+    "pocket-tiles": Dialect(
+        specials=(
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<end_of_utterance>",
+            "<image>",
+            "<fake_token_around_image>",
+            "<global-img>",
+            *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+            *(f"<reserved_{i}>" for i in range(10, 16)),
+        ),
+        chat_template=_SMOL_TEMPLATE,
+        placeholder=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+        header="User:",
+        reply="<end_of_utterance>Assistant:\n",
+        tile_marker="<fake_token_around_image><row_{row}_col_{column}>",
     ),
 }
 
@@ -118,12 +152,12 @@ def build_tokenizer(model_name: str) -> PreTrainedTokenizerFast:
         model_name: A key of ``DIALECTS``.
     """
     dialect = DIALECTS[model_name]
-    neutral = [f"<special_{i}>" for i in range(_SPECIALS)]
+    neutral = [f"<special_{i}>" for i in range(len(dialect.specials))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=_WORDS + len(dialect.specials),
         special_tokens=neutral,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

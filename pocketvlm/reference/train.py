@@ -31,7 +31,7 @@ from pocketvlm.reference.architecture import build_processor, generation_config
 from pocketvlm.reference.dataset import SHARD_SIZE, load_shard, make_shard
 from pocketvlm.reference.stages import Batch, DecoderStage, JointStage, Loss, Stage, TowerStage
 
-__all__ = ["main", "save_model"]
+__all__ = ["learning_rate", "main", "save_model"]
 
 _WARMUP_STEPS = 100
 _DECAY_SHARE = 0.3
@@ -41,7 +41,7 @@ _SAVE_EVERY = 250
 _HELD_OUT_ROWS = 256
 
 
-def _rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Warm-up, plateau, linear decay: a run can be extended until its decay begins."""
     remaining = 1 - step / steps
     return min(1.0, (step + 1) / _WARMUP_STEPS, max(_FINAL_RATE, remaining / _DECAY_SHARE))
@@ -90,7 +90,7 @@ def _train(stage: Stage, options: argparse.Namespace, name: str) -> None:
             )
             order = np.random.default_rng((options.seed, shard_number)).permutation(SHARD_SIZE)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _rate(step, options.steps)
+            group["lr"] = group["peak"] * learning_rate(step, options.steps)
         rows = order[row * options.batch : (row + 1) * options.batch]
         loss = _loss(stage, Batch.from_shard(shard, rows, stage.dialect(step)), training=True)
         optimizer.zero_grad()
