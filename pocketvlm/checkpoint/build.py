@@ -40,7 +40,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
         )
         _place(root, tower.patch_embedding, patches)
         if tower.position_embedding is not None:
-            _place(root, tower.position_embedding, nn.Embedding(tower.tokens, tower.hidden_size))
+            rows = tower.tokens if tower.table_side is None else tower.table_side**2
+            _place(root, tower.position_embedding, nn.Embedding(rows, tower.hidden_size))
         for conv in decoder.convolutions.values():
             width = decoder.hidden_size
             kernel = nn.Conv1d(width, width, conv.taps, groups=width, bias=conv.has_bias)

@@ -35,7 +35,7 @@ def vision_signatures(spec: ModelSpec, kept: int) -> Signatures:
     tower = spec.tower
     return (
         (_float("pixel_values", 1, tower.channels, tower.height, tower.width),),
-        (_float("embeds", 1, kept, spec.decoder.hidden_size), _int("indices", 1, kept)),
+        (_float("embeds", 1, kept, spec.row_width), _int("indices", 1, kept)),
     )
 
 
@@ -43,7 +43,7 @@ def embedding_signatures(spec: ModelSpec) -> Signatures:
     """Inputs and outputs of the embedding graph."""
     return (
         (_int("input_ids", 1, "length"),),
-        (_float("embeds", 1, "length", spec.decoder.hidden_size),),
+        (_float("embeds", 1, "length", spec.row_width),),
     )
 
 
@@ -77,7 +77,7 @@ def decoder_signatures(
     late = () if visual_layers is None else (_int("text_rows", "text"), _int("past_text_length", 1))
     return (
         (
-            _float("embeds", 1, "length", decoder.hidden_size),
+            _float("embeds", 1, "length", spec.row_width),
             _int("position_ids", decoder.rope.axes, "length"),
             _int("past_length", 1),
             *late,

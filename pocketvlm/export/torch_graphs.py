@@ -98,7 +98,7 @@ class EmbeddingGraph(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[1, length] to [1, length, width]."""
-        return build_embedding(TorchOps(self.model, self._spec), input_ids)
+        return build_embedding(TorchOps(self.model, self._spec), self._spec, input_ids)
 
 
 class DecoderGraph(nn.Module):

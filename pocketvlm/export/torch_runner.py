@@ -13,7 +13,14 @@ import numpy.typing as npt
 import torch
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, encode_images, new_cache
+from pocketvlm.reference_graph.forward import (
+    DecoderInputs,
+    decode_logits,
+    embed_text,
+    encode_images,
+    new_cache,
+    split_rows,
+)
 from pocketvlm.runtime.runner import Runner, States
 
 __all__ = ["TorchRunner"]
@@ -31,7 +38,6 @@ class TorchRunner(Runner):
         """
         super().__init__(capacity=capacity or checkpoint.spec.decoder.max_positions)
         self.checkpoint = checkpoint
-        self._embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
         self._cache = new_cache(checkpoint)
 
     def encode_image(
@@ -45,8 +51,8 @@ class TorchRunner(Runner):
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids to embeddings [1, L, width]."""
         with torch.inference_mode():
-            embeds: npt.NDArray[np.float32] = self._embedding(
-                torch.tensor([list(token_ids)])
+            embeds: npt.NDArray[np.float32] = embed_text(
+                self.checkpoint, torch.tensor([list(token_ids)])
             ).numpy()
         return embeds
 
@@ -70,8 +76,10 @@ class TorchRunner(Runner):
         else:
             self._crop(text)
         positions = torch.from_numpy(position_ids)[:, None]
+        embedded, added = split_rows(self.checkpoint.spec, torch.from_numpy(embeds))
         inputs = DecoderInputs(
-            embeds=torch.from_numpy(embeds),
+            embeds=embedded,
+            added=added,
             positions=positions,
             is_visual=torch.from_numpy(flags)[None],
             next_position=positions[0, :, -1] + 1,

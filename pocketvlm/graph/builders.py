@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from pocketvlm.graph.operators import GraphOps
 from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
-from pocketvlm.models.projector import ProjectorSpec, run_steps
+from pocketvlm.models.projector import ProjectorSpec, TapSpec, run_steps
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["TextRows", "build_decoder", "build_embedding", "build_vision", "merged_features"]
@@ -44,6 +44,7 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         hidden = ops.norm(hidden, tower.pre_norm)
     normed = ops.norm(hidden, blocks[0].attention.norm)
     earlier: list[ValueT] = []
+    tapped: dict[int, ValueT] = {}
     for index, (block, following) in enumerate(zip(blocks, (*blocks[1:], None), strict=True)):
         attended, queries, keys = tower_attention(ops, block.attention, normed)
         normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
@@ -52,6 +53,7 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
             normed, hidden = ops.add_norm(inner, hidden, following.attention.norm)
             if index in tower.earlier_features:
                 earlier.append(hidden)
+            tapped[index] = hidden
     if tower.feature_norm is not None:
         features, _ = ops.add_norm(inner, hidden, tower.feature_norm)
     else:
@@ -62,7 +64,21 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         features = ops.drop_first(features)
     features = merged_features(ops, spec.projector, features)
     features, indices = ops.reduce(features, queries, keys)
-    return run_steps(ops, spec.projector.steps, features), indices
+    embeds = run_steps(ops, spec.projector.steps, features)
+    if not spec.taps:
+        return embeds, indices
+    rows = (tap_rows(ops, spec, tap, tapped[tap.block], indices) for tap in spec.taps)
+    return ops.join_channels(embeds, *rows), indices
+
+
+def tap_rows(
+    ops: GraphOps[ValueT], spec: ModelSpec, tap: TapSpec, hidden: ValueT, indices: ValueT
+) -> ValueT:
+    """What a block of the tower adds to the decoder's rows of the visual tokens that are kept."""
+    if spec.tower.has_cls:
+        hidden = ops.drop_first(hidden)
+    features = ops.take(merged_features(ops, spec.projector, hidden), indices)
+    return run_steps(ops, tap.steps, features)
 
 
 def merged_features(ops: GraphOps[ValueT], projector: ProjectorSpec, features: ValueT) -> ValueT:
@@ -71,9 +87,10 @@ def merged_features(ops: GraphOps[ValueT], projector: ProjectorSpec, features: V
     return merge(features, projector.merge_factor)
 
 
-def build_embedding(ops: GraphOps[ValueT], token_ids: ValueT) -> ValueT:
-    """Token ids to embeddings."""
-    return ops.embed_tokens(token_ids)
+def build_embedding(ops: GraphOps[ValueT], spec: ModelSpec, token_ids: ValueT) -> ValueT:
+    """Token ids to embeddings; the tower adds nothing to rows of text."""
+    embeds = ops.embed_tokens(token_ids)
+    return ops.widen(embeds, spec.row_width) if spec.taps else embeds
 
 
 def build_decoder(
@@ -89,7 +106,7 @@ def build_decoder(
     through is computed for rows of text alone, likewise.
     """
     decoder = spec.decoder
-    hidden = embeds
+    hidden, *added = ops.split_channels(embeds, decoder.hidden_size) if spec.taps else (embeds,)
     normed = ops.norm(hidden, decoder.blocks[0].mixer.norm)
     following = (*(block.mixer.norm for block in decoder.blocks[1:]), decoder.norm)
     for index, block in enumerate(decoder.blocks):
@@ -101,5 +118,7 @@ def build_decoder(
         mixed = mixer_output(ops, block.mixer, mixed)
         normed, hidden = ops.add_norm(mixed, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, decoder.activation)
+        if index < len(added) and (text_rows is None or index < text_rows.layers - 1):
+            inner = ops.add(inner, added[index])
         normed, hidden = ops.add_norm(inner, hidden, following[index])
     return ops.head(normed)

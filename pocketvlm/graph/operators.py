@@ -95,6 +95,18 @@ class GraphOps(Protocol[ValueT]):
         """The mean of each square of patches, tokens in raster order."""
         ...
 
+    def split_channels(self, joined: ValueT, width: int) -> tuple[ValueT, ...]:
+        """What `join_channels` joined, of values of one width."""
+        ...
+
+    def widen(self, inputs: ValueT, width: int) -> ValueT:
+        """The same with zeros in further channels, up to a width."""
+        ...
+
+    def take(self, features: ValueT, indices: ValueT) -> ValueT:
+        """Tokens by their indices, [1, k]."""
+        ...
+
     def reduce(self, features: ValueT, queries: ValueT, keys: ValueT) -> tuple[ValueT, ValueT]:
         """The checkpoint's token reduction: kept features and their indices.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pocketvlm.models.spec import RopeSpec, TowerSpec
 
@@ -11,6 +12,7 @@ __all__ = [
     "inverse_frequencies",
     "pair_selection",
     "patch_angles",
+    "patch_positions",
     "rotary_angles",
     "rotate_by_position",
 ]
@@ -60,6 +62,23 @@ def patch_angles(tower: TowerSpec) -> tuple[Tensor, Tensor]:
     halves = [place[:, None].to(torch.float32) * frequencies for place in (row, column)]
     angles = torch.cat([*halves, *halves], dim=-1)[None]
     return angles.cos(), angles.sin()
+
+
+def patch_positions(tower: TowerSpec, table: Tensor) -> Tensor:
+    """Learned positions of a tower's tokens, float32 [tokens, hidden].
+
+    Args:
+        tower: The tower.
+        table: What it has learned, [tokens, hidden], or those of a square that is resampled to the
+            picture bilinearly, corner to corner.
+    """
+    if tower.table_side is None:
+        return table
+    square = table.t().view(1, -1, tower.table_side, tower.table_side)
+    grid = functional.interpolate(
+        square, (tower.rows, tower.columns), mode="bilinear", align_corners=True
+    )
+    return grid[0].flatten(1).t()
 
 
 def rotate_by_position(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from pocketvlm.graph.rotary import patch_positions
 from pocketvlm.models.reducer import ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec, TowerSpec
 
@@ -63,8 +65,23 @@ class TensorOps(ABC):
         if tower.position_embedding is None:
             return cast("Tensor", patches)
         # Row by row: the patches of one whole image are in raster order.
-        positions = cast("Any", self._module(tower.position_embedding))
-        return cast("Tensor", patches + positions.weight[None])
+        return cast("Tensor", patches + self.position_rows(tower.position_embedding)[None])
+
+    def position_rows(self, name: str) -> Tensor:
+        """Learned positions of the tower's tokens, [tokens, hidden]."""
+        table = cast("Tensor", self._module(name).weight)
+        return patch_positions(self._spec.tower, table)
+
+    def split_channels(self, joined: Tensor, width: int) -> tuple[Tensor, ...]:
+        return tuple(
+            joined[..., start : start + width] for start in range(0, joined.shape[-1], width)
+        )
+
+    def widen(self, inputs: Tensor, width: int) -> Tensor:
+        return functional.pad(inputs, (0, width - inputs.shape[-1]))
+
+    def take(self, features: Tensor, indices: Tensor) -> Tensor:
+        return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
 
     def add_norm(self, inputs: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
         total = inputs + residual

@@ -16,6 +16,7 @@ __all__ = [
     "ProjectorSpec",
     "ProjectorStep",
     "StepOps",
+    "TapSpec",
     "run_steps",
 ]
 
@@ -96,6 +97,20 @@ class ProjectorSpec:
     def norms(self) -> tuple[str, ...]:
         """Module names of the norms, in order of use."""
         return tuple(step.name for step in self.steps if isinstance(step, NormStep))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapSpec:
+    """Rows that a block within the tower adds to the decoder: DeepStack (arXiv 2406.04334).
+
+    Attributes:
+        block: Index of the block whose output is taken.
+        steps: What follows the merge of its patches, token by token. The rows are added to those of
+            the visual tokens after a block of the decoder: the first tap's after its first block.
+    """
+
+    block: int
+    steps: tuple[ProjectorStep, ...]
 
 
 class StepOps(Protocol[ValueT]):

@@ -17,7 +17,13 @@ from pocketvlm.bundle import PositionGrid
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.folds import Fold
 from pocketvlm.models.images.tilings import Tiling
-from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec
+from pocketvlm.models.projector import (
+    LinearStep,
+    NormStep,
+    ProjectorSpec,
+    ProjectorStep,
+    TapSpec,
+)
 
 __all__ = [
     "PARTS",
@@ -271,6 +277,8 @@ class TowerSpec:
         activation: Hugging Face's name of the FFN's activation.
         has_qkv_bias: Whether queries, keys and values have biases; every other linear has one.
         has_norm_bias: Whether norms are LayerNorms or, without a bias, RMSNorms.
+        table_side: Positions along one side of the square that the table holds, which is resampled
+            to the picture; `None` where it has one for each token.
         rope_theta: Base of the frequencies by which queries and keys turn: one half of the pairs of
             channels by a patch's row, the other by its column; `None` where they do not.
     """
@@ -298,6 +306,7 @@ class TowerSpec:
     norm_eps: float
     has_qkv_bias: bool = True
     has_norm_bias: bool = True
+    table_side: int | None = None
     rope_theta: float | None = None
     earlier_features: tuple[int, ...] = ()
 
@@ -563,6 +572,8 @@ class ModelSpec:
         line_break: Name of the parameter that is the row after each line of a picture whose tiles
             make up one map; `None` where tile follows tile.
         folds: How tensors of a stock checkpoint become those that are named here.
+        taps: Blocks of the tower that add rows to the decoder, by the block that they are added
+            after.
     """
 
     family: str
@@ -583,6 +594,12 @@ class ModelSpec:
     tiling: Tiling | None = None
     line_break: str | None = None
     folds: tuple[Fold, ...] = ()
+    taps: tuple[TapSpec, ...] = ()
+
+    @property
+    def row_width(self) -> int:
+        """Channels of a row that enters the decoder: an embedding, then what each tap adds."""
+        return self.decoder.hidden_size * (1 + len(self.taps))
 
     def check(self) -> None:
         """Checks that the sizes fit together.
@@ -607,6 +624,11 @@ class ModelSpec:
                 (
                     not isinstance(self.projector.steps[-1], LinearStep),
                     "the projector does not end with a linear layer",
+                ),
+                (
+                    len(self.taps) >= decoder.depth
+                    or any(not 0 <= tap.block < tower.feature_block for tap in self.taps),
+                    "blocks of the tower add rows after blocks that there are not",
                 ),
                 (not decoder.attention_blocks, "no layer of the decoder has attention"),
                 (
@@ -677,7 +699,8 @@ class ModelSpec:
         rest = weight.removeprefix(f"{tower.stack}.")
         if rest != weight:
             return int(rest.partition(".")[0]) <= tower.feature_block
-        projector = (*self.projector.linears, *self.projector.norms)
+        steps = (*self.projector.steps, *(step for tap in self.taps for step in tap.steps))
+        projector = [step.name for step in steps if isinstance(step, LinearStep | NormStep)]
         if not weight.startswith(f"{tower.prefix}.") or weight.startswith(
             tuple(f"{name}." for name in projector)
         ):
@@ -693,7 +716,12 @@ class ModelSpec:
         """
         return (
             *_tower_linears(self.tower),
-            *_projector_linears(self),
+            *_projector_linears(self, self.projector.steps, self.tower.feature_size),
+            *(
+                linear
+                for tap in self.taps
+                for linear in _projector_linears(self, tap.steps, self.tower.hidden_size)
+            ),
             *_embedding_and_head(self.decoder)[:1],
             *_decoder_linears(self.decoder),
             *_embedding_and_head(self.decoder)[1:],
@@ -710,12 +738,15 @@ class ModelSpec:
         norms = [
             _norm(name, tower.hidden_size, tower.norm_eps, has_bias=has_bias) for name in names
         ]
-        width = self.projector.merged_width(tower.feature_size)
-        for step in self.projector.steps:
-            if isinstance(step, NormStep):
-                norms.append(_norm(step.name, width, step.eps, has_bias=step.has_bias))
-            elif isinstance(step, LinearStep):
-                width = step.out_features
+        projectors = [(self.projector.steps, tower.feature_size)]
+        projectors += [(tap.steps, tower.hidden_size) for tap in self.taps]
+        for steps, features in projectors:
+            width = self.projector.merged_width(features)
+            for step in steps:
+                if isinstance(step, NormStep):
+                    norms.append(_norm(step.name, width, step.eps, has_bias=step.has_bias))
+                elif isinstance(step, LinearStep):
+                    width = step.out_features
         for block in decoder.blocks:
             per_head = (
                 (
@@ -805,10 +836,12 @@ def _decoder_linears(decoder: DecoderSpec) -> tuple[LinearSpec, ...]:
     return tuple(linears)
 
 
-def _projector_linears(spec: ModelSpec) -> tuple[LinearSpec, ...]:
-    width = spec.projector.merged_width(spec.tower.feature_size)
+def _projector_linears(
+    spec: ModelSpec, steps: tuple[ProjectorStep, ...], features: int
+) -> tuple[LinearSpec, ...]:
+    width = spec.projector.merged_width(features)
     linears = []
-    for step in spec.projector.steps:
+    for step in steps:
         if isinstance(step, LinearStep):
             shape = (step.out_features, width)
             linears.append(_linear(step.name, "projector", None, shape, has_bias=step.has_bias))

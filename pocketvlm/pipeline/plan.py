@@ -230,6 +230,12 @@ def plan_stages(
     check_order(stages)
     state = PlanState.of(spec, layer_bytes_by_target(targets))
     for stage in stages:
+        if spec.taps and not stage.carries_taps:
+            raise RecipeError(
+                f"{stage.method}: {len(spec.taps)} blocks of the tower add rows to the decoder, "
+                f"which {stage.method} does not carry; rtn, gptq, reduce_tokens and set_resolution "
+                "do"
+            )
         try:
             state = stage.plan(state)
         except RecipeError as error:

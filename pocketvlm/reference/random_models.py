@@ -57,6 +57,7 @@ TINY_MODELS = (
     "internvl3.5",
     "qwen2-vl",
     "qwen2.5-vl",
+    "qwen3-vl",
     "lfm2-vl",
     "lfm2-vl-tiles",
     "paligemma",
@@ -210,7 +211,7 @@ def tiny_config(name: str) -> dict[str, Any]:
                 "use_mean_pooling": not is_newer,
             },
         }
-    if name in ("qwen2-vl", "qwen2.5-vl"):
+    if name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl"):
         return _qwen_config(name, text)
     if name in ("lfm2-vl", "lfm2-vl-tiles"):
         del text["rms_norm_eps"], text["head_dim"]
@@ -292,8 +293,11 @@ def tiny_config(name: str) -> dict[str, Any]:
 
 def _qwen_config(name: str, text: dict[str, Any]) -> dict[str, Any]:
     """A config of the Qwen-VL kind; its tiny pictures are 64 x 32 pixels."""
-    del text["head_dim"]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    if name == "qwen3-vl":
+        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    else:
+        del text["head_dim"]
     vision: dict[str, Any] = {
         "depth": 3,
         "num_heads": 2,
@@ -304,6 +308,16 @@ def _qwen_config(name: str, text: dict[str, Any]) -> dict[str, Any]:
     if name == "qwen2-vl":
         kind, label = "qwen2_vl", "Qwen2VL"
         vision |= {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    elif name == "qwen3-vl":
+        kind, label = "qwen3_vl", "Qwen3VL"
+        text["num_hidden_layers"] = 3
+        vision |= {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 1],
+        }
     else:
         kind, label = "qwen2_5_vl", "Qwen2_5_VL"
         vision |= {

@@ -29,12 +29,15 @@ class DecoderRows:
         angles: Cosines and sines by kind of position, each float32 [batch, length, head_dim].
         mutual: int64 [batch, length], as `visible_rows` takes it; `None` for no such rows.
         cache: Rows of earlier calls, extended in place; `None` for a call that stands alone.
+        added: What the tower adds to the hidden state after the first blocks, side by side,
+            [batch, length, blocks * width]; `None` for nothing.
     """
 
     decoder: DecoderSpec
     angles: Mapping[RopeSpec, tuple[Tensor, Tensor]]
     mutual: Tensor | None = None
     cache: KVCache | None = None
+    added: Tensor | None = None
 
     @classmethod
     def at(
@@ -44,20 +47,29 @@ class DecoderRows:
         cache: KVCache | None = None,
         *,
         mutual: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> DecoderRows:
         """Rows at rotary positions, int64 [batch, length] or [axes, batch, length]."""
         ropes = {decoder.rope_of(block) for block in range(decoder.depth)}
         angles = {rope: rotary_angles(rope, positions) for rope in ropes}
-        return cls(decoder=decoder, angles=angles, mutual=mutual, cache=cache)
+        return cls(decoder=decoder, angles=angles, mutual=mutual, cache=cache, added=added)
+
+    def add(self, block: int, inner: Tensor) -> Tensor:
+        """What a block's last sublayer adds to the hidden state, and what the tower adds to it."""
+        width = self.decoder.hidden_size
+        if self.added is None or (block + 1) * width > self.added.shape[-1]:
+            return inner
+        return inner + self.added[..., block * width : (block + 1) * width]
 
     def take(self, columns: Tensor) -> DecoderRows:
-        """The rows in the given columns, int64 [batch, m]."""
+        """The rows in the given columns, int64 [batch, m], to which the tower adds nothing."""
 
         def taken(angle: Tensor) -> Tensor:
             return take_columns(angle.expand(len(columns), -1, -1), columns)
 
         return replace(
             self,
+            added=None,
             angles={rope: (taken(cos), taken(sin)) for rope, (cos, sin) in self.angles.items()},
             mutual=None if self.mutual is None else self.mutual.gather(1, columns),
         )

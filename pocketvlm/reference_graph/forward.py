@@ -14,9 +14,11 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.graph.builders import merged_features
+from pocketvlm.errors import UnsupportedError
+from pocketvlm.graph.builders import merged_features, tap_rows
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.projector import run_steps
 from pocketvlm.models.spec import DecoderSpec, ModelSpec
@@ -34,6 +36,7 @@ __all__ = [
     "decoder_states",
     "embed_patches",
     "embed_prompts",
+    "embed_text",
     "encode_features",
     "encode_images",
     "greedy_generate",
@@ -41,6 +44,7 @@ __all__ = [
     "project",
     "reduce_features",
     "run_tower_block",
+    "split_rows",
     "tower_features",
 ]
 
@@ -50,7 +54,7 @@ class VisualTokens:
     """What the vision graph returns.
 
     Attributes:
-        embeds: float32 [images, k, width], ready for the decoder.
+        embeds: float32 [images, k, row width], ready for the decoder.
         indices: int64 [images, k]: which of the N unreduced tokens these are, ascending.
     """
 
@@ -72,6 +76,8 @@ class DecoderInputs:
             whole prompts.
         mutual: int64 [batch, length]: numbers of rows that see each other, -1 for others
             (`graph.visibility`); `None` for none.
+        added: What the tower adds after the decoder's first blocks, side by side, [batch, length,
+            blocks * width]; `None` for nothing.
     """
 
     embeds: Tensor
@@ -80,10 +86,16 @@ class DecoderInputs:
     next_position: Tensor
     token_ids: Tensor | None = None
     mutual: Tensor | None = None
+    added: Tensor | None = None
 
     def rows(self, decoder: DecoderSpec, cache: KVCache | None = None) -> DecoderRows:
         """What attention takes beside the embeddings."""
-        return DecoderRows.at(decoder, self.positions, cache, mutual=self.mutual)
+        return DecoderRows.at(decoder, self.positions, cache, mutual=self.mutual, added=self.added)
+
+    @property
+    def wide(self) -> Tensor:
+        """Rows as a graph takes them, [batch, length, row width]."""
+        return self.embeds if self.added is None else torch.cat([self.embeds, self.added], dim=-1)
 
     def positions_of(self, prompt: int) -> Tensor:
         """Positions of one prompt, int64 [axes, length]."""
@@ -137,20 +149,40 @@ def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
     projected.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    hidden = embed_patches(model, spec, pixels)
+    hidden, tapped = embed_patches(model, spec, pixels), []
     for block in range(spec.tower.feature_block):
         hidden = run_tower_block(model, spec, block, hidden)
-    return encode_features(checkpoint, hidden)
+        tapped += [hidden for tap in spec.taps if tap.block == block]
+    return encode_features(checkpoint, hidden, tapped)
 
 
-def encode_features(checkpoint: Checkpoint, entering: Tensor) -> VisualTokens:
-    """The rest of `encode_images`, from what enters the feature block, [images, tokens, hidden]."""
+def encode_features(
+    checkpoint: Checkpoint, entering: Tensor, tapped: Sequence[Tensor] = ()
+) -> VisualTokens:
+    """The rest of `encode_images`, from what enters the feature block.
+
+    Args:
+        checkpoint: The model.
+        entering: [images, tokens, hidden].
+        tapped: Likewise, what left the blocks that add rows to the decoder.
+
+    Raises:
+        UnsupportedError: There are such blocks, and what left them is not given.
+    """
     model, spec = checkpoint.model, checkpoint.spec
     features = tower_features(
         model, spec, run_tower_block(model, spec, spec.tower.feature_block, entering)
     )
     kept, indices = reduce_features(checkpoint, features, entering)
-    return VisualTokens(embeds=project(model, spec, kept), indices=indices)
+    embeds = project(model, spec, kept)
+    if len(tapped) != len(spec.taps):
+        raise UnsupportedError(
+            f"{len(spec.taps)} blocks of the tower add rows to the decoder, which are not carried "
+            "here"
+        )
+    ops = TorchOps(model, spec)
+    rows = [tap_rows(ops, spec, *pair, indices) for pair in zip(spec.taps, tapped, strict=True)]
+    return VisualTokens(embeds=torch.cat([embeds, *rows], dim=-1), indices=indices)
 
 
 def reduce_features(
@@ -171,6 +203,19 @@ def reduce_features(
     normed = ops.norm(entering[..., : spec.tower.hidden_size], attention.norm)
     queries, keys, _ = ops.split(ops.linear(normed, *attention.inputs), *attention.inputs)
     return ops.reduce(features, queries, keys)
+
+
+def embed_text(checkpoint: Checkpoint, token_ids: Tensor) -> Tensor:
+    """Rows of text as the embedding graph returns them, [batch, length, row width]."""
+    spec = checkpoint.spec
+    embeds = checkpoint.model.get_submodule(spec.decoder.embedding)(token_ids)
+    return functional.pad(embeds, (0, spec.row_width - embeds.shape[-1]))
+
+
+def split_rows(spec: ModelSpec, wide: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings, and what the tower adds later, from rows [..., row width]."""
+    width = spec.decoder.hidden_size
+    return wide[..., :width], wide[..., width:] if spec.taps else None
 
 
 def embed_prompts(
@@ -226,7 +271,7 @@ def embed_prompts(
     numbers: list[Tensor] = []
     start, position, grid = 0, 0, spec.position_grid
     for number, run in enumerate((*runs, length)):
-        pieces.append(embedding(token_ids[:, start:run]))
+        pieces.append(embed_text(checkpoint, token_ids[:, start:run]))
         places.append((position + torch.arange(run - start)).expand(batch, -1))
         flags.append(torch.zeros(batch, run - start, dtype=torch.bool))
         position += run - start
@@ -252,8 +297,10 @@ def embed_prompts(
             position += count
     if grid is not None:
         places = [place.expand(3, batch, -1) for place in places]
+    embedded, added = split_rows(spec, torch.cat(pieces, dim=1))
     return DecoderInputs(
-        embeds=torch.cat(pieces, dim=1),
+        embeds=embedded,
+        added=added,
         positions=torch.cat(places, dim=-1),
         is_visual=torch.cat(flags, dim=1),
         next_position=torch.full((batch,), position),

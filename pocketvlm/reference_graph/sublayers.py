@@ -136,8 +136,10 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
         mixed = decoder_mixer(ops, described.mixer, block, normed)
         return mixer_output(ops, described.mixer, mixed)
 
-    def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
-        return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.decoder.activation)
+    def widen(normed: Tensor, rows: DecoderRows | None) -> Tensor:
+        ops = TorchOps(model, spec)
+        inner = feed_forward(ops, described.ffn, normed, spec.decoder.activation)
+        return inner if rows is None else rows.add(block, inner)
 
     return (
         _sublayer(model, "attention", described.mixer, mix, spec.decoder.hidden_size),

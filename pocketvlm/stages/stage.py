@@ -43,11 +43,14 @@ class Stage(ABC):
         requires: Flags that have to hold of the checkpoint (`stages.flags`).
         provides: Flags that hold after the stage.
         forbids: Flags that must not hold.
+        carries_taps: Whether it works on models whose tower adds rows to the decoder
+            (`ModelSpec.taps`).
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
+    carries_taps: ClassVar[bool] = False
 
     @property
     @abstractmethod

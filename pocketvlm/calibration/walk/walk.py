@@ -52,7 +52,8 @@ from pocketvlm.calibration.walk.steps import (
 )
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.models.projector import LinearStep, run_steps
+from pocketvlm.graph.builders import merged_features
+from pocketvlm.models.projector import LinearStep, ProjectorStep, run_steps
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
@@ -176,16 +177,47 @@ class BlockWalk:
                 path.append(embed_patches(checkpoint.model, spec, pixels))
         used = [batch if batch.in_tower_moments else None for batch in batches]
         entering: PairedActivations | None = None
+        tapped: list[PairedActivations] = []
         for block in range(spec.tower.feature_block + 1):
             if block == spec.tower.feature_block and checkpoint.reducer is not None:
                 entering = path.copy()
             for sublayer in tower_sublayers(checkpoint.model, spec, block):
                 yield from self._sublayer(sublayer, path, used, _alike)
+            tapped += [path.copy() for tap in spec.taps if tap.block == block]
         features, indices = self._keep_features(path, entering)
         path.close()
         if entering is not None:
             entering.close()
-        return (yield from self._project(batches, features, indices))
+        visual, ideal = yield from self._project(batches, features, indices, spec.projector.steps)
+        for tap, states in zip(spec.taps, tapped, strict=True):
+            taken = self._take_features(states, indices)
+            states.close()
+            rows, wanted = yield from self._project(batches, taken, indices, tap.steps)
+            visual = _beside(visual, rows)
+            if ideal is not None and wanted is not None:
+                ideal = _beside(ideal, wanted)
+        return visual, ideal
+
+    @torch.no_grad()
+    def _take_features(
+        self, path: PairedActivations, indices: Sequence[Tensor]
+    ) -> PairedActivations:
+        """What enters the steps of a tap: the merged states of the tokens that are kept."""
+        ops = TorchOps(self.checkpoint.model, self.checkpoint.spec)
+        spec = self.checkpoint.spec
+
+        def taken(states: Tensor, chosen: Tensor) -> Tensor:
+            hidden = ops.drop_first(states) if spec.tower.has_cls else states
+            return ops.take(merged_features(ops, spec.projector, hidden), chosen).contiguous()
+
+        features = PairedActivations(
+            now=self._store(), ideal=self._store() if path.ideal is not None else None
+        )
+        for number, chosen in enumerate(indices):
+            features.now.append(taken(path.now[number], chosen))
+            if path.ideal is not None and features.ideal is not None:
+                features.ideal.append(taken(path.ideal[number], chosen))
+        return features
 
     def _sublayer(
         self,
@@ -291,12 +323,16 @@ class BlockWalk:
         return kept.contiguous(), indices
 
     def _project(
-        self, batches: Sequence[PromptBatch], features: PairedActivations, indices: Sequence[Tensor]
+        self,
+        batches: Sequence[PromptBatch],
+        features: PairedActivations,
+        indices: Sequence[Tensor],
+        steps: Sequence[ProjectorStep],
     ) -> Generator[Step, None, tuple[VisualTokens, VisualTokens | None]]:
         checkpoint = self.checkpoint
         ops = TorchOps(checkpoint.model, checkpoint.spec)
         path = features
-        for step in checkpoint.spec.projector.steps:
+        for step in steps:
             if not isinstance(step, LinearStep):
                 with torch.no_grad():
                     path.apply(partial(run_steps, ops, (step,)))
@@ -441,6 +477,13 @@ class BlockWalk:
         grids = batch_grids(prompts, batch.samples)
         starts = [prompts[index].answer_start for index in batch.samples]
         return embed_prompts(self.checkpoint, token_ids, tokens, grids, answer_starts=starts)
+
+
+def _beside(visual: VisualTokens, rows: VisualTokens) -> VisualTokens:
+    """The same tokens with further channels."""
+    return VisualTokens(
+        embeds=torch.cat([visual.embeds, rows.embeds], dim=-1), indices=visual.indices
+    )
 
 
 def _without_visual(is_visual: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class QuantizeCache(Stage):
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
+    carries_taps: ClassVar[bool] = True
+
     method: Literal["quantize_cache"] = "quantize_cache"
     bits: int = KVCacheScales.bits
 

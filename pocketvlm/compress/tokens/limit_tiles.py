@@ -36,6 +36,8 @@ class LimitTiles(Stage):
     # Statistics of visual tokens are those of the tiles that the phone will see.
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
+    carries_taps: ClassVar[bool] = True
+
     method: Literal["limit_tiles"] = "limit_tiles"
     max_tiles: int = 5
 

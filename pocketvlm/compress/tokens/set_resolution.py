@@ -37,6 +37,8 @@ class SetResolution(Stage):
         {"quantized_weights", "quantized_cache", "reduced_tokens"}
     )
 
+    carries_taps: ClassVar[bool] = True
+
     method: Literal["set_resolution"] = "set_resolution"
     height: int = 448
     width: int = 448

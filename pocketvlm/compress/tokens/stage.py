@@ -65,6 +65,8 @@ class ReduceTokens(Stage):
         {"reduced_tokens", "quantized_weights", "quantized_cache"}
     )
 
+    carries_taps: ClassVar[bool] = True
+
     method: Literal["reduce_tokens"] = "reduce_tokens"
     reducer: AnyReducer = _AUTO
     keep: float | int = 0.5

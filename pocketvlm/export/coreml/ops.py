@@ -23,7 +23,7 @@ from pocketvlm.export.coreml.positions import DecoderPositions, turn
 from pocketvlm.export.coreml.reducer import inline
 from pocketvlm.export.coreml.weights import pack_weight
 from pocketvlm.export.coreml.writer import FunctionWriter, identifier
-from pocketvlm.graph.rotary import patch_angles
+from pocketvlm.graph.rotary import patch_angles, patch_positions
 from pocketvlm.graph.tensor_ops import split_windows
 
 __all__ = ["MilOps"]
@@ -99,8 +99,8 @@ class MilOps:
         if tower.position_embedding is None:
             return patches
         # Row by row: the patches of one whole image are in raster order.
-        positions = cast("Any", model.get_submodule(tower.position_embedding))
-        table = self._float(f"{name}.positions", positions.weight[None])
+        learned = cast("Any", model.get_submodule(tower.position_embedding)).weight.detach()
+        table = self._float(f"{name}.positions", patch_positions(tower, learned)[None])
         return self._mb.add(x=patches, y=table, name="patches_positions")
 
     def embed_tokens(self, token_ids: Any) -> Any:
@@ -307,6 +307,27 @@ class MilOps:
         grid = self._reshape(features, [rows, factor, columns, factor, width], "pool_cells")
         mean = self._mb.reduce_mean(x=grid, axes=[1, 3], keep_dims=False, name="pool_mean")
         return self._reshape(mean, [1, rows * columns, width], "pool")
+
+    def split_channels(self, joined: Any, width: int) -> tuple[Any, ...]:
+        count = joined.shape[-1] // width
+        return tuple(
+            self._mb.split(x=joined, num_splits=count, axis=-1, name=f"{joined.name}_channels")
+        )
+
+    def widen(self, inputs: Any, width: int) -> Any:
+        return self._mb.pad(
+            x=inputs,
+            pad=[0, width - inputs.shape[-1]],
+            mode="constant",
+            constant_val=self._float_type(0),
+            name=f"{inputs.name}_wide",
+        )
+
+    def take(self, features: Any, indices: Any) -> Any:
+        flat = self._reshape(indices, [-1], self._label(f"{features.name}_indices"))
+        return self._mb.gather(
+            x=features, indices=flat, axis=1, name=self._label(f"{features.name}_taken")
+        )
 
     def reduce(self, features: Any, queries: Any, keys: Any) -> tuple[Any, Any]:
         if self._reducer is None:

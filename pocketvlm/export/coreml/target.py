@@ -267,12 +267,12 @@ class ToCoreml(Target):
         self, package: PackageWriter, checkpoint: Checkpoint, file: str, name: str | None
     ) -> Component:
         spec = checkpoint.spec
-        width = spec.decoder.hidden_size
+        width = spec.row_width
         inputs = (TensorSignature(name="input_ids", dtype="int32", shape=(1, self.chunk)),)
         outputs = (TensorSignature(name="embeds", dtype="float32", shape=(1, self.chunk, width)),)
         with package.function(name or _MAIN, inputs) as function:
             ops = MilOps(function, checkpoint)
-            embeds = build_embedding(ops, function.inputs["input_ids"])
+            embeds = build_embedding(ops, spec, function.inputs["input_ids"])
             function.output(embeds, "embeds", "float32")
         return Component(
             target="coreml",
@@ -296,7 +296,7 @@ def _decoder_parts(spec: ModelSpec) -> tuple[Part, ...]:
 def _decoder_signatures(spec: ModelSpec, length: int, *, is_padded: bool) -> Signatures:
     decoder = spec.decoder
     shapes: list[tuple[str, str, tuple[int, ...]]] = [
-        ("embeds", "float32", (1, length, decoder.hidden_size)),
+        ("embeds", "float32", (1, length, spec.row_width)),
         ("position_ids", "int32", (decoder.rope.axes, length)),
         ("past_length", "int32", (1,)),
     ]

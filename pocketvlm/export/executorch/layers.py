@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operators
@@ -23,6 +24,8 @@ from pocketvlm.export.executorch.weights import (
     scale_rounding,
     signed_codes,
 )
+from pocketvlm.graph.rotary import patch_positions
+from pocketvlm.models.spec import TowerSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
@@ -217,6 +220,17 @@ class Kernels(nn.Module):
         """Rows of a token embedding."""
         return self._run(name, token_ids, self._make_table)
 
+    def positions(self, name: str, tower: TowerSpec) -> Tensor:
+        """Learned positions of a tower's tokens, [tokens, hidden]: a constant of the program."""
+        table = cast("Tensor", self.module(name).weight)
+        if tower.table_side is None:
+            return table
+        key = f"{name}/resampled".replace(".", "/")
+        if key not in self._layers:
+            with torch.no_grad():
+                self._layers[key] = _Constant(patch_positions(tower, table))
+        return cast("_Constant", self._layers[key]).values
+
     def mean(self, inputs: Tensor) -> Tensor:
         """The mean of every row, [..., 1]: a product, since no kernel averages rows."""
         width = inputs.shape[-1]
@@ -265,6 +279,14 @@ class Kernels(nn.Module):
         if not isinstance(form, DenseWeight):
             self.dense.append(name)
         return form.dequantize()
+
+
+class _Constant(nn.Module):
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values.detach().contiguous())
 
 
 def _averager(width: int) -> DenseLinear:

@@ -84,7 +84,7 @@ class EmbeddingMethod(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[1, length] to [1, length, width]."""
-        embeds = build_embedding(ExecutorchOps(self.kernels, self._spec), input_ids)
+        embeds = build_embedding(ExecutorchOps(self.kernels, self._spec), self._spec, input_ids)
         one, rows = torch.ones_like(embeds[..., :1]), [embeds]
         if self._channels:
             rows += [*[torch.zeros_like(one)] * (self._channels - 1), one]
@@ -145,7 +145,7 @@ class DecoderMethod(nn.Module):
         torch._check(start >= 0)  # noqa: SLF001  (how torch.export is told a bound)
         torch._check(start + rows.shape[1] <= self.capacity)  # noqa: SLF001
         self._start = start
-        width = self._spec.decoder.hidden_size
+        width = self._spec.row_width
         decoder = self._spec.decoder
         embeds = rows[..., :width] if rows.shape[-1] > width else rows
         positions = self._positions(rows, input_pos, start)
@@ -220,7 +220,7 @@ class DecoderMethod(nn.Module):
         """Rotary positions, float32 [1, length], or [1, length, axes] where they have several."""
         if not self._reads_channels:
             return (input_pos + torch.arange(rows.shape[1]))[None].to(torch.float32)
-        width = self._spec.decoder.hidden_size
+        width = self._spec.row_width
         axes = self._spec.decoder.rope.axes
         offset, advance = rows[..., width], rows[..., width + axes]
         before = self.running[:, start, 0, 0][None]

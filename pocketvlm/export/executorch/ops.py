@@ -134,6 +134,9 @@ class ExecutorchOps(TensorOps):
         total = sum(window * tap for window, tap in zip(windows, taps, strict=True))
         return after * (total if kernel.bias is None else total + kernel.bias)
 
+    def position_rows(self, name: str) -> Tensor:
+        return self._kernels.positions(name, self._spec.tower)
+
     def _module(self, name: str) -> torch.nn.Module:
         return self._kernels.module(name)
 

@@ -31,7 +31,7 @@ def position_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
 
 def row_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
     """Channels of a row: an embedding, and what the decoder must know of it."""
-    channels = spec.decoder.hidden_size + position_channels(spec, reducer)
+    channels = spec.row_width + position_channels(spec, reducer)
     return channels + (spec.decoder.mutual_rows is not None)
 
 
@@ -72,7 +72,7 @@ def _describe(
     eos_token_ids: Sequence[int],
 ) -> dict[str, Any]:
     kept = spec.visual_tokens if reducer is None else reducer.keep
-    width = spec.decoder.hidden_size
+    width = spec.row_width
     told = position_channels(spec, reducer)
     channels = row_channels(spec, reducer)
     tower = spec.tower

@@ -91,7 +91,7 @@ def _all_logits(
             logits, *cache = session.run(
                 None,
                 {
-                    "embeds": prompt.embeds[:, start:end].numpy(),
+                    "embeds": prompt.wide[:, start:end].numpy(),
                     "position_ids": prompt.positions_of(0)[:, start:end].numpy(),
                     "past_length": np.array([start], np.int64),
                     **feed,

@@ -17,7 +17,12 @@ from pocketvlm.export.onnx.masks import Masks
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
-from pocketvlm.graph.rotary import inverse_frequencies, pair_selection, patch_angles
+from pocketvlm.graph.rotary import (
+    inverse_frequencies,
+    pair_selection,
+    patch_angles,
+    patch_positions,
+)
 from pocketvlm.models.spec import AttentionSpec, RopeSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
@@ -85,7 +90,12 @@ class OnnxOps:
         if tower.position_embedding is None:
             return patches
         # Row by row: the patches of one whole picture are in raster order.
-        table = cast("Any", model.get_submodule(tower.position_embedding)).weight
+        learned = cast("Any", model.get_submodule(tower.position_embedding)).weight
+        table = (
+            patch_positions(tower, learned.detach().to(torch.float32))
+            if tower.table_side
+            else learned
+        )
         positions = self._float(f"{name}.positions", table[None])
         return self._graph.node("Add", [patches, positions], name=f"{name}.add_positions")
 
@@ -344,6 +354,23 @@ class OnnxOps:
         return self._graph.node(
             "Reshape", [features, self._graph.constant("pool.shape", pooled)], name="pool"
         )
+
+    def split_channels(self, joined: str, width: int) -> tuple[str, ...]:
+        count = self._spec.row_width // width
+        sizes = self._graph.constant("channels.widths", np.full(count, width, dtype=np.int64))
+        outputs = [f"{joined}.channels.{index}" for index in range(count)]
+        return self._graph.nodes(
+            "Split", [joined, sizes], outputs, name=f"{joined}.channels", axis=-1
+        )
+
+    def widen(self, inputs: str, width: int) -> str:
+        added = width - self._spec.decoder.hidden_size
+        pads = self._graph.constant("channels.added", np.array([0] * 5 + [added], np.int64))
+        return self._graph.node("Pad", [inputs, pads], name=f"{inputs}.wide")
+
+    def take(self, features: str, indices: str) -> str:
+        flat = self._reshape(indices, [-1], f"{features}.indices")
+        return self._graph.node("Gather", [features, flat], name=f"{features}.taken", axis=1)
 
     def reduce(self, features: str, queries: str, keys: str) -> tuple[str, str]:
         reducer = self._checkpoint.reducer

@@ -144,7 +144,7 @@ class ToOnnx(Target):
 
             graph = GraphWriter("embedding", weights, opset=_TRACED_OPSET)
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)
-            ops.output(build_embedding(ops, "input_ids"), "embeds")
+            ops.output(build_embedding(ops, spec, "input_ids"), "embeds")
             finish(graph, "embedding", embedding_signatures(spec), ("embedding",))
 
             graph = GraphWriter("decoder", weights, opset=_RMS_NORM_OPSET)

@@ -24,7 +24,9 @@ from pocketvlm.reference_graph.forward import (
     VisualTokens,
     decode_logits,
     embed_prompts,
+    embed_text,
     encode_images,
+    split_rows,
 )
 from pocketvlm.runtime.generate import Rows, StopRules, generate, prompt_rows
 from pocketvlm.runtime.picture_rows import PictureRows
@@ -80,7 +82,6 @@ class CheckpointSide:
 
     def __init__(self, checkpoint: Checkpoint, pictures: Sequence[Floats]) -> None:
         self._checkpoint = checkpoint
-        self._embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
         self.features: list[Features] = []
         with torch.inference_mode():
             for start in range(0, len(pictures), _TOGETHER):
@@ -94,7 +95,8 @@ class CheckpointSide:
     def embed(self, token_ids: Sequence[int]) -> Floats:
         """Embeddings of tokens, [1, L, width]."""
         with torch.inference_mode():
-            embeds: Floats = self._embedding(torch.tensor([list(token_ids)])).numpy()
+            ids = torch.tensor([list(token_ids)])
+            embeds: Floats = embed_text(self._checkpoint, ids).numpy()
         return embeds
 
     def rows(self, prompt: Prompt) -> Rows:
@@ -108,7 +110,7 @@ class CheckpointSide:
             token_ids = torch.tensor([prompt.token_ids])
             inputs = embed_prompts(self._checkpoint, token_ids, visual, prompt.grids)
         return Rows(
-            embeds=inputs.embeds.numpy(),
+            embeds=inputs.wide.numpy(),
             positions=inputs.positions_of(0).numpy(),
             is_visual=inputs.is_visual[0].numpy(),
             next_position=int(inputs.next_position[0]),
@@ -147,8 +149,10 @@ class CheckpointSide:
                 embeds[row, start:end] = torch.from_numpy(self.embed(more)[0])
             positions[:, row, start:] = rows.next_position + torch.arange(max(ends) - start)
             columns[row] = (start - 1 + torch.arange(columns.shape[1])).clamp(max=end - 1)
+        embedded, added = split_rows(self._checkpoint.spec, embeds)
         inputs = DecoderInputs(
-            embeds=embeds,
+            embeds=embedded,
+            added=added,
             positions=positions,
             is_visual=is_visual,
             next_position=positions[0, :, -1] + 1,

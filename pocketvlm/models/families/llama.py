@@ -27,13 +27,14 @@ _BIASES: Mapping[str, Callable[[Mapping[str, Any]], tuple[bool, bool, bool]]] = 
     "qwen2_vl_text": lambda _: (True, False, False),
     "qwen2_5_vl_text": lambda _: (True, False, False),
     "mistral": lambda _: (False, False, False),
+    "qwen3_vl_text": _llama_biases,
 }
 """Whether queries, keys and values, the attention's output and the FFN have biases, by decoder."""
 
 _WITH_MULTIPLIERS = {"granite": _llama_biases}
 """The same of decoders that are of the Llama kind once multipliers are folded (`granite_folds`)."""
 
-_WITH_HEAD_NORMS = ("qwen3",)
+_WITH_HEAD_NORMS = ("qwen3", "qwen3_vl_text")
 _NO_WINDOW = 4096  # positions of the longest context of any bundle
 _WINDOW_SETTINGS = ("use_sliding_window", "sliding_window", "max_window_layers")
 
@@ -41,6 +42,7 @@ _WINDOW_SETTINGS = ("use_sliding_window", "sliding_window", "max_window_layers")
 _SECTIONS: Mapping[str, tuple[int, ...]] = {
     "qwen2_vl_text": (16, 24, 24),
     "qwen2_5_vl_text": (16, 24, 24),
+    "qwen3_vl_text": (24, 20, 20),
 }
 """Pairs of channels by axis of positions where a config does not say, by decoder."""
 

@@ -1,31 +1,69 @@
-"""Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (2502.13923): towers for pictures of any size."""
+"""Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) and Qwen3-VL (2511.21631)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.families.llama import read_llama
+from pocketvlm.models.families.qwen_vision import PREFIX, read_qwen_tower
 from pocketvlm.models.folds import Fold, SplitRows, SumFrames
-from pocketvlm.models.projector import ActivationStep, LinearStep, ProjectorSpec
-from pocketvlm.models.spec import (
-    AttentionSpec,
-    BlockSpec,
-    FfnSpec,
-    ModelSpec,
-    ProcessorSpec,
-    TowerSpec,
+from pocketvlm.models.projector import (
+    ActivationStep,
+    LinearStep,
+    NormStep,
+    ProjectorSpec,
+    ProjectorStep,
+    TapSpec,
 )
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec
 
 __all__ = ["read_qwen_vl"]
 
-_PREFIX = "model.visual"
-_SIDE = 448
-_FRAMES = 2
-_PROCESSORS = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What tells one generation from another: names of keys and of modules."""
+
+    processor: str
+    width: str
+    out: str
+    norm: str
+    projector: tuple[str, str]
+    ffn: tuple[str, ...]
+    activation: str
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "qwen2_vl": _Kind(
+        processor="Qwen2VLProcessor",
+        width="embed_dim",
+        out="hidden_size",
+        norm="ln_q",
+        projector=("mlp.0", "mlp.2"),
+        ffn=("fc1", "fc2"),
+        activation="quick_gelu",
+    ),
+    "qwen2_5_vl": _Kind(
+        processor="Qwen2_5_VLProcessor",
+        width="hidden_size",
+        out="out_hidden_size",
+        norm="ln_q",
+        projector=("mlp.0", "mlp.2"),
+        ffn=("gate_proj", "up_proj", "down_proj"),
+        activation="silu",
+    ),
+    "qwen3_vl": _Kind(
+        processor="Qwen3VLProcessor",
+        width="hidden_size",
+        out="out_hidden_size",
+        norm="norm",
+        projector=("linear_fc1", "linear_fc2"),
+        ffn=("linear_fc1", "linear_fc2"),
+        activation="gelu_pytorch_tanh",
+    ),
 }
 
 
@@ -36,106 +74,68 @@ def read_qwen_vl(config: Mapping[str, Any]) -> ModelSpec:
         UnsupportedError: The decoder is another.
         KeyError: A field is missing.
     """
-    vision, kind = config["vision_config"], config["model_type"]
-    if kind == "qwen2_vl":
-        width, out, ffn = vision["embed_dim"], vision["hidden_size"], None
-    else:
-        width, out, ffn = vision["hidden_size"], vision["out_hidden_size"], "gated"
+    vision, kind = config["vision_config"], _KINDS[config["model_type"]]
+    width, depth, merge = vision[kind.width], vision["depth"], vision["spatial_merge_size"]
     decoder = read_llama(config, "model.language_model")
-    if out != decoder.hidden_size:
+    if vision[kind.out] != decoder.hidden_size:
         raise UnsupportedError(
-            f"config.json: the tower ends in {out} channels and the decoder has "
+            f"config.json: the tower ends in {vision[kind.out]} channels and the decoder has "
             f"{decoder.hidden_size}"
         )
-    processor = _PROCESSORS[kind]
+    wide, out = width * merge**2, decoder.hidden_size
     return ModelSpec(
         family="qwen_vl",
         processor=ProcessorSpec(
-            classes=(processor,), counts_patches=False, stand_in=processor, count_setting=None
+            classes=(kind.processor,),
+            counts_patches=False,
+            stand_in=kind.processor,
+            count_setting=None,
         ),
-        model_type=kind,
-        tower=_read_tower(vision, width, is_gated=ffn is not None),
-        projector=_read_projector(vision["spatial_merge_size"], width, out),
+        model_type=config["model_type"],
+        tower=read_qwen_tower(
+            vision,
+            width=width,
+            norm=f"{PREFIX}.merger.{kind.norm}",
+            ffn=kind.ffn,
+            activation=kind.activation,
+        ),
+        projector=ProjectorSpec(
+            merge_factor=merge, steps=_steps(f"{PREFIX}.merger", kind, wide, out)
+        ),
         decoder=decoder,
         image_token_id=config["image_token_id"],
         image_token="<|image_pad|>",  # noqa: S106  (a token of text, not a secret)
         image_prefix="",
         image_suffix="",
         folds=(
-            SumFrames(target=f"{_PREFIX}.patch_embed.proj.weight"),
-            *(fold for block in range(vision["depth"]) for fold in _split_attention(block, width)),
+            SumFrames(target=f"{PREFIX}.patch_embed.proj.weight"),
+            *(fold for block in range(depth) for fold in _split_attention(block, width)),
+        ),
+        taps=tuple(
+            TapSpec(
+                block=block,
+                steps=(
+                    NormStep(name=f"{PREFIX}.deepstack_merger_list.{index}.norm", eps=1e-6),
+                    *_steps(f"{PREFIX}.deepstack_merger_list.{index}", kind, wide, out),
+                ),
+            )
+            for index, block in enumerate(vision.get("deepstack_visual_indexes", ()))
         ),
     )
 
 
-def _read_tower(vision: Mapping[str, Any], width: int, *, is_gated: bool) -> TowerSpec:
-    patch, depth = vision["patch_size"], vision["depth"]
-    rope = vision.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") != "axial" or vision["temporal_patch_size"] != _FRAMES:
-        raise UnsupportedError(
-            "config.json: vision_config must have rope_type 'axial' and temporal_patch_size "
-            f"{_FRAMES}"
-        )
-    window, full = None, tuple[int, ...]()
-    if is_gated:
-        window, full = vision["window_size"] // patch, tuple(vision["fullatt_block_indexes"])
-    return TowerSpec(
-        prefix=_PREFIX,
-        embeddings=f"{_PREFIX}.patch_embed",
-        patch_embedding=f"{_PREFIX}.patch_embed.proj",
-        class_embedding=None,
-        position_embedding=None,
-        pre_norm=None,
-        post_norm=f"{_PREFIX}.merger.ln_q",
-        stack=f"{_PREFIX}.blocks",
-        blocks=tuple(
-            _block(index, is_gated=is_gated, window=None if index in full else window)
-            for index in range(depth)
-        ),
-        feature_block=depth - 1,
-        hidden_size=width,
-        ffn_size=vision["intermediate_size"] if is_gated else int(width * vision["mlp_ratio"]),
-        heads=vision["num_heads"],
-        height=_SIDE,
-        width=_SIDE,
-        patch_size=patch,
-        channels=vision.get("in_channels", 3),
-        has_patch_bias=False,
-        has_post_norm=True,
-        activation=vision.get("hidden_act", "silu" if is_gated else "quick_gelu"),
-        norm_eps=1e-6,
-        has_norm_bias=not is_gated,
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
-    )
-
-
-def _block(index: int, *, is_gated: bool, window: int | None) -> BlockSpec:
-    module = f"{_PREFIX}.blocks.{index}"
-    attention, mlp = f"{module}.attn", f"{module}.mlp"
-    return BlockSpec(
-        module=module,
-        attention=AttentionSpec(
-            module=attention,
-            norm=f"{module}.norm1",
-            q=f"{attention}.q",
-            k=f"{attention}.k",
-            v=f"{attention}.v",
-            o=f"{attention}.proj",
-            window=window,
-        ),
-        ffn=FfnSpec(
-            module=mlp,
-            norm=f"{module}.norm2",
-            gate=f"{mlp}.gate_proj" if is_gated else None,
-            up=f"{mlp}.up_proj" if is_gated else f"{mlp}.fc1",
-            down=f"{mlp}.down_proj" if is_gated else f"{mlp}.fc2",
-        ),
+def _steps(module: str, kind: _Kind, wide: int, out: int) -> tuple[ProjectorStep, ...]:
+    first, last = (f"{module}.{name}" for name in kind.projector)
+    return (
+        LinearStep(name=first, out_features=wide, has_bias=True),
+        ActivationStep(activation="gelu"),
+        LinearStep(name=last, out_features=out, has_bias=True),
     )
 
 
 def _split_attention(block: int, width: int) -> tuple[Fold, ...]:
     """Queries, keys and values are one linear where they are stored."""
-    module = f"{_PREFIX}.blocks.{block}.attn"
+    module = f"{PREFIX}.blocks.{block}.attn"
     return tuple(
         SplitRows(
             source=f"{module}.qkv.{kind}",
@@ -143,16 +143,4 @@ def _split_attention(block: int, width: int) -> tuple[Fold, ...]:
             sizes=(width,) * 3,
         )
         for kind in ("weight", "bias")
-    )
-
-
-def _read_projector(merge: int, width: int, out: int) -> ProjectorSpec:
-    module = f"{_PREFIX}.merger.mlp"
-    return ProjectorSpec(
-        merge_factor=merge,
-        steps=(
-            LinearStep(name=f"{module}.0", out_features=width * merge**2, has_bias=True),
-            ActivationStep(activation="gelu"),
-            LinearStep(name=f"{module}.2", out_features=out, has_bias=True),
-        ),
     )

@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "internvl": read_internvl,
     "qwen2_vl": read_qwen_vl,
     "qwen2_5_vl": read_qwen_vl,
+    "qwen3_vl": read_qwen_vl,
     "lfm2_vl": read_lfm2_vl,
     "paligemma": read_paligemma,
     "gemma3": read_gemma3,

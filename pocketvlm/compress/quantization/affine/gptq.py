@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -192,6 +192,8 @@ class Gptq(CalibratedQuantizer):
         grid: `min_max` spans each group's range, `mse` searches for the least squared error.
         static_groups: Whether grids are made from the weights as they were.
     """
+
+    carries_taps: ClassVar[bool] = True
 
     method: Literal["gptq"] = "gptq"
     rules: tuple[WeightRule, ...]

@@ -102,6 +102,8 @@ class RoundToNearest(Stage):
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
 
+    carries_taps: ClassVar[bool] = True
+
     method: Literal["rtn"] = "rtn"
     rules: tuple[WeightRule, ...]
     grid: GridKind = "min_max"
