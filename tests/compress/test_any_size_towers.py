@@ -9,18 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.parity.metrics import relative_error
+from pocketvlm.export.torch_runner import TorchRunner
+from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.processor import user_message
 from pocketvlm.recipes.load import recipe_from_document
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.stages import PlanState
 
 CONTEXT = RunContext(threads=1)
@@ -77,6 +83,61 @@ def test_every_linear_is_compressed_as_planned_and_saved(path, tmp_path, options
     again = load_checkpoint(tmp_path / "saved")
     assert again.spec == done.spec
     np.testing.assert_array_equal(logits(again), logits(done))
+
+
+@pytest.fixture(scope="module")
+def tapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("taps") / "qwen3-vl"
+    write_tiny_model("qwen3-vl", folder)
+    return folder
+
+
+def test_rows_that_the_tower_adds_are_calibrated_and_taken_by_the_same_indices(tapped, tmp_path):
+    source = load_checkpoint(tapped)
+    document = {
+        "schema": 1,
+        "name": "half",
+        "stages": [
+            {"method": "reduce_tokens", "reducer": {"kind": "distinct_features"}, "keep": 4},
+            {"method": "gptq", "rules": [{"bits": 8, "group_size": 16}]},
+        ],
+    }
+    half, gptq = recipe_from_document(document, where="half").stages
+    samples = CalibrationSet.from_reference(0, 2)
+    reduced = half.apply(source, samples, CONTEXT)
+    before = logits(reduced)
+    runner, artifact = TorchRunner(reduced), tmp_path / "bundle"
+    write_graphs(
+        reduced, (ToOnnx(accuracy_level=0, tower_accuracy_level=0),), artifact, "", CONTEXT
+    )
+    onnx = OnnxRunner(Bundle.open(artifact), threads=1)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    pixels = reduced.processor.pixels([Image.fromarray(noise)]).numpy()
+    found, expected = onnx.encode_image(pixels), runner.encode_image(pixels)
+    assert expected[0].shape == (1, 4, reduced.spec.row_width) == (1, 4, 3 * 64)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    done = gptq.apply(reduced, samples, CONTEXT)
+    layers = {row["name"] for row in done.history[-1].layers}
+    assert {linear.name for linear in done.spec.linears()} <= layers
+    # Eight bits leave answers nearly as they were; rows that were left out would not.
+    assert relative_error(logits(done), before) < 0.05
+    done.save(tmp_path / "saved")
+    np.testing.assert_array_equal(logits(load_checkpoint(tmp_path / "saved")), logits(done))
+
+
+def test_stages_that_do_not_carry_these_rows_are_refused_by_a_plan(tapped):
+    spec = load_checkpoint(tapped).spec
+    for options in (
+        {"method": "rotate"},
+        {"method": "distill"},
+        {"method": "prune_depth", "decoder_blocks": 1},
+    ):
+        document = {"schema": 1, "name": "one", "stages": [options]}
+        stages = recipe_from_document(document, where="one").stages
+        with pytest.raises(RecipeError, match="2 blocks of the tower add rows") as caught:
+            plan_stages(stages, spec)
+        assert "\n" not in str(caught.value)
 
 
 def test_blocks_of_such_a_tower_are_not_removed(path):
