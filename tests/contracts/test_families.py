@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from pocketvlm.models.families.table import FAMILIES
 from pocketvlm.models.images.tilings.anyres import Anyres
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.source_check import BOUNDS, verify_folder
-from pocketvlm.pipeline.stock import StockModel
+from pocketvlm.pipeline.stock import StockAnswer, StockModel
 from pocketvlm.processor import user_message
 from pocketvlm.prompt.messages import Turn, user_turn
 from pocketvlm.reference.random_models import TINY_MODELS, tiny_config, write_tiny_model
@@ -112,10 +113,10 @@ def pictures(sizes):
 
 
 @torch.inference_mode()
-def stock_answers(path: Path, turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[int]:
-    """Thirty-two greedy tokens of the stock model, prompt and pixels by the stock processor."""
+def stock_answer(path: Path, turns: Sequence[Turn], images: Sequence[Image.Image]) -> StockAnswer:
+    """The prompt's logits and 32 greedy tokens of stock's model, by its own processor."""
     stock = StockModel.load(read_model_folder(path))
-    return stock.answer(turns, images, max_new_tokens=32).generated
+    return stock.answer(turns, images, max_new_tokens=32)
 
 
 TILES = {
@@ -128,12 +129,16 @@ TILES = {
 }
 """Of the two pictures, by the models that cut several."""
 
+ERRORS = {"onnx": 1e-4, "executorch": 1e-4, "coreml": 1e-2}
+"""Of a prompt's logits, by their largest; Core ML's cache is float16."""
+
+
 EXPORTED_ELSEWHERE = {("llava", "executorch"), ("smolvlm", "executorch")}
 """To trace a program takes half a minute; of these, tests of that target do it."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
+def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, monkeypatch, target):
     """Two turns, two pictures of other sizes, one of them split where the family splits."""
     if (path.name, target) in EXPORTED_ELSEWHERE:
         pytest.skip("exported by tests/export/executorch")
@@ -150,10 +155,19 @@ def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
     endless = replace(bundle.manifest.generation, eos_token_ids=())
     bundle = replace(bundle, manifest=replace(bundle.manifest, generation=endless))
     runner = open_engine(bundle, target, threads=1)
+    logits: list[npt.NDArray[np.float32]] = []
+    decode = runner.decode
+    monkeypatch.setattr(
+        runner, "decode", lambda *rows: logits.append(decode(*rows).copy()) or logits[-1]
+    )
     talk = Conversation(bundle, runner=runner)
     first = talk.ask("what is it?", wide, max_new_tokens=32)
     asked = user_turn("what is it?", 1)
-    assert list(first.token_ids) == stock_answers(path, [asked], [wide])
+    expected = stock_answer(path, [asked], [wide])
+    assert list(first.token_ids) == expected.generated
+    # The last row of the prompt, whose call is the first to return logits of the answer.
+    prefill, stock = logits[len(logits) - len(first.token_ids)], expected.logits[-1]
+    assert np.abs(prefill - stock).max() <= ERRORS[target] * np.abs(stock).max()
     codec = TextCodec.from_bundle(bundle)
     if checkpoint.spec.line_break is None:
         parts = prompt_parts(bundle, codec, asked, [wide])
@@ -165,7 +179,7 @@ def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, target):
     second = talk.ask("and this?", square, max_new_tokens=8)
     assert checkpoint.processor.tiles([wide, square]) == TILES.get(path.name, [1, 1])
     turns = [asked, Turn(role="assistant", parts=(first.text,)), user_turn("and this?", 1)]
-    assert list(second.token_ids) == stock_answers(path, turns, [wide, square])[:8]
+    assert list(second.token_ids) == stock_answer(path, turns, [wide, square]).generated[:8]
     # Where all rows of a prompt see each other, a longer prompt has none of the old rows.
     is_whole = checkpoint.spec.decoder.mutual_rows == "prompt"
     assert (second.timings.reused_tokens == 0) == is_whole
