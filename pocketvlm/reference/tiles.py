@@ -46,7 +46,7 @@ _TURNS = 176
 """Tokens of questions and answers after a picture."""
 _QUESTIONS = 20
 _WHOLE_ALONE = 4
-"""One mosaic in that many is not cut."""
+"""One mosaic in this many is not cut."""
 _SAVE_EVERY = 100
 
 
