@@ -26,7 +26,8 @@ from pocketvlm.checkpoint import ModelFolder, read_config
 from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
 from pocketvlm.export.parity.metrics import Floats
-from pocketvlm.models.images.settings import ImageSettings, read_image_settings
+from pocketvlm.models.images.reading import read_image_settings
+from pocketvlm.models.images.settings import ImageSettings
 from pocketvlm.processor.foreign_code import STOCK_ONLY, refuse_foreign_code
 from pocketvlm.processor.image_processor import as_tiles, load_stock_pictures
 from pocketvlm.processor.patches import fit_picture, join_patches

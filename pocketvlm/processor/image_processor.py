@@ -8,7 +8,7 @@ the folder is read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json
-from pocketvlm.models.images.settings import ImageSettings, read_image_settings
-from pocketvlm.models.images.tilings import TileGrid, Tiling
+from pocketvlm.models.images.got_ocr2 import GotOcr2Geometry
+from pocketvlm.models.images.lfm2_vl import Lfm2VlGeometry
+from pocketvlm.models.images.reading import read_image_settings
+from pocketvlm.models.images.settings import ImageSettings
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.processor.patches import fit_picture, join_patches
@@ -61,10 +64,11 @@ class ImageProcessor:
         settings.hold_size(
             tower.height, tower.width, "the tower of config.json", error=CheckpointError
         )
-        if settings.tile_tokens not in (None, spec.visual_tokens):
+        geometry = settings.geometry
+        if isinstance(geometry, Lfm2VlGeometry) and geometry.tile_tokens != spec.visual_tokens:
             raise CheckpointError(
                 f"{settings.where}: encoder_patch_size and downsample_factor mean "
-                f"{settings.tile_tokens} placeholders for a tile, but the model makes "
+                f"{geometry.tile_tokens} placeholders for a tile, but the model makes "
                 f"{spec.visual_tokens} visual tokens of it"
             )
         notes = [*settings.notes(), *_check_combined(path, spec)]
@@ -84,18 +88,18 @@ class ImageProcessor:
             _hold_patches(stock, spec, settings.where)
         return cls(stock=stock, settings=settings, spec=spec, notes=tuple(notes))
 
-    def with_tiling(self, tiling: Tiling) -> ImageProcessor:
-        """The same with the settings that cut pictures in this way."""
-        stock = type(self.stock).from_dict({**self.stock.to_dict(), **tiling.settings})
-        return replace(self, stock=stock, settings=self.settings.with_tiling(tiling))
+    def with_settings(self, settings: ImageSettings, changes: Mapping[str, Any]) -> ImageProcessor:
+        """The same with other settings, for pictures of the size that they say.
 
-    def with_picture_size(self, height: int, width: int) -> ImageProcessor:
-        """The same for pictures that are fitted to another size, where the model takes any."""
-        return replace(
-            self,
-            settings=self.settings.with_picture_size(height, width),
-            spec=self.spec.with_picture_size(height, width),
-        )
+        Args:
+            settings: All of them.
+            changes: What differs, as the library's image processor is told.
+        """
+        stock = type(self.stock).from_dict({**self.stock.to_dict(), **changes})
+        spec = self.spec
+        if settings.takes_any_size:
+            spec = spec.with_picture_size(*settings.picture_size)
+        return replace(self, stock=stock, settings=settings, spec=spec)
 
     def pixels(self, images: Sequence[Image], grids: Sequence[TileGrid] | None = None) -> Tensor:
         """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture.
@@ -147,14 +151,14 @@ def load_stock_pictures(path: Path, settings: ImageSettings) -> Any:
     """The library's image processor of a folder, on its Pillow backend; it may raise anything."""
     from transformers import AutoImageProcessor
 
-    if settings.kind == "lfm2_vl":
+    geometry = settings.geometry
+    if isinstance(geometry, Lfm2VlGeometry):
         from pocketvlm.processor.lfm2_pictures import Lfm2VlImageProcessorPil
 
         return Lfm2VlImageProcessorPil.from_pretrained(str(path), **STOCK_ONLY)
+    imposed = geometry.imposed if isinstance(geometry, GotOcr2Geometry) else {}
     with quiet_fallbacks():
-        return AutoImageProcessor.from_pretrained(
-            str(path), backend="pil", **STOCK_ONLY, **settings.imposed
-        )
+        return AutoImageProcessor.from_pretrained(str(path), backend="pil", **STOCK_ONLY, **imposed)
 
 
 def as_tiles(pixels: Tensor, patch: int) -> Tensor:

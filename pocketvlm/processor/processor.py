@@ -7,7 +7,7 @@ image processor and the tokenizer separately; prompts are written by `prompt.cod
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
-from pocketvlm.models.images.settings import read_image_settings
+from pocketvlm.models.images.reading import parse_image_settings, read_image_settings
 from pocketvlm.models.images.tilings import TileGrid, Tiling, grids_of
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import refuse_foreign_code
@@ -156,27 +156,23 @@ class Processor:
 
     def with_tiling(self, tiling: Tiling) -> Processor:
         """The same with the settings that cut pictures in this way."""
-        images, name = (
-            self.image_processor.with_tiling(tiling),
-            self.image_processor.settings.where.name,
-        )
-        document = json.loads(self.files[name])
-        own = document["image_processor"] if name == "processor_config.json" else document
-        own.update(tiling.settings)
-        files = {**self.files, name: (json.dumps(document, indent=2) + "\n").encode()}
-        return replace(self, image_processor=images, files=files)
+        return self._with_settings(tiling.settings)
 
     def with_picture_size(self, height: int, width: int) -> Processor:
         """The same with another size that pictures are fitted to, where the model takes any."""
-        name = self.image_processor.settings.where.name
-        document = json.loads(self.files[name])
-        own = document["image_processor"] if name == "processor_config.json" else document
-        own["fitted_size"] = {"height": height, "width": width}
-        files = {**self.files, name: (json.dumps(document, indent=2) + "\n").encode()}
-        images = self.image_processor.with_picture_size(height, width)
-        return replace(
-            self, image_processor=images, text=self.text.with_spec(images.spec), files=files
-        )
+        changed = self._with_settings({"fitted_size": {"height": height, "width": width}})
+        return replace(changed, text=self.text.with_spec(changed.image_processor.spec))
+
+    def _with_settings(self, changes: Mapping[str, Any]) -> Processor:
+        """The same with other settings of its image processor, in the file that states them too."""
+        where = self.image_processor.settings.where
+        document = json.loads(self.files[where.name])
+        own = document["image_processor"] if where.name == "processor_config.json" else document
+        own.update(changes)
+        settings = parse_image_settings(own, where, self.spec.family, error=CheckpointError)
+        files = {**self.files, where.name: (json.dumps(document, indent=2) + "\n").encode()}
+        images = self.image_processor.with_settings(settings, changes)
+        return replace(self, image_processor=images, files=files)
 
     def tiles(self, images: Sequence[Image]) -> list[int]:
         """How many rows of `pixels` are each picture's."""

@@ -34,8 +34,6 @@ MAY_KNOW = {
     "models/spec.py": "fields of the description have the same names",
     "reference/": "the shipped models: how they are built and trained",
     "models/images/": "kinds of image processors, told apart by their own classes",
-    "runtime/preprocess.py": "likewise",
-    "processor/image_processor.py": "likewise",
     "checkpoint/names.py": "buffers that every stock model computes itself",
 }
 

@@ -22,7 +22,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.images.settings import ImageSettings, parse_image_settings
+from pocketvlm.models.images.reading import parse_image_settings
+from pocketvlm.models.images.settings import ImageSettings
 from pocketvlm.models.images.tilings import grids_of
 from pocketvlm.models.images.tilings.anyres import Anyres
 from pocketvlm.models.images.tilings.row_order import LINE_BREAK, RowOrder

@@ -17,7 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from pocketvlm.checkpoint.config import read_config, read_spec
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.images.qwen2_vl import smart_size
-from pocketvlm.models.images.settings import ImageSettings, parse_image_settings
+from pocketvlm.models.images.reading import parse_image_settings
+from pocketvlm.models.images.settings import ImageSettings
 from pocketvlm.processor import Processor, user_message
 from pocketvlm.processor.patches import join_patches
 from pocketvlm.reference.random_models import write_tiny_model

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pocketvlm.errors import CheckpointError
+from pocketvlm.models.images.idefics3 import Idefics3Geometry
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor.image_processor import ImageProcessor
 from tests.conftest import notes_of_ours
@@ -44,7 +45,7 @@ def test_pixels_are_never_other_pictures(tiny_checkpoint):
     processor = tiny_checkpoint.processor.image_processor
     side = processor.spec.tower.height * 2
     sizes = {"size": {"height": side, "width": side}, "crop_size": {"height": side, "width": side}}
-    if processor.settings.kind == "idefics3":
+    if isinstance(processor.settings.geometry, Idefics3Geometry):
         sizes = {"max_image_size": {"longest_edge": side}}
     for name, value in sizes.items():
         setattr(processor.stock, name, value)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pocketvlm.checkpoint import read_model_folder
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.images.settings import parse_image_settings
+from pocketvlm.models.images.reading import parse_image_settings
 from pocketvlm.models.images.tilings import ONE_TILE, LargeGrid, TileGrid
 from pocketvlm.pipeline.stock import StockModel
 from pocketvlm.processor import Processor, user_message
@@ -189,7 +189,7 @@ def test_every_grid_is_the_one_of_the_stock_class(stock, width, height, fewest, 
 
 def test_a_photo_becomes_the_tiles_of_published_settings():
     found = parse_image_settings({}, Path("p.json"), "lfm2_vl")
-    assert found.side == 512
+    assert found.picture_size == (512, 512)
     assert found.grid(640, 480) == ONE_TILE
     assert found.grid(1024, 768).tiles == 7
     assert found.tiling is not None

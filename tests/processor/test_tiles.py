@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.images.settings import parse_image_settings
+from pocketvlm.models.images.reading import parse_image_settings
 from pocketvlm.models.images.tilings import ONE_TILE, SplitGrid, TileGrid
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor, user_message

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.json_io import write_json
+from pocketvlm.models.images.reading import parse_image_settings
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 
 from .conftest import noise
@@ -111,10 +112,15 @@ def processors(tmp_path_factory: pytest.TempPathFactory):
     return loaded
 
 
+def read(config: dict[str, object], family: str = "llava") -> ImagePreprocessor:
+    """Ours of one config."""
+    return ImagePreprocessor.from_settings(parse_image_settings(config, Path("c"), family))
+
+
 def preprocessor(name: str) -> ImagePreprocessor:
     """Ours of each config."""
     family = "idefics3" if name.startswith(("idefics3", "smolvlm")) else "llava"
-    return ImagePreprocessor.from_config(CONFIGS[name], Path("c"), family=family)
+    return read(CONFIGS[name], family)
 
 
 def reference(processor, image: Image.Image) -> np.ndarray:
@@ -158,10 +164,10 @@ def test_equal_at_uncommon_sizes(processors, name, size):
 def test_palette_with_a_transparent_entry_shows_white(processors):
     image = noise(1).quantize(8)
     image.info["transparency"] = 3
-    found = ImagePreprocessor.from_config(CLIP, Path("c")).pixels(image)
+    found = read(CLIP).pixels(image)
     assert np.array_equal(found, reference(processors["clip"], image))
     del image.info["transparency"]
-    assert not np.array_equal(found, ImagePreprocessor.from_config(CLIP, Path("c")).pixels(image))
+    assert not np.array_equal(found, read(CLIP).pixels(image))
 
 
 def test_equals_the_checkpoints_processor(pair):
@@ -174,14 +180,14 @@ def test_endless_strip_is_cut_to_its_middle_within_memory():
     """Resized whole, it would take 24 x 9.6 million pixels."""
     strip = Image.new("RGB", (400_000, 1))
     strip.paste((255, 255, 255), (199_968, 0, 200_032, 1))
-    found = ImagePreprocessor.from_config(CLIP, Path("c")).pixels(strip)
+    found = read(CLIP).pixels(strip)
     assert found.shape == (1, 3, 24, 24)
     assert (found > 1.9).all()
 
 
 def test_empty_picture_is_an_error():
     with pytest.raises(InputError, match="0 x 5 pixels"):
-        ImagePreprocessor.from_config(CLIP, Path("c")).pixels(Image.new("RGB", (0, 5)))
+        read(CLIP).pixels(Image.new("RGB", (0, 5)))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +224,7 @@ def test_empty_picture_is_an_error():
 )
 def test_settings_that_are_not_supported_are_named(change, message):
     with pytest.raises(BundleError, match=message):
-        ImagePreprocessor.from_config({**CLIP, **change}, Path("c"))
+        read({**CLIP, **change})
 
 
 def test_bundle_is_checked_against_its_graph(llava, tmp_path):

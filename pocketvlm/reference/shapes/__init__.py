@@ -16,7 +16,7 @@ from typing import Any
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json
 from pocketvlm.models.families.table import read_model_spec
-from pocketvlm.models.images.settings import parse_image_settings
+from pocketvlm.models.images.reading import parse_image_settings
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["Shape", "list_shapes", "load_shape"]

@@ -16,6 +16,7 @@ from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 
 __all__ = [
     "ONE_TILE",
+    "Anyres",
     "AspectGrid",
     "LargeGrid",
     "SplitGrid",

@@ -1,0 +1,182 @@
+"""Reading: image settings from a folder, resolved as stock transformers resolves them.
+
+Which file counts, what a missing value stands for and how a size may be written are the library's
+rules (its Pillow backend). The checkpoint side asks them what it is about to lose, the runtime
+turns pictures into pixels by them. Whatever the runtime could not follow exactly is refused here,
+by the name of the setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pocketvlm.errors import BundleError, PocketVLMError
+from pocketvlm.json_io import DecodeError, decode, read_json
+from pocketvlm.models.images.clip import (
+    ClipDocument,
+    Gemma3Document,
+    LlavaDocument,
+    SiglipDocument,
+)
+from pocketvlm.models.images.document import LARGEST
+from pocketvlm.models.images.got_ocr2 import GotOcr2Document
+from pocketvlm.models.images.idefics3 import Idefics3Document
+from pocketvlm.models.images.lfm2_vl import Lfm2VlDocument
+from pocketvlm.models.images.llava_next import LlavaNextDocument, LlavaOnevisionDocument
+from pocketvlm.models.images.qwen2_vl import Qwen2VlDocument
+from pocketvlm.models.images.settings import ImageSettings
+
+__all__ = ["parse_image_settings", "read_image_settings"]
+
+_Document = (
+    ClipDocument  # and what is derived of it
+    | Idefics3Document
+    | GotOcr2Document
+    | Lfm2VlDocument
+    | LlavaNextDocument
+    | Qwen2VlDocument
+)
+_KINDS: Mapping[str, type[_Document]] = {
+    "CLIPImageProcessor": ClipDocument,
+    "LlavaImageProcessor": LlavaDocument,
+    "SiglipImageProcessor": SiglipDocument,
+    "Idefics3ImageProcessor": Idefics3Document,
+    "SmolVLMImageProcessor": Idefics3Document,
+    "GotOcr2ImageProcessor": GotOcr2Document,
+    "Lfm2VlImageProcessor": Lfm2VlDocument,
+    "LlavaNextImageProcessor": LlavaNextDocument,
+    "LlavaOnevisionImageProcessor": LlavaOnevisionDocument,
+    "Qwen2VLImageProcessor": Qwen2VlDocument,
+    "Gemma3ImageProcessor": Gemma3Document,
+}
+"""Kinds by the library's classes."""
+
+_FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "llava": ("LlavaImageProcessor", "CLIPImageProcessor", "SiglipImageProcessor"),
+    "idefics3": ("Idefics3ImageProcessor", "SmolVLMImageProcessor"),
+    "internvl": ("GotOcr2ImageProcessor",),
+    "lfm2_vl": ("Lfm2VlImageProcessor",),
+    "llava_next": ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"),
+    "qwen_vl": ("Qwen2VLImageProcessor",),
+    "paligemma": ("SiglipImageProcessor",),
+    "gemma3": ("Gemma3ImageProcessor",),
+}
+"""Classes that a family's processor works with; the first is the one of a file without a type.
+
+A bundle has its family's name alone, so that this is no part of a `ProcessorSpec`.
+"""
+
+_RESAMPLING = range(6)
+_SMALLEST = 1e-6
+
+
+def read_image_settings(
+    path: Path, family: str, *, error: type[PocketVLMError] = BundleError
+) -> ImageSettings:
+    """Reads the image processor's settings of a folder.
+
+    They stand in processor_config.json under `image_processor`, else in preprocessor_config.json.
+
+    Args:
+        path: A model's folder or a bundle's.
+        family: The model's family, which says what a file without a type means.
+        error: What is raised.
+
+    Raises:
+        PocketVLMError: `error`, with one line: they are missing, of an unknown kind, or hold a
+            setting that the runtime cannot follow.
+    """
+    nested = path / "processor_config.json"
+    if nested.is_file():
+        config = read_json(nested, error=error).get("image_processor")
+        if config is not None:
+            return parse_image_settings(config, nested, family, error=error)
+    own = path / "preprocessor_config.json"
+    if own.is_file():
+        return parse_image_settings(read_json(own, error=error), own, family, error=error)
+    raise error(f"{path}: preprocessor_config.json (or processor_config.json) is missing")
+
+
+def parse_image_settings(
+    config: Any, where: Path, family: str, *, error: type[PocketVLMError] = BundleError
+) -> ImageSettings:
+    """Resolves the settings of one document; `read_image_settings` has the arguments."""
+    if not isinstance(config, Mapping):
+        raise error(f"{where}: image_processor must be an object")
+    kind = _read_kind(config, where, family, error)
+    try:
+        document = decode(kind, _without_nulls(kind, config))
+        _check(document, config)
+        return ImageSettings(
+            where=where,
+            geometry=document.geometry(),
+            resample=document.resample,
+            do_rescale=document.do_rescale,
+            rescale_factor=document.rescale_factor,
+            do_normalize=document.do_normalize,
+            image_mean=document.means,
+            image_std=document.deviations,
+            do_convert_rgb=document.do_convert_rgb,
+        )
+    except DecodeError as fault:
+        raise error(f"{where}: {fault}") from fault
+
+
+def _read_kind(
+    config: Mapping[str, Any], where: Path, family: str, error: type[PocketVLMError]
+) -> type[_Document]:
+    own = _FAMILIES.get(family)
+    if own is None:  # as a manifest of anybody may say
+        raise error(f"{where}: family {family!r} is unknown; known are {', '.join(_FAMILIES)}")
+    stated = config.get("image_processor_type")
+    if stated is None and config.get("feature_extractor_type") is not None:
+        stated = str(config["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")
+    if stated is None:
+        return _KINDS[own[0]]
+    name = str(stated).removesuffix("Fast").removesuffix("Pil")
+    if name not in own:
+        raise error(
+            f"{where}: image_processor_type {stated!r} is not supported for {family}; supported "
+            f"are {', '.join(known for known in _KINDS if known in own)}"
+        )
+    return _KINDS[name]
+
+
+def _without_nulls(kind: type[_Document], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a document; a null is what the library's code makes of it, no default."""
+    settings: dict[str, Any] = {}
+    for item in fields(kind):
+        value = config.get(item.name)
+        if value is not None:
+            settings[item.name] = value
+        elif item.name in config and item.type == "bool":
+            settings[item.name] = False
+    return settings
+
+
+def _check(document: _Document, config: Mapping[str, Any]) -> None:
+    """Refuses what no kind follows."""
+    if document.pad_size is not None:
+        raise DecodeError("pad_size is not supported; leave it out")
+    for name, value in (
+        ("data_format", document.data_format),
+        ("input_data_format", document.input_data_format),
+    ):
+        if value not in (None, "channels_first"):
+            raise DecodeError(f"{name} must be channels_first or left out")
+    for name in sorted(document.needed):
+        if name in config and config[name] is None:
+            raise DecodeError(f"{name} must not be null; leave it out for the class's default")
+    if document.resample not in _RESAMPLING:
+        raise DecodeError(f"resample is {document.resample}; allowed are 0 to 5, Pillow's filters")
+    if document.do_normalize and any(
+        not _SMALLEST <= abs(x) <= LARGEST for x in document.deviations
+    ):
+        raise DecodeError(f"image_std must be between {_SMALLEST} and {LARGEST}")
+    if "image_mean" in document.needed and any(abs(x) > LARGEST for x in document.means):
+        raise DecodeError(f"image_mean must be between -{LARGEST} and {LARGEST}")
+    if document.do_rescale and not 0 < document.rescale_factor <= LARGEST:
+        raise DecodeError(f"rescale_factor must be above 0 and at most {LARGEST}")
