@@ -66,7 +66,7 @@ _FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 """Classes that a family's processor works with; the first is the one of a file without a type.
 
-A bundle has its family's name alone, so that this is no part of a `ProcessorSpec`.
+A bundle knows its family's name alone, which is why no `ProcessorSpec` holds these.
 """
 
 _RESAMPLING = range(6)
