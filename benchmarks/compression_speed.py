@@ -32,7 +32,7 @@ from pocketvlm.compress.quantization.codebook.quantizer import CodebookQuantizer
 from pocketvlm.compress.quantization.codebook.stage import CodebookRule
 from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.rules import Assignment, LayerRule
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.dense import DenseWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "compress" / "quantization"))

@@ -28,7 +28,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.coreml.toolkit import listen
 from pocketvlm.machine import peak_rss_bytes
-from pocketvlm.models.spec import LinearSpec, Part
+from pocketvlm.models.layers import LinearSpec, Part
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape

@@ -35,7 +35,7 @@ from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 SCORES: dict[str, Score] = {

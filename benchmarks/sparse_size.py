@@ -41,7 +41,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference import reference_model_path
 from pocketvlm.reference.random_models import write_shape

@@ -12,7 +12,8 @@ from torch import nn
 from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
 from pocketvlm.graph.rms_norm import RMSNorm
-from pocketvlm.models.spec import ModelSpec, NormSpec
+from pocketvlm.models.layers import NormSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["build_model", "build_skeleton"]
 

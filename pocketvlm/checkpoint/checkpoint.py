@@ -31,8 +31,9 @@ from pocketvlm.checkpoint.tensors import check_shape
 from pocketvlm.checkpoint.weight_files import verify_blobs
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.publish import replace_directory
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.reducer import TokenReducer
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.kv_cache import KVCacheScales

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.models.spec import Part
+from pocketvlm.models.layers import Part
 from pocketvlm.stages import Target
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.layout import AffineLayout, SparseLayout, WeightLayout

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pocketvlm.models.spec import RopeSpec, TowerSpec
+from pocketvlm.models.decoder import RopeSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = [
     "inverse_frequencies",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from pocketvlm.graph.operators import GraphOps
-from pocketvlm.models.spec import AttentionSpec, FfnSpec, ShortConvSpec
+from pocketvlm.models.blocks import AttentionSpec, FfnSpec, ShortConvSpec
 
 __all__ = ["decoder_mixer", "feed_forward", "mixer_output", "tower_attention"]
 

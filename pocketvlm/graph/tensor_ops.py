@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from pocketvlm.graph.rotary import patch_positions
 from pocketvlm.models.reducer import ReducerInputs, TokenReducer
-from pocketvlm.models.spec import ModelSpec, TowerSpec
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = [
     "TensorOps",

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.layers import PARTS, LinearSpec, Part
 from pocketvlm.models.patterns import compile_pattern, pattern_matches
-from pocketvlm.models.spec import PARTS, LinearSpec, Part
 
 __all__ = ["Rule", "assign_rules", "check_rule"]
 

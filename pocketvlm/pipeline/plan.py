@@ -15,7 +15,8 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
-from pocketvlm.models.spec import PARTS, ModelSpec
+from pocketvlm.models.layers import PARTS
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES

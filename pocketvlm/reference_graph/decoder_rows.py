@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pocketvlm.graph.rotary import rotary_angles, rotate_by_position
 from pocketvlm.graph.visibility import capped_attention, visible_rows
-from pocketvlm.models.spec import DecoderSpec, RopeSpec
+from pocketvlm.models.decoder import DecoderSpec, RopeSpec
 from pocketvlm.reference_graph.kv_cache import KVCache
 
 __all__ = ["DecoderRows", "take_columns", "text_columns"]

@@ -19,9 +19,10 @@ from torch.nn import functional
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.graph.builders import merged_features, tap_rows
+from pocketvlm.models.decoder import DecoderSpec
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.projector import run_steps
-from pocketvlm.models.spec import DecoderSpec, ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
 from pocketvlm.reference_graph.kv_cache import KVCache

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
-from pocketvlm.models.spec import AttentionSpec, FfnSpec, ModelSpec, ShortConvSpec
+from pocketvlm.models.blocks import AttentionSpec, FfnSpec, ShortConvSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.torch_ops import TorchOps
 

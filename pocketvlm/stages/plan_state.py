@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import LayerBytes, SparseLayout, WeightLayout, plan_behind_mask
 
 __all__ = ["FLOAT_CACHE_BITS", "PlanState"]

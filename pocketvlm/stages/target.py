@@ -14,7 +14,8 @@ from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import UnsupportedError, join_problems
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages.plan_state import FLOAT_CACHE_BITS, PlanState
 from pocketvlm.weights.layout import WeightLayout
 

@@ -10,7 +10,7 @@ import torch
 from pocketvlm import PruneDepth, PruneWidth, SkipVisual
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError
-from pocketvlm.models.spec import BlockSpec, ConvBlockSpec
+from pocketvlm.models.blocks import BlockSpec, ConvBlockSpec
 from pocketvlm.reference.random_models import tiny_config
 from pocketvlm.stages import PlanState
 

@@ -6,8 +6,8 @@ import pytest
 
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.families.table import read_model_spec
+from pocketvlm.models.layers import Part
 from pocketvlm.models.selection import assign_rules, check_rule
-from pocketvlm.models.spec import Part
 from pocketvlm.reference.random_models import tiny_config
 
 

@@ -17,7 +17,8 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import ExportError, MissingExtraError
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.run import run
 from pocketvlm.recipes.load import Recipe, load_recipe

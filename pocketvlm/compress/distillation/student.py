@@ -13,7 +13,8 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.masked_update import MaskedUpdate
 from pocketvlm.context import derive_seed
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.models.layers import LinearSpec, Part
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.float_weights import is_float
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights

@@ -23,7 +23,7 @@ from pocketvlm.compress.layerwise.hessian import (
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.form import WeightForm
 
 __all__ = [

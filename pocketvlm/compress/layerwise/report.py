@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pocketvlm.calibration.walk.walk import BlockWalk
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.form import WeightForm
 
 __all__ = ["describe_calibration", "describe_layer", "relative"]

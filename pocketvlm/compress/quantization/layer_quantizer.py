@@ -24,7 +24,7 @@ from pocketvlm.compress.layerwise.row_chunks import row_chunks
 from pocketvlm.compress.quantization.layer_report import describe_quantized
 from pocketvlm.compress.quantization.rules import Assignment, LayerRule
 from pocketvlm.errors import CheckpointError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.form import WeightForm
 
 __all__ = ["LayerQuantizer"]

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.layers import LinearSpec, Part
 from pocketvlm.models.selection import assign_rules, check_rule
-from pocketvlm.models.spec import LinearSpec, Part
 from pocketvlm.weights.float_weights import is_float
 from pocketvlm.weights.layout import SparseLayout, WeightLayout, plan_behind_mask
 from pocketvlm.weights.sparse import SparseWeight

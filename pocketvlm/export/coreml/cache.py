@@ -13,7 +13,8 @@ import numpy as np
 
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.export.coreml.writer import FunctionWriter
-from pocketvlm.models.spec import DecoderSpec, ModelSpec
+from pocketvlm.models.decoder import DecoderSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
     "CACHE_DTYPE",

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pocketvlm.export.coreml.writer import FunctionWriter
-from pocketvlm.models.spec import ModelSpec, RopeSpec
+from pocketvlm.models.decoder import RopeSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["TABLE_ROWS", "DecoderPositions", "turn"]
 

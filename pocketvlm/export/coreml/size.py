@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from pocketvlm.export.coreml.limits import Deployment, container_bits
 from pocketvlm.export.coreml.positions import TABLE_ROWS
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["graph_bytes", "layer_bytes"]

@@ -33,7 +33,8 @@ from pocketvlm.export.coreml.writer import PackageWriter
 from pocketvlm.export.precisions import part_precisions
 from pocketvlm.export.signatures import Signatures, vision_signatures
 from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
-from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.models.layers import LinearSpec, Part
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import Explanation, PlanState, Target
 from pocketvlm.weights.layout import WeightLayout
 

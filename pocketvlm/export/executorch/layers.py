@@ -25,7 +25,7 @@ from pocketvlm.export.executorch.weights import (
     signed_codes,
 )
 from pocketvlm.graph.rotary import patch_positions
-from pocketvlm.models.spec import TowerSpec
+from pocketvlm.models.tower import TowerSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm

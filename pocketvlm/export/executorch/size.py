@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from pocketvlm.export.executorch.limits import kernel_bits, needs_offsets
 from pocketvlm.export.prediction import other_elements
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
 __all__ = ["graph_bytes", "layer_bytes"]

@@ -38,7 +38,8 @@ from pocketvlm.export.precisions import masked_notes, part_precisions
 from pocketvlm.export.signatures import embedding_signatures, vision_signatures
 from pocketvlm.files.full_disk import is_full
 from pocketvlm.json_io import read_json, write_json
-from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.models.layers import LinearSpec, Part
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.runtime.executorch.program import require_executorch
 from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pocketvlm.export.onnx.writer import GraphWriter
-from pocketvlm.models.spec import DecoderSpec
+from pocketvlm.models.decoder import DecoderSpec
 
 __all__ = ["Masks"]
 

@@ -23,7 +23,8 @@ from pocketvlm.graph.rotary import (
     patch_angles,
     patch_positions,
 )
-from pocketvlm.models.spec import AttentionSpec, RopeSpec
+from pocketvlm.models.blocks import AttentionSpec
+from pocketvlm.models.decoder import RopeSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight

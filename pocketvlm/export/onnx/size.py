@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pocketvlm.export.onnx.limits import container_bits
 from pocketvlm.export.prediction import other_elements
 from pocketvlm.models.folds import Multiply, ScaleRows
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
 __all__ = ["graph_bytes", "layer_bytes"]

@@ -24,7 +24,8 @@ from pocketvlm.export.signatures import (
     vision_signatures,
 )
 from pocketvlm.graph.builders import TextRows, build_decoder, build_embedding, build_vision
-from pocketvlm.models.spec import LinearSpec, ModelSpec, Part
+from pocketvlm.models.layers import LinearSpec, Part
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout
 

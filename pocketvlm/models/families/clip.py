@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pocketvlm.models.spec import AttentionSpec, BlockSpec, FfnSpec, TowerSpec
+from pocketvlm.models.blocks import AttentionSpec, BlockSpec, FfnSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["read_clip", "read_siglip"]
 

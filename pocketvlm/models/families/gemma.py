@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.models.blocks import BlockSpec
+from pocketvlm.models.decoder import DecoderSpec, RopeSpec, SlidingSpec
 from pocketvlm.models.families.llama import decoder_block
 from pocketvlm.models.folds import AddOne, Fold
-from pocketvlm.models.spec import BlockSpec, DecoderSpec, RopeSpec, SlidingSpec
 
 __all__ = ["norm_folds", "read_gemma"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pocketvlm.models.blocks import BlockSpec
 from pocketvlm.models.folds import Fold, Multiply
-from pocketvlm.models.spec import BlockSpec, ModelSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["granite_folds"]
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.models.blocks import AttentionSpec, BlockSpec, FfnSpec
 from pocketvlm.models.folds import Fold, Reshape, ScaleRows
-from pocketvlm.models.spec import AttentionSpec, BlockSpec, FfnSpec, TowerSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["internvit_folds", "read_internvit"]
 

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.models.folds import Fold, SplitRows
-from pocketvlm.models.spec import (
+from pocketvlm.models.blocks import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
     DecoderBlock,
-    DecoderSpec,
     FfnSpec,
-    RopeSpec,
     ShortConvSpec,
 )
+from pocketvlm.models.decoder import DecoderSpec, RopeSpec
+from pocketvlm.models.folds import Fold, SplitRows
 
 __all__ = ["conv_folds", "read_lfm2"]
 

@@ -15,7 +15,8 @@ from pocketvlm.models.families.clip import read_siglip
 from pocketvlm.models.families.lfm2 import conv_folds, read_lfm2
 from pocketvlm.models.folds import PatchKernel, ResizeTable
 from pocketvlm.models.projector import ActivationStep, LinearStep, NormStep, ProjectorSpec
-from pocketvlm.models.spec import ModelSpec, ProcessorSpec, TowerSpec
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["read_lfm2_vl"]
 

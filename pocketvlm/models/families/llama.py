@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.models.spec import AttentionSpec, BlockSpec, DecoderSpec, FfnSpec, RopeSpec
+from pocketvlm.models.blocks import AttentionSpec, BlockSpec, FfnSpec
+from pocketvlm.models.decoder import DecoderSpec, RopeSpec
 
 __all__ = ["decoder_block", "read_llama"]
 

@@ -14,7 +14,8 @@ from pocketvlm.models.families.clip import read_clip, read_siglip
 from pocketvlm.models.families.granite import granite_folds
 from pocketvlm.models.families.llama import read_llama
 from pocketvlm.models.projector import ActivationStep, LinearStep, ProjectorSpec
-from pocketvlm.models.spec import ModelSpec, ProcessorSpec, TowerSpec
+from pocketvlm.models.spec import ModelSpec, ProcessorSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["read_llava"]
 

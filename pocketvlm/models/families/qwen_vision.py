@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocketvlm.errors import UnsupportedError
-from pocketvlm.models.spec import AttentionSpec, BlockSpec, FfnSpec, TowerSpec
+from pocketvlm.models.blocks import AttentionSpec, BlockSpec, FfnSpec
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["PREFIX", "read_qwen_tower"]
 

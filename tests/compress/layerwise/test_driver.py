@@ -20,7 +20,7 @@ from pocketvlm.compress.layerwise.layer_store import FinishedLayer
 from pocketvlm.compress.quantization.affine.gptq import Gptq
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.context import RunContext
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.dense import DenseWeight
 
 SAMPLES = CalibrationSet.from_reference(0, 6)

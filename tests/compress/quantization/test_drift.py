@@ -15,7 +15,7 @@ from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer, Gptq
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.context import RunContext
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.dense import DenseWeight
 
 

@@ -34,7 +34,7 @@ from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight

@@ -16,7 +16,8 @@ from pocketvlm.bundle import Component
 from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import Explanation, Target
 from pocketvlm.weights.layout import WeightLayout
 

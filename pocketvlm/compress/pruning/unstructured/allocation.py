@@ -10,7 +10,8 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern
 from pocketvlm.context import RunContext
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["Allocation", "Budget", "Uniform", "uniform_counts"]
 

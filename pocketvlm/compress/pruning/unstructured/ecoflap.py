@@ -26,7 +26,8 @@ from pocketvlm.compress.pruning.unstructured.loss_scores import (
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["Ecoflap"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 
 __all__ = [
     "Blocked",

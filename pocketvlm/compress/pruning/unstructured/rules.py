@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.layers import LinearSpec, Part
 from pocketvlm.models.selection import assign_rules, check_rule
-from pocketvlm.models.spec import LinearSpec, Part
 
 __all__ = ["DEFAULT_RULES", "PruneRule", "PruningDecision", "choose_layers"]
 

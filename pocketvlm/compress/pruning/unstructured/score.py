@@ -16,7 +16,7 @@ from pocketvlm.compress.layerwise.hessian import NO_FEEDBACK, ErrorFeedback, Inp
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern, select
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.sparse import SparseWeight
 

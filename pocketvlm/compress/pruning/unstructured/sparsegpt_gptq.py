@@ -44,7 +44,7 @@ from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer
 from pocketvlm.compress.quantization.rules import plan_layouts, require_rules
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.stages import PlanState, StageResult
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm

@@ -24,7 +24,7 @@ from pocketvlm.compress.pruning.unstructured.rules import (
 from pocketvlm.compress.pruning.unstructured.score import PruningTask
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.layout import SparseLayout

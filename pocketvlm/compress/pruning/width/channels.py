@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import ModelSpec, Part
+from pocketvlm.models.layers import Part
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import FormEmbedding, FormLinear

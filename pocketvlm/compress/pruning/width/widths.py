@@ -10,7 +10,8 @@ from typing import Literal
 
 from pocketvlm.compress.pruning.width.channels import Widths
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import DecoderSpec, ModelSpec
+from pocketvlm.models.decoder import DecoderSpec
+from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["MULTIPLES", "Multiple", "choose_widths", "decoder_share", "narrow_channels"]
 

@@ -38,7 +38,7 @@ from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.layer_report import behind_mask
 from pocketvlm.compress.quantization.rules import plan_layouts, require_rules
 from pocketvlm.context import RunContext
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.stages import PlanState, StageResult
 from pocketvlm.weights.form import WeightForm
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pocketvlm.compress.quantization.affine.grid import AffineScheme
 from pocketvlm.compress.quantization.rules import LayerRule
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.layout import AffineLayout
 
 __all__ = ["BITS", "WeightRule"]

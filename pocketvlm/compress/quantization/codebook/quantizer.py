@@ -19,7 +19,7 @@ from pocketvlm.compress.quantization.codebook.shared import SharedKey, shared_ke
 from pocketvlm.compress.quantization.codebook.tuning import tune_codebooks
 from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.layer_report import behind_mask
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.float_weights import keeps_of
 from pocketvlm.weights.form import WeightForm
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pocketvlm.compress.quantization.rules import LayerRule
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.layout import CodebookLayout
 
 __all__ = ["CodebookRule", "Normalize", "Share"]

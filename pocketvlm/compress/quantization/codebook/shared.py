@@ -19,7 +19,7 @@ from pocketvlm.compress.quantization.codebook.normalization import row_scales_of
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
 from pocketvlm.compress.quantization.rules import LayerRule
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec, Part
+from pocketvlm.models.layers import LinearSpec, Part
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.float_weights import keeps_of
 from pocketvlm.weights.form import WeightForm

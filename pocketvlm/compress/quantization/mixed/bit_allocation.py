@@ -24,7 +24,7 @@ from pocketvlm.compress.quantization.mixed.search_space import (
 )
 from pocketvlm.compress.quantization.mixed.sensitivity import Sensitivity
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.layout import LayerBytes, WeightLayout
 
 __all__ = ["Menu", "Solution", "solve_menu"]

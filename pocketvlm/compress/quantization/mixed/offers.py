@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pocketvlm.compress.quantization.mixed.bit_allocation import Menu
 from pocketvlm.compress.quantization.mixed.search_space import Option, plan_option
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.selection import assign_rules
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import LayerBytes, SparseLayout
 
 __all__ = ["count_float", "loses_mask", "offer_options"]

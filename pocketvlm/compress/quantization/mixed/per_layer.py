@@ -10,7 +10,7 @@ from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.codebook.quantizer import CodebookQuantizer
 from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.mixed.search_space import Option
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.form import WeightForm
 
 __all__ = ["PerLayerQuantizer"]

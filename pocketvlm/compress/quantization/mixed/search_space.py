@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.codebook.rules import CodebookRule
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.layout import (
     AffineLayout,
     LayerBytes,

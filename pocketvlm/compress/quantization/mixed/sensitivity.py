@@ -24,7 +24,7 @@ from pocketvlm.compress.quantization.rules import Assignment
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.files.signed_folder import DIGEST_KEY, verify_document
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 
 __all__ = ["Measurement", "Sensitivity", "measure_sensitivity"]
 

@@ -39,7 +39,8 @@ from pocketvlm.compress.quantization.mixed.search_space import (
 from pocketvlm.compress.quantization.mixed.sensitivity import Sensitivity, measure_sensitivity
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, StageResult
 from pocketvlm.weights.float_weights import is_float
 from pocketvlm.weights.form import total_stored_bytes

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.blocks import BlockSpec, ConvBlockSpec, DecoderBlock
+from pocketvlm.models.decoder import DecoderSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.projector import ActivationStep, LinearStep, NormStep
-from pocketvlm.models.spec import (
-    BlockSpec,
-    ConvBlockSpec,
-    DecoderBlock,
-    DecoderSpec,
-    LinearSpec,
-    TowerSpec,
-)
+from pocketvlm.models.tower import TowerSpec
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import is_float, with_values
 from pocketvlm.weights.modules import FormLinear

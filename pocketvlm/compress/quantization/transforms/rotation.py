@@ -16,7 +16,8 @@ from pocketvlm.compress.quantization.transforms.folding import check_transformab
 from pocketvlm.compress.quantization.transforms.rotator import Rotator
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec, ModelSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.layout import SparseLayout

@@ -30,8 +30,8 @@ from pocketvlm.compress.quantization.transforms.folding import (
 )
 from pocketvlm.compress.quantization.transforms.orthogonal import fix_ones, random_rotation
 from pocketvlm.context import derive_seed
+from pocketvlm.models.blocks import BlockSpec, DecoderBlock
 from pocketvlm.models.projector import LinearStep
-from pocketvlm.models.spec import BlockSpec, DecoderBlock
 
 __all__ = ["Rotator"]
 

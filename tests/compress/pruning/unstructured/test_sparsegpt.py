@@ -36,7 +36,7 @@ from pocketvlm.compress.quantization.affine.rtn import RoundToNearest, round_to_
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight

@@ -35,7 +35,7 @@ from pocketvlm.compress.quantization.codebook.rules import CodebookRule
 from pocketvlm.compress.quantization.codebook.stage import Codebook
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
-from pocketvlm.models.spec import LinearSpec
+from pocketvlm.models.layers import LinearSpec
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
