@@ -24,7 +24,7 @@ from pocketvlm.export.executorch.weights import (
     scale_rounding,
     signed_codes,
 )
-from pocketvlm.graph.rotary import patch_positions
+from pocketvlm.graph.rotary import patch_angles, patch_positions
 from pocketvlm.models.tower import TowerSpec
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -230,6 +230,15 @@ class Kernels(nn.Module):
             with torch.no_grad():
                 self._layers[key] = _Constant(patch_positions(tower, table))
         return cast("_Constant", self._layers[key]).values
+
+    def patch_angles(self, tower: TowerSpec) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a tower's patches, each [1, patches, 1, head_dim]: constants."""
+        keys = ("patches/cosine", "patches/sine")
+        if keys[0] not in self._layers:
+            for key, values in zip(keys, patch_angles(tower), strict=True):
+                self._layers[key] = _Constant(values[:, :, None])
+        cosine, sine = (cast("_Constant", self._layers[key]).values for key in keys)
+        return cosine, sine
 
     def mean(self, inputs: Tensor) -> Tensor:
         """The mean of every row, [..., 1]: a product, since no kernel averages rows."""

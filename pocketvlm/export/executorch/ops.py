@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pocketvlm.export.executorch.layers import Kernels
-from pocketvlm.graph.rotary import patch_angles
 from pocketvlm.graph.tensor_ops import TensorOps
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
@@ -94,7 +93,7 @@ class ExecutorchOps(TensorOps):
         tower = self._spec.tower
         heads = [self._heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)]
         if tower.rope_theta is not None:
-            cosine, sine = (angles[:, :, None] for angles in patch_angles(tower))
+            cosine, sine = self._kernels.patch_angles(tower)
             heads[:2] = [
                 part * cosine + self._kernels.rotate_half(part) * sine for part in heads[:2]
             ]
