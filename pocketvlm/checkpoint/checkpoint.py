@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pocketvlm.checkpoint.build import build_model
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.checkpoint.folder import read_model_folder
-from pocketvlm.checkpoint.load import load_cache_grid, load_weights
+from pocketvlm.checkpoint.load import install_weights, load_cache_grid, load_weights
 from pocketvlm.checkpoint.manifest import (
     ReducerBuilder,
     read_visual_layers,
@@ -27,7 +27,6 @@ from pocketvlm.checkpoint.manifest import (
 )
 from pocketvlm.checkpoint.records import Source, StageRecord
 from pocketvlm.checkpoint.save import write_checkpoint
-from pocketvlm.checkpoint.tensors import check_shape
 from pocketvlm.checkpoint.weight_files import verify_blobs
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.publish import replace_directory
@@ -199,24 +198,12 @@ class Checkpoint:
                 "skip_visual"
             )
         model = build_model(spec)
-        decoder = spec.decoder
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear):
-                is_tied = decoder.tied_head and name == decoder.head
-                form = forms[decoder.embedding if is_tied else name]
-                check_shape(name, form.shape, (module.out_features, module.in_features))
-                bias = vectors[name + ".bias"] if module.bias is not None else None
-                softcap = decoder.logit_softcap if name == decoder.head else None
-                model.set_submodule(name, FormLinear(form, bias, softcap=softcap))
-            elif name == decoder.embedding:
-                form = forms[name]
-                check_shape(name, form.shape, (decoder.vocab_size, decoder.hidden_size))
-                model.set_submodule(name, FormEmbedding(form, scale=decoder.embed_scale))
-        for name, parameter in list(model.named_parameters()):
-            check_shape(name, tuple(vectors[name].shape), tuple(parameter.shape))
-            owner = model.get_submodule(name.rpartition(".")[0])
-            value = nn.Parameter(vectors[name].to(torch.float32), requires_grad=False)
-            setattr(owner, name.rpartition(".")[2], value)
+        install_weights(
+            model,
+            spec,
+            lambda name, _: forms[name],
+            lambda name, _: vectors[name].to(torch.float32),
+        )
         return replace(self, model=model, spec=spec, config=dict(config))
 
     def extend(self, record: StageRecord, **changes: Any) -> Checkpoint:

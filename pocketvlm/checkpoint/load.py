@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from pocketvlm.checkpoint.folding import folded_tensors
 from pocketvlm.checkpoint.tensors import check_shape, read_tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import DecodeError, decode
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.forms import FORMS
 from pocketvlm.weights.kv_cache import KVCacheScales
 from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
-__all__ = ["CACHE_PREFIX", "load_cache_grid", "load_weights"]
+__all__ = ["CACHE_PREFIX", "install_weights", "load_cache_grid", "load_weights"]
 
 # What a weight form raises if its metadata and tensors do not match.
 _FORM_ERRORS = (ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError)
@@ -107,28 +108,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
                 f"{folder.path}: {name} is not a weight of kind {kind}: {words}"
             ) from error
 
-    shared: dict[str, WeightForm] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            is_tied = spec.decoder.tied_head and name == spec.decoder.head
-            shape = (module.out_features, module.in_features)
-            form = shared[spec.decoder.embedding] if is_tied else take_form(name, shape)
-            check_shape(name, form.shape, shape)
-            bias = take_vector(name + ".bias", module.bias) if module.bias is not None else None
-            softcap = spec.decoder.logit_softcap if name == spec.decoder.head else None
-            model.set_submodule(name, FormLinear(form, bias, softcap=softcap))
-        elif name == spec.decoder.embedding:
-            shape = (spec.decoder.vocab_size, spec.decoder.hidden_size)
-            form = shared[name] = take_form(name, shape)
-            check_shape(name, form.shape, shape)
-            model.set_submodule(name, FormEmbedding(form, scale=spec.decoder.embed_scale))
-    for name, parameter in list(model.named_parameters()):
-        layer, _, last = name.rpartition(".")
-        if last == "bias" and isinstance(model.get_submodule(layer), FormLinear):
-            continue
-        value = take_vector(name, parameter)
-        check_shape(name, tuple(value.shape), tuple(parameter.shape))
-        setattr(model.get_submodule(layer), last, nn.Parameter(value, requires_grad=False))
+    install_weights(model, spec, take_form, take_vector)
     unknown = sorted(
         name
         for name in stored.keys() - taken
@@ -139,6 +119,51 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
             f"{folder.path}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a "
             f"{spec.model_type} model"
         )
+
+
+def install_weights(
+    model: nn.Module,
+    spec: ModelSpec,
+    take_form: Callable[[str, tuple[int, int]], WeightForm],
+    take_vector: Callable[[str, Tensor], Tensor],
+) -> None:
+    """Puts weights into a model of `build_model`, which is changed in place.
+
+    Args:
+        model: The model.
+        spec: What it is; a tied head takes its embedding's form.
+        take_form: The weight of a layer by its name and shape.
+        take_vector: Everything else, by its name and a tensor of its shape; float32.
+
+    Raises:
+        CheckpointError: A shape is not the one of the model.
+    """
+    decoder = spec.decoder
+    tables: dict[str, WeightForm] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+            is_tied = decoder.tied_head and name == decoder.head
+            form = tables[decoder.embedding] if is_tied else take_form(name, shape)
+            check_shape(name, form.shape, shape)
+            bias = None
+            if module.bias is not None:
+                bias = take_vector(name + ".bias", module.bias)
+                check_shape(name + ".bias", tuple(bias.shape), tuple(module.bias.shape))
+            softcap = decoder.logit_softcap if name == decoder.head else None
+            model.set_submodule(name, FormLinear(form, bias, softcap=softcap))
+        elif name == decoder.embedding:
+            shape = (decoder.vocab_size, decoder.hidden_size)
+            form = tables[name] = take_form(name, shape)
+            check_shape(name, form.shape, shape)
+            model.set_submodule(name, FormEmbedding(form, scale=decoder.embed_scale))
+    for name, parameter in list(model.named_parameters()):
+        layer, _, last = name.rpartition(".")
+        if last == "bias" and isinstance(model.get_submodule(layer), FormLinear):
+            continue
+        value = take_vector(name, parameter)
+        check_shape(name, tuple(value.shape), tuple(parameter.shape))
+        setattr(model.get_submodule(layer), last, nn.Parameter(value, requires_grad=False))
 
 
 def _owners(name: str, metadata: Mapping[str, Any]) -> Mapping[str, str]:
