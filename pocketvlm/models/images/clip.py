@@ -19,6 +19,7 @@ from pocketvlm.models.images.document import (
 __all__ = [
     "ClipDocument",
     "ClipGeometry",
+    "CropDocument",
     "Gemma3Document",
     "LlavaDocument",
     "SiglipDocument",
@@ -47,8 +48,8 @@ class ClipGeometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipDocument(ImageDocument):
-    """What `CLIPImageProcessor` is told."""
+class CropDocument(ImageDocument):
+    """What processors of CLIP's kind are told: a size, and what is cut out of the centre."""
 
     size: Size = field(default_factory=lambda: {"shortest_edge": 224})
     default_to_square: bool = False
@@ -63,6 +64,11 @@ class ClipDocument(ImageDocument):
         """Settings that pictures depend on, which must not be null."""
         names = {"size", "resample"} if self.do_resize else set()
         return super().needed | names | ({"crop_size"} if self.do_center_crop else set())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipDocument(CropDocument):
+    """What `CLIPImageProcessor` is told."""
 
     @property
     def pad_color(self) -> tuple[int, int, int] | None:

@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pocketvlm.json_io import DecodeError
-from pocketvlm.models.images.clip import ClipGeometry, mean_color
+from pocketvlm.models.images.clip import ClipGeometry, CropDocument, mean_color
 from pocketvlm.models.images.document import (
-    CLIP_MEAN,
-    CLIP_STD,
     MOST_TILES,
-    ImageDocument,
     Size,
     hold_pixels,
     read_size,
@@ -41,14 +38,9 @@ class LlavaNextGeometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaNextDocument(ImageDocument):
+class LlavaNextDocument(CropDocument):
     """What `LlavaNextImageProcessor` is told."""
 
-    size: Size = field(default_factory=lambda: {"shortest_edge": 224})
-    default_to_square: bool = False
-    crop_size: Size = field(default_factory=lambda: {"height": 224, "width": 224})
-    do_resize: bool = True
-    do_center_crop: bool = True
     image_grid_pinpoints: tuple[tuple[int, int], ...] = (
         (336, 672),
         (672, 336),
@@ -56,16 +48,8 @@ class LlavaNextDocument(ImageDocument):
         (1008, 336),
         (336, 1008),
     )
-    image_mean: float | tuple[float, ...] = CLIP_MEAN
-    image_std: float | tuple[float, ...] = CLIP_STD
     most_area: ClassVar[int | None] = None
     cuts_several: ClassVar[bool] = True
-
-    @property
-    def needed(self) -> frozenset[str]:
-        """Settings that pictures depend on, which must not be null."""
-        names = {"size", "resample"} if self.do_resize else set()
-        return super().needed | names | ({"crop_size"} if self.do_center_crop else set())
 
     def geometry(self) -> LlavaNextGeometry:
         """What becomes of a picture."""
