@@ -16,14 +16,13 @@ from PIL import Image
 
 from pocketvlm.reference import Pictures
 from pocketvlm.reference.questions import (
-    FORMS,
-    QUESTION_KINDS,
     SPLIT_KEYS,
     Example,
     Question,
     Split,
+    draw_example,
     generate_examples,
-    questions_about,
+    make_examples,
 )
 from pocketvlm.reference.scenes import CANVAS, GRID, MAX_OBJECTS, Scene, render, sample_scene
 
@@ -95,15 +94,11 @@ def sample_mosaic_example(seed: int, index: int, *, split: Split) -> tuple[Mosai
     The form and its answer are drawn first, then mosaics until one of them has such a question.
     """
     rng = np.random.default_rng((_STREAM, SPLIT_KEYS[split], seed, index))
-    kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
-    forms = [form for form in FORMS if form.kind == kind]
-    form = forms[rng.integers(len(forms))]
-    answer = form.answers[rng.integers(len(form.answers))]
-    while True:
-        mosaic = _sample_mosaic(rng, word=answer if kind == "word" else None)
-        matching = [q for q in questions_about(mosaic.whole, form) if q.answer == answer]
-        if matching:
-            return mosaic, matching[rng.integers(len(matching))]
+
+    def sample(word: str | None) -> Mosaic:
+        return _sample_mosaic(rng, word=word)
+
+    return draw_example(rng, index, sample, lambda mosaic: mosaic.whole)
 
 
 def generate_mosaic_examples(
@@ -120,15 +115,11 @@ def generate_mosaic_examples(
 
     Yields:
         Examples whose kinds follow each other round-robin in the order of `QUESTION_KINDS`.
+
+    Raises:
+        ValueError: If the split is unknown, or `seed` or `n` is negative.
     """
-    for index in range(n):
-        mosaic, question = sample_mosaic_example(seed, index, split=split)
-        yield Example(
-            image=render_mosaic(mosaic),
-            question=question.text,
-            answer=question.answer,
-            kind=question.kind,
-        )
+    return make_examples(sample_mosaic_example, render_mosaic, seed, n, split)
 
 
 GENERATORS: Mapping[Pictures, Callable[..., Iterator[Example]]] = {

@@ -8,9 +8,9 @@ chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -34,12 +34,15 @@ __all__ = [
     "Form",
     "Question",
     "Split",
+    "draw_example",
     "generate_examples",
+    "make_examples",
     "questions_about",
     "sample_example_scene",
 ]
 
 Split = Literal["train", "calibration", "evaluation"]
+PictureT = TypeVar("PictureT")
 SPLIT_KEYS: dict[Split, int] = {"train": 1, "calibration": 2, "evaluation": 3}
 
 QUESTION_KINDS: tuple[str, ...] = (
@@ -119,15 +122,7 @@ def generate_examples(seed: int, n: int, *, split: Split = "evaluation") -> Iter
     Raises:
         ValueError: If the split is unknown, or ``seed`` or ``n`` is negative.
     """
-    if split not in SPLIT_KEYS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLIT_KEYS)}")
-    if seed < 0 or n < 0:
-        raise ValueError(f"seed and n must not be negative, got seed={seed}, n={n}")
-    for index in range(n):
-        scene, question = sample_example_scene(seed, index, split=split)
-        yield Example(
-            image=render(scene), question=question.text, answer=question.answer, kind=question.kind
-        )
+    return make_examples(sample_example_scene, render, seed, n, split)
 
 
 def sample_example_scene(seed: int, index: int, *, split: Split) -> tuple[Scene, Question]:
@@ -136,15 +131,66 @@ def sample_example_scene(seed: int, index: int, *, split: Split) -> tuple[Scene,
     The form and its answer are drawn first, then scenes until one of them has such a question.
     """
     rng = np.random.default_rng((SPLIT_KEYS[split], seed, index))
+
+    def sample(word: str | None) -> Scene:
+        return sample_scene(rng, word=word)
+
+    return draw_example(rng, index, sample, lambda scene: scene)
+
+
+def make_examples(
+    draw: Callable[..., tuple[PictureT, Question]],
+    draw_pixels: Callable[[PictureT], Image.Image],
+    seed: int,
+    n: int,
+    split: Split,
+) -> Iterator[Example]:
+    """What `generate_examples` promises, for any kind of picture.
+
+    Args:
+        draw: Draws picture and question of an example, from a seed, an index and a split.
+        draw_pixels: Renders a picture.
+        seed: As there.
+        n: Likewise.
+        split: Likewise.
+    """
+    if split not in SPLIT_KEYS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLIT_KEYS)}")
+    if seed < 0 or n < 0:
+        raise ValueError(f"seed and n must not be negative, got seed={seed}, n={n}")
+    for index in range(n):
+        picture, question = draw(seed, index, split=split)
+        yield Example(
+            image=draw_pixels(picture),
+            question=question.text,
+            answer=question.answer,
+            kind=question.kind,
+        )
+
+
+def draw_example(
+    rng: np.random.Generator,
+    index: int,
+    sample: Callable[[str | None], PictureT],
+    scene_of: Callable[[PictureT], Scene],
+) -> tuple[PictureT, Question]:
+    """Draws a form and its answer, then pictures until one of them has such a question.
+
+    Args:
+        rng: Source of randomness.
+        index: The example's, which decides its kind of question.
+        sample: Draws a picture, in which a given word is written.
+        scene_of: What a picture shows, for questions.
+    """
     kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
     forms = [form for form in FORMS if form.kind == kind]
     form = forms[rng.integers(len(forms))]
     answer = form.answers[rng.integers(len(form.answers))]
     while True:
-        scene = sample_scene(rng, word=answer if kind == "word" else None)
-        matching = [q for q in questions_about(scene, form) if q.answer == answer]
+        picture = sample(answer if kind == "word" else None)
+        matching = [q for q in questions_about(scene_of(picture), form) if q.answer == answer]
         if matching:
-            return scene, matching[rng.integers(len(matching))]
+            return picture, matching[rng.integers(len(matching))]
 
 
 def questions_about(scene: Scene, form: Form) -> list[Question]:

@@ -10,7 +10,6 @@ Run the same command again to resume.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
@@ -37,7 +36,7 @@ from pocketvlm.reference.packing import (
     picture_prefix,
 )
 from pocketvlm.reference.tokenizer import DIALECTS, IMAGE_ID, build_tokenizer
-from pocketvlm.reference.train import learning_rate, save_model
+from pocketvlm.reference.train import make_optimizer, save_model, save_state, take_step
 
 __all__ = ["Group", "main", "make_groups", "start_model"]
 
@@ -165,9 +164,7 @@ def _train(options: argparse.Namespace) -> Any:
     torch.manual_seed(options.seed)
     model = start_model()
     model.requires_grad_(requires_grad=False)
-    trained = [*model.model.text_model.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(requires_grad=True)
+    model.model.text_model.requires_grad_(requires_grad=True)
     data = options.work / f"mosaics-{options.seed}-{options.mosaics}.pt"
     if not data.exists():
         torch.save(
@@ -181,13 +178,7 @@ def _train(options: argparse.Namespace) -> Any:
         TileGrid(rows=rows, columns=columns): Group(features=features, packs=packs)
         for (rows, columns), (features, packs) in torch.load(data, weights_only=True).items()
     }
-    decay = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.05}]
-    optimizer = torch.optim.AdamW(
-        [*decay, {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
-        lr=options.rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizer = make_optimizer(model, {"": 1.0}, options.rate)
     file, step = options.work / "tiles.pt", 0
     batches = _batches(groups, options.batch, options.seed)
     if file.exists():
@@ -199,16 +190,9 @@ def _train(options: argparse.Namespace) -> Any:
             next(batches)
     began, shown = time.perf_counter(), []
     while step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * learning_rate(step, options.steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss, right = _loss(model, *next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"the gradient at step {step} is {float(norm)}")
-        optimizer.step()
+        take_step(optimizer, loss, step, options.steps, name=_NAME)
         step += 1
         shown.append((float(loss.detach()), right))
         if step % 20 == 0:
@@ -218,8 +202,7 @@ def _train(options: argparse.Namespace) -> Any:
             shown.clear()
         if step % _SAVE_EVERY == 0 or step == options.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "step": step}, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").rename(file)
+            save_state(file, {**state, "step": step})
     return model
 
 

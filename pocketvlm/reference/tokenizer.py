@@ -8,7 +8,7 @@ is unknown.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,18 +64,33 @@ class Dialect:
         return -(-(_WORDS + len(self.specials)) // 32) * 32
 
 
-_SMOL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}Assistant:\n{% else %}User:{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
-)
-
 # Neither template leaves work to a tokenizer post-processor: the text that it renders holds every
 # special token, so rendering then encoding and encoding in one go cannot disagree.
+_SMOL = Dialect(
+    specials=(
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<end_of_utterance>",
+        "<image>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        "<reserved_6>",
+        "<reserved_7>",
+    ),
+    chat_template=(
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}Assistant:\n{% else %}User:{% endif %}"
+        "{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for item in message['content'] %}"
+        "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
+    ),
+    placeholder=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    header="User:",
+    reply="<end_of_utterance>Assistant:\n",
+)
+
 SCENE_DIALECTS = ("pocket-llava", "pocket-smol")
 """Of the models that see one scene at a time, and share a decoder."""
 DIALECTS: dict[str, Dialect] = {
@@ -95,38 +110,14 @@ DIALECTS: dict[str, Dialect] = {
         header="USER:",
         reply="\nASSISTANT:\n",
     ),
-    "pocket-smol": Dialect(
+    "pocket-smol": _SMOL,
+    "pocket-tiles": replace(
+        _SMOL,
         specials=(
-            "<|endoftext|>",
-            "<|im_start|>",
-            "<end_of_utterance>",
-            "<image>",
-            "<fake_token_around_image>",
-            "<global-img>",
-            "<reserved_6>",
-            "<reserved_7>",
-        ),
-        chat_template=_SMOL_TEMPLATE,
-        placeholder=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
-        header="User:",
-        reply="<end_of_utterance>Assistant:\n",
-    ),
-    # The dialect of pocket-smol, with markers of tiles.
-    "pocket-tiles": Dialect(
-        specials=(
-            "<|endoftext|>",
-            "<|im_start|>",
-            "<end_of_utterance>",
-            "<image>",
-            "<fake_token_around_image>",
-            "<global-img>",
+            *_SMOL.specials[:-2],
             *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
             *(f"<reserved_{i}>" for i in range(10, 16)),
         ),
-        chat_template=_SMOL_TEMPLATE,
-        placeholder=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
-        header="User:",
-        reply="<end_of_utterance>Assistant:\n",
         tile_marker="<fake_token_around_image><row_{row}_col_{column}>",
     ),
 }

@@ -17,6 +17,7 @@ import argparse
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pocketvlm.reference import REFERENCE_MODELS
 from pocketvlm.reference.architecture import build_processor, generation_config
 from pocketvlm.reference.dataset import SHARD_SIZE, load_shard, make_shard
 from pocketvlm.reference.stages import Batch, DecoderStage, JointStage, Loss, Stage, TowerStage
 
-__all__ = ["learning_rate", "main", "save_model"]
+__all__ = ["learning_rate", "main", "make_optimizer", "save_model", "save_state", "take_step"]
 
 _WARMUP_STEPS = 100
 _DECAY_SHARE = 0.3
@@ -47,12 +48,18 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARMUP_STEPS, max(_FINAL_RATE, remaining / _DECAY_SHARE))
 
 
-def _optimizer(stage: Stage, peak: float) -> torch.optim.AdamW:
-    """AdamW without decay of norms and biases; a parameter's rate is that of its first prefix."""
+def make_optimizer(module: nn.Module, rates: Mapping[str, float], peak: float) -> torch.optim.AdamW:
+    """AdamW without decay of norms and biases; a parameter's rate is that of its first prefix.
+
+    Args:
+        module: What is trained, of which only parameters that want gradients count.
+        rates: Shares of the rate by prefixes of names.
+        peak: The rate.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in stage.module.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            share = next(rate for prefix, rate in stage.rates.items() if name.startswith(prefix))
+            share = next(rate for prefix, rate in rates.items() if name.startswith(prefix))
             decay = 0.05 if parameter.dim() > 1 else 0.0
             groups.setdefault((share, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -65,10 +72,37 @@ def _optimizer(stage: Stage, peak: float) -> torch.optim.AdamW:
     )
 
 
+def take_step(
+    optimizer: torch.optim.AdamW, loss: Tensor, step: int, steps: int, *, name: str
+) -> float:
+    """One step down a loss; returns the length of its gradient.
+
+    Raises:
+        FloatingPointError: The gradient is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * learning_rate(step, steps)
+    optimizer.zero_grad()
+    loss.backward()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(trained, 1.0))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{name}: the gradient at step {step} is {norm}")
+    optimizer.step()
+    return norm
+
+
+def save_state(file: Path, state: Mapping[str, Any]) -> None:
+    """Writes where a run stands, aside first and then in one move."""
+    aside = file.with_suffix(".tmp")
+    torch.save(dict(state), aside)
+    aside.rename(file)
+
+
 def _train(stage: Stage, options: argparse.Namespace, name: str) -> None:
     """Runs a stage to its last step, from its last checkpoint if there is one."""
     checkpoint = options.work / f"{name}.pt"
-    optimizer = _optimizer(stage, options.rate)
+    optimizer = make_optimizer(stage.module, stage.rates, options.rate)
     step, seconds = 0, 0.0
     if checkpoint.exists():
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
@@ -80,7 +114,6 @@ def _train(stage: Stage, options: argparse.Namespace, name: str) -> None:
     held_out = load_shard(make_shard(options.work, options.seed, options.shards))
     shard_number, shard = -1, held_out
     started, printed = time.perf_counter() - seconds, time.perf_counter()
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
     while step < options.steps:
         epoch_shard, row = divmod(step, per_shard)
         if epoch_shard != shard_number:
@@ -89,30 +122,21 @@ def _train(stage: Stage, options: argparse.Namespace, name: str) -> None:
                 make_shard(options.work, options.seed, shard_number % options.shards)
             )
             order = np.random.default_rng((options.seed, shard_number)).permutation(SHARD_SIZE)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, options.steps)
         rows = order[row * options.batch : (row + 1) * options.batch]
         loss = _loss(stage, Batch.from_shard(shard, rows, stage.dialect(step)), training=True)
-        optimizer.zero_grad()
-        loss.total.backward()
-        norm = nn.utils.clip_grad_norm_(trainable, 1.0)
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"{name}: the gradient at step {step} is {float(norm)}")
-        optimizer.step()
+        norm = take_step(optimizer, loss.total, step, options.steps, name=name)
         step += 1
         if step % _PRINT_EVERY == 0:
             speed = _PRINT_EVERY * options.batch / (time.perf_counter() - printed)
             print(
-                f"{name} {step} {_show(loss.figures)} norm {float(norm):.2f} scenes/s {speed:.0f}",
+                f"{name} {step} {_show(loss.figures)} norm {norm:.2f} scenes/s {speed:.0f}",
                 flush=True,
             )
             printed = time.perf_counter()
         if step % _SAVE_EVERY == 0 or step == options.steps:
             seconds = time.perf_counter() - started
             state = {"module": stage.module.state_dict(), "optimizer": optimizer.state_dict()}
-            aside = checkpoint.with_suffix(".tmp")
-            torch.save({**state, "step": step, "seconds": seconds}, aside)
-            aside.rename(checkpoint)
+            save_state(checkpoint, {**state, "step": step, "seconds": seconds})
             figures = _held_out(stage, held_out, options.batch)
             print(f"{name} {step} held out: {_show(figures)} after {seconds:.0f} s", flush=True)
             printed = time.perf_counter()
