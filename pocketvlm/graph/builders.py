@@ -17,7 +17,14 @@ from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output,
 from pocketvlm.models.projector import ProjectorSpec, TapSpec, run_steps
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["TextRows", "build_decoder", "build_embedding", "build_vision", "merged_features"]
+__all__ = [
+    "TextRows",
+    "build_decoder",
+    "build_embedding",
+    "build_vision",
+    "merged_features",
+    "tap_rows",
+]
 
 ValueT = TypeVar("ValueT")
 

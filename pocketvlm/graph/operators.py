@@ -88,7 +88,7 @@ class GraphOps(Protocol[ValueT]):
         ...
 
     def merge_patches(self, features: ValueT, factor: int) -> ValueT:
-        """Pixel shuffle, as `forward.merge_patches`."""
+        """Pixel shuffle, as `tensor_ops.merge_patches`."""
         ...
 
     def average_patches(self, features: ValueT, factor: int) -> ValueT:

@@ -113,12 +113,10 @@ class TorchOps(TensorOps):
         return self._context
 
     def short_conv(self, joined: Tensor, block: int, *names: str) -> Tensor:
-        if self._context is None:
-            raise TypeError("the decoder needs a context")
         conv = self._spec.decoder.convolutions[block]
         kernel = cast("nn.Conv1d", self._module(conv.kernel))
         before, after, values = self.split(joined, *names)
-        window = self._context.after_past(block, before * values, conv.taps - 1)
+        window = self._rows.after_past(block, before * values, conv.taps - 1)
         return after * kernel(window.transpose(1, 2)).transpose(1, 2)
 
     def head(self, normed: Tensor) -> Tensor:
