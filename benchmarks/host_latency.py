@@ -16,8 +16,8 @@ from typing import Any
 
 from shape_bundles import write_bundle
 
+from pocketvlm.device_bench.controller import bench_bundle
 from pocketvlm.device_bench.graph_bytes import TARGET
-from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.html import render_html

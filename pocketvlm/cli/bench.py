@@ -31,7 +31,7 @@ def bench(
     """Time a bundle: stages, two times to first token, rates, memory; raw samples kept."""
     from dataclasses import replace
 
-    from pocketvlm.device_bench.protocol import bench_bundle
+    from pocketvlm.device_bench.controller import bench_bundle
     from pocketvlm.device_bench.workload import load_workload
     from pocketvlm.json_io import encode
 

@@ -3,7 +3,7 @@
 ```python
 from pathlib import Path
 
-from pocketvlm.device_bench.protocol import bench_bundle
+from pocketvlm.device_bench.controller import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
 
 result = bench_bundle(Path("out/bundle"), load_workload("vlm"))

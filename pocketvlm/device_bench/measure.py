@@ -7,7 +7,9 @@ prompt is timed separately from prefill, so that one answer gives both times to 
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ import psutil
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import AnswerTimes, Block
-from pocketvlm.device_bench.workload import Workload, fit_prompt
+from pocketvlm.device_bench.protocol import AnswerEvent, AnswerKind, BlockJob, LoadedEvent
+from pocketvlm.device_bench.transports.base import EventCallback, ignore_event
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.machine import peak_rss_bytes, process_peak_bytes
@@ -24,7 +27,7 @@ from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.reports.measurement import Memory, Prompt
 from pocketvlm.runtime.answer import StageClock
 from pocketvlm.runtime.detokenize import TextStream
-from pocketvlm.runtime.engines import choose_engine, open_engine
+from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.picture_rows import PictureRows
@@ -34,6 +37,8 @@ from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import Message, TextCodec, user_message
 
 __all__ = ["measure_block"]
+
+_PICTURE = "the workload's picture"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,42 +50,41 @@ class _Loaded:
     preprocessor: ImagePreprocessor
     rows: PictureRows
     runner: Runner
-    workload: Workload
+    job: BlockJob
     messages: Sequence[Message]
+    images: Sequence[bytes]
 
 
-def measure_block(path: Path, workload: Workload, image: bytes | None, threads: int) -> Block:
+def measure_block(job: BlockJob, threads: int, *, on_event: EventCallback = ignore_event) -> Block:
     """Loads a bundle and measures the workload on it, in this process.
 
     Args:
-        path: A bundle. Its digests are not checked, because that is not part of loading.
-        workload: The workload to measure.
-        image: The encoded picture, or `None` for text alone.
+        job: The bundle and the workload. The bundle's digests are not checked, because that is not
+            part of loading.
         threads: Threads of the heavy graphs.
+        on_event: Called once all graphs are ready, and for every answer.
 
     Raises:
         BundleError: The bundle cannot be loaded.
-        InputError: The workload does not fit the model.
+        InputError: A picture cannot be read, or the job has turns that this runner cannot measure.
     """
+    if len(job.turns) != 1:
+        raise InputError(f"the job has {len(job.turns)} turns; this runner measures one")
+    started = time.monotonic()
     before_bytes = _rss_bytes()
     clock = StageClock()
-    bundle = Bundle.open(path, verify=False)
+    bundle = Bundle.open(Path(job.bundle), verify=False)
     codec = TextCodec.from_bundle(bundle)
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     clock.lap("load")
-    text, text_tokens = _fit(codec, workload)
-    grids = []
-    if image is not None:
-        grids.append(preprocessor.grid(read_image(image, "the workload's picture")))
-    messages = [user_message(text, images=len(grids))]
-    full, kept = bundle.manifest.visual_tokens_full, bundle.manifest.visual_tokens
-    placeholders = sum(grid.placeholders(full) for grid in grids)
+    (turn,) = job.turns
+    images = [base64.b64decode(job.pictures[index]) for index in turn.pictures]
+    messages = [user_message(turn.text, images=len(images))]
+    grids = [preprocessor.grid(read_image(image, _PICTURE)) for image in images]
+    full = bundle.manifest.visual_tokens_full
     prompt = codec.encode(messages, grids)
-    dropped = placeholders - sum(grid.most_rows(full, kept) for grid in grids)
-    rows = len(prompt) - dropped + workload.new_tokens
-    _require_positions(bundle, workload, prompt_tokens=len(prompt), dropped=dropped)
     clock.skip()
-    runner = _open(bundle, threads, rows)
+    runner = _open(bundle, job.runtime, threads, len(prompt) + job.new_tokens)
     clock.lap("load")
     loaded = _Loaded(
         bundle=bundle,
@@ -88,18 +92,30 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
         preprocessor=preprocessor,
         rows=PictureRows.from_bundle(bundle),
         runner=runner,
-        workload=workload,
+        job=job,
         messages=messages,
+        images=images,
     )
     after_bytes = _rss_bytes()
-    cold, token_ids = _answer(loaded, image)
-    for _ in range(workload.warm_ups - 1):
-        _answer(loaded, image)
-    measured = [_answer(loaded, image) for _ in range(workload.answers)]
+    load_ms = sum(clock.laps("load"))
+    on_event(LoadedEvent(load_ms=load_ms))
+
+    def answer(kind: AnswerKind) -> tuple[AnswerTimes, tuple[int, ...]]:
+        times, ids = _answer(loaded)
+        at_ms = (time.monotonic() - started) * 1e3
+        on_event(AnswerEvent(kind=kind, turn=0, at_ms=at_ms, times=times))
+        return times, ids
+
+    cold, token_ids = answer("cold")
+    for _ in range(job.warm_ups - 1):
+        answer("warm_up")
+    measured = [answer("measured") for _ in range(job.answers)]
+    placeholders = sum(grid.placeholders(full) for grid in grids)
+    text_tokens = sum(token != codec.image_token_id for token in codec.encode(messages))
     return Block(
-        load_ms=sum(clock.laps("load")),
+        load_ms=load_ms,
         prompt=Prompt(
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            text_sha256=hashlib.sha256(turn.text.encode()).hexdigest(),
             text_tokens=text_tokens,
             visual_tokens=cold.prompt_tokens - (len(prompt) - placeholders),
             tokens=cold.prompt_tokens,
@@ -116,7 +132,7 @@ def measure_block(path: Path, workload: Workload, image: bytes | None, threads: 
     )
 
 
-def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[int, ...]]:
+def _answer(loaded: _Loaded) -> tuple[AnswerTimes, tuple[int, ...]]:
     """One answer from an empty cache."""
     runner, codec, manifest = loaded.runner, loaded.codec, loaded.bundle.manifest
     stream = TextStream(codec.decode_raw)
@@ -124,12 +140,12 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
     pictures: list[VisualFeatures] = []
     grids: list[TileGrid] = []
     clock = StageClock()
-    if image is not None:
-        picture = read_image(image, "the workload's picture")
+    for image in loaded.images:
+        picture = read_image(image, _PICTURE)
         pixels = loaded.preprocessor.pixels(picture)
         clock.lap("preprocess")
         grids.append(loaded.preprocessor.grid(picture))
-        pictures += loaded.rows.encode(runner, pixels, grids[0])
+        pictures += loaded.rows.encode(runner, pixels, grids[-1])
         clock.lap("vision")
     layout = lay_out_prompt(
         codec.encode(loaded.messages, grids),
@@ -142,8 +158,8 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
     rows = prompt_rows(layout, pictures, runner, mutual_rows=manifest.kv_cache.mutual_rows)
     clock.lap("embed")
     stop = StopRules(
-        max_new_tokens=loaded.workload.new_tokens,
-        end_token_ids=() if loaded.workload.ignore_eos else codec.eos_token_ids,
+        max_new_tokens=loaded.job.new_tokens,
+        end_token_ids=() if loaded.job.ignore_eos else codec.eos_token_ids,
     )
     token_ids: list[int] = []
     ttft_user_ms = 0.0
@@ -172,36 +188,11 @@ def _answer(loaded: _Loaded, image: bytes | None) -> tuple[AnswerTimes, tuple[in
     return times, tuple(token_ids)
 
 
-def _fit(codec: TextCodec, workload: Workload) -> tuple[str, int]:
-    """The text whose prompt has the workload's number of tokens, and the number counted."""
-
-    def count_tokens(text: str) -> int:
-        ids = codec.encode([user_message(text, images=int(workload.has_image))])
-        return sum(token != codec.image_token_id for token in ids)
-
-    text = fit_prompt(count_tokens, workload.prompt_tokens)
-    return text, count_tokens(text)
-
-
-def _require_positions(
-    bundle: Bundle, workload: Workload, *, prompt_tokens: int, dropped: int
-) -> None:
-    manifest = bundle.manifest
-    prompt = prompt_tokens - (0 if manifest.positions == "original" else dropped)
-    needed = prompt + workload.new_tokens
-    limit = manifest.generation.max_positions
-    if needed > limit:
-        raise InputError(
-            f"workload {workload.name!r} takes {needed} positions ({prompt} of the prompt, "
-            f"{workload.new_tokens} new); {bundle.path} has {limit}"
-        )
-
-
-def _open(bundle: Bundle, threads: int, rows: int) -> Runner:
-    """The engine that `ask` would use; ONNX Runtime's cache has exactly the rows needed."""
-    if choose_engine(bundle) == "onnx":
+def _open(bundle: Bundle, runtime: str, threads: int, rows: int) -> Runner:
+    """The engine; ONNX Runtime's cache has no more rows than needed."""
+    if runtime == "onnx":
         return OnnxRunner(bundle, threads=threads, capacity=rows)
-    return open_engine(bundle, threads=threads)
+    return open_engine(bundle, runtime, threads=threads)
 
 
 def _rss_bytes() -> int:

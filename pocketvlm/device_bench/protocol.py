@@ -1,163 +1,226 @@
-"""The protocol of a benchmark: which process runs when.
+"""The line protocol between the controller and a runner on a device.
 
-Baseline and candidate alternate, process by process (ABAB). Every process is new: it loads one
-bundle, gives a cold answer, then warm-up answers, then the measured ones, and ends. So drift of the
-machine affects both equally, every load is a cold start of the process (the system's file cache is
-warm, because digests were just checked), peak memory is that of one bundle alone, and the variation
-between processes, which is larger than within a process, is in the samples.
+```text
+stdin   one JSON document, the job (or the file that `--job FILE` names)
+stdout  lines; one that is a JSON object with the key "event" is an event, any other is for people;
+        the last line is one JSON document, the result
+stderr  messages of the libraries
+exit    0 with a result, 2 with a reason
+```
 
-A process that fails stays in the result with its reason. Figures that contradict physics or each
-other are flagged, and so is a machine that was not quiet.
+One process does one job and ends, so that its peak memory is that of one bundle alone, its first
+answer is cold, and it cannot affect the next measurement. Nothing here depends on where the device
+is or in which language its runner is written. Events are sent as things happen, so that what was
+measured is not lost with a device that vanishes.
 """
 
 from __future__ import annotations
 
-import base64
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from pocketvlm.bundle import Bundle
-from pocketvlm.context import Progress, ProgressCallback, ignore_progress
-from pocketvlm.device_bench.arm import Arm
-from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.devices import load_device
-from pocketvlm.device_bench.host import Failure, HostTransport, Transport
-from pocketvlm.device_bench.result import assemble_measurement
-from pocketvlm.device_bench.workload import Workload
-from pocketvlm.errors import PocketVLMError, UnsupportedError
-from pocketvlm.json_io import DecodeError, decode
-from pocketvlm.reports.measurement import Environment, Measurement, ProcessStart
-from pocketvlm.runtime.engines import EMULATED, choose_engine
+from pocketvlm.device_bench.block import AnswerTimes
+from pocketvlm.json_io import DecodeError, decode, encode
 
-__all__ = ["Turn", "bench_bundle", "schedule"]
+__all__ = [
+    "PROTOCOL",
+    "AnswerEvent",
+    "AnswerKind",
+    "BlockJob",
+    "EnvironmentJob",
+    "Event",
+    "Failure",
+    "Job",
+    "LoadedEvent",
+    "Result",
+    "SensorsEvent",
+    "Turn",
+    "parse_event",
+    "parse_job",
+    "parse_result",
+    "write_event",
+    "write_failure",
+    "write_job",
+    "write_result",
+]
 
-_TIMEOUT_S = 600.0
-# A bundle that failed twice will fail again; its remaining turns are skipped, with a note.
-_MOST_FAILURES = 2
+PROTOCOL = 2
+"""The version of jobs, events and results."""
+
+AnswerKind = Literal["cold", "warm_up", "measured", "sustained"]
+Result = dict[str, Any]
+"""The `result` of a job, as JSON values: an environment, or a `Block`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One process: its bundle and the number of the repeat."""
+    """One turn of the conversation that is measured.
 
-    role: str
-    repeat: int
+    Attributes:
+        text: What the user writes.
+        pictures: Which of the job's pictures the user shows with it.
+        rendered: The chat template's text of this turn and all before it, up to where the answer
+            begins, one marker per picture; for runners that have no Jinja. Answers of earlier turns
+            are not in it: a runner inserts its own.
+    """
+
+    text: str
+    pictures: tuple[int, ...] = ()
+    rendered: str | None = None
 
 
-def schedule(repeats: int, roles: Sequence[str]) -> tuple[Turn, ...]:
-    """The order of the processes: every role once per repeat, always in the same order."""
-    return tuple(Turn(role=role, repeat=repeat) for repeat in range(repeats) for role in roles)
+@dataclass(frozen=True, kw_only=True)
+class BlockJob:
+    """Measure one bundle.
 
-
-def bench_bundle(
-    bundle: Path,
-    workload: Workload,
-    *,
-    baseline: Path | None = None,
-    device: str = "host",
-    threads: int | None = None,
-    timeout_s: float = _TIMEOUT_S,
-    transport: Transport | None = None,
-    on_progress: ProgressCallback = ignore_progress,
-) -> Measurement:
-    """Measures a bundle, interleaved with a baseline if one is given.
-
-    Args:
-        bundle: The bundle to measure.
-        workload: The workload to measure it on.
-        baseline: A bundle to alternate with.
-        device: Name of a device profile.
+    Attributes:
+        bundle: Its folder on the device.
+        runtime: The target whose graphs are run.
+        turns: The conversation; every answer starts it from an empty cache.
+        new_tokens: Tokens per answer, the first one included.
+        pictures: Encoded files, as base64, so that every bundle reads the same bytes.
+        ignore_eos: Whether generation continues after an end token.
+        warm_ups: Answers before the measured ones; the first of them is the cold one.
+        answers: Measured answers.
+        sustained_s: Seconds of further answers without a pause; `None` for none.
         threads: Threads of the heavy graphs; `None` for one per physical core.
-        timeout_s: Seconds that one process may take.
-        transport: Reaches the device; `None` for the transport of its profile.
-        on_progress: Called for every process.
+    """
+
+    bundle: str
+    runtime: str
+    turns: tuple[Turn, ...]
+    new_tokens: int
+    pictures: tuple[str, ...] = ()
+    ignore_eos: bool = True
+    warm_ups: int = 1
+    answers: int = 1
+    sustained_s: float | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentJob:
+    """Describe the device, as threads of this number will find it."""
+
+    threads: int | None = None
+
+
+Job = BlockJob | EnvironmentJob
+_JOBS: dict[str, type[BlockJob | EnvironmentJob]] = {
+    "environment": EnvironmentJob,
+    "block": BlockJob,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEvent:
+    """All graphs are ready."""
+
+    load_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerEvent:
+    """An answer is complete, `at_ms` after the runner's start."""
+
+    kind: AnswerKind
+    turn: int
+    at_ms: float
+    times: AnswerTimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensorsEvent:
+    """What the device's sensors say, `at_ms` after the runner's start; `None` for no such sensor.
+
+    Attributes:
+        temperature_c: The hottest sensor, in degrees Celsius.
+        thermal_status: 0 (none) to 6 (shutdown), as Android counts.
+    """
+
+    at_ms: float
+    temperature_c: float | None = None
+    thermal_status: int | None = None
+
+
+Event = LoadedEvent | AnswerEvent | SensorsEvent
+_EVENTS: dict[str, type[LoadedEvent | AnswerEvent | SensorsEvent]] = {
+    "loaded": LoadedEvent,
+    "answer": AnswerEvent,
+    "sensors": SensorsEvent,
+}
+_EVENT_NAMES = {kind: name for name, kind in _EVENTS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a job returned no result, and what had arrived by then."""
+
+    reason: str
+    events: tuple[Event, ...] = field(default=())
+
+
+def write_job(job: Job) -> str:
+    """The job as one line."""
+    name = next(name for name, kind in _JOBS.items() if isinstance(job, kind))
+    return json.dumps({"schema": PROTOCOL, "job": name, **encode(job)}, allow_nan=False)
+
+
+def parse_job(text: str) -> Job:
+    """Reads what `write_job` wrote.
 
     Raises:
-        BundleError: There is no bundle, or a file of it was changed.
-        InputError: The workload's picture cannot be read.
-        UnsupportedError: There is no transport to the device, or no engine for the bundle.
+        ValueError: The job is unknown, not valid, or of another protocol.
     """
-    image = workload.image_bytes()
-    arms = {} if baseline is None else {"baseline": Arm(bundle=Bundle.open(baseline))}
-    arms["candidate"] = Arm(bundle=Bundle.open(bundle))
-    for arm in arms.values():
-        _require_engine(arm.bundle)
-    transport = transport or _transport_to(device)
-    environment = _describe_device(transport, device, threads, timeout_s)
-    turns = schedule(workload.repeats, tuple(arms))
-    order = []
-    started = time.monotonic()
-    for done, turn in enumerate(turns):
-        arm = arms[turn.role]
-        on_progress(Progress(task="bench", done=done, total=len(turns), note=turn.role))
-        if len(arm.failures) >= _MOST_FAILURES:
-            continue
-        time.sleep(workload.cool_down_s)
-        at_s = round(time.monotonic() - started, 3)
-        order.append(ProcessStart(role=turn.role, at_s=at_s))
-        job = _block_job(arm.bundle.path, workload, image, environment.threads)
-        outcome = _run_block(transport, job, timeout_s)
-        if isinstance(outcome, Failure):
-            arm.failures[turn.repeat] = outcome.reason
-        else:
-            arm.blocks[turn.repeat] = outcome
-    on_progress(Progress(task="bench", done=len(turns), total=len(turns)))
-    return assemble_measurement(arms, workload, image, environment, order)
+    document = json.loads(text)
+    if not isinstance(document, dict) or document.get("schema") != PROTOCOL:
+        schema = document.get("schema") if isinstance(document, dict) else None
+        raise ValueError(f"job schema {schema!r}; this runner speaks {PROTOCOL}")
+    name = document.get("job")
+    if name not in _JOBS:
+        raise ValueError(f"job {name!r}; this runner knows {' and '.join(_JOBS)}")
+    content = {key: value for key, value in document.items() if key not in ("schema", "job")}
+    return decode(_JOBS[name], content, "job")
 
 
-def _require_engine(bundle: Bundle) -> None:
-    """An emulator has the answers of an engine, but not its speed."""
-    name = choose_engine(bundle)
-    if name in EMULATED:
-        raise UnsupportedError(
-            f"{bundle.path}: has graphs for {name} alone, whose engine is not on this host; "
-            "`pocketvlm verify-coreml` times them on an Apple machine"
-        )
+def write_event(event: Event) -> str:
+    """The event as one line."""
+    return json.dumps({"event": _EVENT_NAMES[type(event)], **encode(event)}, allow_nan=False)
 
 
-def _transport_to(device: str) -> Transport:
-    profile = load_device(device)
-    if profile.transport != "host":
-        raise UnsupportedError(
-            f"device {device!r}: there is no transport to it in this version; its profile serves "
-            "plans. Devices that can be measured: host"
-        )
-    return HostTransport()
-
-
-def _describe_device(
-    transport: Transport, device: str, threads: int | None, timeout_s: float
-) -> Environment:
-    found = transport.run({"job": "environment", "threads": threads}, timeout_s=timeout_s)
-    if isinstance(found, Failure):
-        raise PocketVLMError(f"the device does not answer: {found.reason}")
+def parse_event(line: str) -> Event | None:
+    """The event that a line holds; `None` for a line for people, and for an unknown event."""
+    if not line.startswith("{"):
+        return None
     try:
-        return decode(Environment, {**found, "device": device}, "environment")
-    except DecodeError as fault:
-        raise PocketVLMError(f"the device describes itself wrongly: {fault}") from fault
+        document = json.loads(line)
+        kind = _EVENTS[document.pop("event")]
+        return decode(kind, document, "event")
+    except (ValueError, KeyError, TypeError, RecursionError, DecodeError):
+        return None
 
 
-def _run_block(transport: Transport, job: Mapping[str, Any], timeout_s: float) -> Block | Failure:
-    outcome = transport.run(job, timeout_s=timeout_s)
-    if isinstance(outcome, Failure):
-        return outcome
+def write_result(result: Result) -> str:
+    """The last line of a job that was done."""
+    document = {"schema": PROTOCOL, "status": "ok", "result": result}
+    return json.dumps(document, allow_nan=False)
+
+
+def write_failure(reason: str) -> str:
+    """The last line of a job that could not be done."""
+    return json.dumps({"schema": PROTOCOL, "status": "failed", "reason": reason})
+
+
+def parse_result(line: str) -> Result | Failure | None:
+    """What the last line of a runner says; `None` if it is not a JSON document."""
     try:
-        return decode(Block, outcome)
-    except DecodeError as fault:
-        return Failure(reason=f"the worker's result is not a block: {fault}")
-
-
-def _block_job(
-    path: Path, workload: Workload, image: bytes | None, threads: int | None
-) -> dict[str, Any]:
-    # The picture is part of the job, so that both bundles read the same bytes.
-    return {
-        "job": "block",
-        "bundle": str(path.resolve()),
-        "workload": workload.to_json(),
-        "threads": threads,
-        "image_base64": None if image is None else base64.b64encode(image).decode(),
-    }
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or document.get("schema") != PROTOCOL:
+        return Failure(reason="the last line of the runner is not a result of this protocol")
+    if document.get("status") == "failed":
+        return Failure(reason=str(document.get("reason")))
+    result = document.get("result")
+    return result if isinstance(result, dict) else None

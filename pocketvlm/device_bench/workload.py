@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -106,19 +105,6 @@ class Workload:
         content = read_bytes(self.image_file, error=InputError, max_bytes=MAX_FILE_BYTES)
         read_image(content, str(self.image_file))
         return content
-
-    def to_json(self) -> dict[str, Any]:
-        """The workload as JSON values."""
-        return {
-            **asdict(self),
-            "image_file": None if self.image_file is None else str(self.image_file),
-        }
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Workload:
-        """Reads what `to_json` wrote."""
-        file = document.get("image_file")
-        return cls(**{**document, "image_file": None if file is None else Path(file)})
 
 
 PRESETS: Mapping[str, Workload] = {

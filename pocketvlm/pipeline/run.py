@@ -13,8 +13,8 @@ from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
+from pocketvlm.device_bench.controller import bench_bundle
 from pocketvlm.device_bench.graph_bytes import TARGET
-from pocketvlm.device_bench.protocol import bench_bundle
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint

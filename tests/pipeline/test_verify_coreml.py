@@ -12,7 +12,7 @@ import pytest
 from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.protocol import bench_bundle
+from pocketvlm.device_bench.controller import bench_bundle
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.errors import (
     BundleError,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import re
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.context import Progress
 from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.host import Failure, Transport
+from pocketvlm.device_bench.controller import Process, bench_bundle, schedule
 from pocketvlm.device_bench.measure import measure_block
-from pocketvlm.device_bench.protocol import Turn, bench_bundle, schedule
+from pocketvlm.device_bench.prompts import fit_turns
+from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Failure
 from pocketvlm.device_bench.summary import FIGURES
+from pocketvlm.device_bench.transports.base import Connection, Transport, ignore_event
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import BundleError, InputError, PocketVLMError, UnsupportedError
 from pocketvlm.json_io import decode, encode
@@ -26,15 +30,26 @@ WORKLOAD = Workload(name="tiny", image_size=64, prompt_tokens=48, new_tokens=6, 
 
 
 @dataclass
-class ScriptedTransport(Transport):
+class ScriptedTransport(Transport, Connection):
     """A device with scripted outcomes."""
+
+    kind = "scripted"
 
     outcomes: list[Any]
     environment: Any = field(default_factory=lambda: {"threads": 1})
-    jobs: list[Any] = field(default_factory=list)
+    jobs: list[BlockJob] = field(default_factory=list)
 
-    def run(self, job, *, timeout_s):
-        if job["job"] == "environment":
+    def connect(self):
+        return self
+
+    def install(self, bundle):
+        return str(bundle.path)
+
+    def close(self):
+        pass
+
+    def run(self, job, *, timeout_s, on_event=ignore_event):
+        if isinstance(job, EnvironmentJob):
             return self.environment
         self.jobs.append(job)
         outcome = self.outcomes.pop(0)
@@ -42,12 +57,12 @@ class ScriptedTransport(Transport):
 
 
 def test_baseline_and_candidate_take_turns():
-    turns = schedule(3, ("baseline", "candidate"))
-    assert [turn.role for turn in turns] == ["baseline", "candidate"] * 3
-    assert [turn.repeat for turn in turns] == [0, 0, 1, 1, 2, 2]
+    processes = schedule(3, ("baseline", "candidate"))
+    assert [process.role for process in processes] == ["baseline", "candidate"] * 3
+    assert [process.repeat for process in processes] == [0, 0, 1, 1, 2, 2]
     assert schedule(2, ("candidate",)) == (
-        Turn(role="candidate", repeat=0),
-        Turn(role="candidate", repeat=1),
+        Process(role="candidate", repeat=0),
+        Process(role="candidate", repeat=1),
     )
 
 
@@ -68,7 +83,7 @@ def test_the_transport_sees_the_turns_in_this_order(tiny_bundle, tmp_path, block
     assert [len(values) for values in result.ratio_samples.values()] == [5] * 14
     assert (seen[0].done, seen[-1].done, seen[-1].total) == (0, 10, 10)
     # Both bundles got the same picture.
-    assert len({job["image_base64"] for job in transport.jobs}) == 1
+    assert len({job.pictures for job in transport.jobs}) == 1
     json.dumps(encode(result), allow_nan=False)
 
 
@@ -146,7 +161,19 @@ def test_wrong_input_is_one_clear_error(tiny_bundle, tmp_path):
 @pytest.fixture(scope="module")
 def measured(tiny_bundle) -> Block:
     """One real block, in this process."""
-    return measure_block(tiny_bundle, WORKLOAD, WORKLOAD.image_bytes(), 1)
+    return measure_block(block_job(tiny_bundle, WORKLOAD), 1)
+
+
+def block_job(bundle, workload) -> BlockJob:
+    image = workload.image_bytes()
+    return BlockJob(
+        bundle=str(bundle),
+        runtime="onnx",
+        turns=fit_turns(Bundle.open(bundle), workload, image),
+        new_tokens=workload.new_tokens,
+        answers=workload.answers,
+        pictures=() if image is None else (base64.b64encode(image).decode(),),
+    )
 
 
 def test_a_real_block_measures_what_it_says(measured, tiny_bundle):
@@ -181,7 +208,6 @@ def test_the_measured_answer_is_the_one_that_a_user_gets(tiny_bundle, measured):
 
     from PIL import Image
 
-    from pocketvlm.bundle import Bundle
     from pocketvlm.device_bench.workload import fit_prompt
     from pocketvlm.runtime.conversation import Conversation
     from pocketvlm.runtime.onnx.runner import OnnxRunner
@@ -207,12 +233,12 @@ def test_the_measured_answer_is_the_one_that_a_user_gets(tiny_bundle, measured):
 def test_a_workload_beyond_the_positions_is_refused_before_anything_runs(tiny_bundle):
     long = Workload(name="long", prompt_tokens=400, new_tokens=200)
     with pytest.raises(InputError, match="takes 600 positions .* has 512"):
-        measure_block(tiny_bundle, long, None, 1)
+        fit_turns(Bundle.open(tiny_bundle), long, None)
 
 
 def test_text_alone_has_no_picture_stages(tiny_bundle):
     text = Workload(name="text", prompt_tokens=24, new_tokens=2)
-    block = measure_block(tiny_bundle, text, None, 1)
+    block = measure_block(block_job(tiny_bundle, text), 1)
     assert block.answers[0].vision_ms is None
     assert (block.prompt.visual_tokens, block.prompt.tokens) == (0, 24)
 
@@ -242,7 +268,7 @@ def test_a_real_run_through_the_host_transport(tiny_bundle):
 
 def test_measuring_never_imports_torch():
     program = (
-        "import sys, pocketvlm.device_bench.protocol, pocketvlm.device_bench.worker,"
+        "import sys, pocketvlm.device_bench.controller, pocketvlm.device_bench.worker,"
         "pocketvlm.reports.html, pocketvlm.device_bench.compare;"
         "bad = {'torch', 'transformers', 'pydantic'} & set(sys.modules);"
         "sys.exit(f'imported {bad}' if bad else 0)"

@@ -12,16 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from pocketvlm.device_bench.host import Failure, HostTransport
-from pocketvlm.device_bench.worker import WORKER_SCHEMA, run_job
+from pocketvlm.device_bench.protocol import (
+    PROTOCOL,
+    BlockJob,
+    EnvironmentJob,
+    Failure,
+    LoadedEvent,
+    Turn,
+    parse_job,
+    write_job,
+)
+from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.machine import peak_rss_bytes
 
-OK = {"schema": WORKER_SCHEMA, "status": "ok", "result": {"answer": 42}}
+JOB = EnvironmentJob(threads=1)
+OK = {"schema": PROTOCOL, "status": "ok", "result": {"answer": 42}}
 
 
 def outcome(program: str, *, timeout_s: float = 20.0):
-    transport = HostTransport(command=(sys.executable, "-c", program))
-    return transport.run({"job": "block"}, timeout_s=timeout_s)
+    with HostTransport(command=(sys.executable, "-c", program)).connect() as connection:
+        return connection.run(JOB, timeout_s=timeout_s)
 
 
 def test_the_last_line_is_the_result_whatever_came_before():
@@ -32,9 +42,9 @@ def test_the_last_line_is_the_result_whatever_came_before():
 def test_the_job_arrives_with_its_schema():
     program = (
         "import json, sys; job = json.loads(sys.stdin.read());"
-        "print(json.dumps({'schema': 1, 'status': 'ok', 'result': job}))"
+        f"print(json.dumps({{'schema': {PROTOCOL}, 'status': 'ok', 'result': job}}))"
     )
-    assert outcome(program) == {"schema": WORKER_SCHEMA, "job": "block"}
+    assert outcome(program) == {"schema": PROTOCOL, "job": "environment", "threads": 1}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +58,10 @@ def test_the_job_arrives_with_its_schema():
         ("print('[1, 2]')", "not a result of this protocol"),
         ('print(\'{"schema": 99, "status": "ok", "result": {}}\')', "of this protocol"),
         (f"print('''{json.dumps(OK)}'''); import sys; sys.exit(7)", "status 7"),
-        ('print(\'{"schema": 1, "status": "failed", "reason": "too big"}\')', "^too big$"),
+        (
+            f'print(\'{{"schema": {PROTOCOL}, "status": "failed", "reason": "too big"}}\')',
+            "^too big$",
+        ),
         ("import sys; sys.stdout.buffer.write(b'\\xff\\xfe')", "no result"),
     ],
 )
@@ -86,17 +99,33 @@ def is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_the_worker_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="job schema 99; this worker speaks 1"):
-        run_job({"schema": 99})
-    with pytest.raises(ValueError, match="'dance'; this worker knows environment and block"):
-        run_job({"schema": WORKER_SCHEMA, "job": "dance"})
+def test_what_was_measured_is_kept_when_the_runner_dies():
+    program = (
+        "import os, sys, time;"
+        'print(\'{"event": "loaded", "load_ms": 12.5}\', flush=True);'
+        "print('{\"event\": \"unheard of\"}'); print('{garbage', flush=True); os.abort()"
+    )
+    seen = []
+    with HostTransport(command=(sys.executable, "-c", program)).connect() as connection:
+        result = connection.run(JOB, timeout_s=20, on_event=seen.append)
+    assert isinstance(result, Failure)
+    assert list(result.events) == seen == [LoadedEvent(load_ms=12.5)]
 
 
-def test_the_real_worker_reports_a_missing_bundle(tmp_path):
-    workload = {"name": "x", "prompt_tokens": 8, "new_tokens": 2}
-    job = {"job": "block", "bundle": str(tmp_path), "workload": workload, "threads": 1}
-    result = HostTransport().run(job, timeout_s=60)
+def test_jobs_of_another_protocol_are_refused():
+    with pytest.raises(ValueError, match="job schema 99; this runner speaks 2"):
+        parse_job('{"schema": 99}')
+    with pytest.raises(ValueError, match="'dance'; this runner knows environment and block"):
+        parse_job(json.dumps({"schema": PROTOCOL, "job": "dance"}))
+    assert parse_job(write_job(JOB)) == JOB
+
+
+def test_the_real_runner_reports_a_missing_bundle(tmp_path):
+    job = BlockJob(
+        bundle=str(tmp_path), runtime="onnx", turns=(Turn(text="x"),), new_tokens=2, threads=1
+    )
+    with HostTransport().connect() as connection:
+        result = connection.run(job, timeout_s=60)
     assert isinstance(result, Failure)
     assert "no bundle here" in result.reason
 
@@ -105,7 +134,7 @@ def test_native_output_cannot_reach_the_result_line():
     """Descriptor 1 is stderr while a job runs, so output of a library is harmless."""
     program = (
         "import os, sys, pocketvlm.device_bench.worker as worker;"
-        "worker.run_job = lambda job: os.write(1, b'native noise') and {'x': 1};"
+        "worker.run_job = lambda job, send: os.write(1, b'native noise') and {'x': 1};"
         "sys.exit(worker.main())"
     )
     assert outcome(program, timeout_s=60) == {"x": 1}
