@@ -6,15 +6,18 @@ it measures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.protocol import Turn
+from pocketvlm.device_bench.protocol import ANSWER_MARK, Turn
 from pocketvlm.device_bench.workload import Workload, fit_prompt
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.runtime.preprocess import ImagePreprocessor
-from pocketvlm.runtime.text import TextCodec, user_message
+from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
 
-__all__ = ["fit_turns"]
+__all__ = ["fit_turns", "render_turns"]
 
 
 def fit_turns(bundle: Bundle, workload: Workload, image: bytes | None) -> tuple[Turn, ...]:
@@ -37,7 +40,18 @@ def fit_turns(bundle: Bundle, workload: Workload, image: bytes | None) -> tuple[
 
     text = fit_prompt(count_tokens, workload.prompt_tokens)
     _require_positions(bundle, codec, workload, text, image)
-    return (Turn(text=text, pictures=tuple(range(images))),)
+    return render_turns(codec, [Turn(text=text, pictures=tuple(range(images)))])
+
+
+def render_turns(codec: TextCodec, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns with what the chat template makes of each and of those before it."""
+    rendered: list[Turn] = []
+    messages: list[Message] = []
+    for turn in turns:
+        messages.append(user_message(turn.text, images=len(turn.pictures)))
+        rendered.append(replace(turn, rendered=codec.prompts.render(messages)))
+        messages.append(assistant_message(ANSWER_MARK))
+    return tuple(rendered)
 
 
 def _require_positions(

@@ -24,6 +24,7 @@ from pocketvlm.device_bench.block import AnswerTimes
 from pocketvlm.json_io import DecodeError, decode, encode
 
 __all__ = [
+    "ANSWER_MARK",
     "PROTOCOL",
     "AnswerEvent",
     "AnswerKind",
@@ -48,6 +49,9 @@ __all__ = [
 PROTOCOL = 2
 """The version of jobs, events and results."""
 
+ANSWER_MARK = "\U000f0002"
+"""Stands in a rendered turn for the answer to an earlier one; a private-use character."""
+
 AnswerKind = Literal["cold", "warm_up", "measured", "sustained"]
 Result = dict[str, Any]
 """The `result` of a job, as JSON values: an environment, or a `Block`."""
@@ -61,8 +65,9 @@ class Turn:
         text: What the user writes.
         pictures: Which of the job's pictures the user shows with it.
         rendered: The chat template's text of this turn and all before it, up to where the answer
-            begins, one marker per picture; for runners that have no Jinja. Answers of earlier turns
-            are not in it: a runner inserts its own.
+            begins, one mark per picture (`PromptCodec.render`); for runners that have no Jinja.
+            Answers of earlier turns are not in it: each is `ANSWER_MARK`, for which a runner
+            inserts its own.
     """
 
     text: str

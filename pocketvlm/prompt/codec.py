@@ -107,6 +107,43 @@ class PromptCodec:
             InputError: The chat template refuses the conversation or does not write one placeholder
                 per picture, the prompt is empty, or a token has no row in the embedding table.
         """
+        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        pictures = sum(map(_count_pictures, messages))
+        cuts = [ONE_TILE] * pictures if grids is None else grids
+        if len(cuts) != pictures:
+            raise ValueError(f"{len(cuts)} grids of tiles are given for {pictures} pictures")
+        # transformers' rule: a template that writes the first token itself writes all of them. A
+        # prefix has a first token of its own, which is no word of the template.
+        bos = self.variables.get("bos_token")
+        adds_tokens = self.is_prefix or not (bos and text.startswith(bos))
+        blocks = iter([self.picture.write(grid) for grid in cuts])
+        text = self._placeholder.sub(lambda _: next(blocks), text)
+        try:
+            ids = self._encode_text(text, adds_tokens=adds_tokens)
+        except (InputError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as fault:  # a Rust panic is not an Exception
+            first_line = str(fault).partition("\n")[0]
+            raise InputError(f"the prompt cannot be tokenized: {first_line}") from fault
+        if not ids:
+            raise InputError("the chat template turns this prompt into no tokens")
+        self._require_rows(ids)
+        return ids
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation with one mark per picture, as `encode` tokenizes it.
+
+        Words of a message that would be read as control tokens stand between U+F0000 and U+F0001,
+        and are plain characters: a device without Jinja is sent this text.
+
+        Args:
+            messages: The whole conversation, oldest turn first.
+            add_generation_prompt: Whether the assistant's turn is opened at the end.
+
+        Raises:
+            InputError: The chat template refuses the conversation, or does not write one mark per
+                picture.
+        """
         marked = [_mark(message, self._control) for message in messages]
         answer = marked.pop() if self.is_prefix and _is_answer(marked[-1]) else None
         text = self.template.render(
@@ -119,25 +156,7 @@ class PromptCodec:
                 f"the chat template writes {self._picture_mark!r} {placeholders} times for "
                 f"{pictures} pictures"
             )
-        # transformers' rule: a template that writes the first token itself writes all of them.
-        bos = self.variables.get("bos_token")
-        adds_tokens = not (bos and text.startswith(bos))
-        cuts = [ONE_TILE] * pictures if grids is None else grids
-        if len(cuts) != pictures:
-            raise ValueError(f"{len(cuts)} grids of tiles are given for {pictures} pictures")
-        blocks = iter([self.picture.write(grid) for grid in cuts])
-        text = self._placeholder.sub(lambda _: next(blocks), self._framed(text, answer))
-        try:
-            ids = self._encode_text(text, adds_tokens=adds_tokens)
-        except (InputError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as fault:  # a Rust panic is not an Exception
-            first_line = str(fault).partition("\n")[0]
-            raise InputError(f"the prompt cannot be tokenized: {first_line}") from fault
-        if not ids:
-            raise InputError("the chat template turns this prompt into no tokens")
-        self._require_rows(ids)
-        return ids
+        return self._framed(text, answer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, without special tokens, stripped."""
