@@ -127,7 +127,7 @@ def measure_block(job: BlockJob, threads: int, *, on_event: EventCallback = igno
             after_load_rss_bytes=after_bytes,
             peak_rss_bytes=_peak_bytes(),
         ),
-        token_ids=token_ids,
+        token_ids=(token_ids,),
         is_repeatable=all(ids == token_ids for _, ids in measured),
     )
 

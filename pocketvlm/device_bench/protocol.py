@@ -20,7 +20,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pocketvlm.device_bench.block import AnswerTimes
+from pocketvlm.device_bench.block import AnswerTimes, SensorSample
 from pocketvlm.json_io import DecodeError, decode, encode
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "LoadedEvent",
     "Result",
     "SensorsEvent",
+    "SensorsJob",
     "Turn",
     "parse_event",
     "parse_job",
@@ -54,7 +55,7 @@ ANSWER_MARK = "\U000f0002"
 
 AnswerKind = Literal["cold", "warm_up", "measured", "sustained"]
 Result = dict[str, Any]
-"""The `result` of a job, as JSON values: an environment, or a `Block`."""
+"""The `result` of a job, as JSON values: an environment, a `SensorSample`, or a `Block`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +112,15 @@ class EnvironmentJob:
     threads: int | None = None
 
 
-Job = BlockJob | EnvironmentJob
-_JOBS: dict[str, type[BlockJob | EnvironmentJob]] = {
+@dataclass(frozen=True, kw_only=True)
+class SensorsJob:
+    """Read the sensors once; a controller that waits for a device to cool asks this often."""
+
+
+Job = BlockJob | EnvironmentJob | SensorsJob
+_JOBS: dict[str, type[BlockJob | EnvironmentJob | SensorsJob]] = {
     "environment": EnvironmentJob,
+    "sensors": SensorsJob,
     "block": BlockJob,
 }
 
@@ -135,19 +142,8 @@ class AnswerEvent:
     times: AnswerTimes
 
 
-@dataclass(frozen=True, kw_only=True)
-class SensorsEvent:
-    """What the device's sensors say, `at_ms` after the runner's start; `None` for no such sensor.
-
-    Attributes:
-        temperature_c: The hottest sensor, in degrees Celsius.
-        thermal_status: 0 (none) to 6 (shutdown), as Android counts.
-    """
-
-    at_ms: float
-    temperature_c: float | None = None
-    thermal_status: int | None = None
-
+SensorsEvent = SensorSample
+"""A sample of the sensors."""
 
 Event = LoadedEvent | AnswerEvent | SensorsEvent
 _EVENTS: dict[str, type[LoadedEvent | AnswerEvent | SensorsEvent]] = {
@@ -184,7 +180,7 @@ def parse_job(text: str) -> Job:
         raise ValueError(f"job schema {schema!r}; this runner speaks {PROTOCOL}")
     name = document.get("job")
     if name not in _JOBS:
-        raise ValueError(f"job {name!r}; this runner knows {' and '.join(_JOBS)}")
+        raise ValueError(f"job {name!r}; this runner knows {', '.join(_JOBS)}")
     content = {key: value for key, value in document.items() if key not in ("schema", "job")}
     return decode(_JOBS[name], content, "job")
 

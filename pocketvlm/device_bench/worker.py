@@ -12,12 +12,14 @@ import psutil
 
 from pocketvlm.child_process import end_with_parent
 from pocketvlm.device_bench.bandwidth import last_level_cache_bytes, memory_read_bytes_s
+from pocketvlm.device_bench.block import SensorSample
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.protocol import (
     EnvironmentJob,
     Event,
     Job,
     Result,
+    SensorsJob,
     parse_job,
     write_event,
     write_failure,
@@ -40,6 +42,9 @@ def run_job(job: Job, on_event: EventCallback) -> Result:
     if isinstance(job, EnvironmentJob):
         threads = job.threads or _default_threads()
         return {**describe_environment(threads), **_conditions(threads)}
+    if isinstance(job, SensorsJob):
+        reading: Result = encode(SensorSample(at_ms=0.0, temperature_c=_temperature_c()))
+        return reading
     block = measure_block(job, job.threads or _default_threads(), on_event=on_event)
     document: Result = encode(block)
     return document

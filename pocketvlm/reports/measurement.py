@@ -13,6 +13,7 @@ from typing import Any
 from pocketvlm.json_io import OPTIONAL, REST, WHOLE
 
 __all__ = [
+    "Energy",
     "Environment",
     "Figure",
     "Latency",
@@ -24,7 +25,9 @@ __all__ = [
     "ProcessFailure",
     "ProcessStart",
     "Prompt",
+    "Retention",
     "Stability",
+    "Sustained",
 ]
 
 
@@ -150,18 +153,96 @@ class MeasuredBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The largest resident sets of processes that each held one bundle alone.
+    """Memory of processes that each held one bundle alone, by phase; never of the whole system.
+
+    `rss` is what `counter` counts: memory that is resident. `pss` shares out pages that several
+    processes map, and is known on Linux and Android alone.
 
     Attributes:
+        counter: `VmHWM`, `phys_footprint` or `ru_maxrss`: what peaks were read from.
+        peak_prefill_rss_bytes: The peak until the first token, of any answer.
+        peak_decode_rss_bytes: The peak after it.
+        peak_rss_bytes: The peak of the process, loading included.
+        after_rss_bytes: After the last answer.
         baseline: The same for the baseline.
         compress_peak_rss_bytes: The largest resident set of the run that made the bundle.
     """
 
+    counter: str | None = None
     before_load_rss_bytes: int | None = None
     after_load_rss_bytes: int | None = None
+    peak_prefill_rss_bytes: int | None = None
+    peak_decode_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    after_rss_bytes: int | None = None
+    before_load_pss_bytes: int | None = None
+    after_load_pss_bytes: int | None = None
+    after_pss_bytes: int | None = None
     baseline: Memory | None = field(default=None, metadata=OPTIONAL)
     compress_peak_rss_bytes: int | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """Energy of answers, from a counter that counts the whole system, other processes included.
+
+    Attributes:
+        counter: What counted, such as `RAPL package-0` or `battery charge`.
+        scope: What the counter covers, in words; never this process alone.
+        total_j: Over all counted answers.
+        seconds: Their time.
+        answers: How many were counted.
+        new_tokens: Tokens that they generated.
+        pictures: Pictures that they encoded.
+        mj_per_token: Of decoding, by its tokens; of whole answers where `is_by_stage` is false.
+        j_per_image: Of preparing and encoding a picture; `None` unless `is_by_stage`.
+        is_by_stage: Whether the counter is fine enough to tell stages apart.
+    """
+
+    counter: str | None = None
+    scope: str | None = None
+    total_j: float | None = None
+    seconds: float | None = None
+    answers: int | None = None
+    new_tokens: int | None = None
+    pictures: int | None = None
+    mj_per_token: float | None = None
+    j_per_image: float | None = None
+    is_by_stage: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """How much of a figure is left at the end of a sustained run.
+
+    Attributes:
+        burst: Over the answers of the first tenth of the time.
+        last: Over those of the last tenth.
+        retained: The share of the burst's speed that is left; 1 if nothing was lost.
+    """
+
+    burst: float | None = None
+    last: float | None = None
+    retained: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sustained:
+    """A sustained run: answers without a pause.
+
+    Attributes:
+        duration_s: From the beginning of the first answer to the end of the last.
+        answers: How many there were.
+        decode_tok_s: What became of decoding.
+        ttft_user_ms: What became of the user's time to first token.
+        time_to_status_s: Seconds until each thermal state above none was first seen, by its name.
+    """
+
+    duration_s: float | None = None
+    answers: int | None = None
+    decode_tok_s: Retention = field(default_factory=Retention)
+    ttft_user_ms: Retention = field(default_factory=Retention)
+    time_to_status_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,6 @@ def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) ->
             after_load_rss_bytes=60_000_000,
             peak_rss_bytes=70_000_000,
         ),
-        token_ids=token_ids,
+        token_ids=(token_ids,),
         is_repeatable=True,
     )

@@ -182,7 +182,7 @@ def test_a_real_block_measures_what_it_says(measured, tiny_bundle):
     assert prompt.tokens == 48 + prompt.visual_tokens
     assert len(measured.answers) == 2
     assert measured.is_repeatable
-    assert len(measured.token_ids) == WORKLOAD.new_tokens
+    assert len(measured.token_ids[0]) == WORKLOAD.new_tokens
     memory = measured.memory
     assert 0 < memory.before_load_rss_bytes <= memory.peak_rss_bytes
 
@@ -225,7 +225,7 @@ def test_the_measured_answer_is_the_one_that_a_user_gets(tiny_bundle, measured):
         answer = conversation.ask(
             fit_prompt(count_tokens, WORKLOAD.prompt_tokens), image, max_new_tokens=6
         )
-    ids = measured.token_ids
+    (ids,) = measured.token_ids
     ended = [index for index, token in enumerate(ids) if token in codec.eos_token_ids]
     assert tuple(answer.token_ids) == (ids[: ended[0]] if ended else ids)
 
