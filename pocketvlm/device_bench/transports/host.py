@@ -82,7 +82,9 @@ def run_process(
         stderr=subprocess.PIPE,
         start_new_session=True,  # a timeout or Ctrl-C also ends its children
     ) as process:
-        assert process.stdin and process.stdout and process.stderr  # noqa: S101  (pipes, above)
+        assert process.stdin is not None  # noqa: S101  (pipes, above)
+        assert process.stdout is not None  # noqa: S101
+        assert process.stderr is not None  # noqa: S101
         stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
 
         def write() -> None:

@@ -26,6 +26,7 @@ from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.machine import peak_rss_bytes
 
 JOB = EnvironmentJob(threads=1)
+TOO_BIG = {"schema": PROTOCOL, "status": "failed", "reason": "too big"}
 OK = {"schema": PROTOCOL, "status": "ok", "result": {"answer": 42}}
 
 
@@ -58,10 +59,7 @@ def test_the_job_arrives_with_its_schema():
         ("print('[1, 2]')", "not a result of this protocol"),
         ('print(\'{"schema": 99, "status": "ok", "result": {}}\')', "of this protocol"),
         (f"print('''{json.dumps(OK)}'''); import sys; sys.exit(7)", "status 7"),
-        (
-            f'print(\'{{"schema": {PROTOCOL}, "status": "failed", "reason": "too big"}}\')',
-            "^too big$",
-        ),
+        (f"print('''{json.dumps(TOO_BIG)}''')", "^too big$"),
         ("import sys; sys.stdout.buffer.write(b'\\xff\\xfe')", "no result"),
     ],
 )
