@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pocketvlm import __version__
-from pocketvlm.cli import bench, compress, evaluate, inspect, report
+from pocketvlm.cli import bench, compress, evaluate, inspect, pack, report
 from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
 __all__ = ["app", "run", "run_command"]
@@ -40,6 +40,7 @@ app.command()(compress.recipes)
 app.command()(bench.devices)
 app.command()(bench.doctor)
 app.command()(inspect.inspect)
+app.command(name="pack-runner")(pack.pack_runner)
 app.command(name="verify-coreml")(inspect.verify_coreml)
 app.command()(compress.demo)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from pocketvlm.device_bench.protocol import (
     write_result,
 )
 from pocketvlm.device_bench.transports.base import EventCallback
-from pocketvlm.errors import PocketVLMError
+from pocketvlm.errors import InputError, PocketVLMError
+from pocketvlm.files.reader import read_text
 from pocketvlm.json_io import encode
 from pocketvlm.machine import describe_environment
 
@@ -50,8 +52,12 @@ def run_job(job: Job, on_event: EventCallback) -> Result:
     return document
 
 
-def main() -> int:
-    """Reads a job, does it, and prints events and its result."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Reads a job, does it, and prints events and its result.
+
+    Args:
+        arguments: `--job FILE`, or nothing for a job on standard input.
+    """
     end_with_parent()
     # Native libraries may write to descriptor 1, which becomes stderr; only the protocol is written
     # to the real stdout.
@@ -64,7 +70,7 @@ def main() -> int:
 
         status = 0
         try:
-            last = write_result(run_job(parse_job(sys.stdin.read()), send))
+            last = write_result(run_job(parse_job(_read_job(arguments)), send))
         except PocketVLMError as error:
             last, status = write_failure(str(error)), 2
         except Exception as error:  # noqa: BLE001  (the controller must learn the reason)
@@ -72,6 +78,20 @@ def main() -> int:
             last, status = write_failure(f"{type(error).__name__}: {error}"), 2
         out.write(last + "\n")
     return status
+
+
+def _read_job(arguments: Sequence[str]) -> str:
+    """The job's text.
+
+    Raises:
+        InputError: There is no such file, or the arguments are others.
+    """
+    match arguments:
+        case []:
+            return sys.stdin.read()
+        case ["--job", name]:
+            return read_text(Path(name), error=InputError)
+    raise InputError(f"arguments are {' '.join(arguments)}; allowed: --job FILE, or none")
 
 
 def _default_threads() -> int:
@@ -99,4 +119,4 @@ def _temperature_c() -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
+from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import AnswerTimes, Block
+from pocketvlm.device_bench.prompts import fit_turns
+from pocketvlm.device_bench.protocol import BlockJob
+from pocketvlm.device_bench.workload import Workload
 from pocketvlm.reports.measurement import Memory, Prompt
 
-__all__ = ["make_answer", "make_block"]
+__all__ = ["block_job", "make_answer", "make_block"]
 
 
 def make_answer(scale: float = 1.0) -> AnswerTimes:
@@ -41,4 +48,17 @@ def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) ->
         ),
         token_ids=(token_ids,),
         is_repeatable=True,
+    )
+
+
+def block_job(bundle: Path, workload: Workload) -> BlockJob:
+    """The job of one process."""
+    image = workload.image_bytes()
+    return BlockJob(
+        bundle=str(bundle),
+        runtime="onnx",
+        turns=fit_turns(Bundle.open(bundle), workload, image),
+        new_tokens=workload.new_tokens,
+        answers=workload.answers,
+        pictures=() if image is None else (base64.b64encode(image).decode(),),
     )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import re
@@ -25,6 +24,7 @@ from pocketvlm.errors import BundleError, InputError, PocketVLMError, Unsupporte
 from pocketvlm.json_io import decode, encode
 from pocketvlm.reports.measurement import Latency, Measurement, ProcessFailure
 from pocketvlm.reports.report_file import parse_report
+from tests.device_bench.rig import block_job
 
 WORKLOAD = Workload(name="tiny", image_size=64, prompt_tokens=48, new_tokens=6, answers=2)
 
@@ -162,18 +162,6 @@ def test_wrong_input_is_one_clear_error(tiny_bundle, tmp_path):
 def measured(tiny_bundle) -> Block:
     """One real block, in this process."""
     return measure_block(block_job(tiny_bundle, WORKLOAD), 1)
-
-
-def block_job(bundle, workload) -> BlockJob:
-    image = workload.image_bytes()
-    return BlockJob(
-        bundle=str(bundle),
-        runtime="onnx",
-        turns=fit_turns(Bundle.open(bundle), workload, image),
-        new_tokens=workload.new_tokens,
-        answers=workload.answers,
-        pictures=() if image is None else (base64.b64encode(image).decode(),),
-    )
 
 
 def test_a_real_block_measures_what_it_says(measured, tiny_bundle):
