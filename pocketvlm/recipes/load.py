@@ -18,7 +18,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pocketvlm.errors import RecipeError
-from pocketvlm.recipes.document import apply_overrides, plain_values, read_document
+from pocketvlm.files.yaml_document import plain_values, read_yaml
+from pocketvlm.recipes.document import apply_overrides
 from pocketvlm.recipes.former import refuse_former_spelling
 from pocketvlm.recipes.stages import STAGES, TARGETS
 from pocketvlm.stages import Stage, Target, check_order
@@ -136,7 +137,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {str(source)!r} is neither a file nor one of {', '.join(shipped)}"
         )
-    document = read_document(path)
+    document = read_yaml(path, "a recipe")
     return recipe_from_document(apply_overrides(document, overrides), where=str(path))
 
 

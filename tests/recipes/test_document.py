@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from pocketvlm.errors import RecipeError
-from pocketvlm.recipes.document import apply_overrides, parse_yaml, read_document
+from pocketvlm.files.yaml_document import parse_yaml, read_yaml
+from pocketvlm.recipes.document import apply_overrides
 from pocketvlm.recipes.load import list_recipes, load_recipe, recipe_from_document
 
 LAUGHS = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
@@ -88,7 +89,7 @@ def test_files_of_every_kind(tmp_path):
     file = tmp_path / "x.yaml"
     for encoding in ("utf-8", "utf-16", "utf-8-sig"):
         file.write_bytes("a: é".encode(encoding))
-        assert read_document(file) == {"a": "é"}
+        assert read_yaml(file, "a recipe") == {"a": "é"}
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):

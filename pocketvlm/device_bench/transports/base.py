@@ -6,23 +6,15 @@ in the output is a `Failure` with a reason, because a failed measurement belongs
 
 from __future__ import annotations
 
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.protocol import Event, Failure, Job, Result, parse_event, parse_result
+from pocketvlm.device_bench.protocol import Failure, Job, Result
+from pocketvlm.device_bench.transports.output import EventCallback, ignore_event
 
-__all__ = ["Connection", "EventCallback", "Transport", "ignore_event", "read_output"]
-
-EventCallback = Callable[[Event], None]
-_LAST_WORDS = 240
-
-
-def ignore_event(event: Event) -> None:
-    """Does nothing."""
+__all__ = ["Connection", "EventCallback", "Transport", "ignore_event"]
 
 
 class Transport(ABC):
@@ -35,7 +27,7 @@ class Transport(ABC):
         """Connects to the device.
 
         Raises:
-            InputError: It cannot be reached, or it is not clear which device is meant.
+            InputError: It cannot be reached, or several devices could be the one.
         """
 
 
@@ -76,38 +68,3 @@ class Connection(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def read_output(lines: Sequence[str], err: str, returncode: int) -> Result | Failure:
-    """What a runner's output says.
-
-    Args:
-        lines: Its standard output.
-        err: Its standard error.
-        returncode: Its exit status; negative for the signal that ended it.
-    """
-    events = tuple(event for event in map(parse_event, lines) if event is not None)
-    if returncode < 0:
-        name = signal.Signals(-returncode).name
-        hint = "; the system does this when memory runs out" if name == "SIGKILL" else ""
-        return Failure(
-            reason=f"the runner was ended by {name}{hint}{_last_words(err)}", events=events
-        )
-    outcome = parse_result(lines[-1]) if lines else None
-    if isinstance(outcome, Failure):
-        return Failure(reason=outcome.reason, events=events)
-    if outcome is None:
-        return Failure(
-            reason=f"the runner ended with status {returncode} and no result{_last_words(err)}",
-            events=events,
-        )
-    if returncode != 0:
-        return Failure(
-            reason=f"the runner ended with status {returncode}{_last_words(err)}", events=events
-        )
-    return outcome
-
-
-def _last_words(err: str) -> str:
-    lines = err.strip().splitlines()
-    return f": {lines[-1][:_LAST_WORDS]}" if lines else ""

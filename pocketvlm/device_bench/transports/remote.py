@@ -1,0 +1,279 @@
+"""A connection to a device that has a shell, whatever client reaches it.
+
+Everything lies in one folder on the device: the lock, the runner, the bundles and the current job.
+It is removed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.device_bench.protocol import Failure, Job, Result, write_job
+from pocketvlm.device_bench.transports.base import Connection
+from pocketvlm.device_bench.transports.lock import DeviceLock
+from pocketvlm.device_bench.transports.output import (
+    EventCallback,
+    RunnerOutput,
+    ignore_event,
+    last_words,
+)
+from pocketvlm.device_bench.transports.push import PushFile, Room, push_files
+from pocketvlm.device_bench.transports.runner_package import RunnerPackage, write_archive
+from pocketvlm.device_bench.transports.shell import LostConnectionError, Shell
+from pocketvlm.errors import InputError
+
+__all__ = ["Link", "RemoteConnection", "least_graph_bytes", "require_room"]
+
+_FOLDER = ".pocketvlm-bench"
+_ARCHIVE = "runner.tar"
+_RETRY_S = 1.0
+_UNPACK_S = 300.0
+_SPARE_BYTES = 2**24
+"""Of the disk, for the job and what a runtime writes beside its model."""
+
+_GREET = r"""
+cd "{home}" && printf '\nat ' && pwd -P
+"""
+_UNPACK = r"""
+umask 077
+cd "$1" || exit 69
+rm -rf runner && mkdir runner && tar -xf "$2" -C runner || exit 69
+cd runner && command -v "$3" > /dev/null || { echo "has no $3" >&2; exit 68; }
+"""
+# The input holds the job and then nothing, and it ends with the controller: whatever ends that, or
+# the connection, ends the runner and its children.
+_RUN = r"""
+trap '' HUP
+umask 077
+base=$1; bytes=$2; shift 2
+cd "$base/runner" && head -c "$bytes" > ../job.json || exit 69
+exec 3<&0
+if command -v setsid > /dev/null 2>&1; then setsid "$@" < ../job.json 3<&- &
+else "$@" < ../job.json 3<&- & fi
+pid=$!
+echo "$pid" > ../runner.pid
+( cat <&3; kill -9 "-$pid" || kill -9 "$pid" ) > /dev/null 2>&1 &
+watch=$!
+wait "$pid"; status=$?
+kill "$watch" 2>/dev/null
+kill -9 "-$pid" 2>/dev/null
+rm -f ../runner.pid ../job.json
+exit "$status"
+"""
+_CLEAN = r"""
+cd "$1" && rm -rf runner runner.tar bundles job.json runner.pid
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How a device with a shell is reached.
+
+    Attributes:
+        name: What it is called in messages.
+        shell: Runs scripts there.
+        home: The folder there that ours is made in, as its shell writes it.
+        revive: Called before the device is tried again; it may do nothing.
+        patience_s: Seconds that a device which went away is waited for.
+    """
+
+    name: str
+    shell: Shell
+    home: str
+    revive: Callable[[], None] = lambda: None
+    patience_s: float = 30.0
+
+
+class RemoteConnection(Connection):
+    """A device that is locked, and has the runner."""
+
+    def __init__(self, link: Link, package: RunnerPackage, *, keeps_files: bool = False) -> None:
+        """Connects: takes the lock and brings the runner.
+
+        Args:
+            link: Reaches the device.
+            package: The runner.
+            keeps_files: Whether runner and bundles stay there, for the next run.
+
+        Raises:
+            InputError: The device is not reached, is in use, or has no room.
+        """
+        self._link, self._package, self._keeps_files = link, package, keeps_files
+        self._base = f"{_greet(link)}/{_FOLDER}"
+        self._lock = DeviceLock(link.shell, self._base, link.name)
+        self._was_locked = False
+        try:
+            self._take_lock()
+            self._bring_runner()
+        except BaseException:
+            self.close()
+            raise
+
+    def install(self, bundle: Bundle) -> str:
+        """Brings what is missing of a bundle; a part of a file that is there is continued."""
+        document = PushFile.of(bundle.path / "manifest.json", "manifest.json")
+        signed = (PushFile.of(bundle.path / name, name) for name in bundle.manifest.files)
+        folder = f"{self._base}/bundles/{document.sha256[:16]}"
+        needed_bytes = least_graph_bytes(bundle)
+
+        def check(room: Room, left_bytes: int) -> None:
+            require_room(
+                room, left_bytes, needed_bytes, what=str(bundle.path), name=self._link.name
+            )
+
+        self._push((*signed, document), folder, check)
+        return folder
+
+    def run(
+        self, job: Job, *, timeout_s: float, on_event: EventCallback = ignore_event
+    ) -> Result | Failure:
+        """Runs one job; a connection that was lost before is made again first."""
+        output = RunnerOutput(on_event)
+        content = write_job(job).encode()
+        try:
+            self._require_connection()
+            status, err = self._link.shell.stream(
+                _RUN,
+                self._base,
+                len(content),
+                *self._package.command,
+                feed=(content,),
+                on_output=output.feed,
+                timeout_s=timeout_s,
+                holds_input=True,
+            )
+        except LostConnectionError as lost:
+            return output.failure(f"the connection to {self._link.name} was lost: {lost}")
+        except InputError as fault:
+            return output.failure(str(fault))
+        if status is None:
+            return output.failure(f"no result within {timeout_s:g} s")
+        return output.outcome(status, err)
+
+    def close(self) -> None:
+        """Removes what was put on the device, and frees it; warns if that cannot be done."""
+        try:
+            if self._was_locked and not self._keeps_files:
+                self._require_connection()
+                self._clean()
+        except (LostConnectionError, InputError) as fault:
+            warnings.warn(
+                f"{self._link.name}: files were left in {self._base}: {fault}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        finally:
+            self._lock.release()
+
+    def _clean(self) -> None:
+        reply = self._link.shell.run(_CLEAN, self._base)
+        if reply.status != 0:
+            raise InputError(last_words(reply.err).removeprefix(": "))
+
+    def _require_connection(self) -> None:
+        if not self._lock.is_held:
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        """Takes the lock, and waits for a device that went away.
+
+        Raises:
+            InputError: It did not come back, or is in use.
+        """
+        deadline = time.monotonic() + self._link.patience_s
+        while True:
+            try:
+                self._lock.acquire()
+            except LostConnectionError as lost:
+                if time.monotonic() >= deadline:
+                    raise InputError(
+                        f"{self._link.name}: is not reached any more: {lost}"
+                    ) from lost
+                self._link.revive()
+                time.sleep(_RETRY_S)
+            else:
+                self._was_locked = True
+                return
+
+    def _bring_runner(self) -> None:
+        link, program = self._link, self._package.command[0]
+        with tempfile.TemporaryDirectory() as folder:
+            archive = Path(folder) / _ARCHIVE
+            write_archive(self._package, archive)
+            size_bytes = archive.stat().st_size
+
+            def check(room: Room, left_bytes: int) -> None:
+                unpacked_bytes = left_bytes + size_bytes
+                require_room(room, unpacked_bytes, 0, what="the runner", name=link.name)
+
+            self._push((PushFile.of(archive, _ARCHIVE),), self._base, check)
+        try:
+            reply = link.shell.run(_UNPACK, self._base, _ARCHIVE, program, timeout_s=_UNPACK_S)
+        except LostConnectionError as lost:
+            raise InputError(f"{link.name}: the connection was lost: {lost}") from lost
+        if reply.status != 0:
+            raise InputError(f"{link.name}: cannot take the runner{last_words(reply.err)}")
+
+    def _push(
+        self, files: Sequence[PushFile], folder: str, check: Callable[[Room, int], None]
+    ) -> None:
+        push_files(
+            self._link.shell,
+            files,
+            folder,
+            root=self._base,
+            name=self._link.name,
+            require_room=check,
+            reconnect=self._take_lock,
+        )
+
+
+def require_room(
+    room: Room, missing_bytes: int, memory_bytes: int, *, what: str, name: str
+) -> None:
+    """Refuses what does not fit on a device.
+
+    Raises:
+        InputError: The disk or the memory is too small.
+    """
+    if room.disk_bytes is not None and missing_bytes + _SPARE_BYTES > room.disk_bytes:
+        raise InputError(
+            f"{name}: has {room.disk_bytes / 1e6:.0f} MB of free space, and {what} takes "
+            f"{missing_bytes / 1e6:.0f} MB and {_SPARE_BYTES / 1e6:.0f} MB to spare"
+        )
+    if room.memory_bytes is not None and memory_bytes > room.memory_bytes:
+        raise InputError(
+            f"{name}: has {room.memory_bytes / 1e6:.0f} MB of memory available, and the graphs of "
+            f"{what} are {memory_bytes / 1e6:.0f} MB"
+        )
+
+
+def _greet(link: Link) -> str:
+    """The folder of the account, as the device calls it."""
+    try:
+        reply = link.shell.run(_GREET.format(home=link.home))
+    except LostConnectionError as lost:
+        raise InputError(f"{link.name}: cannot be reached: {lost}") from lost
+    _, found, home = reply.out.rpartition(b"\nat ")
+    if reply.status != 0 or not found:
+        raise InputError(f"{link.name}: has no shell for us{last_words(reply.err)}")
+    return os.fsdecode(home.removesuffix(b"\n"))
+
+
+def least_graph_bytes(bundle: Bundle) -> int:
+    """Bytes of the graphs of the target that has the smallest ones."""
+    folders: dict[str, set[str]] = {}
+    for component in bundle.manifest.components:
+        folders.setdefault(component.target, set()).add(component.file.rpartition("/")[0])
+    sizes = {name: (bundle.path / name).stat().st_size for name in bundle.manifest.files}
+    return min(
+        sum(size for name, size in sizes.items() if name.rpartition("/")[0] in places)
+        for places in folders.values()
+    )

@@ -1,0 +1,85 @@
+"""A device with an SSH server, reached with the user's own OpenSSH client.
+
+Keys, host keys, jump hosts and aliases are those of the user's configuration; nothing is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from pocketvlm.device_bench.transports.base import Transport
+from pocketvlm.device_bench.transports.remote import Link, RemoteConnection
+from pocketvlm.device_bench.transports.runner_package import RunnerPackage, python_runner
+from pocketvlm.device_bench.transports.shell import Shell
+from pocketvlm.errors import InputError
+
+__all__ = ["SshTransport"]
+
+_ADDRESS = re.compile(
+    r"(?P<destination>(?:[\w.][\w.-]*@)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.][\w.-]*))(?::(?P<port>\d{1,5}))?",
+    re.ASCII,
+)
+_MOST_PORT = 65535
+_OPTIONS = (
+    "-T",
+    *("-o", "BatchMode=yes"),
+    *("-o", "ConnectTimeout=10"),
+    *("-o", "ServerAliveInterval=5"),
+    *("-o", "ServerAliveCountMax=3"),
+    *("-o", "LogLevel=ERROR"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SshTransport(Transport):
+    """Reaches a device over SSH.
+
+    Attributes:
+        destination: `user@host`, or a host that the configuration of SSH knows.
+        port: Its port; `None` for what the configuration says.
+        client: The command line of the client.
+        package: The runner; `None` for this package, run by the device's `python3`.
+        keeps_files: Whether runner and bundles stay on the device.
+        patience_s: Seconds that a device which went away is waited for.
+    """
+
+    kind: ClassVar[str] = "ssh"
+    destination: str
+    port: int | None = None
+    client: tuple[str, ...] = ("ssh",)
+    package: RunnerPackage | None = None
+    keeps_files: bool = False
+    patience_s: float = 30.0
+
+    @classmethod
+    def parse(cls, address: str) -> Self:
+        """Reads `user@host[:port]`.
+
+        Raises:
+            InputError: It is none.
+        """
+        found = _ADDRESS.fullmatch(address)
+        port = int(found["port"]) if found and found["port"] else None
+        if not found or port == 0 or (port or 0) > _MOST_PORT:
+            raise InputError(
+                f"device {'ssh:' + address!r}: an address is ssh:user@host or ssh:user@host:port"
+            )
+        return cls(destination=found["destination"], port=port)
+
+    def connect(self) -> RemoteConnection:
+        """Connects, locks the device, and brings the runner."""
+        if shutil.which(self.client[0]) is None:
+            raise InputError(f"{self.client[0]!r} is not installed here; it is OpenSSH's client")
+        port = () if self.port is None else ("-p", str(self.port))
+        host = self.destination.replace("[", "").replace("]", "")
+        link = Link(
+            name=f"ssh:{self.destination}" + (f":{self.port}" if self.port else ""),
+            shell=Shell(client=(*self.client, *_OPTIONS, *port, "--", host)),
+            home="${HOME:?}",
+            patience_s=self.patience_s,
+        )
+        package = self.package or python_runner()
+        return RemoteConnection(link, package, keeps_files=self.keeps_files)

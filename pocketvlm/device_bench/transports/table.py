@@ -1,0 +1,49 @@
+"""Every kind of transport, and what `--device` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pocketvlm.device_bench.devices import load_device
+from pocketvlm.device_bench.transports.adb import AdbTransport
+from pocketvlm.device_bench.transports.base import Transport
+from pocketvlm.device_bench.transports.host import HostTransport
+from pocketvlm.device_bench.transports.simulated import SimulatedTransport
+from pocketvlm.device_bench.transports.ssh import SshTransport
+from pocketvlm.errors import InputError, UnsupportedError
+
+__all__ = ["TRANSPORTS", "transport_to"]
+
+TRANSPORTS: Mapping[str, Callable[[str], Transport]] = {
+    HostTransport.kind: HostTransport.parse,
+    SshTransport.kind: SshTransport.parse,
+    AdbTransport.kind: AdbTransport.parse,
+    SimulatedTransport.kind: SimulatedTransport.parse,
+}
+"""What reads an address, by the word that it begins with; what follows the colon is read."""
+
+
+def transport_to(device: str) -> Transport:
+    """The transport that an address names.
+
+    Args:
+        device: `KIND` or `KIND:ADDRESS`, as `host`, `ssh:user@host:port`, `adb`, `adb:SERIAL`,
+            `ios:UDID` and `simulated:SCRIPT.yaml`; or a device profile's name.
+
+    Raises:
+        InputError: There is no such kind, address or profile.
+        UnsupportedError: A profile of a device is known, and not how to reach it.
+    """
+    kind, _, address = device.partition(":")
+    if kind in TRANSPORTS:
+        return TRANSPORTS[kind](address)
+    if kind != device:
+        kinds = ", ".join(TRANSPORTS)
+        raise InputError(f"device {device!r}: {kind!r} is none of the ways to a device: {kinds}")
+    profile = load_device(device)
+    if profile.transport is None:
+        raise UnsupportedError(
+            f"device {device!r}: its profile does not say how it is reached; measure by "
+            f"--device adb:SERIAL or --device ssh:user@host, with --profile {device}"
+        )
+    return TRANSPORTS[profile.transport]("")
