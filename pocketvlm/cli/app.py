@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pocketvlm import __version__
-from pocketvlm.cli import bench, compress, evaluate, inspect, pack, report
+from pocketvlm.cli import bench, compress, devices, evaluate, inspect, pack, report
 from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
 __all__ = ["app", "run", "run_command"]
@@ -37,7 +37,7 @@ app.command()(report.compare)
 app.command()(report.report)
 app.command()(compress.convert)
 app.command()(compress.recipes)
-app.command()(bench.devices)
+app.command()(devices.devices)
 app.command()(bench.doctor)
 app.command()(inspect.inspect)
 app.command(name="pack-runner")(pack.pack_runner)

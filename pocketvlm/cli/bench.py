@@ -1,4 +1,4 @@
-"""Commands that time bundles, list devices and check the installation."""
+"""Commands that time bundles and check the installation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from pocketvlm.cli.console import print_json, print_latency, say
-from pocketvlm.cli.options import BundleArgument, JsonOption, ThreadsOption
+from pocketvlm.cli.devices import calibrate
+from pocketvlm.cli.options import JsonOption, ThreadsOption
 from pocketvlm.cli.progress import show_progress
-from pocketvlm.errors import CheckFailedError
+from pocketvlm.errors import CheckFailedError, InputError
 
-__all__ = ["bench", "devices", "doctor"]
+__all__ = ["bench", "doctor"]
 
 
 def bench(
-    bundle: BundleArgument,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="A bundle to time in the same interleaved run.")
     ] = None,
@@ -26,11 +29,24 @@ def bench(
         int | None, typer.Option(min=5, max=100_000, help="Repeats, at least 5.")
     ] = None,
     threads: ThreadsOption = None,
+    calibrate_host: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-host",
+            help="Measure what this host's kernels reach, in a minute, for `plan --device host`; "
+            "times no bundle.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time a bundle: stages, two times to first token, rates, memory; raw samples kept."""
     from dataclasses import replace
 
+    if calibrate_host:
+        calibrate(threads=threads, as_json=as_json)
+        return
+    if bundle is None:
+        raise InputError("BUNDLE is missing: which bundle is to be timed?")
     from pocketvlm.device_bench.controller import bench_bundle
     from pocketvlm.device_bench.workload import load_workload
     from pocketvlm.json_io import encode
@@ -50,19 +66,6 @@ def bench(
     print_latency(result)
     if as_json:
         print_json(encode(result))
-
-
-def devices(as_json: JsonOption = False) -> None:
-    """List device profiles."""
-    from dataclasses import asdict
-
-    from pocketvlm.device_bench.devices import list_devices
-
-    profiles = list_devices()
-    for profile in profiles:
-        say(f"{profile.name:<16} {profile.description}")
-    if as_json:
-        print_json({"devices": [asdict(profile) for profile in profiles]})
 
 
 def doctor(as_json: JsonOption = False) -> None:

@@ -17,6 +17,7 @@ from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, joi
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.layers import PARTS
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.pipeline.predict import DevicePrediction, predict_on
 from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES
@@ -51,6 +52,7 @@ class Plan:
         ram_bytes: Predicted memory on the device: weights, cache and activations.
         refused: What a target or the device cannot run, and what would work.
         warnings: What is allowed, but should be known.
+        prediction: Times on the device that was asked for; `None` without one.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Plan:
     ram_bytes: int
     refused: tuple[str, ...]
     warnings: tuple[str, ...]
+    prediction: DevicePrediction | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -91,6 +94,7 @@ class Plan:
             f"KV cache       {self.kv_cache_bytes / 1e6:.2f} MB for a picture and "
             f"{_TURN_TOKENS} tokens of text",
             f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted",
+            *(() if self.prediction is None else self.prediction.lines()),
             *(f"warning        {warning}" for warning in self.warnings),
             *(f"refused        {reason}" for reason in self.refused),
         ]
@@ -126,7 +130,7 @@ def plan(
     Args:
         model: A checkpoint directory, of which no weight is loaded, or a shape.
         recipe: The recipe.
-        device: Name of a device profile whose memory it must fit.
+        device: A device profile, by name or path: its memory must do, and times are predicted.
         calibration: The calibration set, of which every row is checked.
         evaluation: The questions to score, likewise.
 
@@ -181,6 +185,7 @@ def plan(
         ram_bytes=ram_bytes,
         refused=tuple(refused),
         warnings=tuple(warnings),
+        prediction=None if profile is None else predict_on(profile, state, recipe.targets),
     )
 
 
@@ -284,9 +289,15 @@ def _activation_bytes(spec: ModelSpec) -> int:
 
 
 def _device_refusals(profile: Device, ram_bytes: int) -> list[str]:
-    if profile.ram_bytes is None or ram_bytes <= profile.ram_bytes // 2:
+    limit, ram = profile.app_memory_bytes.value, profile.ram_bytes.value
+    if limit is not None and ram_bytes > limit:
+        return [
+            f"{profile.name}: needs {ram_bytes / 1e9:.2f} GB, and an app may use "
+            f"{limit / 1e9:.2f} GB; fewer bits or a smaller model would fit"
+        ]
+    if limit is not None or ram is None or ram_bytes <= ram / 2:
         return []
     return [
         f"{profile.name}: needs {ram_bytes / 1e9:.2f} GB, and an app should stay below half of "
-        f"the device's {profile.ram_bytes / 1e9:.0f} GB; fewer bits or a smaller model would fit"
+        f"the device's {ram / 1e9:.0f} GB; fewer bits or a smaller model would fit"
     ]

@@ -1,0 +1,142 @@
+"""Predicted beside measured on this host: tower, prefill, decode and both times to first token.
+
+    python benchmarks/predicted_times.py --threads 1
+
+Calibrates the host, then times bundles of random weights at published shapes, one after another
+and several times over, and holds the medians against what `plan` predicts from the calibration.
+Pictures are not split, because 17 tiles take 17 times as long as one. Prints the table with the
+load of the machine, and one JSON line; exits with 1 where a prediction is off by more than 25 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from shape_bundles import write_bundle
+
+from pocketvlm.device_bench.block import AnswerTimes, Block
+from pocketvlm.device_bench.calibration.host_file import calibrate_host
+from pocketvlm.device_bench.measure import measure_block
+from pocketvlm.device_bench.protocol import BlockJob, Turn
+from pocketvlm.device_bench.rates import Rates
+from pocketvlm.device_bench.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.workload import draw_picture
+from pocketvlm.pipeline.plan import plan_stages
+from pocketvlm.pipeline.predict import exported_model
+from pocketvlm.recipes.load import load_recipe
+from pocketvlm.reference.shapes import load_shape
+
+_WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
+_FIGURES = ("vision_ms", "prefill_ms", "decode_tok_s", "ttft_engine_ms", "ttft_user_ms")
+_BOUND = 0.25
+_SIDE = 512
+_NEW = 24
+_TEXT = "Describe what you see in as many details as you can, from the left to the right."
+
+
+def main() -> None:
+    """Calibrates, measures, predicts, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, default=_WORK)
+    parser.add_argument("--shapes", nargs="+", default=["smolvlm-256m", "llava-interleave-0.5b"])
+    parser.add_argument("--recipes", nargs="+", default=["float", "int8-safe", "int4-balanced"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    pairs = [(shape, recipe) for shape in options.shapes for recipe in options.recipes]
+    bundles = {pair: unsplit_bundle(*pair, options.work) for pair in pairs}
+    calibration = calibrate_host(options.threads)
+    print(
+        f"{calibration.processor}, {options.threads} threads; calibrated in "
+        f"{calibration.seconds:.0f} s at a load of {calibration.load_average_1m}"
+    )
+    samples: dict[tuple[str, str], list[AnswerTimes]] = defaultdict(list)
+    loads = []
+    for _ in range(options.rounds):
+        for pair in pairs:
+            samples[pair] += answers(bundles[pair], options.threads).answers
+            loads.append(round(os.getloadavg()[0], 1))
+    print(f"load while bundles were timed: {min(loads)} to {max(loads)}\n")
+    print(f"{'shape':<24}{'recipe':<16}{'figure':<16}{'measured':>10}{'predicted':>11}{'ratio':>7}")
+    rows = []
+    for pair in pairs:
+        taken = samples[pair]
+        times = predicted(*pair, taken[0], calibration.rates)
+        for figure in _FIGURES:
+            measured = median(of(answer, figure) for answer in taken)
+            guess = getattr(times, figure)
+            rows.append([*pair, figure, measured, guess, guess / measured])
+            print(
+                f"{pair[0]:<24}{pair[1]:<16}{figure:<16}{measured:>10.1f}{guess:>11.1f}"
+                f"{guess / measured:>7.2f}"
+            )
+    worst = max(abs(row[-1] - 1) for row in rows)
+    print(f"\nwithin {_BOUND:.0%}: {'yes' if worst <= _BOUND else 'NO'}, the worst is {worst:.0%}")
+    print(json.dumps({"benchmark": "predicted_times", "rows": rows, "loads": loads}))
+    sys.exit(worst > _BOUND)
+
+
+def unsplit_bundle(shape: str, recipe: str, work: Path) -> Path:
+    """A bundle whose processor leaves pictures whole, so that one tile is timed."""
+    path = write_bundle(shape, recipe, work / f"{shape}-{recipe}-whole").path
+    file = path / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings["image_processor"].get("do_image_splitting"):
+        settings["image_processor"]["do_image_splitting"] = False
+        file.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
+def answers(bundle: Path, threads: int) -> Block:
+    """One cold answer and two measured ones, in this process."""
+    return measure_block(
+        BlockJob(
+            bundle=str(bundle),
+            runtime="onnx",
+            turns=(Turn(text=_TEXT, pictures=(0,)),),
+            new_tokens=_NEW,
+            pictures=(base64.b64encode(draw_picture(_SIDE)).decode(),),
+            answers=2,
+        ),
+        threads,
+    )
+
+
+def predicted(shape: str, recipe: str, answer: AnswerTimes, rates: Rates) -> Times:
+    """What `plan` predicts of the bundle, which has the recipe's grids and all visual tokens."""
+    spec = replace(load_shape(shape).spec, tiling=None)
+    loaded = load_recipe(recipe)
+    # The bundles are rounded to the grids of the recipe's quantizer, and no token is dropped.
+    stages = tuple(stage for stage in loaded.stages if hasattr(stage, "rules"))
+    model = exported_model(plan_stages(stages, spec, loaded.targets), loaded.targets)
+    if isinstance(model, str):
+        raise SystemExit(model)
+    question = Question(
+        text_rows=answer.prompt_tokens - spec.visual_tokens,
+        visual_rows=spec.visual_tokens,
+        tiles=1,
+        picture_pixels=_SIDE**2,
+        tile_pixels=spec.tower.height * spec.tower.width,
+        new_tokens=_NEW,
+    )
+    return predict_times(model, question, rates)
+
+
+def of(answer: AnswerTimes, figure: str) -> float:
+    """A figure of an answer."""
+    if figure == "decode_tok_s":
+        return (answer.new_tokens - 1) / answer.decode_span_ms * 1e3
+    return getattr(answer, figure)
+
+
+if __name__ == "__main__":
+    main()

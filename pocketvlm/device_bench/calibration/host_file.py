@@ -1,0 +1,122 @@
+"""The calibration of this machine: measured on demand, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pocketvlm.context import RunContext
+from pocketvlm.device_bench.calibration.measure import measure_rates
+from pocketvlm.device_bench.rates import Rates
+from pocketvlm.errors import InputError, StorageError
+from pocketvlm.json_io import DecodeError, decode, encode, read_json, write_json
+from pocketvlm.machine import describe_environment, toolchain_versions
+
+__all__ = ["HostCalibration", "calibrate_host", "calibration_path", "read_calibration"]
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCalibration:
+    """Rates of this machine, and when they hold.
+
+    Attributes:
+        schema: Version of the file.
+        processor: The processor that was measured.
+        cores: Logical cores that the system showed.
+        onnxruntime: Version of the runtime whose kernels were measured.
+        measured_at: When, in UTC.
+        seconds: How long it took.
+        load_average_1m: What else ran, before and after; `None` where the system does not say.
+        rates: What was reached.
+    """
+
+    schema: int
+    processor: str
+    cores: int
+    onnxruntime: str
+    measured_at: str
+    seconds: float
+    load_average_1m: tuple[float, float] | None
+    rates: Rates
+
+
+def calibration_path() -> Path:
+    """Where the calibration is kept, in the folder for what can be made again."""
+    if sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "pocketvlm" / "host-calibration.json"
+
+
+def calibrate_host(threads: int, ctx: RunContext | None = None) -> HostCalibration:
+    """Measures this machine and keeps the result.
+
+    Args:
+        threads: Threads of the heavy graphs.
+        ctx: Told what is measured next.
+
+    Raises:
+        StorageError: The result cannot be written.
+    """
+    before, start = _load(), time.perf_counter()
+    rates = measure_rates(threads, ctx)
+    after = _load()
+    processor, cores, runtime = _machine()
+    found = HostCalibration(
+        schema=_SCHEMA,
+        processor=processor,
+        cores=cores,
+        onnxruntime=runtime,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - start, 1),
+        load_average_1m=None if before is None or after is None else (before, after),
+        rates=rates,
+    )
+    path = calibration_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, encode(found))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+    return found
+
+
+def read_calibration() -> HostCalibration | str:
+    """The calibration of this machine, or why there is none that holds."""
+    path, again = calibration_path(), "run pocketvlm bench --calibrate-host"
+    if not path.exists():
+        return f"this machine is not calibrated; {again}"
+    try:
+        found = decode(HostCalibration, read_json(path, error=InputError))
+    except (DecodeError, InputError) as error:
+        return f"{path}: not a calibration of this version ({error}); {again}"
+    processor, cores, runtime = _machine()
+    if found.schema != _SCHEMA:
+        return f"{path}: schema {found.schema}, and this version reads {_SCHEMA}; {again}"
+    for what, was, now in (
+        ("processor", found.processor, processor),
+        ("cores", found.cores, cores),
+        ("ONNX Runtime", found.onnxruntime, runtime),
+    ):
+        if was != now:
+            return f"{path}: is of another {what} ({was}, and now {now}); {again}"
+    return found
+
+
+def _machine() -> tuple[str, int, str]:
+    facts = describe_environment(1)
+    runtime = toolchain_versions(["onnxruntime"])["onnxruntime"]
+    return str(facts["processor"]), int(facts["cores"] or 1), str(runtime)
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

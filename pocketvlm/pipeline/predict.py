@@ -1,0 +1,164 @@
+"""Predicts what a planned model takes on a device: the plan's counts at the device's rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from pocketvlm.device_bench.calibration.host_file import read_calibration
+from pocketvlm.device_bench.costs import ExportedModel
+from pocketvlm.device_bench.devices import Device
+from pocketvlm.device_bench.devices.derive import derive_rates
+from pocketvlm.device_bench.rates import FLOAT_KERNEL, Rates, quantized_kernel
+from pocketvlm.device_bench.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.workload import PRESETS, Workload
+from pocketvlm.export.onnx.limits import container_bits
+from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.stages import PlanState, Target
+from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
+
+__all__ = ["PREDICTED_WORKLOAD", "DevicePrediction", "exported_model", "predict_on", "question_of"]
+
+PREDICTED_WORKLOAD = PRESETS["vlm"]
+"""What is predicted unless another workload is asked for."""
+
+_CPU_TARGETS = ("onnx", "executorch")
+_FLOAT_CACHE_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePrediction:
+    """What a model is predicted to take on a device.
+
+    Attributes:
+        device: Name of the profile.
+        basis: What the prediction is made from; where there is none, why.
+        threads: Threads that it is for; `None` where nothing was predicted.
+        workload: Name of the workload.
+        rows: Rows of the prompt.
+        tiles: Tiles of its picture.
+        times: The times; `None` where they cannot be predicted.
+    """
+
+    device: str
+    basis: str
+    threads: int | None
+    workload: str
+    rows: int
+    tiles: int
+    times: Times | None
+
+    def lines(self) -> list[str]:
+        """The prediction for people."""
+        if self.times is None:
+            return [f"times          not predicted for {self.device}: {self.basis}"]
+        workload = PREDICTED_WORKLOAD
+        return [
+            f"times          predicted for {self.device}, {self.threads} threads, {self.basis}",
+            f"               workload {self.workload}: a picture of {workload.image_size} x "
+            f"{workload.image_size} in {self.tiles} tiles, {self.rows} rows, "
+            f"{workload.new_tokens} new tokens",
+            *(
+                f"  {item.name:<16} {getattr(self.times, item.name):10.1f} predicted"
+                for item in fields(Times)
+            ),
+        ]
+
+
+def predict_on(
+    device: Device, state: PlanState, targets: Sequence[Target], *, workload: Workload | None = None
+) -> DevicePrediction:
+    """Predicts times of a planned model on a device.
+
+    Args:
+        device: The device's profile.
+        state: The model as its stages leave it.
+        targets: The recipe's targets, of which one has to run on the CPU.
+        workload: What is asked; `PREDICTED_WORKLOAD` by default.
+    """
+    asked = workload or PREDICTED_WORKLOAD
+    question = question_of(state, asked)
+    found = _rates(device)
+    model = exported_model(state, targets)
+    empty = DevicePrediction(
+        device=device.name,
+        basis="",
+        threads=None,
+        workload=asked.name,
+        rows=question.rows,
+        tiles=question.tiles,
+        times=None,
+    )
+    if isinstance(model, str):
+        return replace(empty, basis=model)
+    rates, basis = found
+    if rates is None:
+        return replace(empty, basis=basis)
+    times = predict_times(model, question, rates)
+    return replace(empty, basis=basis, threads=rates.threads, times=times)
+
+
+def question_of(state: PlanState, workload: Workload) -> Question:
+    """A workload as rows and tiles of a model; its picture is the generated, square one."""
+    spec, side = state.spec, workload.image_size
+    grid = _grid(spec, side)
+    return Question(
+        text_rows=workload.prompt_tokens,
+        visual_rows=0 if side is None else grid.most_rows(spec.visual_tokens, state.visual_tokens),
+        tiles=0 if side is None else grid.tiles,
+        picture_pixels=(side or 0) ** 2,
+        tile_pixels=spec.tower.height * spec.tower.width,
+        new_tokens=workload.new_tokens,
+        cache="float32" if state.cache_bits == _FLOAT_CACHE_BITS else "int8",
+    )
+
+
+def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel | str:
+    """The model with the kernel of every matrix, or why its kernels were never calibrated."""
+    if not any(target.method in _CPU_TARGETS for target in targets):
+        names = ", ".join(target.method for target in targets)
+        return f"nothing is known of the speed of {names}; onnx and executorch run on the CPU"
+    level = next((target.accuracy_level for target in targets if isinstance(target, ToOnnx)), 4)
+    if level == 0:
+        return "accuracy_level 0 was not calibrated; level 4 was"
+    kernels: dict[LinearSpec, str] = {}
+    for linear, layout in state.layouts.items():
+        kernel = _kernel(layout)
+        if kernel is None:
+            return f"{linear.name}: float zero points were not calibrated; integers were"
+        kernels[linear] = kernel
+    return ExportedModel(
+        spec=state.spec,
+        kernels=kernels,
+        visual_tokens=state.visual_tokens,
+        visual_layers=state.visual_layers,
+    )
+
+
+def _kernel(layout: WeightLayout | None) -> str | None:
+    """What multiplies with a matrix; codebooks and what a mask makes float are dense in memory."""
+    plain = without_mask(layout)
+    if not isinstance(plain, AffineLayout):
+        return FLOAT_KERNEL
+    if plain.float_zeros:
+        return None
+    return quantized_kernel(container_bits(plain.bits), plain.group_size)
+
+
+def _rates(device: Device) -> tuple[Rates | None, str]:
+    if device.transport == "host":
+        calibration = read_calibration()
+        if isinstance(calibration, str):
+            return None, calibration
+        return calibration.rates, f"calibrated {calibration.measured_at}"
+    derived = derive_rates(device)
+    if isinstance(derived, str):
+        return None, derived
+    return derived, "derived from its profile: the order of magnitude, docs/devices.md says how far"
+
+
+def _grid(spec: ModelSpec, side: int | None) -> TileGrid:
+    return ONE_TILE if spec.tiling is None or side is None else spec.tiling.grid(side, side)
