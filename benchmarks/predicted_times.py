@@ -24,7 +24,7 @@ from statistics import median
 from shape_bundles import write_bundle
 
 from pocketvlm.device_bench.block import AnswerTimes, Block
-from pocketvlm.device_bench.calibration.host_file import calibrate_host
+from pocketvlm.device_bench.calibration.host import calibrate_host
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.protocol import BlockJob, Turn
 from pocketvlm.device_bench.rates import Rates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["other_elements"]
+__all__ = ["angle_elements", "other_elements"]
 
 
 def other_elements(spec: ModelSpec) -> tuple[int, int]:
@@ -22,3 +22,9 @@ def other_elements(spec: ModelSpec) -> tuple[int, int]:
         for conv in spec.decoder.convolutions.values()
     )
     return embeddings, norms + biases + kernels
+
+
+def angle_elements(spec: ModelSpec) -> int:
+    """Cosines and sines by which a tower turns its patches, a channel of a head each."""
+    tower = spec.tower
+    return 0 if tower.rope_theta is None else 2 * tower.patches * tower.head_dim

@@ -30,6 +30,7 @@ __all__ = ["Plan", "plan", "plan_stages"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # checkpoints are published in bf16
 _PHOTO = (640, 480)
+_FLOAT32_BYTES = 4
 _TURN_TOKENS = 256  # the text of a short chat, in addition to the picture
 
 
@@ -153,8 +154,10 @@ def plan(
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
+    row_bytes = 0 if spec.line_break is None else _FLOAT32_BYTES * spec.decoder.hidden_size
     cache_bytes = _cache_bytes(state)
     ram_bytes = weight_bytes + cache_bytes + _activation_bytes(state.spec)
+    ram_bytes += max((_state_bytes(target, state.spec) for target in recipe.targets), default=0)
     if profile is not None:
         refused += _device_refusals(profile, ram_bytes)
     if isinstance(model, Shape):
@@ -180,7 +183,7 @@ def plan(
         source_bytes=source,
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
         weight_bytes=weight_bytes,
-        bundle_bytes=weight_bytes + file_bytes,
+        bundle_bytes=weight_bytes + row_bytes + file_bytes,
         kv_cache_bytes=cache_bytes,
         ram_bytes=ram_bytes,
         refused=tuple(refused),
@@ -281,11 +284,20 @@ def _cache_bytes(state: PlanState) -> int:
     return layer_row_bits // 8 * rows
 
 
+def _state_bytes(target: Target, spec: ModelSpec) -> int:
+    """What short convolutions keep of the past: a few rows; in ExecuTorch, every row there is."""
+    rows = [
+        conv.taps - 1 + (target.capacity(spec) if target.method == "executorch" else 0)
+        for conv in spec.decoder.convolutions.values()
+    ]
+    return _FLOAT32_BYTES * spec.decoder.hidden_size * sum(rows)
+
+
 def _activation_bytes(spec: ModelSpec) -> int:
     """Peak activations of the vision graph: the tower's widest layer, twice, in float32."""
     tower = spec.tower
     tokens = tower.tokens
-    return 2 * 4 * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
+    return 2 * _FLOAT32_BYTES * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
 
 
 def _device_refusals(profile: Device, ram_bytes: int) -> list[str]:

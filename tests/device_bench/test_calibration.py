@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.calibration import host_file
+from pocketvlm.device_bench.calibration import host, host_file
+from pocketvlm.device_bench.calibration.host import calibrate_host
 from pocketvlm.device_bench.calibration.host_file import (
     HostCalibration,
-    calibrate_host,
     calibration_path,
     read_calibration,
 )
@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def measured(monkeypatch) -> None:
     """Measuring takes no time: what is kept is tested, not what is measured."""
-    monkeypatch.setattr(host_file, "measure_rates", lambda *_: RATES)
+    monkeypatch.setattr(host, "measure_rates", lambda *_: RATES)
 
 
 def test_every_kernel_of_the_runtime_is_measured_for_real():

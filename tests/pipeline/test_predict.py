@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pocketvlm.cli import interrupts, main
-from pocketvlm.device_bench.calibration import host_file
+from pocketvlm.device_bench.calibration import host, host_file
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
@@ -26,7 +26,7 @@ INT4 = load_recipe("int4-balanced")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(host_file, "measure_rates", lambda *_: load_reference().rates)
+    monkeypatch.setattr(host, "measure_rates", lambda *_: load_reference().rates)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_what_cannot_be_predicted_says_why(device, targets, reason):
 
 
 def test_the_host_is_predicted_from_its_calibration():
-    kept = host_file.calibrate_host(1)
+    kept = host.calibrate_host(1)
     found = plan(SHAPE, INT4, device="host").prediction
     assert found.threads == kept.rates.threads
     assert kept.measured_at in found.basis

@@ -1,24 +1,28 @@
-"""The calibration of this machine: measured on demand, kept in the user's cache folder."""
+"""The calibration of this machine, in the user's cache folder."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from pocketvlm.context import RunContext
-from pocketvlm.device_bench.calibration.measure import measure_rates
 from pocketvlm.device_bench.rates import Rates
 from pocketvlm.errors import InputError, StorageError
 from pocketvlm.json_io import DecodeError, decode, encode, read_json, write_json
 from pocketvlm.machine import describe_environment, toolchain_versions
 
-__all__ = ["HostCalibration", "calibrate_host", "calibration_path", "read_calibration"]
+__all__ = [
+    "SCHEMA",
+    "HostCalibration",
+    "calibration_path",
+    "keep_calibration",
+    "machine_identity",
+    "read_calibration",
+]
 
-_SCHEMA = 1
+SCHEMA = 1
+"""The version of the file that this package writes and reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,37 +61,18 @@ def calibration_path() -> Path:
     return folder / "pocketvlm" / "host-calibration.json"
 
 
-def calibrate_host(threads: int, ctx: RunContext | None = None) -> HostCalibration:
-    """Measures this machine and keeps the result.
-
-    Args:
-        threads: Threads of the heavy graphs.
-        ctx: Told what is measured next.
+def keep_calibration(found: HostCalibration) -> None:
+    """Keeps a calibration for `read_calibration`.
 
     Raises:
-        StorageError: The result cannot be written.
+        StorageError: It cannot be written.
     """
-    before, start = _load(), time.perf_counter()
-    rates = measure_rates(threads, ctx)
-    after = _load()
-    processor, cores, runtime = _machine()
-    found = HostCalibration(
-        schema=_SCHEMA,
-        processor=processor,
-        cores=cores,
-        onnxruntime=runtime,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(time.perf_counter() - start, 1),
-        load_average_1m=None if before is None or after is None else (before, after),
-        rates=rates,
-    )
     path = calibration_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, encode(found))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-    return found
 
 
 def read_calibration() -> HostCalibration | str:
@@ -99,9 +84,9 @@ def read_calibration() -> HostCalibration | str:
         found = decode(HostCalibration, read_json(path, error=InputError))
     except (DecodeError, InputError) as error:
         return f"{path}: not a calibration of this version ({error}); {again}"
-    processor, cores, runtime = _machine()
-    if found.schema != _SCHEMA:
-        return f"{path}: schema {found.schema}, and this version reads {_SCHEMA}; {again}"
+    processor, cores, runtime = machine_identity()
+    if found.schema != SCHEMA:
+        return f"{path}: schema {found.schema}, and this version reads {SCHEMA}; {again}"
     for what, was, now in (
         ("processor", found.processor, processor),
         ("cores", found.cores, cores),
@@ -112,11 +97,8 @@ def read_calibration() -> HostCalibration | str:
     return found
 
 
-def _machine() -> tuple[str, int, str]:
+def machine_identity() -> tuple[str, int, str]:
+    """Processor, logical cores, and version of ONNX Runtime: what a calibration belongs to."""
     facts = describe_environment(1)
     runtime = toolchain_versions(["onnxruntime"])["onnxruntime"]
     return str(facts["processor"]), int(facts["cores"] or 1), str(runtime)
-
-
-def _load() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

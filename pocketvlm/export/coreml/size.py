@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pocketvlm.export.coreml.limits import Deployment, container_bits
 from pocketvlm.export.coreml.positions import TABLE_ROWS
+from pocketvlm.export.prediction import angle_elements
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
@@ -161,4 +162,5 @@ def _float_bytes(spec: ModelSpec, float_bytes: int, capacity: int) -> int:
     values += {x.out_features for x in spec.linears() if not x.has_bias} | {decoder.vocab_size}
     angles = min(decoder.max_positions, max(TABLE_ROWS, capacity)) * decoder.head_dim // 2
     values += [angles, angles]
+    values += [angle_elements(spec) // 2] * 2
     return sum(_stored(count * float_bytes) for count in values)

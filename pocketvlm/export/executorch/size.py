@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pocketvlm.export.executorch.limits import kernel_bits, needs_offsets
-from pocketvlm.export.prediction import other_elements
+from pocketvlm.export.prediction import angle_elements, other_elements
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
@@ -68,4 +68,4 @@ def _other_bytes(spec: ModelSpec) -> int:
         + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
         + _DECODER_BLOCK_BYTES * decoder.depth
     )
-    return (embeddings + vectors) * _FLOAT_BYTES + graphs
+    return (embeddings + vectors + angle_elements(spec)) * _FLOAT_BYTES + graphs

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from pocketvlm.export.onnx.limits import container_bits
-from pocketvlm.export.prediction import other_elements
+from pocketvlm.export.prediction import angle_elements, other_elements
 from pocketvlm.models.folds import Multiply, ScaleRows
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
@@ -107,4 +107,6 @@ def _other_bytes(spec: ModelSpec) -> int:
         + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
         + _DECODER_BLOCK_BYTES * decoder.depth
     )
-    return embeddings * _FLOAT_BYTES + vectors * 4 + graphs
+    # The operator takes an angle once for both channels of a pair.
+    angles = angle_elements(spec) // 2 * _WIDE_BYTES
+    return embeddings * _FLOAT_BYTES + vectors * _WIDE_BYTES + angles + graphs
