@@ -159,7 +159,10 @@ def plan(
     ram_bytes = weight_bytes + cache_bytes + _activation_bytes(state.spec)
     ram_bytes += max((_state_bytes(target, state.spec) for target in recipe.targets), default=0)
     if profile is not None:
-        refused += _device_refusals(profile, ram_bytes)
+        refused += (
+            *_runtime_refusals(profile, recipe.targets),
+            *_memory_refusals(profile, ram_bytes),
+        )
     if isinstance(model, Shape):
         file_bytes = model.text_bytes
         if calibration is not None or evaluation is not None:
@@ -300,7 +303,17 @@ def _activation_bytes(spec: ModelSpec) -> int:
     return 2 * _FLOAT32_BYTES * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
 
 
-def _device_refusals(profile: Device, ram_bytes: int) -> list[str]:
+def _runtime_refusals(profile: Device, targets: Sequence[Target]) -> list[str]:
+    """Targets that the device has no runtime for; a profile that names none says nothing."""
+    runtimes = [runtime.name for runtime in profile.runtimes]
+    return [
+        f"{profile.name}: runs {', '.join(runtimes)}, and not {target.method}"
+        for target in targets
+        if runtimes and target.method not in runtimes
+    ]
+
+
+def _memory_refusals(profile: Device, ram_bytes: int) -> list[str]:
     limit, ram = profile.app_memory_bytes.value, profile.ram_bytes.value
     if limit is not None and ram_bytes > limit:
         return [

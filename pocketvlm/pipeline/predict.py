@@ -97,6 +97,8 @@ def predict_on(
     rates, basis = found
     if rates is None:
         return replace(empty, basis=basis)
+    if not any(target.method == "onnx" for target in targets):
+        basis += "; with the rates of ONNX Runtime's kernels, since others were not calibrated"
     times = predict_times(model, question, rates)
     return replace(empty, basis=basis, threads=rates.threads, times=times)
 

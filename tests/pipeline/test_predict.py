@@ -88,6 +88,21 @@ def test_the_host_is_predicted_from_its_calibration():
     assert kept.measured_at in found.basis
 
 
+def test_a_target_that_the_device_has_no_runtime_for_is_refused():
+    recipe = select_targets(load_recipe("float"), ("onnx", "coreml"))
+    assert plan(SHAPE, recipe, device="galaxy-s25").refused[-1] == (
+        "galaxy-s25: runs onnx, executorch, and not coreml"
+    )
+    assert not plan(SHAPE, recipe, device="iphone-14").refused
+
+
+def test_another_runtime_is_predicted_with_kernels_that_are_named():
+    recipe = select_targets(load_recipe("float"), ("executorch",))
+    found = plan(SHAPE, recipe, device="galaxy-s25").prediction
+    assert "with the rates of ONNX Runtime's kernels" in found.basis
+    assert found.times is not None
+
+
 def test_memory_is_held_against_what_an_app_may_use(monkeypatch):
     device = load_device("iphone-14")
     limit = replace(device.app_memory_bytes, value=1e8, source="ram", note=None)
