@@ -16,13 +16,13 @@ from typing import Any
 
 from shape_bundles import write_bundle
 
-from pocketvlm.device_bench.controller import bench_bundle
-from pocketvlm.device_bench.graph_bytes import TARGET
+from pocketvlm.device_bench.arm import pair_all
+from pocketvlm.device_bench.controller import bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.html import render_html
-from pocketvlm.reports.measurement import Environment, Measurement, Memory
-from pocketvlm.reports.report_file import parse_report
+from pocketvlm.reports.measurement import Environment, Measurement
+from pocketvlm.reports.report import Report
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
 SHOWN = ("vision_ms", "prefill_ms", "ttft_user_ms", "ttft_engine_ms", "decode_tok_s")
@@ -43,13 +43,12 @@ def main() -> None:
         folder = options.work / f"{options.shape}-{name}"
         bundle = write_bundle(options.shape, name, folder).path
         for workload in options.workload:
-            result = bench_bundle(
-                bundle, load_workload(workload), baseline=baseline, threads=options.threads
+            (result,) = bench_bundles(
+                pair_all([baseline, bundle]), [load_workload(workload)], threads=options.threads
             )
-            document = encode(result)
             page = options.work / f"{options.shape}-{name}-{workload}.html"
-            page.write_text(render_html(parse_report(document)), encoding="utf-8")
-            results.append({"shape": options.shape, "recipe": name, **document})
+            page.write_text(render_html(Report(bench=result)), encoding="utf-8")
+            results.append({"shape": options.shape, "recipe": name, "bench": encode(result)})
             print(f"\n{options.shape} {name}, workload {workload}")
             print_result(result)
     print(json.dumps({"benchmark": "host_latency", "results": results}))
@@ -58,22 +57,22 @@ def main() -> None:
 def print_result(result: Measurement) -> None:
     """One block of the table."""
     print(f"  {'':<16} {'candidate':>12} {'p90':>10} {'float32':>12} {'p90':>10} {'ratio':>7}")
-    ours, theirs = result.latency[TARGET], (result.baseline or {})[TARGET]
+    reference, candidate = result.arms.values()
+    ours, theirs = candidate.latency, reference.latency
     for name in SHOWN:
         figures = ours.figure(name), theirs.figure(name)
         values = (value for figure in figures for value in (figure.median, figure.p90))
         cells = ["-" if value is None else f"{value:.1f}" for value in values]
-        ratio = result.ratios.get(name)
+        ratio = candidate.ratios.get(name)
         print(
             f"  {name:<16} {cells[0]:>12} {cells[1]:>10} {cells[2]:>12} {cells[3]:>10} "
             f"{'-' if ratio is None else f'{ratio:.2f}':>7}"
         )
-    peaks = (result.memory, result.memory.baseline or Memory())
-    megabytes = [f"{(memory.peak_rss_bytes or 0) / 1e6:.0f}" for memory in peaks]
+    megabytes = [f"{(arm.memory.peak_rss_bytes or 0) / 1e6:.0f}" for arm in (candidate, reference)]
     print(f"  {'peak_rss MB':<16} {megabytes[0]:>12} {'':>10} {megabytes[1]:>12}")
     rate, environment = ours.figure("decode_tok_s").median, result.environment or Environment()
     if rate:
-        read = rate * (result.bundles["candidate"].decoder_weight_bytes or 0) / 1e9
+        read = rate * (candidate.bundle.decoder_weight_bytes or 0) / 1e9
         limit = (environment.memory_read_bytes_s or 0) / 1e9
         print(
             f"  decode reads {read:.1f} GB/s of weights; a plain reduction reads {limit:.1f} GB/s"

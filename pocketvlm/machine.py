@@ -26,7 +26,7 @@ __all__ = [
     "toolchain_versions",
 ]
 
-REPORT_SCHEMA = 1
+REPORT_SCHEMA = 2
 
 _TOOLCHAIN = (
     "pocketvlm",

@@ -104,18 +104,17 @@ def print_certificate(certificate: ParityReport) -> None:
 
 
 def print_latency(bench: Measurement) -> None:
-    """Prints medians of a benchmark, and their ratios to the baseline."""
-    for target, latency in bench.latency.items():
-        medians = {
-            name: latency.figure(name).median
-            for name in ("vision_ms", "prefill_ms", "ttft_user_ms", "decode_tok_s")
-        }
-        shown = [f"{name} {value:.1f}" for name, value in medians.items() if value is not None]
-        say(f"{target:<8} " + ", ".join(shown))
-    shown = [
-        f"{name} {bench.ratios[name]:.2f} times"
-        for name in ("ttft_user_ms", "decode_tok_s")
-        if name in bench.ratios
-    ]
-    if shown:
-        say("         " + ", ".join(shown) + " the baseline's")
+    """Prints medians of every arm, and their ratios to the reference; no implausible figure."""
+    width = max((len(name) for name in bench.arms), default=0)
+    for name, arm in bench.arms.items():
+        if arm.latency.failed is not None:
+            say(f"{name:<{width}}  failed: {arm.latency.failed}")
+            continue
+        pieces = []
+        for figure in ("vision_ms", "prefill_ms", "ttft_user_ms", "decode_tok_s"):
+            median, ratio = arm.latency.figure(figure).median, arm.ratios.get(figure)
+            if figure in arm.withheld:
+                pieces.append(f"{figure} not published")
+            elif median is not None:
+                pieces.append(f"{figure} {median:.1f}" + (f" ({ratio:.2f}x)" if ratio else ""))
+        say(f"{name:<{width}}  " + ", ".join(pieces))

@@ -3,11 +3,13 @@
 ```python
 from pathlib import Path
 
-from pocketvlm.device_bench.controller import bench_bundle
+from pocketvlm.device_bench.arm import pair_all
+from pocketvlm.device_bench.controller import bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 
-result = bench_bundle(Path("out/bundle"), load_workload("vlm"))
-print(result.latency["onnx"].figure("ttft_user_ms").median)
+pairs = pair_all([Path("out/float-baseline"), Path("out/bundle")])
+(result,) = bench_bundles(pairs, [load_workload("vlm")])
+print(result.arms["bundle"].ratios["ttft_user_ms"])
 ```
 
 `docs/benchmarking.md` defines every figure.

@@ -1,60 +1,39 @@
-"""One bundle of a comparison: the measurements of its processes, and a description of its files."""
+"""The arms of a run: one (bundle, runtime) pair each, with a name that no other arm has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.graph_bytes import TARGET, decoder_weight_bytes, graph_file_bytes
-from pocketvlm.device_bench.plausibility import Physics
-from pocketvlm.device_bench.summary import summarise_blocks
+from pocketvlm.device_bench.graph_bytes import decoder_weight_bytes, graph_file_bytes
+from pocketvlm.errors import InputError, UnsupportedError
 from pocketvlm.files.reader import file_sha256
-from pocketvlm.reports.measurement import Environment, Latency, MeasuredBundle, Memory
+from pocketvlm.reports.measurement import MeasuredBundle
+from pocketvlm.runtime.engines import EMULATED, ENGINES, choose_engine
+from pocketvlm.runtime.executorch.program import require_executorch
 
-__all__ = ["Arm"]
+__all__ = ["Arm", "Pair", "open_arms", "pair_all"]
+
+Pair = tuple[Path, str | None]
+"""A bundle's folder, and a runtime; `None` for the first that the bundle has graphs for."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One bundle of a comparison.
+    """One (bundle, runtime) pair.
 
     Attributes:
+        name: Its name in the report.
         bundle: The bundle.
-        blocks: The measurement of each process, by repeat.
-        failures: Why a process returned no result, by repeat.
+        runtime: The target whose graphs are run.
     """
 
+    name: str
     bundle: Bundle
-    blocks: dict[int, Block] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-
-    def latency(self) -> Latency:
-        """Figures over all processes, in order; the last failure if there are none."""
-        if self.blocks:
-            return summarise_blocks([self.blocks[repeat] for repeat in sorted(self.blocks)])
-        return Latency(failed=next(reversed(self.failures.values()), "it was never run"))
-
-    def memory(self) -> Memory:
-        """The largest resident sets of its processes, each of which held this bundle alone."""
-        rows = [block.memory for block in self.blocks.values()]
-        return Memory(
-            before_load_rss_bytes=_largest(row.before_load_rss_bytes for row in rows),
-            after_load_rss_bytes=_largest(row.after_load_rss_bytes for row in rows),
-            peak_rss_bytes=_largest(row.peak_rss_bytes for row in rows),
-        )
-
-    def physics(self, environment: Environment) -> Physics:
-        """What its figures must not contradict; requires the result of one process."""
-        block = next(iter(self.blocks.values()))
-        return Physics(
-            prompt_tokens=block.cold.prompt_tokens,
-            weight_bytes=graph_file_bytes(self.bundle),
-            decoder_bytes=decoder_weight_bytes(self.bundle),
-            memory_read_bytes_s=environment.memory_read_bytes_s,
-            cache_bytes=environment.last_level_cache_bytes,
-        )
+    runtime: str
 
     def describe(self) -> MeasuredBundle:
         """The bundle as its manifest and its files describe it."""
@@ -63,18 +42,87 @@ class Arm:
             model=manifest.model,
             manifest_sha256=file_sha256(self.bundle.path / "manifest.json"),
             stored_bytes=self.bundle.stored_bytes(),
-            decoder_weight_bytes=decoder_weight_bytes(self.bundle),
+            graph_bytes=graph_file_bytes(self.bundle, self.runtime),
+            decoder_weight_bytes=decoder_weight_bytes(self.bundle, self.runtime),
             visual_tokens=manifest.visual_tokens,
             visual_tokens_full=manifest.visual_tokens_full,
             kv_dtype=manifest.kv_cache.dtype,
             precision={
                 part: label
                 for component in manifest.components
-                if component.target == TARGET
+                if component.target == self.runtime
                 for part, label in component.precision.items()
             },
         )
 
 
-def _largest(counts: Iterable[int | None]) -> int | None:
-    return max((count for count in counts if count is not None), default=None)
+def pair_all(bundles: Sequence[Path], runtimes: Sequence[str] = ()) -> tuple[Pair, ...]:
+    """Every bundle with every runtime, bundle by bundle.
+
+    Raises:
+        InputError: A runtime is named twice.
+    """
+    for name, count in Counter(runtimes).items():
+        if count > 1:
+            raise InputError(f"runtime {name!r} is named {count} times")
+    return tuple((bundle, runtime) for bundle in bundles for runtime in runtimes or (None,))
+
+
+def open_arms(pairs: Sequence[Pair], *, is_host: bool = True) -> tuple[Arm, ...]:
+    """The arms of a run.
+
+    Args:
+        pairs: Bundles with their runtimes.
+        is_host: Whether the engines of this host run them.
+
+    Raises:
+        BundleError: A folder holds no bundle, or one that was changed.
+        InputError: There is no pair, no such runtime, or a bundle lacks its runtime.
+        MissingExtraError: An engine is not installed on this host.
+        UnsupportedError: An engine would be emulated on this host, so that its speed means nothing.
+    """
+    if not pairs:
+        raise InputError("there is no bundle to measure")
+    opened = {path: Bundle.open(path) for path, _ in pairs}
+    chosen = [(opened[path], _choose_runtime(opened[path], asked)) for path, asked in pairs]
+    for bundle, runtime in chosen if is_host else ():
+        if runtime in EMULATED:
+            raise UnsupportedError(
+                f"{bundle.path}: the engine of {runtime} is not on this host; `pocketvlm "
+                "verify-coreml` times its graphs on an Apple machine"
+            )
+        if runtime == "executorch":
+            require_executorch()
+    names = _name_arms([bundle.path for bundle, _ in chosen], [runtime for _, runtime in chosen])
+    return tuple(
+        Arm(name=name, bundle=bundle, runtime=runtime)
+        for name, (bundle, runtime) in zip(names, chosen, strict=True)
+    )
+
+
+def _choose_runtime(bundle: Bundle, asked: str | None) -> str:
+    targets = sorted({component.target for component in bundle.manifest.components})
+    if asked in ENGINES and asked not in targets:
+        raise InputError(
+            f"{bundle.path}: has no graphs for {asked}; it has {', '.join(targets) or 'none'}"
+        )
+    return choose_engine(bundle, asked)
+
+
+def _name_arms(folders: Sequence[Path], runtimes: Sequence[str]) -> list[str]:
+    """Names that differ: the folder's, with its parent's, its runtime or a number where needed."""
+    places = [folder.resolve() for folder in folders]
+    sharing = Counter(place.name for place in set(places))
+    names: list[str] = []
+    for place, runtime in zip(places, runtimes, strict=True):
+        name = f"{place.parent.name}/{place.name}" if sharing[place.name] > 1 else place.name
+        pairs = zip(places, runtimes, strict=True)
+        if len({ran for where, ran in pairs if where == place}) > 1:
+            name = f"{name} ({runtime})"
+        names.append(name)
+    counts = Counter[str]()
+    for index, name in enumerate(names):
+        counts[name] += 1
+        if counts[name] > 1:
+            names[index] = f"{name} #{counts[name]}"
+    return names

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.errors import InputError
-from pocketvlm.reports.measurement import Latency, MeasuredBundle, MeasuredWorkload
+from pocketvlm.reports.measurement import Latency, MeasuredArm, MeasuredWorkload
 from pocketvlm.reports.report import Quality, Report
 from pocketvlm.reports.report_file import read_report
 
@@ -209,7 +209,7 @@ def _share(difference: float, of: float) -> float:
 
 
 def _latency(report: Report) -> Mapping[str, Latency]:
-    return report.latency or report.bench.latency
+    return report.latency or {name: arm.latency for name, arm in report.bench.compared.items()}
 
 
 def _median(report: Report, target: str | None, metric: str) -> float | None:
@@ -221,11 +221,12 @@ def _median(report: Report, target: str | None, metric: str) -> float | None:
 def _value(report: Report, metric: str) -> float | None:
     """A figure of the whole bundle."""
     quality = report.quality or Quality()
-    candidate = report.bench.bundles.get("candidate", MeasuredBundle())
-    stored, total = candidate.stored_bytes, report.size.bundle_bytes
+    measured = next(iter(report.bench.compared.values()), MeasuredArm())
+    stored, total = measured.bundle.stored_bytes, report.size.bundle_bytes
+    peak = report.memory.peak_rss_bytes or measured.memory.peak_rss_bytes
     values = {
         "bundle_bytes": stored if total is None else total,
-        "peak_rss_bytes": report.memory.peak_rss_bytes,
+        "peak_rss_bytes": peak,
         "accuracy": quality.compressed.accuracy,
         "recovery": quality.recovery,
     }
@@ -250,7 +251,9 @@ def _conditions(report: Report) -> Mapping[str, str | int | None]:
         "workload differs in prompt_tokens": workload.prompt_tokens,
         "workload differs in new_tokens": workload.new_tokens,
         "workload differs in image_size": workload.image_size,
-        "workload differs in image_sha256": workload.image_sha256,
+        "workload differs in pictures": workload.pictures,
+        "workload differs in image_sha256": ", ".join(workload.image_sha256),
+        "workload differs in turns": workload.turns,
         "environment differs in processor": environment.processor,
         "environment differs in machine": environment.machine,
         "environment differs in cores": environment.cores,

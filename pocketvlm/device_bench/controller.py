@@ -1,13 +1,13 @@
 """The controller of a benchmark: which process runs when.
 
-Baseline and candidate alternate, process by process (ABAB). Every process is new: it loads one
+Arms alternate, process by process, the reference first (ABAB). Every process is new: it loads one
 bundle, gives a cold answer, then warm-up answers, then the measured ones, and ends. So drift of the
-machine affects both equally, every load is a cold start of the process (the system's file cache is
-warm, because digests were just checked), peak memory is that of one bundle alone, and the variation
-between processes, which is larger than within a process, is in the samples.
+machine affects all arms equally, every load is a cold start of the process (the system's file cache
+is warm, because digests were just checked), peak memory is that of one bundle alone, and the
+variation between processes, which is larger than within a process, is in the samples.
 
-A process that fails stays in the result with its reason. Figures that contradict physics or each
-other are flagged, and so is a machine that was not quiet.
+A process that fails stays in the result with its reason, and with the answers that it gave before.
+Figures that contradict physics or each other are flagged, and so is a machine that was not quiet.
 """
 
 from __future__ import annotations
@@ -16,131 +16,139 @@ import base64
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pocketvlm.bundle import Bundle
 from pocketvlm.context import Progress, ProgressCallback, ignore_progress
-from pocketvlm.device_bench.arm import Arm
+from pocketvlm.device_bench.arm import Arm, Pair, open_arms
 from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.devices import load_device
 from pocketvlm.device_bench.prompts import fit_turns
-from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Failure
+from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Failure, Turn
 from pocketvlm.device_bench.result import assemble_measurement
+from pocketvlm.device_bench.schedule import Outcome, schedule
 from pocketvlm.device_bench.transports.base import Connection, Transport
 from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.device_bench.workload import Workload
-from pocketvlm.errors import PocketVLMError, UnsupportedError
+from pocketvlm.errors import PocketVLMError
 from pocketvlm.json_io import DecodeError, decode
 from pocketvlm.reports.measurement import Environment, Measurement, ProcessStart
-from pocketvlm.runtime.engines import EMULATED, choose_engine
 
-__all__ = ["Process", "bench_bundle", "schedule"]
+__all__ = ["bench_bundles"]
 
 _TIMEOUT_S = 600.0
-# A bundle that failed twice will fail again; its remaining turns are skipped, with a note.
+# An arm that failed twice will fail again; its remaining processes are skipped, with a note.
 _MOST_FAILURES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
-    """One process of the schedule: its bundle and the number of the repeat."""
+class _Cell:
+    """One workload in the words of every arm, by the arm's name."""
 
-    role: str
-    repeat: int
-
-
-def schedule(repeats: int, roles: Sequence[str]) -> tuple[Process, ...]:
-    """The order of the processes: every role once per repeat, always in the same order."""
-    return tuple(Process(role=role, repeat=repeat) for repeat in range(repeats) for role in roles)
+    workload: Workload
+    pictures: tuple[bytes, ...]
+    turns: dict[str, tuple[Turn, ...]]
 
 
-def bench_bundle(
-    bundle: Path,
-    workload: Workload,
+def bench_bundles(
+    pairs: Sequence[Pair],
+    workloads: Sequence[Workload],
     *,
-    baseline: Path | None = None,
+    transport: Transport | None = None,
     device: str = "host",
     threads: int | None = None,
     timeout_s: float = _TIMEOUT_S,
-    transport: Transport | None = None,
     on_progress: ProgressCallback = ignore_progress,
-) -> Measurement:
-    """Measures a bundle, interleaved with a baseline if one is given.
+) -> tuple[Measurement, ...]:
+    """Measures bundles on a device, interleaved, one workload after another.
 
     Args:
-        bundle: The bundle to measure.
-        workload: The workload to measure it on.
-        baseline: A bundle to alternate with.
-        device: Name of a device profile.
+        pairs: Bundles with their runtimes; the first is the reference of all ratios.
+        workloads: The workloads; nothing is measured before all of them fit all models.
+        transport: Reaches the device; `None` for this host.
+        device: Name of the device's profile, for the report.
         threads: Threads of the heavy graphs; `None` for one per physical core.
-        timeout_s: Seconds that one process may take.
-        transport: Reaches the device; `None` for the transport of its profile.
+        timeout_s: Seconds that one process may take, beside its sustained answers.
         on_progress: Called for every process.
 
+    Returns:
+        One measurement per workload.
+
     Raises:
-        BundleError: There is no bundle, or a file of it was changed.
-        InputError: The workload's picture cannot be read, or the workload does not fit a model.
-        UnsupportedError: There is no transport to the device, or no engine for the bundle.
+        BundleError: A folder holds no bundle, or a file of it was changed.
+        InputError: A picture cannot be read, a workload does not fit a model, a bundle lacks a
+            runtime, or the device cannot be reached.
+        MissingExtraError: An engine is not installed here.
+        UnsupportedError: An engine would be emulated here.
     """
-    image = workload.image_bytes()
-    arms = {} if baseline is None else {"baseline": Arm(bundle=Bundle.open(baseline))}
-    arms["candidate"] = Arm(bundle=Bundle.open(bundle))
-    for arm in arms.values():
-        _require_engine(arm.bundle)
-    turns = {role: fit_turns(arm.bundle, workload, image) for role, arm in arms.items()}
-    transport = transport or _transport_to(device)
-    processes = schedule(workload.repeats, tuple(arms))
-    order = []
+    transport = transport or HostTransport()
+    arms = open_arms(pairs, is_host=transport.kind == HostTransport.kind)
+    cells = [_fit(workload, arms) for workload in workloads]
     with transport.connect() as connection:
         environment = _describe_device(connection, device, threads, timeout_s)
-        folders = {role: connection.install(arm.bundle) for role, arm in arms.items()}
-        started = time.monotonic()
-        for done, process in enumerate(processes):
-            arm = arms[process.role]
-            on_progress(Progress(task="bench", done=done, total=len(processes), note=process.role))
-            if len(arm.failures) >= _MOST_FAILURES:
-                continue
-            time.sleep(workload.cool_down_s)
-            at_s = round(time.monotonic() - started, 3)
-            order.append(ProcessStart(role=process.role, at_s=at_s))
-            job = BlockJob(
-                bundle=folders[process.role],
-                runtime=choose_engine(arm.bundle),
-                turns=turns[process.role],
-                new_tokens=workload.new_tokens,
-                pictures=() if image is None else (base64.b64encode(image).decode(),),
-                ignore_eos=workload.ignore_eos,
-                warm_ups=workload.warm_ups,
-                answers=workload.answers,
-                threads=environment.threads,
-            )
-            outcome = _run_block(connection, job, timeout_s)
-            if isinstance(outcome, Failure):
-                arm.failures[process.repeat] = outcome.reason
-            else:
-                arm.blocks[process.repeat] = outcome
+        places = {arm.bundle.path: connection.install(arm.bundle) for arm in arms}
+        folders = {arm.name: places[arm.bundle.path] for arm in arms}
+        return tuple(
+            _measure(connection, cell, arms, folders, environment, timeout_s, on_progress)
+            for cell in cells
+        )
+
+
+def _fit(workload: Workload, arms: Sequence[Arm]) -> _Cell:
+    pictures = workload.encoded_pictures()
+    by_bundle = {arm.bundle.path: fit_turns(arm.bundle, workload, pictures) for arm in arms}
+    return _Cell(
+        workload=workload,
+        pictures=pictures,
+        turns={arm.name: by_bundle[arm.bundle.path] for arm in arms},
+    )
+
+
+def _measure(
+    connection: Connection,
+    cell: _Cell,
+    arms: Sequence[Arm],
+    folders: dict[str, str],
+    environment: Environment,
+    timeout_s: float,
+    on_progress: ProgressCallback,
+) -> Measurement:
+    workload, by_name = cell.workload, {arm.name: arm for arm in arms}
+    processes = schedule(workload.repeats, tuple(by_name))
+    order: list[ProcessStart] = []
+    outcomes: list[Outcome] = []
+    started = time.monotonic()
+    for done, process in enumerate(processes):
+        arm = by_name[process.arm]
+        on_progress(Progress(task="bench", done=done, total=len(processes), note=arm.name))
+        failed = [one for one in outcomes if one.process.arm == arm.name and one.failure]
+        if len(failed) >= _MOST_FAILURES:
+            continue
+        time.sleep(workload.cool_down_s)
+        order.append(ProcessStart(arm=arm.name, at_s=round(time.monotonic() - started, 3)))
+        job = BlockJob(
+            bundle=folders[arm.name],
+            runtime=arm.runtime,
+            turns=cell.turns[arm.name],
+            new_tokens=workload.new_tokens,
+            pictures=tuple(base64.b64encode(one).decode() for one in cell.pictures),
+            ignore_eos=workload.ignore_eos,
+            warm_ups=workload.warm_ups,
+            answers=workload.answers,
+            sustained_s=workload.sustained_s,
+            threads=environment.threads,
+        )
+        outcome = _run_block(connection, job, timeout_s + (workload.sustained_s or 0))
+        if isinstance(outcome, Failure):
+            outcomes.append(Outcome(process=process, block=None, failure=outcome.reason))
+        else:
+            outcomes.append(Outcome(process=process, block=outcome))
     on_progress(Progress(task="bench", done=len(processes), total=len(processes)))
-    return assemble_measurement(arms, workload, image, environment, order)
-
-
-def _require_engine(bundle: Bundle) -> None:
-    """An emulator has the answers of an engine, but not its speed."""
-    name = choose_engine(bundle)
-    if name in EMULATED:
-        raise UnsupportedError(
-            f"{bundle.path}: has graphs for {name} alone, whose engine is not on this host; "
-            "`pocketvlm verify-coreml` times them on an Apple machine"
-        )
-
-
-def _transport_to(device: str) -> Transport:
-    profile = load_device(device)
-    if profile.transport != "host":
-        raise UnsupportedError(
-            f"device {device!r}: there is no transport to it in this version; its profile serves "
-            "plans. Devices that can be measured: host"
-        )
-    return HostTransport()
+    return assemble_measurement(
+        arms,
+        outcomes,
+        workload=workload,
+        pictures=cell.pictures,
+        environment=environment,
+        order=order,
+    )
 
 
 def _describe_device(

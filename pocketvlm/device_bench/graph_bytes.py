@@ -10,18 +10,15 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
 
-__all__ = ["TARGET", "decoder_weight_bytes", "graph_file_bytes"]
-
-TARGET = "onnx"
-"""The target whose graphs are timed."""
+__all__ = ["decoder_weight_bytes", "graph_file_bytes"]
 
 
-def graph_file_bytes(bundle: Bundle) -> int:
-    """Bytes of the graphs and their external data, each file once."""
+def graph_file_bytes(bundle: Bundle, target: str) -> int:
+    """Bytes of a target's graphs and their external data, each file once."""
     folders = {
         component.file.rpartition("/")[0]
         for component in bundle.manifest.components
-        if component.target == TARGET
+        if component.target == target
     }
     return sum(
         (bundle.path / name).stat().st_size
@@ -30,13 +27,18 @@ def graph_file_bytes(bundle: Bundle) -> int:
     )
 
 
-def decoder_weight_bytes(bundle: Bundle) -> int:
+def decoder_weight_bytes(bundle: Bundle, target: str) -> int | None:
     """Bytes of the decoder's weights, all of which one step of generation reads.
+
+    Returns:
+        The bytes; `None` for a target whose files do not tell the parts of the model apart.
 
     Raises:
         BundleError: The graph cannot be read.
     """
-    file = bundle.file(bundle.component(TARGET, "decoder").file)
+    if target != "onnx":
+        return None
+    file = bundle.file(bundle.component(target, "decoder").file)
     try:
         model = onnx.load(file, load_external_data=False)
     except (OSError, DecodeError) as error:

@@ -6,12 +6,12 @@ it measures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.protocol import ANSWER_MARK, Turn
-from pocketvlm.device_bench.workload import Workload, fit_prompt
+from pocketvlm.device_bench.workload import Workload, fit_text
 from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.runtime.preprocess import ImagePreprocessor
@@ -20,55 +20,84 @@ from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_m
 __all__ = ["fit_turns", "render_turns"]
 
 
-def fit_turns(bundle: Bundle, workload: Workload, image: bytes | None) -> tuple[Turn, ...]:
-    """The turns of a workload, whose prompt has exactly its number of tokens.
+def fit_turns(bundle: Bundle, workload: Workload, pictures: Sequence[bytes]) -> tuple[Turn, ...]:
+    """The turns of a workload, each of exactly its number of tokens.
 
     Args:
         bundle: The bundle that will answer.
         workload: The shape.
-        image: The encoded picture, or `None` for text alone.
+        pictures: The encoded pictures, all of which the first turn shows.
 
     Raises:
         InputError: The workload does not fit the model.
     """
     codec = TextCodec.from_bundle(bundle)
-    images = int(image is not None)
-
-    def count_tokens(text: str) -> int:
-        ids = codec.encode([user_message(text, images=images)])
-        return sum(token != codec.image_token_id for token in ids)
-
-    text = fit_prompt(count_tokens, workload.prompt_tokens)
-    _require_positions(bundle, codec, workload, text, image)
-    return render_turns(codec, [Turn(text=text, pictures=tuple(range(images)))])
+    turns: list[Turn] = []
+    for number in range(workload.turns):
+        shown = tuple(range(len(pictures))) if number == 0 else ()
+        text = fit_text(_token_counter(codec, turns, shown), workload.prompt_tokens)
+        turns.append(Turn(text=text, pictures=shown))
+    _require_positions(bundle, codec, workload, turns[0], pictures)
+    return render_turns(codec, turns)
 
 
 def render_turns(codec: TextCodec, turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The turns with what the chat template makes of each and of those before it."""
+    """The turns with what the chat template makes of each and of those before it.
+
+    Raises:
+        InputError: The template refuses the conversation, or leaves an answer out.
+    """
     rendered: list[Turn] = []
     messages: list[Message] = []
     for turn in turns:
         messages.append(user_message(turn.text, images=len(turn.pictures)))
-        rendered.append(replace(turn, rendered=codec.prompts.render(messages)))
+        text = codec.prompts.render(messages)
+        if text.count(ANSWER_MARK) != len(rendered):
+            raise InputError("the chat template does not write each earlier answer once")
+        rendered.append(replace(turn, rendered=text))
         messages.append(assistant_message(ANSWER_MARK))
     return tuple(rendered)
 
 
+def _token_counter(
+    codec: TextCodec, earlier: Sequence[Turn], pictures: tuple[int, ...]
+) -> Callable[[str], int]:
+    """Counts the tokens that a turn of this text adds to the conversation, visual ones left out."""
+
+    def count_all(text: str) -> int:
+        ids = codec.encode([user_message(text, images=len(pictures))])
+        return sum(token != codec.image_token_id for token in ids)
+
+    def count_added(text: str) -> int:
+        # What the template writes after an answer is no prompt by itself, and begins inside one.
+        last = (
+            render_turns(codec, [*earlier, Turn(text=text, pictures=pictures)])[-1].rendered or ""
+        )
+        added = last.rpartition(ANSWER_MARK)[2]
+        return len(codec.tokenizer.encode(added, add_special_tokens=False).ids)
+
+    return count_added if earlier else count_all
+
+
 def _require_positions(
-    bundle: Bundle, codec: TextCodec, workload: Workload, text: str, image: bytes | None
+    bundle: Bundle,
+    codec: TextCodec,
+    workload: Workload,
+    first: Turn,
+    pictures: Sequence[bytes],
 ) -> None:
     manifest = bundle.manifest
-    grids = []
-    if image is not None:
-        preprocessor = ImagePreprocessor.from_bundle(bundle)
-        grids.append(preprocessor.grid(read_image(image, "the workload's picture")))
+    preprocessor = ImagePreprocessor.from_bundle(bundle)
+    grids = [preprocessor.grid(read_image(one, "the workload's picture")) for one in pictures]
     full, kept = manifest.visual_tokens_full, manifest.visual_tokens
-    prompt = len(codec.encode([user_message(text, images=len(grids))], grids))
+    message = user_message(first.text, images=len(grids))
+    prompt = len(codec.encode([message], grids)) + (workload.turns - 1) * workload.prompt_tokens
     if manifest.positions != "original":
         prompt -= sum(grid.placeholders(full) - grid.most_rows(full, kept) for grid in grids)
-    needed, limit = prompt + workload.new_tokens, manifest.generation.max_positions
+    new = workload.turns * workload.new_tokens
+    needed, limit = prompt + new, manifest.generation.max_positions
     if needed > limit:
         raise InputError(
             f"workload {workload.name!r} takes {needed} positions ({prompt} of the prompt, "
-            f"{workload.new_tokens} new); {bundle.path} has {limit}"
+            f"{new} new); {bundle.path} has {limit}"
         )

@@ -1,23 +1,26 @@
-"""The result of a comparison: figures, ratios, verdicts, notes."""
+"""The result of a run: figures, ratios, verdicts, notes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from pocketvlm.device_bench.arm import Arm
-from pocketvlm.device_bench.graph_bytes import TARGET
-from pocketvlm.device_bench.plausibility import check_plausibility
-from pocketvlm.device_bench.summary import paired_ratios, relative_spread
+from pocketvlm.device_bench.block import Block
+from pocketvlm.device_bench.plausibility import Physics, check_plausibility
+from pocketvlm.device_bench.schedule import Outcome
+from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_blocks
 from pocketvlm.device_bench.workload import Workload
+from pocketvlm.json_io import encode
 from pocketvlm.reports.measurement import (
     Environment,
     Latency,
+    MeasuredArm,
+    MeasuredBundle,
     MeasuredWorkload,
     Measurement,
-    PlausibilityCheck,
+    Memory,
     ProcessFailure,
     ProcessStart,
     Stability,
@@ -31,116 +34,182 @@ _GUARDED = ("ttft_user_ms", "decode_tok_s")
 
 
 def assemble_measurement(
-    arms: Mapping[str, Arm],
+    arms: Sequence[Arm],
+    outcomes: Sequence[Outcome],
+    *,
     workload: Workload,
-    image: bytes | None,
+    pictures: Sequence[bytes],
     environment: Environment,
     order: Sequence[ProcessStart],
 ) -> Measurement:
     """Combines the measurements of all processes.
 
     Args:
-        arms: `candidate`, and `baseline` if there is one.
+        arms: The arms, the reference first.
+        outcomes: What came of every process that was started.
         workload: The workload that was measured.
-        image: The encoded picture, or `None` for text alone.
+        pictures: Its encoded pictures.
         environment: The device.
         order: The processes that were started.
     """
-    candidate, baseline = arms["candidate"], arms.get("baseline")
-    latency = {role: arm.latency() for role, arm in arms.items()}
-    memory = {role: arm.memory() for role, arm in arms.items()}
-    ratio_samples = paired_ratios(candidate.blocks, baseline.blocks) if baseline else {}
-    plausibility = tuple(
-        check
-        for role, arm in arms.items()
-        if arm.blocks
-        for check in check_plausibility(role, latency[role], memory[role], arm.physics(environment))
-    )
-    reference = "baseline" if baseline else "candidate"
-    stability = _stability(reference, latency[reference])
+    by_arm = {arm.name: [one for one in outcomes if one.process.arm == arm.name] for arm in arms}
+    reference = arms[0].name
+    measured = {
+        arm.name: _measure_arm(
+            arm,
+            by_arm[arm.name],
+            environment,
+            reference=None if arm.name == reference else by_arm[reference],
+        )
+        for arm in arms
+    }
     return Measurement(
-        workload=_describe_workload(workload, image, candidate),
+        workload=_describe_workload(workload, pictures),
         environment=environment,
-        bundles={role: arm.describe() for role, arm in arms.items()},
-        latency={TARGET: latency["candidate"]},
-        baseline={TARGET: latency["baseline"]} if baseline else None,
+        reference=reference,
+        arms=measured,
+        order=tuple(order),
+        notes=(
+            *(note for arm in arms for note in _notes(arm, by_arm[arm.name], workload)),
+            *(note for name, arm in measured.items() for note in _verdicts(name, arm)),
+            *_noise(reference, measured[reference].stability),
+        ),
+    )
+
+
+def _measure_arm(
+    arm: Arm,
+    outcomes: Sequence[Outcome],
+    environment: Environment,
+    *,
+    reference: Sequence[Outcome] | None,
+) -> MeasuredArm:
+    bundle, blocks = arm.describe(), _blocks(outcomes)
+    failures = tuple(
+        ProcessFailure(
+            repeat=one.process.repeat,
+            reason=one.failure,
+            answers=0 if one.block is None else len(one.block.answers),
+        )
+        for one in outcomes
+        if one.failure is not None
+    )
+    if not blocks:
+        reason = failures[-1].reason if failures else "it was never run"
+        return MeasuredArm(
+            runtime=arm.runtime, bundle=bundle, latency=Latency(failed=reason), failures=failures
+        )
+    latency = summarise_blocks([blocks[repeat] for repeat in sorted(blocks)])
+    memory = _largest_memory(blocks.values())
+    ratio_samples = {} if reference is None else paired_ratios(blocks, _blocks(reference))
+    first = next(iter(blocks.values()))
+    return MeasuredArm(
+        runtime=arm.runtime,
+        bundle=bundle,
+        prompt=first.prompt,
+        latency=latency,
+        memory=memory,
         ratios={name: median(values) for name, values in ratio_samples.items()},
         ratio_samples=ratio_samples,
-        memory=replace(memory["candidate"], baseline=memory.get("baseline")),
-        stability=stability,
-        plausibility=plausibility,
-        order=tuple(order),
-        failures=tuple(
-            ProcessFailure(role=role, repeat=repeat, reason=reason)
-            for role, arm in arms.items()
-            for repeat, reason in arm.failures.items()
-        ),
-        notes=_notes(arms, workload, stability, plausibility),
+        stability=_stability(latency),
+        plausibility=check_plausibility(latency, memory, _physics(first, bundle, environment)),
+        failures=failures,
     )
 
 
-def _stability(role: str, latency: Latency) -> Stability:
-    """How much samples of the reference vary."""
+def _blocks(outcomes: Iterable[Outcome]) -> dict[int, Block]:
+    """The measurement of each process that measured something, by repeat."""
+    return {one.process.repeat: one.block for one in outcomes if one.block is not None}
+
+
+def _physics(block: Block, bundle: MeasuredBundle, environment: Environment) -> Physics:
+    """What the figures of an arm must not contradict."""
+    return Physics(
+        prompt_tokens=block.cold.prompt_tokens,
+        weight_bytes=bundle.graph_bytes or 0,
+        decoder_bytes=bundle.decoder_weight_bytes,
+        memory_read_bytes_s=environment.memory_read_bytes_s,
+        cache_bytes=environment.last_level_cache_bytes,
+    )
+
+
+def _largest_memory(blocks: Iterable[Block]) -> Memory:
+    """The largest of every count, over processes that each held this bundle alone."""
+    rows = [encode(block.memory) for block in blocks]
+    largest = {
+        name: max(counts)
+        for name in rows[0]
+        if name.endswith("_bytes")
+        and (counts := [row[name] for row in rows if row[name] is not None])
+    }
+    return Memory(counter=rows[0]["counter"], **largest)
+
+
+def _stability(latency: Latency) -> Stability:
+    """How much samples of an arm vary."""
     spread = {
         name: relative_spread(latency.figure(name).samples)
         for name in _GUARDED
         if latency.figure(name).samples
     }
     return Stability(
-        of=role,
         spread=spread,
         bound=_SPREAD_BOUND,
         is_stable=bool(spread) and max(spread.values()) <= _SPREAD_BOUND,
     )
 
 
-def _describe_workload(workload: Workload, image: bytes | None, candidate: Arm) -> MeasuredWorkload:
+def _describe_workload(workload: Workload, pictures: Sequence[bytes]) -> MeasuredWorkload:
     return MeasuredWorkload(
         name=workload.name,
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         image_size=workload.image_size,
-        image_file=None if workload.image_file is None else workload.image_file.name,
+        pictures=len(pictures),
+        image_files=tuple(file.name for file in workload.image_files),
+        turns=workload.turns,
         warm_ups=workload.warm_ups,
         answers=workload.answers,
         repeats=workload.repeats,
         cool_down_s=workload.cool_down_s,
+        sustained_s=workload.sustained_s,
         ignore_eos=workload.ignore_eos,
-        image_sha256=None if image is None else hashlib.sha256(image).hexdigest(),
-        prompt=next((block.prompt for block in candidate.blocks.values()), None),
+        image_sha256=tuple(hashlib.sha256(one).hexdigest() for one in pictures),
         sampling="greedy",
     )
 
 
-def _notes(
-    arms: Mapping[str, Arm],
-    workload: Workload,
-    stability: Stability,
-    plausibility: Sequence[PlausibilityCheck],
-) -> tuple[str, ...]:
-    notes = [
-        f"{role}, repeat {repeat + 1}: failed: {reason}"
-        for role, arm in arms.items()
-        for repeat, reason in arm.failures.items()
-    ]
-    for role, arm in arms.items():
-        missing = workload.repeats - len(arm.blocks) - len(arm.failures)
-        if missing:
-            failures = len(arm.failures)
-            notes.append(f"{role}: {missing} repeats were skipped after {failures} failures")
-        answers = {block.token_ids for block in arm.blocks.values()}
-        if len(answers) > 1 or not all(block.is_repeatable for block in arm.blocks.values()):
-            notes.append(f"{role}: the same prompt did not give the same tokens every time")
-    if stability.spread and not stability.is_stable:
+def _notes(arm: Arm, outcomes: Sequence[Outcome], workload: Workload) -> Iterable[str]:
+    """What happened to an arm's processes."""
+    failed = [one for one in outcomes if one.failure is not None]
+    for one in failed:
+        kept = f" ({len(one.block.answers)} answers are kept)" if one.block is not None else ""
+        yield f"{arm.name}, repeat {one.process.repeat + 1}: failed: {one.failure}{kept}"
+    missing = workload.repeats - len(outcomes)
+    if missing:
+        yield f"{arm.name}: {missing} repeats were skipped after {len(failed)} failures"
+    whole = [one.block for one in outcomes if one.block is not None and one.failure is None]
+    if len({block.token_ids for block in whole}) > 1 or not all(
+        block.is_repeatable for block in whole
+    ):
+        yield f"{arm.name}: the same prompt did not give the same tokens every time"
+
+
+def _verdicts(name: str, arm: MeasuredArm) -> Iterable[str]:
+    """Checks that an arm's figures failed."""
+    for check in arm.plausibility:
+        if check.verdict == "fail" and check.value is not None and check.bound is not None:
+            yield (
+                f"{name}: implausible, not published: {', '.join(check.figures)}: {check.check}: "
+                f"{check.value:.4g} against {check.bound:.4g} ({check.detail})"
+            )
+
+
+def _noise(reference: str, stability: Stability | None) -> Iterable[str]:
+    """Whether the machine was quiet, as the reference's samples say."""
+    if stability is not None and stability.spread and not stability.is_stable:
         name, spread = max(stability.spread.items(), key=lambda item: item[1])
-        notes.append(
-            f"noisy run: {name} of the {stability.of} varies by {spread:.0%} of its median, "
-            f"more than {_SPREAD_BOUND:.0%}; repeat it on a quiet machine"
+        yield (
+            f"noisy run: {name} of {reference} varies by {spread:.0%} of its median, more than "
+            f"{_SPREAD_BOUND:.0%}; repeat it on a quiet machine"
         )
-    notes += [
-        f"{check.role}: implausible: {check.check}: {check.value:.4g} against {check.bound:.4g} "
-        f"({check.detail})"
-        for check in plausibility
-        if check.verdict == "fail" and check.value is not None and check.bound is not None
-    ]
-    return tuple(notes)

@@ -16,7 +16,7 @@ __all__ = ["FIGURES", "paired_ratios", "relative_spread", "summarise_blocks", "s
 
 
 def summarise_samples(values: Sequence[float]) -> Figure:
-    """Samples with median, 90 % quantile, mean and standard deviation."""
+    """Samples with median, 90 % and 95 % quantile, mean and standard deviation."""
     rounded = tuple(round(value, 4) for value in values)
     if not rounded:
         return Figure()
@@ -24,6 +24,7 @@ def summarise_samples(values: Sequence[float]) -> Figure:
         samples=rounded,
         median=median(rounded),
         p90=Samples(values=rounded).quantile(0.9),
+        p95=Samples(values=rounded).quantile(0.95),
         mean=mean(rounded),
         sd=stdev(rounded) if len(rounded) > 1 else None,
     )
@@ -32,6 +33,11 @@ def summarise_samples(values: Sequence[float]) -> Figure:
 def _given(value: float | None) -> tuple[float, ...]:
     """One sample, or none if the workload has no such stage."""
     return () if value is None else (value,)
+
+
+def _rate(tokens: int, span_ms: float) -> tuple[float, ...]:
+    """Tokens per second; none if there was no time, or nothing in it."""
+    return (tokens / span_ms * 1e3,) if tokens and span_ms else ()
 
 
 FIGURES: Mapping[str, Callable[[AnswerTimes], tuple[float, ...]]] = {
@@ -45,14 +51,14 @@ FIGURES: Mapping[str, Callable[[AnswerTimes], tuple[float, ...]]] = {
     "detokenize_ms": lambda answer: answer.detokenize_ms,
     "ttft_user_ms": lambda answer: (answer.ttft_user_ms,),
     "ttft_engine_ms": lambda answer: (answer.ttft_engine_ms,),
-    "prefill_tok_s": lambda answer: (answer.prompt_tokens / answer.prefill_ms * 1e3,),
-    "decode_tok_s": lambda answer: ((answer.new_tokens - 1) / answer.decode_span_ms * 1e3,),
+    "prefill_tok_s": lambda answer: _rate(answer.prompt_tokens, answer.prefill_ms),
+    "decode_tok_s": lambda answer: _rate(answer.new_tokens - 1, answer.decode_span_ms),
 }
 """The samples of one answer, by the name of the figure; answers are warm."""
 
 
 def summarise_blocks(blocks: Sequence[Block]) -> Latency:
-    """The figures of one bundle, from the blocks of its processes."""
+    """The figures of one arm, from the blocks of its processes."""
     answers = [answer for block in blocks for answer in block.answers]
     figures = {
         "load_ms": summarise_samples([block.load_ms for block in blocks]),
@@ -65,21 +71,21 @@ def summarise_blocks(blocks: Sequence[Block]) -> Latency:
 
 
 def paired_ratios(
-    candidate: Mapping[int, Block], baseline: Mapping[int, Block]
+    arm: Mapping[int, Block], reference: Mapping[int, Block]
 ) -> dict[str, tuple[float, ...]]:
-    """Candidate divided by baseline, repeat by repeat, for every figure that both have.
+    """An arm divided by the reference, repeat by repeat, for every figure that both have.
 
     Processes are interleaved so that ratios of neighbours cancel the drift of the machine, which is
     larger than the variation within one process.
 
     Args:
-        candidate: Blocks by number of the repeat.
-        baseline: Likewise.
+        arm: Blocks by number of the repeat.
+        reference: Likewise.
     """
-    both = sorted(set(candidate) & set(baseline))
+    both = sorted(set(arm) & set(reference))
     ratios: dict[str, list[float]] = {}
     for repeat in both:
-        first, second = summarise_blocks([candidate[repeat]]), summarise_blocks([baseline[repeat]])
+        first, second = summarise_blocks([arm[repeat]]), summarise_blocks([reference[repeat]])
         for name, figure in first.figures.items():
             above, below = figure.median, second.figure(name).median
             if above is not None and below:  # only one of the two may be packed

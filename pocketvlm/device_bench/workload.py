@@ -19,7 +19,7 @@ from pocketvlm.errors import InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, read_image
 
-__all__ = ["PRESETS", "Workload", "draw_picture", "fit_prompt", "load_workload"]
+__all__ = ["PRESETS", "Workload", "draw_picture", "fit_text", "load_workload"]
 
 _MIN_REPEATS = 5
 _SENTENCES = (
@@ -36,15 +36,19 @@ class Workload:
 
     Attributes:
         name: Its name in the report.
-        prompt_tokens: Tokens of the whole prompt, with the chat template, without visual tokens.
-        new_tokens: Tokens to generate, the first one included.
-        image_size: Side of the generated square picture in pixels; `None` for text alone.
-        image_file: A picture to use instead of the generated one.
+        prompt_tokens: Tokens that each turn adds, chat template included, visual tokens not.
+        new_tokens: Tokens to generate in each turn, the first one included.
+        image_size: Side of the generated square pictures in pixels; `None` for none.
+        pictures: Generated pictures of the first turn, each of them another.
+        image_files: Pictures to use instead of generated ones.
+        turns: Turns of the conversation; pictures are shown with the first.
         warm_ups: Answers per process before the measured ones. The first of them is the cold answer
             and is reported separately.
         answers: Measured answers per process.
-        repeats: Processes per bundle; a figure has `repeats * answers` samples.
+        repeats: Processes per arm; a figure has `repeats * answers` samples.
         cool_down_s: Pause before every process, in seconds.
+        sustained_s: Seconds for which every process goes on answering after the measured answers;
+            `None` for none.
         ignore_eos: Whether generation continues after an end token, so that every answer has
             exactly `new_tokens` tokens.
     """
@@ -53,11 +57,14 @@ class Workload:
     prompt_tokens: int
     new_tokens: int
     image_size: int | None = None
-    image_file: Path | None = None
+    pictures: int = 1
+    image_files: tuple[Path, ...] = ()
+    turns: int = 1
     warm_ups: int = 1
     answers: int = 1
     repeats: int = _MIN_REPEATS
     cool_down_s: float = 0.0
+    sustained_s: float | None = None
     ignore_eos: bool = True
 
     def __post_init__(self) -> None:
@@ -69,17 +76,20 @@ class Workload:
         bounds = {
             "prompt_tokens": (self.prompt_tokens, 1),
             "new_tokens": (self.new_tokens, 2),
+            "pictures": (self.pictures, 1),
+            "turns": (self.turns, 1),
             "warm_ups": (self.warm_ups, 1),
             "answers": (self.answers, 1),
             "repeats": (self.repeats, _MIN_REPEATS),
             "cool_down_s": (self.cool_down_s, 0),
+            "sustained_s": (1 if self.sustained_s is None else self.sustained_s, 1),
         }
         for field, (value, least) in bounds.items():
             if not value >= least:
                 raise ValueError(f"workload {self.name!r}: {field} is {value}; at least {least}")
-        if self.image_size is not None and self.image_file is not None:
+        if self.image_size is not None and self.image_files:
             raise ValueError(
-                f"workload {self.name!r}: image_size and image_file exclude each other; "
+                f"workload {self.name!r}: image_size and image_files exclude each other; "
                 "give one of them, or none for text alone"
             )
         if self.image_size is not None and not 8 <= self.image_size <= 8192:  # noqa: PLR2004
@@ -87,24 +97,15 @@ class Workload:
                 f"workload {self.name!r}: image_size is {self.image_size}; 8 to 8192 pixels"
             )
 
-    @property
-    def has_image(self) -> bool:
-        """Whether the prompt asks about a picture."""
-        return self.image_size is not None or self.image_file is not None
-
-    def image_bytes(self) -> bytes | None:
-        """The encoded picture, as from a camera or a chat app; `None` for text alone.
+    def encoded_pictures(self) -> tuple[bytes, ...]:
+        """The encoded pictures, as from a camera or a chat app; none for text alone.
 
         Raises:
-            InputError: The image file cannot be read, or is not an image.
+            InputError: An image file cannot be read, or is not an image.
         """
         if self.image_size is not None:
-            return draw_picture(self.image_size)
-        if self.image_file is None:
-            return None
-        content = read_bytes(self.image_file, error=InputError, max_bytes=MAX_FILE_BYTES)
-        read_image(content, str(self.image_file))
-        return content
+            return tuple(draw_picture(self.image_size, number) for number in range(self.pictures))
+        return tuple(map(_read_picture, self.image_files))
 
 
 PRESETS: Mapping[str, Workload] = {
@@ -112,10 +113,14 @@ PRESETS: Mapping[str, Workload] = {
     for workload in (
         # One 512-pixel image, a short question, a paragraph of answer.
         Workload(name="vlm", image_size=512, prompt_tokens=32, new_tokens=128),
-        # pp512 / tg128 of llama-bench and others.
-        Workload(name="text", prompt_tokens=512, new_tokens=128),
         # A short prompt, which shows the fixed costs of a runtime.
         Workload(name="short", prompt_tokens=96, new_tokens=64),
+        # pp512 and tg128 of llama-bench.
+        Workload(name="llama-bench", prompt_tokens=512, new_tokens=128),
+        # The defaults of `litert-lm benchmark`.
+        Workload(name="litert-lm", prompt_tokens=256, new_tokens=256),
+        # Prompt and generation of Core AI's llm-benchmark.
+        Workload(name="core-ai", prompt_tokens=512, new_tokens=1024),
     )
 }
 """Common published shapes, by name."""
@@ -132,13 +137,23 @@ def load_workload(name: str) -> Workload:
     return PRESETS[name]
 
 
-def draw_picture(size: int) -> bytes:
-    """A JPEG of `size` by `size` pixels with smooth areas, edges and texture; always the same.
+def _read_picture(file: Path) -> bytes:
+    content = read_bytes(file, error=InputError, max_bytes=MAX_FILE_BYTES)
+    read_image(content, str(file))
+    return content
+
+
+def draw_picture(size: int, number: int = 0) -> bytes:
+    """A JPEG of `size` by `size` pixels with smooth areas, edges and texture.
 
     A flat picture would be unusually fast to decode as JPEG, and noise unusually slow.
+
+    Args:
+        size: Its side in pixels.
+        number: Which of the pictures of this size; the same number gives the same bytes.
     """
     rows, columns = np.mgrid[0:size, 0:size] / size
-    texture = np.random.default_rng(0).normal(0.0, 6.0, (size, size, 1))
+    texture = np.random.default_rng(number).normal(0.0, 6.0, (size, size, 1))
     canvas = np.stack([90 + 120 * rows, 140 + 60 * columns, 200 - 110 * rows], axis=-1) + texture
     disc = (rows - 0.35) ** 2 + (columns - 0.3) ** 2 < 0.18**2
     canvas[disc] = (220, 60, 50)
@@ -148,19 +163,19 @@ def draw_picture(size: int) -> bytes:
     canvas[square & ~stripes] = (40, 70, 120)
     stream = io.BytesIO()
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(stream, format="JPEG", quality=90)
+    Image.fromarray(np.rot90(pixels, number)).save(stream, format="JPEG", quality=90)
     return stream.getvalue()
 
 
-def fit_prompt(count_tokens: Callable[[str], int], tokens: int) -> str:
-    """A text whose whole prompt has exactly `tokens` tokens.
+def fit_text(count_tokens: Callable[[str], int], tokens: int) -> str:
+    """A text whose turn has exactly `tokens` tokens.
 
     The text is shortened character by character, which changes the count by at most a token or two,
     and several endings are tried until the count is met. Cutting ids to length would be simpler,
     but every answer tokenises the text, and that time is measured.
 
     Args:
-        count_tokens: Counts the tokens of the prompt of a text, chat template included.
+        count_tokens: Counts the tokens of the turn of a text, chat template included.
         tokens: The count to meet.
 
     Raises:
@@ -169,8 +184,8 @@ def fit_prompt(count_tokens: Callable[[str], int], tokens: int) -> str:
     least = count_tokens("a")
     if least > tokens:
         raise InputError(
-            f"the chat template alone takes {least} tokens of the prompt; a workload of "
-            f"{tokens} prompt tokens does not fit: ask for {least} or more"
+            f"the chat template alone takes {least} tokens of a turn; a workload of {tokens} "
+            f"prompt tokens does not fit: ask for {least} or more"
         )
     text = ""
     while count_tokens(text + "a") <= tokens:

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.controller import bench_bundle
-from pocketvlm.device_bench.graph_bytes import TARGET
+from pocketvlm.device_bench.arm import Pair
+from pocketvlm.device_bench.controller import bench_bundles
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
@@ -38,8 +39,9 @@ from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.reports.html import render_html, render_markdown
+from pocketvlm.reports.measurement import Measurement
 from pocketvlm.reports.report import Report
-from pocketvlm.runtime.engines import choose_engine
+from pocketvlm.runtime.engines import EMULATED, ENGINES
 from pocketvlm.stages import Stage, check_order
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
@@ -158,18 +160,7 @@ def _run(
     built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", certified, ctx)
     bundle = built.bundle
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
-    is_timed = choose_engine(bundle) == TARGET
-    bench = (
-        bench_bundle(
-            bundle.path,
-            workload,
-            baseline=baseline() if baseline else None,
-            threads=ctx.threads,
-            on_progress=ctx.on_progress,
-        )
-        if workload and is_timed
-        else None
-    )
+    bench = _bench(bundle, workload, baseline, ctx) if workload else None
     report = assemble_report(
         checkpoint,
         built,
@@ -193,6 +184,22 @@ def _run(
     journal.log("finished", failures=list(report.failures))
     journal.clean()
     return RunResult(out=out, report=report)
+
+
+def _bench(
+    bundle: Bundle, workload: Workload, baseline: Callable[[], Path] | None, ctx: RunContext
+) -> Measurement | None:
+    """Times the bundle on every engine of this host, beside the baseline; `None` if it has none."""
+    targets = {component.target for component in bundle.manifest.components}
+    pairs: list[Pair] = [
+        (bundle.path, name) for name in ENGINES if name in targets and name not in EMULATED
+    ]
+    if not pairs:
+        return None
+    if baseline is not None:
+        pairs.insert(0, (baseline(), None))
+    (bench,) = bench_bundles(pairs, [workload], threads=ctx.threads, on_progress=ctx.on_progress)
+    return bench
 
 
 def _write(path: Path, text: str, *, scratch: Path | None = None) -> None:

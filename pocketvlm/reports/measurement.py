@@ -1,7 +1,8 @@
-"""The measurement of a bundle on a device: the `bench` block of a report, as typed values.
+"""A measurement of bundles on a device: the `bench` block of a report, as typed values.
 
-Fields are the keys of the document, with units as suffixes. A field is `None`, or empty, if nothing
-was measured.
+A run measures arms, which are (bundle, runtime) pairs; one of them is the reference that ratios are
+of. Fields are the keys of the document, with units as suffixes. A field is `None`, or empty, if
+nothing was measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = [
     "Environment",
     "Figure",
     "Latency",
+    "MeasuredArm",
     "MeasuredBundle",
     "MeasuredWorkload",
     "Measurement",
@@ -26,6 +28,8 @@ __all__ = [
     "ProcessStart",
     "Prompt",
     "Retention",
+    "SensorSample",
+    "Sensors",
     "Stability",
     "Sustained",
 ]
@@ -39,6 +43,7 @@ class Figure:
         samples: In the unit of the figure's name, milliseconds or tokens per second.
         median: The median of the samples.
         p90: The 90 % quantile.
+        p95: The 95 % quantile.
         mean: The arithmetic mean.
         sd: The standard deviation of the sample.
     """
@@ -46,6 +51,7 @@ class Figure:
     samples: tuple[float, ...] = ()
     median: float | None = None
     p90: float | None = None
+    p95: float | None = None
     mean: float | None = None
     sd: float | None = None
 
@@ -55,7 +61,7 @@ _NOT_MEASURED = Figure()
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """The figures of one bundle on one target.
+    """The figures of one arm.
 
     Attributes:
         failed: Why there are none.
@@ -85,9 +91,8 @@ class MeasuredWorkload:
     """The workload that was measured; `device_bench.workload.Workload` documents its shape.
 
     Attributes:
-        image_file: Name of the picture's file, without its folder.
-        image_sha256: Digest of the encoded picture.
-        prompt: The prompt in tokens of the candidate.
+        image_files: Names of the pictures' files, without their folders.
+        image_sha256: Digests of the encoded pictures.
         sampling: How tokens are chosen.
     """
 
@@ -95,14 +100,16 @@ class MeasuredWorkload:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     image_size: int | None = None
-    image_file: str | None = None
+    pictures: int | None = None
+    image_files: tuple[str, ...] = ()
+    turns: int | None = None
     warm_ups: int | None = None
     answers: int | None = None
     repeats: int | None = None
     cool_down_s: float | None = None
+    sustained_s: float | None = None
     ignore_eos: bool | None = None
-    image_sha256: str | None = None
-    prompt: Prompt | None = None
+    image_sha256: tuple[str, ...] = ()
     sampling: str | None = None
 
 
@@ -133,17 +140,20 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredBundle:
-    """One bundle of a comparison, as its manifest describes it.
+    """The bundle of an arm, as its manifest describes it.
 
     Attributes:
         stored_bytes: Bytes of all its files.
-        decoder_weight_bytes: Bytes of the decoder's weights, which each step reads once.
+        graph_bytes: Bytes of the files that this runtime loads.
+        decoder_weight_bytes: Bytes of the decoder's weights, which each step reads once; `None`
+            where the runtime's files do not tell.
         precision: How each part stores its weights, by part.
     """
 
     model: str | None = None
     manifest_sha256: str | None = None
     stored_bytes: int | None = None
+    graph_bytes: int | None = None
     decoder_weight_bytes: int | None = None
     visual_tokens: int | None = None
     visual_tokens_full: int | None = None
@@ -164,7 +174,6 @@ class Memory:
         peak_decode_rss_bytes: The peak after it.
         peak_rss_bytes: The peak of the process, loading included.
         after_rss_bytes: After the last answer.
-        baseline: The same for the baseline.
         compress_peak_rss_bytes: The largest resident set of the run that made the bundle.
     """
 
@@ -178,8 +187,48 @@ class Memory:
     before_load_pss_bytes: int | None = None
     after_load_pss_bytes: int | None = None
     after_pss_bytes: int | None = None
-    baseline: Memory | None = field(default=None, metadata=OPTIONAL)
     compress_peak_rss_bytes: int | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensorSample:
+    """What the device's sensors said, `at_s` after the start of the run.
+
+    Attributes:
+        temperature_c: The hottest sensor, in degrees Celsius.
+        thermal_status: 0 (none) to 6 (shutdown), as Android counts.
+    """
+
+    at_s: float | None = None
+    temperature_c: float | None = None
+    thermal_status: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensors:
+    """Temperature and thermal status while an arm was measured.
+
+    Attributes:
+        before_c: Degrees Celsius before the first process of the arm.
+        peak_c: The highest of all samples.
+        after_c: After its last process.
+        status_before: Thermal status before its first process.
+        status_peak: The highest.
+        status_after: After its last process.
+        waited_s: Seconds that the run waited for the device to cool before its processes.
+        starts_warm: Processes that were started above the limit because waiting took too long.
+        samples: Every reading, in order.
+    """
+
+    before_c: float | None = None
+    peak_c: float | None = None
+    after_c: float | None = None
+    status_before: int | None = None
+    status_peak: int | None = None
+    status_after: int | None = None
+    waited_s: float = 0.0
+    starts_warm: int = 0
+    samples: tuple[SensorSample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +265,13 @@ class Retention:
     """How much of a figure is left at the end of a sustained run.
 
     Attributes:
+        samples: Of every answer, in order.
         burst: Over the answers of the first tenth of the time.
         last: Over those of the last tenth.
         retained: The share of the burst's speed that is left; 1 if nothing was lost.
     """
 
+    samples: tuple[float, ...] = ()
     burst: float | None = None
     last: float | None = None
     retained: float | None = None
@@ -233,6 +284,7 @@ class Sustained:
     Attributes:
         duration_s: From the beginning of the first answer to the end of the last.
         answers: How many there were.
+        at_s: The end of each, from the beginning of the first.
         decode_tok_s: What became of decoding.
         ttft_user_ms: What became of the user's time to first token.
         time_to_status_s: Seconds until each thermal state above none was first seen, by its name.
@@ -240,6 +292,7 @@ class Sustained:
 
     duration_s: float | None = None
     answers: int | None = None
+    at_s: tuple[float, ...] = ()
     decode_tok_s: Retention = field(default_factory=Retention)
     ttft_user_ms: Retention = field(default_factory=Retention)
     time_to_status_s: Mapping[str, float] = field(default_factory=dict)
@@ -247,16 +300,14 @@ class Sustained:
 
 @dataclass(frozen=True, kw_only=True)
 class Stability:
-    """How much samples of the reference vary.
+    """How much the samples of an arm vary.
 
     Attributes:
-        of: The reference: `baseline` if there is one, else `candidate`.
         spread: Width of the middle 80 % of the samples as a share of their median, by figure.
         bound: The largest spread of a quiet machine.
         is_stable: Whether every spread is within the bound.
     """
 
-    of: str | None = None
     spread: Mapping[str, float] = field(default_factory=dict)
     bound: float | None = None
     is_stable: bool = False
@@ -267,12 +318,12 @@ class PlausibilityCheck:
     """Whether a figure contradicts physics or another figure, with the two numbers compared.
 
     Attributes:
-        role: The bundle.
+        figures: The figures that are not published if the check fails.
         verdict: `pass`, `fail` or `not applicable`.
     """
 
-    role: str = ""
     check: str | None = None
+    figures: tuple[str, ...] = ()
     verdict: str | None = None
     value: float | None = None
     bound: float | None = None
@@ -283,46 +334,83 @@ class PlausibilityCheck:
 class ProcessStart:
     """The start of a process, in seconds from the start of the run."""
 
-    role: str | None = None
+    arm: str | None = None
     at_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessFailure:
-    """A process without a result, and why; repeats count from 0."""
+    """A process without a result, and why.
 
-    role: str | None = None
+    Attributes:
+        repeat: Its number, from 0.
+        answers: Measured answers that had arrived by then; they count.
+    """
+
     repeat: int | None = None
     reason: str | None = None
+    answers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredArm:
+    """One (bundle, runtime) pair of a run.
+
+    Attributes:
+        runtime: The target whose graphs were run.
+        prompt: The prompt in tokens of the bundle.
+        latency: Figures of the first turn.
+        later_turns: Figures of the turns after it.
+        memory: Of its processes, the largest.
+        ratios: This arm divided by the reference, median over pairs of processes, by figure; empty
+            for the reference itself.
+        ratio_samples: The ratio of each pair.
+        plausibility: Every check of its figures.
+        failures: Processes without a result.
+    """
+
+    runtime: str | None = None
+    bundle: MeasuredBundle = field(default_factory=MeasuredBundle)
+    prompt: Prompt | None = None
+    latency: Latency = field(default_factory=Latency)
+    later_turns: tuple[Latency, ...] = ()
+    memory: Memory = field(default_factory=Memory)
+    sustained: Sustained | None = field(default=None, metadata=OPTIONAL)
+    sensors: Sensors | None = field(default=None, metadata=OPTIONAL)
+    energy: Energy | None = field(default=None, metadata=OPTIONAL)
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    ratio_samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    stability: Stability | None = None
+    plausibility: tuple[PlausibilityCheck, ...] = ()
+    failures: tuple[ProcessFailure, ...] = ()
+
+    @property
+    def withheld(self) -> frozenset[str]:
+        """Names of figures that failed a plausibility check, and are not to be published."""
+        failed = [check for check in self.plausibility if check.verdict == "fail"]
+        return frozenset(name for check in failed for name in check.figures)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One interleaved run of the benchmark.
+    """One interleaved run of one workload.
 
     Attributes:
-        bundles: By role, `candidate` and `baseline`.
-        latency: Figures of the candidate, by target.
-        baseline: Figures of the baseline, by target; `None` without a baseline.
-        ratios: Candidate divided by baseline, median over pairs of processes, by figure.
-        ratio_samples: The ratio of each pair.
-        memory: Resident sets of the candidate, and of the baseline.
-        plausibility: Every check of every bundle.
+        reference: Name of the arm that ratios are of.
+        arms: By name, the reference first.
         order: All processes in order.
-        failures: Processes without a result.
         notes: What a reader must know.
     """
 
     workload: MeasuredWorkload | None = None
     environment: Environment | None = None
-    bundles: Mapping[str, MeasuredBundle] = field(default_factory=dict)
-    latency: Mapping[str, Latency] = field(default_factory=dict)
-    baseline: Mapping[str, Latency] | None = None
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    ratio_samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    memory: Memory = field(default_factory=Memory)
-    stability: Stability | None = None
-    plausibility: tuple[PlausibilityCheck, ...] = ()
+    reference: str | None = None
+    arms: Mapping[str, MeasuredArm] = field(default_factory=dict)
     order: tuple[ProcessStart, ...] = ()
-    failures: tuple[ProcessFailure, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def compared(self) -> Mapping[str, MeasuredArm]:
+        """The arms beside the reference; the reference if it is alone."""
+        others = {name: arm for name, arm in self.arms.items() if name != self.reference}
+        return others or self.arms

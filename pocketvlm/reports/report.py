@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketvlm.json_io import WHOLE, keyed
+from pocketvlm.machine import REPORT_SCHEMA
 from pocketvlm.reports.measurement import Environment, Latency, Measurement, Memory
 
 __all__ = [
@@ -231,21 +232,22 @@ class SourceCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A run, or a measurement alone.
+    """A run, or measurements alone.
 
     Attributes:
         command: The command line.
         runtimes: Requirements by target.
         calibration: A description of the calibration set.
         environment: The machine of the run.
-        latency: Of the bundle, by target.
+        latency: Of the run's bundle, by target; empty where nothing but `bench` is known.
         bench: The measurement that `latency` and `memory` come from; empty if nothing was timed.
+        grid: The measurements of further workloads, on the same arms.
         notes: What a reader must know.
         failures: Checks and bounds that were not met.
         document: The JSON object that it was read from.
     """
 
-    schema: int = 1
+    schema: int = REPORT_SCHEMA
     command: str | None = None
     model: Model = field(default_factory=Model)
     runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
@@ -259,6 +261,7 @@ class Report:
     parity: Parity | None = None
     latency: Mapping[str, Latency] = field(default_factory=dict)
     bench: Measurement = field(default_factory=Measurement)
+    grid: tuple[Measurement, ...] = ()
     memory: Memory = field(default_factory=Memory)
     notes: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ skipped; `null` means not measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from pocketvlm.errors import InputError
 from pocketvlm.files.reader import locate
 from pocketvlm.json_io import DecodeError, decode, read_json
 from pocketvlm.machine import REPORT_SCHEMA
-from pocketvlm.reports.measurement import Measurement
 from pocketvlm.reports.report import Report
 
 __all__ = ["parse_report", "read_report"]
@@ -30,7 +28,7 @@ _MEASURED = ("size", "quality", "latency", "memory", "bench", "parity")
 
 
 def read_report(path: Path) -> Report:
-    """Reads a report.json, that of a run's folder, or what `pocketvlm bench --json` printed.
+    """Reads a report.json, that of a run's folder, or what `pocketvlm bench` wrote.
 
     Args:
         path: The file, or a folder that holds `report.json`.
@@ -51,7 +49,7 @@ def read_report(path: Path) -> Report:
 
 
 def parse_report(document: Mapping[str, Any]) -> Report:
-    """Converts JSON values to a report; a measurement alone is accepted too.
+    """Converts JSON values to a report.
 
     Args:
         document: JSON values, as `read_json` returns them.
@@ -59,15 +57,7 @@ def parse_report(document: Mapping[str, Any]) -> Report:
     Raises:
         DecodeError: A value does not have the declared type; the message has its place.
     """
-    if document.get("bench"):
-        return decode(Report, document, tolerant=True)
-    # `bench` prints a measurement alone, whose `failures` are processes, not checks.
-    failures = document.get("failures")
-    is_of_processes = isinstance(failures, list) and any(isinstance(f, Mapping) for f in failures)
-    of_checks, of_processes = (None, failures) if is_of_processes else (failures, None)
-    report = decode(Report, {**document, "failures": of_checks}, tolerant=True)
-    bench = decode(Measurement, {**document, "failures": of_processes}, tolerant=True)
-    return replace(report, bench=bench, document=document)
+    return decode(Report, document, tolerant=True)
 
 
 def _require_report(document: Mapping[str, Any]) -> None:

@@ -19,7 +19,13 @@ from pocketvlm.reports.formatting import (
     format_share,
     text_of,
 )
-from pocketvlm.reports.measurement import Environment, Latency, MeasuredBundle, Memory
+from pocketvlm.reports.measurement import (
+    Environment,
+    Latency,
+    MeasuredArm,
+    Measurement,
+    Memory,
+)
 from pocketvlm.reports.report import Quality, Report, Size
 from pocketvlm.reports.view_artifact import (
     Badge,
@@ -31,7 +37,7 @@ from pocketvlm.reports.view_artifact import (
     view_size,
     view_source,
 )
-from pocketvlm.reports.view_latency import ROLES, TargetLatency, spell_ratio, view_latency
+from pocketvlm.reports.view_latency import TargetLatency, spell_ratio, view_latency
 from pocketvlm.reports.view_measurement import (
     describe_memory,
     describe_workload,
@@ -73,7 +79,7 @@ class RunView:
     unverified: tuple[tuple[str, str], ...]
     latency: tuple[TargetLatency, ...]
     latency_caption: str
-    bundles: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    bundles: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
     memory_bars: tuple[Bar, ...]
     memory_caption: str
     plausibility: tuple[tuple[str, str, str, str, str, str], ...]
@@ -86,7 +92,7 @@ class RunView:
 def view_run(report: Report) -> RunView:
     """Computes the content of the page of a report, or of a measurement alone."""
     bench = report.bench
-    latency = report.latency or bench.latency
+    latency = report.latency or {name: arm.latency for name, arm in bench.compared.items()}
     environment = bench.environment or report.environment
     return RunView(
         title=_title(report),
@@ -96,17 +102,22 @@ def view_run(report: Report) -> RunView:
         tiles=_tiles(report, latency),
         failures=report.failures,
         notes=_notes(report),
-        size=view_size(report.size, bench.bundles.get("baseline")),
+        size=view_size(report.size, _baseline(bench).bundle),
         quality=view_quality(report.quality),
         source=view_source(report.source_check),
         parity=view_parity(report.parity),
         unverified=facts_of(report.parity.unverified) if report.parity else (),
-        latency=view_latency(latency, bench),
+        latency=view_latency(bench, latency),
         latency_caption=describe_workload(bench),
         bundles=tuple(
-            (role, view_bundle(bench.bundles[role])) for role in ROLES if role in bench.bundles
+            (
+                "candidate" if name in bench.compared else "baseline",
+                name,
+                view_bundle(arm.bundle),
+            )
+            for name, arm in bench.arms.items()
         ),
-        memory_bars=view_memory(report.memory),
+        memory_bars=view_memory(bench, report.memory),
         memory_caption=describe_memory(report.memory),
         plausibility=view_plausibility(bench),
         stages=tuple(view_stage(stage) for stage in report.stages),
@@ -117,8 +128,18 @@ def view_run(report: Report) -> RunView:
 
 
 def _title(report: Report) -> str:
-    candidate = report.bench.bundles.get("candidate", MeasuredBundle())
-    return report.model.name or candidate.model or "unnamed model"
+    return report.model.name or _candidate(report.bench).bundle.model or "unnamed model"
+
+
+def _candidate(bench: Measurement) -> MeasuredArm:
+    """The arm that headline figures are of: the first beside the reference."""
+    return next(iter(bench.compared.values()), MeasuredArm())
+
+
+def _baseline(bench: Measurement) -> MeasuredArm:
+    """The arm that it is compared with; an empty one if there is no other."""
+    alone = bench.reference in bench.compared
+    return MeasuredArm() if alone else bench.arms.get(bench.reference or "", MeasuredArm())
 
 
 def _recipe(report: Report) -> str:
@@ -147,7 +168,9 @@ def _badges(report: Report) -> tuple[Badge, ...]:
         badges.append(Badge(text="parity FAILED", tone="bad"))
     if report.failures:
         badges.append(Badge(text=f"{len(report.failures)} checks or bounds failed", tone="bad"))
-    stability, checks = report.bench.stability, report.bench.plausibility
+    bench = report.bench
+    stability = bench.arms.get(bench.reference or "", MeasuredArm()).stability
+    checks = [check for arm in bench.arms.values() for check in arm.plausibility]
     if stability is not None:
         badges.append(
             Badge(text="quiet machine", tone="good")
@@ -166,13 +189,13 @@ def _badges(report: Report) -> tuple[Badge, ...]:
 
 def _tiles(report: Report, latency: Mapping[str, Latency]) -> tuple[Tile, ...]:
     first = next(iter(latency.values()), Latency())
-    candidate = report.bench.bundles.get("candidate", MeasuredBundle())
+    candidate, baseline = _candidate(report.bench), _baseline(report.bench)
     return (
-        _size_tile(report.size, candidate.stored_bytes),
+        _size_tile(report.size, candidate.bundle.stored_bytes),
         _quality_tile(report.quality),
-        _latency_tile("First token, user", "ttft_user_ms", first, report.bench.ratios),
-        _latency_tile("Decode", "decode_tok_s", first, report.bench.ratios),
-        _memory_tile(report.memory),
+        _latency_tile("First token, user", "ttft_user_ms", first, candidate.ratios),
+        _latency_tile("Decode", "decode_tok_s", first, candidate.ratios),
+        _memory_tile(report.memory, candidate.memory, baseline.memory),
     )
 
 
@@ -199,10 +222,10 @@ def _latency_tile(label: str, name: str, latency: Latency, ratios: Mapping[str, 
     )
 
 
-def _memory_tile(memory: Memory) -> Tile:
-    peak, baseline = memory.peak_rss_bytes, memory.baseline
+def _memory_tile(memory: Memory, measured: Memory, baseline: Memory) -> Tile:
+    peak = memory.peak_rss_bytes or measured.peak_rss_bytes
     detail = "resident, process with this bundle alone"
-    if baseline is not None and baseline.peak_rss_bytes:
+    if baseline.peak_rss_bytes:
         detail += f"; baseline {format_bytes(baseline.peak_rss_bytes)}"
     return _tile("Peak memory", None if peak is None else format_bytes(peak), detail)
 
@@ -261,7 +284,8 @@ def _commands(report: Report) -> tuple[str, ...]:
     bench = report.bench
     commands = [report.command] if report.command else []
     if bench.workload is not None and bench.workload.name:
-        baseline = " --baseline FLOAT_BUNDLE" if bench.baseline else ""
+        alone = bench.reference in bench.compared
+        baseline = "" if alone else " --baseline FLOAT_BUNDLE"
         commands.append(f"pocketvlm bench BUNDLE --workload {bench.workload.name}{baseline}")
     commands.append('pocketvlm ask BUNDLE --image photo.jpg --prompt "What is in the picture?"')
     return tuple(commands)

@@ -82,7 +82,7 @@ class ParityView:
     details: tuple[tuple[str, str], ...]
 
 
-def view_size(size: Size, baseline: MeasuredBundle | None) -> SizeView | None:
+def view_size(size: Size, baseline: MeasuredBundle) -> SizeView | None:
     """The size block, or `None` if nothing was measured."""
     bundle, source = size.bundle_bytes, size.source_bytes
     if bundle is None:
@@ -100,7 +100,7 @@ def view_size(size: Size, baseline: MeasuredBundle | None) -> SizeView | None:
     rows = [("source", before)] if before else []
     rows.append(("bundle", after))
     caption = "Bytes on disk; “rest” is norms, biases, graphs, tokenizer and processor files."
-    if baseline is not None and baseline.stored_bytes is not None:
+    if baseline.stored_bytes is not None:
         stored = format_bytes(baseline.stored_bytes)
         caption += f" The baseline bundle of the timings takes {stored}."
     table = [

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 from pocketvlm.reports.charts import Bar, Strip, Timeline, draw_bars, draw_strip, draw_timeline
 from pocketvlm.reports.formatting import format_figure, format_number
-from pocketvlm.reports.measurement import Figure, Latency, MeasuredBundle, Measurement
+from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm, Measurement
 
-__all__ = ["ROLES", "StripView", "TargetLatency", "spell_ratio", "view_latency"]
-
-ROLES = ("candidate", "baseline")
-"""The bundles of a comparison, in the order of the page."""
+__all__ = ["StripView", "TargetLatency", "spell_ratio", "view_latency"]
 
 _FIRST_TOKEN = ("preprocess_ms", "vision_ms", "tokenize_ms", "embed_ms", "prefill_ms")
 _CHARTS = (
@@ -68,35 +65,36 @@ class TargetLatency:
     has_baseline: bool
 
 
-def view_latency(latency: Mapping[str, Latency], bench: Measurement) -> tuple[TargetLatency, ...]:
-    """The latency blocks by target."""
-    labels = {role: _label(role, bundle) for role, bundle in bench.bundles.items()}
-    order = [str(process.role) for process in bench.order]
+def view_latency(bench: Measurement, latency: Mapping[str, Latency]) -> tuple[TargetLatency, ...]:
+    """The latency blocks of every arm beside the reference; by target where there are no arms."""
+    alone = bench.reference in bench.compared
+    reference = None if alone else bench.arms.get(bench.reference or "")
+    targets = {target: MeasuredArm(latency=figures) for target, figures in latency.items()}
     return tuple(
-        _target(
-            target,
-            {"candidate": figures, "baseline": (bench.baseline or {}).get(target, Latency())},
-            order,
-            bench.ratios,
-            labels,
-        )
-        for target, figures in latency.items()
+        _target(name, arm, reference, [str(process.arm) for process in bench.order], bench)
+        for name, arm in (bench.compared or targets).items()
     )
 
 
-def _label(role: str, bundle: MeasuredBundle) -> str:
-    """A bundle's role and precision, which every row shows."""
-    precision = bundle.precision.get("decoder")
-    return role if precision is None else f"{role}, {precision}"
+def _label(name: str, arm: MeasuredArm) -> str:
+    """An arm's name and precision, which every row shows."""
+    precision = arm.bundle.precision.get("decoder")
+    return name if precision is None else f"{name}, {precision}"
 
 
 def _target(
     target: str,
-    figures: Mapping[str, Latency],
-    order: Sequence[str],
-    ratios: Mapping[str, float],
-    labels: Mapping[str, str],
+    arm: MeasuredArm,
+    reference: MeasuredArm | None,
+    processes: Sequence[str],
+    bench: Measurement,
 ) -> TargetLatency:
+    ratios, roles = arm.ratios, {target: "candidate", bench.reference: "baseline"}
+    figures = {"candidate": arm.latency, "baseline": (reference or MeasuredArm()).latency}
+    labels = {"candidate": _label(target, arm)}
+    if reference is not None and bench.reference is not None:
+        labels["baseline"] = _label(bench.reference, reference)
+    order = [roles[name] for name in processes if name in roles]
     strips = (
         _strip(name, title, detail, figures, ratios.get(name), labels)
         for name, title, detail in _CHARTS
@@ -173,7 +171,7 @@ def _strip(
 def _stage_row(
     name: str, label: str, figures: Mapping[str, Latency], ratio: float | None
 ) -> tuple[str, ...]:
-    ours, theirs = (figures[role].figure(name) for role in ROLES)
+    ours, theirs = (figures[role].figure(name) for role in ("candidate", "baseline"))
     return (
         label,
         _unit(name),

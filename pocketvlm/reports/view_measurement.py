@@ -22,16 +22,20 @@ def describe_workload(bench: Measurement) -> str:
     workload = bench.workload
     if workload is None:
         return ""
-    visual = f"({text_of(workload.prompt and workload.prompt.visual_tokens)} visual tokens) + "
+    prompts = [arm.prompt for arm in bench.compared.values() if arm.prompt is not None]
+    visual = f"({text_of(prompts[0].visual_tokens if prompts else None)} visual tokens) + "
     picture = ""
     if workload.image_size:
-        picture = f"one {workload.image_size}×{workload.image_size} picture {visual}"
-    elif workload.image_file:
-        picture = f"picture {workload.image_file} {visual}"
+        size = f"{workload.image_size}×{workload.image_size}"
+        many = "one" if workload.pictures in (None, 1) else f"{workload.pictures}"
+        picture = f"{many} {size} picture{'' if many == 'one' else 's'} {visual}"
+    elif workload.image_files:
+        picture = f"{', '.join(workload.image_files)} {visual}"
+    turns = f", in each of {workload.turns} turns" if (workload.turns or 1) > 1 else ""
     end = "end tokens ignored" if workload.ignore_eos else "stops at the end token"
     return (
         f"Workload “{workload.name}”: {picture}{workload.prompt_tokens} text tokens, "
-        f"{workload.new_tokens} generated ({end}). Bundles take turns, each in "
+        f"{workload.new_tokens} generated ({end}){turns}. Bundles take turns, each in "
         f"{workload.repeats} fresh processes that answer {workload.warm_ups} + "
         f"{workload.answers} times: warm-up, then measured."
     )
@@ -50,11 +54,12 @@ def view_bundle(bundle: MeasuredBundle) -> tuple[tuple[str, str], ...]:
     )
 
 
-def view_memory(memory: Memory) -> tuple[Bar, ...]:
-    """Resident memory in steps, one bar per bundle."""
+def view_memory(bench: Measurement, memory: Memory) -> tuple[Bar, ...]:
+    """Resident memory in steps, one bar per arm; the run's own if there are no arms."""
     rows: list[tuple[str, Mapping[str, float]]] = []
-    for role, of_role in (("candidate", memory), ("baseline", memory.baseline)):
-        if of_role is None or of_role.peak_rss_bytes is None:
+    measured = {name: arm.memory for name, arm in bench.arms.items()} or {"bundle": memory}
+    for role, of_role in measured.items():
+        if of_role.peak_rss_bytes is None:
             continue
         before, after = of_role.before_load_rss_bytes, of_role.after_load_rss_bytes
         peak = of_role.peak_rss_bytes
@@ -84,12 +89,13 @@ def view_plausibility(bench: Measurement) -> tuple[tuple[str, str, str, str, str
     """The plausibility checks as rows of a table."""
     return tuple(
         (
-            check.role,
+            name,
             text_of(check.check),
             "–" if check.value is None else format_number(check.value),
             "–" if check.bound is None else format_number(check.bound),
             text_of(check.verdict),
             check.detail,
         )
-        for check in bench.plausibility
+        for name, arm in bench.arms.items()
+        for check in arm.plausibility
     )

@@ -53,12 +53,12 @@ def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) ->
 
 def block_job(bundle: Path, workload: Workload) -> BlockJob:
     """The job of one process."""
-    image = workload.image_bytes()
+    pictures = workload.encoded_pictures()
     return BlockJob(
         bundle=str(bundle),
         runtime="onnx",
-        turns=fit_turns(Bundle.open(bundle), workload, image),
+        turns=fit_turns(Bundle.open(bundle), workload, pictures),
         new_tokens=workload.new_tokens,
         answers=workload.answers,
-        pictures=() if image is None else (base64.b64encode(image).decode(),),
+        pictures=tuple(base64.b64encode(one).decode() for one in pictures),
     )

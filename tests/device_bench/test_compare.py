@@ -29,7 +29,7 @@ REPORT = {
             )
         }
     },
-    "workload": {"prompt_tokens": 32, "new_tokens": 128, "image_size": 512},
+    "bench": {"workload": {"prompt_tokens": 32, "new_tokens": 128, "image_size": 512}},
     "environment": {"processor": "x", "threads": 2},
 }
 
@@ -103,8 +103,8 @@ def test_a_figure_that_a_lacks_is_not_compared():
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("workload", "new_tokens"), 64),
-        (("workload", "image_size"), 256),
+        (("bench", "workload", "new_tokens"), 64),
+        (("bench", "workload", "image_size"), 256),
         (("environment", "processor"), "y"),
         (("environment", "threads"), 4),
     ],
@@ -140,12 +140,14 @@ def test_an_invalid_bound_is_refused(text, message):
 def test_files_folders_and_bench_documents_are_accepted(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    nested = {"size": REPORT["size"], "quality": REPORT["quality"], "memory": REPORT["memory"]}
-    nested["bench"] = {key: REPORT[key] for key in ("latency", "workload", "environment")}
-    (run / "report.json").write_text(json.dumps(nested))
-    (tmp_path / "flat.json").write_text(json.dumps(REPORT))
-    rows = compare_files(run, tmp_path / "flat.json")
-    assert {row.verdict for row in rows} == {"ok"}
+    arm = {"latency": REPORT["latency"]["onnx"], "bundle": {"stored_bytes": 1000}}
+    alone = {"reference": "a", "arms": {"a": arm}, "environment": REPORT["environment"]}
+    (run / "report.json").write_text(json.dumps(REPORT))
+    (tmp_path / "bench.json").write_text(json.dumps({"bench": {**REPORT["bench"], **alone}}))
+    assert {row.verdict for row in compare_files(run, run)} == {"ok"}
+    rows = compare_files(tmp_path / "bench.json", tmp_path / "bench.json")
+    assert {row.target for row in rows} == {None, "a"}
+    assert {row.verdict for row in rows} == {"ok", "not measured"}
     json.dumps([row.to_json() for row in rows], allow_nan=False)
     with pytest.raises(InputError, match=r"nothing\.json"):
         compare_files(run, tmp_path / "nothing.json")

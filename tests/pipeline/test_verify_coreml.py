@@ -12,7 +12,8 @@ import pytest
 from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.controller import bench_bundle
+from pocketvlm.device_bench.arm import pair_all
+from pocketvlm.device_bench.controller import bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.errors import (
     BundleError,
@@ -200,8 +201,8 @@ def test_wrong_input_is_refused(made: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made / "bundle", tmp_path / "bundle"))
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         evaluate_coreml(copy, ASKED, CTX)
-    with pytest.raises(UnsupportedError, match="has graphs for coreml alone"):
-        bench_bundle(copy, load_workload("short"))
+    with pytest.raises(UnsupportedError, match="the engine of coreml is not on this host"):
+        bench_bundles(pair_all([copy]), [load_workload("short")])
     with pytest.raises(BundleError, match="no bundle here"):
         verify(tmp_path / "nothing", "answers")
 

@@ -68,7 +68,7 @@ def report(block):
     baseline = {index: block(2 + index / 50) for index in range(5)}
     score = {"accuracy": 0.91, "interval_low": 0.89, "interval_high": 0.93}
     return {
-        "schema": 1,
+        "schema": 2,
         "command": "pocketvlm compress reference:pocket-smol --out out",
         "model": {"name": "pocket-smol", "visual_tokens": 32},
         "recipe": {"name": "int4-balanced", "description": "four bits", "sha256": "ab"},
@@ -136,25 +136,38 @@ def report(block):
             "unverified": {"coreml": "needs a Mac"},
         },
         "latency": {"onnx": encode(summarise_blocks(list(candidate.values())))},
-        "baseline": {"onnx": encode(summarise_blocks(list(baseline.values())))},
-        "ratios": {
-            name: sorted(values)[len(values) // 2]
-            for name, values in paired_ratios(candidate, baseline).items()
-        },
-        "memory": {
-            **encode(candidate[0].memory),
-            "baseline": encode(baseline[0].memory),
-            "compress_peak_rss_bytes": 900_000_000,
-        },
-        "order": [{"role": role} for _ in range(5) for role in ("baseline", "candidate")],
-        "bundles": {
-            "candidate": {"precision": {"decoder": "int4 g32"}, "stored_bytes": 2_000_000},
-            "baseline": {"precision": {"decoder": "float32"}, "stored_bytes": 12_000_000},
-        },
-        "workload": {"name": "vlm", "image_size": 512, "prompt_tokens": 32, "new_tokens": 128},
+        "memory": {**encode(candidate[0].memory), "compress_peak_rss_bytes": 900_000_000},
         "environment": {"processor": "a processor", "threads": 2, "ram_bytes": 8_000_000_000},
-        "stability": {"is_stable": False},
-        "plausibility": [{"role": "candidate", "check": "a check", "verdict": "pass"}],
+        "bench": {
+            "reference": "baseline",
+            "arms": {
+                "baseline": {
+                    "runtime": "onnx",
+                    "bundle": {"precision": {"decoder": "float32"}, "stored_bytes": 12_000_000},
+                    "latency": encode(summarise_blocks(list(baseline.values()))),
+                    "memory": encode(baseline[0].memory),
+                    "stability": {"is_stable": False},
+                },
+                "candidate": {
+                    "runtime": "onnx",
+                    "bundle": {"precision": {"decoder": "int4 g32"}, "stored_bytes": 2_000_000},
+                    "latency": encode(summarise_blocks(list(candidate.values()))),
+                    "memory": encode(candidate[0].memory),
+                    "ratios": {
+                        name: sorted(values)[len(values) // 2]
+                        for name, values in paired_ratios(candidate, baseline).items()
+                    },
+                    "plausibility": [{"check": "a check", "verdict": "pass"}],
+                },
+            },
+            "order": [{"arm": name} for _ in range(5) for name in ("baseline", "candidate")],
+            "workload": {
+                "name": "vlm",
+                "image_size": 512,
+                "prompt_tokens": 32,
+                "new_tokens": 128,
+            },
+        },
         "notes": ["noisy run: repeat it"],
         "failures": ["parity of onnx: vision.cosine is 0.5, at least 0.97 is required"],
     }
@@ -220,7 +233,7 @@ def test_what_was_not_measured_is_not_invented():
 
 
 def test_a_failed_target_shows_its_reason(report):
-    report["latency"] = {"onnx": {"failed": "the worker was ended by SIGKILL"}}
+    report["bench"]["arms"]["candidate"]["latency"] = {"failed": "the worker was ended by SIGKILL"}
     words = Page(render_html(report)).words
     assert "Failed: candidate: the worker was ended by SIGKILL" in words
 
@@ -235,7 +248,8 @@ def test_hostile_text_stays_text(report):
 
     poisoned = poison(report)
     poisoned["size"]["weight_bytes"][HOSTILE] = 7
-    poisoned["bundles"]["candidate"]["precision"][HOSTILE] = HOSTILE
+    poisoned["bench"]["arms"]["candidate"]["bundle"]["precision"][HOSTILE] = HOSTILE
+    poisoned["bench"]["arms"][HOSTILE] = poisoned["bench"]["arms"]["candidate"]
     page = Page(render_html(poisoned))
     assert "script" not in page.tags
     assert "img" not in page.tags
@@ -254,12 +268,9 @@ def test_the_same_report_gives_the_same_bytes(report):
 
 
 def test_a_bench_result_alone_and_several_reports_are_pages_too(report):
-    bench = {
-        key: report[key] for key in ("latency", "baseline", "workload", "environment", "bundles")
-    }
-    alone = Page(render_html(bench)).words
+    alone = Page(render_html({"bench": report["bench"]})).words
     assert "Quality of answers: not measured." in alone
-    nested = {"model": report["model"], "bench": bench, "latency": bench["latency"]}
+    nested = {key: report[key] for key in ("model", "bench", "latency")}
     assert "baseline, float32" in Page(render_html(nested)).words
     both = Page(render_html(report, nested))
     assert "Side by side" in both.words

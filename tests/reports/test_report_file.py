@@ -9,7 +9,7 @@ from pocketvlm.reports.measurement import Figure, Latency
 from pocketvlm.reports.report_file import read_report
 
 REPORT = {
-    "schema": 1,
+    "schema": 2,
     "latency": {"onnx": {"vision_ms": {"samples": [1.0], "median": 1.0}}},
     "notes": ["a"],
 }
@@ -30,14 +30,17 @@ def test_what_a_run_wrote_is_read_once_into_values(tmp_path):
     assert read_report(tmp_path) == report
 
 
-def test_what_bench_printed_has_its_blocks_at_the_top(tmp_path):
-    failure = {"role": "candidate", "repeat": 1, "reason": "ended by SIGKILL"}
-    report = read(tmp_path, {**REPORT, "ratios": {"vision_ms": 0.5}, "failures": [failure]})
-    assert report.bench.latency == report.latency
-    assert report.bench.ratios == {"vision_ms": 0.5}
-    assert (report.failures, report.bench.failures[0].reason) == ((), "ended by SIGKILL")
-    nested = read(tmp_path, {"failures": ["a check"], "bench": {"failures": [failure]}})
-    assert (nested.failures, nested.bench.failures[0].repeat) == (("a check",), 1)
+def test_what_bench_wrote_is_a_report_of_measurements_alone(tmp_path):
+    failure = {"repeat": 1, "reason": "ended by SIGKILL"}
+    arm = {"latency": REPORT["latency"]["onnx"], "failures": [failure]}
+    bench = {"reference": "a", "arms": {"a": arm, "b": arm}}
+    report = read(tmp_path, {"schema": 2, "bench": bench, "grid": [bench, bench]})
+    assert report.bench.arms["b"].latency == Latency(
+        figures={"vision_ms": Figure(samples=(1.0,), median=1.0)}
+    )
+    assert list(report.bench.compared) == ["b"]
+    assert (report.failures, report.bench.arms["a"].failures[0].repeat) == ((), 1)
+    assert [one.reference for one in report.grid] == ["a", "a"]
 
 
 def test_keys_of_a_later_version_are_skipped_and_null_is_not_measured(tmp_path):
@@ -62,15 +65,15 @@ def test_a_loss_may_be_as_small_as_it_likes(tmp_path):
         ("", "cannot be read as JSON"),
         ("[]", "holds a JSON array"),
         ("{}", "is not a report"),
-        ('{"schema": 2, "size": {"a": 1}}', "schema: is 2"),
+        ('{"schema": 1, "size": {"a": 1}}', "schema: is 1; this version reads 2"),
         ('{"schema": true, "size": {"a": 1}}', "schema: is True"),
         ('{"size": [1]}', "size: must be an object, not a JSON array"),
         ('{"size": 3}', "size: must be an object, not 3"),
         ('{"latency": {"onnx": 1}}', "latency.onnx: must be an object"),
         ('{"latency": {"onnx": {"vision_ms": 3}}}', "latency.onnx.vision_ms: must be an object"),
         ('{"latency": {"onnx": {"x_ms": {"samples": 3}}}}', "x_ms.samples: must be a list"),
-        ('{"bench": {"latency": [3]}}', "bench.latency: must be an object"),
-        ('{"bench": {"bundles": {"candidate": 3}}}', "bench.bundles.candidate: must be an object"),
+        ('{"bench": {"arms": [3]}}', "bench.arms: must be an object"),
+        ('{"bench": {"arms": {"a": 3}}}', "bench.arms.a: must be an object"),
         ('{"size": {"a": 1}, "notes": "x"}', 'notes: must be a list, not "x"'),
         (
             '{"size": {"bundle_bytes": "big"}}',
