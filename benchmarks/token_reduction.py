@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,14 +22,17 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import REDUCERS, ReduceTokens
 from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
-from pocketvlm.models.reducer import POSITION_POLICIES
+from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 _RANDOM_SEEDS = (0, 1)
 
 
 def configurations(
-    checkpoint: Checkpoint, shares: list[float], kinds: list[str]
+    checkpoint: Checkpoint,
+    shares: list[float],
+    kinds: list[str],
+    policies: Sequence[PositionPolicy],
 ) -> Iterator[ReduceTokens]:
     """Every stage that suits the model; random tokens with several seeds, for one may be lucky."""
     for share in shares:
@@ -39,13 +42,17 @@ def configurations(
             reducers: list[Any] = [REDUCERS[kind]()]
             if kind == "random_tokens":
                 reducers = [RandomTokens(seed=seed) for seed in _RANDOM_SEEDS]
-            for positions in POSITION_POLICIES:
+            for positions in policies:
                 for reducer in reducers:
                     yield ReduceTokens(reducer=reducer, keep=share, positions=positions)
 
 
 def measure(
-    name: str, samples: CalibrationSet, shares: list[float], kinds: list[str]
+    name: str,
+    samples: CalibrationSet,
+    shares: list[float],
+    kinds: list[str],
+    policies: Sequence[PositionPolicy],
 ) -> list[dict[str, Any]]:
     """One row a configuration, all tokens first."""
     whole = Checkpoint.load(reference_model_path(name))
@@ -56,7 +63,7 @@ def measure(
     print("  {:<20}{:>5}  {:<12}{:<24}{}".format(*header))
     rows = [_row(name, None, baseline, baseline, whole.spec.visual_tokens)]
     pooled: dict[tuple[float | int, str], list[Score]] = {}
-    for stage in configurations(whole, shares, kinds):
+    for stage in configurations(whole, shares, kinds, policies):
         reducer = stage.build(whole.spec)
         score = score_checkpoint(replace(whole, reducer=reducer), samples, blind=False)
         rows.append(_row(name, stage, score, baseline, reducer.keep))
@@ -110,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", action="append", choices=REFERENCE_MODELS)
     parser.add_argument("--reducer", action="append", choices=REDUCERS)
+    parser.add_argument("--positions", action="append", choices=POSITION_POLICIES)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
@@ -118,11 +126,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
     started = time.perf_counter()
+    policies = arguments.positions or POSITION_POLICIES
     kinds = arguments.reducer or [kind for kind in REDUCERS if kind != "auto"]
     rows = [
         row
         for name in arguments.model or REFERENCE_MODELS
-        for row in measure(name, samples, arguments.keep, kinds)
+        for row in measure(name, samples, arguments.keep, kinds, policies)
     ]
     document = {"seed": arguments.seed, "seconds": time.perf_counter() - started, "rows": rows}
     print(json.dumps(document))

@@ -21,7 +21,7 @@ from pocketvlm.reference_graph.forward import VisualTokens, encode_images
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from tests.contracts.promises import read, require_configuration
 
-KEPT = 6
+KEPT = 8
 OPSET = 18
 NAMES = tuple(REDUCERS)
 

@@ -14,9 +14,15 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.auto import Auto
 from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
+from pocketvlm.compress.tokens.diverse.important_diverse import ImportantDiverse
+from pocketvlm.compress.tokens.diverse.max_min import MaxMinDistance
+from pocketvlm.compress.tokens.merge.dominant_merged import DominantMerged
+from pocketvlm.compress.tokens.merge.similar import Similar
 from pocketvlm.compress.tokens.pool.average_pool import AveragePool
+from pocketvlm.compress.tokens.rank.attention_rows import AttentionRows
 from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
 from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures
+from pocketvlm.compress.tokens.rank.feature_norm import FeatureNorm
 from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention
 from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.context import RunContext
@@ -35,6 +41,12 @@ AnyReducer = (
     | ClsAttention
     | ReceivedAttention
     | DistinctFeatures
+    | FeatureNorm
+    | AttentionRows
+    | ImportantDiverse
+    | MaxMinDistance
+    | DominantMerged
+    | Similar
     | UniformStride
     | RandomTokens
     | AveragePool

@@ -16,7 +16,15 @@ from pocketvlm.graph.tensor_ops import merge_patches
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["Ranking", "RankingReducer", "gather_tokens", "pool_merge_cells", "top_indices"]
+__all__ = [
+    "Ranking",
+    "RankingReducer",
+    "gather_tokens",
+    "order_tokens",
+    "pool_merge_cells",
+    "split_indices",
+    "top_indices",
+]
 
 
 def top_indices(scores: Tensor, keep: int) -> Tensor:
@@ -33,14 +41,44 @@ def top_indices(scores: Tensor, keep: int) -> Tensor:
     Returns:
         int64 [B, k], ascending: raster order.
     """
+    return _ascending(_rank(scores, keep).topk(keep, dim=-1).indices, scores)
+
+
+def split_indices(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """What `top_indices` returns, and the indices of all other tokens.
+
+    Args:
+        scores: [B, N], finite.
+        keep: k, at least 1 and less than N.
+
+    Returns:
+        int64 [B, k] and [B, N - k], ascending; no token is in both.
+    """
+    rank = _rank(scores, keep)
+    kept, rest = rank.topk(keep, dim=-1), (-rank).topk(scores.shape[-1] - keep, dim=-1)
+    return _ascending(kept.indices, scores), _ascending(rest.indices, scores)
+
+
+def _rank(scores: Tensor, keep: int) -> Tensor:
+    """Integers that no two tokens share; the `keep` largest are those of the tokens to keep."""
     count = scores.shape[-1]
     threshold = scores.topk(keep, dim=-1).values[..., -1:]
     above, equal = (scores > threshold).to(scores.dtype), (scores == threshold).to(scores.dtype)
     countdown = scores.new_tensor(list(range(count, 0, -1)))
-    rank = (2 * above + equal) * count + countdown
-    chosen = rank.topk(keep, dim=-1).indices
+    return (2 * above + equal) * count + countdown
+
+
+def _ascending(indices: Tensor, like: Tensor) -> Tensor:
+    """Indices in raster order."""
     # The largest negated index is the first token: a second topk instead of a sort.
-    return -(-chosen.to(scores.dtype)).topk(keep, dim=-1).values.to(chosen.dtype)
+    ordered = (-indices.to(like.dtype)).topk(indices.shape[-1], dim=-1).values
+    return -ordered.to(indices.dtype)
+
+
+def order_tokens(features: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [B, k, C] and their indices [B, k], both in raster order."""
+    ordered = (-indices.to(features.dtype)).topk(indices.shape[-1], dim=-1)
+    return gather_tokens(features, ordered.indices), -ordered.values.to(indices.dtype)
 
 
 def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Reducers that keep tokens which are unlike each other."""

@@ -1,0 +1,1 @@
+"""Reducers that average tokens which are alike."""

@@ -1,0 +1,48 @@
+"""Every reducer as a method of one ExecuTorch program: it chooses what torch chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.tokens.stage import REDUCERS
+from pocketvlm.export.reducer_graph import ReducerGraph
+from pocketvlm.runtime.executorch.program import load_program, register_operators
+
+pytest.importorskip("executorch", reason="the executorch extra is not installed")
+
+
+# Its compiler warns about itself; the target runs it in a process of its own.
+@pytest.mark.filterwarnings("ignore")
+def test_every_reducer_chooses_what_torch_chooses(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    from pocketvlm.export.executorch.writer import make_partitioner
+
+    register_operators()
+    spec = Checkpoint.load(tiny_paths["llava"]).spec  # the one with [CLS]
+    graphs = {
+        name: ReducerGraph(kind().build(spec, keep=4, positions="original"), spec).eval()
+        for name, kind in REDUCERS.items()
+    }
+    programs = {name: torch.export.export(graph, graph.example()) for name, graph in graphs.items()}
+    edge = to_edge_transform_and_lower(
+        programs,
+        partitioner={name: [make_partitioner()] for name in programs},
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    file = tmp_path / "reducers.pte"
+    file.write_bytes(edge.to_executorch().buffer)
+    program = load_program(file)
+    generator = torch.Generator().manual_seed(7)
+    for name, graph in graphs.items():
+        inputs = tuple(torch.randn(value.shape, generator=generator) for value in graph.example())
+        kept, indices = program.run_method(name, inputs)
+        expected, expected_indices = graph(*inputs)
+        assert indices.tolist() == expected_indices.tolist(), name
+        torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5, msg=name)
