@@ -14,9 +14,16 @@ from typing import Any
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
-from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.layers import PARTS
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.pipeline.plan_memory import (
+    FLOAT32_BYTES,
+    PHOTO,
+    TURN_TOKENS,
+    photo_grid,
+    photo_tokens,
+    predict_memory,
+)
 from pocketvlm.pipeline.predict import DevicePrediction, predict_on
 from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
@@ -29,9 +36,6 @@ from pocketvlm.stages import PlanState, Stage, Target, check_order
 __all__ = ["Plan", "plan", "plan_stages"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # checkpoints are published in bf16
-_PHOTO = (640, 480)
-_FLOAT32_BYTES = 4
-_TURN_TOKENS = 256  # the text of a short chat, in addition to the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class Plan:
         weight_bytes: Predicted bytes of the largest target's weights.
         bundle_bytes: The same, with graphs and processor files.
         kv_cache_bytes: Bytes of the decoder's cache for one picture and a short chat.
-        ram_bytes: Predicted memory on the device: weights, cache and activations.
+        ram_bytes: Predicted memory on the device: weights as they are held, cache, activations.
         refused: What a target or the device cannot run, and what would work.
         warnings: What is allowed, but should be known.
         prediction: Times on the device that was asked for; `None` without one.
@@ -93,7 +97,7 @@ class Plan:
             f"{self.bundle_bytes / self.source_bytes:.3f} of the source's "
             f"{self.source_bytes / 1e6:.2f} MB",
             f"KV cache       {self.kv_cache_bytes / 1e6:.2f} MB for a picture and "
-            f"{_TURN_TOKENS} tokens of text",
+            f"{TURN_TOKENS} tokens of text",
             f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted",
             *(() if self.prediction is None else self.prediction.lines()),
             *(f"warning        {warning}" for warning in self.warnings),
@@ -104,7 +108,7 @@ class Plan:
         if self.most_tiles == 1:
             return ""
         return (
-            f" per tile; a photo of {_PHOTO[0]} x {_PHOTO[1]} is cut into {self.photo_tiles} "
+            f" per tile; a photo of {PHOTO[0]} x {PHOTO[1]} is cut into {self.photo_tiles} "
             f"tiles, {self.photo_tokens} tokens; no picture into more than {self.most_tiles} tiles"
         )
 
@@ -154,14 +158,12 @@ def plan(
         if sum(prediction.part_bytes.values()) > sum(part_bytes.values()):
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
-    row_bytes = 0 if spec.line_break is None else _FLOAT32_BYTES * spec.decoder.hidden_size
-    cache_bytes = _cache_bytes(state)
-    ram_bytes = weight_bytes + cache_bytes + _activation_bytes(state.spec)
-    ram_bytes += max((_state_bytes(target, state.spec) for target in recipe.targets), default=0)
+    row_bytes = 0 if spec.line_break is None else FLOAT32_BYTES * spec.decoder.hidden_size
+    memory = predict_memory(state, recipe.targets)
     if profile is not None:
         refused += (
             *_runtime_refusals(profile, recipe.targets),
-            *_memory_refusals(profile, ram_bytes),
+            *_memory_refusals(profile, memory.total_bytes),
         )
     if isinstance(model, Shape):
         file_bytes = model.text_bytes
@@ -179,16 +181,16 @@ def plan(
         targets=tuple(target.method for target in recipe.targets),
         visual_tokens=state.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
-        photo_tiles=_photo_grid(state.spec).tiles,
-        photo_tokens=_photo_tokens(state),
-        photo_tokens_full=_photo_grid(spec).placeholders(spec.visual_tokens),
+        photo_tiles=photo_grid(state.spec).tiles,
+        photo_tokens=photo_tokens(state),
+        photo_tokens_full=photo_grid(spec).placeholders(spec.visual_tokens),
         most_tiles=1 if state.spec.tiling is None else state.spec.tiling.most_tiles,
         source_bytes=source,
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
         weight_bytes=weight_bytes,
         bundle_bytes=weight_bytes + row_bytes + file_bytes,
-        kv_cache_bytes=cache_bytes,
-        ram_bytes=ram_bytes,
+        kv_cache_bytes=memory.cache_bytes,
+        ram_bytes=memory.total_bytes,
         refused=tuple(refused),
         warnings=tuple(warnings),
         prediction=None if profile is None else predict_on(profile, state, recipe.targets),
@@ -257,50 +259,16 @@ def plan_stages(
     return state
 
 
-def _photo_grid(spec: ModelSpec) -> TileGrid:
-    return ONE_TILE if spec.tiling is None else spec.tiling.grid(*_PHOTO)
-
-
-def _photo_tokens(state: PlanState) -> int:
-    return _photo_grid(state.spec).most_rows(state.spec.visual_tokens, state.visual_tokens)
-
-
 def _context_warnings(target: Target, state: PlanState) -> list[str]:
     """What is to be said where a conversation about a photo is longer than the target's cache."""
-    rows, tokens = target.capacity(state.spec), _photo_tokens(state)
-    if tokens + _TURN_TOKENS <= rows:
+    rows, tokens = target.capacity(state.spec), photo_tokens(state)
+    if tokens + TURN_TOKENS <= rows:
         return []
     return [
-        f"{target.method}: a photo of {_PHOTO[0]} x {_PHOTO[1]} takes {tokens:,} of the {rows:,} "
-        f"tokens of a conversation, and leaves fewer than {_TURN_TOKENS} for text; limit_tiles or "
+        f"{target.method}: a photo of {PHOTO[0]} x {PHOTO[1]} takes {tokens:,} of the {rows:,} "
+        f"tokens of a conversation, and leaves fewer than {TURN_TOKENS} for text; limit_tiles or "
         "reduce_tokens would make room"
     ]
-
-
-def _cache_bytes(state: PlanState) -> int:
-    """Bytes of the decoder's cache for one picture and a short chat."""
-    decoder = state.spec.decoder
-    layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
-    layers = len(decoder.attention_blocks)
-    visual_layers = layers if state.visual_layers is None else state.visual_layers
-    rows = visual_layers * _photo_tokens(state) + layers * _TURN_TOKENS
-    return layer_row_bits // 8 * rows
-
-
-def _state_bytes(target: Target, spec: ModelSpec) -> int:
-    """What short convolutions keep of the past: a few rows; in ExecuTorch, every row there is."""
-    rows = [
-        conv.taps - 1 + (target.capacity(spec) if target.method == "executorch" else 0)
-        for conv in spec.decoder.convolutions.values()
-    ]
-    return _FLOAT32_BYTES * spec.decoder.hidden_size * sum(rows)
-
-
-def _activation_bytes(spec: ModelSpec) -> int:
-    """Peak activations of the vision graph: the tower's widest layer, twice, in float32."""
-    tower = spec.tower
-    tokens = tower.tokens
-    return 2 * _FLOAT32_BYTES * tokens * max(tower.ffn_size, 3 * tower.hidden_size)
 
 
 def _runtime_refusals(profile: Device, targets: Sequence[Target]) -> list[str]:

@@ -103,6 +103,14 @@ def test_another_runtime_is_predicted_with_kernels_that_are_named():
     assert found.times is not None
 
 
+def test_memory_is_that_of_weights_as_the_runtime_holds_them():
+    made = plan(SHAPE, load_recipe("float"))
+    weights = sum(x.in_features * x.out_features for x in SHAPE.spec.linears())
+    # Float32 in memory, of which files hold bf16; the table that is looked up stays narrow.
+    assert made.ram_bytes > 3.5 * weights
+    assert plan(SHAPE, INT4).ram_bytes < made.ram_bytes / 2.5
+
+
 def test_memory_is_held_against_what_an_app_may_use(monkeypatch):
     device = load_device("iphone-14")
     limit = replace(device.app_memory_bytes, value=1e8, source="ram", note=None)
