@@ -48,6 +48,7 @@ lock:
 		--python-platform linux --extra dev --extra coreml --extra executorch \
 		--constraints $(TORCH) --no-emit-package torch --excludes requirements/not_locked.txt \
 		--generate-hashes --custom-compile-command 'make lock' --output-file $(LOCK) pyproject.toml
+	$(PYTHON) requirements/arm64_wheels.py > pocketvlm/emulation/arm64/wheels.txt
 
 # The newest of everything, as `pip install` gives it to a user today.
 test-newest:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,20 @@ def module_command(module: str) -> list[str]:
 
 
 @contextmanager
-def start_child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+def start_child(
+    command: Sequence[str], *, variables: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
     """Runs one of our programs; it is terminated at the end of the block if it is still running.
 
     Args:
         command: The program, which calls `end_with_parent` first.
+        variables: Its environment variables; `None` for those of this process.
         options: Options of `subprocess.Popen`.
     """
     # Linux treats the end of the thread that started a child as the end of its parent.
     ties = threading.current_thread() is threading.main_thread()
-    environment = {**os.environ, _PARENT: f"{os.getpid()}{'' if ties else _THREAD}"}
+    inherited = os.environ if variables is None else variables
+    environment = {**inherited, _PARENT: f"{os.getpid()}{'' if ties else _THREAD}"}
     process = subprocess.Popen(  # noqa: S603  (our own program)
         command, text=True, encoding="utf-8", errors="replace", env=environment, **options
     )

@@ -97,6 +97,8 @@ def print_certificate(certificate: ParityReport) -> None:
             verdict = "" if check.passed else "FAILED"
             say(f"  {check.metric:<28} {value:>12}  {check.bound.spell():<28} {verdict}")
         details = target.details
+        if "greedy_tokens_compared" not in details:
+            continue
         say(
             f"  {'greedy tokens':<28} {details['greedy_tokens_equal']:>12}  "
             f"of {details['greedy_tokens_compared']}, near-ties {details['greedy_near_ties']}"

@@ -15,9 +15,8 @@ from pocketvlm.cli.options import (
     QuestionsOption,
 )
 from pocketvlm.cli.progress import show_progress
-from pocketvlm.errors import CheckFailedError
 
-__all__ = ["inspect", "verify_coreml"]
+__all__ = ["inspect"]
 
 
 def inspect(
@@ -61,7 +60,8 @@ def inspect(
     if evaluate:
         quiet_libraries()
         from pocketvlm.context import RunContext
-        from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml
+        from pocketvlm.pipeline.questions import Questions
+        from pocketvlm.pipeline.verify_coreml import evaluate_coreml
 
         asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
         with show_progress() as on_progress:
@@ -74,7 +74,7 @@ def inspect(
     if native_runner:
         from pocketvlm.context import RunContext
         from pocketvlm.pipeline.native_runner import compare_native_runner
-        from pocketvlm.pipeline.verify_coreml import Questions
+        from pocketvlm.pipeline.questions import Questions
 
         asked = Questions(data=data, n=n, tokens=tokens)
         with show_progress() as on_progress:
@@ -109,45 +109,3 @@ def inspect(
         say(f"{(opened.path / name).stat().st_size:>12,}  {name}")
     if as_json:
         print_json({**manifest.to_json(), "bundle_bytes": opened.stored_bytes()})
-
-
-def verify_coreml(
-    bundle: BundleArgument,
-    checkpoint: CheckpointOption = None,
-    data: QuestionsOption = None,
-    n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 4,
-    tokens: Annotated[
-        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
-    ] = 16,
-    units: Annotated[
-        str, typer.Option(help="What Core ML may use: ALL, CPU_AND_NE, CPU_AND_GPU or CPU_ONLY.")
-    ] = "ALL",
-    iterations: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Timed predictions per function.")
-    ] = 20,
-    as_json: JsonOption = False,
-) -> None:
-    """Certify and time a bundle's packages with Core ML itself. Needs an Apple machine."""
-    quiet_libraries()
-    from pocketvlm.context import RunContext
-    from pocketvlm.pipeline.verify_coreml import Questions
-    from pocketvlm.pipeline.verify_coreml import verify_coreml as verify
-
-    asked = Questions(checkpoint=checkpoint, data=data, n=n, tokens=tokens)
-    with show_progress() as on_progress:
-        ctx = RunContext(on_progress=on_progress)
-        found = verify(bundle, asked, ctx, units=units, iterations=iterations)
-    document = found.to_json()
-    if found.certificate is not None:
-        print_certificate(found.certificate)
-    for function in document["functions"]:
-        name = " ".join(filter(None, (function["file"], function["function"])))
-        share = function["operator_shares"].get("neural_engine", 0.0)
-        say(
-            f"{name:<40} {function['predict_ms']['median']:8.2f} ms  "
-            f"Neural Engine {share:.0%} of {function['operators']} operators"
-        )
-    if as_json:
-        print_json(document)
-    if found.failures:
-        raise CheckFailedError("; ".join(found.failures))

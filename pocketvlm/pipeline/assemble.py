@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pocketvlm.bundle import (
     Bundle,
@@ -16,6 +18,7 @@ from pocketvlm.bundle import (
     Manifest,
     PromptLayout,
     sign_bundle,
+    write_manifest,
 )
 from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
@@ -24,14 +27,22 @@ from pocketvlm.errors import PocketVLMError, StorageError
 from pocketvlm.export.parity.certify import ParityReport, certify
 from pocketvlm.files.full_disk import naming_faults
 from pocketvlm.files.publish import replace_directory
-from pocketvlm.json_io import write_json
+from pocketvlm.files.reader import file_sha256
+from pocketvlm.json_io import read_json, write_json
 from pocketvlm.machine import toolchain_versions
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.stages import Target
 
-__all__ = ["PARITY_FILE", "BuiltBundle", "build_bundle", "write_graphs", "write_processor"]
+__all__ = [
+    "PARITY_FILE",
+    "BuiltBundle",
+    "add_to_parity",
+    "build_bundle",
+    "write_graphs",
+    "write_processor",
+]
 
 PARITY_FILE = "parity.json"
 _LINE_BREAK = "line_break.f32"
@@ -123,6 +134,17 @@ def _export_each(
             failed[target.method] = error
             shutil.rmtree(folder / target.method, ignore_errors=True)
     return tuple(components), failed
+
+
+def add_to_parity(bundle: Bundle, added: Mapping[str, Any]) -> None:
+    """Replaces a bundle with one whose parity.json holds more; other keys of it stay."""
+    with replace_directory(bundle.path) as folder:
+        shutil.copytree(bundle.path, folder, copy_function=os.link, dirs_exist_ok=True)
+        parity = folder / PARITY_FILE
+        document = read_json(parity) if parity.is_file() else {}
+        write_json(parity, {**document, **added})
+        files = {**bundle.manifest.files, PARITY_FILE: file_sha256(parity)}
+        write_manifest(folder, replace(bundle.manifest, files=files))
 
 
 def write_processor(processor: Processor, spec: ModelSpec, folder: Path) -> Manifest:

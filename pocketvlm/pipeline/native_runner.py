@@ -10,7 +10,7 @@ from typing import Any
 from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckFailedError
-from pocketvlm.pipeline.verify_coreml import Questions, choose_samples
+from pocketvlm.pipeline.questions import Questions, choose_samples
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.executorch.native_runner import (
     UnspeakablePieceError,

@@ -7,27 +7,21 @@ into the bundle.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.bundle import Bundle, write_manifest
-from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckFailedError, CheckpointError, RecipeError, UnsupportedError
 from pocketvlm.export.parity.certificate import ParityReport
 from pocketvlm.export.parity.certify import certify
-from pocketvlm.files.publish import replace_directory
-from pocketvlm.files.reader import file_sha256
-from pocketvlm.json_io import read_json, write_json
 from pocketvlm.machine import Samples
-from pocketvlm.pipeline.assemble import PARITY_FILE
-from pocketvlm.pipeline.sources import load_checkpoint, load_evaluation
-from pocketvlm.reference import REFERENCE_MODELS
+from pocketvlm.pipeline.assemble import add_to_parity
+from pocketvlm.pipeline.questions import Questions, choose_samples
+from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.runtime.coreml.apple import COMPUTE_UNITS
 from pocketvlm.runtime.coreml.session import WORKER, RemoteRunner, measure_function
 from pocketvlm.runtime.engines import ENGINES, Engine
@@ -35,9 +29,7 @@ from pocketvlm.runtime.runner import Runner
 
 __all__ = [
     "FunctionMeasurement",
-    "Questions",
     "Verification",
-    "choose_samples",
     "evaluate_coreml",
     "verify_coreml",
 ]
@@ -45,24 +37,6 @@ __all__ = [
 _TARGET = "coreml"
 _BLOCK = "core_ml"
 """The key of Core ML's own results in parity.json."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """The questions for both sides.
-
-    Attributes:
-        checkpoint: The checkpoint that the bundle was made from; `None` for the one next to it.
-        data: A folder of pictures and questions, or `reference:SEED`; `None` for generated scenes
-            if the model is a reference model, else for synthetic pictures.
-        n: The number of questions.
-        tokens: The longest greedy answer that is compared.
-    """
-
-    checkpoint: Path | None = None
-    data: str | None = None
-    n: int = 4
-    tokens: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +168,7 @@ def verify_coreml(
     found = Verification(
         certificate=certificate, functions=tuple(functions), failures=tuple(failures)
     )
-    _write(bundle, found)
+    add_to_parity(bundle, {_BLOCK: found.to_json()})
     return found
 
 
@@ -216,18 +190,6 @@ def _certify(bundle: Bundle, questions: Questions, engine: Engine, ctx: RunConte
         engines={_TARGET: engine},
         ctx=ctx,
     )
-
-
-def choose_samples(bundle: Bundle, questions: Questions) -> CalibrationSet:
-    """The pictures and prompts of the questions."""
-    if questions.data is not None:
-        return load_evaluation(questions.data, questions.n)
-    pictures = REFERENCE_MODELS.get(bundle.manifest.model)
-    if pictures is not None:
-        return CalibrationSet.from_reference(
-            seed=1, n=questions.n, split="evaluation", pictures=pictures
-        )
-    return CalibrationSet.synthetic(n=questions.n)
 
 
 def _certify_remotely(
@@ -290,17 +252,6 @@ def _measure(
         )
     ctx.report("core ml", len(entries), len(entries), f"{len(measured)} functions")
     return measured
-
-
-def _write(bundle: Bundle, found: Verification) -> None:
-    """Replaces the bundle with one that holds the results."""
-    with replace_directory(bundle.path) as folder:
-        shutil.copytree(bundle.path, folder, copy_function=os.link, dirs_exist_ok=True)
-        parity = folder / PARITY_FILE
-        document = read_json(parity) if parity.is_file() else {}
-        write_json(parity, {**document, _BLOCK: found.to_json()})
-        files = {**bundle.manifest.files, PARITY_FILE: file_sha256(parity)}
-        write_manifest(folder, replace(bundle.manifest, files=files))
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -22,7 +22,8 @@ from pocketvlm.errors import (
     RecipeError,
     UnsupportedError,
 )
-from pocketvlm.pipeline.verify_coreml import Questions, evaluate_coreml, verify_coreml
+from pocketvlm.pipeline.questions import Questions
+from pocketvlm.pipeline.verify_coreml import evaluate_coreml, verify_coreml
 from pocketvlm.runtime.coreml.session import RemoteRunner, measure_function
 from tests.pipeline.conftest import cli
 from tests.runtime.coreml.rig import stand_in, write_coreml_bundle

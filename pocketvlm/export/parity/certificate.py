@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
+from pocketvlm.bundle import Component
 from pocketvlm.errors import ParityError
 
-__all__ = ["BOUNDS", "Bound", "Check", "ParityReport", "Precision", "TargetParity", "judge"]
+__all__ = [
+    "BOUNDS",
+    "Bound",
+    "Check",
+    "ParityReport",
+    "Precision",
+    "TargetParity",
+    "judge",
+    "precision_of",
+]
 
 Precision = Literal["float32", "float16", "integer"]
 """What a target computes in: `integer` where kernels round activations to int8, `float16` where
@@ -223,14 +233,24 @@ class ParityReport:
         }
 
 
-def judge(metrics: Mapping[str, float], precision: Precision) -> tuple[Check, ...]:
+def judge(
+    metrics: Mapping[str, float],
+    precision: Precision,
+    *,
+    wanted: Collection[str] = BOUNDS.keys(),
+) -> tuple[Check, ...]:
     """Holds measured metrics against the table, in the table's order.
 
+    Args:
+        metrics: The metrics.
+        precision: The column.
+        wanted: The metrics that there must be: all of a certificate.
+
     Raises:
-        ValueError: The metrics are not those of the table: a certificate is whole or it is none.
+        ValueError: The metrics are others: a certificate is whole or it is none.
     """
-    if metrics.keys() != BOUNDS.keys():
-        odd = sorted(metrics.keys() ^ BOUNDS.keys())
+    if metrics.keys() != set(wanted):
+        odd = sorted(metrics.keys() ^ set(wanted))
         raise ValueError(f"metrics and bounds do not match: {', '.join(odd)}")
     return tuple(
         Check(
@@ -240,7 +260,22 @@ def judge(metrics: Mapping[str, float], precision: Precision) -> tuple[Check, ..
             passed=columns[precision].holds(metrics[name]),
         )
         for name, columns in BOUNDS.items()
+        if name in metrics
     )
+
+
+def precision_of(components: Sequence[Component], target: str) -> Precision:
+    """What a target of a bundle computes in, by its components."""
+    labels = [
+        label
+        for component in components
+        if component.target == target
+        for label in component.precision.values()
+    ]
+    if target == "coreml":
+        # Weights are expanded before they are used: activations are floats whatever these are.
+        return "float32" if set(labels) == {"float32"} else "float16"
+    return "integer" if any("int" in label for label in labels) else "float32"
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.parity.metrics import Floats
-from pocketvlm.export.parity.sides import Prompt
+from pocketvlm.export.parity.questions import Prompt, Questions
 from pocketvlm.prompt.messages import Message, user_turn
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
@@ -19,39 +18,9 @@ from pocketvlm.runtime.text import TextCodec
 if TYPE_CHECKING:
     from pocketvlm.calibration.data.sample import Sample
 
-__all__ = ["Questions", "read_questions", "second_turn"]
+__all__ = ["read_questions", "second_turn"]
 
 _SECOND_QUESTION = "what else?"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """What both sides are asked.
-
-    Attributes:
-        pictures: float32 [1, C, S, S] each, tile by tile; the last is blank.
-        prompts: The questions.
-        follow_ups: The same, answered, with another question after each.
-    """
-
-    pictures: tuple[Floats, ...]
-    prompts: tuple[Prompt, ...]
-    follow_ups: tuple[Prompt, ...]
-
-    def swapped(self) -> list[tuple[int, Prompt]]:
-        """Every question about the pictures of the next one, and about blank ones."""
-        blank = len(self.pictures) - 1
-        return [
-            (number, replace(prompt, pictures=pictures))
-            for number, prompt in enumerate(self.prompts)
-            for pictures in dict.fromkeys(
-                (
-                    tuple((picture + len(prompt.pictures)) % blank for picture in prompt.pictures),
-                    (blank,) * len(prompt.pictures),
-                )
-            )
-            if pictures != prompt.pictures
-        ]
 
 
 def second_turn(sample: Sample) -> list[Message]:
