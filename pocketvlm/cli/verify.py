@@ -61,6 +61,7 @@ def verify(
     quiet_libraries()
     from pocketvlm.bundle import Bundle
     from pocketvlm.context import RunContext
+    from pocketvlm.emulation.arm64.environment import environment_folder
     from pocketvlm.emulation.arm64.prepare import open_emulator
     from pocketvlm.pipeline.assemble import add_to_parity
     from pocketvlm.pipeline.questions import Questions, choose_samples
@@ -71,6 +72,7 @@ def verify(
         ctx = RunContext(on_progress=on_progress)
         emulator = open_emulator(ctx, cpu=cpu, prepare=prepare) if arch == "arm64" else None
         if opened is None:
+            say(f"ready    {environment_folder()}")
             return
         samples = choose_samples(opened, Questions(data=data, n=n))
         found = verify_bundle(

@@ -39,8 +39,8 @@ from pocketvlm.runtime.engines import choose_engine
 
 __all__ = ["Verification", "verify_bundle"]
 
-_EMULATED = ("onnx", "coreml")
-"""Runtimes whose packages the emulated environment has."""
+_EMULATED = "onnx"
+"""The runtime whose packages the emulated environment has."""
 _NOT_RECORDED = {"prefill.sqnr_db", "prefill.argmax_mismatches"}
 """Metrics that run an artifact on another side's rows."""
 _OWN = {"image_swap.reference_change", "two_turns.sqnr_db"}
@@ -88,7 +88,7 @@ class _Certified:
 
     questions: tuple[str, ...]
     answers: tuple[tuple[int, ...], ...]
-    near_tie_margin_logit: float
+    near_tie_margin_logit: float | None
 
     def __post_init__(self) -> None:
         if len(self.questions) != len(self.answers):
@@ -124,9 +124,9 @@ def verify_bundle(
     asked = [sample for sample in samples if sample.images]
     if not asked:
         raise InputError(f"{samples.name}: no question has a picture, and a verification needs one")
-    if emulator is not None and target not in _EMULATED:
+    if emulator is not None and target != _EMULATED:
         raise UnsupportedError(
-            f"{bundle.path}: the ARM64 environment has no {target}; it runs {', '.join(_EMULATED)}"
+            f"{bundle.path}: {target} is not in the ARM64 environment, which runs {_EMULATED}"
         )
     places = [host_place(), *([] if emulator is None else [emulated_place(emulator)])]
     found = record_at(places, bundle, target, asked, tokens=tokens, ctx=ctx)
@@ -201,13 +201,11 @@ def _hold_to_certificate(
     try:
         certified = decode(_Certified, named)
     except DecodeError as error:
-        raise BundleError(
-            f"{bundle.path / PARITY_FILE}: targets.{target}.details: {error}"
-        ) from error
+        raise BundleError(f"{file}: targets.{target}.details: {error}") from error
     answers = dict(zip(certified.questions, certified.answers, strict=True))
     traces = []
     for sample, logits in zip(asked, recording.said.logits, strict=True):
         tokens = answers.get(sample.digest().hex(), ())[: len(logits)]
         if tokens:
             traces.append(compare_greedy(tokens, logits[: len(tokens)]))
-    return judge_greedy(traces, certified.near_tie_margin_logit) if traces else None
+    return judge_greedy(traces, certified.near_tie_margin_logit or 0.0) if traces else None

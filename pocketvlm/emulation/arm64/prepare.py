@@ -43,7 +43,8 @@ __all__ = ["open_emulator", "prepare_environment"]
 _TASK = "arm64 environment"
 _STEPS = 4
 _MIRROR = "http://deb.debian.org/debian"
-"""Without TLS, as Debian itself configures it: what is read is signed."""
+"""Where apt knows no other. Without TLS, as Debian itself configures it: what is read is signed."""
+_ASK_MIRROR = ("apt-get", "indextargets", "--format", "$(SITE)", "Origin: Debian", "Label: Debian")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _EMULATOR_FILE = "./usr/bin/qemu-aarch64"
 _GLIBCS = (17, 27, 28)
@@ -136,8 +137,10 @@ def _download_packages(folder: Path) -> list[Path]:
         (folder / name).mkdir(parents=True)
     host = _run(["dpkg", "--print-architecture"], folder, "dpkg").strip()
     (folder / "status").touch()
+    known = _run(_ASK_MIRROR, folder, "apt-get indextargets").splitlines()
+    mirror = (known or [_MIRROR])[0]
     (folder / "sources.list").write_text(
-        f"deb [arch={ARCHITECTURE},{host} signed-by={_KEYRING}] {_MIRROR} {SUITE} main\n",
+        f"deb [arch={ARCHITECTURE},{host} signed-by={_KEYRING}] {mirror} {SUITE} main\n",
         encoding="utf-8",
     )
     options = {

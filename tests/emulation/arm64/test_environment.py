@@ -116,7 +116,7 @@ def test_a_download_that_fails_leaves_nothing(
 ) -> None:
     if shutil.which("apt-get") is None or not prepare._KEYRING.is_file():
         pytest.skip("needs Debian's apt and keyring")
-    monkeypatch.setattr(prepare, "_MIRROR", "http://127.0.0.1:9/debian")
+    monkeypatch.setattr(prepare, "_ASK_MIRROR", ("echo", "http://127.0.0.1:9/debian"))
     with pytest.raises(PocketVLMError, match=r"apt-get (update|download): ended with 100: E: "):
         prepare.prepare_environment(RunContext())
     assert list(elsewhere.parent.iterdir()) == []
