@@ -108,15 +108,19 @@ def print_certificate(certificate: ParityReport) -> None:
 def print_latency(bench: Measurement) -> None:
     """Prints medians of every arm, and their ratios to the reference; no implausible figure."""
     width = max((len(name) for name in bench.arms), default=0)
+    figures = ("vision_ms", "prefill_ms", "ttft_user_ms", "decode_tok_s")
     for name, arm in bench.arms.items():
         if arm.latency.failed is not None:
             say(f"{name:<{width}}  failed: {arm.latency.failed}")
             continue
         pieces = []
-        for figure in ("vision_ms", "prefill_ms", "ttft_user_ms", "decode_tok_s"):
+        for figure in figures:
             median, ratio = arm.latency.figure(figure).median, arm.ratios.get(figure)
             if figure in arm.withheld:
                 pieces.append(f"{figure} not published")
             elif median is not None:
                 pieces.append(f"{figure} {median:.1f}" + (f" ({ratio:.2f}x)" if ratio else ""))
         say(f"{name:<{width}}  " + ", ".join(pieces))
+        for row in arm.predicted or ():
+            if row.name in figures:
+                say(f"{'':<{width}}  {row.name} was predicted {row.ratio:.2f} times as high")

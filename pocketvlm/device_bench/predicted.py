@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from pocketvlm.device_bench.roofline import Times
-from pocketvlm.reports.measurement import Latency
+from pocketvlm.reports.measurement import MeasuredArm, PredictedFigure
 
-__all__ = ["PredictedFigure", "beside_measured"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictedFigure:
-    """One figure, predicted and measured.
-
-    Attributes:
-        name: As `docs/benchmarking.md` names it, unit included.
-        predicted: The prediction.
-        measured: The median of the samples.
-        ratio: Predicted divided by measured.
-    """
-
-    name: str
-    predicted: float
-    measured: float
-    ratio: float
+__all__ = ["beside_measured"]
 
 
-def beside_measured(times: Times, latency: Latency) -> tuple[PredictedFigure, ...]:
+def beside_measured(times: Times, arm: MeasuredArm) -> tuple[PredictedFigure, ...]:
     """The figures that were both predicted and measured, in the order of `Times`.
 
     Args:
         times: What was predicted for the workload.
-        latency: What was measured of it. Figures without samples are left out.
+        arm: What was measured of it. Figures without samples are left out.
     """
     rows = []
     for item in fields(Times):
-        predicted, measured = getattr(times, item.name), latency.figure(item.name).median
+        predicted, measured = getattr(times, item.name), arm.latency.figure(item.name).median
         if predicted and measured:
             rows.append(
                 PredictedFigure(

@@ -9,6 +9,7 @@ from pocketvlm.device_bench.calibration.host_file import read_calibration
 from pocketvlm.device_bench.costs import ExportedModel
 from pocketvlm.device_bench.devices import Device
 from pocketvlm.device_bench.devices.derive import derive_rates
+from pocketvlm.device_bench.predicted import beside_measured
 from pocketvlm.device_bench.rates import FLOAT_KERNEL, Rates, quantized_kernel
 from pocketvlm.device_bench.roofline import Question, Times, predict_times
 from pocketvlm.device_bench.workload import PRESETS, Workload
@@ -17,10 +18,18 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reports.measurement import Measurement
 from pocketvlm.stages import PlanState, Target
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
-__all__ = ["PREDICTED_WORKLOAD", "DevicePrediction", "exported_model", "predict_on", "question_of"]
+__all__ = [
+    "PREDICTED_WORKLOAD",
+    "DevicePrediction",
+    "exported_model",
+    "predict_on",
+    "question_of",
+    "with_predictions",
+]
 
 PREDICTED_WORKLOAD = PRESETS["vlm"]
 """What is predicted unless another workload is asked for."""
@@ -101,6 +110,43 @@ def predict_on(
         basis += "; with the rates of ONNX Runtime's kernels, since others were not calibrated"
     times = predict_times(model, question, rates)
     return replace(empty, basis=basis, threads=rates.threads, times=times)
+
+
+def with_predictions(
+    bench: Measurement,
+    manifest_sha256: str,
+    state: PlanState,
+    targets: Sequence[Target],
+    workload: Workload,
+) -> Measurement:
+    """The measurement with predictions beside the figures of a bundle's ONNX graphs.
+
+    Args:
+        bench: The measurement, of this host.
+        manifest_sha256: Digest of the bundle's manifest.
+        state: The model that the bundle holds.
+        targets: What it was exported to.
+        workload: What was measured.
+
+    Returns:
+        The same where the host was not calibrated for as many threads, or no kernel of the model.
+    """
+    calibration, model = read_calibration(), exported_model(state, targets)
+    if isinstance(calibration, str) or isinstance(model, str):
+        return bench
+    rates, arms = calibration.rates, dict(bench.arms)
+    if bench.environment is None or bench.environment.threads != rates.threads:
+        return bench
+    for name, arm in arms.items():
+        prompt, question = arm.prompt, question_of(state, workload)
+        if arm.runtime != "onnx" or arm.bundle.manifest_sha256 != manifest_sha256:
+            continue
+        if prompt is not None and prompt.tokens and prompt.visual_tokens is not None:
+            text_rows = prompt.tokens - prompt.visual_tokens
+            question = replace(question, text_rows=text_rows, visual_rows=prompt.visual_tokens)
+        times = predict_times(model, question, rates)
+        arms[name] = replace(arm, predicted=beside_measured(times, arm))
+    return replace(bench, arms=arms)
 
 
 def question_of(state: PlanState, workload: Workload) -> Question:

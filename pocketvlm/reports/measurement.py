@@ -24,6 +24,7 @@ __all__ = [
     "Measurement",
     "Memory",
     "PlausibilityCheck",
+    "PredictedFigure",
     "ProcessFailure",
     "ProcessStart",
     "Prompt",
@@ -353,6 +354,23 @@ class ProcessFailure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictedFigure:
+    """One figure, predicted and measured.
+
+    Attributes:
+        name: As `docs/benchmarking.md` names it, unit included.
+        predicted: What was predicted from the calibration of the host.
+        measured: The median of the samples.
+        ratio: Predicted divided by measured.
+    """
+
+    name: str
+    predicted: float
+    measured: float
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredArm:
     """One (bundle, runtime) pair of a run.
 
@@ -367,6 +385,7 @@ class MeasuredArm:
         ratio_samples: The ratio of each pair.
         plausibility: Every check of its figures.
         failures: Processes without a result.
+        predicted: Predictions beside the medians; `None` where the host was not calibrated.
     """
 
     runtime: str | None = None
@@ -383,6 +402,7 @@ class MeasuredArm:
     stability: Stability | None = None
     plausibility: tuple[PlausibilityCheck, ...] = ()
     failures: tuple[ProcessFailure, ...] = ()
+    predicted: tuple[PredictedFigure, ...] | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def withheld(self) -> frozenset[str]:

@@ -35,7 +35,7 @@ from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.predict import exported_model, question_of
 from pocketvlm.reference.random_models import TINY_MODELS, tiny_config, write_random_model
 from pocketvlm.reference.shapes import list_shapes, load_shape
-from pocketvlm.reports.measurement import Figure, Latency
+from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm
 from pocketvlm.weights.layout import AffineLayout
 
 RATES = load_reference().rates
@@ -187,7 +187,7 @@ def test_a_workload_becomes_the_rows_that_the_reduction_keeps():
     state = plan_stages((), spec)
     question = question_of(replace(state, visual_tokens=100), PRESETS["vlm"])
     assert (question.tiles, question.visual_rows, question.text_rows) == (1, 100, 32)
-    assert question_of(state, PRESETS["text"]).tiles == 0
+    assert question_of(state, PRESETS["short"]).tiles == 0
 
 
 def test_kernels_that_nobody_calibrated_are_named():
@@ -208,6 +208,6 @@ def test_predicted_stands_beside_measured_where_both_are_known():
     latency = Latency(
         figures={"prefill_ms": Figure(median=2 * times.prefill_ms), "load_ms": Figure()}
     )
-    (row,) = beside_measured(times, latency)
+    (row,) = beside_measured(times, MeasuredArm(latency=latency))
     assert (row.name, row.ratio) == ("prefill_ms", pytest.approx(0.5))
-    assert beside_measured(times, Latency(failed="it crashed")) == ()
+    assert beside_measured(times, MeasuredArm(latency=Latency(failed="it crashed"))) == ()

@@ -13,11 +13,22 @@ from pocketvlm.device_bench.calibration import host, host_file
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
-from pocketvlm.pipeline.plan import plan
+from pocketvlm.device_bench.workload import PRESETS
+from pocketvlm.pipeline.plan import plan, plan_stages
+from pocketvlm.pipeline.predict import with_predictions
 from pocketvlm.pipeline.published import median_factor, published_factors
 from pocketvlm.pipeline.sources import select_targets
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.shapes import load_shape
+from pocketvlm.reports.measurement import (
+    Environment,
+    Figure,
+    Latency,
+    MeasuredArm,
+    MeasuredBundle,
+    Measurement,
+    Prompt,
+)
 
 SHAPE = load_shape("smolvlm-256m")
 INT4 = load_recipe("int4-balanced")
@@ -118,6 +129,32 @@ def test_memory_is_held_against_what_an_app_may_use(monkeypatch):
         "pocketvlm.pipeline.plan.load_device", lambda _: replace(device, app_memory_bytes=limit)
     )
     assert "an app may use 0.10 GB" in plan(SHAPE, INT4, device="iphone-14").refused[-1]
+
+
+def test_a_measurement_of_this_host_gets_predictions_beside_it():
+    state, workload = plan_stages((), SHAPE.spec), PRESETS["vlm"]
+    targets = load_recipe("float").targets
+    latency = Latency(figures={"prefill_ms": Figure(median=100.0)})
+    ours = MeasuredArm(
+        runtime="onnx",
+        bundle=MeasuredBundle(manifest_sha256="d"),
+        prompt=Prompt(tokens=96, visual_tokens=64),
+        latency=latency,
+    )
+    other = replace(ours, bundle=MeasuredBundle(manifest_sha256="e"))
+    bench = Measurement(
+        environment=Environment(threads=1),
+        arms={"ours": ours, "other": other, "executorch": replace(ours, runtime="executorch")},
+    )
+    assert with_predictions(bench, "d", state, targets, workload) is bench  # not calibrated
+    host.calibrate_host(1)
+    found = with_predictions(bench, "d", state, targets, workload).arms
+    ((row,),) = (arm.predicted for arm in found.values() if arm.predicted is not None)
+    assert row.name == "prefill_ms"
+    assert row.ratio == pytest.approx(row.predicted / 100.0)
+    assert found["ours"].predicted == (row,)
+    two = replace(bench, environment=Environment(threads=2))
+    assert with_predictions(two, "d", state, targets, workload) is two
 
 
 def test_published_rates_are_predicted_within_a_factor_that_is_known():
