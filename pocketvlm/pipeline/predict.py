@@ -129,10 +129,11 @@ def with_predictions(
         workload: What was measured.
 
     Returns:
-        The same where the host was not calibrated for as many threads, or no kernel of the model.
+        The same where the host was not calibrated for as many threads, or a kernel of the model was
+        not, and where the workload's pictures are files, of which nothing is known here.
     """
     calibration, model = read_calibration(), exported_model(state, targets)
-    if isinstance(calibration, str) or isinstance(model, str):
+    if isinstance(calibration, str) or isinstance(model, str) or workload.image_files:
         return bench
     rates, arms = calibration.rates, dict(bench.arms)
     if bench.environment is None or bench.environment.threads != rates.threads:
@@ -150,14 +151,15 @@ def with_predictions(
 
 
 def question_of(state: PlanState, workload: Workload) -> Question:
-    """A workload as rows and tiles of a model; its picture is the generated, square one."""
+    """A workload as rows and tiles of a model; its pictures are the generated, square ones."""
     spec, side = state.spec, workload.image_size
+    pictures = 0 if side is None else workload.pictures
     grid = _grid(spec, side)
     return Question(
         text_rows=workload.prompt_tokens,
-        visual_rows=0 if side is None else grid.most_rows(spec.visual_tokens, state.visual_tokens),
-        tiles=0 if side is None else grid.tiles,
-        picture_pixels=(side or 0) ** 2,
+        visual_rows=pictures * grid.most_rows(spec.visual_tokens, state.visual_tokens),
+        tiles=pictures * grid.tiles,
+        picture_pixels=pictures * (side or 0) ** 2,
         tile_pixels=spec.tower.height * spec.tower.width,
         new_tokens=workload.new_tokens,
         cache="float32" if state.cache_bits == _FLOAT_CACHE_BITS else "int8",

@@ -188,6 +188,8 @@ def test_a_workload_becomes_the_rows_that_the_reduction_keeps():
     question = question_of(replace(state, visual_tokens=100), PRESETS["vlm"])
     assert (question.tiles, question.visual_rows, question.text_rows) == (1, 100, 32)
     assert question_of(state, PRESETS["short"]).tiles == 0
+    two = question_of(state, replace(PRESETS["vlm"], pictures=2))
+    assert (two.tiles, two.visual_rows) == (2, 2 * spec.visual_tokens)
 
 
 def test_kernels_that_nobody_calibrated_are_named():
