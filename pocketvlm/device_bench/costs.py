@@ -177,6 +177,8 @@ def decoder_operators(
             for _ in range(3 + 2 * block.conv.taps):
                 yield Elementwise(kind="copy", elements=before * hidden)
         yield from _products(model, (block.mixer.output,), after)
+        if isinstance(block, BlockSpec) and block.attention.post_norm is not None:
+            yield Elementwise(kind="norm", elements=after * hidden)
         yield Elementwise(kind="norm", elements=after * hidden)
         yield from _feed_forward(model, block.ffn, after, decoder.activation)
     yield Elementwise(kind="norm", elements=hidden)
@@ -194,6 +196,8 @@ def _feed_forward(
     if ffn.gate is not None:
         yield Elementwise(kind="copy", elements=rows * width)
     yield from _products(model, (ffn.down,), rows)
+    if ffn.post_norm is not None:
+        yield Elementwise(kind="norm", elements=rows * model.linear(ffn.down).out_features)
 
 
 def _projector(model: ExportedModel, steps: Iterable[ProjectorStep]) -> Iterator[Operator]:
