@@ -17,7 +17,7 @@ from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.runtime.executorch.program import register_operators
 
-__all__ = ["Delegation", "LoweredProgram", "lower_program", "make_partitioner"]
+__all__ = ["Delegation", "LoweredProgram", "lower_program"]
 
 _TRACED_LENGTH = 3  # any length above 1 will do; the dimension is dynamic
 
@@ -124,7 +124,7 @@ def lower_program(
     report("xnnpack")
     edge = lower(
         programs,
-        partitioner={name: [make_partitioner()] for name in programs},
+        partitioner={name: [_partitioner()] for name in programs},
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
         constant_methods=dict(constants),
     )
@@ -143,8 +143,7 @@ def lower_program(
 _METHODS = ("vision_encoder", "token_embedding", "text_decoder")
 
 
-def make_partitioner() -> Any:
-    """What goes to XNNPACK."""
+def _partitioner() -> Any:
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.config.generic_node_configs import (
         CosConfig,
