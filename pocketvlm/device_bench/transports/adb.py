@@ -12,11 +12,11 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 from pocketvlm.device_bench.transports.base import Transport
 from pocketvlm.device_bench.transports.remote import Link, RemoteConnection
-from pocketvlm.device_bench.transports.runner_package import RunnerPackage, python_runner
 from pocketvlm.device_bench.transports.shell import Shell
 from pocketvlm.errors import InputError, UnsupportedError, name_some
 from pocketvlm.printable import printable_line
@@ -42,7 +42,7 @@ class AdbTransport(Transport):
     Attributes:
         serial: Which one, as `adb devices` calls it; `None` for the only one.
         client: The command line of the client.
-        package: The runner; `None` for this package, run by the device's `python3`.
+        runner: A runner's folder here; `None` for the one in Python, with the device's `python3`.
         keeps_files: Whether runner and bundles stay on the device.
         patience_s: Seconds that a device which went away is waited for.
     """
@@ -50,7 +50,7 @@ class AdbTransport(Transport):
     kind: ClassVar[str] = "adb"
     serial: str | None = None
     client: tuple[str, ...] = ("adb",)
-    package: RunnerPackage | None = None
+    runner: Path | None = None
     keeps_files: bool = False
     patience_s: float = 30.0
 
@@ -80,15 +80,16 @@ class AdbTransport(Transport):
                 with suppress(InputError):
                     self._ask("connect", serial)
 
+        shell = Shell(client=(*self.client, "-s", serial, "shell", "-T"))
         link = Link(
             name=f"adb:{serial}",
-            shell=Shell(client=(*self.client, "-s", serial, "shell", "-T")),
+            shell=shell,
+            holder=shell,
             home="${TMPDIR:-/data/local/tmp}",  # Android's shell sets it to the same folder
             revive=revive,
             patience_s=self.patience_s,
         )
-        package = self.package or python_runner()
-        return RemoteConnection(link, package, keeps_files=self.keeps_files)
+        return RemoteConnection(link, self.runner, keeps_files=self.keeps_files)
 
     def _list_devices(self) -> dict[str, str]:
         """States by serial number."""

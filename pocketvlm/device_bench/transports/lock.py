@@ -102,7 +102,7 @@ class DeviceLock:
         if word == "busy":
             raise InputError(
                 f"{self._name}: is in use by {rest}; one run at a time measures a device "
-                f"(its lock is {self._folder}/lock)"
+                f"(its lock is {printable_line(self._folder)}/lock)"
             )
         if word == "refused":
             raise InputError(f"{self._name}: {rest}")

@@ -46,6 +46,7 @@ class RunnerOutput:
         self._line = bytearray()
         self._is_cut = False
         self._last: str | None = None
+        self._ends_with_event = False
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -82,11 +83,12 @@ class RunnerOutput:
             return self.failure(
                 f"the runner was ended by {_signal_name(-status)}{hint}{last_words(err)}"
             )
-        outcome = None if self._last is None else parse_result(self._last)
+        outcome = None if self._last is None or self._ends_with_event else parse_result(self._last)
         if isinstance(outcome, Failure):
             return self.failure(outcome.reason)
         if outcome is None:
-            words = last_words(err) or last_words(self._last or "")
+            log = "" if self._last is None or self._ends_with_event else self._last
+            words = last_words(err) or last_words(log)
             return self.failure(f"the runner ended with status {status} and no result{words}")
         if status != 0:
             return self.failure(f"the runner ended with status {status}{last_words(err)}")
@@ -105,11 +107,13 @@ class RunnerOutput:
     def _end_line(self) -> None:
         if not self._line:
             return
+        self._ends_with_event = False
         if self._is_cut:
             self._last = f"a line of more than {self._longest_line_bytes} bytes"
         else:
             self._last = self._line.decode("utf-8", "replace").rstrip("\r")
             event = parse_event(self._last)
+            self._ends_with_event = event is not None
             if event is not None and not self.is_flood:
                 self._event_bytes += len(self._line)
                 self._events.append(event)

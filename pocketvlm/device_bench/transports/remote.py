@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketvlm.bundle import Bundle
+from pocketvlm.device_bench.pack.folder import pack_runner
 from pocketvlm.device_bench.protocol import Failure, Job, Result, write_job
 from pocketvlm.device_bench.transports.base import Connection
 from pocketvlm.device_bench.transports.lock import DeviceLock
@@ -25,27 +26,32 @@ from pocketvlm.device_bench.transports.output import (
     last_words,
 )
 from pocketvlm.device_bench.transports.push import PushFile, Room, push_files
-from pocketvlm.device_bench.transports.runner_package import RunnerPackage, write_archive
+from pocketvlm.device_bench.transports.runner_package import runner_command, write_archive
 from pocketvlm.device_bench.transports.shell import LostConnectionError, Shell
 from pocketvlm.errors import InputError
+from pocketvlm.printable import printable_line
 
 __all__ = ["Link", "RemoteConnection", "least_graph_bytes", "require_room"]
 
 _FOLDER = ".pocketvlm-bench"
 _ARCHIVE = "runner.tar"
 _RETRY_S = 1.0
-_UNPACK_S = 300.0
+_UNPACK_S = 600.0
 _SPARE_BYTES = 2**24
 """Of the disk, for the job and what a runtime writes beside its model."""
 
 _GREET = r"""
 cd "{home}" && printf '\nat ' && pwd -P
 """
+# A runner with its wheels is installed, from these alone; one that was kept is taken as it is.
 _UNPACK = r"""
 umask 077
 cd "$1" || exit 69
-rm -rf runner && mkdir runner && tar -xf "$2" -C runner || exit 69
-cd runner && command -v "$3" > /dev/null || { echo "has no $3" >&2; exit 68; }
+[ -f runner/.sha256 ] && [ "$(cat runner/.sha256)" = "$3" ] && exit 0
+rm -rf runner && mkdir runner && tar -xf "$2" -C runner && cd runner || exit 69
+command -v "$4" > /dev/null || { echo "it has no $4" >&2; exit 68; }
+if [ -d wheels ]; then sh install > install.log 2>&1 || { tail -n 1 install.log >&2; exit 67; } fi
+echo "$3" > .sha256
 """
 # The input holds the job and then nothing, and it ends with the controller: whatever ends that, or
 # the connection, ends the runner and its children.
@@ -79,39 +85,43 @@ class Link:
     Attributes:
         name: What it is called in messages.
         shell: Runs scripts there.
+        holder: Runs the script that lasts as long as the connection; others may share its way.
         home: The folder there that ours is made in, as its shell writes it.
         revive: Called before the device is tried again; it may do nothing.
+        finish: Called when the connection is closed.
         patience_s: Seconds that a device which went away is waited for.
     """
 
     name: str
     shell: Shell
+    holder: Shell
     home: str
     revive: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None
     patience_s: float = 30.0
 
 
 class RemoteConnection(Connection):
     """A device that is locked, and has the runner."""
 
-    def __init__(self, link: Link, package: RunnerPackage, *, keeps_files: bool = False) -> None:
+    def __init__(self, link: Link, runner: Path | None, *, keeps_files: bool = False) -> None:
         """Connects: takes the lock and brings the runner.
 
         Args:
             link: Reaches the device.
-            package: The runner.
+            runner: The runner's folder here; `None` to pack the one in Python.
             keeps_files: Whether runner and bundles stay there, for the next run.
 
         Raises:
             InputError: The device is not reached, is in use, or has no room.
         """
-        self._link, self._package, self._keeps_files = link, package, keeps_files
+        self._link, self._keeps_files = link, keeps_files
         self._base = f"{_greet(link)}/{_FOLDER}"
-        self._lock = DeviceLock(link.shell, self._base, link.name)
+        self._lock = DeviceLock(link.holder, self._base, link.name)
         self._was_locked = False
         try:
             self._take_lock()
-            self._bring_runner()
+            self._command = self._bring_runner(runner)
         except BaseException:
             self.close()
             raise
@@ -143,7 +153,7 @@ class RemoteConnection(Connection):
                 _RUN,
                 self._base,
                 len(content),
-                *self._package.command,
+                *self._command,
                 feed=(content,),
                 on_output=output.feed,
                 timeout_s=timeout_s,
@@ -165,12 +175,13 @@ class RemoteConnection(Connection):
                 self._clean()
         except (LostConnectionError, InputError) as fault:
             warnings.warn(
-                f"{self._link.name}: files were left in {self._base}: {fault}",
+                printable_line(f"{self._link.name}: files were left in {self._base}: {fault}"),
                 RuntimeWarning,
                 stacklevel=2,
             )
         finally:
             self._lock.release()
+            self._link.finish()
 
     def _clean(self) -> None:
         reply = self._link.shell.run(_CLEAN, self._base)
@@ -202,24 +213,30 @@ class RemoteConnection(Connection):
                 self._was_locked = True
                 return
 
-    def _bring_runner(self) -> None:
-        link, program = self._link, self._package.command[0]
+    def _bring_runner(self, runner: Path | None) -> tuple[str, ...]:
+        """Brings the runner, and returns the command that starts it in its folder."""
+        link = self._link
         with tempfile.TemporaryDirectory() as folder:
+            source = runner or pack_runner(Path(folder) / "runner").path
+            command = runner_command(source)
             archive = Path(folder) / _ARCHIVE
-            write_archive(self._package, archive)
-            size_bytes = archive.stat().st_size
+            write_archive(source, archive)
+            file = PushFile.of(archive, _ARCHIVE)
 
             def check(room: Room, left_bytes: int) -> None:
-                unpacked_bytes = left_bytes + size_bytes
+                unpacked_bytes = left_bytes + file.size_bytes
                 require_room(room, unpacked_bytes, 0, what="the runner", name=link.name)
 
-            self._push((PushFile.of(archive, _ARCHIVE),), self._base, check)
+            self._push((file,), self._base, check)
         try:
-            reply = link.shell.run(_UNPACK, self._base, _ARCHIVE, program, timeout_s=_UNPACK_S)
+            reply = link.shell.run(
+                _UNPACK, self._base, _ARCHIVE, file.sha256, command[0], timeout_s=_UNPACK_S
+            )
         except LostConnectionError as lost:
             raise InputError(f"{link.name}: the connection was lost: {lost}") from lost
         if reply.status != 0:
             raise InputError(f"{link.name}: cannot take the runner{last_words(reply.err)}")
+        return command
 
     def _push(
         self, files: Sequence[PushFile], folder: str, check: Callable[[Room, int], None]
@@ -243,6 +260,7 @@ def require_room(
     Raises:
         InputError: The disk or the memory is too small.
     """
+    what = printable_line(what)
     if room.disk_bytes is not None and missing_bytes + _SPARE_BYTES > room.disk_bytes:
         raise InputError(
             f"{name}: has {room.disk_bytes / 1e6:.0f} MB of free space, and {what} takes "

@@ -1,48 +1,44 @@
-"""A runner as a device gets it: one archive, and the command that starts it in its folder."""
+"""A runner as a device gets it: a folder in one archive, and the command that starts it there."""
 
 from __future__ import annotations
 
+import os
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RunnerPackage", "python_runner", "write_archive"]
+from pocketvlm.errors import InputError
 
-_DATA = (".py", ".yaml", ".j2", ".json")
+__all__ = ["runner_command", "write_archive"]
+
+_SCRIPT = "run"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunnerPackage:
-    """A program that speaks the line protocol.
+def runner_command(folder: Path) -> tuple[str, ...]:
+    """How a runner is started in its folder.
 
-    Attributes:
-        folder: The folder with everything that it needs.
-        command: How it is started there: programs of the device by their name, its own by a path
-            that begins with `./`.
-        files: Which files of the folder are part of it; `None` for all of them.
+    Args:
+        folder: What `pack-runner` wrote, or the folder of a native runner.
+
+    Raises:
+        InputError: It has neither a script `run` nor exactly one program.
     """
-
-    folder: Path
-    command: tuple[str, ...]
-    files: tuple[Path, ...] | None = None
-
-
-def python_runner() -> RunnerPackage:
-    """This package, for a device that has Python and the packages that the runtime imports."""
-    root = Path(__file__).parents[3]
-    files = (root / "pocketvlm").rglob("*")
-    return RunnerPackage(
-        folder=root,
-        command=("python3", "-m", "pocketvlm.device_bench.worker"),
-        files=tuple(file for file in files if file.suffix in _DATA and file.is_file()),
-    )
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of a runner")
+    if (folder / _SCRIPT).is_file():
+        return ("sh", _SCRIPT)
+    programs = [
+        file.name for file in folder.iterdir() if file.is_file() and os.access(file, os.X_OK)
+    ]
+    if len(programs) != 1:
+        raise InputError(
+            f"{folder}: is not a runner's folder: it has neither a script {_SCRIPT!r} nor exactly "
+            "one program"
+        )
+    return (f"./{programs[0]}",)
 
 
-def write_archive(package: RunnerPackage, archive: Path) -> None:
+def write_archive(folder: Path, archive: Path) -> None:
     """Writes the same bytes for the same files, in the format that every `tar` reads."""
-    files = package.files
-    if files is None:
-        files = tuple(file for file in package.folder.rglob("*") if file.is_file())
 
     def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = entry.mtime = 0
@@ -51,6 +47,6 @@ def write_archive(package: RunnerPackage, archive: Path) -> None:
         return entry
 
     with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
-        for file in sorted(files):
-            name = file.relative_to(package.folder)
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            name = file.relative_to(folder)
             tar.add(file, f"./{name.as_posix()}", recursive=False, filter=anonymous)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -135,7 +136,8 @@ class Shell:
             words = last_words(err).removeprefix(": ")
             raise LostConnectionError(words or f"the client ended with status {ended.status}")
         status = int(found[-1])
-        return (_OF_A_SIGNAL - status if status > _OF_A_SIGNAL else status), err
+        is_signal = _OF_A_SIGNAL < status <= _OF_A_SIGNAL + max(signal.valid_signals())
+        return (_OF_A_SIGNAL - status if is_signal else status), err
 
 
 def write_script(script: str, *arguments: str | int) -> bytes:

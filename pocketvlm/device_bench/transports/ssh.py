@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 from pocketvlm.device_bench.transports.base import Transport
 from pocketvlm.device_bench.transports.remote import Link, RemoteConnection
-from pocketvlm.device_bench.transports.runner_package import RunnerPackage, python_runner
 from pocketvlm.device_bench.transports.shell import Shell
 from pocketvlm.errors import InputError
 
@@ -30,6 +31,7 @@ _OPTIONS = (
     *("-o", "ServerAliveInterval=5"),
     *("-o", "ServerAliveCountMax=3"),
     *("-o", "LogLevel=ERROR"),
+    *("-o", "ControlPersist=no"),
 )
 
 
@@ -41,7 +43,7 @@ class SshTransport(Transport):
         destination: `user@host`, or a host that the configuration of SSH knows.
         port: Its port; `None` for what the configuration says.
         client: The command line of the client.
-        package: The runner; `None` for this package, run by the device's `python3`.
+        runner: A runner's folder here; `None` for the one in Python, with the device's `python3`.
         keeps_files: Whether runner and bundles stay on the device.
         patience_s: Seconds that a device which went away is waited for.
     """
@@ -50,7 +52,7 @@ class SshTransport(Transport):
     destination: str
     port: int | None = None
     client: tuple[str, ...] = ("ssh",)
-    package: RunnerPackage | None = None
+    runner: Path | None = None
     keeps_files: bool = False
     patience_s: float = 30.0
 
@@ -75,11 +77,16 @@ class SshTransport(Transport):
             raise InputError(f"{self.client[0]!r} is not installed here; it is OpenSSH's client")
         port = () if self.port is None else ("-p", str(self.port))
         host = self.destination.replace("[", "").replace("]", "")
+        client = (*self.client, *_OPTIONS, *port)
+        # One connection carries every script, if the server allows it; if not, each has its own.
+        sockets = tempfile.mkdtemp(prefix="pocketvlm-")
+        shared = ("-o", f"ControlPath={sockets}/%C", "-o")
         link = Link(
             name=f"ssh:{self.destination}" + (f":{self.port}" if self.port else ""),
-            shell=Shell(client=(*self.client, *_OPTIONS, *port, "--", host)),
+            shell=Shell(client=(*client, *shared, "ControlMaster=no", "--", host)),
+            holder=Shell(client=(*client, *shared, "ControlMaster=yes", "--", host)),
             home="${HOME:?}",
+            finish=lambda: shutil.rmtree(sockets, ignore_errors=True),
             patience_s=self.patience_s,
         )
-        package = self.package or python_runner()
-        return RemoteConnection(link, package, keeps_files=self.keeps_files)
+        return RemoteConnection(link, self.runner, keeps_files=self.keeps_files)
