@@ -41,6 +41,10 @@ def bench(
             help="host, ssh:USER@HOST[:PORT], adb[:SERIAL], simulated:SCRIPT.yaml or a profile."
         ),
     ] = "host",
+    runner: Annotated[
+        Path | None,
+        typer.Option(help="The runner's folder, packed or native. Default: the one in Python."),
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=5, max=100_000, help="Repeats, at least 5.")
     ] = None,
@@ -79,7 +83,7 @@ def bench(
         results = bench_bundles(
             pair_all(folders, runtime or ()),
             [chosen],
-            transport=transport_to(device),
+            transport=transport_to(device, runner),
             device=device,
             threads=threads,
             on_progress=on_progress,

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pocketvlm
 from pocketvlm.device_bench.pack.closure import import_closure
 from pocketvlm.device_bench.pack.requirements import (
     Pin,
@@ -98,7 +97,7 @@ def pack_runner(out: Path, *, runtime: str = "onnx", wheels: Path | None = None)
     if runtime not in RUNTIMES:
         raise InputError(f"runtime is {runtime!r}; allowed are {', '.join(RUNTIMES)}")
     _require_ours(out)
-    root = Path(pocketvlm.__file__).parents[1]
+    root = Path(__file__).parents[3]
     closure = import_closure(root, (_WORKER, *RUNTIMES[runtime].modules))
     others = frozenset().union(*(one.packages for one in RUNTIMES.values()))
     foreign = set(closure.foreign) - (others - RUNTIMES[runtime].packages)

@@ -55,7 +55,7 @@ class AdbTransport(Transport):
     patience_s: float = 30.0
 
     @classmethod
-    def parse(cls, address: str) -> Self:
+    def parse(cls, address: str, runner: Path | None = None) -> Self:
         """Reads a serial number, or nothing.
 
         Raises:
@@ -63,7 +63,7 @@ class AdbTransport(Transport):
         """
         if address and not _ADDRESS.fullmatch(address):
             raise InputError(f"device {'adb:' + address!r}: a device is adb, or adb:SERIAL")
-        return cls(serial=address or None)
+        return cls(serial=address or None, runner=runner)
 
     def connect(self) -> RemoteConnection:
         """Chooses the device, locks it, and brings the runner."""

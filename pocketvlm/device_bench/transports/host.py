@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 from pocketvlm.bundle import Bundle
@@ -16,6 +17,7 @@ from pocketvlm.device_bench.transports.base import (
 )
 from pocketvlm.device_bench.transports.output import RunnerOutput
 from pocketvlm.device_bench.transports.process import converse
+from pocketvlm.device_bench.transports.runner_package import runner_command
 from pocketvlm.errors import InputError
 
 __all__ = ["HostConnection", "HostTransport"]
@@ -35,15 +37,22 @@ class HostTransport(Transport):
     command: tuple[str, ...] = _RUNNER
 
     @classmethod
-    def parse(cls, address: str) -> Self:
+    def parse(cls, address: str, runner: Path | None = None) -> Self:
         """There is one host, and its address is empty.
 
+        Args:
+            address: Nothing.
+            runner: A runner's folder; `None` for this package.
+
         Raises:
-            InputError: It is not.
+            InputError: There is an address, or the folder is none of a runner.
         """
         if address:
             raise InputError(f"device {'host:' + address!r}: this machine is host, without more")
-        return cls()
+        if runner is None:
+            return cls()
+        *interpreter, program = runner_command(runner)
+        return cls(command=(*interpreter, str(runner.resolve() / program)))
 
     def connect(self) -> HostConnection:
         """Connects; nothing can fail here."""

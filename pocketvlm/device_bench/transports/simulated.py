@@ -52,12 +52,14 @@ class SimulatedTransport(Transport):
     simulation: Simulation = field(default_factory=Simulation)
 
     @classmethod
-    def parse(cls, address: str) -> Self:
+    def parse(cls, address: str, runner: Path | None = None) -> Self:
         """Reads the name of a script.
 
         Raises:
-            InputError: There is no such script.
+            InputError: There is no such script, or a runner is to be brought there.
         """
+        if runner is not None:
+            raise InputError("device 'simulated': runs no runner; its script says what one prints")
         if not address:
             raise InputError("device 'simulated': a simulated device is simulated:SCRIPT.yaml")
         return cls(simulation=load_simulation(Path(address)))

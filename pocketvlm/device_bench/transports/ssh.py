@@ -57,7 +57,7 @@ class SshTransport(Transport):
     patience_s: float = 30.0
 
     @classmethod
-    def parse(cls, address: str) -> Self:
+    def parse(cls, address: str, runner: Path | None = None) -> Self:
         """Reads `user@host[:port]`.
 
         Raises:
@@ -69,7 +69,7 @@ class SshTransport(Transport):
             raise InputError(
                 f"device {'ssh:' + address!r}: an address is ssh:user@host or ssh:user@host:port"
             )
-        return cls(destination=found["destination"], port=port)
+        return cls(destination=found["destination"], port=port, runner=runner)
 
     def connect(self) -> RemoteConnection:
         """Connects, locks the device, and brings the runner."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from pocketvlm.device_bench.devices import load_device
 from pocketvlm.device_bench.transports.adb import AdbTransport
@@ -14,7 +15,7 @@ from pocketvlm.errors import InputError, UnsupportedError
 
 __all__ = ["TRANSPORTS", "transport_to"]
 
-TRANSPORTS: Mapping[str, Callable[[str], Transport]] = {
+TRANSPORTS: Mapping[str, Callable[[str, Path | None], Transport]] = {
     HostTransport.kind: HostTransport.parse,
     SshTransport.kind: SshTransport.parse,
     AdbTransport.kind: AdbTransport.parse,
@@ -23,12 +24,14 @@ TRANSPORTS: Mapping[str, Callable[[str], Transport]] = {
 """What reads an address, by the word that it begins with; what follows the colon is read."""
 
 
-def transport_to(device: str) -> Transport:
+def transport_to(device: str, runner: Path | None = None) -> Transport:
     """The transport that an address names.
 
     Args:
         device: `KIND` or `KIND:ADDRESS`, as `host`, `ssh:user@host:port`, `adb`, `adb:SERIAL`,
             `ios:UDID` and `simulated:SCRIPT.yaml`; or a device profile's name.
+        runner: The folder of the runner to bring there: what `pack-runner` wrote, or a native one;
+            `None` for the one in Python.
 
     Raises:
         InputError: There is no such kind, address or profile.
@@ -36,7 +39,7 @@ def transport_to(device: str) -> Transport:
     """
     kind, _, address = device.partition(":")
     if kind in TRANSPORTS:
-        return TRANSPORTS[kind](address)
+        return TRANSPORTS[kind](address, runner)
     if kind != device:
         kinds = ", ".join(TRANSPORTS)
         raise InputError(f"device {device!r}: {kind!r} is none of the ways to a device: {kinds}")
@@ -46,4 +49,4 @@ def transport_to(device: str) -> Transport:
             f"device {device!r}: its profile does not say how it is reached; measure by "
             f"--device adb:SERIAL or --device ssh:user@host, with --profile {device}"
         )
-    return TRANSPORTS[profile.transport]("")
+    return TRANSPORTS[profile.transport]("", runner)
