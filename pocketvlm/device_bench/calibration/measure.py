@@ -16,8 +16,8 @@ from pocketvlm.device_bench.calibration.probes import (
     Probe,
     activation_probe,
     cached_attention_probe,
+    call_probe,
     copy_probe,
-    node_probe,
     norm_probe,
     product_probe,
     tower_attention_probe,
@@ -44,7 +44,7 @@ _HEADS, _HEAD_DIM = (9, 3), 64
 _SHORT_PAST, _LONG_PAST = 32, 1024
 _ELEMENTS = (_ROWS, 3072)
 _STEP_NODES = 16
-_CHAIN = 256
+_PAIRED = quantized_kernel(4, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,7 @@ def measure_rates(
         samples[name] += _run(make(), effort)
     seconds = {name: median(taken) for name, taken in samples.items()}
     stages = host_stage_seconds()
-    # A call of one node costs the call and the node, a node of a long chain next to no call.
-    node_s = seconds["nodes"]
-    call_s = max(seconds["call"] - node_s, 1e-8)
+    node_s = max(seconds["products and norms"] - seconds[f"{_PAIRED}, small"], 1e-8)
     elements = _ELEMENTS[0] * _ELEMENTS[1]
     return Rates(
         threads=threads,
@@ -113,7 +111,7 @@ def measure_rates(
         norm_elements_s=elements / seconds["norm"],
         copy_elements_s=elements / seconds["copy"],
         node_us=node_s * 1e6,
-        call_us=call_s * 1e6,
+        call_us=seconds["call"] * 1e6,
         memory_read_bytes_s=memory_read_bytes_s(threads),
         decoded_pixels_s=stages.decoded_pixels_s,
         resized_pixels_s=stages.resized_pixels_s,
@@ -153,8 +151,13 @@ def _steps(threads: int, streamed_bytes: int | None) -> Iterator[tuple[str, Call
         yield f"activation {kind}", partial(activation_probe, kind, *_ELEMENTS, threads)
     yield "norm", partial(norm_probe, *_ELEMENTS, threads)
     yield "copy", partial(copy_probe, *_ELEMENTS, threads)
-    yield "nodes", partial(node_probe, _CHAIN, _ELEMENTS[1], threads)
-    yield "call", partial(node_probe, 1, _ELEMENTS[1], threads)
+    pairs = partial(product_probe, _SMALL, 1, threads, has_norms=True)
+    bits, group_size = _KERNELS[_PAIRED]
+    yield (
+        "products and norms",
+        partial(pairs, bits=bits, group_size=group_size, streamed_bytes=streamed_bytes),
+    )
+    yield "call", partial(call_probe, _ELEMENTS[1], threads)
 
 
 def _run(probe: Probe, effort: Effort) -> list[float]:

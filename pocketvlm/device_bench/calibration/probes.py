@@ -20,8 +20,8 @@ __all__ = [
     "Probe",
     "activation_probe",
     "cached_attention_probe",
+    "call_probe",
     "copy_probe",
-    "node_probe",
     "norm_probe",
     "product_probe",
     "tower_attention_probe",
@@ -62,6 +62,7 @@ def product_probe(
     bits: int | None,
     group_size: int = 0,
     streamed_bytes: int | None = None,
+    has_norms: bool = False,
 ) -> Probe:
     """A chain of products [a -> b -> a ...].
 
@@ -75,6 +76,8 @@ def product_probe(
         bits: Of a code; `None` for float32.
         group_size: Columns that share a scale.
         streamed_bytes: Weights of one row's chain at least; `None` for more than any cache holds.
+        has_norms: Whether a norm follows each product: what another node costs between them, which
+            find nothing of theirs in the nearest caches.
     """
     weights = widths[0] * widths[1]
     nodes = 2
@@ -93,6 +96,9 @@ def product_probe(
             value = graph.quantized_product(
                 value, shape, bits=bits, group_size=group_size, accuracy_level=_INT8_LEVEL
             )
+        if has_norms:
+            scale = graph.constant(np.ones(outputs, np.float32))
+            value = graph.node("RMSNormalization", [value, scale], epsilon=1e-6)
     graph.output(value, [1, rows, widths[0]])
     return _probe(graph, threads, nodes, rows=_noise(1, rows, widths[0]))
 
@@ -230,15 +236,13 @@ def copy_probe(rows: int, width: int, threads: int) -> Probe:
     return _probe(graph, threads, 1, rows=_noise(1, rows, width))
 
 
-def node_probe(nodes: int, width: int, threads: int) -> Probe:
-    """A chain of norms of one row, whose arithmetic costs next to nothing."""
+def call_probe(width: int, threads: int) -> Probe:
+    """A graph of one row and one node, whose arithmetic costs next to nothing."""
     graph = OperatorGraph()
     value = graph.input("rows", [1, 1, width])
     scale = graph.constant(np.ones(width, np.float32))
-    for _ in range(nodes):
-        value = graph.node("RMSNormalization", [value, scale], epsilon=1e-6)
-    graph.output(value, [1, 1, width])
-    return _probe(graph, threads, nodes, rows=_noise(1, 1, width))
+    graph.output(graph.node("RMSNormalization", [value, scale], epsilon=1e-6), [1, 1, width])
+    return _probe(graph, threads, 1, rows=_noise(1, 1, width))
 
 
 def _probe(
