@@ -112,8 +112,8 @@ class PromptCodec:
         cuts = [ONE_TILE] * pictures if grids is None else grids
         if len(cuts) != pictures:
             raise ValueError(f"{len(cuts)} grids of tiles are given for {pictures} pictures")
-        # transformers' rule: a template that writes the first token itself writes all of them. A
-        # prefix has a first token of its own, which is no word of the template.
+        # transformers' rule: a template that writes the first token itself writes all of them. The
+        # first token of a prefix is not the template's.
         bos = self.variables.get("bos_token")
         adds_tokens = self.is_prefix or not (bos and text.startswith(bos))
         blocks = iter([self.picture.write(grid) for grid in cuts])

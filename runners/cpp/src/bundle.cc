@@ -1,0 +1,166 @@
+#include "bundle.h"
+
+#include "fault.h"
+#include "json.h"
+
+namespace pocketvlm {
+namespace {
+
+constexpr int kSchema = 1;
+constexpr std::int64_t kMostPositions = std::int64_t{1} << 24;
+
+template <typename Value>
+std::optional<Value> optional(const Json& document, const char* name) {
+  const auto found = document.find(name);
+  if (found == document.end() || found->is_null()) return {};
+  return found->get<Value>();
+}
+
+std::vector<Signature> signatures(const Json& documents) {
+  std::vector<Signature> result;
+  for (const Json& document : documents) {
+    Signature signature{document.at("name"), document.at("dtype"), {}};
+    for (const Json& size : document.at("shape")) {
+      if (size.is_string()) {
+        signature.shape.emplace_back(size.get<std::string>());
+      } else {
+        signature.shape.emplace_back(size.get<std::int64_t>());
+      }
+    }
+    result.push_back(std::move(signature));
+  }
+  return result;
+}
+
+const Signature& named(const std::vector<Signature>& all, const std::string& name,
+                       const std::string& file) {
+  for (const Signature& signature : all) {
+    if (signature.name == name) return signature;
+  }
+  throw Fault(file + ": the manifest names no " + name + " of it");
+}
+
+void require_inside(const std::string& file) {
+  const std::filesystem::path path(file);
+  for (const auto& part : path) {
+    if (path.is_absolute() || part == "..") throw Fault(file + ": lies outside the bundle");
+  }
+}
+
+PromptSettings read_prompt(const Json& document) {
+  PromptSettings prompt;
+  prompt.image_token = document.at("image_token");
+  prompt.image_token_id = document.at("image_token_id");
+  prompt.image_prefix = document.value("image_prefix", "");
+  prompt.image_suffix = document.value("image_suffix", "");
+  prompt.tile_marker = optional<std::string>(document, "tile_marker");
+  prompt.whole_marker = optional<std::string>(document, "whole_marker");
+  prompt.image_mark = optional<std::string>(document, "image_mark");
+  prompt.is_prefix = optional<bool>(document, "is_prefix").value_or(false);
+  prompt.embedding_rows = optional<std::int64_t>(document, "embedding_rows");
+  if (optional<std::string>(document, "line_break")) {
+    throw Fault("prompt.line_break: pictures whose tiles make up one map are not known to this "
+                "runner");
+  }
+  if (prompt.image_token.empty()) throw Fault("prompt.image_token is empty");
+  return prompt;
+}
+
+Cache read_cache(const Json& document) {
+  Cache cache{document.at("layers"), document.at("kv_heads"), document.at("head_dim"),
+              document.at("dtype"), optional<std::int64_t>(document, "visual_layers"),
+              optional<std::string>(document, "mutual_rows")};
+  if (cache.dtype != "float32" && cache.dtype != "float16" && cache.dtype != "int8") {
+    throw Fault("kv_cache.dtype is " + cache.dtype + "; allowed are float32, float16, int8");
+  }
+  if (cache.mutual_rows && *cache.mutual_rows != "tile" && *cache.mutual_rows != "prompt") {
+    throw Fault("kv_cache.mutual_rows is " + *cache.mutual_rows + "; allowed are tile, prompt");
+  }
+  return cache;
+}
+
+Bundle read_manifest(const std::filesystem::path& path, const Json& document) {
+  if (document.value("schema", 0) != kSchema) {
+    throw Fault("bundle schema " + document.value("schema", Json()).dump() + "; this runner reads " +
+                std::to_string(kSchema));
+  }
+  Bundle bundle;
+  bundle.path = path;
+  bundle.model = document.at("model");
+  bundle.family = document.at("family");
+  bundle.visual_tokens = document.at("visual_tokens");
+  bundle.visual_tokens_full = document.at("visual_tokens_full");
+  const std::string positions = document.at("positions");
+  if (positions != "original" && positions != "consecutive") {
+    throw Fault("positions are " + positions + "; known are original, consecutive");
+  }
+  bundle.keeps_positions = positions == "original";
+  if (const auto grid = document.find("position_grid"); grid != document.end() && !grid->is_null()) {
+    bundle.position_grid = PositionGrid{grid->at("rows"), grid->at("columns")};
+    if (bundle.position_grid->columns < 1 || bundle.position_grid->rows < 1) {
+      throw Fault("position_grid is empty");
+    }
+  }
+  bundle.prompt = read_prompt(document.at("prompt"));
+  const Json& generation = document.at("generation");
+  generation.at("eos_token_ids").get_to(bundle.generation.eos_token_ids);
+  bundle.generation.max_positions = generation.at("max_positions");
+  if (bundle.generation.max_positions < 1 || bundle.generation.max_positions > kMostPositions) {
+    throw Fault("generation.max_positions must be 1 to " + std::to_string(kMostPositions));
+  }
+  for (const auto& [name, value] : generation.at("settings").items()) {
+    bundle.generation.settings.push_back(name);
+  }
+  bundle.cache = read_cache(document.at("kv_cache"));
+  for (const Json& component : document.at("components")) {
+    if (component.at("target") != "onnx") continue;
+    bundle.components.push_back({component.at("role"), component.at("file"),
+                                 signatures(component.at("inputs")),
+                                 signatures(component.at("outputs"))});
+    require_inside(bundle.components.back().file);
+  }
+  if (bundle.components.empty()) throw Fault("the bundle has no ONNX graphs");
+  if (const auto runtimes = document.find("runtimes"); runtimes != document.end()) {
+    if (const auto onnx = runtimes->find("onnx"); onnx != runtimes->end()) {
+      bundle.lowest_runtime = onnx->at("lowest_version");
+    }
+  }
+  return bundle;
+}
+
+}  // namespace
+
+std::int64_t Signature::fixed(std::size_t dimension) const {
+  if (dimension < shape.size()) {
+    if (const auto* size = std::get_if<std::int64_t>(&shape[dimension])) {
+      if (*size > 0) return *size;
+    }
+  }
+  throw Fault(name + ": dimension " + std::to_string(dimension) + " is not fixed in the manifest");
+}
+
+const Signature& Component::input(const std::string& name) const {
+  return named(inputs, name, file);
+}
+
+const Signature& Component::output(const std::string& name) const {
+  return named(outputs, name, file);
+}
+
+Bundle Bundle::open(const std::filesystem::path& path) {
+  const auto file = path / "manifest.json";
+  if (!std::filesystem::exists(file)) {
+    throw Fault(path.string() + ": no bundle here: manifest.json is missing");
+  }
+  const Json document = read_json(file);
+  return reading(file, [&] { return read_manifest(path, document); });
+}
+
+const Component& Bundle::component(const std::string& role) const {
+  for (const Component& component : components) {
+    if (component.role == role) return component;
+  }
+  throw Fault(path.string() + ": no " + role + " graph for target onnx");
+}
+
+}  // namespace pocketvlm

@@ -1,0 +1,74 @@
+// A bundle: the folder, and of its manifest what an ONNX runner must know.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace pocketvlm {
+
+struct Signature {
+  std::string name, dtype;
+  std::vector<std::variant<std::int64_t, std::string>> shape;  // a name stands for any length
+
+  // The size of a dimension; throws Fault where it is not fixed.
+  std::int64_t fixed(std::size_t dimension) const;
+};
+
+struct Component {
+  std::string role, file;
+  std::vector<Signature> inputs, outputs;
+
+  const Signature& input(const std::string& name) const;
+  const Signature& output(const std::string& name) const;
+};
+
+struct PromptSettings {
+  std::string image_token, image_prefix, image_suffix;
+  std::int64_t image_token_id = 0;
+  std::optional<std::string> tile_marker, whole_marker, image_mark;
+  bool is_prefix = false;
+  std::optional<std::int64_t> embedding_rows;
+};
+
+struct Generation {
+  std::vector<std::int64_t> eos_token_ids;
+  std::int64_t max_positions = 0;
+  std::vector<std::string> settings;  // names of those that this runner does not apply
+};
+
+struct Cache {
+  std::int64_t layers = 0, kv_heads = 0, head_dim = 0;
+  std::string dtype;
+  std::optional<std::int64_t> visual_layers;
+  std::optional<std::string> mutual_rows;
+};
+
+// Visual tokens of a picture as a grid, where positions have three axes.
+struct PositionGrid {
+  std::int64_t rows, columns;
+};
+
+struct Bundle {
+  std::filesystem::path path;
+  std::string model, family;
+  std::int64_t visual_tokens = 0, visual_tokens_full = 0;
+  bool keeps_positions = true;
+  std::optional<PositionGrid> position_grid;
+  PromptSettings prompt;
+  Generation generation;
+  Cache cache;
+  std::vector<Component> components;  // of the ONNX target
+  std::string lowest_runtime;         // empty where none is named
+
+  // Reads manifest.json; throws Fault for what is missing or unknown to this runner. Digests are
+  // not compared: `pocketvlm verify` does that.
+  static Bundle open(const std::filesystem::path& path);
+
+  const Component& component(const std::string& role) const;
+};
+
+}  // namespace pocketvlm

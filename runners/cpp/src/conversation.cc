@@ -1,0 +1,225 @@
+#include "conversation.h"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+#include "fault.h"
+#include "text_stream.h"
+
+namespace pocketvlm {
+
+// Collects the time between laps by stage, in milliseconds.
+class Conversation::Clock {
+ public:
+  void lap(const std::string& stage) {
+    const auto now = std::chrono::steady_clock::now();
+    laps_[stage].push_back(std::chrono::duration<double, std::milli>(now - last_).count());
+    last_ = now;
+  }
+
+  // Counts the time since the last lap towards nothing: the caller had it.
+  void skip() { last_ = std::chrono::steady_clock::now(); }
+
+  const std::vector<double>& laps(const std::string& stage) { return laps_[stage]; }
+
+  double sum(const std::string& stage) {
+    return std::accumulate(laps_[stage].begin(), laps_[stage].end(), 0.0);
+  }
+
+  // Of all laps.
+  double total() const {
+    double sum = 0;
+    for (const auto& [stage, laps] : laps_) sum = std::accumulate(laps.begin(), laps.end(), sum);
+    return sum;
+  }
+
+ private:
+  std::map<std::string, std::vector<double>> laps_;
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+Inputs Inputs::open(const std::filesystem::path& path) {
+  Bundle bundle = Bundle::open(path);
+  PromptCodec codec = PromptCodec::from_bundle(bundle);
+  const Signature& pixels = bundle.component("vision").input("pixel_values");
+  const Size size{static_cast<int>(pixels.fixed(3)), static_cast<int>(pixels.fixed(2))};
+  Preprocessor preprocessor = Preprocessor::from_bundle(path, bundle.family, size);
+  return {std::move(bundle), std::move(codec), std::move(preprocessor)};
+}
+
+void Conversation::reset() {
+  shown_.clear();
+  answers_.clear();
+  cached_ = {};
+  cached_tokens_.clear();
+  engine_.truncate(0);
+}
+
+Answer Conversation::ask(const Question& question, const Limits& limits,
+                         const std::function<void(const std::string&)>& on_piece) {
+  Clock clock;
+  look(question.pictures, clock);
+  const Layout layout = lay_out_question(question.rendered);
+  require_room(layout);
+  clock.lap("tokenize");
+  const std::int64_t reused = reusable_rows(layout);
+  engine_.truncate(reused);
+  const std::vector<float> embeds = embed_rows(layout, reused);
+  clock.lap("embed");
+  cached_ = layout;
+  cached_tokens_.clear();
+
+  Answer answer;
+  TextStream stream(codec_.tokenizer());
+  const std::vector<float>* logits = &prefill(layout, embeds, reused);
+  clock.lap("prefill");
+  while (answer.stop_reason.empty()) {
+    const auto best = std::max_element(logits->begin(), logits->end());
+    const std::int64_t token = best - logits->begin();
+    clock.lap("sample");
+    answer.tokens.push_back(token);
+    const bool ends = !limits.ignores_end && is_end(token);
+    const std::string piece = ends ? "" : stream.push(token);
+    clock.lap("detokenize");
+    if (answer.tokens.size() == 1) answer.times.ttft_user_ms = clock.total();
+    if (!piece.empty()) on_piece(piece);
+    clock.skip();
+    const auto count = static_cast<std::int64_t>(answer.tokens.size());
+    const std::int64_t position = layout.next_position + count - 1;
+    if (ends) {
+      answer.stop_reason = "end";
+    } else if (cached_tokens_.push_back(token); count == limits.new_tokens) {
+      answer.stop_reason = "max_new_tokens";
+    } else if (engine_.length() == engine_.capacity() ||
+               position >= bundle_.generation.max_positions) {
+      answer.stop_reason = "capacity";
+    } else {
+      logits = &engine_.step(token, position);
+      clock.lap("decode");
+    }
+  }
+  const std::string piece = stream.finish();
+  if (!piece.empty()) on_piece(piece);
+  answer.text = stream.text();
+  answers_.push_back(answer.text);
+  answer.visual_tokens = std::count_if(layout.codes.begin(), layout.codes.end(),
+                                       [](std::int64_t code) { return code < 0; });
+
+  AnswerTimes& times = answer.times;
+  if (!question.pictures.empty()) {
+    times.preprocess_ms = clock.sum("preprocess");
+    times.vision_ms = clock.sum("vision");
+  }
+  times.tokenize_ms = clock.sum("tokenize");
+  times.embed_ms = clock.sum("embed");
+  times.prefill_ms = clock.sum("prefill");
+  times.decode_ms = clock.laps("decode");
+  times.sample_ms = clock.laps("sample");
+  times.detokenize_ms = clock.laps("detokenize");
+  times.ttft_engine_ms = times.prefill_ms + times.sample_ms.front();
+  times.decode_span_ms = clock.total() - times.ttft_user_ms;
+  times.prompt_tokens = layout.rows() - reused;
+  times.new_tokens = static_cast<std::int64_t>(answer.tokens.size());
+  times.reused_tokens = reused;
+  return answer;
+}
+
+void Conversation::look(const std::vector<Bytes>& pictures, Clock& clock) {
+  for (const Bytes& content : pictures) {
+    const Picture picture = read_picture(content, "the picture");
+    Shown shown{preprocessor_.grid(picture.width, picture.height), {}};
+    std::vector<float> pixels = preprocessor_.pixels(picture);
+    clock.lap("preprocess");
+    const std::size_t numbers = preprocessor_.tile_numbers();
+    for (std::size_t first = 0; first < pixels.size(); first += numbers) {
+      TileRows rows = engine_.encode_tile(pixels.data() + first, numbers);
+      shown.tiles.push_back({std::move(rows.embeds), std::move(rows.indices),
+                             bundle_.visual_tokens_full, serial_++});
+    }
+    clock.lap("vision");
+    shown_.push_back(std::move(shown));
+  }
+}
+
+Layout Conversation::lay_out_question(const std::string& rendered) const {
+  std::vector<TileGrid> grids;
+  std::vector<const VisualRows*> tiles;
+  for (const Shown& shown : shown_) {
+    grids.push_back(shown.grid);
+    for (const VisualRows& tile : shown.tiles) tiles.push_back(&tile);
+  }
+  return lay_out(codec_.encode(rendered, grids, answers_), tiles, bundle_);
+}
+
+void Conversation::require_room(const Layout& layout) const {
+  if (layout.rows() > engine_.capacity()) {
+    throw Fault("the conversation takes " + std::to_string(layout.rows()) +
+                " rows of KV cache; allowed are " + std::to_string(engine_.capacity()));
+  }
+  if (layout.next_position > bundle_.generation.max_positions) {
+    throw Fault("the conversation takes " + std::to_string(layout.next_position) +
+                " positions; the model has " + std::to_string(bundle_.generation.max_positions));
+  }
+}
+
+// Rows of the cache that the layout begins with. The last row is always run, for its logits, and
+// rows that see each other are run together.
+std::int64_t Conversation::reusable_rows(const Layout& layout) const {
+  std::int64_t rows = 0;
+  if (engine_.length() > 0) {
+    rows = cached_.extended(cached_tokens_, engine_.length()).shared_rows(layout);
+  }
+  rows = std::min(rows, layout.rows() - 1);
+  const std::vector<std::int64_t> mutual = layout.mutual(bundle_.cache.mutual_rows);
+  while (rows > 0 && mutual[rows] >= 0 && mutual[rows] == mutual[rows - 1]) --rows;
+  return rows;
+}
+
+std::vector<float> Conversation::embed_rows(const Layout& layout, std::int64_t start) {
+  const auto width = static_cast<std::size_t>(engine_.width());
+  TokenIds tokens;
+  for (std::int64_t row = start; row < layout.rows(); ++row) {
+    if (!layout.is_visual(row)) tokens.push_back(layout.codes[row]);
+  }
+  const std::vector<float> text = tokens.empty() ? std::vector<float>() : engine_.embed(tokens);
+  std::map<std::int64_t, const VisualRows*> tiles;
+  for (const Shown& shown : shown_) {
+    for (const VisualRows& tile : shown.tiles) tiles[-1 - tile.serial] = &tile;
+  }
+  std::vector<float> rows(static_cast<std::size_t>(layout.rows() - start) * width);
+  const float* next = text.data();
+  float* to = rows.data();
+  for (std::int64_t row = start; row < layout.rows(); ++row, to += width) {
+    const float* from = next;
+    if (layout.is_visual(row)) {
+      from = tiles.at(layout.codes[row])->embeds.data() +
+             static_cast<std::size_t>(layout.slots[row]) * width;
+    } else {
+      next += width;
+    }
+    std::copy_n(from, width, to);
+  }
+  return rows;
+}
+
+const std::vector<float>& Conversation::prefill(const Layout& layout,
+                                                const std::vector<float>& embeds,
+                                                std::int64_t start) {
+  std::vector<std::vector<std::int64_t>> positions;
+  for (const auto& axis : layout.positions) positions.emplace_back(axis.begin() + start, axis.end());
+  std::vector<bool> is_visual;
+  for (std::int64_t row = start; row < layout.rows(); ++row) {
+    is_visual.push_back(layout.is_visual(row));
+  }
+  std::vector<std::int64_t> mutual = layout.mutual(bundle_.cache.mutual_rows);
+  mutual.erase(mutual.begin(), mutual.begin() + start);
+  return engine_.decode(embeds, positions, is_visual, mutual);
+}
+
+bool Conversation::is_end(std::int64_t token) const {
+  const auto& ends = bundle_.generation.eos_token_ids;
+  return std::find(ends.begin(), ends.end(), token) != ends.end();
+}
+
+}  // namespace pocketvlm

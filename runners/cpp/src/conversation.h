@@ -1,0 +1,101 @@
+// The loop of an app: questions and pictures in, answers out, stage by stage on the clock.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bundle.h"
+#include "engine.h"
+#include "layout.h"
+#include "prompt.h"
+#include "tiles.h"
+
+namespace pocketvlm {
+
+// One answer, in milliseconds; the names are those of the line protocol.
+struct AnswerTimes {
+  std::optional<double> preprocess_ms, vision_ms;
+  double tokenize_ms = 0, embed_ms = 0, prefill_ms = 0;
+  std::vector<double> decode_ms, sample_ms, detokenize_ms;
+  double ttft_user_ms = 0, ttft_engine_ms = 0, decode_span_ms = 0;
+  std::int64_t prompt_tokens = 0, new_tokens = 0, reused_tokens = 0;
+};
+
+// One turn of the user: what the chat template makes of it and of all turns before it, with a mark
+// per picture and per earlier answer, and the encoded pictures that come with it.
+struct Question {
+  std::string rendered;
+  std::vector<Bytes> pictures;
+};
+
+struct Answer {
+  std::string text;
+  TokenIds tokens;  // with the one that ended it
+  std::string stop_reason;
+  std::int64_t visual_tokens = 0;  // rows of pictures in the prompt, those in the cache included
+  AnswerTimes times;
+};
+
+struct Limits {
+  std::int64_t new_tokens = 64;
+  bool ignores_end = false;
+};
+
+// What stands between an app's text and pictures and the graphs.
+struct Inputs {
+  Bundle bundle;
+  PromptCodec codec;
+  Preprocessor preprocessor;
+
+  static Inputs open(const std::filesystem::path& path);
+};
+
+class Conversation {
+ public:
+  // Both must outlive it.
+  Conversation(const Inputs& inputs, Engine& engine)
+      : bundle_(inputs.bundle),
+        codec_(inputs.codec),
+        preprocessor_(inputs.preprocessor),
+        engine_(engine) {}
+
+  // Starts over with an empty cache.
+  void reset();
+
+  // Asks; `on_piece` is called with each piece of text as soon as it is certain.
+  Answer ask(const Question& question, const Limits& limits,
+             const std::function<void(const std::string&)>& on_piece);
+
+ private:
+  struct Shown {
+    TileGrid grid;
+    std::vector<VisualRows> tiles;
+  };
+
+  class Clock;
+
+  void look(const std::vector<Bytes>& pictures, Clock& clock);
+  Layout lay_out_question(const std::string& rendered) const;
+  void require_room(const Layout& layout) const;
+  std::int64_t reusable_rows(const Layout& layout) const;
+  std::vector<float> embed_rows(const Layout& layout, std::int64_t start);
+  const std::vector<float>& prefill(const Layout& layout, const std::vector<float>& embeds,
+                                    std::int64_t start);
+  bool is_end(std::int64_t token) const;
+
+  const Bundle& bundle_;
+  const PromptCodec& codec_;
+  const Preprocessor& preprocessor_;
+  Engine& engine_;
+  std::vector<Shown> shown_;
+  std::vector<std::string> answers_;
+  std::int64_t serial_ = 0;
+  // What the engine's cache holds: the first rows of this layout with the tokens after it.
+  Layout cached_;
+  TokenIds cached_tokens_;
+};
+
+}  // namespace pocketvlm

@@ -1,0 +1,277 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <set>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include "fault.h"
+
+namespace pocketvlm {
+namespace {
+
+const std::string kPast = "past.", kPresent = "present.";
+
+bool ends_with(const std::string& text, const std::string& ending) {
+  return text.size() >= ending.size() &&
+         text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
+}
+
+bool is_cache(const std::string& name) {
+  return name.rfind(kPast, 0) == 0 && (ends_with(name, ".key") || ends_with(name, ".value"));
+}
+
+// glibc keeps what was freed while weights were expanded, which is several times their size.
+void return_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
+void require_names(const Ort::Session& session, const Component& component,
+                   const std::string& file) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  std::set<std::string> found, stated;
+  for (std::size_t at = 0; at < session.GetInputCount(); ++at) {
+    found.insert(session.GetInputNameAllocated(at, allocator).get());
+  }
+  for (std::size_t at = 0; at < session.GetOutputCount(); ++at) {
+    found.insert(session.GetOutputNameAllocated(at, allocator).get());
+  }
+  for (const Signature& signature : component.inputs) stated.insert(signature.name);
+  for (const Signature& signature : component.outputs) stated.insert(signature.name);
+  if (found != stated) {
+    throw Fault(file + ": its inputs or outputs are not those that the manifest names");
+  }
+}
+
+// What this runner gives a decoder; every other input is refused by its name.
+void require_known(const Component& decoder) {
+  static const std::set<std::string> kKnown = {"embeds",      "position_ids", "past_length",
+                                               "text_rows",   "mutual",       "past_text_length"};
+  for (const Signature& input : decoder.inputs) {
+    if (kKnown.count(input.name) == 0 && !is_cache(input.name)) {
+      throw Fault(decoder.file + ": its input " + input.name + " is not known to this runner");
+    }
+  }
+}
+
+struct CacheType {
+  ONNXTensorElementDataType type;
+  std::size_t bytes;
+};
+
+CacheType cache_type(const std::string& dtype) {
+  if (dtype == "int8") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, 1};
+  if (dtype == "float16") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, 2};
+  return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 4};
+}
+
+}  // namespace
+
+Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
+    : bundle_(bundle),
+      capacity_(capacity),
+      memory_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU)),
+      is_text_(static_cast<std::size_t>(capacity)) {
+  const std::string version = open_onnx_runtime({});
+  if (!bundle.lowest_runtime.empty() && is_older(version, bundle.lowest_runtime)) {
+    throw Fault(bundle.path.string() + ": its graphs need ONNX Runtime " + bundle.lowest_runtime +
+                " or newer; " + version + " was opened");
+  }
+  const Component& decoder = bundle.component("decoder");
+  require_known(decoder);
+  vision_ = load("vision", threads);
+  // The embedding is a lookup: threads of its own would only spin beside the decoder's.
+  embedding_ = load("embedding", 1);
+  decoder_ = load("decoder", threads);
+  width_ = bundle.component("embedding").output("embeds").fixed(2);
+  axes_ = bundle.position_grid ? 3 : 1;
+  embeds_.resize(static_cast<std::size_t>(width_));
+  logits_.resize(static_cast<std::size_t>(decoder.output("logits").fixed(2)));
+  position_.resize(axes_);
+  allocate_cache(decoder);
+  embed_step_ = Ort::IoBinding(embedding_.session);
+  embed_step_.BindInput("input_ids", whole_numbers(token_, {1, 1}));
+  embed_step_.BindOutput("embeds", floats(embeds_, {1, 1, width_}));
+  decode_step_ = bind_decoder();
+  decode_step_.BindInput("embeds", floats(embeds_, {1, 1, width_}));
+  decode_step_.BindInput("position_ids",
+                         whole_numbers(position_, {static_cast<std::int64_t>(axes_), 1}));
+  if (bundle.cache.visual_layers) {
+    decode_step_.BindInput("text_rows", whole_numbers(single_row_, {1}));
+  }
+  if (bundle.cache.mutual_rows) decode_step_.BindInput("mutual", whole_numbers(alone_, {1, 1}));
+  decode_rows_ = bind_decoder();
+}
+
+Engine::Graph Engine::load(const std::string& role, int threads) const {
+  const Component& component = bundle_.component(role);
+  Graph graph{(bundle_.path / component.file).string()};
+  Ort::SessionOptions options;
+  options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+  options.SetInterOpNumThreads(1);
+  options.SetIntraOpNumThreads(threads);
+  if (role == "vision") {
+    // It runs once per picture: its threads must not spin while the decoder's work, and keeping
+    // its activations would cost memory and save nothing.
+    options.AddConfigEntry("session.force_spinning_stop", "1");
+    options.DisableCpuMemArena();
+    options.DisableMemPattern();
+  }
+  try {
+    graph.session = Ort::Session(onnx_environment(), graph.file.c_str(), options);
+  } catch (const Ort::Exception& error) {
+    throw Fault(graph.file + ": ONNX Runtime cannot load it: " + first_line(error.what()));
+  }
+  require_names(graph.session, component, graph.file);
+  return_freed_memory();
+  return graph;
+}
+
+void Engine::allocate_cache(const Component& decoder) {
+  const auto [type, bytes] = cache_type(bundle_.cache.dtype);
+  for (const Signature& input : decoder.inputs) {
+    if (!is_cache(input.name)) continue;
+    const std::vector<std::int64_t> shape = {1, input.fixed(1), capacity_, input.fixed(3)};
+    const auto count = static_cast<std::size_t>(shape[1] * shape[2] * shape[3]);
+    // calloc leaves fresh pages to the system, so that unused capacity costs no memory.
+    Buffer buffer{input.name.substr(kPast.size()),
+                  std::unique_ptr<void, Freed>(std::calloc(count, bytes))};
+    if (!buffer.memory) {
+      throw Fault("the KV cache of " + std::to_string(capacity_) + " rows does not fit into memory");
+    }
+    buffer.value = Ort::Value::CreateTensor(memory_, buffer.memory.get(), count * bytes,
+                                            shape.data(), shape.size(), type);
+    cache_.push_back(std::move(buffer));
+  }
+}
+
+Ort::IoBinding Engine::bind_decoder() {
+  Ort::IoBinding binding(decoder_.session);
+  binding.BindInput("past_length", whole_numbers(past_length_, {1}));
+  if (bundle_.cache.visual_layers) {
+    binding.BindInput("past_text_length", whole_numbers(past_text_length_, {1}));
+  }
+  const auto vocabulary = static_cast<std::int64_t>(logits_.size());
+  binding.BindOutput("logits", floats(logits_, {1, 1, vocabulary}));
+  for (const Buffer& buffer : cache_) {
+    // The same memory is read and written: attention appends rows in place.
+    binding.BindInput((kPast + buffer.name).c_str(), buffer.value);
+    binding.BindOutput((kPresent + buffer.name).c_str(), buffer.value);
+  }
+  return binding;
+}
+
+TileRows Engine::encode_tile(float* pixels, std::size_t numbers) {
+  std::vector<std::int64_t> shape;
+  const Signature& input = bundle_.component("vision").input("pixel_values");
+  for (std::size_t at = 0; at < input.shape.size(); ++at) shape.push_back(input.fixed(at));
+  const Ort::Value value =
+      Ort::Value::CreateTensor<float>(memory_, pixels, numbers, shape.data(), shape.size());
+  const char* inputs[] = {"pixel_values"};
+  const char* outputs[] = {"embeds", "indices"};
+  try {
+    auto results = vision_.session.Run(Ort::RunOptions(nullptr), inputs, &value, 1, outputs, 2);
+    const auto kept = results[1].GetTensorTypeAndShapeInfo().GetElementCount();
+    const float* embeds = results[0].GetTensorData<float>();
+    const auto* indices = results[1].GetTensorData<std::int64_t>();
+    return {{embeds, embeds + kept * static_cast<std::size_t>(width_)}, {indices, indices + kept}};
+  } catch (const Ort::Exception& error) {
+    throw Fault(vision_.file + ": ONNX Runtime cannot run it: " + first_line(error.what()));
+  }
+}
+
+std::vector<float> Engine::embed(const TokenIds& tokens) {
+  TokenIds ids = tokens;
+  const auto count = static_cast<std::int64_t>(ids.size());
+  std::vector<float> embeds(ids.size() * static_cast<std::size_t>(width_));
+  Ort::IoBinding binding(embedding_.session);
+  binding.BindInput("input_ids", whole_numbers(ids, {1, count}));
+  binding.BindOutput("embeds", floats(embeds, {1, count, width_}));
+  run(embedding_, binding);
+  return embeds;
+}
+
+const std::vector<float>& Engine::decode(const std::vector<float>& embeds,
+                                         const std::vector<std::vector<std::int64_t>>& positions,
+                                         const std::vector<bool>& is_visual,
+                                         const std::vector<std::int64_t>& mutual) {
+  const auto rows = static_cast<std::int64_t>(is_visual.size());
+  require_room(rows);
+  std::vector<float> given = embeds;
+  std::vector<std::int64_t> places, text_rows, numbers = mutual;
+  for (const auto& axis : positions) places.insert(places.end(), axis.begin(), axis.end());
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (!is_visual[row]) text_rows.push_back(row);
+  }
+  if (bundle_.cache.visual_layers && is_visual.back()) {
+    throw Fault("the prompt ends with a picture, and visual rows end before the decoder's last "
+                "layer: text must follow it");
+  }
+  past_length_[0] = length_;
+  past_text_length_[0] = text_length();
+  decode_rows_.BindInput("embeds", floats(given, {1, rows, width_}));
+  decode_rows_.BindInput("position_ids",
+                         whole_numbers(places, {static_cast<std::int64_t>(axes_), rows}));
+  if (bundle_.cache.visual_layers) {
+    const auto count = static_cast<std::int64_t>(text_rows.size());
+    decode_rows_.BindInput("text_rows", whole_numbers(text_rows, {count}));
+  }
+  if (bundle_.cache.mutual_rows) {
+    decode_rows_.BindInput("mutual", whole_numbers(numbers, {1, rows}));
+  }
+  run(decoder_, decode_rows_);
+  for (const bool one : is_visual) is_text_[length_++] = !one;
+  return logits_;
+}
+
+const std::vector<float>& Engine::step(std::int64_t token, std::int64_t position) {
+  require_room(1);
+  token_[0] = token;
+  run(embedding_, embed_step_);
+  past_length_[0] = length_;
+  past_text_length_[0] = text_length();
+  std::fill(position_.begin(), position_.end(), position);
+  run(decoder_, decode_step_);
+  is_text_[length_++] = true;
+  return logits_;
+}
+
+void Engine::run(Graph& graph, Ort::IoBinding& binding) {
+  try {
+    graph.session.Run(Ort::RunOptions(nullptr), binding);
+  } catch (const Ort::Exception& error) {
+    throw Fault(graph.file + ": ONNX Runtime cannot run it: " + first_line(error.what()));
+  }
+}
+
+void Engine::require_room(std::int64_t rows) const {
+  if (length_ + rows > capacity_) {
+    throw Fault("the conversation needs " + std::to_string(length_ + rows) +
+                " rows of KV cache; allowed are " + std::to_string(capacity_));
+  }
+}
+
+// Rows of text in the cache: what layers hold that visual rows do not reach.
+std::int64_t Engine::text_length() const {
+  if (!bundle_.cache.visual_layers) return 0;
+  return std::count(is_text_.begin(), is_text_.begin() + length_, true);
+}
+
+Ort::Value Engine::whole_numbers(std::vector<std::int64_t>& numbers,
+                                 std::vector<std::int64_t> shape) {
+  return Ort::Value::CreateTensor<std::int64_t>(memory_, numbers.data(), numbers.size(),
+                                                shape.data(), shape.size());
+}
+
+Ort::Value Engine::floats(std::vector<float>& numbers, std::vector<std::int64_t> shape) {
+  return Ort::Value::CreateTensor<float>(memory_, numbers.data(), numbers.size(), shape.data(),
+                                         shape.size());
+}
+
+}  // namespace pocketvlm

@@ -1,0 +1,85 @@
+// A bundle's three graphs, with a KV cache that is allocated once and never copied.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bundle.h"
+#include "layout.h"
+#include "onnx.h"
+
+namespace pocketvlm {
+
+// What the vision graph returns for one tile.
+struct TileRows {
+  std::vector<float> embeds;          // [kept, width]
+  std::vector<std::int64_t> indices;  // [kept]
+};
+
+class Engine {
+ public:
+  // Threads are those of the heavy graphs; capacity is in rows of the cache.
+  Engine(const Bundle& bundle, int threads, std::int64_t capacity);
+
+  std::int64_t capacity() const { return capacity_; }
+  std::int64_t length() const { return length_; }
+  std::int64_t width() const { return width_; }
+
+  TileRows encode_tile(float* pixels, std::size_t numbers);
+
+  // Embeddings [count, width] of tokens.
+  std::vector<float> embed(const TokenIds& tokens);
+
+  // Runs rows after those in the cache; returns the last one's logits [vocabulary].
+  // `positions` by axis; `is_visual` and `mutual` by row.
+  const std::vector<float>& decode(const std::vector<float>& embeds,
+                                   const std::vector<std::vector<std::int64_t>>& positions,
+                                   const std::vector<bool>& is_visual,
+                                   const std::vector<std::int64_t>& mutual);
+
+  // Embeds and runs one token of an answer, without touching memory that is not bound.
+  const std::vector<float>& step(std::int64_t token, std::int64_t position);
+
+  // Forgets every row from `length` on.
+  void truncate(std::int64_t length) { length_ = length; }
+
+ private:
+  struct Freed {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  struct Graph {
+    std::string file;
+    Ort::Session session{nullptr};
+  };
+  struct Buffer {
+    std::string name;
+    std::unique_ptr<void, Freed> memory;
+    Ort::Value value{nullptr};
+  };
+
+  Graph load(const std::string& role, int threads) const;
+  void allocate_cache(const Component& decoder);
+  Ort::IoBinding bind_decoder();
+  void run(Graph& graph, Ort::IoBinding& binding);
+  void require_room(std::int64_t rows) const;
+  std::int64_t text_length() const;
+  Ort::Value whole_numbers(std::vector<std::int64_t>& numbers, std::vector<std::int64_t> shape);
+  Ort::Value floats(std::vector<float>& numbers, std::vector<std::int64_t> shape);
+
+  const Bundle& bundle_;
+  std::int64_t capacity_, length_ = 0, width_ = 0;
+  Ort::MemoryInfo memory_;
+  Graph vision_, embedding_, decoder_;
+  std::vector<Buffer> cache_;
+  std::vector<bool> is_text_;  // by row of the cache
+  std::size_t axes_ = 1;
+  // Bound once: what a step reads and writes.
+  std::vector<std::int64_t> token_{0}, past_length_{0}, past_text_length_{0}, single_row_{0},
+      alone_{-1}, position_;
+  std::vector<float> embeds_, logits_;
+  Ort::IoBinding embed_step_{nullptr}, decode_step_{nullptr}, decode_rows_{nullptr};
+};
+
+}  // namespace pocketvlm
