@@ -14,7 +14,8 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
     ├── SourceMismatchError   the checkpoint is read differently than stock transformers reads it
     ├── ParityError           the artifact does not answer like the model that was evaluated
-    └── ExpectationError      size, latency or quality is beyond what the recipe expects
+    ├── ExpectationError      size, latency or quality is beyond what the recipe expects
+    └── TooNoisyError         exit code 3: a bound lies inside the interval of a measurement
 ```
 
 Every message is one line: what failed, where, and what is allowed. Programming errors stay
@@ -37,6 +38,7 @@ __all__ = [
     "RecipeError",
     "SourceMismatchError",
     "StorageError",
+    "TooNoisyError",
     "UnsupportedError",
     "join_problems",
     "name_some",
@@ -101,6 +103,12 @@ class ParityError(CheckFailedError):
 
 class ExpectationError(CheckFailedError):
     """Size, latency or quality is beyond the bound of the recipe."""
+
+
+class TooNoisyError(CheckFailedError):
+    """A measurement scatters too much to tell whether a bound is met."""
+
+    exit_code = 3
 
 
 def name_some(names: Iterable[str], most: int = 3) -> str:

@@ -10,7 +10,7 @@ from pocketvlm.device_bench.arm import Arm
 from pocketvlm.device_bench.block import Block
 from pocketvlm.device_bench.plausibility import Physics, check_plausibility
 from pocketvlm.device_bench.schedule import Outcome
-from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_blocks
+from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_repeats
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.measurement import (
@@ -99,7 +99,7 @@ def _measure_arm(
         return MeasuredArm(
             runtime=arm.runtime, bundle=bundle, latency=Latency(failed=reason), failures=failures
         )
-    latency = summarise_blocks([blocks[repeat] for repeat in sorted(blocks)])
+    latency = summarise_repeats(blocks)
     memory = _largest_memory(blocks.values())
     ratio_samples = {} if reference is None else paired_ratios(blocks, _blocks(reference))
     first = next(iter(blocks.values()))

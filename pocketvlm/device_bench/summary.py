@@ -6,13 +6,21 @@ The samples of a figure are the measured answers of all blocks of one bundle, in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import mean, median, stdev
 
 from pocketvlm.device_bench.block import AnswerTimes, Block
 from pocketvlm.machine import Samples
 from pocketvlm.reports.measurement import Figure, Latency
 
-__all__ = ["FIGURES", "paired_ratios", "relative_spread", "summarise_blocks", "summarise_samples"]
+__all__ = [
+    "FIGURES",
+    "paired_ratios",
+    "relative_spread",
+    "summarise_blocks",
+    "summarise_repeats",
+    "summarise_samples",
+]
 
 
 def summarise_samples(values: Sequence[float]) -> Figure:
@@ -68,6 +76,37 @@ def summarise_blocks(blocks: Sequence[Block]) -> Latency:
         samples = [value for answer in answers for value in samples_of(answer)]
         figures[name] = summarise_samples(samples)
     return Latency(figures=figures)
+
+
+def summarise_repeats(blocks: Mapping[int, Block]) -> Latency:
+    """The figures of one arm, with those of each process when left alone.
+
+    Args:
+        blocks: By number of the repeat; one may lack.
+    """
+    apart = {repeat: summarise_blocks([block]).figures for repeat, block in blocks.items()}
+    repeats = range(max(blocks) + 1)
+    return Latency(
+        figures={
+            name: replace(
+                figure,
+                by_repeat=tuple(
+                    _undisturbed(name, apart[repeat][name].samples) if repeat in apart else None
+                    for repeat in repeats
+                ),
+            )
+            for name, figure in summarise_blocks(
+                [blocks[repeat] for repeat in sorted(blocks)]
+            ).figures.items()
+        }
+    )
+
+
+def _undisturbed(name: str, samples: Sequence[float]) -> float | None:
+    """The tenth of the samples that neighbours on the machine disturbed least."""
+    if not samples:
+        return None
+    return Samples(values=tuple(samples)).quantile(0.9 if name.endswith("_tok_s") else 0.1)
 
 
 def paired_ratios(

@@ -40,7 +40,7 @@ from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import layer_bytes_by_target
-from pocketvlm.reports.html import render_html, render_markdown
+from pocketvlm.reports.html import render_card, render_html
 from pocketvlm.reports.measurement import Measurement
 from pocketvlm.reports.report import Report
 from pocketvlm.runtime.engines import EMULATED, ENGINES
@@ -186,7 +186,7 @@ def _run(
     _write(out / "report.html", html)
     # A bundle may never hold a file that it does not list, not even for a moment.
     _write(bundle.path / "report.html", html, scratch=journal.work)
-    _write(bundle.path / "README.md", render_markdown(report), scratch=journal.work)
+    _write(bundle.path / "README.md", render_card(report), scratch=journal.work)
     journal.log("finished", failures=list(report.failures))
     journal.clean()
     return RunResult(out=out, report=report)

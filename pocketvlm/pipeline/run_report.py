@@ -16,7 +16,7 @@ from pocketvlm.machine import REPORT_SCHEMA, describe_environment, peak_rss_byte
 from pocketvlm.pipeline.assemble import BuiltBundle
 from pocketvlm.pipeline.source_check import SourceReport
 from pocketvlm.recipes.load import Expectations, Recipe
-from pocketvlm.reports.measurement import MeasuredArm, Measurement, Memory
+from pocketvlm.reports.measurement import MeasuredArm, MeasuredBundle, Measurement, Memory
 from pocketvlm.reports.report import Report, Size
 from pocketvlm.reports.report_file import parse_report
 from pocketvlm.runtime.engines import EMULATED, choose_engine
@@ -71,6 +71,7 @@ def assemble_report(
             "visual_tokens_full": manifest.visual_tokens_full,
             "positions": manifest.positions,
         },
+        "bundle": encode(_describe_bundle(built.bundle)),
         "runtimes": manifest.to_json().get("runtimes", {}),
         "recipe": {**recipe.to_document(), "sha256": recipe.sha256()},
         "calibration": calibration.describe(),
@@ -102,6 +103,18 @@ def assemble_report(
     )
     document["failures"] = list(failures)
     return replace(report, failures=failures, document=document)
+
+
+def _describe_bundle(bundle: Bundle) -> MeasuredBundle:
+    """What identifies the bundle in later measurements."""
+    return MeasuredBundle(
+        model=bundle.manifest.model,
+        manifest_sha256=file_sha256(bundle.path / "manifest.json"),
+        stored_bytes=bundle.stored_bytes(),
+        visual_tokens=bundle.manifest.visual_tokens,
+        visual_tokens_full=bundle.manifest.visual_tokens_full,
+        kv_dtype=bundle.manifest.kv_cache.dtype,
+    )
 
 
 def _arms_of(bundle: Bundle, bench: Measurement) -> tuple[MeasuredArm, ...]:

@@ -17,12 +17,10 @@ __all__ = [
     "Segment",
     "Strip",
     "Tick",
-    "Timeline",
     "axis_ticks",
     "draw_bars",
     "draw_interval",
     "draw_strip",
-    "draw_timeline",
 ]
 
 _TICKS = 5
@@ -42,7 +40,7 @@ class Dots:
     """The raw samples of one role on one line.
 
     Attributes:
-        role: `candidate` or `baseline`; the template colours by it.
+        role: `arm` or `reference`; the template colours by it.
         points: (horizontal per cent, vertical pixels from the middle, value).
         median: Horizontal per cent.
         p90: Horizontal per cent.
@@ -90,16 +88,6 @@ class IntervalRow:
     point: float
     low: float | None
     high: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timeline:
-    """Values in the order in which they were measured, as points and the lines between them."""
-
-    points: tuple[tuple[str, float, float, float], ...]
-    lines: tuple[tuple[str, float, float, float, float], ...]
-    height: float
-    ticks: tuple[tuple[float, str], ...]
 
 
 def axis_ticks(most: float, count: int = _TICKS) -> tuple[float, ...]:
@@ -180,38 +168,4 @@ def draw_interval(
         low_at, high_at = round(low * 100, 3), round(high * 100, 3)
     return IntervalRow(
         label=label, role=role, point=round(point * 100, 3), low=low_at, high=high_at
-    )
-
-
-def draw_timeline(
-    series: Mapping[str, Sequence[float]], order: Sequence[str], height: float
-) -> Timeline:
-    """Values by role in the order of their processes.
-
-    Args:
-        series: Values of each role, in order.
-        order: The roles of all processes, in order.
-        height: Pixels from zero to the top.
-    """
-    most = max((value for values in series.values() for value in values), default=1.0)
-    ticks = axis_ticks(most, 2)
-    remaining = {role: list(values) for role, values in series.items()}
-    points: list[tuple[str, float, float, float]] = []
-    lines: list[tuple[str, float, float, float, float]] = []
-    last: dict[str, tuple[float, float]] = {}
-    for index, role in enumerate(order):
-        if not remaining.get(role):
-            continue
-        value = remaining[role].pop(0)
-        x = round((index + 0.5) / len(order) * 100, 3)
-        y = round(height * (1 - value / ticks[-1]), 2)
-        if role in last:
-            lines.append((role, *last[role], x, y))
-        points.append((role, x, y, value))
-        last[role] = (x, y)
-    return Timeline(
-        points=tuple(points),
-        lines=tuple(lines),
-        height=height,
-        ticks=tuple((round(height * (1 - tick / ticks[-1]), 2), f"{tick:g}") for tick in ticks),
     )

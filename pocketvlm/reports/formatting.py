@@ -12,6 +12,7 @@ __all__ = [
     "facts_of",
     "format_bytes",
     "format_figure",
+    "format_measured",
     "format_number",
     "format_share",
     "number_of",
@@ -57,6 +58,14 @@ def format_number(value: float | None) -> str:
     return f"{float(text):g}" if "e" in text else text
 
 
+def format_measured(value: float | None) -> str:
+    """Three significant digits, as precise as a timing is."""
+    if value is None or abs(value) >= _MANY or (value and abs(value) < 0.001):  # noqa: PLR2004
+        return format_number(value)
+    text = f"{value:.3g}"
+    return f"{float(text):g}" if "e" in text else text
+
+
 def format_bytes(value: float | None) -> str:
     """Decimal units, as app stores count."""
     if value is None:
@@ -83,7 +92,7 @@ def format_figure(name: str, value: float | None) -> str:
         return NOT_MEASURED
     if name.endswith("_bytes"):
         return format_bytes(value)
-    return f"{format_number(value)} {unit_of(name)}".strip()
+    return f"{format_measured(value)} {unit_of(name)}".strip()
 
 
 def facts_of(facts: Facts) -> tuple[tuple[str, str], ...]:

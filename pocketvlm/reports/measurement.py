@@ -47,6 +47,8 @@ class Figure:
         p95: The 95 % quantile.
         mean: The arithmetic mean.
         sd: The standard deviation of the sample.
+        by_repeat: Each process when left alone, by number of the repeat: the 10 % quantile of its
+            samples, of rates the 90 % quantile; `None` for a repeat without samples.
     """
 
     samples: tuple[float, ...] = ()
@@ -55,6 +57,7 @@ class Figure:
     p95: float | None = None
     mean: float | None = None
     sd: float | None = None
+    by_repeat: tuple[float | None, ...] = ()
 
 
 _NOT_MEASURED = Figure()

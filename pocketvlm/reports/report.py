@@ -13,7 +13,13 @@ from typing import Any
 
 from pocketvlm.json_io import WHOLE, keyed
 from pocketvlm.machine import REPORT_SCHEMA
-from pocketvlm.reports.measurement import Environment, Latency, Measurement, Memory
+from pocketvlm.reports.measurement import (
+    Environment,
+    Latency,
+    MeasuredBundle,
+    Measurement,
+    Memory,
+)
 
 __all__ = [
     "Bound",
@@ -236,6 +242,7 @@ class Report:
 
     Attributes:
         command: The command line.
+        bundle: The bundle that was made; its digest joins this report with measurements of it.
         runtimes: Requirements by target.
         calibration: A description of the calibration set.
         environment: The machine of the run.
@@ -250,6 +257,7 @@ class Report:
     schema: int = REPORT_SCHEMA
     command: str | None = None
     model: Model = field(default_factory=Model)
+    bundle: MeasuredBundle | None = None
     runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
     recipe: Recipe | None = None
     calibration: Facts = field(default_factory=dict)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pocketvlm.reports.charts import Bar, IntervalRow, draw_bars, draw_interval
+from pocketvlm.reports.elements import Badge, Table, Tone, numbers, words
 from pocketvlm.reports.formatting import (
     NOT_MEASURED,
     facts_of,
@@ -27,7 +27,6 @@ from pocketvlm.reports.report import (
 )
 
 __all__ = [
-    "Badge",
     "ParityView",
     "QualityView",
     "SizeView",
@@ -37,27 +36,18 @@ __all__ = [
     "view_source",
 ]
 
-Tone = Literal["good", "bad", "warn", "plain"]
-
 _VERDICT_TONES: Mapping[str, Tone] = {"passed": "good", "failed": "bad"}
 
 _PARTS = ("tower", "projector", "decoder", "embedding", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Badge:
-    """A verdict in a word or two."""
-
-    text: str
-    tone: Tone
-
-
-@dataclass(frozen=True, kw_only=True)
 class SizeView:
-    """Bytes by part: bars, a table (part, source, bundle, share) and what they count."""
+    """Bytes by part: bars, their parts in order, a table, and what they count."""
 
     bars: tuple[Bar, ...]
-    rows: tuple[tuple[str, str, str, str], ...]
+    parts: tuple[str, ...]
+    table: Table
     caption: str
 
 
@@ -68,7 +58,7 @@ class QualityView:
     rows: tuple[IntervalRow, ...]
     blind: float | None
     caption: str
-    kinds: tuple[tuple[str, str, str, str, str], ...]
+    kinds: Table | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +68,7 @@ class ParityView:
     target: str
     badge: Badge
     caption: str
-    checks: tuple[tuple[str, str, str, bool], ...]
+    checks: Table
     details: tuple[tuple[str, str], ...]
 
 
@@ -120,7 +110,16 @@ def view_size(size: Size, baseline: MeasuredBundle) -> SizeView | None:
             format_share(bundle / source) if source else "–",
         )
     )
-    return SizeView(bars=draw_bars(rows), rows=tuple(table), caption=caption)
+    return SizeView(
+        bars=draw_bars(rows),
+        parts=tuple(dict.fromkeys([*before, *after])),
+        table=Table(
+            caption="Size by part",
+            columns=(*words("Part"), *numbers("Source", "Bundle", "Share")),
+            rows=tuple(table),
+        ),
+        caption=caption,
+    )
 
 
 def _by_part(amounts: Mapping[str, int]) -> dict[str, int]:
@@ -136,8 +135,8 @@ def view_quality(quality: Quality | None) -> QualityView | None:
     rows = [
         draw_interval(label, role, score.accuracy, score.interval_low, score.interval_high)
         for label, score, role in (
-            ("float checkpoint", quality.uncompressed, "baseline"),
-            ("bundle", quality.compressed, "candidate"),
+            ("float checkpoint", quality.uncompressed, "reference"),
+            ("bundle", quality.compressed, "arm"),
         )
         if score.accuracy is not None
     ]
@@ -161,7 +160,15 @@ def view_quality(quality: Quality | None) -> QualityView | None:
         rows=tuple(rows),
         blind=None if quality.blind is None else quality.blind * 100,
         caption="; ".join(pieces),
-        kinds=tuple(
+        kinds=_kinds(before, after) if before or after else None,
+    )
+
+
+def _kinds(before: Mapping[str, Score], after: Mapping[str, Score]) -> Table:
+    return Table(
+        caption="Answers right by kind of question",
+        columns=(*words("Kind"), *numbers("n", "Float", "Bundle", "95 % interval")),
+        rows=tuple(
             _kind(kind, before.get(kind), after.get(kind)) for kind in sorted({*before, *after})
         ),
     )
@@ -191,7 +198,10 @@ def view_parity(parity: Parity | None) -> tuple[ParityView, ...]:
             else Badge(text="FAILED", tone="bad"),
             caption=f"{text_of(certificate.samples)} questions, bounds for "
             f"{text_of(certificate.precision)} arithmetic",
-            checks=tuple(_check(check, text_of(check.metric)) for check in certificate.checks),
+            checks=_checks(
+                f"Certificate of {target}",
+                [_check(check, text_of(check.metric)) for check in certificate.checks],
+            ),
             details=facts_of(certificate.details),
         )
         for target, certificate in parity.targets.items()
@@ -211,7 +221,10 @@ def view_source(source: SourceCheck | None) -> ParityView | None:
         ),
         caption=", ".join(f"{name} {value}" for name, value in source.stock.items())
         or text_of(source.reason),
-        checks=tuple(_check(check, f"{check.sample}: {check.metric}") for check in source.checks),
+        checks=_checks(
+            "The checkpoint beside stock transformers",
+            [_check(check, f"{check.sample}: {check.metric}") for check in source.checks],
+        ),
         details=tuple(
             (f"{check.sample}, {check.metric}", check.difference)
             for check in source.checks
@@ -220,9 +233,17 @@ def view_source(source: SourceCheck | None) -> ParityView | None:
     )
 
 
-def _check(check: Check, name: str) -> tuple[str, str, str, bool]:
+def _checks(caption: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    return Table(
+        caption=caption,
+        columns=(*words("Check"), *numbers("Measured", "Bound"), *words("Verdict")),
+        rows=tuple(rows),
+    )
+
+
+def _check(check: Check, name: str) -> tuple[str, ...]:
     value = "not finite" if check.value is None else format_number(check.value)
-    return name, value, _bound(check.bound), check.passed
+    return name, value, _bound(check.bound), "pass" if check.passed else "FAIL"
 
 
 def _bound(bound: Bound) -> str:

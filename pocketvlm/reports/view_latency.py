@@ -1,23 +1,28 @@
-"""The page's content about latency: every sample, first-token bars, drift and a table of stages."""
+"""The page's content about latency: every sample, first-token bars, drift, and tables of stages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pocketvlm.reports.charts import Bar, Strip, Timeline, draw_bars, draw_strip, draw_timeline
-from pocketvlm.reports.formatting import format_figure, format_number
-from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm, Measurement
+from pocketvlm.reports.charts import Bar, Strip, draw_bars, draw_strip
+from pocketvlm.reports.elements import Table, numbers, words
+from pocketvlm.reports.formatting import format_figure, format_measured
+from pocketvlm.reports.measurement import Figure, MeasuredArm, Measurement
+from pocketvlm.reports.planes import Lines, draw_lines
 
-__all__ = ["StripView", "TargetLatency", "spell_ratio", "view_latency"]
+__all__ = ["LatencyView", "Role", "StripView", "role_of", "spell_ratio", "view_latency"]
+
+Role = str
+"""`reference` or `arm`, by which the page colours."""
 
 _FIRST_TOKEN = ("preprocess_ms", "vision_ms", "tokenize_ms", "embed_ms", "prefill_ms")
 _CHARTS = (
     ("ttft_user_ms", "Time to first token, as the user waits", "from picture file and text"),
+    ("decode_tok_s", "Decode rate", "first to last token, sampling and text included"),
     ("ttft_engine_ms", "Time to first token, engine alone", "from the embedded prompt"),
     ("vision_ms", "Vision encoder, token reduction included", "one graph"),
     ("prefill_ms", "Prefill", "visual and text tokens"),
-    ("decode_tok_s", "Decode rate", "first to last token, sampling and text included"),
     ("load_ms", "Load", "fresh process, warm file cache"),
     ("cold_ttft_user_ms", "Time to first token, cold", "first answer of a fresh process"),
 )
@@ -37,160 +42,194 @@ _STAGES = (
     ("prefill_tok_s", "prefill rate"),
     ("decode_tok_s", "decode rate"),
 )
+_GLANCE = ("ttft_user_ms", "ttft_engine_ms", "cold_ttft_user_ms", "prefill_tok_s", "decode_tok_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One arm's line of a strip: its name and its statistics as text."""
+
+    role: Role
+    label: str
+    median: str
+    p90: str
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StripView:
-    """One figure with its raw samples."""
+    """One figure with the raw samples of every arm."""
 
-    name: str
     title: str
     detail: str
     unit: str
     strip: Strip
-    lanes: tuple[tuple[str, str, str, str, int], ...]
-    ratio: str
+    lanes: tuple[Lane, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetLatency:
-    """The latency blocks of one target."""
+class LatencyView:
+    """The latency of all arms of one measurement."""
 
-    target: str
-    failed: str
-    strips: tuple[StripView, ...]
+    failed: tuple[tuple[str, str], ...]
     first_token: tuple[Bar, ...]
-    timeline: Timeline | None
-    table: tuple[tuple[str, ...], ...]
-    has_baseline: bool
+    stages: tuple[str, ...]
+    glance: Table
+    strips: tuple[StripView, ...]
+    drift: Lines | None
+    tables: tuple[Table, ...]
 
 
-def view_latency(bench: Measurement, latency: Mapping[str, Latency]) -> tuple[TargetLatency, ...]:
-    """The latency blocks of every arm beside the reference; by target where there are no arms."""
-    alone = bench.reference in bench.compared
-    reference = None if alone else bench.arms.get(bench.reference or "")
-    targets = {target: MeasuredArm(latency=figures) for target, figures in latency.items()}
-    return tuple(
-        _target(name, arm, reference, [str(process.arm) for process in bench.order], bench)
-        for name, arm in (bench.compared or targets).items()
-    )
+def role_of(bench: Measurement, name: str) -> Role:
+    """Whether an arm is what others are compared with; a single arm is not."""
+    return "reference" if name == bench.reference and len(bench.arms) > 1 else "arm"
 
 
-def _label(name: str, arm: MeasuredArm) -> str:
-    """An arm's name and precision, which every row shows."""
-    precision = arm.bundle.precision.get("decoder")
-    return name if precision is None else f"{name}, {precision}"
-
-
-def _target(
-    target: str,
-    arm: MeasuredArm,
-    reference: MeasuredArm | None,
-    processes: Sequence[str],
-    bench: Measurement,
-) -> TargetLatency:
-    ratios, roles = arm.ratios, {target: "candidate", bench.reference: "baseline"}
-    figures = {"candidate": arm.latency, "baseline": (reference or MeasuredArm()).latency}
-    labels = {"candidate": _label(target, arm)}
-    if reference is not None and bench.reference is not None:
-        labels["baseline"] = _label(bench.reference, reference)
-    order = [roles[name] for name in processes if name in roles]
-    strips = (
-        _strip(name, title, detail, figures, ratios.get(name), labels)
-        for name, title, detail in _CHARTS
-    )
-    bars = (
-        (
-            role,
-            {
-                name.removesuffix("_ms"): median
-                for name in _FIRST_TOKEN
-                if (median := of_role.figure(name).median)
-            },
-        )
-        for role, of_role in figures.items()
-    )
-    samples = {role: of_role.figure("decode_tok_s").samples for role, of_role in figures.items()}
-    return TargetLatency(
-        target=target,
-        failed="; ".join(
-            f"{role}: {of_role.failed}"
-            for role, of_role in figures.items()
-            if of_role.failed is not None
+def view_latency(bench: Measurement) -> LatencyView:
+    """The latency blocks of a measurement."""
+    arms = bench.arms
+    bars = [(name, _first_token(arm)) for name, arm in arms.items()]
+    strips = (_strip(bench, *chart) for chart in _CHARTS)
+    return LatencyView(
+        failed=tuple(
+            (name, arm.latency.failed)
+            for name, arm in arms.items()
+            if arm.latency.failed is not None
         ),
+        first_token=draw_bars([(name, parts) for name, parts in bars if parts]),
+        stages=tuple(
+            name.removesuffix("_ms")
+            for name in _FIRST_TOKEN
+            if any(name.removesuffix("_ms") in parts for _, parts in bars)
+        ),
+        glance=_glance(bench),
         strips=tuple(strip for strip in strips if strip is not None),
-        first_token=draw_bars([(role, parts) for role, parts in bars if parts]),
-        timeline=_timeline({role: values for role, values in samples.items() if values}, order),
-        table=tuple(_stage_row(name, label, figures, ratios.get(name)) for name, label in _STAGES),
-        has_baseline=figures["baseline"] != Latency(),
+        drift=_drift(arms),
+        tables=tuple(_stages(name, arm) for name, arm in arms.items() if arm.latency.figures),
     )
 
 
-def _timeline(series: Mapping[str, Sequence[float]], order: Sequence[str]) -> Timeline | None:
-    """Drift over the run; only if every process has one sample, else their order is unknown."""
-    if len(order) < 2 or any(len(values) != order.count(role) for role, values in series.items()):  # noqa: PLR2004  (a line has two ends)
-        return None
-    return draw_timeline(series, order, 96.0) if series else None
+def _first_token(arm: MeasuredArm) -> Mapping[str, float]:
+    """Medians of the stages before the first token, in their order."""
+    return {
+        name.removesuffix("_ms"): median
+        for name in _FIRST_TOKEN
+        if (median := arm.latency.figure(name).median)
+    }
 
 
-def _strip(
-    name: str,
-    title: str,
-    detail: str,
-    figures: Mapping[str, Latency],
-    ratio: float | None,
-    labels: Mapping[str, str],
-) -> StripView | None:
+def _glance(bench: Measurement) -> Table:
+    """One row per arm."""
+    has_ratios = any(arm.ratios for arm in bench.arms.values())
+    rows = []
+    for name, arm in bench.arms.items():
+        if arm.latency.failed is not None and not arm.latency.figures:
+            cells = ["failed"] * len(_GLANCE)
+        else:
+            cells = [_median(arm, figure) for figure in _GLANCE]
+        ratios = [_ratio(arm, figure) for figure in ("ttft_user_ms", "decode_tok_s")]
+        rows.append((name, arm.runtime or "–", *cells, *(ratios if has_ratios else ())))
+    return Table(
+        caption="Every arm at a glance, medians; ratios are of pairs with the reference",
+        columns=(
+            *words("Arm", "Runtime"),
+            *numbers(
+                "First token, user, ms",
+                "engine, ms",
+                "cold, ms",
+                "Prefill, tokens/s",
+                "Decode, tokens/s",
+            ),
+            *(numbers("First token, ratio", "Decode, ratio") if has_ratios else ()),
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _median(arm: MeasuredArm, name: str) -> str:
+    if name in arm.withheld:
+        return "implausible"
+    median = arm.latency.figure(name).median
+    return "–" if median is None else format_measured(median)
+
+
+def _ratio(arm: MeasuredArm, name: str) -> str:
+    ratio = arm.ratios.get(name)
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
+def _stages(name: str, arm: MeasuredArm) -> Table:
+    """All figures of one arm."""
+    return Table(
+        caption=name,
+        columns=(
+            *words("Stage", "Unit"),
+            *numbers("p50", "p90", "p95", "Mean", "SD"),
+            *(numbers("Ratio") if arm.ratios else ()),
+            *numbers("n"),
+        ),
+        rows=tuple(
+            (
+                label,
+                _unit(figure),
+                *_statistics(arm.latency.figure(figure)),
+                *((_ratio(arm, figure),) if arm.ratios else ()),
+                str(len(arm.latency.figure(figure).samples) or "–"),
+            )
+            for figure, label in _STAGES
+        ),
+    )
+
+
+def _statistics(figure: Figure) -> tuple[str, ...]:
+    values = (figure.median, figure.p90, figure.p95, figure.mean, figure.sd)
+    return tuple("–" if value is None else format_measured(value) for value in values)
+
+
+def _drift(arms: Mapping[str, MeasuredArm]) -> Lines | None:
+    """Decode rate by repeat; a machine that slows down shows as lines that fall together."""
+    series = {
+        name: [
+            (float(repeat), value)
+            for repeat, value in enumerate(arm.latency.figure("decode_tok_s").by_repeat, 1)
+            if value is not None
+        ]
+        for name, arm in arms.items()
+    }
+    shown = {name: points for name, points in series.items() if len(points) > 1}
+    return draw_lines(shown) if shown else None
+
+
+def _strip(bench: Measurement, name: str, title: str, detail: str) -> StripView | None:
     lanes = [
-        (role, figure.samples, figure.median, figure.p90)
-        for role, figure in ((role, of_role.figure(name)) for role, of_role in figures.items())
+        (arm, figure.samples, figure.median, figure.p90)
+        for arm, figure in ((arm, one.latency.figure(name)) for arm, one in bench.arms.items())
         if figure.samples and figure.median is not None and figure.p90 is not None
     ]
     if not lanes:
         return None
     return StripView(
-        name=name,
         title=title,
         detail=detail,
         unit=_unit(name),
-        strip=draw_strip(lanes),
-        lanes=tuple(
-            (
-                role,
-                labels.get(role, role),
-                format_figure(name, median),
-                format_figure(name, p90),
-                len(samples),
-            )
-            for role, samples, median, p90 in lanes
+        strip=draw_strip(
+            [(role_of(bench, arm), samples, median, p90) for arm, samples, median, p90 in lanes]
         ),
-        ratio=f"{spell_ratio(name, ratio)} the baseline, pair by pair" if ratio else "",
-    )
-
-
-def _stage_row(
-    name: str, label: str, figures: Mapping[str, Latency], ratio: float | None
-) -> tuple[str, ...]:
-    ours, theirs = (figures[role].figure(name) for role in ("candidate", "baseline"))
-    return (
-        label,
-        _unit(name),
-        *_statistics(ours),
-        *_statistics(theirs),
-        "–" if ratio is None else f"{ratio:.2f}",
-        str(len(ours.samples) or "–"),
+        lanes=tuple(
+            Lane(
+                role=role_of(bench, arm),
+                label=arm,
+                median=format_figure(name, median),
+                p90=format_figure(name, p90),
+                count=len(samples),
+            )
+            for arm, samples, median, p90 in lanes
+        ),
     )
 
 
 def _unit(name: str) -> str:
     return format_figure(name, 1.0).partition(" ")[2]
-
-
-def _statistics(figure: Figure) -> tuple[str, str]:
-    median, p90 = (
-        "–" if value is None else format_number(value) for value in (figure.median, figure.p90)
-    )
-    return median, p90
 
 
 def spell_ratio(name: str, ratio: float) -> str:

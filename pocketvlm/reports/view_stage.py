@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pocketvlm.reports.elements import Column, Table
 from pocketvlm.reports.formatting import facts_of, format_bytes, number_of, text_of
 from pocketvlm.reports.report import Stage
 
@@ -35,8 +37,7 @@ class StageView:
     method: str
     parameters: tuple[tuple[str, str], ...]
     outcome: tuple[tuple[str, str], ...]
-    columns: tuple[str, ...]
-    layers: tuple[tuple[str, ...], ...]
+    layers: Table | None
 
 
 def view_stage(stage: Stage) -> StageView:
@@ -56,8 +57,21 @@ def view_stage(stage: Stage) -> StageView:
         method=stage.method,
         parameters=facts_of(parameters),
         outcome=(*outcome, *facts_of(stage.metrics)),
-        columns=tuple(columns),
-        layers=tuple(
+        layers=_layers(stage, columns) if stage.layers else None,
+    )
+
+
+def _layers(stage: Stage, columns: Sequence[str]) -> Table:
+    return Table(
+        caption=f"Layers of {stage.method}",
+        columns=tuple(
+            Column(
+                title=name.replace("_", " "),
+                is_number=any(number_of(layer.get(name)) is not None for layer in stage.layers),
+            )
+            for name in columns
+        ),
+        rows=tuple(
             tuple(
                 format_bytes(number_of(layer.get(name)))
                 if name.endswith("_bytes")

@@ -12,6 +12,7 @@ from pocketvlm.device_bench.summary import (
     paired_ratios,
     relative_spread,
     summarise_blocks,
+    summarise_repeats,
     summarise_samples,
 )
 from pocketvlm.reports.measurement import Figure
@@ -43,6 +44,17 @@ def test_rates_and_times_follow_their_definitions(block):
     assert figures["decode_ms"].samples == (2.0,) * 4 + (6.0,) * 4
     assert figures["load_ms"].median == 200.0
     assert figures["cold_ttft_user_ms"].samples == (146.0, 438.0)
+
+
+def test_a_process_stands_for_what_it_does_when_left_alone(block):
+    answer = block().answers[0]
+    busy = replace(answer, ttft_user_ms=500.0, decode_span_ms=120.0)
+    disturbed = replace(block(), answers=(answer, busy, answer, answer, busy))
+    figures = summarise_repeats({0: block(), 2: disturbed}).figures
+    assert figures["ttft_user_ms"].by_repeat == (73.0, None, 73.0)
+    assert figures["decode_tok_s"].by_repeat == pytest.approx((333.3333, None, 333.3333))
+    assert figures["load_ms"].by_repeat == (100.0, None, 100.0)
+    assert figures["ttft_user_ms"].samples[-1] == 500.0
 
 
 def test_a_stage_that_a_workload_lacks_has_no_samples(block):

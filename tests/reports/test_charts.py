@@ -11,7 +11,6 @@ from pocketvlm.reports.charts import (
     draw_bars,
     draw_interval,
     draw_strip,
-    draw_timeline,
 )
 
 
@@ -45,23 +44,6 @@ def test_dots_of_both_bundles_share_one_axis():
     assert [x for x, _, _ in baseline.points] == [100.0]
     assert candidate.median == 37.5
     assert [tick.label for tick in strip.ticks] == ["0", "10", "20", "30", "40"]
-
-
-def test_the_timeline_follows_the_order_of_the_run():
-    line = draw_timeline(
-        {"baseline": [1.0, 2.0], "candidate": [4.0, 3.0]},
-        ["baseline", "candidate", "baseline", "candidate"],
-        100.0,
-    )
-    assert [(role, value) for role, _, _, value in line.points] == [
-        ("baseline", 1.0),
-        ("candidate", 4.0),
-        ("baseline", 2.0),
-        ("candidate", 3.0),
-    ]
-    assert [x for _, x, _, _ in line.points] == [12.5, 37.5, 62.5, 87.5]
-    assert line.points[1][2] == 0.0  # the largest value is at the top
-    assert len(line.lines) == 2
 
 
 def test_an_interval_with_one_end_is_left_out():

@@ -10,22 +10,31 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.device_bench.summary import paired_ratios, summarise_blocks
-from pocketvlm.json_io import DecodeError, encode
+from pocketvlm.json_io import DecodeError
+from pocketvlm.machine import REPORT_SCHEMA
 from pocketvlm.reports import html
 from pocketvlm.reports.formatting import facts_of, format_number
 from pocketvlm.reports.report_file import parse_report
+from tests.reports.documents import HOSTILE, arm, poison, run_report, several
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-HOSTILE = '</style></title><script>alert("x")</script><img src=x onerror=alert(1)>&\'"'
+
+
+@pytest.fixture
+def report():
+    return run_report()
 
 
 def render_html(*documents):
     return html.render_html(*map(parse_report, documents))
 
 
-def render_markdown(document):
-    return html.render_markdown(parse_report(document))
+def render_card(document):
+    return html.render_card(parse_report(document))
+
+
+def render_markdown(*documents):
+    return html.render_markdown(*map(parse_report, documents))
 
 
 class Page(HTMLParser):
@@ -62,117 +71,6 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-@pytest.fixture
-def report(block):
-    candidate = {index: block(1 + index / 100) for index in range(5)}
-    baseline = {index: block(2 + index / 50) for index in range(5)}
-    score = {"accuracy": 0.91, "interval_low": 0.89, "interval_high": 0.93}
-    return {
-        "schema": 2,
-        "command": "pocketvlm compress reference:pocket-smol --out out",
-        "model": {"name": "pocket-smol", "visual_tokens": 32},
-        "recipe": {"name": "int4-balanced", "description": "four bits", "sha256": "ab"},
-        "calibration": {"name": "reference:0", "samples": 128},
-        "stages": [
-            {
-                "method": "gptq",
-                "parameters": {"damping": 0.01},
-                "metrics": {"layers": 2},
-                "notes": ["q_proj: damping was raised to 0.02"],
-                "layers": [
-                    {"name": "q_proj", "bits": 4, "stored_bytes": 12000, "reason": ""},
-                    {"name": "head", "bits": None, "stored_bytes": 500, "reason": "no rule"},
-                ],
-                "seconds": 12.5,
-                "peak_rss_bytes": 900_000_000,
-            }
-        ],
-        "size": {
-            "source_bytes": 6_000_000,
-            "bundle_bytes": 2_000_000,
-            "weight_bytes": {"tower": 500_000, "decoder": 1_200_000},
-        },
-        "quality": {
-            "metric": "exact_match",
-            "n": 2000,
-            "float": {**score, "accuracy": 0.92, "per_kind": {"count": score}},
-            "compressed": {**score, "per_kind": {"count": score}},
-            "recovery": 0.989,
-            "blind": 0.34,
-        },
-        "source_check": {
-            "verdict": "failed",
-            "reason": None,
-            "stock": {"transformers": "5.24.0", "processor": "LlavaProcessor"},
-            "checks": [
-                {
-                    "sample": "one turn",
-                    "metric": "prompt_ids_equal",
-                    "value": 0.0,
-                    "bound": {"at_least": 1.0, "at_most": None},
-                    "passed": False,
-                    "difference": "token 0 of 9 is 1 ('<s>') in stock, 32 ('a') here",
-                }
-            ],
-        },
-        "parity": {
-            "passed": False,
-            "targets": {
-                "onnx": {
-                    "passed": False,
-                    "precision": "integer",
-                    "samples": 8,
-                    "checks": [
-                        {
-                            "metric": "vision.cosine",
-                            "value": 0.5,
-                            "bound": {"at_least": 0.97, "at_most": None},
-                            "passed": False,
-                        }
-                    ],
-                    "details": {"near_ties": 1},
-                }
-            },
-            "unverified": {"coreml": "needs a Mac"},
-        },
-        "latency": {"onnx": encode(summarise_blocks(list(candidate.values())))},
-        "memory": {**encode(candidate[0].memory), "compress_peak_rss_bytes": 900_000_000},
-        "environment": {"processor": "a processor", "threads": 2, "ram_bytes": 8_000_000_000},
-        "bench": {
-            "reference": "baseline",
-            "arms": {
-                "baseline": {
-                    "runtime": "onnx",
-                    "bundle": {"precision": {"decoder": "float32"}, "stored_bytes": 12_000_000},
-                    "latency": encode(summarise_blocks(list(baseline.values()))),
-                    "memory": encode(baseline[0].memory),
-                    "stability": {"is_stable": False},
-                },
-                "candidate": {
-                    "runtime": "onnx",
-                    "bundle": {"precision": {"decoder": "int4 g32"}, "stored_bytes": 2_000_000},
-                    "latency": encode(summarise_blocks(list(candidate.values()))),
-                    "memory": encode(candidate[0].memory),
-                    "ratios": {
-                        name: sorted(values)[len(values) // 2]
-                        for name, values in paired_ratios(candidate, baseline).items()
-                    },
-                    "plausibility": [{"check": "a check", "verdict": "pass"}],
-                },
-            },
-            "order": [{"arm": name} for _ in range(5) for name in ("baseline", "candidate")],
-            "workload": {
-                "name": "vlm",
-                "image_size": 512,
-                "prompt_tokens": 32,
-                "new_tokens": 128,
-            },
-        },
-        "notes": ["noisy run: repeat it"],
-        "failures": ["parity of onnx: vision.cosine is 0.5, at least 0.97 is required"],
-    }
-
-
 def test_the_page_needs_nothing_but_itself(report):
     text = render_html(report)
     page = Page(text)
@@ -206,9 +104,13 @@ def test_every_figure_has_its_place(report):
         "noisy run: repeat it",
         "gptq: q_proj: damping was raised to 0.02",
         "gptq: 1 layer stays float: no rule",
-        "baseline, float32",
-        "candidate, int4 g32",
+        "float32",
+        "int4 g32",
         "2× as fast as the baseline",
+        "ended by SIGKILL",
+        "41.5",
+        "75.0 %",
+        "RAPL package-0",
         "pocketvlm compress reference:pocket-smol --out out",
         "pocketvlm bench BUNDLE --workload vlm",
         "70 MB",
@@ -219,8 +121,8 @@ def test_every_figure_has_its_place(report):
 def test_every_sample_is_a_dot(report):
     text = render_html(report)
     charts = 7  # figures that have a chart
-    assert text.count('class="dot fill-candidate"') == charts * 5
-    assert text.count('class="dot fill-baseline"') == charts * 5
+    assert text.count('class="dot fill-arm"') == charts * 5
+    assert text.count('class="dot fill-reference"') == charts * 5
 
 
 def test_what_was_not_measured_is_not_invented():
@@ -229,13 +131,17 @@ def test_what_was_not_measured_is_not_invented():
         assert f"{what}: not measured." in words
     assert words.count("not measured") >= 10
     assert not re.search(r"\d+(\.\d+)? (ms|MB|%|tokens/s)", words)
-    assert "not measured" in render_markdown({})
+    assert "not measured" in render_card({})
 
 
-def test_a_failed_target_shows_its_reason(report):
-    report["bench"]["arms"]["candidate"]["latency"] = {"failed": "the worker was ended by SIGKILL"}
+def test_a_failed_arm_stays_with_its_reason(report):
+    report["bench"]["arms"]["int4"]["latency"] = {"failed": "the worker was ended by SIGKILL"}
     words = Page(render_html(report)).words
-    assert "Failed: candidate: the worker was ended by SIGKILL" in words
+    assert "int4 failed: the worker was ended by SIGKILL" in words
+    assert "int4 onnx failed failed failed" in words
+    many = Page(render_html(*several(report))).words
+    assert "the worker was ended by SIGKILL" in many
+    assert "failed" in render_markdown(*several(report))
 
 
 def test_hostile_text_stays_text(report):
@@ -248,14 +154,14 @@ def test_hostile_text_stays_text(report):
 
     poisoned = poison(report)
     poisoned["size"]["weight_bytes"][HOSTILE] = 7
-    poisoned["bench"]["arms"]["candidate"]["bundle"]["precision"][HOSTILE] = HOSTILE
-    poisoned["bench"]["arms"][HOSTILE] = poisoned["bench"]["arms"]["candidate"]
-    page = Page(render_html(poisoned))
-    assert "script" not in page.tags
-    assert "img" not in page.tags
-    assert not any(name.startswith("on") for _, name, _ in page.attributes)
-    assert page.open == []
-    card = render_markdown({**report, "notes": ["| <b>x</b> | `y`\n# z"]})
+    poisoned["bench"]["arms"][HOSTILE] = poisoned["bench"]["arms"].pop("int4")
+    poisoned["bench"]["arms"][HOSTILE]["bundle"]["precision"][HOSTILE] = HOSTILE
+    for page in (Page(render_html(poisoned)), Page(render_html(*several(poisoned)))):
+        assert "script" not in page.tags
+        assert "img" not in page.tags
+        assert not any(name.startswith("on") for _, name, _ in page.attributes)
+        assert page.open == []
+    card = render_card({**report, "notes": ["| <b>x</b> | `y`\n# z"]})
     assert "\n# z" not in card
     assert "<b>" not in card
 
@@ -263,21 +169,59 @@ def test_hostile_text_stays_text(report):
 def test_the_same_report_gives_the_same_bytes(report):
     again = copy.deepcopy(report)
     assert render_html(report) == render_html(again)
-    assert render_markdown(report) == render_markdown(again)
+    assert render_card(report) == render_card(again)
     assert report == again  # which was not changed
 
 
-def test_a_bench_result_alone_and_several_reports_are_pages_too(report):
-    alone = Page(render_html({"bench": report["bench"]})).words
-    assert "Quality of answers: not measured." in alone
-    nested = {key: report[key] for key in ("model", "bench", "latency")}
-    assert "baseline, float32" in Page(render_html(nested)).words
-    both = Page(render_html(report, nested))
-    assert "Side by side" in both.words
-    ids = [value for _, name, value in both.attributes if name == "id"]
-    assert len(ids) == len(set(ids)) == 2
-    with pytest.raises(ValueError, match="at least one report"):
-        render_html()
+def test_several_reports_are_joined_by_bundle_and_kept_apart_by_device(report):
+    page = Page(render_html(*several(report)))
+    assert "2 bundles, 1 model, 2 devices" in page.words
+    for expected in (
+        "1. pocket-smol int4-balanced",
+        "2. pocket-smol float",
+        "a processor: vlm: 32 tokens, 1 picture of 512 px, 128 generated",
+        "pixel-8: vlm",
+        "Quality against size",
+        "Quality against time to first token, a processor",
+        "Quality against time per token, pixel-8",
+        "Pareto front",
+        "only the arms of one run were interleaved".capitalize(),
+    ):
+        assert expected in page.words, expected
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = {value[1:] for _, name, value in page.attributes if name == "href"}
+    assert targets <= set(ids)
+    summary = render_markdown(*several(report))
+    assert "| 1\\. pocket-smol int4-balanced | onnx |" in summary
+
+
+def test_a_bench_result_alone_is_a_page_too(report):
+    alone = Page(render_html({"schema": REPORT_SCHEMA, "bench": report["bench"]}))
+    assert "2 bundles" in alone.words
+    assert "Quality against size: not measured." in alone.words
+    one = {**report["bench"], "arms": {"int4": arm()}, "reference": "int4"}
+    assert "Quality of answers: not measured." in Page(render_html({"bench": one})).words
+    for render in (html.render_html, html.render_markdown):
+        with pytest.raises(ValueError, match="at least one report"):
+            render()
+
+
+def test_a_figure_that_failed_its_check_is_not_shown(report):
+    check = {"check": "c", "figures": ["decode_tok_s"], "verdict": "fail", "value": 9, "bound": 1}
+    report["bench"]["arms"]["int4"]["plausibility"] = [check]
+    words = Page(render_html(report)).words
+    assert "Decode implausible" in words
+    assert "1 implausible figures" in words
+
+
+def test_text_of_megabytes_is_cut_short(report):
+    report["model"]["name"] = "x" * 10_000_000
+    report["bench"]["arms"]["y" * 10_000_000] = report["bench"]["arms"].pop("int4")
+    page = render_html(report)
+    assert "(10,000,000 characters)" in page
+    assert len(page) < 1_000_000
+    assert len(render_card(report)) < 1_000_000
 
 
 def test_numbers_never_round_a_miss_away():
@@ -318,6 +262,7 @@ def test_a_damaged_block_is_refused_or_never_breaks_the_page(report, data):
     except DecodeError:
         return
     assert Page(html.render_html(read)).open == []
+    html.render_card(read)
     html.render_markdown(read)
 
 
@@ -343,22 +288,13 @@ CARD = (
 )
 
 
-def poison(value, text):
-    """The report with the text in place of every text, and after every name."""
-    if isinstance(value, dict):
-        return {key: poison(item, text) for key, item in value.items()}
-    if isinstance(value, list):
-        return [poison(item, text) for item in value]
-    return text if isinstance(value, str) and value not in {"pass", "fail"} else value
-
-
 def test_no_text_of_a_report_becomes_markup_of_the_card(report):
     from markdown_it import MarkdownIt
 
     poisoned = poison(report, CARD)
     poisoned["command"] = "pocketvlm ask x\n```\n<script>"
-    card = render_markdown(poisoned)
-    plain = render_markdown(report)
+    card = render_card(poisoned)
+    plain = render_card(report)
     assert "\x1b" not in card
     assert "\u202e" not in card
     assert card.startswith("# ")
