@@ -94,7 +94,7 @@ def _logarithms(values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def _resampled_medians(values: npt.NDArray[np.float64], stream: int) -> npt.NDArray[np.float64]:
-    """Medians of resamples; both samples of a comparison need a stream of their own."""
+    """Medians of resamples; the two samples of a comparison have different streams."""
     random = np.random.default_rng((_SEED, stream))
     chosen = random.integers(0, len(values), (_RESAMPLES, len(values)))
     medians: npt.NDArray[np.float64] = np.median(values[chosen], axis=1)

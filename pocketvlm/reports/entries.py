@@ -106,7 +106,7 @@ def _of_run(report: Report) -> Iterator[tuple[tuple[str, str], Entry]]:
 
 
 def _of_bench(report: Report) -> Iterator[tuple[tuple[str, str], Entry]]:
-    """What a measurement says about its arms; a run's baseline is no bundle of the reader's."""
+    """What a measurement says about its arms; without the baseline of a run."""
     for bench in (report.bench, *report.grid):
         condition = _condition(bench, report.environment)
         for name, arm in (bench.compared if report.runtimes else bench.arms).items():

@@ -206,7 +206,7 @@ def draw_plane(points: Sequence[Point], *, height: float = _PLANE_HEIGHT) -> Pla
 
 
 def _quality_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Round percentages around the points; the axis does not start at zero, and is no length."""
+    """Round percentages around the points; the axis does not start at zero."""
     step = next(
         (step for step in (1.0, 2.0, 5.0, 10.0) if (high - low) / step <= _MOST_TICKS - 1), 20.0
     )

@@ -29,7 +29,7 @@ class DeviceView:
 
 @dataclass(frozen=True, kw_only=True)
 class PageView:
-    """A page: one run by itself, or an overview, devices, and the runs behind them."""
+    """A page: one run by itself, or an overview, devices, and all runs."""
 
     title: str
     overview: Overview | None

@@ -77,6 +77,7 @@ class LatencyView:
     glance: Table
     strips: tuple[StripView, ...]
     drift: Lines | None
+    predicted: Table | None
     tables: tuple[Table, ...]
 
 
@@ -105,6 +106,7 @@ def view_latency(bench: Measurement) -> LatencyView:
         glance=_glance(bench),
         strips=tuple(strip for strip in strips if strip is not None),
         drift=_drift(arms),
+        predicted=_predicted(arms),
         tables=tuple(_stages(name, arm) for name, arm in arms.items() if arm.latency.figures),
     )
 
@@ -184,6 +186,31 @@ def _stages(name: str, arm: MeasuredArm) -> Table:
 def _statistics(figure: Figure) -> tuple[str, ...]:
     values = (figure.median, figure.p90, figure.p95, figure.mean, figure.sd)
     return tuple("–" if value is None else format_measured(value) for value in values)
+
+
+def _predicted(arms: Mapping[str, MeasuredArm]) -> Table | None:
+    """Predictions beside medians; `None` if nothing was predicted."""
+    rows = tuple(
+        (
+            name,
+            one.name,
+            format_measured(one.predicted),
+            format_measured(one.measured),
+            f"{one.ratio:.2f}",
+        )
+        for name, arm in arms.items()
+        for one in arm.predicted or ()
+    )
+    if not rows:
+        return None
+    return Table(
+        caption="Predicted from the calibration of the host, beside what was measured",
+        columns=(
+            *words("Arm", "Figure"),
+            *numbers("Predicted", "Measured", "Predicted by measured"),
+        ),
+        rows=rows,
+    )
 
 
 def _drift(arms: Mapping[str, MeasuredArm]) -> Lines | None:

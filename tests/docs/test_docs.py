@@ -112,3 +112,22 @@ def test_every_example_runs(example, tmp_path):
         [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
+
+
+def test_the_workflow_for_pull_requests_uses_commands_that_parse():
+    text = (ROOT / "examples" / "benchmark_pull_request.yml").read_text()
+    workflow = yaml.safe_load(text)
+    steps = workflow["jobs"]["compare"]["steps"]
+    lines = [line.strip() for step in steps for line in step.get("run", "").splitlines()]
+    commands = [line.partition(" || ")[0] for line in lines if line.startswith("pocketvlm ")]
+    assert {command.split()[1] for command in commands} == {
+        "compress",
+        "bench",
+        "compare",
+        "report",
+    }
+    for command in commands:
+        name, *arguments = shlex.split(command.partition(">>")[0])[1:]
+        typer.main.get_command(app).commands[name].make_context(name, arguments)
+    assert workflow[True] == {"pull_request": None}  # YAML 1.1 reads the key "on" as true
+    assert workflow["permissions"] == {"contents": "read", "pull-requests": "write"}

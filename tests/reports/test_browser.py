@@ -32,14 +32,14 @@ UNNAMED = """
   .length
 """
 
-# Contrast of text with what is behind it, as WCAG 2 defines it; large text may have less.
+# Contrast of text with its background, as WCAG 2 defines it; large text may have less.
 FAINT = r"""
 (() => {
   const parse = text => text.match(/[\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(part => part / 255)
     .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
     .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
-  const behind = node => {
+  const ground = node => {
     for (; node; node = node.parentElement) {
       const colour = parse(getComputedStyle(node).backgroundColor);
       if (colour[3] === undefined || colour[3] > 0) return colour;
@@ -53,7 +53,7 @@ FAINT = r"""
     if (!walker.currentNode.data.trim() || node.closest("title, desc, style")) continue;
     const style = getComputedStyle(node);
     const ink = node instanceof SVGElement ? style.fill : style.color;
-    const [more, less] = [light(parse(ink)), light(behind(node))].sort((a, b) => b - a);
+    const [more, less] = [light(parse(ink)), light(ground(node))].sort((a, b) => b - a);
     const size = parseFloat(style.fontSize), bold = Number(style.fontWeight) >= 700;
     const least = size >= 24 || bold && size >= 18.66 ? 3 : 4.5;
     const ratio = (more + 0.05) / (less + 0.05);
