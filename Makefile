@@ -11,7 +11,7 @@ TORCH := requirements/torch.txt
 EXTRAS := dev,coreml,executorch
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint types contracts unit lock test-newest test-oldest clean
+.PHONY: demo test lint types contracts unit test-exhaustive lock test-newest test-oldest clean
 
 # Exact versions and digests of everything; torch by itself (see its file), and nothing is resolved.
 $(VENV)/.installed: pyproject.toml $(LOCK) $(TORCH)
@@ -39,6 +39,10 @@ contracts: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# With the families whose operators another one covers, on ExecuTorch: about ten minutes more.
+test-exhaustive: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --exhaustive
 
 # Writes the lock anew, with the newest versions that pyproject.toml allows.
 lock:

@@ -16,6 +16,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 FAMILIES = ("llava", "smolvlm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what `make test-exhaustive` passes."""
+    parser.addoption(
+        "--exhaustive", action="store_true", help="also run what another test covers, in minutes"
+    )
+
+
 # The same examples each time: a run that fails can be run again.
 settings.register_profile("seeded", derandomize=True)
 settings.load_profile("seeded")

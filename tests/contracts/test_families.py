@@ -133,15 +133,29 @@ ERRORS = {"onnx": 1e-4, "executorch": 1e-3, "coreml": 1e-2}
 """Of a prompt's logits, by their largest; Core ML's cache is float16."""
 
 
-EXPORTED_ELSEWHERE = {("llava", "executorch"), ("smolvlm", "executorch")}
-"""To trace a program takes half a minute; of these, tests of that target do it."""
+COVERED = {
+    "llava": "tests/export/executorch",
+    "smolvlm": "tests/export/executorch",
+    "smolvlm-tiles": "smolvlm",
+    "idefics3": "smolvlm",
+    "llava-interleave": "llava-onevision",
+    "llava-next": "llava-onevision",
+    "internvl3": "internvl3.5",
+    "lfm2-vl": "lfm2-vl-tiles",
+    "qwen2-vl": "qwen2.5-vl",
+    "paligemma": "paligemma2",
+}
+"""Models whose operators another test runs on ExecuTorch, where lowering takes half a minute each."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_artifact_answers_as_the_stock_model_does(path, tmp_path, monkeypatch, target):
+def test_an_artifact_answers_as_the_stock_model_does(
+    path, tmp_path, monkeypatch, target, pytestconfig
+):
     """Two turns, two pictures of other sizes, one of them split where the family splits."""
-    if (path.name, target) in EXPORTED_ELSEWHERE:
-        pytest.skip("exported by tests/export/executorch")
+    covers = COVERED.get(path.name) if target == "executorch" else None
+    if covers and not pytestconfig.getoption("exhaustive"):
+        pytest.skip(f"{covers} runs the same operators; --exhaustive runs this as well")
     checkpoint = Checkpoint.load(path)
     context = RunContext(threads=1)
     if TARGETS[target].refuse(PlanState.of(checkpoint.spec)):  # docs/families.md has the reason
