@@ -16,7 +16,7 @@ from pocketvlm.models.families.unsupported import advise
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import plain_config, refuse_foreign_code
 
-__all__ = ["parse_config", "read_config", "read_spec", "read_spec_and_ignored"]
+__all__ = ["nest_config", "parse_config", "read_config", "read_spec", "read_spec_and_ignored"]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -32,8 +32,18 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no checkpoint here: config.json is missing")
     config = read_json(locate(path, file.name, error=CheckpointError), error=CheckpointError)
     check_sizes(config, str(file))
-    refuse_foreign_code(path, advise(config, supported_families()))
+    refuse_foreign_code(path, advise(config, supported_families()) or _advise_stock(config))
     return config
+
+
+def _advise_stock(config: Mapping[str, Any]) -> str | None:
+    """What to do with the code of a model that was published before its stock class."""
+    if config.get("model_type") not in supported_families():
+        return None
+    return (
+        f"transformers has a class of its own for model_type {config['model_type']!r}: what that "
+        "loads and saves needs no code"
+    )
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -70,6 +80,18 @@ def read_spec_and_ignored(config: Mapping[str, Any]) -> tuple[ModelSpec, tuple[s
             "not supported"
         )
     return spec, tuple(ignored)
+
+
+def nest_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a `text_config`, as its class reads a file that has the decoder's keys beside.
+
+    Raises:
+        CheckpointError: The library refuses a value.
+    """
+    if isinstance(config.get("text_config"), Mapping):
+        return dict(config)
+    nested: dict[str, Any] = parse_config(config).to_dict()
+    return nested
 
 
 def _find_unread(parsed: Any, used: set[str]) -> Iterator[tuple[str, Any, bool]]:

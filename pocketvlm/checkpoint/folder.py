@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.checkpoint.config import read_config, read_spec, read_spec_and_ignored
+from pocketvlm.checkpoint.config import (
+    nest_config,
+    read_config,
+    read_spec,
+    read_spec_and_ignored,
+)
 from pocketvlm.checkpoint.manifest import CheckpointManifest, read_manifest
 from pocketvlm.checkpoint.names import split_layer, stock_names
 from pocketvlm.checkpoint.tensors import (
@@ -68,6 +73,7 @@ def read_model_folder(path: Path) -> ModelFolder:
     """
     config, notes = plain_config(read_config(path))
     spec, ignored = read_spec_and_ignored(config)
+    config = nest_config(config)
     if ignored:
         notes += (
             "config.json: keys that stock transformers does not know are ignored, as it ignores "

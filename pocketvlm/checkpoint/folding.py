@@ -11,8 +11,10 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.folds import (
     AddOne,
+    FlattenKernel,
     Fold,
     Multiply,
+    PairsToHalves,
     PatchKernel,
     Reshape,
     ResizeTable,
@@ -51,6 +53,11 @@ def apply_fold(fold: Fold, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if isinstance(fold, PatchKernel):
             shape = (first.shape[0], fold.size, fold.size, fold.channels)
             return (first.view(shape).permute(0, 3, 1, 2).contiguous(),)
+        if isinstance(fold, FlattenKernel):
+            return (first.permute(0, 2, 3, 1).flatten(1),)
+        if isinstance(fold, PairsToHalves):
+            heads = first.unflatten(0, (-1, fold.width // 2, 2))
+            return (heads.transpose(1, 2).reshape(first.shape),)
         if isinstance(fold, Reshape):
             return (first.reshape(fold.shape),)
         if isinstance(fold, ResizeTable):

@@ -90,6 +90,8 @@ def tap_rows(
 
 def merged_features(ops: GraphOps[ValueT], projector: ProjectorSpec, features: ValueT) -> ValueT:
     """Visual tokens before the projector's steps, from a picture's patches."""
+    if projector.patch_norm is not None:
+        features = ops.norm(features, projector.patch_norm.name)
     merge = ops.average_patches if projector.merge == "average" else ops.merge_patches
     return merge(features, projector.merge_factor)
 

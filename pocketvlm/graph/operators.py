@@ -51,6 +51,10 @@ class GraphOps(Protocol[ValueT]):
         """`activation(gate) * up` of joined outputs."""
         ...
 
+    def norm_heads(self, joined: ValueT, name: str) -> ValueT:
+        """Each head of the tower's queries or keys after a norm, joined again."""
+        ...
+
     def attention(
         self, queries: ValueT, keys: ValueT, values: ValueT, window: int | None = None
     ) -> ValueT:

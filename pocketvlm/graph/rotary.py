@@ -71,13 +71,16 @@ def patch_positions(tower: TowerSpec, table: Tensor) -> Tensor:
     Args:
         tower: The tower.
         table: What it has learned, [tokens, hidden], or those of a square that is resampled to the
-            picture bilinearly, corner to corner.
+            picture bilinearly, corner to corner or as centres of cells.
     """
     if tower.table_side is None:
         return table
     square = table.t().view(1, -1, tower.table_side, tower.table_side)
     grid = functional.interpolate(
-        square, (tower.rows, tower.columns), mode="bilinear", align_corners=True
+        square,
+        (tower.rows, tower.columns),
+        mode="bilinear",
+        align_corners=tower.aligns_corners,
     )
     return grid[0].flatten(1).t()
 

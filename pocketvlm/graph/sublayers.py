@@ -7,7 +7,7 @@ from typing import TypeVar
 from pocketvlm.graph.operators import GraphOps
 from pocketvlm.models.blocks import AttentionSpec, FfnSpec, ShortConvSpec
 
-__all__ = ["decoder_mixer", "feed_forward", "mixer_output", "tower_attention"]
+__all__ = ["decoder_mixer", "feed_forward", "mixer_output", "tower_attention", "tower_heads"]
 
 ValueT = TypeVar("ValueT")
 
@@ -21,10 +21,22 @@ def tower_attention(
         What is added to the hidden state, and the queries and keys, which may score tokens: before
         they are turned, since equal content at different places should look equal.
     """
-    names = attention.inputs
-    queries, keys, values = ops.split(ops.linear(normed, *names), *names)
+    queries, keys, values = tower_heads(ops, attention, normed)
     attended = ops.linear(ops.attention(queries, keys, values, attention.window), attention.o)
     return attended, queries, keys
+
+
+def tower_heads(
+    ops: GraphOps[ValueT], attention: AttentionSpec, normed: ValueT
+) -> tuple[ValueT, ValueT, ValueT]:
+    """Queries, keys and values of patches: normed head by head where the tower does that."""
+    names = attention.inputs
+    queries, keys, values = ops.split(ops.linear(normed, *names), *names)
+    if attention.q_norm is not None:
+        queries = ops.norm_heads(queries, attention.q_norm)
+    if attention.k_norm is not None:
+        keys = ops.norm_heads(keys, attention.k_norm)
+    return queries, keys, values
 
 
 def decoder_mixer(

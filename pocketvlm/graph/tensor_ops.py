@@ -88,6 +88,10 @@ class TensorOps(ABC):
         total = inputs + residual
         return self.norm(total, name), total
 
+    def norm_heads(self, joined: Tensor, name: str) -> Tensor:
+        tower = self._spec.tower
+        return self.norm(joined.unflatten(-1, (tower.heads, tower.head_dim)), name).flatten(-2)
+
     def head_norm(self, heads: Tensor, name: str | None) -> Tensor:
         """Heads, their channels last, after their norm where they have one."""
         return heads if name is None else self.norm(heads, name)

@@ -80,6 +80,7 @@ class DecoderSpec:
         has_qkv_bias: Whether queries, keys and values have biases.
         has_output_bias: Whether the attention's last linear has one.
         has_mlp_bias: Whether the FFN's linears have.
+        addable_biases: Sublayers whose linears its stock class may be given biases, all of them.
         sliding: How blocks attend that do not see the whole past; `None` where all see it.
         mutual_rows: Rows that see each other, the later ones too: those of a picture's tile, or
             the whole prompt; `None` where every row sees the past alone.
@@ -108,6 +109,7 @@ class DecoderSpec:
     has_qkv_bias: bool
     has_output_bias: bool
     has_mlp_bias: bool
+    addable_biases: tuple[Literal["attention", "mlp"], ...] = ()
     sliding: SlidingSpec | None = None
     mutual_rows: Literal["tile", "prompt"] | None = None
     embed_scale: float = 1.0

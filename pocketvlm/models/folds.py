@@ -14,8 +14,10 @@ from typing import Literal
 
 __all__ = [
     "AddOne",
+    "FlattenKernel",
     "Fold",
     "Multiply",
+    "PairsToHalves",
     "PatchKernel",
     "Reshape",
     "ResizeTable",
@@ -113,6 +115,36 @@ class PatchKernel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlattenKernel:
+    """A convolution of cells side by side, [out, C, h, w], as a linear over merged patches.
+
+    Attributes:
+        target: The weight, stored under the same name, which becomes [out, h * w * C].
+    """
+
+    kind: Literal["flatten_kernel"] = "flatten_kernel"
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsToHalves:
+    """Rows of heads whose neighbouring channels turn together, as heads whose halves do.
+
+    Rows 0, 2, 4, ... of each head come first, then 1, 3, 5, ... (RoFormer's layout, arXiv
+    2104.09864, eq. 34, as transformers' usual one). Products of queries and keys stay what they
+    are.
+
+    Attributes:
+        target: The weight of queries or keys, stored under the same name.
+        width: Rows of a head.
+    """
+
+    kind: Literal["pairs_to_halves"] = "pairs_to_halves"
+    target: str
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reshape:
     """The same numbers in another shape, such as a table of positions that is a bare parameter.
 
@@ -167,6 +199,8 @@ Fold = (
     | Multiply
     | SumFrames
     | PatchKernel
+    | FlattenKernel
+    | PairsToHalves
     | Reshape
     | Transpose
     | ResizeTable

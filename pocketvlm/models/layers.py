@@ -7,7 +7,13 @@ from typing import Literal
 
 from pocketvlm.models.blocks import ConvBlockSpec
 from pocketvlm.models.decoder import DecoderSpec
-from pocketvlm.models.projector import LinearStep, ProjectorSpec, ProjectorStep
+from pocketvlm.models.projector import (
+    GatedStep,
+    LinearStep,
+    ProjectorSpec,
+    ProjectorStep,
+    step_linears,
+)
 from pocketvlm.models.tower import TowerSpec
 
 __all__ = [
@@ -134,9 +140,12 @@ def projector_linears(
     width = projector.merged_width(features)
     linears = []
     for step in steps:
-        if isinstance(step, LinearStep):
+        if isinstance(step, LinearStep | GatedStep):
             shape = (step.out_features, width)
-            linears.append(_linear(step.name, "projector", None, shape, has_bias=step.has_bias))
+            linears += [
+                _linear(name, "projector", None, shape, has_bias=step.has_bias)
+                for name in step_linears(step)
+            ]
             width = step.out_features
     return tuple(linears)
 

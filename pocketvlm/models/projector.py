@@ -11,6 +11,7 @@ from typing import Literal, Protocol, TypeVar
 
 __all__ = [
     "ActivationStep",
+    "GatedStep",
     "LinearStep",
     "NormStep",
     "ProjectorSpec",
@@ -18,6 +19,7 @@ __all__ = [
     "StepOps",
     "TapSpec",
     "run_steps",
+    "step_linears",
 ]
 
 ValueT = TypeVar("ValueT")
@@ -67,7 +69,34 @@ class ActivationStep:
     activation: str
 
 
-ProjectorStep = LinearStep | NormStep | ActivationStep
+@dataclass(frozen=True, kw_only=True)
+class GatedStep:
+    """Two linear layers of the same input: the activation of one times the other.
+
+    Attributes:
+        gate: The module that is activated.
+        up: The other one.
+        out_features: Channels that each of them returns.
+        has_bias: Whether they add a bias.
+        activation: Hugging Face's name of the activation.
+    """
+
+    kind: Literal["gated"] = "gated"
+    gate: str
+    up: str
+    out_features: int
+    has_bias: bool
+    activation: str
+
+
+ProjectorStep = LinearStep | NormStep | ActivationStep | GatedStep
+
+
+def step_linears(step: ProjectorStep) -> tuple[str, ...]:
+    """Module names of the linear layers of a step, which read the same input."""
+    if isinstance(step, LinearStep):
+        return (step.name,)
+    return (step.gate, step.up) if isinstance(step, GatedStep) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +107,13 @@ class ProjectorSpec:
         merge_factor: Side of the square of patches that becomes one visual token; 1 for none.
         steps: What follows, token by token.
         merge: What a token is: the patches' channels side by side in raster order, or their mean.
+        patch_norm: What each patch passes before it is merged; `None` for nothing.
     """
 
     merge_factor: int
     steps: tuple[ProjectorStep, ...]
     merge: Literal["concatenate", "average"] = "concatenate"
+    patch_norm: NormStep | None = None
 
     def merged_width(self, hidden: int) -> int:
         """Channels of a visual token, from those of a patch."""
@@ -91,12 +122,13 @@ class ProjectorSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         """Module names of the linear layers, in order of use."""
-        return tuple(step.name for step in self.steps if isinstance(step, LinearStep))
+        return tuple(name for step in self.steps for name in step_linears(step))
 
     @property
     def norms(self) -> tuple[str, ...]:
         """Module names of the norms, in order of use."""
-        return tuple(step.name for step in self.steps if isinstance(step, NormStep))
+        steps = (*filter(None, (self.patch_norm,)), *self.steps)
+        return tuple(step.name for step in steps if isinstance(step, NormStep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +160,10 @@ class StepOps(Protocol[ValueT]):
         """An activation by the name that Hugging Face gives it."""
         ...
 
+    def gated(self, joined: ValueT, gate: str, up: str, kind: str, /) -> ValueT:
+        """`activation(gate) * up` of what `linear` made of both names."""
+        ...
+
 
 def run_steps(ops: StepOps[ValueT], steps: tuple[ProjectorStep, ...], features: ValueT) -> ValueT:
     """Runs the steps of a projector, or some of them, over any kind of value."""
@@ -136,6 +172,9 @@ def run_steps(ops: StepOps[ValueT], steps: tuple[ProjectorStep, ...], features: 
             features = ops.linear(features, step.name)
         elif isinstance(step, NormStep):
             features = ops.norm(features, step.name)
+        elif isinstance(step, GatedStep):
+            joined = ops.linear(features, step.gate, step.up)
+            features = ops.gated(joined, step.gate, step.up, step.activation)
         else:
             features = ops.activation(features, step.activation)
     return features

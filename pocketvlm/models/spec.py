@@ -27,7 +27,14 @@ from pocketvlm.models.layers import (
     table_linears,
     tower_linears,
 )
-from pocketvlm.models.projector import LinearStep, NormStep, ProjectorSpec, TapSpec
+from pocketvlm.models.projector import (
+    GatedStep,
+    LinearStep,
+    NormStep,
+    ProjectorSpec,
+    TapSpec,
+    step_linears,
+)
 from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["ModelSpec", "ProcessorSpec"]
@@ -220,7 +227,8 @@ class ModelSpec:
         if rest != weight:
             return int(rest.partition(".")[0]) <= tower.feature_block
         steps = (*self.projector.steps, *(step for tap in self.taps for step in tap.steps))
-        projector = [step.name for step in steps if isinstance(step, LinearStep | NormStep)]
+        projector = [name for step in steps for name in step_linears(step)]
+        projector += [step.name for step in steps if isinstance(step, NormStep)]
         if not weight.startswith(f"{tower.prefix}.") or weight.startswith(
             tuple(f"{name}." for name in projector)
         ):
@@ -251,13 +259,21 @@ class ModelSpec:
         """Every norm that is run, in order of execution."""
         tower, decoder = self.tower, self.decoder
         run = tower.blocks[: tower.feature_block + 1]
-        names = [] if tower.pre_norm is None else [tower.pre_norm]
-        names += [half.norm for block in run for half in (block.attention, block.ffn)]
-        names += [] if tower.feature_norm is None else [tower.feature_norm]
-        has_bias = tower.has_norm_bias
+        names = [] if tower.pre_norm is None else [(tower.pre_norm, tower.hidden_size)]
+        for seen in run:
+            heads = (seen.attention.q_norm, seen.attention.k_norm)
+            names.append((seen.attention.norm, tower.hidden_size))
+            names += [(name, tower.head_dim) for name in heads if name is not None]
+            names.append((seen.ffn.norm, tower.hidden_size))
+        names += [] if tower.feature_norm is None else [(tower.feature_norm, tower.hidden_size)]
         norms = [
-            norm_spec(name, tower.hidden_size, tower.norm_eps, has_bias=has_bias) for name in names
+            norm_spec(name, width, tower.norm_eps, has_bias=tower.has_norm_bias)
+            for name, width in names
         ]
+        first = self.projector.patch_norm
+        if first is not None:
+            width = tower.feature_size
+            norms.append(norm_spec(first.name, width, first.eps, has_bias=first.has_bias))
         projectors = [(self.projector.steps, tower.feature_size)]
         projectors += [(tap.steps, tower.hidden_size) for tap in self.taps]
         for steps, features in projectors:
@@ -265,7 +281,7 @@ class ModelSpec:
             for step in steps:
                 if isinstance(step, NormStep):
                     norms.append(norm_spec(step.name, width, step.eps, has_bias=step.has_bias))
-                elif isinstance(step, LinearStep):
+                elif isinstance(step, LinearStep | GatedStep):
                     width = step.out_features
         for block in decoder.blocks:
             per_head = (

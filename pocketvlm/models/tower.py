@@ -34,6 +34,8 @@ class TowerSpec:
         has_norm_bias: Whether norms are LayerNorms or, without a bias, RMSNorms.
         table_side: Positions along one side of the square that the table holds, which is resampled
             to the picture; `None` where it has one for each token.
+        aligns_corners: Whether that puts the table's corners into the picture's, or takes its
+            positions for centres of cells.
         rope_theta: Base of the frequencies by which queries and keys turn: one half of the pairs of
             channels by a patch's row, the other by its column; `None` where they do not.
     """
@@ -62,6 +64,7 @@ class TowerSpec:
     has_qkv_bias: bool = True
     has_norm_bias: bool = True
     table_side: int | None = None
+    aligns_corners: bool = True
     rope_theta: float | None = None
     earlier_features: tuple[int, ...] = ()
 

@@ -32,6 +32,7 @@ from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.reference.shapes import Shape
 from pocketvlm.stages import PlanState, Stage, Target, check_order
+from pocketvlm.stages.walk_options import WalkOptions
 
 __all__ = ["Plan", "plan", "plan_stages"]
 
@@ -249,6 +250,12 @@ def plan_stages(
                 f"{stage.method}: {len(spec.taps)} blocks of the tower add rows to the decoder, "
                 f"which {stage.method} does not carry; rtn, gptq, reduce_tokens and set_resolution "
                 "do"
+            )
+        if spec.taps and isinstance(stage, WalkOptions) and stage.modality_weights == "gradient":
+            raise RecipeError(
+                f"{stage.method}: modality_weights 'gradient' does not carry the rows that "
+                f"{len(spec.taps)} blocks of the tower add to the decoder; allowed are uniform, "
+                "balanced and a number"
             )
         try:
             state = stage.plan(state)

@@ -1,7 +1,8 @@
-"""Patches: pictures as the processors of the Qwen-VL models hand them to the stock towers.
+"""Patches: pictures as processors hand them to stock towers that take pictures of any size.
 
 These keep a picture's ratio and cut it into vectors, one a patch, those of a visual token one after
-another, and every frame of a still picture twice. The towers of this package take pixels.
+another, and every frame of a still picture twice (Qwen-VL), or into small pictures, row by row
+(PaddleOCR-VL). The towers of this package take pixels.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ def join_patches(vectors: Tensor, size: tuple[int, int], *, patch: int, merge: i
     """Pixels of pictures of one size, float32 [pictures, channels, height, width].
 
     Args:
-        vectors: [pictures * patches, channels * frames * patch**2].
+        vectors: [pictures * patches, channels * frames * patch**2]; [pictures * patches, channels,
+            patch, patch] where patches are in raster order.
         size: Height and width of each picture.
         patch: Pixels along a side of a patch.
         merge: Patches along a side of a visual token.
     """
     height, width = size
+    if vectors.dim() > 2:  # noqa: PLR2004  (small pictures)
+        vectors, merge = vectors.flatten(1), 1
     rows, columns = height // patch // merge, width // patch // merge
     frames = vectors.shape[-1] // (_CHANNELS * patch**2)
     grid = (rows, columns, merge, merge, _CHANNELS, frames, patch, patch)

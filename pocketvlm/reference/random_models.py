@@ -58,6 +58,8 @@ TINY_MODELS = (
     "qwen2-vl",
     "qwen2.5-vl",
     "qwen3-vl",
+    "glm-ocr",
+    "paddleocr-vl",
     "lfm2-vl",
     "lfm2-vl-tiles",
     "paligemma",
@@ -213,6 +215,10 @@ def tiny_config(name: str) -> dict[str, Any]:
         }
     if name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl"):
         return _qwen_config(name, text)
+    if name == "glm-ocr":
+        return _glm_config(text)
+    if name == "paddleocr-vl":
+        return _paddleocr_config(text)
     if name in ("lfm2-vl", "lfm2-vl-tiles"):
         del text["rms_norm_eps"], text["head_dim"]
         layers = ["conv", "full_attention", "conv", "conv"]
@@ -337,6 +343,62 @@ def _qwen_config(name: str, text: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "text_config": {**text, "model_type": f"{kind}_text", "rope_parameters": rope},
         "vision_config": {**vision, "model_type": f"{kind}_vision"},
+    }
+
+
+def _glm_config(text: dict[str, Any]) -> dict[str, Any]:
+    """A config of GLM-OCR, with heads that are wider together than the hidden state."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    decoder = {"head_dim": 32, "rope_parameters": {**rope, "mrope_section": [4, 6, 6]}}
+    return {
+        "architectures": ["GlmOcrForConditionalGeneration"],
+        "model_type": "glm_ocr",
+        "image_token_id": 259,
+        "video_token_id": 260,
+        "tie_word_embeddings": False,
+        "text_config": {**text, **decoder, "model_type": "glm_ocr_text"},
+        "vision_config": {
+            "model_type": "glm_ocr_vision",
+            "depth": 2,
+            "hidden_size": 48,
+            "intermediate_size": 72,
+            "num_heads": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 64,
+        },
+    }
+
+
+def _paddleocr_config(text: dict[str, Any]) -> dict[str, Any]:
+    """A config of PaddleOCR-VL, with biases and a table of positions of another ratio."""
+    rope = {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [2, 3, 3]}
+    return {
+        "architectures": ["PaddleOCRVLForConditionalGeneration"],
+        "model_type": "paddleocr_vl",
+        "image_token_id": 259,
+        "video_token_id": 260,
+        "vision_start_token_id": 261,
+        "vision_end_token_id": 262,
+        "tie_word_embeddings": True,
+        "text_config": {
+            **text,
+            "model_type": "paddleocr_vl_text",
+            "rope_parameters": rope,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "paddleocr_vl_vision",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 40,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+        },
     }
 
 
@@ -504,7 +566,13 @@ def _named_words(spec: ModelSpec) -> dict[str, str]:
         return {}
     framing = dict(zip(("vision_start_token", "vision_end_token"), _FRAME, strict=True))
     named = {**spec.processor.named_tokens, "video_token": "<video>"}
-    return named | framing if spec.tower.takes_any_size else named
+    if not spec.tower.takes_any_size:
+        return named
+    if spec.family == "glm_ocr":
+        framing |= {"video_start": "<|begin_of_video|>", "video_end": "<|end_of_video|>"}
+    elif spec.family == "paddleocr_vl":
+        framing["image_token"] = spec.image_token
+    return named | framing
 
 
 def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> None:
@@ -617,14 +685,15 @@ def _write_image_processor(path: Path, spec: ModelSpec, tiles_per_edge: int) -> 
 
 def _write_fitted_processor(path: Path, spec: ModelSpec) -> None:
     patch, merge = spec.tower.patch_size, spec.projector.merge_factor
+    kinds = {"glm_ocr": "Glm46VImageProcessor", "paddleocr_vl": "PaddleOCRVLImageProcessor"}
     document = {
         "processor_class": spec.processor.classes[0],
-        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_processor_type": kinds.get(spec.family, "Qwen2VLImageProcessor"),
         "size": {"shortest_edge": (patch * merge) ** 2, "longest_edge": 2**20},
         "fitted_size": {"height": 2 * patch * merge, "width": 4 * patch * merge},
         "patch_size": patch,
         "merge_size": merge,
-        "temporal_patch_size": 2,
+        "temporal_patch_size": 1 if spec.family == "paddleocr_vl" else 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }

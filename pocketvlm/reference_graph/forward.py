@@ -19,6 +19,7 @@ from torch.nn import functional
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.graph.builders import merged_features, tap_rows
+from pocketvlm.graph.sublayers import tower_heads
 from pocketvlm.models.decoder import DecoderSpec
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.projector import run_steps
@@ -202,7 +203,7 @@ def reduce_features(
     attention = spec.tower.blocks[spec.tower.feature_block].attention
     ops = TorchOps(model, spec, reducer=checkpoint.reducer)
     normed = ops.norm(entering[..., : spec.tower.hidden_size], attention.norm)
-    queries, keys, _ = ops.split(ops.linear(normed, *attention.inputs), *attention.inputs)
+    queries, keys, _ = tower_heads(ops, attention, normed)
     return ops.reduce(features, queries, keys)
 
 

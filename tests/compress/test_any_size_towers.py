@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
+from pocketvlm.compress.pruning.width.stage import PruneWidth
+from pocketvlm.compress.pruning.width.unit_scores import UnitMagnitude
+from pocketvlm.compress.quantization.affine.awq import Awq
+from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
@@ -32,7 +37,7 @@ from pocketvlm.stages import PlanState
 CONTEXT = RunContext(threads=1)
 
 
-@pytest.fixture(scope="module", params=["qwen2-vl", "qwen2.5-vl"])
+@pytest.fixture(scope="module", params=["qwen2-vl", "qwen2.5-vl", "glm-ocr", "paddleocr-vl"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("towers") / request.param
     write_tiny_model(request.param, folder)
@@ -48,13 +53,39 @@ def logits(checkpoint: Checkpoint) -> np.ndarray:
     return decode_logits(checkpoint, embed_prompts(checkpoint, ids, visual))[0].numpy()
 
 
+TURNED = {"qwen2-vl": "tower", "qwen2.5-vl": "tower", "glm-ocr": "tower", "paddleocr-vl": "heads"}
+"""How much of the tower: all of it, unless a norm with weights stands before the projector."""
+
+
 def test_rotations_change_no_answer(path):
-    before = logits(load_checkpoint(path))
-    samples = CalibrationSet.synthetic(1)
-    done = Rotate(untie_head=True).apply(load_checkpoint(path), samples, CONTEXT)
-    assert done.history[-1].notes[0].startswith("the head became a separate matrix")
+    source = load_checkpoint(path)
+    before, spec = logits(source), source.spec
+    # Norms after sublayers keep the residual stream as it is.
+    has_post_norms = any(block.ffn.post_norm is not None for block in spec.decoder.blocks)
+    stage = Rotate(untie_head=spec.decoder.tied_head, residual=not has_post_norms)
+    done = stage.apply(source, CalibrationSet.synthetic(1), CONTEXT)
+    if spec.decoder.tied_head:
+        assert done.history[-1].notes[0].startswith("the head became a separate matrix")
     turned = {row["name"] for row in done.history[-1].layers if row["method"] == "rotate"}
-    assert {linear.name for linear in done.spec.linears() if linear.part == "tower"} <= turned
+    tower = {linear.name for linear in done.spec.linears() if linear.part == "tower"}
+    if TURNED[path.name] == "tower":
+        assert tower <= turned
+    else:
+        assert any("a norm with weights" in note for note in done.history[-1].notes)
+        values = {block.attention.v for block in spec.tower.blocks}
+        assert values <= turned & tower < tower
+    assert relative_error(logits(done), before) < 1e-5
+
+
+def test_scales_change_no_answer(path):
+    source = load_checkpoint(path)
+    before, samples = logits(source), CalibrationSet.from_reference(0, 2)
+    stage = Awq(rules=(WeightRule(match=".*", bits=3, group_size=16),), grid_points=4)
+    done = stage.apply(source, samples, CONTEXT)
+    rows = done.history[-1].layers
+    scaled = {row["name"] for row in rows if row["method"] == "awq"}
+    # Every projector is among them, if a norm or a gate stands before one of its linears.
+    assert scaled & set(done.spec.projector.linears)
     assert relative_error(logits(done), before) < 1e-5
 
 
@@ -83,6 +114,29 @@ def test_every_linear_is_compressed_as_planned_and_saved(path, tmp_path, options
     again = load_checkpoint(tmp_path / "saved")
     assert again.spec == done.spec
     np.testing.assert_array_equal(logits(again), logits(done))
+
+
+def test_scores_of_tokens_are_those_of_normed_heads(tmp_path):
+    """What ranks them is what the tower's attention multiplies, on the phone as in torch."""
+    write_tiny_model("glm-ocr", tmp_path / "glm-ocr")
+    half = {"method": "reduce_tokens", "reducer": {"kind": "received_attention"}, "keep": 4}
+    document = {"schema": 1, "name": "half", "stages": [half]}
+    (stage,) = recipe_from_document(document, where="half").stages
+    reduced = stage.apply(
+        load_checkpoint(tmp_path / "glm-ocr"), CalibrationSet.synthetic(1), CONTEXT
+    )
+    artifact = tmp_path / "bundle"
+    exact = ToOnnx(accuracy_level=0, tower_accuracy_level=0)
+    write_graphs(reduced, (exact,), artifact, "", CONTEXT)
+    onnx = OnnxRunner(Bundle.open(artifact), threads=1)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    pixels = reduced.processor.pixels([Image.fromarray(noise)])
+    for block in reduced.spec.tower.blocks:  # otherwise norms would change no order
+        weight = reduced.model.get_submodule(block.attention.q_norm or "").weight
+        assert not torch.equal(weight, weight[:1].expand_as(weight))
+    found, expected = onnx.encode_image(pixels.numpy()), encode_images(reduced, pixels)
+    np.testing.assert_array_equal(found[1], expected.indices)
+    np.testing.assert_allclose(found[0], expected.embeds, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +192,34 @@ def test_stages_that_do_not_carry_these_rows_are_refused_by_a_plan(tapped):
         with pytest.raises(RecipeError, match="2 blocks of the tower add rows") as caught:
             plan_stages(stages, spec)
         assert "\n" not in str(caught.value)
+
+
+def test_weights_by_gradient_of_rows_that_are_not_carried_are_refused_by_a_plan(tapped, path):
+    rule = {"bits": 4, "group_size": 16}
+    gptq = {"method": "gptq", "rules": [rule], "modality_weights": "gradient"}
+    document = {"schema": 1, "name": "one", "stages": [gptq]}
+    stages = recipe_from_document(document, where="one").stages
+    with pytest.raises(RecipeError, match="gptq: modality_weights 'gradient'.*uniform") as caught:
+        plan_stages(stages, load_checkpoint(tapped).spec)
+    assert "\n" not in str(caught.value)
+    plan_stages(stages, load_checkpoint(path).spec)
+
+
+def test_biases_that_a_stock_class_has_no_place_for_are_refused_by_a_plan(path):
+    """What makes up for removed channels goes into biases, where the decoder's class has them."""
+    source = load_checkpoint(path)
+    stage = PruneWidth(ffn_ratio=0.3, importance=UnitMagnitude())
+    if source.spec.decoder.has_mlp_bias:
+        plan_stages((stage,), source.spec)
+    else:
+        with pytest.raises(RecipeError, match="prune_width: biases: .*feed-forward") as caught:
+            plan_stages((stage,), source.spec)
+        assert "\n" not in str(caught.value)
+        stage = replace(stage, biases=False)
+    done = stage.apply(source, CalibrationSet.from_reference(0, 2), CONTEXT)
+    assert done.spec == plan_stages((stage,), load_checkpoint(path).spec).spec
+    assert done.spec.decoder.ffn_size == 64
+    assert np.isfinite(logits(done)).all()
 
 
 def test_blocks_of_such_a_tower_are_not_removed(path):

@@ -23,11 +23,13 @@ MODULES = re.compile(
     r"|input_layernorm|post_attention_layernorm|post_layernorm|pre_layrnorm"
     r"|patch_embedding|class_embedding|position_embedding|rotary_emb|multi_modal_projector"
     r"|modality_projection|vision_tower|language_model|lm_head"
-    r"|projection_layer|cls_token|lambda_[12]|operator_norm|embedding_norm|in_proj)\b"
+    r"|projection_layer|cls_token|lambda_[12]|operator_norm|embedding_norm|in_proj"
+    r"|post_self_attn_layernorm|post_mlp_layernorm|gate_up_proj|post_projection_norm)\b"
 )
 FAMILY = re.compile(
     r"^(llava|idefics3|smolvlm|internvl|paligemma|gemma[23]?|gemma3_text|got_ocr2|clip"
-    r"|clip_vision_model|siglip|llama|qwen[23]|lfm2|lfm2_vl|siglip2_vision_model)$"
+    r"|clip_vision_model|siglip|llama|qwen[23]|lfm2|lfm2_vl|siglip2_vision_model"
+    r"|qwen_vl|glm_ocr|paddleocr_vl)$"
 )
 MAY_KNOW = {
     "models/families/": "what readers are for",

@@ -81,6 +81,7 @@ FILES = [
         LANGUAGE,
         ({"part": "head", **Q8_0}, {"match": ".*", **Q4_0}),
     ),
+    Published("glm-ocr", "ggml-org: GLM-OCR mmproj Q8_0", 462, PICTURES, EVERY_Q8_0),
     Published("qwen3-vl-2b", "Qwen: Qwen3VL-2B mmproj Q8_0", 445.053216, PICTURES, EVERY_Q8_0),
     Published(
         "llava-1.5-7b", "koboldcpp: mmproj v1.5 Q4_0", 177, PICTURES, ({"match": ".*", **Q4_0},)

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.glm46v import image_processing_pil_glm46v as glm
+from transformers.models.paddleocr_vl import image_processing_pil_paddleocr_vl as paddle
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
@@ -35,12 +37,12 @@ PUBLISHED = {
 }
 
 
-def settings_of(**changes: object) -> ImageSettings:
+def settings_of(family: str = "qwen_vl", **changes: object) -> ImageSettings:
     document = {**PUBLISHED, **changes}
-    return parse_image_settings(document, Path("p.json"), "qwen_vl", error=CheckpointError)
+    return parse_image_settings(document, Path("p.json"), family, error=CheckpointError)
 
 
-@pytest.fixture(scope="module", params=["qwen2-vl", "qwen2.5-vl"])
+@pytest.fixture(scope="module", params=["qwen2-vl", "qwen2.5-vl", "glm-ocr", "paddleocr-vl"])
 def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("fitted") / "model"
     write_tiny_model(request.param, path)
@@ -65,6 +67,8 @@ def test_sizes_are_enough():
     assert len(SIZES) >= 50
 
 
+# Of the library's own code, which calls numpy in the former way on a tensor.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_pixels_and_prompt_are_those_of_stock_for_the_fitted_picture(processor, stock, size):
     """Stock resizes a picture that has the right size to that size, which changes nothing."""
@@ -116,6 +120,43 @@ def test_without_a_size_of_its_own_a_picture_is_what_stock_makes_of_a_square_of_
     assert nested.picture_size == (196, 196)
     (note,) = settings_of().notes()
     assert note.startswith("pictures are fitted to one size, 448 x 448 pixels unless")
+
+
+@settings(max_examples=100)
+@given(
+    patch=st.integers(1, 128),
+    merge=st.integers(1, 8),
+    least=st.integers(1, 10**6),
+    more=st.integers(0, 10**7),
+)
+def test_other_kinds_make_of_that_square_what_their_classes_make_of_it(patch, merge, least, more):
+    size = {"shortest_edge": least, "longest_edge": least + more}
+    own = {"patch_size": patch, "merge_size": merge, "size": size}
+    own |= {"min_pixels": None, "max_pixels": None, "image_processor_type": None}
+    bounds = {"factor": patch * merge, "min_pixels": least, "max_pixels": least + more}
+    expected = {
+        "glm_ocr": glm.smart_resize(2, 448, 448, temporal_factor=2, **bounds),
+        "paddleocr_vl": paddle.smart_resize(448, 448, **bounds),
+    }
+    for family, found in expected.items():
+        assert settings_of(family, **own).picture_size == found
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("glm_ocr", glm.Glm46VImageProcessorPil),
+        ("paddleocr_vl", paddle.PaddleOCRVLImageProcessorPil),
+    ],
+)
+def test_defaults_are_those_of_the_class(family, kind):
+    found = parse_image_settings({}, Path("p.json"), family, error=CheckpointError)
+    stock = kind()
+    grid = stock(images=[picture((448, 448))], return_tensors="np")["image_grid_thw"][0]
+    assert found.picture_size == (grid[1] * 14, grid[2] * 14)
+    assert list(found.image_mean) == list(stock.image_mean)
+    assert list(found.image_std) == list(stock.image_std)
+    assert (found.resample, found.rescale_factor) == (stock.resample, stock.rescale_factor)
 
 
 @pytest.mark.parametrize(

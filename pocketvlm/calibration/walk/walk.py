@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketvlm.calibration.data.modality import ModalityWeighting, TokenCounts, token_weights
 from pocketvlm.calibration.data.prompts import (
@@ -53,7 +53,7 @@ from pocketvlm.calibration.walk.steps import (
 from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.graph.builders import merged_features
-from pocketvlm.models.projector import LinearStep, ProjectorStep, run_steps
+from pocketvlm.models.projector import ProjectorStep, run_steps, step_linears
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
@@ -333,27 +333,29 @@ class BlockWalk:
         ops = TorchOps(checkpoint.model, checkpoint.spec)
         path = features
         for step in steps:
-            if not isinstance(step, LinearStep):
+            names, run = step_linears(step), partial(run_steps, ops, (step,))
+            if not names:
                 with torch.no_grad():
-                    path.apply(partial(run_steps, ops, (step,)))
+                    path.apply(run)
                 continue
-            name = step.name
-            original = {name: checkpoint.form(name)} if path.ideal is not None else {}
+            original = (
+                {name: checkpoint.form(name) for name in names} if path.ideal is not None else {}
+            )
             yield LinearGroup(
-                names=(name,),
+                names=names,
                 moments=partial(
                     measure_moments, path, batches, lambda states, _: states, lambda _: None
                 ),
             )
-            linear = checkpoint.model.get_submodule(name)
+            layers = nn.ModuleList(checkpoint.model.get_submodule(name) for name in names)
             with torch.no_grad():
                 ideal_store = self._store() if path.ideal is not None else None
                 projected = PairedActivations(now=self._store(), ideal=ideal_store)
-                with cache_dense_weights(linear):
-                    projected.now.extend(linear(batch) for batch in path.now)
+                with cache_dense_weights(layers):
+                    projected.now.extend(run(batch) for batch in path.now)
                 if path.ideal is not None and projected.ideal is not None:
-                    with forms_in_place(checkpoint, original), cache_dense_weights(linear):
-                        projected.ideal.extend(linear(batch) for batch in path.ideal)
+                    with forms_in_place(checkpoint, original), cache_dense_weights(layers):
+                        projected.ideal.extend(run(batch) for batch in path.ideal)
             path.close()
             path = projected
         chosen = torch.cat(list(indices))

@@ -158,6 +158,12 @@ class MilOps:
         opened = self.activation(opened, kind)
         return self._mb.mul(x=opened, y=values, name=self._label(f"{gate}.gated"))
 
+    def norm_heads(self, joined: Any, name: str) -> Any:
+        tower, (_, tokens, width) = self._spec.tower, joined.shape
+        heads = [tokens, tower.heads, tower.head_dim]
+        normed = self.norm(self._reshape(joined, heads, f"{joined.name}_apart"), name)
+        return self._reshape(normed, [1, tokens, width], f"{joined.name}_normed")
+
     def attention(self, queries: Any, keys: Any, values: Any, window: int | None = None) -> Any:
         tower = self._spec.tower
         label, tokens = queries.name, queries.shape[1]

@@ -274,13 +274,18 @@ class OnnxOps:
         if attention.q_norm is None and attention.k_norm is None:
             return joined, "", ""
         queries, keys, values = self.split(joined, *attention.inputs)
-        queries = self._head_norm(queries, attention.q_norm, attention.q)
-        return queries, self._head_norm(keys, attention.k_norm, attention.k), values
+        width = self._spec.decoder.head_dim
+        if attention.q_norm is not None:
+            queries = self._head_norm(queries, attention.q_norm, width, self._widths[attention.q])
+        if attention.k_norm is not None:
+            keys = self._head_norm(keys, attention.k_norm, width, self._widths[attention.k])
+        return queries, keys, values
 
-    def _head_norm(self, joined: str, name: str | None, linear: str) -> str:
-        if name is None:
-            return joined
-        width, every = self._spec.decoder.head_dim, self._widths[linear]
+    def norm_heads(self, joined: str, name: str) -> str:
+        tower = self._spec.tower
+        return self._head_norm(joined, name, tower.head_dim, tower.hidden_size)
+
+    def _head_norm(self, joined: str, name: str, width: int, every: int) -> str:
         heads = self._reshape(joined, [1, -1, every // width, width], f"{name}.heads")
         return self._reshape(self.norm(heads, name), [1, -1, every], f"{name}.joined")
 

@@ -95,6 +95,7 @@ def read_gemma(
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
         has_mlp_bias=False,
+        addable_biases=("attention",),
         embed_scale=float(text["hidden_size"]) ** 0.5,
         score_softcap=text["attn_logit_softcapping"] if kind == "gemma2" else None,
         logit_softcap=text["final_logit_softcapping"] if kind == "gemma2" else None,

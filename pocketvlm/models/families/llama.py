@@ -7,7 +7,7 @@ Qwen3 (2505.09388) has norms on the heads of queries and keys where Qwen2 has bi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.blocks import AttentionSpec, BlockSpec, FfnSpec
@@ -21,19 +21,31 @@ def _llama_biases(text: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     return attention, attention, bool(text.get("mlp_bias", False))
 
 
+def _attention_biases(text: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    return (*_llama_biases(text)[:2], False)
+
+
 _BIASES: Mapping[str, Callable[[Mapping[str, Any]], tuple[bool, bool, bool]]] = {
     "llama": _llama_biases,
     "qwen2": lambda _: (True, False, False),
-    "qwen3": _llama_biases,
+    "qwen3": _attention_biases,
     "qwen2_vl_text": lambda _: (True, False, False),
     "qwen2_5_vl_text": lambda _: (True, False, False),
     "mistral": lambda _: (False, False, False),
-    "qwen3_vl_text": _llama_biases,
+    "qwen3_vl_text": _attention_biases,
+    "glm_ocr_text": lambda _: (False, False, False),
+    "paddleocr_vl_text": lambda text: (bool(text["use_bias"]),) * 3,
 }
 """Whether queries, keys and values, the attention's output and the FFN have biases, by decoder."""
 
 _WITH_MULTIPLIERS = {"granite": _llama_biases}
 """The same of decoders that are of the Llama kind once multipliers are folded (`granite_folds`)."""
+
+_ADDABLE: Mapping[Any, tuple[Literal["attention", "mlp"], ...]] = {
+    _llama_biases: ("attention", "mlp"),
+    _attention_biases: ("attention",),
+}
+"""Sublayers whose biases are a matter of config.json, by how they are read from it."""
 
 _WITH_HEAD_NORMS = ("qwen3", "qwen3_vl_text")
 _NO_WINDOW = 4096  # positions of the longest context of any bundle
@@ -44,6 +56,8 @@ _SECTIONS: Mapping[str, tuple[int, ...]] = {
     "qwen2_vl_text": (16, 24, 24),
     "qwen2_5_vl_text": (16, 24, 24),
     "qwen3_vl_text": (24, 20, 20),
+    "glm_ocr_text": (8, 12, 12),
+    "paddleocr_vl_text": (16, 24, 24),
 }
 """Pairs of channels by axis of positions where a config does not say, by decoder."""
 
@@ -85,6 +99,7 @@ def read_llama(
         )
     qkv, output, mlp = biases[kind](text)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope.get("type")  # its former name, from which the library's class has filled it
     scaling = rope.get("rope_type", "default")
     # Dynamic scaling begins after max_position_embeddings, where every bundle has ended.
     if scaling != "default" and not (scaling == "dynamic" and rope["factor"] >= 1):
@@ -127,6 +142,7 @@ def read_llama(
         has_qkv_bias=qkv,
         has_output_bias=output,
         has_mlp_bias=mlp,
+        addable_biases=_ADDABLE.get(biases[kind], ()),
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.blocks import AttentionSpec, BlockSpec, FfnSpec
+from pocketvlm.models.folds import Fold, SplitRows
 from pocketvlm.models.tower import TowerSpec
 
-__all__ = ["PREFIX", "read_qwen_tower"]
+__all__ = ["PREFIX", "read_qwen_tower", "split_attention"]
 
 PREFIX = "model.visual"
 """Module name of the tower."""
@@ -93,4 +94,17 @@ def _block(index: int, names: tuple[str, ...], window: int | None) -> BlockSpec:
             up=up,
             down=down,
         ),
+    )
+
+
+def split_attention(block: int, width: int) -> tuple[Fold, ...]:
+    """Queries, keys and values of a block, which are one linear where they are stored."""
+    module = f"{PREFIX}.blocks.{block}.attn"
+    return tuple(
+        SplitRows(
+            source=f"{module}.qkv.{kind}",
+            targets=tuple(f"{module}.{name}.{kind}" for name in "qkv"),
+            sizes=(width,) * 3,
+        )
+        for kind in ("weight", "bias")
     )

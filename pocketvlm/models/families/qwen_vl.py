@@ -8,8 +8,8 @@ from typing import Any
 
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.models.families.llama import read_llama
-from pocketvlm.models.families.qwen_vision import PREFIX, read_qwen_tower
-from pocketvlm.models.folds import Fold, SplitRows, SumFrames
+from pocketvlm.models.families.qwen_vision import PREFIX, read_qwen_tower, split_attention
+from pocketvlm.models.folds import SumFrames
 from pocketvlm.models.projector import (
     ActivationStep,
     LinearStep,
@@ -109,7 +109,7 @@ def read_qwen_vl(config: Mapping[str, Any]) -> ModelSpec:
         image_suffix="",
         folds=(
             SumFrames(target=f"{PREFIX}.patch_embed.proj.weight"),
-            *(fold for block in range(depth) for fold in _split_attention(block, width)),
+            *(fold for block in range(depth) for fold in split_attention(block, width)),
         ),
         taps=tuple(
             TapSpec(
@@ -130,17 +130,4 @@ def _steps(module: str, kind: _Kind, wide: int, out: int) -> tuple[ProjectorStep
         LinearStep(name=first, out_features=wide, has_bias=True),
         ActivationStep(activation="gelu"),
         LinearStep(name=last, out_features=out, has_bias=True),
-    )
-
-
-def _split_attention(block: int, width: int) -> tuple[Fold, ...]:
-    """Queries, keys and values are one linear where they are stored."""
-    module = f"{PREFIX}.blocks.{block}.attn"
-    return tuple(
-        SplitRows(
-            source=f"{module}.qkv.{kind}",
-            targets=tuple(f"{module}.{name}.{kind}" for name in "qkv"),
-            sizes=(width,) * 3,
-        )
-        for kind in ("weight", "bias")
     )

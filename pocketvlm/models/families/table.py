@@ -10,11 +10,13 @@ from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.json_io import decode
 from pocketvlm.models.config_keys import ReadConfig
 from pocketvlm.models.families.gemma3 import read_gemma3
+from pocketvlm.models.families.glm_ocr import read_glm_ocr
 from pocketvlm.models.families.idefics3 import read_idefics3
 from pocketvlm.models.families.internvl import read_internvl
 from pocketvlm.models.families.lfm2_vl import read_lfm2_vl
 from pocketvlm.models.families.llava import read_llava
 from pocketvlm.models.families.llava_next import read_llava_next
+from pocketvlm.models.families.paddleocr_vl import read_paddleocr_vl
 from pocketvlm.models.families.paligemma import read_paligemma
 from pocketvlm.models.families.qwen_vl import read_qwen_vl
 from pocketvlm.models.families.unsupported import advise, classes
@@ -30,6 +32,8 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
     "qwen2_vl": read_qwen_vl,
     "qwen2_5_vl": read_qwen_vl,
     "qwen3_vl": read_qwen_vl,
+    "glm_ocr": read_glm_ocr,
+    "paddleocr_vl": read_paddleocr_vl,
     "lfm2_vl": read_lfm2_vl,
     "paligemma": read_paligemma,
     "gemma3": read_gemma3,

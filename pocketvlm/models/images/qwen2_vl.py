@@ -1,4 +1,8 @@
-"""Qwen2-VL's pictures: of any size and ratio in its own processor, fitted to one size here."""
+"""Qwen2-VL's pictures: of any size and ratio in its own processor, fitted to one size here.
+
+GLM-4.6V's and PaddleOCR-VL's are the same with other defaults, and where a picture is smaller than
+one visual token.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,13 @@ from pocketvlm.models.images.document import (
     parse_size,
 )
 
-__all__ = ["Qwen2VlDocument", "Qwen2VlGeometry", "smart_size"]
+__all__ = [
+    "Glm46vDocument",
+    "PaddleOcrVlDocument",
+    "Qwen2VlDocument",
+    "Qwen2VlGeometry",
+    "smart_size",
+]
 
 _SIDE = 448
 _WIDEST_PATCH = 128
@@ -81,6 +91,16 @@ class Qwen2VlDocument(ImageDocument):
         """Settings that pictures depend on, which must not be null."""
         return super().needed | {"size", "resample"}
 
+    @property
+    def smallest_side(self) -> int:
+        """What a picture's sides are made at least before anything else."""
+        return 0
+
+    @property
+    def frames(self) -> int:
+        """How often the pixels of a picture count against the bounds of its size."""
+        return 1
+
     def geometry(self) -> Qwen2VlGeometry:
         """The size that is stated, or what becomes of a square of 448."""
         if not self.do_resize:
@@ -112,10 +132,49 @@ class Qwen2VlDocument(ImageDocument):
                 "size must name a shortest_edge of at least 1 pixel, and no shorter "
                 f"longest_edge of at most {LARGEST**2:,}"
             )
-        return smart_size(_SIDE, _SIDE, factor=patch * merge, least=least, most=most)
+        side = max(_SIDE, self.smallest_side)
+        return smart_size(
+            side, side, factor=patch * merge, least=least / self.frames, most=most / self.frames
+        )
 
 
-def smart_size(width: int, height: int, *, factor: int, least: int, most: int) -> tuple[int, int]:
+@dataclass(frozen=True, kw_only=True)
+class PaddleOcrVlDocument(Qwen2VlDocument):
+    """What `PaddleOCRVLImageProcessor` is told."""
+
+    size: Size = field(
+        default_factory=lambda: {"shortest_edge": 384 * 384, "longest_edge": 1536 * 1536}
+    )
+
+    @property
+    def smallest_side(self) -> int:
+        """What a picture's sides are made at least before anything else."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glm46vDocument(Qwen2VlDocument):
+    """What `Glm46VImageProcessor` is told, which counts pixels frame by frame."""
+
+    size: Size = field(
+        default_factory=lambda: {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}
+    )
+    temporal_patch_size: int = 2
+
+    @property
+    def smallest_side(self) -> int:
+        """What a picture's sides are made at least before anything else."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def frames(self) -> int:
+        """How often the pixels of a picture count against the bounds of its size."""
+        return self.temporal_patch_size
+
+
+def smart_size(
+    width: int, height: int, *, factor: int, least: float, most: float
+) -> tuple[int, int]:
     """Width and height that Qwen2-VL (arXiv 2409.12191, section 2.1) resizes a picture to.
 
     Args:

@@ -26,7 +26,11 @@ from pocketvlm.models.images.got_ocr2 import GotOcr2Document
 from pocketvlm.models.images.idefics3 import Idefics3Document
 from pocketvlm.models.images.lfm2_vl import Lfm2VlDocument
 from pocketvlm.models.images.llava_next import LlavaNextDocument, LlavaOnevisionDocument
-from pocketvlm.models.images.qwen2_vl import Qwen2VlDocument
+from pocketvlm.models.images.qwen2_vl import (
+    Glm46vDocument,
+    PaddleOcrVlDocument,
+    Qwen2VlDocument,
+)
 from pocketvlm.models.images.settings import ImageSettings
 
 __all__ = ["parse_image_settings", "read_image_settings"]
@@ -37,7 +41,7 @@ _Document = (
     | GotOcr2Document
     | Lfm2VlDocument
     | LlavaNextDocument
-    | Qwen2VlDocument
+    | Qwen2VlDocument  # likewise
 )
 _KINDS: Mapping[str, type[_Document]] = {
     "CLIPImageProcessor": ClipDocument,
@@ -50,6 +54,8 @@ _KINDS: Mapping[str, type[_Document]] = {
     "LlavaNextImageProcessor": LlavaNextDocument,
     "LlavaOnevisionImageProcessor": LlavaOnevisionDocument,
     "Qwen2VLImageProcessor": Qwen2VlDocument,
+    "Glm46VImageProcessor": Glm46vDocument,
+    "PaddleOCRVLImageProcessor": PaddleOcrVlDocument,
     "Gemma3ImageProcessor": Gemma3Document,
 }
 """Kinds by the library's classes."""
@@ -61,6 +67,8 @@ _FAMILIES: Mapping[str, tuple[str, ...]] = {
     "lfm2_vl": ("Lfm2VlImageProcessor",),
     "llava_next": ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"),
     "qwen_vl": ("Qwen2VLImageProcessor",),
+    "glm_ocr": ("Glm46VImageProcessor",),
+    "paddleocr_vl": ("PaddleOCRVLImageProcessor",),
     "paligemma": ("SiglipImageProcessor",),
     "gemma3": ("Gemma3ImageProcessor",),
 }

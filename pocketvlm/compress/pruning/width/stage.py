@@ -48,7 +48,7 @@ from pocketvlm.compress.pruning.width.widths import (
     decoder_share,
 )
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CalibrationError
+from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.stages.walk_options import WalkOptions, note_synthetic
@@ -144,14 +144,12 @@ class PruneWidth(Stage, WalkOptions):
         """
         widths, before = self.widths(spec), Widths.of(spec)
         had, adds = DecoderBiases.of(spec), self.biases and self.compensate != "none"
-        return narrow_spec(
-            spec,
-            widths,
-            DecoderBiases(
-                attention=had.attention or (adds and widths.kv_groups < before.kv_groups),
-                mlp=had.mlp or (adds and widths.ffn < before.ffn),
-            ),
+        biases = DecoderBiases(
+            attention=had.attention or (adds and widths.kv_groups < before.kv_groups),
+            mlp=had.mlp or (adds and widths.ffn < before.ffn),
         )
+        _require_place(spec, had, biases)
+        return narrow_spec(spec, widths, biases)
 
     def plan(self, state: PlanState) -> PlanState:
         """Leaves narrower blocks."""
@@ -282,6 +280,24 @@ class PruneWidth(Stage, WalkOptions):
             bias = (present + added).to(torch.float32)
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return units, row
+
+
+def _require_place(spec: ModelSpec, had: DecoderBiases, wanted: DecoderBiases) -> None:
+    """Refuses biases that the stock class of the decoder has no place for.
+
+    Raises:
+        RecipeError: It has none.
+    """
+    addable = spec.decoder.addable_biases
+    for has, wants, sublayer, words in (
+        (had.attention, wanted.attention, "attention", "attention"),
+        (had.mlp, wanted.mlp, "mlp", "feed-forward network"),
+    ):
+        if wants and not has and sublayer not in addable:
+            raise RecipeError(
+                f"biases: the stock class of this decoder has no place for biases in its {words}, "
+                "which would make up for the mean of what is removed; allowed is biases: false"
+            )
 
 
 def _row(group: UnitGroup, units: Tensor, **figures: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pocketvlm.errors import RecipeError
 from pocketvlm.models.blocks import BlockSpec, ConvBlockSpec, DecoderBlock
 from pocketvlm.models.decoder import DecoderSpec
 from pocketvlm.models.layers import LinearSpec
-from pocketvlm.models.projector import ActivationStep, LinearStep, NormStep
+from pocketvlm.models.projector import ActivationStep, GatedStep, NormStep, step_linears
 from pocketvlm.models.tower import TowerSpec
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import is_float, with_values
@@ -196,25 +196,25 @@ def _norm_before(block: DecoderBlock, name: str) -> str:
 
 
 def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tensor) -> Fold | str:
-    tower, steps = checkpoint.spec.tower, checkpoint.spec.projector.steps
-    place = next(
-        index
-        for index, step in enumerate(steps)
-        if isinstance(step, LinearStep) and step.name == linear.name
-    )
+    tower, projector = checkpoint.spec.tower, checkpoint.spec.projector
+    steps = projector.steps
+    place = next(index for index, step in enumerate(steps) if linear.name in step_linears(step))
     before = steps[place - 1] if place else None
     if isinstance(before, NormStep):
         return Fold(producer=before.name, channels=columns)
     if isinstance(before, ActivationStep):
         return f"{before.activation} stands before it, and no scale passes through it"
+    if isinstance(before, GatedStep):
+        return Fold(producer=before.up, channels=columns)
     if before is not None:
         return "another linear layer stands before it"
-    if tower.feature_norm is None:
+    norm = tower.feature_norm if projector.patch_norm is None else projector.patch_norm.name
+    if norm is None:
         return "it reads the tower's residual stream, which no norm scales"
     if checkpoint.reducer is not None:
         return "the token reducer reads the same features, and would choose other tokens"
     # Merged patches are copies of the norm's channels, side by side.
-    return Fold(producer=tower.feature_norm, channels=columns % tower.hidden_size)
+    return Fold(producer=norm, channels=columns % tower.hidden_size)
 
 
 def _read_weight(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -143,7 +143,8 @@ class Rotator:
             return "a norm with weights stands between its embeddings and its first block"
         if self._checkpoint.reducer is not None:
             return "the token reducer reads its features, and would choose other tokens"
-        if not isinstance(self._checkpoint.spec.projector.steps[0], LinearStep):
+        projector = self._checkpoint.spec.projector
+        if projector.patch_norm is not None or not isinstance(projector.steps[0], LinearStep):
             return "a norm with weights stands between its features and the projector"
         last = tower.feature_norm
         if last is not None and float(self._norm_shift(last).abs().max()) > _LARGEST_SHIFT:
