@@ -41,7 +41,7 @@ def _advise_stock(config: Mapping[str, Any]) -> str | None:
     if config.get("model_type") not in supported_families():
         return None
     return (
-        f"transformers has a class of its own for model_type {config['model_type']!r}: what that "
+        f"transformers itself has a class for model_type {config['model_type']!r}: what that "
         "loads and saves needs no code"
     )
 

@@ -13,7 +13,13 @@ from functools import cached_property
 from pocketvlm.device_bench.rates import FLOAT_KERNEL
 from pocketvlm.models.blocks import BlockSpec, FfnSpec
 from pocketvlm.models.layers import LinearSpec
-from pocketvlm.models.projector import ActivationStep, LinearStep, NormStep, ProjectorStep
+from pocketvlm.models.projector import (
+    ActivationStep,
+    GatedStep,
+    LinearStep,
+    NormStep,
+    ProjectorStep,
+)
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
@@ -130,6 +136,9 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
         yield Elementwise(kind="norm", elements=tokens * hidden)
         yield from _products(model, attention.inputs, tokens)
         yield Elementwise(kind="copy", elements=3 * tokens * hidden)
+        for norm in (attention.q_norm, attention.k_norm):
+            if norm is not None:
+                yield Elementwise(kind="norm", elements=tokens * hidden)
         if tower.rope_theta is not None:
             yield Elementwise(kind="copy", elements=2 * tokens * hidden)
         if attention.window is not None:
@@ -140,6 +149,8 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
         yield Elementwise(kind="norm", elements=tokens * hidden)
         yield from _feed_forward(model, block.ffn, tokens, tower.activation)
     yield Elementwise(kind="norm", elements=tokens * hidden)
+    if spec.projector.patch_norm is not None:
+        yield Elementwise(kind="norm", elements=tokens * tower.feature_size)
     yield Elementwise(kind="copy", elements=tokens * tower.feature_size)
     if model.visual_tokens < spec.visual_tokens:
         yield TowerAttention(macs=tokens * tokens * hidden)  # the reducer scores every token
@@ -210,6 +221,12 @@ def _projector(model: ExportedModel, steps: Iterable[ProjectorStep]) -> Iterator
             width = step.out_features
         elif isinstance(step, NormStep):
             yield Elementwise(kind="norm", elements=rows * width)
+        elif isinstance(step, GatedStep):
+            yield from _products(model, (step.gate, step.up), rows)
+            width = step.out_features
+            yield Elementwise(kind="copy", elements=2 * rows * width)
+            yield Elementwise(kind=step.activation, elements=rows * width)
+            yield Elementwise(kind="copy", elements=rows * width)
         elif isinstance(step, ActivationStep):
             yield Elementwise(kind=step.activation, elements=rows * width)
 

@@ -217,7 +217,8 @@ def test_biases_that_a_stock_class_has_no_place_for_are_refused_by_a_plan(path):
         assert "\n" not in str(caught.value)
         stage = replace(stage, biases=False)
     done = stage.apply(source, CalibrationSet.from_reference(0, 2), CONTEXT)
-    assert done.spec == plan_stages((stage,), load_checkpoint(path).spec).spec
+    planned = plan_stages((stage,), load_checkpoint(path).spec)
+    assert [x.shape for x in done.spec.linears()] == [x.shape for x in planned.layouts]
     assert done.spec.decoder.ffn_size == 64
     assert np.isfinite(logits(done)).all()
 

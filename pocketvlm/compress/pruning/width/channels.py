@@ -197,7 +197,9 @@ def narrow_config(
         "attention_bias": narrow.has_output_bias,
         "mlp_bias": narrow.has_mlp_bias,
     }
-    vision = {**config["vision_config"], "intermediate_size": widths.tower_ffn}
+    vision = dict(config["vision_config"])
+    if widths.tower_ffn != spec.tower.ffn_size:  # some classes state it otherwise
+        vision["intermediate_size"] = widths.tower_ffn
     return {**config, "text_config": text, "vision_config": vision}
 
 
