@@ -220,11 +220,20 @@ def test_empty_picture_is_an_error():
         ({"rescale_factor": 0}, "rescale_factor must be above 0"),
         ({"input_data_format": "channels_last"}, "input_data_format must be channels_first"),
         ({"image_processor_type": "Idefics3ImageProcessor"}, "not supported for llava"),
+        ({"do_image_splitting": "yes"}, "do_image_splitting: must be"),
+        ({"max_tiles": [3]}, "max_tiles: must be"),
+        ({"image_grid_pinpoints": "336"}, "image_grid_pinpoints: must be"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(change, message):
     with pytest.raises(BundleError, match=message):
         read({**CLIP, **change})
+
+
+def test_settings_of_other_kinds_change_nothing():
+    others = {"do_image_splitting": True, "max_tiles": 3, "max_pixels": None, "patch_size": 14}
+    found = [parse_image_settings(x, Path("c"), "llava") for x in (CLIP, {**CLIP, **others})]
+    assert found[0] == found[1]
 
 
 def test_bundle_is_checked_against_its_graph(llava, tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.json_io import DecodeError, decode, read_json
@@ -118,6 +118,7 @@ def parse_image_settings(
     try:
         document = decode(kind, _without_nulls(kind, config))
         _check(document, config)
+        _check_others(kind, config)
         return ImageSettings(
             where=where,
             geometry=document.geometry(),
@@ -163,6 +164,26 @@ def _without_nulls(kind: type[_Document], config: Mapping[str, Any]) -> dict[str
         elif item.name in config and item.type == "bool":
             settings[item.name] = False
     return settings
+
+
+def _check_others(kind: type[_Document], config: Mapping[str, Any]) -> None:
+    """Refuses settings of other kinds that are of no type that any of them takes.
+
+    This kind does not follow them, as its class does not; but a file with such a value was written
+    by mistake.
+    """
+    own = {item.name for item in fields(kind)}
+    hints = [get_type_hints(other) for other in dict.fromkeys(_KINDS.values())]
+    for name, value in config.items():
+        faults: list[DecodeError] = []
+        types = [] if name in own or value is None else [h[name] for h in hints if name in h]
+        for expected in types:
+            try:
+                decode(expected, value, name)
+            except DecodeError as fault:
+                faults.append(fault)
+        if types and len(faults) == len(types):
+            raise faults[0]
 
 
 def _check(document: _Document, config: Mapping[str, Any]) -> None:
