@@ -35,8 +35,8 @@ A family is supported where a tiny model of it, with seeded random weights, answ
 transformers does: the same logits in torch, and in the bundle 32 equal greedy tokens after prompt
 and pixels of the stock processor, with several pictures and in a second turn, on ONNX Runtime,
 ExecuTorch and the evaluator of Core ML programs. This page is written by the tests that compare
-them (`python -m tests.contracts.families_page > docs/families.md`). `make test` leaves out ExecuTorch
-programs whose operators another model's has; `make test-exhaustive` runs them all.
+them (`python -m tests.contracts.families_page > docs/families.md`). `make test` leaves out
+ExecuTorch programs whose operators another model's has; `make test-exhaustive` runs them all.
 
 What a target cannot run is refused by `plan` in one line, by what it is and not by the family's
 name. A `model_type` that is not listed is refused with the nearest ones that are; a checkpoint that

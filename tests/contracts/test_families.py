@@ -145,7 +145,7 @@ COVERED = {
     "qwen2-vl": "qwen2.5-vl",
     "paligemma": "paligemma2",
 }
-"""Models whose operators another test runs on ExecuTorch, where lowering takes half a minute each."""
+"""Models whose operators another test runs on ExecuTorch, where lowering takes half a minute."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
