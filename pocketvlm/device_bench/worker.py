@@ -7,13 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from pocketvlm.child_process import end_with_parent
-from pocketvlm.device_bench.bandwidth import last_level_cache_bytes, memory_read_bytes_s
-from pocketvlm.device_bench.block import SensorSample
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.protocol import (
     EnvironmentJob,
@@ -26,11 +23,12 @@ from pocketvlm.device_bench.protocol import (
     write_failure,
     write_result,
 )
+from pocketvlm.device_bench.sensors.environment import describe_device
+from pocketvlm.device_bench.sensors.reading import read_sensors
 from pocketvlm.device_bench.transports.base import EventCallback
 from pocketvlm.errors import InputError, PocketVLMError
 from pocketvlm.files.reader import read_text
 from pocketvlm.json_io import encode
-from pocketvlm.machine import describe_environment
 
 __all__ = ["main", "run_job"]
 
@@ -42,10 +40,9 @@ def run_job(job: Job, on_event: EventCallback) -> Result:
         PocketVLMError: The bundle or the workload is invalid.
     """
     if isinstance(job, EnvironmentJob):
-        threads = job.threads or _default_threads()
-        return {**describe_environment(threads), **_conditions(threads)}
+        return describe_device(job.threads or _default_threads())
     if isinstance(job, SensorsJob):
-        reading: Result = encode(SensorSample(at_ms=0.0, temperature_c=_temperature_c()))
+        reading: Result = encode(read_sensors(0.0))
         return reading
     block = measure_block(job, job.threads or _default_threads(), on_event=on_event)
     document: Result = encode(block)
@@ -96,26 +93,6 @@ def _read_job(arguments: Sequence[str]) -> str:
 
 def _default_threads() -> int:
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-
-
-def _conditions(threads: int) -> dict[str, Any]:
-    """Conditions that vary from hour to hour on the same machine."""
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return {
-        "load_average_1m": round(os.getloadavg()[0], 2),
-        "governor": governor.read_text(encoding="utf-8").strip() if governor.exists() else None,
-        "temperature_c": _temperature_c(),
-        "memory_read_bytes_s": round(memory_read_bytes_s(threads)),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-    }
-
-
-def _temperature_c() -> float | None:
-    """The temperature of the hottest sensor; `None` if there is none."""
-    if not hasattr(psutil, "sensors_temperatures"):  # macOS and Windows
-        return None
-    sensors = psutil.sensors_temperatures()
-    return max((entry.current for entries in sensors.values() for entry in entries), default=None)
 
 
 if __name__ == "__main__":

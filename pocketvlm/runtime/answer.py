@@ -66,7 +66,7 @@ class StageClock:
 
     def __init__(self) -> None:
         self._laps: dict[str, list[float]] = {}
-        self._start = self._last = perf_counter()
+        self._last = perf_counter()
 
     def lap(self, stage: str) -> None:
         """Counts the time since the last lap towards a stage."""
@@ -82,10 +82,6 @@ class StageClock:
         """What a stage took, one entry per lap."""
         return tuple(self._laps.get(stage, ()))
 
-    def total(self) -> float:
-        """From the start to the last lap."""
-        return (self._last - self._start) * 1000
-
     def timings(self, *, prompt_tokens: int, visual_tokens: int, reused_tokens: int) -> Timings:
         """Everything measured so far."""
         total = {stage: sum(laps) for stage, laps in self._laps.items()}
@@ -93,7 +89,7 @@ class StageClock:
             preprocess_ms=total.get("preprocess", 0.0),
             vision_ms=total.get("vision", 0.0),
             tokenize_ms=total["tokenize"],
-            prefill_ms=total["prefill"],
+            prefill_ms=total["embed"] + total["prefill"],
             decode_ms=self.laps("decode"),
             sample_ms=total["sample"],
             detokenize_ms=total.get("detokenize", 0.0),

@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle, Manifest
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.image_file import open_image
+from pocketvlm.image_file import open_image, read_image
 from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
@@ -30,12 +30,12 @@ from pocketvlm.runtime.sampling import GREEDY, Sampling
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message
 
-__all__ = ["Conversation", "PictureInput", "question_turn", "require_room"]
+__all__ = ["Conversation", "PictureInput", "open_picture", "question_turn", "require_room"]
 
 _POLICIES = ("original", "consecutive")
 
-PictureInput = Image | Path | str
-"""A picture, or the path of its file."""
+PictureInput = Image | Path | str | bytes
+"""A picture, the path of its file, or what a file holds."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,8 +55,17 @@ class _Picture:
     rows: list[VisualFeatures]
 
 
-def _open(source: PictureInput) -> Image:
-    return source if isinstance(source, Image) else open_image(Path(source))
+def open_picture(source: PictureInput) -> Image:
+    """The picture, decoded.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    if isinstance(source, Image):
+        return source
+    if isinstance(source, bytes):
+        return read_image(source, "the picture")
+    return open_image(Path(source))
 
 
 def question_turn(
@@ -73,7 +82,7 @@ def question_turn(
     if image is None:
         images = []
     else:
-        images = [image] if isinstance(image, Image | Path | str) else list(image)
+        images = [image] if isinstance(image, Image | Path | str | bytes) else list(image)
     turn = user_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
     if turn.role != "user":
         raise InputError(f"a question is the user's, not the {turn.role}'s")
@@ -118,13 +127,16 @@ class Conversation:
         answers: The finished answers.
     """
 
-    def __init__(self, bundle: Bundle, *, runner: Runner | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, runner: Runner | None = None, codec: TextCodec | None = None
+    ) -> None:
         """Prepares a bundle for use.
 
         Args:
             bundle: An opened bundle.
             runner: The engine, which this conversation resets and then owns; `None` for the
                 first of `engines.ENGINES` that the bundle has graphs for.
+            codec: The bundle's tokenizer and chat template, where they were read already.
 
         Raises:
             BundleError: The bundle cannot be run.
@@ -138,7 +150,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.answers: list[Answer] = []
         self._manifest = manifest
-        self._codec = TextCodec.from_bundle(bundle)
+        self._codec = TextCodec.from_bundle(bundle) if codec is None else codec
         self._preprocessor = ImagePreprocessor.from_bundle(bundle)
         self._rows = PictureRows.from_bundle(bundle)
         self._runner = open_engine(bundle) if runner is None else runner
@@ -199,16 +211,28 @@ class Conversation:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
+        ignore_end: bool = False,
+        clock: StageClock | None = None,
     ) -> Generator[str, None, Answer]:
         """Like `ask`, as a generator of pieces of text; the answer is its return value.
 
         The turn counts once the generator is exhausted (the answer is then `answers[-1]` too); a
         caller who abandons it takes the question back.
+
+        Args:
+            prompt: As in `ask`.
+            image: As in `ask`.
+            max_new_tokens: As in `ask`.
+            sampling: As in `ask`.
+            ignore_end: Whether generation continues after a token that ends an answer, as a
+                measurement of a fixed length does.
+            clock: Collects the times; `None` for a new one.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
         turn, images = question_turn(prompt, image)
-        clock = StageClock()
+        clock = StageClock() if clock is None else clock
+        ends = () if ignore_end else self._codec.eos_token_ids
         pictures = self._look(images, clock)
         tiles = [tile for picture in pictures for tile in picture.rows]
         messages = [*self.messages, turn.to_message()]
@@ -229,12 +253,14 @@ class Conversation:
         reused = self._runner.truncate(wanted)
         text, token_ids = TextStream(self._codec.decode_raw), list[int]()
         self._cached_layout, self._cached_ids = layout, token_ids
+        rows = prompt_rows(layout, tiles, self._runner, start=reused, mutual_rows=kind)
+        clock.lap("embed")
         tokens = generate(
             self._runner,
-            prompt_rows(layout, tiles, self._runner, start=reused, mutual_rows=kind),
+            rows,
             StopRules(
                 max_new_tokens=max_new_tokens,
-                end_token_ids=self._codec.eos_token_ids,
+                end_token_ids=ends,
                 max_positions=self._manifest.generation.max_positions,
             ),
             sampling=sampling,
@@ -247,7 +273,7 @@ class Conversation:
             except StopIteration as end:
                 stop_reason: StopReason = end.value
                 break
-            if token in self._codec.eos_token_ids:
+            if token in ends:
                 continue
             token_ids.append(token)
             piece = text.push(token)
@@ -279,7 +305,7 @@ class Conversation:
 
     def _look(self, images: Sequence[PictureInput], clock: StageClock) -> list[_Picture]:
         """All pictures so far and new ones; an earlier one again if it is now cut otherwise."""
-        opened = [_open(image) for image in images]
+        opened = [open_picture(image) for image in images]
         known = len(self._pictures)
         sizes = [picture.size for picture in self._pictures] + [image.size for image in opened]
         grids = self._preprocessor.grids(sizes)
@@ -290,7 +316,7 @@ class Conversation:
                 pictures.append(self._pictures[number])
                 continue
             source = self._pictures[number].source if number < known else images[number - known]
-            image = opened[number - known] if number >= known else _open(source)
+            image = opened[number - known] if number >= known else open_picture(source)
             pictures.append(self._encode(source, image, grid, clock))
         return pictures
 

@@ -44,7 +44,7 @@ class _Runtime:
     """What a runtime adds to the runner.
 
     Attributes:
-        modules: Modules that it starts by their names, as processes of their own.
+        modules: Modules that it starts by their names, in separate processes.
         packages: Top-level modules of other packages that it alone imports.
     """
 

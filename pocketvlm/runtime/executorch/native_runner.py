@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import InputError
-from pocketvlm.image_file import open_image
 from pocketvlm.prompt.messages import Turn
-from pocketvlm.runtime.conversation import PictureInput, question_turn
+from pocketvlm.runtime.conversation import PictureInput, open_picture, question_turn
 from pocketvlm.runtime.executorch.process import ProgramProcess, UnspeakablePieceError
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.splice import image_runs
@@ -97,7 +94,7 @@ def prompt_parts(
         Token ids, and between them the pixels of each tile, float32 [1, C, S, S].
     """
     preprocessor = ImagePreprocessor.from_bundle(bundle)
-    pictures = [image if isinstance(image, Image) else open_image(Path(image)) for image in images]
+    pictures = [open_picture(image) for image in images]
     grids = preprocessor.grids([picture.size for picture in pictures])
     if any(grid.is_map for grid in grids):
         raise InputError(
