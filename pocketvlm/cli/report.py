@@ -63,11 +63,15 @@ def report(
         typer.Argument(metavar="REPORT...", help="Reports, or the folders that they are in."),
     ],
     out: Annotated[Path | None, out_option("The file to write [default: report.html].")] = None,
+    per_device: Annotated[
+        bool, typer.Option("--per-device", help="Also a page for each device, beside it.")
+    ] = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="A short summary for a pull request, on stdout.")
     ] = False,
 ) -> None:
     """Write one self-contained HTML page about one or several reports, or a Markdown summary."""
+    from pocketvlm.reports.by_device import file_stem, split_by_device
     from pocketvlm.reports.html import render_html, render_markdown
     from pocketvlm.reports.report_file import read_report
 
@@ -78,6 +82,10 @@ def report(
     file = out or Path("report.html")
     _write(file, render_markdown(*reports) if markdown else render_html(*reports))
     say(f"report   {file}")
+    for device, part in split_by_device(reports).items() if per_device else ():
+        page = file.with_name(f"{file.stem}-{file_stem(device)}{file.suffix}")
+        _write(page, render_markdown(*part) if markdown else render_html(*part))
+        say(f"report   {page}")
 
 
 def _write(file: Path, text: str) -> None:

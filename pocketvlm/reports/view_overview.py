@@ -49,6 +49,7 @@ class Overview:
         title: How many bundles and devices.
         bundles: One row per bundle; with the timings if all are of one condition.
         matrix: One table per figure, bundles x devices, if there are several conditions.
+        failures: What failed on which device, and why.
         planes: Quality against size, and against times on every device.
         missing: Titles of charts that nothing was measured for.
     """
@@ -56,6 +57,7 @@ class Overview:
     title: str
     bundles: Table
     matrix: tuple[Table, ...]
+    failures: tuple[tuple[str, str], ...]
     planes: tuple[PlaneView, ...]
     missing: tuple[str, ...]
 
@@ -123,6 +125,11 @@ def view_overview(entries: Sequence[Entry]) -> Overview | None:
         matrix=tuple(_matrix(entries, conditions, column) for column in _COLUMNS)
         if len(conditions) > 1
         else (),
+        failures=tuple(
+            (f"{number}. {entry.name}, {entry.runtime}, on {condition.device}", reason)
+            for number, entry in enumerate(entries, 1)
+            for condition, reason in entry.failed.items()
+        ),
         planes=tuple(view for _, view in wanted if view is not None),
         missing=tuple(title for title, view in wanted if view is None),
     )
@@ -139,12 +146,10 @@ def _title(entries: Sequence[Entry], conditions: Sequence[Condition]) -> str:
 
 def _bundles(entries: Sequence[Entry], condition: Condition | None) -> Table:
     timed = _COLUMNS if condition is not None else ()
-    has_failed = any(condition in entry.failed for entry in entries)
     rows = []
     for number, entry in enumerate(entries, 1):
         size = "–" if entry.stored_bytes is None else format_bytes(entry.stored_bytes)
         cells = [_cell(entry, condition, column) for column in timed if condition is not None]
-        reason = entry.failed.get(condition, "–") if condition is not None else "–"
         rows.append(
             (
                 f"{number}. {entry.name}",
@@ -153,7 +158,6 @@ def _bundles(entries: Sequence[Entry], condition: Condition | None) -> Table:
                 *_score(entry),
                 *cells,
                 _PARITY[entry.has_parity],
-                *((reason,) if has_failed else ()),
             )
         )
     where = f"; timed on {condition.device}, {condition.workload}" if condition else ""
@@ -163,7 +167,7 @@ def _bundles(entries: Sequence[Entry], condition: Condition | None) -> Table:
             *words("Bundle", "Runtime"),
             *numbers("On disk", "Answers right", "95 % interval"),
             *numbers(*(column.title for column in timed)),
-            *words("Parity", *(["Why it failed"] if has_failed else [])),
+            *words("Parity"),
         ),
         rows=tuple(rows),
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -228,6 +229,30 @@ def test_noise_is_told_from_a_runtime_that_is_slower_by_a_tenth(slower, least, m
         any(row.verdict == "regressed" for row in compare_arms(recorded(random, slower=slower)))
         for _ in range(20)
     )
+    assert least <= reported <= most
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("same", 0, 1), ("slowed", 19, 20)])
+def test_real_rounds_on_a_busy_server_give_the_same_answer(name, least, most):
+    """Twenty comparisons, each of twenty rounds drawn from those that gate_power.py measures."""
+    file = Path(__file__).with_name("recorded_rounds.json")
+    rounds = json.loads(file.read_text())["rounds"]
+    random = np.random.default_rng(14)
+    reported = 0
+    for _ in range(20):
+        chosen = random.choice(60, 20, replace=False)
+        arms = {
+            role: arm({})
+            | {
+                "latency": {
+                    metric: figure([by_role[role][at] for at in chosen])
+                    for metric, by_role in rounds.items()
+                }
+            }
+            for role in ("reference", name)
+        }
+        report = parse_report({"bench": {"reference": "reference", "arms": arms}})
+        reported += any(row.verdict == "regressed" for row in compare_arms(report))
     assert least <= reported <= most
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from html.parser import HTMLParser
 
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pocketvlm.cli.app import run_command
 from pocketvlm.json_io import DecodeError
 from pocketvlm.machine import REPORT_SCHEMA
 from pocketvlm.reports import html
+from pocketvlm.reports.by_device import file_stem
 from pocketvlm.reports.formatting import facts_of, format_number
 from pocketvlm.reports.report_file import parse_report
 from tests.reports.documents import HOSTILE, arm, poison, run_report, several
@@ -195,6 +198,24 @@ def test_several_reports_are_joined_by_bundle_and_kept_apart_by_device(report):
     assert targets <= set(ids)
     summary = render_markdown(*several(report))
     assert "| 1\\. pocket-smol int4-balanced | onnx |" in summary
+
+
+def test_a_page_for_each_device_has_its_measurements_alone(report, tmp_path):
+    files = []
+    for number, document in enumerate(several(report)):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(document))
+    out = tmp_path / "all.html"
+    run_command(["report", *map(str, files), "--out", str(out), "--per-device"])
+    here = Page((tmp_path / "all-a-processor.html").read_text()).words
+    there = Page((tmp_path / "all-pixel-8.html").read_text()).words
+    assert "2 bundles, 1 model, 1 device" in here
+    assert "2 bundles, 1 model, 1 device" in there
+    assert "Quality against time per token, pixel-8" in there
+    assert "pixel-8" not in here
+    assert "a processor" not in there.replace("measured on a processor", "")
+    assert file_stem("../Über <b>\n") == "ber-b"
+    assert file_stem("///") == "device"
 
 
 def test_a_bench_result_alone_is_a_page_too(report):
