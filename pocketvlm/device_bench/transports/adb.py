@@ -27,10 +27,11 @@ _ADDRESS = re.compile(r"[\w.\[][\w.:\[\]%-]*", re.ASCII)
 _ON_NETWORK = re.compile(r"[^:]+:\d+")
 _CLIENT_S = 30.0
 _MOST_SHOWN = 8
+_UNLOCK = "has not allowed this computer; unlock it and confirm the question about USB debugging"
 _STATES = {
     "offline": "does not answer; connect its cable again, or restart it",
-    "unauthorized": "has not allowed this computer; unlock it and confirm the question about USB "
-    "debugging",
+    "unauthorized": _UNLOCK,
+    "authorizing": _UNLOCK,
     "no permissions": "may not be opened by this user; on Linux, udev rules decide",
 }
 

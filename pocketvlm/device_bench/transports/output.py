@@ -28,6 +28,7 @@ class RunnerOutput:
         self,
         on_event: EventCallback = ignore_event,
         *,
+        skips_text: bool = False,
         longest_line_bytes: int = _LONGEST_LINE_BYTES,
         most_event_bytes: int = _MOST_EVENT_BYTES,
     ) -> None:
@@ -35,10 +36,13 @@ class RunnerOutput:
 
         Args:
             on_event: Called for every event.
+            skips_text: Whether a client adds lines of its own, which are no JSON: the last line of
+                the runner is then the last that is.
             longest_line_bytes: What of a longer line is kept, which is then no event or result.
             most_event_bytes: Bytes of events until the others are refused.
         """
         self._on_event = on_event
+        self._skips_text = skips_text
         self._longest_line_bytes = longest_line_bytes
         self._most_event_bytes = most_event_bytes
         self._events: list[Event] = []
@@ -105,7 +109,8 @@ class RunnerOutput:
         self._line += piece[:room]
 
     def _end_line(self) -> None:
-        if not self._line:
+        if not self._line or (self._skips_text and not self._line.startswith(b"{")):
+            self._line, self._is_cut = bytearray(), False
             return
         self._ends_with_event = False
         if self._is_cut:

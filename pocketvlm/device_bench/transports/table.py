@@ -9,6 +9,7 @@ from pocketvlm.device_bench.devices import load_device
 from pocketvlm.device_bench.transports.adb import AdbTransport
 from pocketvlm.device_bench.transports.base import Transport
 from pocketvlm.device_bench.transports.host import HostTransport
+from pocketvlm.device_bench.transports.ios import IosTransport
 from pocketvlm.device_bench.transports.simulated import SimulatedTransport
 from pocketvlm.device_bench.transports.ssh import SshTransport
 from pocketvlm.errors import InputError, UnsupportedError
@@ -19,6 +20,7 @@ TRANSPORTS: Mapping[str, Callable[[str, Path | None], Transport]] = {
     HostTransport.kind: HostTransport.parse,
     SshTransport.kind: SshTransport.parse,
     AdbTransport.kind: AdbTransport.parse,
+    IosTransport.kind: IosTransport.parse,
     SimulatedTransport.kind: SimulatedTransport.parse,
 }
 """What reads an address, by the word that it begins with; what follows the colon is read."""
