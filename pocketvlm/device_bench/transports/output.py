@@ -15,6 +15,9 @@ _LONGEST_LINE_BYTES = 2**26
 """The result of ten minutes of answers has some 10 MB."""
 _MOST_EVENT_BYTES = 2**28
 _LAST_WORDS = 240
+_KILL = 9
+_EVENT = b'"event"'
+"""In every event, and hardly in other lines: most of these are not parsed."""
 
 
 def ignore_event(event: Event) -> None:
@@ -36,8 +39,8 @@ class RunnerOutput:
 
         Args:
             on_event: Called for every event.
-            skips_text: Whether a client adds lines of its own, which are no JSON: the last line of
-                the runner is then the last that is.
+            skips_text: Whether a client adds lines, which are not JSON; the runner's last line is then
+                the last that is.
             longest_line_bytes: What of a longer line is kept, which is then no event or result.
             most_event_bytes: Bytes of events until the others are refused.
         """
@@ -117,16 +120,13 @@ class RunnerOutput:
             self._last = f"a line of more than {self._longest_line_bytes} bytes"
         else:
             self._last = self._line.decode("utf-8", "replace").rstrip("\r")
-            event = parse_event(self._last)
+            event = parse_event(self._last) if _EVENT in self._line else None
             self._ends_with_event = event is not None
             if event is not None and not self.is_flood:
                 self._event_bytes += len(self._line)
                 self._events.append(event)
                 self._on_event(event)
         self._line, self._is_cut = bytearray(), False
-
-
-_KILL = 9
 
 
 def _signal_name(number: int) -> str:

@@ -51,7 +51,7 @@ def test_no_client():
 
 
 def test_a_server_that_allows_one_session_per_connection(ssh, tmp_path, packed_runner):
-    """Scripts then have connections of their own."""
+    """Each script then has its own connection."""
     config = ssh.folder / "sshd_config"
     text = config.read_text()
     ssh.stop()
