@@ -39,8 +39,8 @@ class RunnerOutput:
 
         Args:
             on_event: Called for every event.
-            skips_text: Whether a client adds lines, which are not JSON; the runner's last line is then
-                the last that is.
+            skips_text: Whether a client adds lines, which are not JSON; the runner's last line is
+                then the last that is.
             longest_line_bytes: What of a longer line is kept, which is then no event or result.
             most_event_bytes: Bytes of events until the others are refused.
         """
