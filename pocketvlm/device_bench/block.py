@@ -100,6 +100,7 @@ class Block:
         answers: The first turns of the measured answers.
         later_turns: For each turn after the first, that turn of the measured answers.
         sustained: The answers without a pause that followed, turn by turn.
+        sustained_at_ms: When the first of these began, on the clock of the samples.
         sensors: Samples before the load, after it, and between answers.
         memory: Memory of the process and of those that run programs for it.
         energy: Energy of the measured answers; `None` where nothing counts it.
@@ -116,5 +117,6 @@ class Block:
     is_repeatable: bool
     later_turns: tuple[tuple[AnswerTimes, ...], ...] = ()
     sustained: tuple[SustainedAnswer, ...] = ()
+    sustained_at_ms: float | None = None
     sensors: tuple[SensorSample, ...] = ()
     energy: Energy | None = None

@@ -94,6 +94,7 @@ def measure_block(job: BlockJob, threads: int, *, on_event: EventCallback = igno
     for _ in range(job.answers):
         measured.append(bench.answer("measured"))
         log.sample_sensors()
+    sustained_at_ms = log.at_ms() if job.sustained_s else None
     sustained = bench.sustain(job.sustained_s) if job.sustained_s else ()
     log.sample_sensors()
     first, *later = zip(*measured, strict=True)
@@ -113,6 +114,7 @@ def measure_block(job: BlockJob, threads: int, *, on_event: EventCallback = igno
         answers=tuple(turn.times for turn in first),
         later_turns=tuple(tuple(turn.times for turn in turns) for turns in later),
         sustained=sustained,
+        sustained_at_ms=sustained_at_ms,
         sensors=tuple(log.sensors),
         memory=memory.memory(),
         energy=bench.counted_energy(),

@@ -38,7 +38,7 @@ class MemoryMeter:
 
     Attributes:
         counter: Counts this process and those that run programs for it.
-        before_load: Memory before the bundle was opened, as a `Memory` of its own.
+        before_load: Memory before the bundle was opened, in the fields `after_*`.
     """
 
     counter: MemoryCounter | None

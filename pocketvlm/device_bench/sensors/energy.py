@@ -1,4 +1,4 @@
-"""Counters of energy. All of them count the whole device, whoever uses it."""
+"""Counters of energy: all of them count the whole device and everything that runs on it."""
 
 from __future__ import annotations
 
