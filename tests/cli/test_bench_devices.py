@@ -50,9 +50,8 @@ def command(shell_rig, packed_runner, tmp_path):
         environment["ANDROID_ADB_SERVER_PORT"] = str(shell_rig.server_port)
     else:
         client = programs / "ssh"
-        client.write_text(
-            f"#!/bin/sh\nexec /usr/bin/ssh -F '{shell_rig.folder}/ssh_config' \"$@\"\n"
-        )
+        real = " ".join(shlex.quote(word) for word in shell_rig.client)
+        client.write_text(f'#!/bin/sh\nPATH=/usr/bin:/bin\nexec {real} "$@"\n')
         client.chmod(0o755)
         environment["PATH"] = f"{programs}:{environment['PATH']}"
 

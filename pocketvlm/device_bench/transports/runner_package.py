@@ -27,7 +27,9 @@ def runner_command(folder: Path) -> tuple[str, ...]:
     if (folder / _SCRIPT).is_file():
         return ("sh", _SCRIPT)
     programs = [
-        file.name for file in folder.iterdir() if file.is_file() and os.access(file, os.X_OK)
+        file.name
+        for file in folder.iterdir()
+        if file.is_file() and os.access(file, os.X_OK) and ".so" not in file.suffixes
     ]
     if len(programs) != 1:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,13 @@ def test_there_must_be_a_script(tmp_path):
         SimulatedTransport.parse("")
     with pytest.raises(InputError, match=r"none\.yaml"):
         SimulatedTransport.parse(str(Path(tmp_path) / "none.yaml"))
+
+
+def test_the_script_of_the_documentation_is_one(tmp_path):
+    page = Path(__file__).parents[3] / "docs" / "devices.md"
+    (script,) = re.findall(
+        r"^```yaml\n(processor.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+    simulation = transport(tmp_path, script).simulation
+    assert simulation.processor == "imagined phone"
+    assert simulation.heat_at(30).slower == pytest.approx(1.3)
