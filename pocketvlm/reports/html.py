@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from pocketvlm.printable import printable, printable_line
 from pocketvlm.reports.elements import Table
-from pocketvlm.reports.formatting import NOT_MEASURED, format_bytes, format_number
+from pocketvlm.reports.formatting import NOT_MEASURED, format_bytes, format_measured
 from pocketvlm.reports.report import Report
 from pocketvlm.reports.view import view_page
 from pocketvlm.reports.view_run import view_run
@@ -77,7 +77,7 @@ def _environment(*, autoescape: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "number": format_number,
+        "measured": format_measured,
         "bytes": format_bytes,
         "command": _shell_line,
         "markup": _Escaped,
