@@ -17,7 +17,7 @@ from typing import Any
 from shape_bundles import write_bundle
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.html import render_html
@@ -44,7 +44,9 @@ def main() -> None:
         bundle = write_bundle(options.shape, name, folder).path
         for workload in options.workload:
             (result,) = bench_bundles(
-                pair_all([baseline, bundle]), [load_workload(workload)], threads=options.threads
+                pair_all([baseline, bundle]),
+                [load_workload(workload)],
+                options=BenchOptions(threads=options.threads),
             )
             page = options.work / f"{options.shape}-{name}-{workload}.html"
             page.write_text(render_html(Report(bench=result)), encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,9 @@ from pocketvlm.cli.devices import calibrate
 from pocketvlm.cli.options import JsonOption, ThreadsOption, out_option
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError, InputError
+
+if TYPE_CHECKING:
+    from pocketvlm.reports.measurement import Measurement
 
 __all__ = ["bench", "doctor"]
 
@@ -32,9 +36,6 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option(help="A bundle that is put before the others.")
     ] = None,
-    workload: Annotated[
-        str, typer.Option(help="vlm, short, llama-bench, litert-lm or core-ai.")
-    ] = "short",
     device: Annotated[
         str,
         typer.Option(
@@ -45,9 +46,62 @@ def bench(
         Path | None,
         typer.Option(help="The runner's folder, packed or native. Default: the one in Python."),
     ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(min=5, max=100_000, help="Repeats, at least 5.")
+    profile: Annotated[
+        str | None, typer.Option(help="The device's profile, where --device does not name it.")
     ] = None,
+    workload: Annotated[
+        str, typer.Option(help="vlm, short, llama-bench, litert-lm or core-ai.")
+    ] = "short",
+    image_size: Annotated[
+        list[int] | None,
+        typer.Option(min=8, max=8192, help="Side of the pictures; repeat for a grid."),
+    ] = None,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=10**6, help="Tokens of each turn; repeat for a grid."),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, max=10**6, help="Tokens to generate in each turn.")
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Generated pictures of the first turn.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture of yours instead; repeat for several.")
+    ] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Turns of the conversation.")
+    ] = None,
+    warm_ups: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Answers that are not measured.")
+    ] = None,
+    answers: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Measured answers of a process.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=5, max=100_000, help="Processes of a bundle and runtime.")
+    ] = None,
+    cool_down: Annotated[
+        float | None, typer.Option(min=0, max=86_400, help="Pause before each process, in seconds.")
+    ] = None,
+    sustained: Annotated[
+        float | None,
+        typer.Option(min=1, max=86_400, help="Seconds of answers without a pause at the end."),
+    ] = None,
+    max_temperature: Annotated[
+        float | None,
+        typer.Option(min=-40, max=150, help="Wait before each process for these degrees Celsius."),
+    ] = None,
+    max_thermal_status: Annotated[
+        int | None,
+        typer.Option(min=0, max=6, help="Likewise: 0 is not throttled, 6 is shutting down."),
+    ] = None,
+    cool_time_limit: Annotated[
+        float, typer.Option(min=0, max=86_400, help="Seconds until it is started all the same.")
+    ] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86_400, help="Seconds that a process may take.")
+    ] = 600.0,
     threads: ThreadsOption = None,
     calibrate_host: Annotated[
         bool,
@@ -61,8 +115,6 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time bundles in turns: stages, two times to first token, rates, memory; samples kept."""
-    from dataclasses import replace
-
     if calibrate_host:
         calibrate(threads=threads, as_json=as_json)
         return
@@ -70,26 +122,62 @@ def bench(
     if not folders:
         raise InputError("BUNDLE is missing: which bundle is to be timed?")
     from pocketvlm.device_bench.arm import pair_all
-    from pocketvlm.device_bench.controller import bench_bundles
+    from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
+    from pocketvlm.device_bench.cooling import Cooling
+    from pocketvlm.device_bench.devices import load_device
     from pocketvlm.device_bench.transports.table import transport_to
-    from pocketvlm.device_bench.workload import load_workload
-    from pocketvlm.json_io import encode, write_json
-    from pocketvlm.machine import REPORT_SCHEMA
+    from pocketvlm.device_bench.workload import change_workload, load_workload, vary_workload
 
-    chosen = load_workload(workload)
-    if repeats is not None:
-        chosen = replace(chosen, repeats=repeats)
+    chosen = change_workload(
+        load_workload(workload),
+        new_tokens=new_tokens,
+        pictures=pictures,
+        image_files=tuple(image) if image else None,
+        turns=turns,
+        warm_ups=warm_ups,
+        answers=answers,
+        repeats=repeats,
+        cool_down_s=cool_down,
+        sustained_s=sustained,
+    )
+    waits = max_temperature is not None or max_thermal_status is not None
+    cooling = Cooling(
+        max_temperature_c=max_temperature,
+        max_status=max_thermal_status,
+        time_limit_s=cool_time_limit,
+    )
+    options = BenchOptions(
+        device=device if profile is None else load_device(profile).name,
+        threads=threads,
+        timeout_s=timeout,
+        cooling=cooling if waits else None,
+    )
     with show_progress() as on_progress:
         results = bench_bundles(
             pair_all(folders, runtime or ()),
-            [chosen],
+            vary_workload(chosen, image_sizes=image_size or (), prompt_tokens=prompt_tokens or ()),
             transport=transport_to(device, runner),
-            device=device,
-            threads=threads,
+            options=options,
             on_progress=on_progress,
         )
+    _show(results, out, as_json=as_json)
+
+
+def _show(results: Sequence[Measurement], out: Path | None, *, as_json: bool) -> None:
+    """Prints and writes the measurements.
+
+    Raises:
+        CheckFailedError: A figure is implausible, or an arm has none.
+    """
+    from pocketvlm.json_io import encode, write_json
+    from pocketvlm.machine import REPORT_SCHEMA
+
     for result in results:
+        if len(results) > 1 and result.workload is not None:
+            say(f"workload {result.workload.name}")
         print_latency(result)
+        for note in result.notes:
+            say(f"note     {note}")
     document = {
         "schema": REPORT_SCHEMA,
         "command": command_line(),
@@ -98,16 +186,20 @@ def bench(
     }
     if out is not None:
         write_json(out, document)
+        say(f"report   {out}")
     if as_json:
         print_json(document)
-    withheld = [
-        f"{name} ({', '.join(sorted(arm.withheld))})"
-        for result in results
-        for name, arm in result.arms.items()
-        if arm.withheld
+    arms = [(name, arm) for result in results for name, arm in result.arms.items()]
+    problems = [
+        *(f"{name} was not measured" for name, arm in arms if arm.latency.failed is not None),
+        *(
+            f"{name}: not published: {', '.join(sorted(arm.withheld))}"
+            for name, arm in arms
+            if arm.withheld
+        ),
     ]
-    if withheld:
-        raise CheckFailedError(f"implausible, not published: {'; '.join(withheld)}")
+    if problems:
+        raise CheckFailedError("; ".join(dict.fromkeys(problems)))
 
 
 def doctor(as_json: JsonOption = False) -> None:

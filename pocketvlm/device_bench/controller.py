@@ -7,7 +7,7 @@ is warm, because digests were just checked), peak memory is that of one bundle a
 variation between processes, which is larger than within a process, is in the samples.
 
 A process that fails stays in the result with its reason, and with the answers that it gave before.
-Figures that contradict physics or each other are flagged, and so is a machine that was not quiet.
+When the device itself is gone, the run ends, and what was measured until then is its result.
 """
 
 from __future__ import annotations
@@ -15,27 +15,46 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pocketvlm.context import Progress, ProgressCallback, ignore_progress
 from pocketvlm.device_bench.arm import Arm, Pair, open_arms
 from pocketvlm.device_bench.block import Block
+from pocketvlm.device_bench.contradictions import find_contradiction
+from pocketvlm.device_bench.cooling import Cooling, Wait, read_sensors, wait_until_cool
 from pocketvlm.device_bench.prompts import fit_turns
-from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Failure, Turn
+from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Event, Failure, Turn
+from pocketvlm.device_bench.recovery import recover_block
 from pocketvlm.device_bench.result import assemble_measurement
-from pocketvlm.device_bench.schedule import Outcome, schedule
+from pocketvlm.device_bench.schedule import Outcome, Process, schedule
 from pocketvlm.device_bench.transports.base import Connection, Transport
 from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import PocketVLMError
 from pocketvlm.json_io import DecodeError, decode
-from pocketvlm.reports.measurement import Environment, Measurement, ProcessStart
+from pocketvlm.reports.measurement import Environment, Measurement
 
-__all__ = ["bench_bundles"]
+__all__ = ["BenchOptions", "bench_bundles"]
 
-_TIMEOUT_S = 600.0
 # An arm that failed twice will fail again; its remaining processes are skipped, with a note.
 _MOST_FAILURES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """How a run is made.
+
+    Attributes:
+        device: Name of the device, or of its profile, for the report.
+        threads: Threads of the heavy graphs; `None` for one per physical core.
+        timeout_s: Seconds that one process may take, beside its sustained answers.
+        cooling: What to wait for before every process; `None` for nothing.
+    """
+
+    device: str = "host"
+    threads: int | None = None
+    timeout_s: float = 600.0
+    cooling: Cooling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +66,31 @@ class _Cell:
     turns: dict[str, tuple[Turn, ...]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """An open connection, and what is on its device.
+
+    Attributes:
+        connection: The connection.
+        folders: The bundle of each arm on the device.
+        environment: The device.
+        options: How the run is made.
+        has_real_time: Whether the device's seconds are those of this machine.
+    """
+
+    connection: Connection
+    folders: dict[str, str]
+    environment: Environment
+    options: BenchOptions
+    has_real_time: bool
+
+
 def bench_bundles(
     pairs: Sequence[Pair],
     workloads: Sequence[Workload],
     *,
     transport: Transport | None = None,
-    device: str = "host",
-    threads: int | None = None,
-    timeout_s: float = _TIMEOUT_S,
+    options: BenchOptions | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> tuple[Measurement, ...]:
     """Measures bundles on a device, interleaved, one workload after another.
@@ -63,9 +99,7 @@ def bench_bundles(
         pairs: Bundles with their runtimes; the first is the reference of all ratios.
         workloads: The workloads; nothing is measured before all of them fit all models.
         transport: Reaches the device; `None` for this host.
-        device: Name of the device's profile, for the report.
-        threads: Threads of the heavy graphs; `None` for one per physical core.
-        timeout_s: Seconds that one process may take, beside its sustained answers.
+        options: How the run is made; `None` for the defaults.
         on_progress: Called for every process.
 
     Returns:
@@ -74,26 +108,50 @@ def bench_bundles(
     Raises:
         BundleError: A folder holds no bundle, or a file of it was changed.
         InputError: A picture cannot be read, a workload does not fit a model, a bundle lacks a
-            runtime, or the device cannot be reached.
+            runtime, the device cannot be reached, or does not tell what is waited for.
         MissingExtraError: An engine is not installed here.
         UnsupportedError: An engine would be emulated here.
     """
-    transport = transport or HostTransport()
+    transport, options = transport or HostTransport(), options or BenchOptions()
     arms = open_arms(pairs, is_host=transport.kind == HostTransport.kind)
     cells = [_fit(workload, arms) for workload in workloads]
     with transport.connect() as connection:
-        environment = _describe_device(connection, device, threads, timeout_s)
+        environment = _describe_device(connection, options)
+        if options.cooling is not None:
+            options.cooling.require_sensors(read_sensors(connection))
         places = {arm.bundle.path: connection.install(arm.bundle) for arm in arms}
-        folders = {arm.name: places[arm.bundle.path] for arm in arms}
-        return tuple(
-            _measure(connection, cell, arms, folders, environment, timeout_s, on_progress)
-            for cell in cells
+        session = _Session(
+            connection=connection,
+            folders={arm.name: places[arm.bundle.path] for arm in arms},
+            environment=environment,
+            options=options,
+            has_real_time=transport.has_real_time,
         )
+        results: list[Measurement] = []
+        gone: str | None = None
+        for cell in cells:
+            outcomes: list[Outcome] = []
+            if gone is None:
+                outcomes, gone = _measure(session, cell, arms, on_progress)
+            results.append(
+                assemble_measurement(
+                    arms,
+                    outcomes,
+                    workload=cell.workload,
+                    pictures=cell.pictures,
+                    environment=environment,
+                    gone=gone,
+                )
+            )
+    return tuple(results)
 
 
 def _fit(workload: Workload, arms: Sequence[Arm]) -> _Cell:
     pictures = workload.encoded_pictures()
-    by_bundle = {arm.bundle.path: fit_turns(arm.bundle, workload, pictures) for arm in arms}
+    by_bundle = {
+        path: fit_turns(bundle, workload, pictures)
+        for path, bundle in {arm.bundle.path: arm.bundle for arm in arms}.items()
+    }
     return _Cell(
         workload=workload,
         pictures=pictures,
@@ -102,72 +160,85 @@ def _fit(workload: Workload, arms: Sequence[Arm]) -> _Cell:
 
 
 def _measure(
-    connection: Connection,
-    cell: _Cell,
-    arms: Sequence[Arm],
-    folders: dict[str, str],
-    environment: Environment,
-    timeout_s: float,
-    on_progress: ProgressCallback,
-) -> Measurement:
+    session: _Session, cell: _Cell, arms: Sequence[Arm], on_progress: ProgressCallback
+) -> tuple[list[Outcome], str | None]:
+    """Runs every process of one workload, or those until the device is gone, and says why it is."""
     workload, by_name = cell.workload, {arm.name: arm for arm in arms}
     processes = schedule(workload.repeats, tuple(by_name))
-    order: list[ProcessStart] = []
     outcomes: list[Outcome] = []
     started = time.monotonic()
     for done, process in enumerate(processes):
-        arm = by_name[process.arm]
-        on_progress(Progress(task="bench", done=done, total=len(processes), note=arm.name))
-        failed = [one for one in outcomes if one.process.arm == arm.name and one.failure]
+        on_progress(Progress(task="bench", done=done, total=len(processes), note=process.arm))
+        failed = [one for one in outcomes if one.process.arm == process.arm and one.failure]
         if len(failed) >= _MOST_FAILURES:
             continue
         time.sleep(workload.cool_down_s)
-        order.append(ProcessStart(arm=arm.name, at_s=round(time.monotonic() - started, 3)))
-        job = BlockJob(
-            bundle=folders[arm.name],
-            runtime=arm.runtime,
-            turns=cell.turns[arm.name],
-            new_tokens=workload.new_tokens,
-            pictures=tuple(base64.b64encode(one).decode() for one in cell.pictures),
-            ignore_eos=workload.ignore_eos,
-            warm_ups=workload.warm_ups,
-            answers=workload.answers,
-            sustained_s=workload.sustained_s,
-            threads=environment.threads,
-        )
-        outcome = _run_block(connection, job, timeout_s + (workload.sustained_s or 0))
-        if isinstance(outcome, Failure):
-            outcomes.append(Outcome(process=process, block=None, failure=outcome.reason))
-        else:
-            outcomes.append(Outcome(process=process, block=outcome))
+        cooling = session.options.cooling
+        wait = Wait() if cooling is None else wait_until_cool(session.connection, cooling)
+        started_s = round(time.monotonic() - started, 3)
+        outcome = _run_process(session, cell, by_name[process.arm], process)
+        outcomes.append(replace(outcome, started_s=started_s, wait=wait))
+        if outcome.failure is not None and not _is_there(session):
+            return outcomes, outcome.failure
     on_progress(Progress(task="bench", done=len(processes), total=len(processes)))
-    return assemble_measurement(
-        arms,
-        outcomes,
-        workload=workload,
-        pictures=cell.pictures,
-        environment=environment,
-        order=order,
+    return outcomes, None
+
+
+def _run_process(session: _Session, cell: _Cell, arm: Arm, process: Process) -> Outcome:
+    """Runs one process; one that died has the block that its events tell."""
+    workload = cell.workload
+    # A sustained run heats the device: only the last process of an arm has one.
+    is_last = process.repeat == workload.repeats - 1
+    sustained_s = workload.sustained_s if is_last else None
+    job = BlockJob(
+        bundle=session.folders[arm.name],
+        runtime=arm.runtime,
+        turns=cell.turns[arm.name],
+        new_tokens=workload.new_tokens,
+        pictures=tuple(base64.b64encode(one).decode() for one in cell.pictures),
+        ignore_eos=workload.ignore_eos,
+        warm_ups=workload.warm_ups,
+        answers=workload.answers,
+        sustained_s=sustained_s,
+        threads=session.environment.threads,
     )
+    events: list[Event] = []
+    started = time.monotonic()
+    found = session.connection.run(
+        job, timeout_s=session.options.timeout_s + (sustained_s or 0), on_event=events.append
+    )
+    elapsed_s = time.monotonic() - started if session.has_real_time else None
+    reason = found.reason if isinstance(found, Failure) else None
+    block: Block | None = None
+    if isinstance(found, Failure):
+        block = recover_block(found.events)
+    else:
+        try:
+            block = decode(Block, found)
+        except DecodeError as fault:
+            reason = f"the runner's result is not a block: {fault}"
+            block = recover_block(events)
+    if block is not None:
+        wrong = find_contradiction(block, job, events, elapsed_s=elapsed_s, is_whole=reason is None)
+        if wrong is not None:
+            failure = f"the runner contradicts itself: {wrong}"
+            return Outcome(process=process, block=None, failure=reason or failure)
+    return Outcome(process=process, block=block, failure=reason)
 
 
-def _describe_device(
-    connection: Connection, device: str, threads: int | None, timeout_s: float
-) -> Environment:
-    found = connection.run(EnvironmentJob(threads=threads), timeout_s=timeout_s)
+def _describe_device(connection: Connection, options: BenchOptions) -> Environment:
+    job = EnvironmentJob(threads=options.threads)
+    found = connection.run(job, timeout_s=options.timeout_s)
     if isinstance(found, Failure):
         raise PocketVLMError(f"the device does not answer: {found.reason}")
     try:
-        return decode(Environment, {**found, "device": device}, "environment")
+        return decode(Environment, {**found, "device": options.device}, "environment")
     except DecodeError as fault:
         raise PocketVLMError(f"the device describes itself wrongly: {fault}") from fault
 
 
-def _run_block(connection: Connection, job: BlockJob, timeout_s: float) -> Block | Failure:
-    outcome = connection.run(job, timeout_s=timeout_s)
-    if isinstance(outcome, Failure):
-        return outcome
-    try:
-        return decode(Block, outcome)
-    except DecodeError as fault:
-        return Failure(reason=f"the runner's result is not a block: {fault}")
+def _is_there(session: _Session) -> bool:
+    """Whether the device still answers, after a process failed."""
+    job = EnvironmentJob(threads=session.environment.threads)
+    found = session.connection.run(job, timeout_s=session.options.timeout_s)
+    return not isinstance(found, Failure)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 from pocketvlm.device_bench.arm import Arm
 from pocketvlm.device_bench.block import Block
 from pocketvlm.device_bench.plausibility import Physics, check_plausibility
 from pocketvlm.device_bench.schedule import Outcome
-from pocketvlm.device_bench.summary import paired_ratios, relative_spread, summarise_repeats
+from pocketvlm.device_bench.summary import (
+    paired_ratios,
+    relative_spread,
+    summarise_later_turn,
+    summarise_repeats,
+    total_energy,
+)
+from pocketvlm.device_bench.sustained import summarise_sustained
+from pocketvlm.device_bench.thermal import summarise_sensors
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.measurement import (
@@ -24,6 +33,7 @@ from pocketvlm.reports.measurement import (
     ProcessFailure,
     ProcessStart,
     Stability,
+    Sustained,
 )
 
 __all__ = ["assemble_measurement"]
@@ -40,7 +50,7 @@ def assemble_measurement(
     workload: Workload,
     pictures: Sequence[bytes],
     environment: Environment,
-    order: Sequence[ProcessStart],
+    gone: str | None = None,
 ) -> Measurement:
     """Combines the measurements of all processes.
 
@@ -50,7 +60,7 @@ def assemble_measurement(
         workload: The workload that was measured.
         pictures: Its encoded pictures.
         environment: The device.
-        order: The processes that were started.
+        gone: Why the run ended early, if the device vanished.
     """
     by_arm = {arm.name: [one for one in outcomes if one.process.arm == arm.name] for arm in arms}
     reference = arms[0].name
@@ -68,9 +78,11 @@ def assemble_measurement(
         environment=environment,
         reference=reference,
         arms=measured,
-        order=tuple(order),
+        order=tuple(ProcessStart(arm=one.process.arm, at_s=one.started_s) for one in outcomes),
         notes=(
+            *([] if gone is None else [f"the device is gone, and the run ended early: {gone}"]),
             *(note for arm in arms for note in _notes(arm, by_arm[arm.name], workload)),
+            *_compare_answers(arms, by_arm),
             *(note for name, arm in measured.items() for note in _verdicts(name, arm)),
             *_noise(reference, measured[reference].stability),
         ),
@@ -94,25 +106,38 @@ def _measure_arm(
         for one in outcomes
         if one.failure is not None
     )
+    sensors = summarise_sensors(outcomes)
     if not blocks:
         reason = failures[-1].reason if failures else "it was never run"
         return MeasuredArm(
-            runtime=arm.runtime, bundle=bundle, latency=Latency(failed=reason), failures=failures
+            runtime=arm.runtime,
+            bundle=bundle,
+            latency=Latency(failed=reason),
+            sensors=sensors,
+            failures=failures,
         )
+    in_order = [blocks[repeat] for repeat in sorted(blocks)]
     latency = summarise_repeats(blocks)
     memory = _largest_memory(blocks.values())
     ratio_samples = {} if reference is None else paired_ratios(blocks, _blocks(reference))
-    first = next(iter(blocks.values()))
+    first = in_order[0]
+    turns = max(len(block.later_turns) for block in in_order)
     return MeasuredArm(
         runtime=arm.runtime,
         bundle=bundle,
         prompt=first.prompt,
         latency=latency,
+        later_turns=tuple(summarise_later_turn(in_order, turn) for turn in range(turns)),
         memory=memory,
+        sustained=_sustained(in_order),
+        sensors=sensors,
+        energy=total_energy([block.energy for block in in_order if block.energy is not None]),
         ratios={name: median(values) for name, values in ratio_samples.items()},
         ratio_samples=ratio_samples,
         stability=_stability(latency),
-        plausibility=check_plausibility(latency, memory, _physics(first, bundle, environment)),
+        plausibility=check_plausibility(
+            latency, memory, _physics(first, bundle, environment), sensors
+        ),
         failures=failures,
     )
 
@@ -120,6 +145,16 @@ def _measure_arm(
 def _blocks(outcomes: Iterable[Outcome]) -> dict[int, Block]:
     """The measurement of each process that measured something, by repeat."""
     return {one.process.repeat: one.block for one in outcomes if one.block is not None}
+
+
+def _sustained(blocks: Sequence[Block]) -> Sustained | None:
+    """What the process that answered without a pause retained; its last reading was at its end."""
+    for block in blocks:
+        if block.sustained:
+            ends_ms = block.sensors[-1].at_ms if block.sensors else 0.0
+            began_ms = max(0.0, ends_ms - block.sustained[-1].at_s * 1e3)
+            return summarise_sustained(block.sustained, block.sensors, began_ms=began_ms)
+    return None
 
 
 def _physics(block: Block, bundle: MeasuredBundle, environment: Environment) -> Physics:
@@ -188,11 +223,30 @@ def _notes(arm: Arm, outcomes: Sequence[Outcome], workload: Workload) -> Iterabl
     missing = workload.repeats - len(outcomes)
     if missing:
         yield f"{arm.name}: {missing} repeats were skipped after {len(failed)} failures"
+    warm = sum(not one.wait.is_cool for one in outcomes)
+    if warm:
+        yield f"{arm.name}: {warm} processes started above the thermal limit: waiting took too long"
     whole = [one.block for one in outcomes if one.block is not None and one.failure is None]
     if len({block.token_ids for block in whole}) > 1 or not all(
         block.is_repeatable for block in whole
     ):
         yield f"{arm.name}: the same prompt did not give the same tokens every time"
+
+
+def _compare_answers(arms: Sequence[Arm], by_arm: Mapping[str, Sequence[Outcome]]) -> Iterable[str]:
+    """Where two runtimes of one bundle part: equal logits to three digits are not equal text."""
+    told: dict[Path, tuple[str, tuple[int, ...]]] = {}
+    for arm in arms:
+        answers = (one.block.token_ids for one in by_arm[arm.name] if one.block is not None)
+        token_ids = next(filter(None, answers), ((),))[0]
+        first, theirs = told.setdefault(arm.bundle.path, (arm.name, token_ids))
+        pairs = list(zip(theirs, token_ids, strict=False))
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        if same < len(pairs):
+            yield (
+                f"{arm.name}: its answer parts from that of {first} after {same} of "
+                f"{len(pairs)} tokens"
+            )
 
 
 def _verdicts(name: str, arm: MeasuredArm) -> Iterable[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pocketvlm.device_bench.block import Block
+from pocketvlm.device_bench.cooling import Wait
 
 __all__ = ["Outcome", "Process", "schedule"]
 
@@ -26,11 +27,15 @@ class Outcome:
         process: The process.
         block: Its measurement; of a process that died, what its events had told by then, or `None`.
         failure: Why it returned no result.
+        started_s: When it was started, in seconds after the start of the run.
+        wait: How long it waited for the device to cool.
     """
 
     process: Process
     block: Block | None
     failure: str | None = None
+    started_s: float = 0.0
+    wait: Wait = field(default_factory=Wait)
 
 
 def schedule(repeats: int, arms: Sequence[str]) -> tuple[Process, ...]:

@@ -11,15 +11,17 @@ from statistics import mean, median, stdev
 
 from pocketvlm.device_bench.block import AnswerTimes, Block
 from pocketvlm.machine import Samples
-from pocketvlm.reports.measurement import Figure, Latency
+from pocketvlm.reports.measurement import Energy, Figure, Latency
 
 __all__ = [
     "FIGURES",
     "paired_ratios",
     "relative_spread",
     "summarise_blocks",
+    "summarise_later_turn",
     "summarise_repeats",
     "summarise_samples",
+    "total_energy",
 ]
 
 
@@ -72,10 +74,55 @@ def summarise_blocks(blocks: Sequence[Block]) -> Latency:
         "load_ms": summarise_samples([block.load_ms for block in blocks]),
         "cold_ttft_user_ms": summarise_samples([block.cold.ttft_user_ms for block in blocks]),
     }
-    for name, samples_of in FIGURES.items():
-        samples = [value for answer in answers for value in samples_of(answer)]
-        figures[name] = summarise_samples(samples)
-    return Latency(figures=figures)
+    return Latency(figures={**figures, **_summarise_answers(answers)})
+
+
+def summarise_later_turn(blocks: Sequence[Block], turn: int) -> Latency:
+    """The figures of a turn after the first; `turn` counts those from 0."""
+    answers = [
+        answer
+        for block in blocks
+        if turn < len(block.later_turns)
+        for answer in block.later_turns[turn]
+    ]
+    return Latency(figures=_summarise_answers(answers))
+
+
+def _summarise_answers(answers: Sequence[AnswerTimes]) -> dict[str, Figure]:
+    return {
+        name: summarise_samples([value for answer in answers for value in samples_of(answer)])
+        for name, samples_of in FIGURES.items()
+    }
+
+
+def total_energy(parts: Sequence[Energy]) -> Energy | None:
+    """Energy over several processes, each figure by what it is of; `None` if nothing counted."""
+    if not parts:
+        return None
+    return replace(
+        parts[0],
+        total_j=_sum([part.total_j for part in parts]),
+        seconds=_sum([part.seconds for part in parts]),
+        answers=sum(part.answers or 0 for part in parts),
+        new_tokens=sum(part.new_tokens or 0 for part in parts),
+        pictures=sum(part.pictures or 0 for part in parts),
+        mj_per_token=_weighted([(part.mj_per_token, part.new_tokens) for part in parts]),
+        j_per_image=_weighted([(part.j_per_image, part.pictures) for part in parts]),
+        is_by_stage=all(part.is_by_stage for part in parts),
+    )
+
+
+def _sum(amounts: Sequence[float | None]) -> float | None:
+    """The sum, if every amount is known."""
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known) if len(known) == len(amounts) else None
+
+
+def _weighted(rows: Sequence[tuple[float | None, int | None]]) -> float | None:
+    """The mean of known values, each by its count."""
+    known = [(value, count) for value, count in rows if value is not None and count]
+    weight = sum(count for _, count in known)
+    return sum(value * count for value, count in known) / weight if weight else None
 
 
 def summarise_repeats(blocks: Mapping[int, Block]) -> Latency:

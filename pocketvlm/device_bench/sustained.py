@@ -41,11 +41,18 @@ def summarise_sustained(
     return Sustained(
         duration_s=duration_s,
         answers=len(firsts),
+        at_s=tuple(round(answer.at_s, 3) for answer in firsts),
         decode_tok_s=Retention(
-            burst=decoding[0], last=decoding[1], retained=_ratio(decoding[1], decoding[0])
+            samples=tuple(round(_decode_tok_s([answer]) or 0.0, 4) for answer in firsts),
+            burst=decoding[0],
+            last=decoding[1],
+            retained=_ratio(decoding[1], decoding[0]),
         ),
         ttft_user_ms=Retention(
-            burst=waiting[0], last=waiting[1], retained=_ratio(waiting[0], waiting[1])
+            samples=tuple(round(answer.ttft_user_ms, 4) for answer in firsts),
+            burst=waiting[0],
+            last=waiting[1],
+            retained=_ratio(waiting[0], waiting[1]),
         ),
         time_to_status_s=_times_to_status(sensors, began_ms),
     )

@@ -8,9 +8,11 @@ device; nothing is downloaded.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +21,15 @@ from pocketvlm.errors import InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, read_image
 
-__all__ = ["PRESETS", "Workload", "draw_picture", "fit_text", "load_workload"]
+__all__ = [
+    "PRESETS",
+    "Workload",
+    "change_workload",
+    "draw_picture",
+    "fit_text",
+    "load_workload",
+    "vary_workload",
+]
 
 _MIN_REPEATS = 5
 _SENTENCES = (
@@ -135,6 +145,57 @@ def load_workload(name: str) -> Workload:
     if name not in PRESETS:
         raise InputError(f"workload {name!r} is not known; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def change_workload(
+    workload: Workload, *, image_files: tuple[Path, ...] | None = None, **changes: float | None
+) -> Workload:
+    """The workload with other fields; `None` leaves one as it is.
+
+    Args:
+        workload: The workload.
+        image_files: Pictures to use instead of generated ones.
+        changes: Numbers, by the name of the field.
+
+    Raises:
+        InputError: A field is out of range; the message says what is allowed.
+    """
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    if image_files is not None:
+        given |= {"image_files": image_files, "image_size": None}
+    try:
+        return replace(workload, **given)
+    except ValueError as fault:
+        raise InputError(str(fault)) from fault
+
+
+def vary_workload(
+    workload: Workload, *, image_sizes: Sequence[int] = (), prompt_tokens: Sequence[int] = ()
+) -> tuple[Workload, ...]:
+    """The workload at every size of its pictures and every length of its prompt, as a grid.
+
+    Args:
+        workload: What all of them share.
+        image_sizes: Sides of the generated pictures; none for the workload's own.
+        prompt_tokens: Lengths of the prompt; none for the workload's own.
+
+    Raises:
+        InputError: A size or a length is out of range or named twice.
+    """
+    axes = {"image_size": image_sizes, "prompt_tokens": prompt_tokens}
+    for name, values in axes.items():
+        if len(set(values)) != len(values):
+            raise InputError(f"{name}: {', '.join(map(str, values))} names a value twice")
+    varied = [name for name, values in axes.items() if len(values) > 1]
+    grid = []
+    for image_size, tokens in product(
+        image_sizes or (workload.image_size,), prompt_tokens or (workload.prompt_tokens,)
+    ):
+        place = {"image_size": f"{image_size} px", "prompt_tokens": f"{tokens} tokens"}
+        name = ", ".join([workload.name, *(place[axis] for axis in varied)])
+        named = replace(workload, name=name)
+        grid.append(change_workload(named, image_size=image_size, prompt_tokens=tokens))
+    return tuple(grid)
 
 
 def _read_picture(file: Path) -> bytes:

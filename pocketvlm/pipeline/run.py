@@ -15,7 +15,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.arm import Pair
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
@@ -204,7 +204,9 @@ def _bench(
         return None
     if baseline is not None:
         pairs.insert(0, (baseline(), None))
-    (bench,) = bench_bundles(pairs, [workload], threads=ctx.threads, on_progress=ctx.on_progress)
+    (bench,) = bench_bundles(
+        pairs, [workload], options=BenchOptions(threads=ctx.threads), on_progress=ctx.on_progress
+    )
     return bench
 
 

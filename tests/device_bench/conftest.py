@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,11 @@ def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 def block():
     """Makes blocks."""
     return make_block
+
+
+@pytest.fixture
+def other(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle under another name."""
+    copied = tmp_path / "base"
+    shutil.copytree(tiny_bundle, copied)
+    return copied

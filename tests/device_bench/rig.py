@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.block import AnswerTimes, Block
+from pocketvlm.device_bench.arm import pair_all
+from pocketvlm.device_bench.block import AnswerTimes, Block, SensorSample
+from pocketvlm.device_bench.controller import bench_bundles
 from pocketvlm.device_bench.prompts import fit_turns
-from pocketvlm.device_bench.protocol import BlockJob
+from pocketvlm.device_bench.protocol import (
+    BlockJob,
+    EnvironmentJob,
+    Failure,
+    Job,
+    Result,
+    SensorsJob,
+)
+from pocketvlm.device_bench.transports.base import (
+    Connection,
+    EventCallback,
+    Transport,
+    ignore_event,
+)
 from pocketvlm.device_bench.workload import Workload
-from pocketvlm.reports.measurement import Memory, Prompt
+from pocketvlm.json_io import encode
+from pocketvlm.reports.measurement import Measurement, Memory, Prompt
 
-__all__ = ["block_job", "make_answer", "make_block"]
+__all__ = ["SCRIPTED", "ScriptedTransport", "bench", "block_job", "make_answer", "make_block"]
+
+SCRIPTED = Workload(name="tiny", image_size=64, prompt_tokens=48, new_tokens=5)
+"""What the blocks of `make_block` are answers to."""
 
 
 def make_answer(scale: float = 1.0) -> AnswerTimes:
@@ -62,3 +84,44 @@ def block_job(bundle: Path, workload: Workload) -> BlockJob:
         answers=workload.answers,
         pictures=tuple(base64.b64encode(one).decode() for one in pictures),
     )
+
+
+@dataclass
+class ScriptedTransport(Transport, Connection):
+    """A device with scripted outcomes."""
+
+    kind: ClassVar[str] = "scripted"
+    has_real_time: ClassVar[bool] = False
+
+    outcomes: list[Any]
+    environment: Any = field(default_factory=lambda: {"threads": 1})
+    sensors: list[SensorSample] = field(default_factory=list)
+    is_gone_after: int | None = None
+    jobs: list[BlockJob] = field(default_factory=list)
+
+    def connect(self) -> Self:
+        return self
+
+    def install(self, bundle: Bundle) -> str:
+        return str(bundle.path)
+
+    def close(self) -> None:
+        pass
+
+    def run(
+        self, job: Job, *, timeout_s: float, on_event: EventCallback = ignore_event
+    ) -> Result | Failure:
+        if isinstance(job, EnvironmentJob):
+            is_gone = self.is_gone_after is not None and len(self.jobs) >= self.is_gone_after
+            return Failure(reason="no route to host") if is_gone else self.environment
+        if isinstance(job, SensorsJob):
+            return encode(self.sensors.pop(0))
+        self.jobs.append(job)
+        outcome = self.outcomes.pop(0)
+        return encode(outcome) if isinstance(outcome, Block) else outcome
+
+
+def bench(bundles: Sequence[Path], workload: Workload = SCRIPTED, **options: Any) -> Measurement:
+    """The measurement of one workload."""
+    (result,) = bench_bundles(pair_all(bundles), [workload], **options)
+    return result

@@ -6,71 +6,30 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.context import Progress
-from pocketvlm.device_bench.arm import open_arms, pair_all
+from pocketvlm.device_bench.arm import Arm, open_arms, pair_all
 from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
 from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.prompts import fit_turns
-from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Failure
-from pocketvlm.device_bench.schedule import Process, schedule
+from pocketvlm.device_bench.protocol import Failure
+from pocketvlm.device_bench.result import assemble_measurement
+from pocketvlm.device_bench.schedule import Outcome, Process, schedule
 from pocketvlm.device_bench.summary import FIGURES
-from pocketvlm.device_bench.transports.base import Connection, Transport, ignore_event
-from pocketvlm.device_bench.workload import Workload
+from pocketvlm.device_bench.transports.simulated import SimulatedTransport
+from pocketvlm.device_bench.workload import Workload, vary_workload
 from pocketvlm.errors import BundleError, InputError, PocketVLMError
 from pocketvlm.json_io import decode, encode
-from pocketvlm.reports.measurement import Latency, Measurement, ProcessFailure
+from pocketvlm.reports.measurement import Environment, Latency, Measurement, ProcessFailure
 from pocketvlm.reports.report_file import parse_report
-from tests.device_bench.rig import block_job
+from tests.device_bench.rig import SCRIPTED, ScriptedTransport, bench, block_job
 
 WORKLOAD = Workload(name="tiny", image_size=64, prompt_tokens=48, new_tokens=6, answers=2)
-
-
-@dataclass
-class ScriptedTransport(Transport, Connection):
-    """A device with scripted outcomes."""
-
-    kind = "scripted"
-
-    outcomes: list[Any]
-    environment: Any = field(default_factory=lambda: {"threads": 1})
-    jobs: list[BlockJob] = field(default_factory=list)
-
-    def connect(self):
-        return self
-
-    def install(self, bundle):
-        return str(bundle.path)
-
-    def close(self):
-        pass
-
-    def run(self, job, *, timeout_s, on_event=ignore_event):
-        if isinstance(job, EnvironmentJob):
-            return self.environment
-        self.jobs.append(job)
-        outcome = self.outcomes.pop(0)
-        return encode(outcome) if isinstance(outcome, Block) else outcome
-
-
-def bench(bundles, workload=WORKLOAD, **options):
-    (result,) = bench_bundles(pair_all(bundles), [workload], **options)
-    return result
-
-
-@pytest.fixture
-def other(tiny_bundle, tmp_path):
-    """The same bundle under another name."""
-    (tmp_path / "other").symlink_to(tiny_bundle)
-    copied = tmp_path / "base"
-    shutil.copytree(tiny_bundle, copied)
-    return copied
 
 
 def test_arms_take_turns():
@@ -154,6 +113,32 @@ def test_an_arm_that_keeps_failing_is_given_up_and_the_reference_is_not(tiny_bun
     assert "bundle: 3 repeats were skipped after 2 failures" in result.notes
 
 
+def test_two_runtimes_of_one_bundle_are_arms_whose_answers_are_compared(tiny_bundle, block):
+    arms = (
+        Arm(name=f"bundle ({name})", bundle=Bundle.open(tiny_bundle), runtime=name)
+        for name in ("onnx", "executorch")
+    )
+    outcomes = [
+        Outcome(process=Process(arm=f"bundle ({name})", repeat=0), block=block(token_ids=ids))
+        for name, ids in (("onnx", (1, 2, 3, 4)), ("executorch", (1, 9, 3, 4)))
+    ]
+    result = assemble_measurement(
+        tuple(arms), outcomes, workload=SCRIPTED, pictures=(), environment=Environment()
+    )
+    assert list(result.arms) == ["bundle (onnx)", "bundle (executorch)"]
+    parts = "bundle (executorch): its answer parts from that of bundle (onnx) after 1 of 4 tokens"
+    assert parts in result.notes
+
+
+def test_a_grid_is_one_measurement_for_each_of_its_cells(tiny_bundle):
+    grid = vary_workload(SCRIPTED, image_sizes=(32, 64), prompt_tokens=(48, 60))
+    results = bench_bundles(pair_all([tiny_bundle]), grid, transport=SimulatedTransport())
+    shapes = [(one.workload.image_size, one.workload.prompt_tokens) for one in results]
+    assert shapes == [(32, 48), (32, 60), (64, 48), (64, 60)]
+    assert results[1].workload.name == "tiny, 32 px, 60 tokens"
+    assert all(one.arms["bundle"].latency.failed is None for one in results)
+
+
 def test_a_noisy_machine_is_flagged_and_a_quiet_one_is_not(tiny_bundle, block):
     def run(scales):
         return bench([tiny_bundle], transport=ScriptedTransport([block(one) for one in scales]))
@@ -167,11 +152,11 @@ def test_a_noisy_machine_is_flagged_and_a_quiet_one_is_not(tiny_bundle, block):
 
 def test_implausible_figures_and_changing_answers_are_noted(tiny_bundle, block):
     (answer,) = block().answers
-    early = replace(answer, ttft_user_ms=1.0)
+    early = replace(answer, ttft_engine_ms=5.0)  # 40 tokens at 2,000 tok/s take 20
     blocks = [replace(block(token_ids=(1, 2, index)), answers=(early,)) for index in range(5)]
     result = bench([tiny_bundle], transport=ScriptedTransport(blocks))
-    assert {"ttft_user_ms", "ttft_engine_ms"} <= result.arms["bundle"].withheld
-    assert any("not published: ttft_user_ms" in note for note in result.notes)
+    assert result.arms["bundle"].withheld == {"ttft_engine_ms", "prefill_tok_s"}
+    assert any("not published: ttft_engine_ms" in note for note in result.notes)
     assert any("did not give the same tokens" in note for note in result.notes)
 
 
@@ -258,7 +243,7 @@ def test_text_alone_has_no_picture_stages(tiny_bundle):
 
 def test_a_real_run_through_the_host_transport(tiny_bundle):
     """Ten processes of a tiny model have every figure, and none is implausible."""
-    result = bench([tiny_bundle, tiny_bundle], threads=1)
+    result = bench([tiny_bundle, tiny_bundle], WORKLOAD, options=BenchOptions(threads=1))
     assert list(result.arms) == ["bundle", "bundle #2"]
     for arm in result.arms.values():
         for name in FIGURES:

@@ -18,9 +18,15 @@ __all__ = ["Connection", "EventCallback", "Transport", "ignore_event"]
 
 
 class Transport(ABC):
-    """Reaches one device; its fields say which."""
+    """Reaches one device; its fields say which.
+
+    Attributes:
+        kind: The word that its addresses begin with.
+        has_real_time: Whether a second of the device is one of this machine.
+    """
 
     kind: ClassVar[str]
+    has_real_time: ClassVar[bool] = True
 
     @abstractmethod
     def connect(self) -> Connection:

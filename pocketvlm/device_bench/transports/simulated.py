@@ -49,6 +49,7 @@ class SimulatedTransport(Transport):
     """Reaches a device that a script describes."""
 
     kind: ClassVar[str] = "simulated"
+    has_real_time: ClassVar[bool] = False
     simulation: Simulation = field(default_factory=Simulation)
 
     @classmethod
