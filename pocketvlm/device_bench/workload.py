@@ -57,8 +57,8 @@ class Workload:
         answers: Measured answers per process.
         repeats: Processes per arm; a figure has `repeats * answers` samples.
         cool_down_s: Pause before every process, in seconds.
-        sustained_s: Seconds for which every process goes on answering after the measured answers;
-            `None` for none.
+        sustained_s: Seconds for which the last process of every arm continues to answer without a
+            pause, after its measured answers; `None` for none.
         ignore_eos: Whether generation continues after an end token, so that every answer has
             exactly `new_tokens` tokens.
     """

@@ -55,7 +55,7 @@ def test_temperature_and_a_long_run_of_a_device_that_throttles(tiny_bundle):
     assert sustained.decode_tok_s.retained == pytest.approx(0.5, abs=0.02)
     assert sustained.ttft_user_ms.retained == pytest.approx(0.5, abs=0.02)
     assert list(sustained.time_to_status_s) == ["light", "moderate"]
-    # Two turns: the later one has figures of its own.
+    # Two turns: the later one has its own figures.
     (later,) = arm.later_turns
     assert later.figure("vision_ms").samples == ()
     assert len(later.figure("prefill_ms").samples) == 5
