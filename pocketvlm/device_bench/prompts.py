@@ -69,7 +69,7 @@ def _token_counter(
         return sum(token != codec.image_token_id for token in ids)
 
     def count_added(text: str) -> int:
-        # What the template writes after an answer is no prompt by itself, and begins inside one.
+        # What the template writes after an answer is not a prompt by itself, and begins inside one.
         last = (
             render_turns(codec, [*earlier, Turn(text=text, pictures=pictures)])[-1].rendered or ""
         )
