@@ -19,7 +19,7 @@ from pocketvlm.runtime.executorch.program import load_program, register_operator
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
 
 
-# Its compiler warns about itself; the target runs it in a process of its own.
+# Its compiler warns about itself; the target runs it in a separate process.
 @pytest.mark.filterwarnings("ignore")
 def test_every_reducer_chooses_what_torch_chooses(
     tiny_paths: dict[str, Path], tmp_path: Path
