@@ -17,9 +17,9 @@ def tabulate(rows: Sequence[Comparison]) -> tuple[str, Table]:
     noisy = sum(row.verdict == "too noisy" for row in failed)
     worse = len(failed) - noisy
     if worse:
-        title = f"{worse} of {len(rows)} figures are worse than allowed"
+        title = f"Worse than allowed: {worse} of {len(rows)} figures"
     elif noisy:
-        title = f"{noisy} of {len(rows)} figures are too noisy to tell"
+        title = f"Too noisy to tell: {noisy} of {len(rows)} figures"
     else:
         title = "No figure is worse than allowed"
     return title, Table(

@@ -77,9 +77,9 @@ class Comparison:
         if self.regression is None:
             return ""
         sign = 1 if self.regression > 0 else -1
-        text = f"{'worse' if sign > 0 else 'better'} by {sign * self.regression:.1%}"
+        text = f"{'worse' if sign > 0 else 'better'} by {abs(self.regression):.1%}"
         if self.low is None or self.high is None:
-            return text
+            return text if self.regression else "no change"
         near, far = sorted((sign * self.low, sign * self.high))
         return f"{text} ({near:.1%} to {far:.1%})"
 

@@ -24,7 +24,7 @@ from pocketvlm.reports.view_run import view_run
 __all__ = ["render_card", "render_html", "render_markdown", "render_table"]
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|#~&$@]")
-_BLOCK = re.compile(r"\A(\d*)(?=[-+=!]|(?<=\d)[.)])")  # the start of a list, a rule, a heading
+_BLOCK = re.compile(r"\A(?:(?=[-+=!])|(\d+)(?=[.)](?:\s|\Z)))")  # a list, a rule, a heading
 _LINK = re.compile(r"\bwww\.|\b[A-Za-z][A-Za-z+.-]*:(?=//)")  # GitHub turns these into links
 _LONGEST = 4000  # characters of one value
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pocketvlm.reports.charts import Bar, Strip, draw_bars, draw_strip
 from pocketvlm.reports.elements import Table, numbers, words
 from pocketvlm.reports.formatting import format_figure, format_measured
-from pocketvlm.reports.measurement import Figure, MeasuredArm, Measurement
+from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm, Measurement
 from pocketvlm.reports.planes import Lines, draw_lines
 
 __all__ = ["LatencyView", "Role", "StripView", "role_of", "spell_ratio", "view_latency"]
@@ -107,7 +107,18 @@ def view_latency(bench: Measurement) -> LatencyView:
         strips=tuple(strip for strip in strips if strip is not None),
         drift=_drift(arms),
         predicted=_predicted(arms),
-        tables=tuple(_stages(name, arm) for name, arm in arms.items() if arm.latency.figures),
+        tables=tuple(
+            table
+            for name, arm in arms.items()
+            if arm.latency.figures
+            for table in (
+                _stages(name, arm.latency, arm.ratios),
+                *(
+                    _stages(f"{name}, turn {turn}", latency, {})
+                    for turn, latency in enumerate(arm.later_turns, 2)
+                ),
+            )
+        ),
     )
 
 
@@ -129,7 +140,7 @@ def _glance(bench: Measurement) -> Table:
             cells = ["failed"] * len(_GLANCE)
         else:
             cells = [_median(arm, figure) for figure in _GLANCE]
-        ratios = [_ratio(arm, figure) for figure in ("ttft_user_ms", "decode_tok_s")]
+        ratios = [_ratio(arm.ratios, figure) for figure in ("ttft_user_ms", "decode_tok_s")]
         rows.append((name, arm.runtime or "–", *cells, *(ratios if has_ratios else ())))
     return Table(
         caption="Every arm at a glance, medians; ratios are of pairs with the reference",
@@ -155,28 +166,28 @@ def _median(arm: MeasuredArm, name: str) -> str:
     return "–" if median is None else format_measured(median)
 
 
-def _ratio(arm: MeasuredArm, name: str) -> str:
-    ratio = arm.ratios.get(name)
+def _ratio(ratios: Mapping[str, float], name: str) -> str:
+    ratio = ratios.get(name)
     return "–" if ratio is None else f"{ratio:.2f}"
 
 
-def _stages(name: str, arm: MeasuredArm) -> Table:
-    """All figures of one arm."""
+def _stages(caption: str, latency: Latency, ratios: Mapping[str, float]) -> Table:
+    """All figures of one turn of an arm."""
     return Table(
-        caption=name,
+        caption=caption,
         columns=(
             *words("Stage", "Unit"),
             *numbers("p50", "p90", "p95", "Mean", "SD"),
-            *(numbers("Ratio") if arm.ratios else ()),
+            *(numbers("Ratio") if ratios else ()),
             *numbers("n"),
         ),
         rows=tuple(
             (
                 label,
                 _unit(figure),
-                *_statistics(arm.latency.figure(figure)),
-                *((_ratio(arm, figure),) if arm.ratios else ()),
-                str(len(arm.latency.figure(figure).samples) or "–"),
+                *_statistics(latency.figure(figure)),
+                *((_ratio(ratios, figure),) if ratios else ()),
+                str(len(latency.figure(figure).samples) or "–"),
             )
             for figure, label in _STAGES
         ),

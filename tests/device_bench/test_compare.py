@@ -295,6 +295,15 @@ def test_the_command_tells_a_regression_from_noise_by_its_exit_code(tmp_path, ca
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["metric"]: row["verdict"] for row in rows}["decode_ms"] == "too noisy"
     run_command(["compare", str(files["a"]), "--arms", "float", "int4"])
+    comment = tmp_path / "comment.md"
+    with pytest.raises(CheckFailedError):
+        run_command(["compare", str(files["a"]), str(files["slow"]), "--markdown", str(comment)])
+    lines = comment.read_text().splitlines()
+    assert lines[0] == "### Worse than allowed: 1 of 6 figures"
+    (row,) = (line for line in lines if "decode" in line)
+    assert row.startswith(
+        "| onnx decode\\_ms | 25 ms | 28 ms | worse by 12.0% (12.0% to 12.0%) | 5.0% | REGRESSED"
+    )
     with pytest.raises(InputError, match="leave out the second report"):
         run_command(["compare", str(files["a"]), str(files["a"]), "--arms", "float", "int4"])
 

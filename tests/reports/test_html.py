@@ -114,6 +114,7 @@ def test_every_figure_has_its_place(report):
         "41.5",
         "75.0 %",
         "RAPL package-0",
+        "int4, turn 2",
         "int4 ttft_user_ms 66 71.4 0.92",
         "pocketvlm compress reference:pocket-smol --out out",
         "pocketvlm bench BUNDLE --workload vlm",
