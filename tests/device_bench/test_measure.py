@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -55,30 +56,30 @@ def measured(tiny_bundle):
     return block, events
 
 
-def check_conversation(block, bundle):
+def check_conversation(block, job):
     """Later turns extend the cache, and all say what an app would be told."""
-    runner = open_engine(Bundle.open(bundle), "onnx", threads=1)
-    talk = Conversation(Bundle.open(bundle), runner=runner)
-    shown = [*map(Image.open, map(io.BytesIO, PICTURES)), None]
-    for text, image, token_ids in zip(QUESTIONS, shown, block.token_ids, strict=True):
-        stream = talk.stream(text, image, max_new_tokens=5, ignore_end=True)
+    bundle = Bundle.open(Path(job.bundle))
+    talk = Conversation(bundle, runner=open_engine(bundle, "onnx", threads=1))
+    for turn, token_ids in zip(job.turns, block.token_ids, strict=True):
+        shown = [Image.open(io.BytesIO(PICTURES[index])) for index in turn.pictures]
+        stream = talk.stream(turn.text, shown, max_new_tokens=5, ignore_end=True)
         for _ in stream:
             pass
         assert talk.answers[-1].token_ids == token_ids
-    second, third = (turns[0] for turns in block.later_turns)
-    assert block.answers[0].reused_tokens == 0
-    assert second.reused_tokens >= block.answers[0].prompt_tokens
-    assert third.reused_tokens > second.reused_tokens
-    assert second.vision_ms > 0
-    assert third.vision_ms is None
-    assert third.preprocess_ms is None
+    turns = [block.answers[0], *(answers[0] for answers in block.later_turns)]
+    assert turns[0].reused_tokens == 0
+    for earlier, later in itertools.pairwise(turns):
+        assert later.reused_tokens >= earlier.reused_tokens + earlier.prompt_tokens
+    for turn, times in zip(job.turns, turns, strict=True):
+        assert (times.vision_ms is not None) == (times.preprocess_ms is not None)
+        assert (times.vision_ms is not None) == bool(turn.pictures)
 
 
 def test_every_turn_of_a_conversation_is_measured(measured, tiny_bundle):
     block, _ = measured
     assert [len(turns) for turns in block.later_turns] == [2, 2]
     assert block.is_repeatable
-    check_conversation(block, tiny_bundle)
+    check_conversation(block, conversation_job(tiny_bundle))
     assert decode(Block, encode(block)) == block
 
 
@@ -102,6 +103,7 @@ def test_events_come_in_the_order_in_which_things_happen(measured):
     sustained = [event for event in answers if event.kind == "sustained"]
     assert len(sustained) == len(block.sustained) >= 3
     assert block.sustained[-1].at_s >= 0.2
+    assert block.sustained_at_ms >= [e.at_ms for e in answers if e.kind == "measured"][-1]
     assert block.sustained[-1].ttft_user_ms == sustained[-1].times.ttft_user_ms
 
 
