@@ -5,9 +5,9 @@ A phone's first minute says little about its thirtieth: it is compared with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from pocketvlm.device_bench.block import SensorSample, SustainedAnswer
+from pocketvlm.device_bench.block import Block, SustainedAnswer
 from pocketvlm.device_bench.sensors.types import THERMAL_STATUSES
 from pocketvlm.reports.measurement import Retention, Sustained
 
@@ -15,81 +15,66 @@ __all__ = ["summarise_sustained"]
 
 _SHARE = 0.1
 
+Figure = Callable[[Sequence[SustainedAnswer]], float]
+"""A figure of some answers."""
 
-def summarise_sustained(
-    answers: Sequence[SustainedAnswer],
-    sensors: Iterable[SensorSample] = (),
-    *,
-    began_ms: float = 0.0,
-) -> Sustained:
+
+def summarise_sustained(block: Block) -> Sustained | None:
     """Burst, last tenth, what is retained, and when each thermal state was reached.
 
-    A window counts the turns that ended in it, weighted by their time; it has at least one.
+    A window counts the turns that ended in it, of decoding weighted by their time; it has at least
+    one. Only first turns have a time to first token, because later ones reuse what the cache holds.
 
-    Args:
-        answers: The turns, by `at_s`; of the figures, first turns alone give `ttft_user_ms`,
-            because later ones reuse what the cache holds.
-        sensors: Samples, of which those before `began_ms` are skipped.
-        began_ms: When the first answer began, on the clock of the samples.
+    Returns:
+        `None` if the process did not answer without a pause.
     """
-    if not answers:
-        return Sustained()
-    duration_s = answers[-1].at_s
-    decoding = _retention(answers, duration_s, _decode_tok_s)
+    answers = block.sustained
     firsts = [answer for answer in answers if answer.turn == 0]
-    waiting = _retention(firsts, duration_s, _ttft_user_ms)
+    if not firsts:
+        return None
+    duration_s = answers[-1].at_s
     return Sustained(
-        duration_s=duration_s,
+        duration_s=round(duration_s, 3),
         answers=len(firsts),
         at_s=tuple(round(answer.at_s, 3) for answer in firsts),
-        decode_tok_s=Retention(
-            samples=tuple(round(_decode_tok_s([answer]) or 0.0, 4) for answer in firsts),
-            burst=decoding[0],
-            last=decoding[1],
-            retained=_ratio(decoding[1], decoding[0]),
-        ),
-        ttft_user_ms=Retention(
-            samples=tuple(round(answer.ttft_user_ms, 4) for answer in firsts),
-            burst=waiting[0],
-            last=waiting[1],
-            retained=_ratio(waiting[0], waiting[1]),
-        ),
-        time_to_status_s=_times_to_status(sensors, began_ms),
+        decode_tok_s=_retention(firsts, duration_s, _decode_tok_s, is_rate=True),
+        ttft_user_ms=_retention(firsts, duration_s, _ttft_user_ms, is_rate=False),
+        time_to_status_s=_times_to_status(block),
     )
 
 
-_Measure = Callable[[Sequence[SustainedAnswer]], float | None]
-
-
 def _retention(
-    answers: Sequence[SustainedAnswer], duration_s: float, measure: _Measure
-) -> tuple[float | None, float | None]:
-    """A figure of the first tenth of the time and of the last."""
+    answers: Sequence[SustainedAnswer], duration_s: float, figure: Figure, *, is_rate: bool
+) -> Retention:
     early = [answer for answer in answers if answer.at_s <= duration_s * _SHARE]
     late = [answer for answer in answers if answer.at_s > duration_s * (1 - _SHARE)]
-    return measure(early or answers[:1]), measure(late or answers[-1:])
+    burst, last = figure(early or answers[:1]), figure(late or answers[-1:])
+    above, below = (last, burst) if is_rate else (burst, last)
+    return Retention(
+        samples=tuple(round(figure([answer]), 4) for answer in answers),
+        burst=burst,
+        last=last,
+        retained=above / below if below else None,
+    )
 
 
-def _decode_tok_s(answers: Sequence[SustainedAnswer]) -> float | None:
+def _decode_tok_s(answers: Sequence[SustainedAnswer]) -> float:
     span_ms = sum(answer.decode_span_ms for answer in answers)
     tokens = sum(answer.new_tokens - 1 for answer in answers)
-    return tokens / span_ms * 1e3 if span_ms > 0 else None
+    return tokens / span_ms * 1e3 if span_ms > 0 else 0.0
 
 
-def _ttft_user_ms(answers: Sequence[SustainedAnswer]) -> float | None:
-    return sum(answer.ttft_user_ms for answer in answers) / len(answers) if answers else None
+def _ttft_user_ms(answers: Sequence[SustainedAnswer]) -> float:
+    return sum(answer.ttft_user_ms for answer in answers) / len(answers)
 
 
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
-
-
-def _times_to_status(sensors: Iterable[SensorSample], began_ms: float) -> Mapping[str, float]:
-    """Seconds until each state above none was first reached or passed, mildest first."""
+def _times_to_status(block: Block) -> Mapping[str, float]:
+    """Seconds from the first answer until each state above none was reached or passed."""
+    began_ms = block.sustained_at_ms or 0.0
     times: dict[str, float] = {}
-    for sample in sensors:
+    for sample in block.sensors:
         if sample.at_ms < began_ms or sample.thermal_status is None:
             continue
         for name in THERMAL_STATUSES[1 : sample.thermal_status + 1]:
-            times.setdefault(name, (sample.at_ms - began_ms) / 1e3)
+            times.setdefault(name, round((sample.at_ms - began_ms) / 1e3, 3))
     return times

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pocketvlm.device_bench.block import SensorSample, SustainedAnswer
 from pocketvlm.device_bench.sustained import summarise_sustained
-from pocketvlm.reports.measurement import Sustained
+from tests.device_bench.rig import make_block
 
 
 def run(rate_at, *, seconds=600.0, new_tokens=65, ttft_ms=200.0, turns=1):
@@ -32,8 +34,18 @@ def run(rate_at, *, seconds=600.0, new_tokens=65, ttft_ms=200.0, turns=1):
     return answers
 
 
+def summarise(answers, sensors=(), began_ms=0.0):
+    block = replace(
+        make_block(),
+        sustained=tuple(answers),
+        sensors=tuple(sensors),
+        sustained_at_ms=began_ms,
+    )
+    return summarise_sustained(block)
+
+
 def test_a_device_that_keeps_its_speed_retains_all_of_it():
-    found = summarise_sustained(run(lambda _: 40.0))
+    found = summarise(run(lambda _: 40.0))
     assert found.decode_tok_s.burst == pytest.approx(40.0)
     assert found.decode_tok_s.retained == pytest.approx(1.0)
     assert found.ttft_user_ms.retained == pytest.approx(1.0)
@@ -42,7 +54,7 @@ def test_a_device_that_keeps_its_speed_retains_all_of_it():
 
 
 def test_a_device_that_halves_its_clock_after_two_minutes_retains_half():
-    found = summarise_sustained(run(lambda at_s: 40.0 if at_s < 120 else 20.0))
+    found = summarise(run(lambda at_s: 40.0 if at_s < 120 else 20.0))
     assert (found.decode_tok_s.burst, found.decode_tok_s.last) == pytest.approx((40.0, 20.0))
     assert found.decode_tok_s.retained == pytest.approx(0.5)
     assert found.ttft_user_ms.burst == pytest.approx(200.0)
@@ -51,31 +63,35 @@ def test_a_device_that_halves_its_clock_after_two_minutes_retains_half():
 
 
 def test_the_last_tenth_sees_a_recovery_and_not_the_dip_before_it():
-    found = summarise_sustained(run(lambda at_s: 10.0 if 200 < at_s < 500 else 30.0))
+    found = summarise(run(lambda at_s: 10.0 if 200 < at_s < 500 else 30.0))
     assert found.decode_tok_s.retained == pytest.approx(1.0)
 
 
 def test_a_decline_is_averaged_over_a_tenth_by_time():
-    found = summarise_sustained(run(lambda at_s: 40.0 - at_s / 30))
+    found = summarise(run(lambda at_s: 40.0 - at_s / 30))
     assert found.decode_tok_s.burst == pytest.approx(39.0, rel=0.01)
     assert found.decode_tok_s.last == pytest.approx(21.0, rel=0.01)
 
 
-def test_later_turns_count_for_decoding_and_not_for_the_first_wait():
-    found = summarise_sustained(run(lambda _: 40.0, turns=3))
+def test_first_turns_alone_are_compared_and_all_of_them_are_kept():
+    answers = run(lambda _: 40.0, turns=3)
+    found = summarise(answers)
+    firsts = [answer for answer in answers if answer.turn == 0]
     assert found.ttft_user_ms.burst == pytest.approx(200.0)
-    assert found.answers == len([a for a in run(lambda _: 40.0, turns=3) if a.turn == 0])
+    assert found.answers == len(firsts) == len(found.at_s) == len(found.decode_tok_s.samples)
+    assert found.decode_tok_s.samples[0] == pytest.approx(40.0)
+    assert found.duration_s == pytest.approx(answers[-1].at_s, abs=1e-3)
 
 
 def test_states_are_timed_from_the_first_answer_even_where_one_was_passed_unseen():
     statuses = [(0, 2), (10, 0), (30, 0), (70, 1), (130, 3), (200, 2), (400, None)]
     sensors = [SensorSample(at_ms=at * 1e3, thermal_status=status) for at, status in statuses]
-    found = summarise_sustained(run(lambda _: 40.0), sensors, began_ms=10e3)
+    found = summarise(run(lambda _: 40.0), sensors, 10e3)
     assert found.time_to_status_s == {"light": 60.0, "moderate": 120.0, "severe": 120.0}
     assert list(found.time_to_status_s) == ["light", "moderate", "severe"]
 
 
 def test_one_long_answer_is_both_ends_and_none_is_nothing():
-    found = summarise_sustained(run(lambda _: 40.0, seconds=0.1))
+    found = summarise(run(lambda _: 40.0, seconds=0.1))
     assert (found.answers, found.decode_tok_s.retained) == (1, 1.0)
-    assert summarise_sustained([]) == Sustained()
+    assert summarise([]) is None
