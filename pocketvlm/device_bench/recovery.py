@@ -23,13 +23,16 @@ def recover_block(events: Sequence[Event]) -> Block | None:
     if not loads or not cold:
         return None
     turns = 1 + max(event.turn for event in answers)
+    sustained = [event for event in answers if event.kind == "sustained"]
+    began_ms = _began_ms(sustained[0]) if sustained else None
     return Block(
         load_ms=loads[0].load_ms,
         prompt=Prompt(tokens=cold[0].prompt_tokens),
         cold=cold[0],
         answers=_times(answers, "measured", 0),
         later_turns=tuple(_times(answers, "measured", turn) for turn in range(1, turns)),
-        sustained=_sustained([event for event in answers if event.kind == "sustained"]),
+        sustained=() if began_ms is None else _sustained(sustained, began_ms),
+        sustained_at_ms=began_ms,
         sensors=tuple(event for event in events if isinstance(event, SensorSample)),
         memory=Memory(),
         token_ids=(),
@@ -41,11 +44,12 @@ def _times(events: Sequence[AnswerEvent], kind: str, turn: int) -> tuple[AnswerT
     return tuple(event.times for event in events if event.kind == kind and event.turn == turn)
 
 
-def _sustained(events: Sequence[AnswerEvent]) -> tuple[SustainedAnswer, ...]:
-    if not events:
-        return ()
-    first = events[0]
-    began_ms = first.at_ms - first.times.ttft_user_ms - first.times.decode_span_ms
+def _began_ms(first: AnswerEvent) -> float:
+    """When the first turn began, by how long it took."""
+    return first.at_ms - first.times.ttft_user_ms - first.times.decode_span_ms
+
+
+def _sustained(events: Sequence[AnswerEvent], began_ms: float) -> tuple[SustainedAnswer, ...]:
     return tuple(
         SustainedAnswer(
             at_s=(event.at_ms - began_ms) / 1e3,

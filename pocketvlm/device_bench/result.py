@@ -33,7 +33,6 @@ from pocketvlm.reports.measurement import (
     ProcessFailure,
     ProcessStart,
     Stability,
-    Sustained,
 )
 
 __all__ = ["assemble_measurement"]
@@ -129,7 +128,7 @@ def _measure_arm(
         latency=latency,
         later_turns=tuple(summarise_later_turn(in_order, turn) for turn in range(turns)),
         memory=memory,
-        sustained=_sustained(in_order),
+        sustained=next(filter(None, map(summarise_sustained, in_order)), None),
         sensors=sensors,
         energy=total_energy([block.energy for block in in_order if block.energy is not None]),
         ratios={name: median(values) for name, values in ratio_samples.items()},
@@ -145,16 +144,6 @@ def _measure_arm(
 def _blocks(outcomes: Iterable[Outcome]) -> dict[int, Block]:
     """The measurement of each process that measured something, by repeat."""
     return {one.process.repeat: one.block for one in outcomes if one.block is not None}
-
-
-def _sustained(blocks: Sequence[Block]) -> Sustained | None:
-    """What the process that answered without a pause retained; its last reading was at its end."""
-    for block in blocks:
-        if block.sustained:
-            ends_ms = block.sensors[-1].at_ms if block.sensors else 0.0
-            began_ms = max(0.0, ends_ms - block.sustained[-1].at_s * 1e3)
-            return summarise_sustained(block.sustained, block.sensors, began_ms=began_ms)
-    return None
 
 
 def _physics(block: Block, bundle: MeasuredBundle, environment: Environment) -> Physics:
