@@ -51,11 +51,12 @@ def _rates(sustained: Sustained) -> list[tuple[float, float]]:
 
 
 def _temperatures(sensors: Sensors) -> list[tuple[float, float]]:
-    return [
+    """Temperature by time; a simulated device starts every process at the same time."""
+    return sorted(
         (sample.at_s, sample.temperature_c)
         for sample in sensors.samples
         if sample.at_s is not None and sample.temperature_c is not None
-    ]
+    )
 
 
 def _sustained_table(sustained: Mapping[str, Sustained]) -> Table:
