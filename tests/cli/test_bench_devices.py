@@ -106,3 +106,12 @@ def test_a_device_without_space_is_one_line(command, shell_rig, tiny_bundle):
     assert len(err.strip().splitlines()) == 1
     assert "MB of free space" in err
     assert shell_rig.left() == []
+
+
+def test_a_bundle_for_another_runtime_is_one_line(command, shell_rig, tiny_bundle):
+    process = command("--runtime", "executorch", "--", tiny_bundle)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "executorch" in err
+    assert shell_rig.left() == []

@@ -22,7 +22,6 @@ from pocketvlm.device_bench.protocol import (
     EnvironmentJob,
     Failure,
     LoadedEvent,
-    SensorsJob,
 )
 from pocketvlm.device_bench.transports.base import Transport
 from pocketvlm.device_bench.transports.simulated import SimulatedTransport
@@ -107,8 +106,6 @@ def test_a_device_is_described_measured_and_left_as_it_was(device, nasty_bundle)
         outcome = connection.run(job, timeout_s=120, on_event=heard.append)
         assert not isinstance(outcome, Failure), outcome.reason
         block = decode(Block, outcome)
-        sample = connection.run(SensorsJob(), timeout_s=120)
-        assert not isinstance(sample, Failure), sample.reason
     assert len(block.answers) == 2
     assert all(answer.new_tokens == 3 for answer in block.answers)
     assert len([event for event in heard if isinstance(event, LoadedEvent)]) == 1

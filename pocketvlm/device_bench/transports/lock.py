@@ -108,6 +108,11 @@ class DeviceLock:
             raise InputError(f"{self._name}: {rest}")
         raise LostConnectionError(f"no answer within {_ANSWER_S:g} s")
 
+    def drop(self) -> None:
+        """Lets go of a connection that was lost; the lock must be acquired again."""
+        self._process = None
+        self._open.close()
+
     def release(self) -> None:
         """Gives the lock back, if it is held."""
         process, self._process = self._process, None

@@ -160,6 +160,7 @@ class RemoteConnection(Connection):
                 holds_input=True,
             )
         except LostConnectionError as lost:
+            self._lock.drop()  # it may not know yet
             return output.failure(f"the connection to {self._link.name} was lost: {lost}")
         except InputError as fault:
             return output.failure(str(fault))

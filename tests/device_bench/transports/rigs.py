@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,8 +203,9 @@ Host *
     def break_connections(self) -> None:
         assert self.server is not None
         for child in psutil.Process(self.server.pid).children(recursive=True):
-            if child.name().startswith("sshd"):
-                child.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                if child.name().startswith("sshd"):
+                    child.send_signal(signal.SIGKILL)
 
     def stop(self) -> None:
         if self.server is not None:

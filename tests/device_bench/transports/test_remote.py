@@ -108,21 +108,22 @@ def test_the_job_arrives_and_events_come_before_the_end(connect):
     assert ended - at > 0.5
 
 
-@pytest.mark.parametrize(
-    ("end", "reason"),
-    [
-        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL; the system does this when"),
-        ("import os; os.abort()", "ended by SIGABRT"),
-        ("import sys; sys.exit('no such file')", "ended with status 1 and no result: no such file"),
-        ("import sys; sys.exit(255)", "ended with status 255 and no result"),
-    ],
-)
-def test_every_end_of_the_runner_is_told_from_a_lost_connection(connect, end, reason):
-    with connect(f"{LOADED} {end}") as connection:
-        result = connection.run(JOB, timeout_s=30)
-    assert isinstance(result, Failure)
-    assert reason in result.reason
-    assert result.events == (LoadedEvent(load_ms=12.5),)
+def test_every_end_of_the_runner_is_told_from_a_lost_connection(connect, shell_rig):
+    ends = {
+        "import os; os.kill(os.getpid(), 9)": "ended by SIGKILL; the system does this when",
+        "import os; os.abort()": "ended by SIGABRT",
+        "import sys; sys.exit('no such file')": "ended with status 1 and no result: no such file",
+        "import sys; sys.exit(255)": "ended with status 255 and no result",
+    }
+    with connect(f"{LOADED} exec(open('../end').read())") as connection:
+        for end, reason in ends.items():
+            (shell_rig.base / "end").write_text(end)
+            result = connection.run(JOB, timeout_s=30)
+            assert isinstance(result, Failure)
+            assert reason in result.reason
+            assert result.events == (LoadedEvent(load_ms=12.5),)
+        (shell_rig.base / "end").unlink()
+    assert shell_rig.left() == []
 
 
 def test_a_runner_that_hangs_is_ended_on_the_device_with_its_children(connect, shell_rig):
@@ -217,18 +218,12 @@ def test_a_transfer_continues_where_it_was_cut(connect, shell_rig, tiny_bundle, 
     assert starts[1] > 2**13
 
 
-@pytest.mark.parametrize("kept", ["beginning", "other", "longer", "same size"])
-def test_what_is_there_is_continued_or_replaced(connect, tiny_bundle, monkeypatch, kept):
+def test_what_is_there_is_continued_or_replaced(connect, tiny_bundle, monkeypatch):
     bundle = Bundle.open(tiny_bundle)
     name = max(bundle.manifest.files, key=lambda name: (tiny_bundle / name).stat().st_size)
     content = (tiny_bundle / name).read_bytes()
     half = len(content) // 2
-    there = {
-        "beginning": content[:half],
-        "other": bytes(half),
-        "longer": content + b"x",
-        "same size": bytes(len(content)),
-    }[kept]
+    starts = {content[:half]: half, bytes(half): 0, content + b"x": 0, bytes(len(content)): 0}
     sent: list[tuple[str, int]] = []
     send = push._send
 
@@ -238,11 +233,13 @@ def test_what_is_there_is_continued_or_replaced(connect, tiny_bundle, monkeypatc
 
     with connect() as connection:
         folder = Path(connection.install(bundle))
-        (folder / name).write_bytes(there)
         monkeypatch.setattr(push, "_send", note)
-        connection.install(bundle)
-        assert (folder / name).read_bytes() == content
-    assert sent == [(name, half if kept == "beginning" else 0)]
+        for there, start in starts.items():
+            (folder / name).write_bytes(there)
+            sent.clear()
+            connection.install(bundle)
+            assert (folder / name).read_bytes() == content
+            assert sent == [(name, start)]
 
 
 def test_a_device_that_changes_what_it_is_sent_is_given_up(
