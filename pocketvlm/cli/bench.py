@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -121,6 +122,8 @@ def bench(
     folders = [*([baseline] if baseline else ()), *(bundles or ())]
     if not folders:
         raise InputError("BUNDLE is missing: which bundle is to be timed?")
+    if out is not None:
+        _require_writable(out)
     from pocketvlm.device_bench.arm import pair_all
     from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
     from pocketvlm.device_bench.cooling import Cooling
@@ -161,6 +164,19 @@ def bench(
             on_progress=on_progress,
         )
     _show(results, out, as_json=as_json)
+
+
+def _require_writable(out: Path) -> None:
+    """Refuses a place that nothing can be written to before an hour is spent on measuring.
+
+    Raises:
+        InputError: It is a folder, or its own folder is missing or read-only.
+    """
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file in it")
+    if not os.access(out.parent, os.W_OK):
+        why = "cannot be written to" if out.parent.is_dir() else "is not a folder"
+        raise InputError(f"--out {out}: {out.parent} {why}")
 
 
 def _show(results: Sequence[Measurement], out: Path | None, *, as_json: bool) -> None:

@@ -104,6 +104,8 @@ def test_a_device_that_vanishes_leaves_what_was_measured(tiny_bundle, type_bench
         (["--max-thermal-status", "9"], "less than or equal to 6"),
         (["--new-tokens", "100000"], "positions"),
         (["--workload", "huge"], "there are vlm, short"),
+        (["--out", "nowhere/bench.json"], "nowhere is not a folder"),
+        (["--out", "/"], "is a folder; name a file in it"),
     ],
 )
 def test_bad_input_is_one_line(tiny_bundle, type_bench, arguments, message):
