@@ -37,17 +37,26 @@ def compare_files(
         bounds: How much worse each figure may be.
 
     Raises:
-        InputError: A file cannot be read or is not a report, or it has no such arms.
+        InputError: A file cannot be read, is not a report, is of several workloads, or has no such
+            arms.
     """
     if second is not None:
         if arms is not None:
             raise InputError("--arms names two arms of one report; leave out the second report")
-        return compare_reports(read_report(first), read_report(second), bounds)
-    report = read_report(first)
+        return compare_reports(_read(first), _read(second), bounds)
+    report = _read(first)
     try:
         return compare_arms(report, arms, bounds)
     except InputError as error:
         raise InputError(f"{first}: {error}") from error
+
+
+def _read(file: Path) -> Report:
+    report = read_report(file)
+    if report.grid:
+        count = 1 + len(report.grid)
+        raise InputError(f"{file}: is of {count} workloads; compare documents of one workload each")
+    return report
 
 
 def compare_reports(

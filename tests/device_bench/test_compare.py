@@ -204,6 +204,14 @@ def test_arms_that_are_not_there_are_refused_with_the_file(tmp_path, document, a
     assert str(caught.value).startswith(str(file))
 
 
+def test_a_grid_of_workloads_is_refused(tmp_path):
+    file = tmp_path / "grid.json"
+    file.write_text(json.dumps({**REPORT, "grid": [REPORT["bench"]]}))
+    for second in (None, file):
+        with pytest.raises(InputError, match="is of 2 workloads; compare documents of one"):
+            compare_files(file, second)
+
+
 def recorded(random, *, slower=1.0, processes=20, busy=0.08):
     """An interleaved run on a shared machine: both arms drift alike, and neighbours come and go."""
     drift = np.exp(np.cumsum(random.normal(0, 0.03, processes)))
