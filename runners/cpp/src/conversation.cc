@@ -48,6 +48,17 @@ Inputs Inputs::open(const std::filesystem::path& path) {
   return {std::move(bundle), std::move(codec), std::move(preprocessor)};
 }
 
+std::int64_t default_rows(const Bundle& bundle) {
+  constexpr std::int64_t kRows = 2048;
+  return std::min(kRows, bundle.generation.max_positions);
+}
+
+void require_greedy(const Bundle& bundle) {
+  if (bundle.generation.settings.empty()) return;
+  throw Fault(bundle.path.string() + ": generation setting " + bundle.generation.settings.front() +
+              " is not applied by this runner");
+}
+
 void Conversation::reset() {
   shown_.clear();
   answers_.clear();

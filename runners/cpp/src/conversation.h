@@ -53,6 +53,12 @@ struct Inputs {
   static Inputs open(const std::filesystem::path& path);
 };
 
+// Rows of the cache unless a caller knows better: 2048, or fewer where the model has fewer positions.
+std::int64_t default_rows(const Bundle& bundle);
+
+// Refuses a bundle whose answers are not simply the likeliest tokens.
+void require_greedy(const Bundle& bundle);
+
 class Conversation {
  public:
   // Both must outlive it.

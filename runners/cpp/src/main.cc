@@ -40,8 +40,6 @@ stands for each earlier answer. docs/native_runners.md shows how to make such a 
                        in this machine's order of bytes; no answer
 )";
 
-constexpr std::int64_t kDefaultRows = 2048;
-
 enum class Output { kText, kJson, kTokens, kPixels };
 
 struct Options {
@@ -130,13 +128,9 @@ void show_inputs(const Options& options, const Inputs& inputs) {
 }
 
 void answer(const Options& options, const Inputs& inputs) {
-  const auto& settings = inputs.bundle.generation.settings;
-  if (!settings.empty()) {
-    throw Fault(options.bundle + ": generation setting " + settings.front() +
-                " is not applied by this runner");
-  }
-  const std::int64_t rows = std::min(kDefaultRows, inputs.bundle.generation.max_positions);
-  Engine engine(inputs.bundle, options.threads == 0 ? physical_cores() : options.threads, rows);
+  require_greedy(inputs.bundle);
+  Engine engine(inputs.bundle, options.threads == 0 ? physical_cores() : options.threads,
+                default_rows(inputs.bundle));
   Conversation conversation(inputs, engine);
   for (const Question& question : options.turns) {
     const Answer found =

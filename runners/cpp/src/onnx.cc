@@ -69,15 +69,17 @@ std::string open_onnx_runtime(const std::filesystem::path& library) {
   static std::string version;
   if (!version.empty()) return version;
   stop_telemetry();
-  void* handle = nullptr;
+  // An app may have it in its own program: iOS has it as a static library.
+  const bool is_linked = library.empty() && dlsym(RTLD_DEFAULT, "OrtGetApiBase") != nullptr;
+  void* handle = is_linked ? RTLD_DEFAULT : nullptr;
   std::string reason;
   for (const auto& path : candidates(library)) {
+    if (is_linked || handle != nullptr) break;
     handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle != nullptr) break;
     const char* said = dlerror();
     if (reason.empty() && said != nullptr) reason = said;
   }
-  if (handle == nullptr) {
+  if (!is_linked && handle == nullptr) {
     throw Fault("ONNX Runtime's library cannot be opened (" + first_line(reason) +
                 "); put libonnxruntime.so beside this program, or name it by --onnxruntime FILE");
   }

@@ -55,6 +55,9 @@ bool decode(png_structp codec, png_infop info, Source& source, const std::string
   if (depth == 16 && has_key) {
     png_error(codec, "16 bits with a transparent colour, which this runner does not read");
   }
+  if (depth < 8 && colors == PNG_COLOR_TYPE_GRAY && has_key) {
+    png_error(codec, "few bits of grey with a transparent one, which this runner does not read");
+  }
   pixels.is_deep_grey = depth == 16 && colors == PNG_COLOR_TYPE_GRAY;
   if (depth == 16 && !pixels.is_deep_grey) png_set_strip_16(codec);
   png_set_expand(codec);  // palettes to RGB, fewer bits to eight, a transparent colour to alpha

@@ -1,0 +1,57 @@
+package dev.pocketvlm
+
+import java.io.Closeable
+import java.io.File
+
+/**
+ * A conversation about pictures with a bundle's ONNX graphs; used by one thread at a time.
+ *
+ * @param bundle the folder; names and shapes are read from its manifest.
+ * @param library ONNX Runtime's library; `null` for the one of the app.
+ * @param threads threads of the heavy graphs; 0 for one per physical core.
+ * @throws IllegalStateException the bundle cannot be run; the message is one line.
+ */
+class Conversation(bundle: File, library: File? = null, threads: Int = 0) : Closeable {
+    private var handle = Native.open(
+        bundle.path.toByteArray(), (library?.path ?: "").toByteArray(), threads
+    )
+
+    /**
+     * Asks, and returns the answer.
+     *
+     * @param rendered the chat template's text of this turn and all before it, with a marker per
+     *     picture and U+F0002 for every earlier answer.
+     * @param pictures JPEG or PNG files that come with this turn.
+     * @param onPiece takes each piece of the answer as soon as it is certain.
+     * @throws IllegalStateException it cannot be answered; the conversation has started over then.
+     */
+    fun ask(
+        rendered: String,
+        pictures: List<ByteArray> = emptyList(),
+        maxNewTokens: Int = 64,
+        onPiece: (String) -> Unit = {}
+    ): String {
+        check(handle != 0L) { "the conversation is closed" }
+        val answer = StringBuilder()
+        val listener = object : Native.Listener {
+            override fun onPiece(text: ByteArray) {
+                val piece = String(text, Charsets.UTF_8)
+                answer.append(piece)
+                onPiece(piece)
+            }
+        }
+        Native.ask(handle, rendered.toByteArray(), pictures.toTypedArray(), maxNewTokens, listener)
+        return answer.toString()
+    }
+
+    /** Forgets every turn; the graphs stay loaded. */
+    fun reset() {
+        check(handle != 0L) { "the conversation is closed" }
+        Native.reset(handle)
+    }
+
+    override fun close() {
+        if (handle != 0L) Native.close(handle)
+        handle = 0L
+    }
+}

@@ -1,0 +1,131 @@
+"""The runner inside apps: its C API, the bridge to Kotlin, and the sources of the samples."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.device_bench.block import Block
+from pocketvlm.device_bench.measure import measure_block
+from pocketvlm.device_bench.prompts import render_turns
+from pocketvlm.device_bench.protocol import Failure, Turn
+from pocketvlm.device_bench.transports.host import HostTransport
+from pocketvlm.json_io import decode
+from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.text import TextCodec
+from tests.runners.conftest import LIBRARY, ROOT
+from tests.runners.test_cpp import make_job
+
+Runner = tuple[str, ...]
+Maker = Callable[[str], Bundle]
+RUNNERS = ROOT / "runners"
+SAMPLES = sorted(file for file in RUNNERS.rglob("*") if file.suffix in (".swift", ".kt", ".kts"))
+PIECE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class _Picture(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_char_p), ("size", ctypes.c_size_t))
+
+
+@pytest.fixture(scope="module")
+def library(runner: Runner) -> ctypes.CDLL:
+    """The shared library beside the runner."""
+    found = ctypes.CDLL(str(Path(runner[0]).parent / "libpocketvlm.so"))
+    found.pocketvlm_open.restype = ctypes.c_void_p
+    for name in ("ask", "reset", "close"):
+        getattr(found, f"pocketvlm_{name}").argtypes = [ctypes.c_void_p]
+    found.pocketvlm_ask.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_Picture), ctypes.c_size_t),
+        *(ctypes.c_int, PIECE, ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p)),
+    ]
+    return found
+
+
+def opened(library: ctypes.CDLL, folder: Path) -> tuple[int | None, str]:
+    reason = ctypes.c_char_p()
+    words = (str(folder).encode(), str(LIBRARY).encode(), 1)
+    handle = library.pocketvlm_open(*words, ctypes.byref(reason))
+    return handle, (reason.value or b"").decode()
+
+
+def ask(library: ctypes.CDLL, handle: int, rendered: str, files: Sequence[Path]) -> tuple[str, str]:
+    """The answer, and the reason of a failure."""
+    contents = [file.read_bytes() for file in files]
+    shown = (_Picture * len(files))(*[_Picture(content, len(content)) for content in contents])
+    pieces: list[bytes] = []
+    reason = ctypes.c_char_p()
+    library.pocketvlm_ask(
+        *(handle, rendered.encode(), shown, len(files), 32),
+        *(PIECE(lambda text, _: pieces.append(text)), None, ctypes.byref(reason)),
+    )
+    return b"".join(pieces).decode(), (reason.value or b"").decode()
+
+
+def test_the_c_api_answers_as_the_python_runtime(
+    library: ctypes.CDLL, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    bundle = make_bundle("pocket-llava")
+    turns = (Turn(text="what is left?", pictures=(0,)), Turn(text="how many?"))
+    rendered = [turn.rendered or "" for turn in render_turns(TextCodec.from_bundle(bundle), turns)]
+    handle, reason = opened(library, bundle.path)
+    assert handle, reason
+    conversation = Conversation(bundle)
+    first = conversation.ask("what is left?", pictures[0]).text
+    second = conversation.ask("how many?").text
+    assert ask(library, handle, rendered[0], pictures[:1]) == (first, "")
+    assert ask(library, handle, rendered[1], []) == (second, "")
+    _, reason = ask(library, handle, rendered[1], [])  # of a third turn, one answer is missing
+    assert "places for 1 earlier answers where there are 2" in reason
+    assert ask(library, handle, rendered[0], pictures[:1]) == (first, "")
+    library.pocketvlm_close(handle)
+
+
+def test_the_c_api_says_why_a_bundle_cannot_be_opened(library: ctypes.CDLL, tmp_path: Path) -> None:
+    handle, reason = opened(library, tmp_path)
+    assert not handle
+    assert reason == f"{tmp_path}: no bundle here: manifest.json is missing"
+
+
+def test_the_kotlin_runner_does_a_job(
+    runner: Runner, make_bundle: Maker, pictures: Sequence[Path], tmp_path: Path
+) -> None:
+    folder = Path(runner[0]).parent
+    if not (shutil.which("kotlinc") and shutil.which("java")):
+        pytest.skip("kotlinc or java is not there")
+    if not (folder / "libpocketvlm-jni.so").exists():
+        pytest.skip("the bridge was not built: there are no headers of JNI")
+    sources = RUNNERS / "android/app/src/main/kotlin/dev/pocketvlm"
+    files = [file for file in sources.glob("*.kt") if file.name != "MainActivity.kt"]
+    jar = tmp_path / "runner.jar"
+    subprocess.run(["kotlinc", *files, "-include-runtime", "-d", jar], check=True)
+    options = ("--libraries", str(folder), "--onnxruntime", str(LIBRARY))
+    command = ("java", "-cp", str(jar), "dev.pocketvlm.RunnerKt", *options)
+    job = make_job(make_bundle("pocket-llava"), [Turn(text="what?", pictures=(0,))], pictures[:1])
+    with HostTransport(command=command).connect() as connection:
+        result = connection.run(job, timeout_s=120)
+    assert not isinstance(result, Failure), result.reason
+    assert decode(Block, result).token_ids == measure_block(job, threads=1).token_ids
+
+
+@pytest.mark.parametrize("file", SAMPLES, ids=lambda file: str(file.relative_to(RUNNERS)))
+def test_sources_of_the_samples_are_well_formed(file: Path) -> None:
+    tree_sitter = pytest.importorskip("tree_sitter")
+    name = "tree_sitter_swift" if file.suffix == ".swift" else "tree_sitter_kotlin"
+    pytest.importorskip(name)
+    parser = tree_sitter.Parser(tree_sitter.Language(import_module(name).language()))
+
+    def errors(node: Any) -> Iterator[Any]:
+        if node.type == "ERROR" or node.is_missing:
+            yield node.start_point
+        for child in node.children:
+            yield from errors(child)
+
+    assert not list(errors(parser.parse(file.read_bytes()).root_node))
