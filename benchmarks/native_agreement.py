@@ -59,10 +59,7 @@ def compare(command: Sequence[str], folder: Path, n: int, seed: int) -> tuple[in
                 images = [picture] if turn.pictures else None
                 expected = conversation.ask(turn.text, images, max_new_tokens=_NEW_TOKENS)
                 found = json.loads(line)
-                tokens = found["token_ids"]
-                if found["stop_reason"] == "end":
-                    tokens = tokens[:-1]
-                equal[number] += tuple(tokens) == expected.token_ids
+                equal[number] += tuple(found["token_ids"]) == expected.token_ids
     return equal[0], equal[1]
 
 

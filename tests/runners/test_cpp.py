@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -36,7 +37,7 @@ from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
-from tests.runners.conftest import REFERENCE, TINY
+from tests.runners.conftest import LIBRARY, REFERENCE, SOURCE, TINY
 
 Runner = tuple[str, ...]
 Maker = Callable[[str], Bundle]
@@ -70,9 +71,7 @@ def assert_same_answers(
         images = [files[index] for index in turn.pictures]
         expected = conversation.ask(turn.text, images, max_new_tokens=TOKENS)
         found = json.loads(line)
-        ended = int(found["stop_reason"] == "end")
-        tokens = tuple(found["token_ids"])
-        assert tokens[: len(tokens) - ended] == expected.token_ids
+        assert tuple(found["token_ids"]) == expected.token_ids
         assert found["text"] == expected.text
         assert found["stop_reason"] == expected.stop_reason
         assert found["prompt_tokens"] == expected.timings.prompt_tokens
@@ -166,6 +165,7 @@ def test_later_turns_of_a_job_reuse_the_cache(
         result = connection.run(job, timeout_s=120)
     assert not isinstance(result, Failure), result.reason
     block = decode(Block, result)
+    assert block.token_ids == measure_block(job, threads=1).token_ids
     assert [len(tokens) for tokens in block.token_ids] == [TOKENS, TOKENS]
     ((later, _),) = block.later_turns
     assert later.preprocess_ms is None
@@ -185,6 +185,18 @@ def test_the_device_describes_itself(runner: Runner) -> None:
     assert environment.facts["toolchain"]["onnxruntime"] == onnxruntime.__version__
     assert not isinstance(sensors, Failure)
     assert "temperature_c" in sensors
+
+
+def test_a_folder_with_the_runner_is_one_for_bench(runner: Runner, tmp_path: Path) -> None:
+    folder = tmp_path / "a runner's folder"
+    folder.mkdir()
+    built = Path(runner[0]).parent
+    for file in (SOURCE / "run", built / "pocketvlm-runner", built / "libpocketvlm.so", LIBRARY):
+        shutil.copy(file, folder)
+    with HostTransport.parse("", folder).connect() as connection:
+        found = connection.run(EnvironmentJob(threads=1), timeout_s=60)
+    assert not isinstance(found, Failure), found.reason
+    assert found["toolchain"]["onnxruntime"] == onnxruntime.__version__
 
 
 def save_odd_pictures(folder: Path) -> list[Path]:

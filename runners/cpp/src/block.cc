@@ -59,6 +59,7 @@ class Measurement {
     const ProcessMemory before = process_memory();
     Time loading = std::chrono::steady_clock::now();
     inputs_.emplace(Inputs::open(job_.bundle));
+    require_greedy(inputs_->bundle);
     double load_ms = seconds_since(loading) * 1000;
     const std::int64_t capacity = needed_rows(job_, *inputs_);
     loading = std::chrono::steady_clock::now();
@@ -137,6 +138,12 @@ class Measurement {
              {"turn", answers.size() - 1},
              {"at_ms", at_ms()},
              {"times", to_json(answers.back().times)}});
+      if (answers.back().stop_reason == "capacity") {
+        throw Fault("turn " + std::to_string(answers.size()) + " ended after " +
+                    std::to_string(answers.back().times.new_tokens) + " of " +
+                    std::to_string(job_.limits.new_tokens) +
+                    " tokens, where the model had no more positions: ask for fewer");
+      }
     }
     return answers;
   }

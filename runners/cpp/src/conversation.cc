@@ -89,18 +89,20 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
     const auto best = std::max_element(logits->begin(), logits->end());
     const std::int64_t token = best - logits->begin();
     clock.lap("sample");
-    answer.tokens.push_back(token);
     const bool ends = !limits.ignores_end && is_end(token);
     const std::string piece = ends ? "" : stream.push(token);
     clock.lap("detokenize");
-    if (answer.tokens.size() == 1) answer.times.ttft_user_ms = clock.total();
+    if (++answer.times.new_tokens == 1) answer.times.ttft_user_ms = clock.total();
     if (!piece.empty()) on_piece(piece);
     clock.skip();
-    const auto count = static_cast<std::int64_t>(answer.tokens.size());
-    const std::int64_t position = layout.next_position + count - 1;
+    const std::int64_t position = layout.next_position + answer.times.new_tokens - 1;
     if (ends) {
       answer.stop_reason = "end";
-    } else if (cached_tokens_.push_back(token); count == limits.new_tokens) {
+      break;
+    }
+    answer.tokens.push_back(token);
+    cached_tokens_.push_back(token);
+    if (answer.times.new_tokens == limits.new_tokens) {
       answer.stop_reason = "max_new_tokens";
     } else if (engine_.length() == engine_.capacity() ||
                position >= bundle_.generation.max_positions) {
@@ -131,7 +133,6 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
   times.ttft_engine_ms = times.prefill_ms + times.sample_ms.front();
   times.decode_span_ms = clock.total() - times.ttft_user_ms;
   times.prompt_tokens = layout.rows() - reused;
-  times.new_tokens = static_cast<std::int64_t>(answer.tokens.size());
   times.reused_tokens = reused;
   return answer;
 }

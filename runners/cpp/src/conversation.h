@@ -33,7 +33,7 @@ struct Question {
 
 struct Answer {
   std::string text;
-  TokenIds tokens;  // with the one that ended it
+  TokenIds tokens;  // without the one that ended it
   std::string stop_reason;
   std::int64_t visual_tokens = 0;  // rows of pictures in the prompt, those in the cache included
   AnswerTimes times;
