@@ -44,8 +44,7 @@ def ask_runner(
         check=True,
     )
     found: dict[str, Any] = json.loads(finished.stdout)
-    ended = found["stop_reason"] == "end"
-    return found["token_ids"][:-1] if ended else found["token_ids"], found["text"]
+    return found["token_ids"], found["text"]
 
 
 def main() -> None:
