@@ -2,7 +2,7 @@
 
     python benchmarks/native_agreement.py --runner "build/cpp/pocketvlm-runner" BUNDLE [BUNDLE ...]
 
-The command of the runner may have words of its own, such as an emulator before it and
+The command of the runner may have more words, such as an emulator before it and
 `--onnxruntime FILE` after it. Every question is asked about a held-out scene, and is followed by a
 second turn about the same picture. Prints one line per bundle.
 """
