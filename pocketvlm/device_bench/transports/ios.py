@@ -1,9 +1,8 @@
 """An iPhone or iPad, reached with Xcode's `devicectl` from a Mac.
 
-There is no shell: the runner is an app (`runners/ios`), installed with Xcode. Bundles are copied
-into the app's own folder, whose files `devicectl` cannot be asked to digest: the runner compares
-them with the manifest, and refuses those that differ. A launch with a console passes on what the
-app prints, until it ends.
+There is no shell: the runner is an app, and bundles are copied into the app's own folder, whose
+files `devicectl` cannot be asked to digest. Paths that the app is given are relative to its home. A
+launch with a console passes on what the app prints, until it ends.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ if command -v sha256sum >/dev/null 2>&1; then digest() { sha256sum; }
 elif command -v shasum >/dev/null 2>&1; then digest() { shasum -a 256; }
 else echo "it has neither sha256sum nor shasum" >&2; exit 69; fi
 root=$1; place=$2; shift 2
-df -Pk "$root" | tail -n 1 | tr -s ' ' | sed -n 's/.* \([0-9]*\) [0-9]*% .*/free \1/p'
+df -Pk "$root" | tail -n 1 | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*% .*/free \1/p'
 [ -r /proc/meminfo ] && sed -n 's/^MemAvailable: *\([0-9]*\) kB$/memory \1/p' /proc/meminfo
 cd "$place" 2>/dev/null || { for f in "$@"; do echo "file - -"; done; exit 0; }
 for f in "$@"; do

@@ -372,3 +372,16 @@ def test_a_script_that_is_cut_off_does_not_run(shell_rig, tmp_path):
             with pytest.raises(LostConnectionError):
                 shell.run(f"touch '{tmp_path}/ran'\ntrue but not whole")
         assert not (tmp_path / "ran").exists()
+
+
+def test_a_runner_with_its_wheels_is_installed_on_the_device(shell_rig, tmp_path):
+    runner = write_runner(tmp_path / "r", f"open('ready'); {ECHO}")
+    (runner / "wheels").mkdir()
+    (runner / "wheels" / "numpy.whl").touch()
+    (runner / "install").write_text("touch ready\n")
+    with shell_rig.transport(runner).connect() as connection:
+        assert connection.run(JOB, timeout_s=30) == {"answer": 42}
+    (runner / "install").write_text("echo no such wheel; exit 1\n")
+    with pytest.raises(InputError, match="cannot take the runner: no such wheel"):
+        shell_rig.transport(runner).connect()
+    assert shell_rig.left() == []
