@@ -39,6 +39,9 @@ from pocketvlm.runtime.text import TextCodec
 from pocketvlm.stages import PlanState
 from tests.contracts.targets import TARGETS
 
+FEWEST_WORDS = 4
+"""Different tokens among the 32 of an answer: one that repeats itself proves little."""
+
 ROUNDING = 5e-6
 """Largest relative error of logits that are sums of the same numbers in another order."""
 
@@ -92,6 +95,7 @@ def test_logits_and_answers_are_those_of_the_stock_model(path):
     assert relative_error(logits, expected.logits) < ROUNDING
     answers = greedy_generate(checkpoint, inputs, max_new_tokens=32)
     assert answers == [expected.generated]
+    assert len(set(expected.generated)) >= FEWEST_WORDS
 
 
 def test_every_linear_and_norm_of_the_spec_is_one_of_the_model(path):
@@ -179,6 +183,7 @@ def test_an_artifact_answers_as_the_stock_model_does(
     asked = user_turn("what is it?", 1)
     expected = stock_answer(path, [asked], [wide])
     assert list(first.token_ids) == expected.generated
+    assert len(set(first.token_ids)) >= FEWEST_WORDS
     # The last row of the prompt, whose call is the first to return logits of the answer.
     prefill, stock = logits[len(logits) - len(first.token_ids)], expected.logits[-1]
     assert np.abs(prefill - stock).max() <= ERRORS[target] * np.abs(stock).max()

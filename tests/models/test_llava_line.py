@@ -27,7 +27,7 @@ def test_multipliers_are_folded_into_everything_that_enters_or_joins_the_stream(
     assert factors["model.multi_modal_projector.linear_2.bias"] == 12.0
     assert factors[f"{block}.self_attn.o_proj.weight"] == 0.22
     assert factors[f"{block}.mlp.down_proj.weight"] == 0.22
-    assert factors[f"{block}.self_attn.q_proj.weight"] == pytest.approx(0.1 * 16**0.5)
+    assert factors[f"{block}.self_attn.q_proj.weight"] == pytest.approx(0.5 * 16**0.5)
     # The head is the table: its twelvefold logits are taken back before it.
     assert factors["model.language_model.norm.weight"] == pytest.approx(1 / 12)
 
