@@ -73,12 +73,11 @@ def _read_tower(vision: Mapping[str, Any]) -> TowerSpec:
     if not vision["attention_bias"]:
         raise UnsupportedError("config.json: vision_config.attention_bias must be true")
     vision.get("image_size")  # there is no table of positions
-    names = ("gate_proj", "up_proj", "down_proj")
     tower = read_qwen_tower(
         vision,
         width=vision["hidden_size"],
         norm=f"{PREFIX}.post_layernorm",
-        ffn=names,
+        ffn=("gate_proj", "up_proj", "down_proj"),
         activation="silu",
     )
     return replace(
