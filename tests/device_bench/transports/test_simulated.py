@@ -195,9 +195,8 @@ def test_there_must_be_a_script(tmp_path):
 
 def test_the_script_of_the_documentation_is_one(tmp_path):
     page = Path(__file__).parents[3] / "docs" / "devices.md"
-    (script,) = re.findall(
-        r"^```yaml\n(processor.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
-    )
+    block = re.compile(r"^```yml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    (script,) = block.findall(page.read_text(encoding="utf-8"))
     simulation = transport(tmp_path, script).simulation
     assert simulation.processor == "imagined phone"
     assert simulation.heat_at(30).slower == pytest.approx(1.3)
