@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from pocketvlm.pipeline.recorders import Place
 from pocketvlm.pipeline.verify import verify_bundle
 from pocketvlm.recipes.load import load_recipe
 from tests.pipeline.conftest import cli
+from tests.programs import IS_CI, give_up
 
 CTX = RunContext(threads=1)
 
@@ -83,11 +83,11 @@ def bundle(made: Path, tmp_path: Path) -> Bundle:
 def emulator() -> Emulator:
     """The environment of this user; where a machine has none, CI builds it."""
     try:
-        if os.environ.get("CI", "").lower() in ("1", "true"):
+        if IS_CI:
             return Emulator(environment=prepare_environment(CTX))
         return Emulator(environment=find_environment())
     except (MissingExtraError, UnsupportedError) as error:
-        pytest.skip(str(error))
+        give_up(str(error))
 
 
 def change_parity(bundle: Bundle, change: Callable[[dict], None]) -> Bundle:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.programs import require_program
 
 __all__ = ["Browser", "Tab", "launch_browser"]
 
@@ -140,10 +139,7 @@ class Tab:
 @contextmanager
 def launch_browser() -> Iterator[Browser]:
     """Chromium from the system; in CI its absence is a failure, elsewhere a skip."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
-        assert not os.environ.get("CI"), "CI must have Chromium: apt-get install chromium"
-        pytest.skip("there is no Chromium here: apt-get install chromium")
+    program = require_program(*_NAMES)
     to_browser, from_browser = os.pipe(), os.pipe()
     # Chromium reads descriptor 3 and writes 4; moved away first, so that none overwrites another.
     ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser[0], from_browser[1])]

@@ -28,6 +28,7 @@ from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference import reference_model_path
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.runtime.onnx.engine import onnxruntime
+from tests.programs import give_up
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "runners" / "cpp"
@@ -51,7 +52,7 @@ def runner() -> tuple[str, ...]:
 
 def _build() -> Path:
     if shutil.which("cmake") is None or shutil.which("c++") is None or LIBRARY is None:
-        _give_up("cmake, a C++ compiler or ONNX Runtime's library is not there")
+        give_up("cmake, a C++ compiler or ONNX Runtime's library is not there")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     BUILD.mkdir(parents=True, exist_ok=True)
     with _locked(BUILD / "lock"):
@@ -65,15 +66,9 @@ def _build() -> Path:
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                _give_up(f"{command[0]}: {done.stderr.strip()}")
+                give_up(f"{command[0]}: {done.stderr.strip()}")
         subprocess.run(["cmake", "--build", BUILD / "cpp", "--parallel", "2"], check=True)
     return BUILD / "cpp" / "pocketvlm-runner"
-
-
-def _give_up(reason: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"the C++ runner cannot be built: {reason}")
-    pytest.skip(f"the C++ runner cannot be built here: {reason}")
 
 
 @contextmanager

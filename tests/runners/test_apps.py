@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -21,6 +20,7 @@ from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.json_io import decode
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.text import TextCodec
+from tests.programs import give_up, require_program
 from tests.runners.conftest import LIBRARY, ROOT
 from tests.runners.test_cpp import make_job
 
@@ -98,10 +98,10 @@ def test_the_kotlin_runner_does_a_job(
     runner: Runner, make_bundle: Maker, pictures: Sequence[Path], tmp_path: Path
 ) -> None:
     folder = Path(runner[0]).parent
-    if not (shutil.which("kotlinc") and shutil.which("java")):
-        pytest.skip("kotlinc or java is not there")
+    for program in ("kotlinc", "java"):
+        require_program(program)
     if not (folder / "libpocketvlm-jni.so").exists():
-        pytest.skip("the bridge was not built: there are no headers of JNI")
+        give_up("the bridge was not built: there are no headers of JNI")
     sources = RUNNERS / "android/app/src/main/kotlin/dev/pocketvlm"
     files = [file for file in sources.glob("*.kt") if file.name != "MainActivity.kt"]
     jar = tmp_path / "runner.jar"

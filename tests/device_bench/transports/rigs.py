@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
 
 from pocketvlm.device_bench.transports.adb import AdbTransport
 from pocketvlm.device_bench.transports.ssh import SshTransport
 from tests.device_bench.transports.adb_device import AdbDevice
+from tests.programs import require_program
 
 __all__ = [
     "AdbRig",
@@ -28,7 +28,6 @@ __all__ = [
     "adb",
     "adb_client",
     "adb_server",
-    "require_program",
     "write_runner",
 ]
 
@@ -41,17 +40,6 @@ else
   exec /bin/df "$@"
 fi
 """
-
-
-def require_program(name: str) -> str:
-    """The path of a program; without it the test is skipped, but not in CI."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if found is None:
-        reason = f"{name} is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 @dataclass
