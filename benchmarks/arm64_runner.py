@@ -18,7 +18,7 @@ from typing import Any
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.prompts import render_turns
+from pocketvlm.device_bench.controller.prompts import render_turns
 from pocketvlm.device_bench.protocol import Turn
 from pocketvlm.emulation.arm64.emulator import DEFAULT_CPU, Emulator
 from pocketvlm.emulation.arm64.prepare import open_emulator

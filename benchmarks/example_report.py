@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller.bench import bench_bundles
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.json_io import encode, write_json
 from pocketvlm.machine import REPORT_SCHEMA

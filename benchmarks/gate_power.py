@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.compare import compare_arms
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller.bench import bench_bundles
+from pocketvlm.device_bench.gate.compare import compare_arms
 from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.json_io import encode, write_json

@@ -17,7 +17,7 @@ from typing import Any
 from shape_bundles import write_bundle
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
+from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.html import render_html

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.device_bench.prompts import render_turns
+from pocketvlm.device_bench.controller.prompts import render_turns
 from pocketvlm.device_bench.protocol import Turn
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.text import TextCodec

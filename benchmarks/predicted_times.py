@@ -29,11 +29,11 @@ from statistics import median
 from shape_bundles import write_bundle
 
 from pocketvlm.device_bench.block import AnswerTimes, Block
-from pocketvlm.device_bench.calibration.host import calibrate_host
-from pocketvlm.device_bench.measure import measure_block
+from pocketvlm.device_bench.prediction.calibration.host import calibrate_host
+from pocketvlm.device_bench.prediction.rates import Rates
+from pocketvlm.device_bench.prediction.roofline import Question, Times, predict_times
 from pocketvlm.device_bench.protocol import BlockJob, Turn
-from pocketvlm.device_bench.rates import Rates
-from pocketvlm.device_bench.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.device_bench.workload import draw_picture
 from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.predict import exported_model

@@ -13,7 +13,7 @@ import json
 
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices.derive import READ_SHARE
-from pocketvlm.device_bench.rates import kernel_bits
+from pocketvlm.device_bench.prediction.rates import kernel_bits
 from pocketvlm.json_io import encode
 from pocketvlm.pipeline.published import PublishedFactor, median_factor, published_factors
 

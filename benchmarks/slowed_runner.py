@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.device_bench import worker
-from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.protocol import BlockJob
+from pocketvlm.device_bench.runner import worker
+from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 
 _SHARE = 0.1

@@ -19,11 +19,11 @@ from pathlib import Path
 from shape_bundles import write_bundle
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.measure import measure_block
-from pocketvlm.device_bench.prompts import fit_turns
+from pocketvlm.device_bench.controller.prompts import fit_turns
+from pocketvlm.device_bench.figures.sustained import summarise_sustained
 from pocketvlm.device_bench.protocol import BlockJob, Event, write_event
-from pocketvlm.device_bench.sensors.environment import describe_device
-from pocketvlm.device_bench.sustained import summarise_sustained
+from pocketvlm.device_bench.runner.measure import measure_block
+from pocketvlm.device_bench.runner.sensors.environment import describe_device
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.json_io import encode
 from pocketvlm.reports.measurement import Retention

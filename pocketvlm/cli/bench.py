@@ -125,8 +125,8 @@ def bench(
     if out is not None:
         _require_writable(out)
     from pocketvlm.device_bench.arm import pair_all
-    from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
-    from pocketvlm.device_bench.cooling import Cooling
+    from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
+    from pocketvlm.device_bench.controller.cooling import Cooling
     from pocketvlm.device_bench.devices import load_device
     from pocketvlm.device_bench.transports.table import transport_to
     from pocketvlm.device_bench.workload import change_workload, load_workload, vary_workload

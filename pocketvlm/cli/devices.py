@@ -50,8 +50,8 @@ def devices(
 def calibrate(*, threads: int | None, as_json: bool) -> None:
     """Measures what this host's kernels reach, keeps it, and says where."""
     from pocketvlm.context import RunContext
-    from pocketvlm.device_bench.calibration.host import calibrate_host
-    from pocketvlm.device_bench.calibration.host_file import calibration_path
+    from pocketvlm.device_bench.prediction.calibration.host import calibrate_host
+    from pocketvlm.device_bench.prediction.calibration.host_file import calibration_path
     from pocketvlm.json_io import encode
 
     with show_progress() as on_progress:

@@ -35,9 +35,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Exit with 1 if B is worse than A beyond the bound, with 3 if noise hides whether it is."""
-    from pocketvlm.device_bench.bounds import parse_bounds
-    from pocketvlm.device_bench.compare import compare_files
-    from pocketvlm.device_bench.comparison_table import tabulate
+    from pocketvlm.device_bench.gate.bounds import parse_bounds
+    from pocketvlm.device_bench.gate.compare import compare_files
+    from pocketvlm.device_bench.gate.table import tabulate
     from pocketvlm.reports.html import render_table
 
     rows = compare_files(first, second, arms=arms, bounds=parse_bounds(max_regress or ()))

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller.bench import bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 
 pairs = pair_all([Path("out/float-baseline"), Path("out/bundle")])

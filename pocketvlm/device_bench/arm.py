@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.graph_bytes import decoder_weight_bytes, graph_file_bytes
+from pocketvlm.device_bench.figures.graph_bytes import decoder_weight_bytes, graph_file_bytes
 from pocketvlm.errors import InputError, UnsupportedError
 from pocketvlm.files.reader import file_sha256
 from pocketvlm.reports.measurement import MeasuredBundle

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.cooling import Wait
+from pocketvlm.device_bench.controller.cooling import Wait
 
 __all__ = ["Outcome", "Process", "schedule"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from pocketvlm.device_bench.calibration.host_file import read_calibration
-from pocketvlm.device_bench.costs import ExportedModel
 from pocketvlm.device_bench.devices import Device
 from pocketvlm.device_bench.devices.derive import derive_rates
-from pocketvlm.device_bench.predicted import beside_measured
-from pocketvlm.device_bench.rates import FLOAT_KERNEL, Rates, quantized_kernel
-from pocketvlm.device_bench.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.prediction.calibration.host_file import read_calibration
+from pocketvlm.device_bench.prediction.costs import ExportedModel
+from pocketvlm.device_bench.prediction.predicted import beside_measured
+from pocketvlm.device_bench.prediction.rates import FLOAT_KERNEL, Rates, quantized_kernel
+from pocketvlm.device_bench.prediction.roofline import Question, Times, predict_times
 from pocketvlm.device_bench.workload import PRESETS, Workload
 from pocketvlm.export.onnx.limits import container_bits
 from pocketvlm.export.onnx.target import ToOnnx

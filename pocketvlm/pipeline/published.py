@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from pocketvlm.device_bench.costs import ExportedModel, Product, decoder_operators
 from pocketvlm.device_bench.devices import Device, PublishedFigure
 from pocketvlm.device_bench.devices.derive import derive_rates
-from pocketvlm.device_bench.roofline import Question, predict_times
+from pocketvlm.device_bench.prediction.costs import ExportedModel, Product, decoder_operators
+from pocketvlm.device_bench.prediction.roofline import Question, predict_times
 from pocketvlm.reference.shapes import load_shape
 
 __all__ = ["PublishedFactor", "median_factor", "published_factors"]

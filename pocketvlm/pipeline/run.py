@@ -15,7 +15,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.arm import Pair
-from pocketvlm.device_bench.controller import BenchOptions, bench_bundles
+from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint

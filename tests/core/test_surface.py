@@ -55,7 +55,7 @@ def test_every_module_says_what_is_public(name):
         "import pocketvlm",
         "import pocketvlm.cli",
         "import pocketvlm.runtime.conversation, pocketvlm.bundle",
-        "import pocketvlm.device_bench.controller, pocketvlm.reports.html",
+        "import pocketvlm.device_bench.controller.bench, pocketvlm.reports.html",
     ],
 )
 def test_light_imports_load_neither_torch_nor_transformers(code):

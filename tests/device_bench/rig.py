@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.arm import pair_all
 from pocketvlm.device_bench.block import AnswerTimes, Block, SensorSample
-from pocketvlm.device_bench.controller import bench_bundles
-from pocketvlm.device_bench.prompts import fit_turns
+from pocketvlm.device_bench.controller.bench import bench_bundles
+from pocketvlm.device_bench.controller.prompts import fit_turns
 from pocketvlm.device_bench.protocol import (
     BlockJob,
     EnvironmentJob,

@@ -7,7 +7,7 @@ import pytest
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices.derive import derive_rates, load_reference
 from pocketvlm.device_bench.devices.load import TEMPLATE
-from pocketvlm.device_bench.summary import FIGURES
+from pocketvlm.device_bench.figures.summary import FIGURES
 from pocketvlm.errors import InputError
 
 FOLDER = Path(load_device.__code__.co_filename).parent

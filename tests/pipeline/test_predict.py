@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from pocketvlm.cli import interrupts, main
-from pocketvlm.device_bench.calibration import host, host_file
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
+from pocketvlm.device_bench.prediction.calibration import host, host_file
 from pocketvlm.device_bench.workload import PRESETS
 from pocketvlm.pipeline.plan import plan, plan_stages
 from pocketvlm.pipeline.predict import with_predictions

@@ -13,7 +13,7 @@ from pocketvlm.bundle import Bundle, sign_bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller import bench_bundles
+from pocketvlm.device_bench.controller.bench import bench_bundles
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.errors import (
     BundleError,

@@ -13,9 +13,9 @@ import pytest
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.measure import measure_block
-from pocketvlm.device_bench.prompts import render_turns
+from pocketvlm.device_bench.controller.prompts import render_turns
 from pocketvlm.device_bench.protocol import Failure, Turn
+from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.json_io import decode
 from pocketvlm.runtime.conversation import Conversation

@@ -16,8 +16,7 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import Block
-from pocketvlm.device_bench.measure import measure_block
-from pocketvlm.device_bench.prompts import render_turns
+from pocketvlm.device_bench.controller.prompts import render_turns
 from pocketvlm.device_bench.protocol import (
     AnswerEvent,
     BlockJob,
@@ -29,6 +28,7 @@ from pocketvlm.device_bench.protocol import (
     SensorsJob,
     Turn,
 )
+from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.image_file import open_image
 from pocketvlm.json_io import decode

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from pocketvlm.device_bench.devices.profile import Device
-from pocketvlm.device_bench.rates import (
+from pocketvlm.device_bench.prediction.rates import (
     FLOAT_KERNEL,
     AttentionRates,
     ProductRates,
@@ -35,7 +35,7 @@ It is fitted to published rates: the median over decoders of 0.4 billion weights
 for which reading is nearly all of decoding (`benchmarks/published_figures.py` prints each).
 """
 
-_REFERENCE = Path(__file__).parents[1] / "reference_rates.json"
+_REFERENCE = Path(__file__).parents[1] / "prediction" / "reference_rates.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from pocketvlm.machine import package_version
 
 __all__ = ["RUNTIMES", "PackedRunner", "pack_runner"]
 
-_WORKER = "pocketvlm.device_bench.worker"
+_WORKER = "pocketvlm.device_bench.runner.worker"
 _SCRIPTS = Path(__file__).with_name("scripts")
 _TIME_S = 315532800  # 1980-01-01, the first moment that every archive format knows
 

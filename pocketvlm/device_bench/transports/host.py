@@ -22,7 +22,7 @@ from pocketvlm.errors import InputError
 
 __all__ = ["HostConnection", "HostTransport"]
 
-_RUNNER = tuple(module_command("pocketvlm.device_bench.worker"))
+_RUNNER = tuple(module_command("pocketvlm.device_bench.runner.worker"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def test_the_real_runner_reports_a_missing_bundle(tmp_path):
 def test_native_output_cannot_reach_the_result_line():
     """Descriptor 1 is stderr while a job runs, so output of a library is harmless."""
     program = (
-        "import os, sys, pocketvlm.device_bench.worker as worker;"
+        "import os, sys, pocketvlm.device_bench.runner.worker as worker;"
         "worker.run_job = lambda job, send: os.write(1, b'native noise') and {'x': 1};"
         "sys.exit(worker.main())"
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.measure import measure_block
 from pocketvlm.device_bench.protocol import Turn
-from tests.device_bench.test_measure import check_conversation, conversation_job
+from pocketvlm.device_bench.runner.measure import measure_block
+from tests.device_bench.runner.test_measure import check_conversation, conversation_job
 
 
 def test_stages_turns_and_memory_of_a_program_are_counted(both_targets: Bundle) -> None:

@@ -17,7 +17,7 @@ def main():
     if sys.version_info < (3, 11):
         return fail("Python %d.%d is too old; 3.11 or newer is needed" % sys.version_info[:2])
     try:
-        from pocketvlm.device_bench.worker import main as work
+        from pocketvlm.device_bench.runner.worker import main as work
     except ImportError as error:
         return fail("%s: run `sh install` in the runner's folder" % error)
     return work(sys.argv[1:])

@@ -1,4 +1,0 @@
-"""Calibration: what the runtime's kernels reach on this machine, in at most a minute.
-
-Predictions of time (`device_bench.roofline`) are made from it and from nothing else.
-"""

@@ -1,0 +1,1 @@
+"""What runs here: which process runs when, and what becomes of one that dies or lies."""

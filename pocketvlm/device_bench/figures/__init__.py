@@ -1,0 +1,1 @@
+"""From blocks to figures: statistics, and what physics does not allow."""

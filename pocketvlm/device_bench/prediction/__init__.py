@@ -1,0 +1,1 @@
+"""Times of an answer without a measurement: counted operators at the rates of kernels."""

@@ -1,0 +1,248 @@
+"""What a model's graphs compute, operator by operator, from its specification alone.
+
+An answer is three sequences of operators: the vision graph once per tile, the decoder once for the
+prompt, and once for each further token. `roofline` gives them times; here they are only counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from pocketvlm.device_bench.prediction.rates import FLOAT_KERNEL
+from pocketvlm.models.blocks import BlockSpec, FfnSpec
+from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.projector import (
+    ActivationStep,
+    GatedStep,
+    LinearStep,
+    NormStep,
+    ProjectorStep,
+)
+from pocketvlm.models.spec import ModelSpec
+
+__all__ = [
+    "CachedAttention",
+    "Elementwise",
+    "ExportedModel",
+    "Operator",
+    "Product",
+    "TowerAttention",
+    "decoder_operators",
+    "vision_operators",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Rows times a weight matrix.
+
+    Attributes:
+        kernel: What multiplies them, as `Rates.products` names it.
+        rows: Rows of the input.
+        weights: Elements of the matrix.
+    """
+
+    kernel: str
+    rows: int
+    weights: int
+
+    @property
+    def macs(self) -> int:
+        """Multiplications with an addition each."""
+        return self.rows * self.weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerAttention:
+    """Attention among patches.
+
+    Attributes:
+        macs: Of scores and sums.
+    """
+
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedAttention:
+    """Attention of a decoder's block to its cache.
+
+    Attributes:
+        rows: New rows.
+        macs: Of scores and sums with all rows that there are then.
+    """
+
+    rows: int
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise:
+    """A node that reads and writes every element once.
+
+    Attributes:
+        kind: `norm`, `copy`, or the name of an activation.
+        elements: How many.
+    """
+
+    kind: str
+    elements: int
+
+
+Operator = Product | TowerAttention | CachedAttention | Elementwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """A model as a bundle holds it.
+
+    Attributes:
+        spec: What the model is.
+        kernels: What multiplies with each weight matrix.
+        visual_tokens: Tokens of a tile that enter the decoder.
+        visual_layers: First layers that they run through; `None` for all.
+    """
+
+    spec: ModelSpec
+    kernels: Mapping[LinearSpec, str]
+    visual_tokens: int
+    visual_layers: int | None = None
+
+    def kernel(self, name: str) -> str:
+        """What multiplies with the matrix of this module."""
+        return self.kernels[self.linear(name)]
+
+    def linear(self, name: str) -> LinearSpec:
+        """The matrix of this module."""
+        return self._linears[name]
+
+    @cached_property
+    def _linears(self) -> Mapping[str, LinearSpec]:
+        return {linear.name: linear for linear in self.kernels}
+
+
+def vision_operators(model: ExportedModel) -> Iterator[Operator]:
+    """The vision graph: the pixels of one tile to the visual tokens that are kept."""
+    spec = model.spec
+    tower = spec.tower
+    tokens, hidden = tower.tokens, tower.hidden_size
+    patch_weights = tower.channels * tower.patch_size**2 * hidden
+    yield Product(kernel=FLOAT_KERNEL, rows=tower.patches, weights=patch_weights)
+    yield Elementwise(kind="copy", elements=2 * tokens * hidden)
+    for block in tower.blocks[: tower.feature_block + 1]:
+        attention = block.attention
+        yield Elementwise(kind="norm", elements=tokens * hidden)
+        yield from _products(model, attention.inputs, tokens)
+        yield Elementwise(kind="copy", elements=3 * tokens * hidden)
+        for norm in (attention.q_norm, attention.k_norm):
+            if norm is not None:
+                yield Elementwise(kind="norm", elements=tokens * hidden)
+        if tower.rope_theta is not None:
+            yield Elementwise(kind="copy", elements=2 * tokens * hidden)
+        if attention.window is not None:
+            yield Elementwise(kind="copy", elements=4 * tokens * hidden)
+        seen = tokens if attention.window is None else attention.window**2
+        yield TowerAttention(macs=2 * tokens * seen * hidden)
+        yield from _products(model, (attention.o,), tokens)
+        yield Elementwise(kind="norm", elements=tokens * hidden)
+        yield from _feed_forward(model, block.ffn, tokens, tower.activation)
+    yield Elementwise(kind="norm", elements=tokens * hidden)
+    if spec.projector.patch_norm is not None:
+        yield Elementwise(kind="norm", elements=tokens * tower.feature_size)
+    yield Elementwise(kind="copy", elements=tokens * tower.feature_size)
+    if model.visual_tokens < spec.visual_tokens:
+        yield TowerAttention(macs=tokens * tokens * hidden)  # the reducer scores every token
+    for steps in (spec.projector.steps, *(tap.steps for tap in spec.taps)):
+        yield from _projector(model, steps)
+
+
+def decoder_operators(
+    model: ExportedModel, *, rows: int, past: int = 0, text_rows: int | None = None
+) -> Iterator[Operator]:
+    """The decoder's graph, once.
+
+    Args:
+        model: The model.
+        rows: New rows.
+        past: Rows in the cache.
+        text_rows: Those of the new rows that are text, where visual rows end early; `None` for all.
+    """
+    decoder = model.spec.decoder
+    hidden, last = decoder.hidden_size, decoder.depth - 1
+    late = decoder.depth if model.visual_layers is None else model.visual_layers
+    text = rows if text_rows is None else text_rows
+    for index, block in enumerate(decoder.blocks):
+        before = rows if index < late else text
+        after = 1 if index == last else (text if index >= late - 1 else rows)
+        yield Elementwise(kind="norm", elements=before * hidden)
+        yield from _products(model, block.mixer.inputs, before)
+        if isinstance(block, BlockSpec):
+            width = decoder.heads * decoder.head_dim
+            for norm in (block.attention.q_norm, block.attention.k_norm):
+                if norm is not None:
+                    yield Elementwise(kind="norm", elements=before * width)
+            yield CachedAttention(rows=before, macs=2 * before * (before + past) * width)
+        else:
+            for _ in range(3 + 2 * block.conv.taps):
+                yield Elementwise(kind="copy", elements=before * hidden)
+        yield from _products(model, (block.mixer.output,), after)
+        if isinstance(block, BlockSpec) and block.attention.post_norm is not None:
+            yield Elementwise(kind="norm", elements=after * hidden)
+        yield Elementwise(kind="norm", elements=after * hidden)
+        yield from _feed_forward(model, block.ffn, after, decoder.activation)
+    yield Elementwise(kind="norm", elements=hidden)
+    yield from _products(model, (decoder.embedding if decoder.tied_head else decoder.head,), 1)
+
+
+def _feed_forward(
+    model: ExportedModel, ffn: FfnSpec, rows: int, activation: str
+) -> Iterator[Operator]:
+    width = model.linear(ffn.up).out_features
+    yield from _products(model, ffn.inputs, rows)
+    if ffn.gate is not None:
+        yield Elementwise(kind="copy", elements=2 * rows * width)
+    yield Elementwise(kind=activation, elements=rows * width)
+    if ffn.gate is not None:
+        yield Elementwise(kind="copy", elements=rows * width)
+    yield from _products(model, (ffn.down,), rows)
+    if ffn.post_norm is not None:
+        yield Elementwise(kind="norm", elements=rows * model.linear(ffn.down).out_features)
+
+
+def _projector(model: ExportedModel, steps: Iterable[ProjectorStep]) -> Iterator[Operator]:
+    rows = model.visual_tokens
+    spec = model.spec
+    width = spec.projector.merged_width(spec.tower.feature_size)
+    for step in steps:
+        if isinstance(step, LinearStep):
+            yield from _products(model, (step.name,), rows)
+            width = step.out_features
+        elif isinstance(step, NormStep):
+            yield Elementwise(kind="norm", elements=rows * width)
+        elif isinstance(step, GatedStep):
+            yield from _products(model, (step.gate, step.up), rows)
+            width = step.out_features
+            yield Elementwise(kind="copy", elements=2 * rows * width)
+            yield Elementwise(kind=step.activation, elements=rows * width)
+            yield Elementwise(kind="copy", elements=rows * width)
+        elif isinstance(step, ActivationStep):
+            yield Elementwise(kind=step.activation, elements=rows * width)
+
+
+def _products(model: ExportedModel, names: tuple[str, ...], rows: int) -> Iterator[Operator]:
+    """Products with matrices that share an input: one node where one kernel runs them all."""
+    kernels = {model.kernel(name) for name in names}
+    groups = [names] if len(kernels) == 1 else [(name,) for name in names]
+    for group in groups:
+        linears = [model.linear(name) for name in group]
+        weights = sum(linear.in_features * linear.out_features for linear in linears)
+        kernel = model.kernel(group[0])
+        yield Product(kernel=kernel, rows=rows, weights=weights)
+        outputs = rows * sum(linear.out_features for linear in linears)
+        if kernel == FLOAT_KERNEL and any(linear.has_bias for linear in linears):
+            yield Elementwise(kind="copy", elements=outputs)
+    if len(groups) > 1:
+        total = rows * sum(model.linear(name).out_features for name in names)
+        yield Elementwise(kind="copy", elements=total)

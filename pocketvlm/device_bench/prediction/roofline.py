@@ -1,0 +1,125 @@
+"""Predicts times of an answer: counted operators, each at the rate of the kernel that runs it.
+
+A product takes what its arithmetic takes or what reading its weights takes, whichever is longer
+(the roofline model; Williams, Waterman and Patterson 2009), and a fixed time for each node and each
+call. Nothing runs at the same time as anything else. Rates are measured, on this host
+(`prediction.calibration`) or derived from a device's profile, so a prediction is as good as they
+are; every figure is labelled as predicted wherever it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pocketvlm.device_bench.prediction.costs import (
+    CachedAttention,
+    ExportedModel,
+    Operator,
+    Product,
+    TowerAttention,
+    decoder_operators,
+    vision_operators,
+)
+from pocketvlm.device_bench.prediction.rates import Rates
+
+__all__ = ["Question", "Times", "predict_times"]
+
+CacheType = Literal["float32", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of a model.
+
+    Attributes:
+        text_rows: Rows of the prompt that are text.
+        visual_rows: Rows that are of the picture.
+        tiles: Tiles of the picture; 0 for text alone.
+        picture_pixels: Pixels of the encoded picture.
+        tile_pixels: Pixels of a tile.
+        new_tokens: Tokens that are generated.
+        cache: Type of the KV cache.
+    """
+
+    text_rows: int
+    visual_rows: int
+    tiles: int
+    picture_pixels: int
+    tile_pixels: int
+    new_tokens: int
+    cache: CacheType = "float32"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the prompt."""
+        return self.text_rows + self.visual_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Predicted times of one answer, as `docs/benchmarking.md` defines the figures."""
+
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_engine_ms: float
+    ttft_user_ms: float
+    prefill_tok_s: float
+    decode_tok_s: float
+
+
+def predict_times(model: ExportedModel, question: Question, rates: Rates) -> Times:
+    """Times of an answer.
+
+    Args:
+        model: The model.
+        question: What is asked.
+        rates: What the device reaches.
+    """
+    call_ms, cache = rates.call_us / 1e3, question.cache
+    preprocess = question.picture_pixels / rates.decoded_pixels_s
+    preprocess += question.tiles * question.tile_pixels / rates.resized_pixels_s
+    preprocess_ms = preprocess * 1e3 if question.tiles else 0.0
+    vision_ms = question.tiles * (_graph_ms(vision_operators(model), rates, cache) + call_ms)
+    prompt = decoder_operators(
+        model,
+        rows=question.rows,
+        text_rows=None if model.visual_layers is None else question.text_rows,
+    )
+    prefill_ms = _graph_ms(prompt, rates, cache) + call_ms
+    halfway = question.rows + question.new_tokens // 2
+    step = decoder_operators(model, rows=1, past=halfway)
+    decode_ms = _graph_ms(step, rates, cache) + 2 * call_ms  # the token's embedding is a graph too
+    vocabulary = model.spec.decoder.vocab_size
+    sample_ms = vocabulary / rates.sampled_logits_s * 1e3 + rates.token_us / 1e3
+    ttft_engine_ms = prefill_ms + sample_ms
+    return Times(
+        preprocess_ms=preprocess_ms,
+        vision_ms=vision_ms,
+        prefill_ms=prefill_ms,
+        decode_ms=decode_ms,
+        ttft_engine_ms=ttft_engine_ms,
+        ttft_user_ms=preprocess_ms + vision_ms + call_ms + ttft_engine_ms,
+        prefill_tok_s=question.rows / prefill_ms * 1e3,
+        decode_tok_s=1e3 / (decode_ms + sample_ms),
+    )
+
+
+def _graph_ms(operators: Iterable[Operator], rates: Rates, cache: CacheType) -> float:
+    return sum(_seconds(operator, rates, cache) for operator in operators) * 1e3
+
+
+def _seconds(operator: Operator, rates: Rates, cache: CacheType) -> float:
+    if isinstance(operator, Product):
+        return rates.product(operator.kernel).seconds(operator.rows, operator.weights)
+    if isinstance(operator, TowerAttention):
+        return operator.macs / rates.tower_macs_s + rates.node_us / 1e6
+    if isinstance(operator, CachedAttention):
+        found = rates.attention[cache]
+        macs_s = found.row_macs_s if operator.rows == 1 else found.macs_s
+        return operator.macs / macs_s + found.node_us / 1e6
+    elements_s = {"norm": rates.norm_elements_s, "copy": rates.copy_elements_s}.get(operator.kind)
+    return operator.elements / (elements_s or rates.activation(operator.kind)) + rates.node_us / 1e6

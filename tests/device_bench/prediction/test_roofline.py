@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import onnx
+import pytest
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
+from pocketvlm.context import RunContext
+from pocketvlm.device_bench.devices.derive import load_reference
+from pocketvlm.device_bench.prediction.costs import (
+    CachedAttention,
+    Elementwise,
+    ExportedModel,
+    Product,
+    TowerAttention,
+    decoder_operators,
+    vision_operators,
+)
+from pocketvlm.device_bench.prediction.predicted import beside_measured
+from pocketvlm.device_bench.prediction.rates import (
+    FLOAT_KERNEL,
+    ProductRates,
+    kernel_bits,
+    quantized_kernel,
+)
+from pocketvlm.device_bench.prediction.roofline import Question, predict_times
+from pocketvlm.device_bench.workload import PRESETS
+from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.pipeline.plan import plan_stages
+from pocketvlm.pipeline.predict import exported_model, question_of
+from pocketvlm.reference.random_models import TINY_MODELS, tiny_config, write_random_model
+from pocketvlm.reference.shapes import list_shapes, load_shape
+from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm
+from pocketvlm.weights.layout import AffineLayout
+
+RATES = load_reference().rates
+QUESTION = Question(
+    text_rows=32,
+    visual_rows=64,
+    tiles=1,
+    picture_pixels=512**2,
+    tile_pixels=512**2,
+    new_tokens=16,
+)
+PRODUCTS = ("MatMulNBits", "FusedMatMul", "MatMul")
+
+
+def model_of(name: str, kernel: str = FLOAT_KERNEL) -> ExportedModel:
+    spec = load_shape(name).spec
+    return ExportedModel(
+        spec=spec,
+        kernels=dict.fromkeys(spec.linears(), kernel),
+        visual_tokens=spec.visual_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "is_quantized"),
+    [
+        *((name, False) for name in TINY_MODELS),
+        *((name, True) for name in ("llava", "lfm2-vl", "qwen3-vl")),
+    ],
+)
+def test_what_is_counted_is_what_the_exported_graphs_hold(tmp_path, name, is_quantized):
+    write_random_model(tiny_config(name), tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    spec, kernels = checkpoint.spec, {}
+    for linear in spec.linears():
+        kernels[linear] = FLOAT_KERNEL
+        # Keys stay float, so that queries, keys and values cannot be joined.
+        if is_quantized and linear.role != "k_proj":
+            layout = AffineLayout(bits=4, group_size=16, symmetric=False)
+            codes, _ = round_to_nearest(
+                checkpoint.form(linear.name), scheme=_scheme(), group_size=layout.group_size
+            )
+            checkpoint.set_form(linear.name, codes)
+            kernels[linear] = quantized_kernel(4, 16)
+    (tmp_path / "bundle").mkdir()
+    write_graphs(checkpoint, (ToOnnx(),), tmp_path / "bundle", "", RunContext(threads=1))
+    bundle = Bundle.open(tmp_path / "bundle", verify=False)
+    model = ExportedModel(spec=spec, kernels=kernels, visual_tokens=spec.visual_tokens)
+    for role, operators in (
+        ("vision", vision_operators(model)),
+        ("decoder", decoder_operators(model, rows=7)),
+    ):
+        graph = onnx.load(bundle.file(f"onnx/{role}.onnx"), load_external_data=False).graph
+        found = Counter(node.op_type for node in graph.node)
+        counted = list(operators)
+        products = [one for one in counted if isinstance(one, Product)]
+        if role == "vision":
+            products = products[1:]  # the patches, which are a Conv in the graph
+            attentions = sum(isinstance(one, TowerAttention) for one in counted)
+            assert found["MultiHeadAttention"] == attentions
+        else:
+            attentions = sum(isinstance(one, CachedAttention) for one in counted)
+            assert found["GroupQueryAttention"] == attentions
+        assert sum(found[name] for name in PRODUCTS) == len(products) + _rotary(found, role)
+        norms = [one for one in counted if isinstance(one, Elementwise) and one.kind == "norm"]
+        # A tower that has no norm after its last block is counted one too many.
+        assert len(norms) - _norms(found) in ((0, 1) if role == "vision" else (0,))
+        quantized = sum(one.kernel != FLOAT_KERNEL for one in products)
+        assert found["MatMulNBits"] == quantized
+
+
+def _scheme():
+    from pocketvlm.recipes.load import load_recipe
+
+    (stage,) = load_recipe("int8-safe").stages
+    return stage.rules[0].scheme
+
+
+def _norms(found: Counter[str]) -> int:
+    return sum(count for name, count in found.items() if name.endswith("Normalization"))
+
+
+def _rotary(found: Counter[str], role: str) -> int:
+    """The product that turns positions of several axes into angles."""
+    return int(role == "decoder" and found["Cos"] > 0 and found["Range"] == 0)
+
+
+def test_a_prompt_multiplies_every_row_with_every_matrix_but_those_after_the_last_attention():
+    model = model_of("smolvlm-256m")
+    rows = 96
+    macs = sum(one.macs for one in decoder_operators(model, rows=rows) if isinstance(one, Product))
+    decoder = [linear for linear in model.kernels if linear.part == "decoder"]
+    last = max(linear.block for linear in decoder)
+    alone = [
+        linear
+        for linear in decoder
+        if linear.block == last and linear.role not in ("q_proj", "k_proj", "v_proj")
+    ]
+    size = lambda linears: sum(x.in_features * x.out_features for x in linears)  # noqa: E731
+    head = model.spec.decoder.vocab_size * model.spec.decoder.hidden_size
+    assert macs == rows * (size(decoder) - size(alone)) + size(alone) + head
+
+
+def test_rows_that_end_early_are_not_counted_after_it():
+    model = replace(model_of("smolvlm-256m"), visual_layers=10)
+    rows = [
+        one.rows
+        for one in decoder_operators(model, rows=96, text_rows=32)
+        if isinstance(one, CachedAttention)
+    ]
+    assert rows == [96] * 10 + [32] * 20
+
+
+def test_a_product_takes_its_arithmetic_or_its_reading_whichever_is_longer():
+    rates = ProductRates(macs_s=1e9, weights_s=1e8, node_us=5)
+    assert rates.seconds(1, 1_000_000) == pytest.approx(0.01 + 5e-6)
+    assert rates.seconds(10, 1_000_000) == pytest.approx(0.01 + 5e-6)
+    assert rates.seconds(100, 1_000_000) == pytest.approx(0.1 + 5e-6)
+
+
+def test_bits_read_of_a_weight_include_scales_and_zero_points():
+    assert kernel_bits(FLOAT_KERNEL) == 32
+    assert kernel_bits("int4 g32") == 4 + (16 + 4) / 32
+
+
+def test_a_kernel_that_was_not_calibrated_is_taken_for_the_most_similar_one():
+    assert RATES.product("int4 g256") is RATES.products["int4 g128"]
+    assert RATES.product("int8 g16") is RATES.products["int8 g32"]
+    assert RATES.product("int2 g16") is RATES.products["int2 g64"]
+
+
+@pytest.mark.parametrize("name", list_shapes())
+def test_every_shape_is_predicted(name):
+    model = model_of(name, "int4 g32")
+    times = predict_times(model, QUESTION, RATES)
+    assert all(math.isfinite(value) and value > 0 for value in vars(times).values())
+    parts = times.preprocess_ms + times.vision_ms + times.ttft_engine_ms
+    assert times.ttft_user_ms == pytest.approx(parts, rel=0.01)
+
+
+def test_fewer_bits_decode_faster_and_more_rows_take_longer():
+    dense = predict_times(model_of("smolvlm-256m"), QUESTION, RATES)
+    int4 = predict_times(model_of("smolvlm-256m", "int4 g64"), QUESTION, RATES)
+    assert int4.decode_tok_s > 2 * dense.decode_tok_s
+    longer = replace(QUESTION, text_rows=320)
+    assert predict_times(model_of("smolvlm-256m"), longer, RATES).prefill_ms > dense.prefill_ms
+    tiles = replace(QUESTION, tiles=5)
+    five = predict_times(model_of("smolvlm-256m"), tiles, RATES)
+    assert five.vision_ms == pytest.approx(5 * dense.vision_ms)
+    text = replace(QUESTION, tiles=0, visual_rows=0)
+    assert predict_times(model_of("smolvlm-256m"), text, RATES).vision_ms == 0
+
+
+def test_a_workload_becomes_the_rows_that_the_reduction_keeps():
+    spec = load_shape("llava-interleave-0.5b").spec
+    state = plan_stages((), spec)
+    question = question_of(replace(state, visual_tokens=100), PRESETS["vlm"])
+    assert (question.tiles, question.visual_rows, question.text_rows) == (1, 100, 32)
+    assert question_of(state, PRESETS["short"]).tiles == 0
+    two = question_of(state, replace(PRESETS["vlm"], pictures=2))
+    assert (two.tiles, two.visual_rows) == (2, 2 * spec.visual_tokens)
+
+
+def test_kernels_that_nobody_calibrated_are_named():
+    spec = load_shape("smolvlm-256m").spec
+    state = plan_stages((), spec)
+    assert "accuracy_level 0" in exported_model(state, [ToOnnx(accuracy_level=0)])
+    first = next(iter(state.layouts))
+    grid = AffineLayout(bits=4, group_size=32, symmetric=False, float_zeros=True)
+    changed = replace(state, layouts={**state.layouts, first: grid})
+    assert exported_model(changed, [ToOnnx()]).startswith(f"{first.name}: float zero points")
+    three = replace(grid, bits=3, float_zeros=False)
+    held = exported_model(replace(state, layouts={**state.layouts, first: three}), [ToOnnx()])
+    assert held.kernel(first.name) == "int4 g32"
+
+
+def test_predicted_stands_beside_measured_where_both_are_known():
+    times = predict_times(model_of("smolvlm-256m"), QUESTION, RATES)
+    latency = Latency(
+        figures={"prefill_ms": Figure(median=2 * times.prefill_ms), "load_ms": Figure()}
+    )
+    (row,) = beside_measured(times, MeasuredArm(latency=latency))
+    assert (row.name, row.ratio) == ("prefill_ms", pytest.approx(0.5))
+    assert beside_measured(times, MeasuredArm(latency=Latency(failed="it crashed"))) == ()
