@@ -7,7 +7,9 @@ tests/device_bench/transports/test_ios.py.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,8 @@ class Device:
 
 def host(request: pytest.FixtureRequest) -> Device:
     runner = request.getfixturevalue("packed_runner")
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    request.getfixturevalue("monkeypatch").setenv("PATH", places)  # where the runner finds Python
     return Device(transport_to("host", runner), list)
 
 

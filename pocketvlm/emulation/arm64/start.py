@@ -9,6 +9,8 @@ import runpy
 import sys
 from pathlib import Path
 
+__all__ = ["main"]
+
 
 def main() -> None:
     """Imports the package by its path and runs the module as a program."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -18,6 +19,8 @@ _FLOAT_BYTES = 2  # a published checkpoint is bf16, which is stored exactly
 _WIDE_BYTES = 4
 _SCALE_BYTES = 2
 _BYTE = 8
+_POWER_OF_TWO = 0.5
+"""The mantissa of a factor that changes exponents alone."""
 
 # A node takes 160 bytes with its names, a block has a fixed set of nodes; a node that expands has
 # longer names, and constants: measured, not derived.
@@ -48,7 +51,12 @@ def graph_bytes(
     """Bytes of the graphs and of all that is not a weight matrix, within 3 % of all files."""
     parts = Counter({"other": _other_bytes(spec)})
     # What a fold multiplied is not bf16 any more, and stays float32.
-    products = {fold.target for fold in spec.folds if isinstance(fold, ScaleRows | Multiply)}
+    products = {
+        fold.target
+        for fold in spec.folds
+        if isinstance(fold, ScaleRows)
+        or (isinstance(fold, Multiply) and abs(math.frexp(fold.factor)[0]) != _POWER_OF_TWO)
+    }
     for linear, layout in layouts.items():
         if isinstance(layout, CodebookLayout):
             parts[linear.part] += _expanding_nodes(layout) * _NODE_BYTES

@@ -111,8 +111,9 @@ def test_memory_is_told_by_phase(measured):
     memory = measured[0].memory
     assert memory.counter in ("VmHWM", "phys_footprint")
     assert memory.before_load_rss_bytes > 10_000_000
+    # What other tests left in this process may be freed meanwhile, so peaks have only one bound.
     for phase in (memory.peak_prefill_rss_bytes, memory.peak_decode_rss_bytes):
-        assert phase is None or memory.before_load_rss_bytes < phase <= memory.peak_rss_bytes
+        assert phase is None or 0 < phase <= memory.peak_rss_bytes
     assert memory.after_rss_bytes <= memory.peak_rss_bytes
 
 
