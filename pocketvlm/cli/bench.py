@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocketvlm.cli.console import command_line, print_json, print_latency, say
+from pocketvlm.cli.console import command_line, print_json, print_latency, say, told_warnings
 from pocketvlm.cli.devices import calibrate
 from pocketvlm.cli.options import JsonOption, ThreadsOption, out_option
 from pocketvlm.cli.progress import show_progress
@@ -155,7 +155,7 @@ def bench(
         timeout_s=timeout,
         cooling=cooling if waits else None,
     )
-    with show_progress() as on_progress:
+    with show_progress() as on_progress, told_warnings():
         results = bench_bundles(
             pair_all(folders, runtime or ()),
             vary_workload(chosen, image_sizes=image_size or (), prompt_tokens=prompt_tokens or ()),

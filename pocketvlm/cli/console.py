@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ __all__ = [
     "print_summary",
     "quiet_libraries",
     "say",
+    "told_warnings",
 ]
 
 _LONGEST_LINE = 1200
@@ -43,6 +46,19 @@ def one_line(text: str) -> str:
         half = _LONGEST_LINE // 2
         line = f"{line[:half]} … {line[-half:]}"
     return printable(line)
+
+
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """Inside, each warning is one line for people, without a place in the source."""
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        say(f"warning  {one_line(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def print_json(document: Mapping[str, Any]) -> None:
