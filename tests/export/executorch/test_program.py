@@ -20,6 +20,7 @@ from pocketvlm.export.executorch.file import read_layout
 from pocketvlm.export.executorch.sharing import share_constants
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.json_io import read_json
+from pocketvlm.reference.random_models import tiny_config, write_random_model
 from pocketvlm.reference_graph.forward import decode_logits
 from pocketvlm.runtime.executorch.program import load_program
 from pocketvlm.weights.affine import AffineWeight
@@ -178,8 +179,12 @@ def test_damaged_programs_are_refused(exported: Exported, tmp_path: Path) -> Non
         share_constants(data[:40])
 
 
-def test_a_failed_conversion_is_one_line(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = Checkpoint.load(tiny_paths["llava"])
+def test_a_failed_conversion_is_one_line(tmp_path: Path) -> None:
+    config = tiny_config("llava")
+    config["vision_config"]["num_hidden_layers"] = 2  # of which the last is not used
+    config["text_config"]["num_hidden_layers"] = 1
+    write_random_model(config, tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
     name = checkpoint.spec.linears()[0].name
     values = torch.full(checkpoint.form(name).shape, torch.nan)
     checkpoint.set_form(name, DenseWeight(values=values))
