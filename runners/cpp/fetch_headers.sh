@@ -18,7 +18,11 @@ folder=$(mkdir -p "$1" && cd "$1" && pwd)
 suite=trixie
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 mirror=$(apt-get indextargets --format '$(SITE)' 'Origin: Debian' 'Label: Debian' | head -n 1)
-mirror=${mirror:-http://deb.debian.org/debian}
+mirror=${mirror:-${DEBIAN_MIRROR:-}}
+if [ -z "$mirror" ]; then
+  echo "$0: apt knows no mirror of Debian; run apt-get update on a Debian, or name one in DEBIAN_MIRROR" >&2
+  exit 2
+fi
 if [ ! -e "$keys" ]; then
   echo "$0: $keys is missing; install debian-archive-keyring, or take the headers of any release" \
     "of ONNX Runtime" >&2

@@ -8,6 +8,7 @@ files whose digests `wheels.txt` names.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from pocketvlm.emulation.arm64.environment import (
     locked_wheels,
     require_foreign_host,
 )
-from pocketvlm.errors import InputError, MissingExtraError, PocketVLMError
+from pocketvlm.errors import InputError, MissingExtraError, PocketVLMError, UnsupportedError
 from pocketvlm.files.publish import replace_directory
 from pocketvlm.files.reader import file_sha256
 from pocketvlm.json_io import write_json
@@ -42,8 +43,8 @@ __all__ = ["open_emulator", "prepare_environment"]
 
 _TASK = "arm64 environment"
 _STEPS = 4
-_MIRROR = "http://deb.debian.org/debian"
-"""Where apt knows no other. Without TLS, as Debian itself configures it: what is read is signed."""
+_MIRROR = "DEBIAN_MIRROR"
+"""The variable that names a mirror of Debian, where apt knows none."""
 _ASK_MIRROR = ("apt-get", "indextargets", "--format", "$(SITE)", "Origin: Debian", "Label: Debian")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _EMULATOR_FILE = "./usr/bin/qemu-aarch64"
@@ -138,7 +139,12 @@ def _download_packages(folder: Path) -> list[Path]:
     host = _run(["dpkg", "--print-architecture"], folder, "dpkg").strip()
     (folder / "status").touch()
     known = _run(_ASK_MIRROR, folder, "apt-get indextargets").splitlines()
-    mirror = (known or [_MIRROR])[0]
+    mirror = known[0] if known else os.environ.get(_MIRROR)
+    if not mirror:
+        raise UnsupportedError(
+            "apt knows no mirror of Debian: run `apt-get update` on a Debian, or name a mirror in "
+            f"the variable {_MIRROR}"
+        )
     (folder / "sources.list").write_text(
         f"deb [arch={ARCHITECTURE},{host} signed-by={_KEYRING}] {mirror} {SUITE} main\n",
         encoding="utf-8",

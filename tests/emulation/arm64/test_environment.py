@@ -122,6 +122,18 @@ def test_a_download_that_fails_leaves_nothing(
     assert list(elsewhere.parent.iterdir()) == []
 
 
+def test_without_a_mirror_there_is_one_line_and_nothing_else(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("apt-get") is None or not prepare._KEYRING.is_file():
+        pytest.skip("needs Debian's apt and keyring")
+    monkeypatch.setattr(prepare, "_ASK_MIRROR", ("true",))
+    monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
+    with pytest.raises(UnsupportedError, match=r"^apt knows no mirror of Debian: run `apt-get up"):
+        prepare.prepare_environment(RunContext())
+    assert list(elsewhere.parent.iterdir()) == []
+
+
 def test_an_unknown_processor_is_refused_first(elsewhere: Path) -> None:
     with pytest.raises(InputError, match="--cpu is 'i386'; allowed are cortex-a72, "):
         prepare.open_emulator(RunContext(), cpu="i386", prepare=True)
