@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pocketvlm.cli import interrupts, main
+
 RECIPE = """
 schema: 1
 name: test
@@ -24,6 +26,23 @@ stages:
 targets:
   - {method: onnx, accuracy_level: 0, tower_accuracy_level: 0}
 """
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Runs the command line in this process; returns its code and what it printed."""
+
+    # Those of the command line would end this process.
+    monkeypatch.setattr(interrupts, "install", lambda: None)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pocketvlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,26 +11,9 @@ import sys
 import pytest
 from PIL import Image
 
-from pocketvlm.cli import interrupts, main
+from pocketvlm.cli import interrupts
 
 from .conftest import RECIPE
-
-
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """Runs the command line in this process; returns its code and what it printed."""
-
-    # Those of the command line would end this process.
-    monkeypatch.setattr(interrupts, "install", lambda: None)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pocketvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 def assert_one_line(result, message):

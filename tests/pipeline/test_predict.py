@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 
-from pocketvlm.cli import interrupts, main
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
@@ -38,21 +36,6 @@ INT4 = load_recipe("int4-balanced")
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(host, "measure_rates", lambda *_: load_reference().rates)
-
-
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """Runs the command line in this process; returns its code and what it printed."""
-    monkeypatch.setattr(interrupts, "install", lambda: None)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pocketvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_a_plan_without_a_device_predicts_no_time():
