@@ -11,6 +11,7 @@ from pocketvlm.cli.options import (
     MAX_QUESTIONS,
     BundleArgument,
     CheckpointOption,
+    ComparedTokensOption,
     JsonOption,
     QuestionsOption,
 )
@@ -43,9 +44,7 @@ def inspect(
     checkpoint: CheckpointOption = None,
     data: QuestionsOption = None,
     n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions that are asked.")] = 4,
-    tokens: Annotated[
-        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
-    ] = 16,
+    tokens: ComparedTokensOption = 16,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a bundle holds, after checking the digest of every file."""

@@ -14,6 +14,7 @@ __all__ = [
     "BundleArgument",
     "CalibrationOption",
     "CheckpointOption",
+    "ComparedTokensOption",
     "DataOption",
     "JsonOption",
     "ModelArgument",
@@ -42,6 +43,9 @@ CheckpointOption = Annotated[
     typer.Option(
         help="The checkpoint that the bundle was made from. Default: the one next to the bundle."
     ),
+]
+ComparedTokensOption = Annotated[
+    int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
 ]
 QuestionsOption = Annotated[
     str | None,

@@ -12,6 +12,7 @@ from pocketvlm.cli.options import (
     MAX_QUESTIONS,
     BundleArgument,
     CheckpointOption,
+    ComparedTokensOption,
     JsonOption,
     QuestionsOption,
     RuntimeOption,
@@ -43,9 +44,7 @@ def verify(
     runtime: RuntimeOption = None,
     data: QuestionsOption = None,
     n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 4,
-    tokens: Annotated[
-        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
-    ] = 16,
+    tokens: ComparedTokensOption = 16,
     write: Annotated[
         bool, typer.Option("--write", help="Add the result to the bundle's parity.json.")
     ] = False,
@@ -100,9 +99,7 @@ def verify_coreml(
     checkpoint: CheckpointOption = None,
     data: QuestionsOption = None,
     n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions.")] = 4,
-    tokens: Annotated[
-        int, typer.Option(min=1, max=4096, help="Greedy tokens that are compared.")
-    ] = 16,
+    tokens: ComparedTokensOption = 16,
     units: Annotated[
         str, typer.Option(help="What Core ML may use: ALL, CPU_AND_NE, CPU_AND_GPU or CPU_ONLY.")
     ] = "ALL",
