@@ -25,7 +25,7 @@ from pocketvlm.cli.options import (
     out_option,
 )
 from pocketvlm.cli.progress import show_progress
-from pocketvlm.errors import CheckFailedError
+from pocketvlm.errors import CheckFailedError, InputError
 
 if TYPE_CHECKING:
     from pocketvlm.pipeline.source_check import SourceCheckMode
@@ -107,6 +107,22 @@ def plan(
     calibration: CalibrationOption = None,
     data: DataOption = None,
     n: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions to score.")] = 200,
+    advise: Annotated[
+        bool,
+        typer.Option(
+            "--advise",
+            help="Say which lever pays in predicted milliseconds, and what else the same compute "
+            "would buy; for --device, or this host.",
+        ),
+    ] = False,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN",
+            help="With --advise: a scored run of this model; repeat for runs that keep other "
+            "numbers of visual tokens.",
+        ),
+    ] = None,
     verify_source: Annotated[
         bool,
         typer.Option(
@@ -134,7 +150,9 @@ def plan(
         data=data,
         n=n,
     )
-    made = job.plan(device=device)
+    if measured and not advise:
+        raise InputError("--measured: is for the advice; add --advise")
+    made = job.plan(device=device, advises=advise, measured=measured or ())
     for line in made.lines():
         say(line)
     checked = verify_folder(resolve_model(model)) if verify_source else None

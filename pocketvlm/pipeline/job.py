@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,11 +105,15 @@ class Job:
             command=self.command,
         )
 
-    def plan(self, *, device: str | None = None) -> Plan:
+    def plan(
+        self, *, device: str | None = None, advises: bool = False, measured: Sequence[Path] = ()
+    ) -> Plan:
         """Plans, checking every row of the given folders, and computes nothing.
 
         Args:
             device: Name of a device profile whose memory the result must fit.
+            advises: Whether the plan says what pays.
+            measured: Scored runs of the model, for the advice.
 
         Raises:
             PocketVLMError: Something about the input is wrong.
@@ -122,6 +127,8 @@ class Job:
             device=device,
             calibration=resolve_calibration(options, pictures=None) if is_folder else None,
             evaluation=self._evaluation(None),
+            advises=advises,
+            measured=measured,
         )
 
     def _recipe(self) -> Recipe:

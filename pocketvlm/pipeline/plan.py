@@ -16,6 +16,7 @@ from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
 from pocketvlm.models.layers import PARTS
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.pipeline.advice.advice import Advice, advise
 from pocketvlm.pipeline.plan_memory import (
     FLOAT32_BYTES,
     PHOTO,
@@ -59,6 +60,7 @@ class Plan:
         refused: What a target or the device cannot run, and what would work.
         warnings: What is allowed, but should be known.
         prediction: Times on the device that was asked for; `None` without one.
+        advice: What pays for the model; `None` unless it was asked for.
     """
 
     model: str
@@ -79,6 +81,7 @@ class Plan:
     refused: tuple[str, ...]
     warnings: tuple[str, ...]
     prediction: DevicePrediction | None = None
+    advice: Advice | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -101,6 +104,7 @@ class Plan:
             f"{TURN_TOKENS} tokens of text",
             f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted",
             *(() if self.prediction is None else self.prediction.lines()),
+            *(() if self.advice is None else self.advice.lines()),
             *(f"warning        {warning}" for warning in self.warnings),
             *(f"refused        {reason}" for reason in self.refused),
         ]
@@ -130,6 +134,8 @@ def plan(
     device: str | None = None,
     calibration: CalibrationSet | None = None,
     evaluation: CalibrationSet | None = None,
+    advises: bool = False,
+    measured: Sequence[Path] = (),
 ) -> Plan:
     """Plans a recipe for a model.
 
@@ -139,8 +145,11 @@ def plan(
         device: A device profile, by name or path: its memory must do, and times are predicted.
         calibration: The calibration set, of which every row is checked.
         evaluation: The questions to score, likewise.
+        advises: Whether the plan says what pays, on the device or on this host.
+        measured: Scored runs of the model, for the advice.
 
     Raises:
+        InputError: A run is not of this model, or has no score.
         RecipeError: A rule matches nothing, a count is too large, an order is wrong.
         UnsupportedError: The model's family is not supported, or a score does not suit it.
     """
@@ -195,6 +204,9 @@ def plan(
         refused=tuple(refused),
         warnings=tuple(warnings),
         prediction=None if profile is None else predict_on(profile, state, recipe.targets),
+        advice=advise(state, recipe.targets, profile or load_device("host"), measured=measured)
+        if advises
+        else None,
     )
 
 

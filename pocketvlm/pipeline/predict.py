@@ -28,6 +28,7 @@ __all__ = [
     "exported_model",
     "predict_on",
     "question_of",
+    "rates_of",
     "with_predictions",
 ]
 
@@ -90,7 +91,7 @@ def predict_on(
     """
     asked = workload or PREDICTED_WORKLOAD
     question = question_of(state, asked)
-    found = _rates(device)
+    found = rates_of(device)
     model = exported_model(state, targets)
     empty = DevicePrediction(
         device=device.name,
@@ -198,7 +199,8 @@ def _kernel(layout: WeightLayout | None) -> str | None:
     return quantized_kernel(container_bits(plain.bits), plain.group_size)
 
 
-def _rates(device: Device) -> tuple[Rates | None, str]:
+def rates_of(device: Device) -> tuple[Rates | None, str]:
+    """Rates of a device and what they are made from; without any, why."""
     if device.transport == "host":
         calibration = read_calibration()
         if isinstance(calibration, str):
