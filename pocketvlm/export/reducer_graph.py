@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ class ReducerGraph(nn.Module):
     """A reducer between the values that the vision graph has at hand.
 
     Its inputs are `features` [1, N, C], `queries` and `keys` [1, tokens, hidden] of the feature
-    block, its outputs the kept features [1, k, C] and their indices [1, k].
+    block, then those of each earlier block that the reducer reads, its outputs the kept features
+    [1, k, C] and their indices [1, k].
     """
 
     def __init__(self, reducer: TokenReducer, spec: ModelSpec) -> None:
@@ -24,22 +27,25 @@ class ReducerGraph(nn.Module):
         self.reducer = reducer
         self._spec = spec
 
-    def forward(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its inputs, in order."""
+        earlier = ((f"queries_{block}", f"keys_{block}") for block in self.reducer.earlier_blocks)
+        return ("features", "queries", "keys", *chain.from_iterable(earlier))
+
+    def forward(
+        self, features: Tensor, queries: Tensor, keys: Tensor, *earlier: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Reduces the features of one picture."""
         ops = TorchOps(self, self._spec, reducer=self.reducer)
-        return ops.reduce(features, queries, keys)
+        pairs = list(zip(earlier[::2], earlier[1::2], strict=True))
+        return ops.reduce(features, queries, keys, pairs)
 
-    def example(self) -> tuple[Tensor, Tensor, Tensor]:
+    def example(self) -> tuple[Tensor, ...]:
         """Random inputs of the shapes of this model."""
         tower = self._spec.tower
         width = self._spec.projector.merged_width(tower.feature_size)
+        rows = (1, tower.tokens, tower.hidden_size)
+        shapes = ((1, self._spec.visual_tokens, width), *[rows] * (len(self.names) - 1))
         generator = torch.Generator().manual_seed(0)
-        features, queries, keys = (
-            torch.randn(shape, generator=generator)
-            for shape in (
-                (1, self._spec.visual_tokens, width),
-                (1, tower.tokens, tower.hidden_size),
-                (1, tower.tokens, tower.hidden_size),
-            )
-        )
-        return features, queries, keys
+        return tuple(torch.randn(shape, generator=generator) for shape in shapes)

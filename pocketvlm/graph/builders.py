@@ -51,9 +51,12 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         hidden = ops.norm(hidden, tower.pre_norm)
     normed = ops.norm(hidden, blocks[0].attention.norm)
     earlier: list[ValueT] = []
+    heads: list[tuple[ValueT, ValueT]] = []
     tapped: dict[int, ValueT] = {}
     for index, (block, following) in enumerate(zip(blocks, (*blocks[1:], None), strict=True)):
         attended, queries, keys = tower_attention(ops, block.attention, normed)
+        if index in ops.earlier_blocks:
+            heads.append((queries, keys))
         normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, tower.activation)
         if following is not None:
@@ -70,7 +73,7 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
     if tower.has_cls:
         features = ops.drop_first(features)
     features = merged_features(ops, spec.projector, features)
-    features, indices = ops.reduce(features, queries, keys)
+    features, indices = ops.reduce(features, queries, keys, heads)
     embeds = run_steps(ops, spec.projector.steps, features)
     if not spec.taps:
         return embeds, indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 __all__ = ["GraphOps"]
@@ -14,6 +15,11 @@ class GraphOps(Protocol[ValueT]):
 
     Values are float32 and have a batch of one: [1, tokens, channels].
     """
+
+    @property
+    def earlier_blocks(self) -> tuple[int, ...]:
+        """Blocks of the tower before the feature block that the token reduction reads."""
+        ...
 
     def embed_patches(self, pixels: ValueT) -> ValueT:
         """Patches with their positions, after [CLS] where there is one: [1, tokens, hidden]."""
@@ -111,9 +117,16 @@ class GraphOps(Protocol[ValueT]):
         """Tokens by their indices, [1, k]."""
         ...
 
-    def reduce(self, features: ValueT, queries: ValueT, keys: ValueT) -> tuple[ValueT, ValueT]:
+    def reduce(
+        self,
+        features: ValueT,
+        queries: ValueT,
+        keys: ValueT,
+        earlier: Sequence[tuple[ValueT, ValueT]] = (),
+    ) -> tuple[ValueT, ValueT]:
         """The checkpoint's token reduction: kept features and their indices.
 
-        Queries and keys are those of the feature block, [1, tokens, hidden], not scaled yet.
+        Queries and keys are those of the feature block, [1, tokens, hidden], not scaled yet, and
+        those of `earlier_blocks`, likewise.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.graph.rotary import patch_positions
-from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.models.reducer import BlockRows, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.models.tower import TowerSpec
 
@@ -35,6 +36,10 @@ class TensorOps(ABC):
     def __init__(self, spec: ModelSpec, reducer: TokenReducer | None) -> None:
         self._spec = spec
         self._reducer = reducer
+
+    @property
+    def earlier_blocks(self) -> tuple[int, ...]:
+        return () if self._reducer is None else self._reducer.earlier_blocks
 
     @abstractmethod
     def linear_layer(self, inputs: Tensor, name: str) -> Tensor:
@@ -124,21 +129,36 @@ class TensorOps(ABC):
         cells = merge_patches(features, factor, self._spec.tower.rows)
         return cells.unflatten(-1, (factor**2, features.shape[-1])).mean(dim=-2)
 
-    def reduce(self, features: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(
+        self,
+        features: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        earlier: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> tuple[Tensor, Tensor]:
         if self._reducer is None:
             return features, torch.arange(features.shape[1]).expand(features.shape[0], -1)
-        tower = self._spec.tower
+        tower, last = self._spec.tower, self._block_rows(queries, keys)
         kept, indices = self._reducer(
             ReducerInputs(
                 features=features,
-                queries=split_heads(queries, tower.heads, tower.head_dim) * tower.head_dim**-0.5,
-                keys=split_heads(keys, tower.heads, tower.head_dim),
+                queries=last.queries,
+                keys=last.keys,
                 has_cls=tower.has_cls,
                 merge_factor=self._spec.projector.merge_factor,
                 patch_rows=tower.rows,
+                earlier=tuple(self._block_rows(*pair) for pair in earlier),
             )
         )
         return kept, indices
+
+    def _block_rows(self, queries: Tensor, keys: Tensor) -> BlockRows:
+        """Queries and keys [1, tokens, hidden] as a reducer takes them."""
+        heads, width = self._spec.tower.heads, self._spec.tower.head_dim
+        return BlockRows(
+            queries=split_heads(queries, heads, width) * width**-0.5,
+            keys=split_heads(keys, heads, width),
+        )
 
 
 def split_heads(joined: Tensor, heads: int, width: int) -> Tensor:

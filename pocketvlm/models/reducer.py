@@ -13,10 +13,24 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-__all__ = ["POSITION_POLICIES", "PositionPolicy", "ReducerInputs", "TokenReducer"]
+__all__ = ["POSITION_POLICIES", "BlockRows", "PositionPolicy", "ReducerInputs", "TokenReducer"]
 
 PositionPolicy = Literal["original", "consecutive"]
 POSITION_POLICIES: tuple[PositionPolicy, ...] = ("original", "consecutive")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockRows:
+    """What one block of the tower compares its tokens by.
+
+    Attributes:
+        queries: Scaled by 1/sqrt(d), [B, H, T, d]; T counts the patches and, where the tower has
+            one, the [CLS] token at index 0.
+        keys: [B, H, T, d].
+    """
+
+    queries: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +45,7 @@ class ReducerInputs:
         has_cls: Whether token 0 of `queries` and `keys` is [CLS].
         merge_factor: Side of the square of patches that make up one feature.
         patch_rows: Patches of an image from top to bottom.
+        earlier: Queries and keys of the blocks that the reducer names in `earlier_blocks`.
     """
 
     features: Tensor
@@ -39,6 +54,7 @@ class ReducerInputs:
     has_cls: bool
     merge_factor: int
     patch_rows: int
+    earlier: tuple[BlockRows, ...] = ()
 
 
 class TokenReducer(nn.Module, ABC):
@@ -51,12 +67,17 @@ class TokenReducer(nn.Module, ABC):
         keep: Features that are returned, k.
         positions: Whether kept tokens keep the position ids they had among all N tokens
             (`original`), or are recounted (`consecutive`).
+        earlier_blocks: Blocks of the tower before the feature block whose queries and keys it
+            reads, ascending.
     """
 
-    def __init__(self, *, keep: int, positions: PositionPolicy) -> None:
+    def __init__(
+        self, *, keep: int, positions: PositionPolicy, earlier_blocks: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.keep = keep
         self.positions: PositionPolicy = positions
+        self.earlier_blocks = earlier_blocks
 
     @abstractmethod
     def forward(self, inputs: ReducerInputs) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ graphs over the modules of a checkpoint, and stock transformers is the oracle th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Literal, cast
@@ -44,6 +44,7 @@ __all__ = [
     "greedy_generate",
     "new_cache",
     "project",
+    "read_blocks",
     "reduce_features",
     "run_tower_block",
     "split_rows",
@@ -151,30 +152,36 @@ def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
     projected.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    hidden, tapped = embed_patches(model, spec, pixels), []
-    for block in range(spec.tower.feature_block):
+    hidden = embed_patches(model, spec, pixels)
+    entering: dict[int, Tensor] = {}
+    tapped: list[Tensor] = []
+    for block in range(spec.tower.feature_block + 1):
+        if block in read_blocks(checkpoint):
+            entering[block] = hidden
         hidden = run_tower_block(model, spec, block, hidden)
         tapped += [hidden for tap in spec.taps if tap.block == block]
-    return encode_features(checkpoint, hidden, tapped)
+    return encode_features(checkpoint, hidden, entering, tapped)
 
 
 def encode_features(
-    checkpoint: Checkpoint, entering: Tensor, tapped: Sequence[Tensor] = ()
+    checkpoint: Checkpoint,
+    hidden: Tensor,
+    entering: Mapping[int, Tensor],
+    tapped: Sequence[Tensor] = (),
 ) -> VisualTokens:
-    """The rest of `encode_images`, from what enters the feature block.
+    """The rest of `encode_images`, from what leaves the feature block.
 
     Args:
         checkpoint: The model.
-        entering: [images, tokens, hidden].
+        hidden: [images, tokens, hidden].
+        entering: Likewise, what entered each of `read_blocks`.
         tapped: Likewise, what left the blocks that add rows to the decoder.
 
     Raises:
         UnsupportedError: There are such blocks, and what left them is not given.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    features = tower_features(
-        model, spec, run_tower_block(model, spec, spec.tower.feature_block, entering)
-    )
+    features = tower_features(model, spec, hidden)
     kept, indices = reduce_features(checkpoint, features, entering)
     embeds = project(model, spec, kept)
     if len(tapped) != len(spec.taps):
@@ -187,24 +194,37 @@ def encode_features(
     return VisualTokens(embeds=torch.cat([embeds, *rows], dim=-1), indices=indices)
 
 
+def read_blocks(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Blocks of the tower whose queries and keys the token reduction reads, ascending."""
+    reducer = checkpoint.reducer
+    if reducer is None:
+        return ()
+    return (*reducer.earlier_blocks, checkpoint.spec.tower.feature_block)
+
+
 def reduce_features(
-    checkpoint: Checkpoint, features: Tensor, entering: Tensor | None
+    checkpoint: Checkpoint, features: Tensor, entering: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The features that are kept, and which of the N they are.
 
     Args:
         checkpoint: The model, with its token reduction.
         features: What `tower_features` returns.
-        entering: What enters the feature block; `None` where nothing is reduced.
+        entering: What entered each of `read_blocks`.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    if checkpoint.reducer is None or entering is None:
-        return TorchOps(model, spec).reduce(features, features, features)
-    attention = spec.tower.blocks[spec.tower.feature_block].attention
     ops = TorchOps(model, spec, reducer=checkpoint.reducer)
-    normed = ops.norm(entering[..., : spec.tower.hidden_size], attention.norm)
-    queries, keys, _ = tower_heads(ops, attention, normed)
-    return ops.reduce(features, queries, keys)
+    if checkpoint.reducer is None:
+        return ops.reduce(features, features, features)
+
+    def heads_of(block: int) -> tuple[Tensor, Tensor]:
+        attention = spec.tower.blocks[block].attention
+        normed = ops.norm(entering[block][..., : spec.tower.hidden_size], attention.norm)
+        queries, keys, _ = tower_heads(ops, attention, normed)
+        return queries, keys
+
+    *earlier, last = (heads_of(block) for block in read_blocks(checkpoint))
+    return ops.reduce(features, *last, earlier)
 
 
 def embed_text(checkpoint: Checkpoint, token_ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.compress.tokens.stage import REDUCERS, ReduceTokens
 from pocketvlm.errors import PocketVLMError, RecipeError
 from pocketvlm.export.onnx.reducer import trace_reducer
-from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.models.reducer import BlockRows, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.forward import VisualTokens, encode_images
 from pocketvlm.runtime.onnx.engine import onnxruntime
@@ -145,22 +145,29 @@ def test_an_exported_reducer_chooses_what_torch_chooses(
     taken = {value.name for value in session.get_inputs()}
     generator = torch.Generator().manual_seed(5)
     wide = tower.hidden_size * spec.projector.merge_factor**2
-    shapes = {
-        "features": (1, spec.visual_tokens, wide),
-        "queries": (1, tower.tokens, tower.hidden_size),
-        "keys": (1, tower.tokens, tower.hidden_size),
-    }
+    rows = (1, tower.tokens, tower.hidden_size)
+    shapes = {"features": (1, spec.visual_tokens, wide), "queries": rows, "keys": rows}
+    for block in reducer.earlier_blocks:
+        shapes |= {f"queries_{block}": rows, f"keys_{block}": rows}
     for _ in range(5):
         feeds = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-        queries, keys = (
-            feeds[key].view(1, tower.tokens, tower.heads, tower.head_dim).transpose(1, 2)
-            for key in ("queries", "keys")
-        )
+        heads = {
+            key: value.view(1, tower.tokens, tower.heads, tower.head_dim).transpose(1, 2)
+            for key, value in feeds.items()
+            if key != "features"
+        }
+        scale = tower.head_dim**-0.5
         expected, expected_indices = reducer(
             ReducerInputs(
                 features=feeds["features"],
-                queries=queries * tower.head_dim**-0.5,
-                keys=keys,
+                queries=heads["queries"] * scale,
+                keys=heads["keys"],
+                earlier=tuple(
+                    BlockRows(
+                        queries=heads[f"queries_{block}"] * scale, keys=heads[f"keys_{block}"]
+                    )
+                    for block in reducer.earlier_blocks
+                ),
                 has_cls=tower.has_cls,
                 merge_factor=spec.projector.merge_factor,
                 patch_rows=tower.rows,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.models.reducer import ReducerInputs, TokenReducer
+from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
@@ -76,11 +76,19 @@ def make_mask(pattern: str, rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 class ReceivedAttention(TokenReducer):
-    """Keeps the features that attract the most attention; safe operators only."""
+    """Keeps the features that attract the most attention; safe operators only.
+
+    It looks at the first block of the tower as well, so that targets hand over more than one.
+    """
+
+    def __init__(self, *, keep: int, positions: PositionPolicy) -> None:
+        super().__init__(keep=keep, positions=positions, earlier_blocks=(0,))
 
     def forward(self, inputs: ReducerInputs) -> tuple[Tensor, Tensor]:
+        (first,) = inputs.earlier
         attention = torch.softmax(inputs.queries @ inputs.keys.transpose(-1, -2), dim=-1)
-        scores = attention.mean(dim=(1, 2))
+        before = torch.softmax(first.queries @ first.keys.transpose(-1, -2), dim=-1)
+        scores = (attention + 2 * before).mean(dim=(1, 2))
         if inputs.has_cls:
             scores = scores[:, 1:]
         factor = inputs.merge_factor

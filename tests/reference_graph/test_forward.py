@@ -83,7 +83,7 @@ def test_a_reducer_is_given_the_attention_of_the_feature_block(tiny_checkpoint, 
 
     checkpoint = replace(tiny_checkpoint, reducer=Recorder(keep=1, positions="original"))
     hidden = torch.randn(1, 5, spec.tower.hidden_size)
-    reduce_features(checkpoint, torch.randn(1, 4, 8), hidden)
+    reduce_features(checkpoint, torch.randn(1, 4, 8), {spec.tower.feature_block: hidden})
     (inputs,) = given
     weights = functional.softmax(inputs.queries @ inputs.keys.transpose(-1, -2), dim=-1)
     name = spec.tower.blocks[spec.tower.feature_block].module

@@ -6,9 +6,9 @@ segment are kept, of all samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -27,6 +27,8 @@ from pocketvlm.reference_graph.forward import (
     embed_patches,
     embed_prompts,
     encode_features,
+    read_blocks,
+    run_tower_block,
 )
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers, tower_sublayers
 from pocketvlm.weights.form import WeightForm
@@ -70,12 +72,14 @@ class _State:
 
     Attributes:
         hidden: Hidden states, or visual tokens before the splice.
+        entering: What entered the blocks of the tower that the token reduction reads.
         indices: Which visual tokens these are, before the splice.
         rows: What attention takes beside them, in the decoder.
         is_visual: Which columns came from an image, in the decoder.
     """
 
     hidden: Tensor
+    entering: Mapping[int, Tensor] = field(default_factory=dict)
     indices: Tensor | None = None
     rows: DecoderRows | None = None
     is_visual: Tensor | None = None
@@ -179,8 +183,11 @@ class PartialForward:
 
     def _build(self) -> tuple[_Segment, ...]:
         model, spec = self._checkpoint.model, self._checkpoint.spec
+        read = read_blocks(self._checkpoint)
         segments = [
-            self._sublayer(sublayer)
+            self._sublayer(
+                sublayer, read=block if sublayer.kind == "attention" and block in read else None
+            )
             for block in range(spec.tower.feature_block)
             for sublayer in tower_sublayers(model, spec, block)
         ]
@@ -200,11 +207,19 @@ class PartialForward:
         return tuple(segments)
 
     @staticmethod
-    def _sublayer(sublayer: Sublayer, *, ends: bool = False) -> _Segment:
-        """One sublayer of a block; visual rows may end after it."""
+    def _sublayer(sublayer: Sublayer, *, ends: bool = False, read: int | None = None) -> _Segment:
+        """One sublayer of a block.
+
+        Args:
+            sublayer: The sublayer.
+            ends: Whether visual rows end after it.
+            read: Its block in the tower, where the token reduction reads what enters it.
+        """
 
         def run(_: int, state: _State) -> _State:
             behind = replace(state, hidden=sublayer.run(state.hidden, state.rows))
+            if read is not None:
+                behind = replace(behind, entering={**state.entering, read: state.hidden})
             if not ends or state.is_visual is None or state.rows is None:
                 return behind
             return _State(
@@ -220,7 +235,13 @@ class PartialForward:
         return _State(hidden=embed_patches(self._checkpoint.model, self._checkpoint.spec, pixels))
 
     def _encode(self, _: int, state: _State) -> _State:
-        visual = encode_features(self._checkpoint, state.hidden)
+        model, spec = self._checkpoint.model, self._checkpoint.spec
+        last = spec.tower.feature_block
+        visual = encode_features(
+            self._checkpoint,
+            run_tower_block(model, spec, last, state.hidden),
+            {**state.entering, last: state.hidden},
+        )
         return _State(hidden=visual.embeds, indices=visual.indices)
 
     def _embed_prompt(self, number: int, state: _State) -> _State:

@@ -13,7 +13,7 @@ layer's inputs are accumulated batch by batch and dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -60,6 +60,7 @@ from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_patches,
     embed_prompts,
+    read_blocks,
     reduce_features,
     tower_features,
 )
@@ -176,18 +177,18 @@ class BlockWalk:
                 pixels = checkpoint.processor.pixels(images)
                 path.append(embed_patches(checkpoint.model, spec, pixels))
         used = [batch if batch.in_tower_moments else None for batch in batches]
-        entering: PairedActivations | None = None
+        entering: dict[int, PairedActivations] = {}
         tapped: list[PairedActivations] = []
         for block in range(spec.tower.feature_block + 1):
-            if block == spec.tower.feature_block and checkpoint.reducer is not None:
-                entering = path.copy()
+            if block in read_blocks(checkpoint):
+                entering[block] = path.copy()
             for sublayer in tower_sublayers(checkpoint.model, spec, block):
                 yield from self._sublayer(sublayer, path, used, _alike)
             tapped += [path.copy() for tap in spec.taps if tap.block == block]
         features, indices = self._keep_features(path, entering)
         path.close()
-        if entering is not None:
-            entering.close()
+        for states in entering.values():
+            states.close()
         visual, ideal = yield from self._project(batches, features, indices, spec.projector.steps)
         for tap, states in zip(spec.taps, tapped, strict=True):
             taken = self._take_features(states, indices)
@@ -287,7 +288,7 @@ class BlockWalk:
 
     @torch.no_grad()
     def _keep_features(
-        self, path: PairedActivations, entering: PairedActivations | None
+        self, path: PairedActivations, entering: Mapping[int, PairedActivations]
     ) -> tuple[PairedActivations, list[Tensor]]:
         """What enters the projector, and which tokens were kept."""
         features = PairedActivations(
@@ -295,17 +296,19 @@ class BlockWalk:
         )
         indices = []
         for number, states in enumerate(path.now):
-            before = entering.now[number] if entering is not None else None
+            before = {block: read.now[number] for block, read in entering.items()}
             kept, chosen = self._reduce(states, before)
             features.now.append(kept)
             indices.append(chosen)
             if path.ideal is None or features.ideal is None:
                 continue
             merged = self._merge(path.ideal[number])
-            if entering is None or entering.ideal is None:
-                features.ideal.append(merged)
-                continue
-            ideal, wanted = self._reduce(path.ideal[number], entering.ideal[number])
+            before = {
+                block: read.ideal[number]
+                for block, read in entering.items()
+                if read.ideal is not None
+            }
+            ideal, wanted = self._reduce(path.ideal[number], before)
             if not torch.equal(wanted, chosen):
                 # The float tower would keep other tokens; what is compared are the same ones.
                 places = chosen[..., None].expand(-1, -1, merged.shape[-1])
@@ -317,7 +320,7 @@ class BlockWalk:
         """Tower states to what a projector without reduction reads."""
         return tower_features(self.checkpoint.model, self.checkpoint.spec, states).contiguous()
 
-    def _reduce(self, states: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _reduce(self, states: Tensor, entering: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """The features that are kept, and their indices."""
         kept, indices = reduce_features(self.checkpoint, self._merge(states), entering)
         return kept.contiguous(), indices

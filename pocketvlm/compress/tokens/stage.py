@@ -21,6 +21,7 @@ from pocketvlm.compress.tokens.merge.similar import Similar
 from pocketvlm.compress.tokens.pool.average_pool import AveragePool
 from pocketvlm.compress.tokens.rank.attention_rows import AttentionRows
 from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
+from pocketvlm.compress.tokens.rank.cls_ensemble import ClsEnsemble
 from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures
 from pocketvlm.compress.tokens.rank.feature_norm import FeatureNorm
 from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention
@@ -39,6 +40,7 @@ __all__ = ["REDUCERS", "AnyReducer", "ReduceTokens"]
 AnyReducer = (
     Auto
     | ClsAttention
+    | ClsEnsemble
     | ReceivedAttention
     | DistinctFeatures
     | FeatureNorm

@@ -8,6 +8,8 @@ infinity; cosines and sines come from a table, since angles of thousands have no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -76,6 +78,11 @@ class MilOps:
         self._float_type = function.package.float_type
         self._short = "fp16" if self._float_type is np.float16 else "fp32"
         self._names: dict[str, int] = {}
+
+    @property
+    def earlier_blocks(self) -> tuple[int, ...]:
+        reducer = self._checkpoint.reducer
+        return () if reducer is None else reducer.earlier_blocks
 
     def embed_patches(self, pixels: Any) -> Any:
         tower = self._spec.tower
@@ -335,13 +342,17 @@ class MilOps:
             x=features, indices=flat, axis=1, name=self._label(f"{features.name}_taken")
         )
 
-    def reduce(self, features: Any, queries: Any, keys: Any) -> tuple[Any, Any]:
+    def reduce(
+        self, features: Any, queries: Any, keys: Any, earlier: Sequence[tuple[Any, Any]] = ()
+    ) -> tuple[Any, Any]:
         if self._reducer is None:
             every = np.arange(self._spec.visual_tokens, dtype=np.int32)[None]
             return features, self._function.constant("reducer_all", every)
+        (function,) = self._reducer.functions.values()
+        values = (features, queries, keys, *chain.from_iterable(earlier))
         wide = {
             name: self._mb.cast(x=value, dtype="fp32", name=f"reducer_{name}")
-            for name, value in (("features", features), ("queries", queries), ("keys", keys))
+            for name, value in zip(function.inputs, values, strict=True)
         }
         kept, indices = inline(self._reducer, wide, "reducer")
         return self._mb.cast(x=kept, dtype=self._short, name="reducer_kept"), indices

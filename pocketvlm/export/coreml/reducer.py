@@ -26,7 +26,8 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
     """A token reducer as a MIL program of one function, `main`.
 
     Its inputs are `features` [1, N, C], `queries` and `keys` [1, tokens, hidden] of the feature
-    block, its outputs the kept features [1, k, C] and their indices [1, k].
+    block, then those of earlier blocks as `ReducerGraph` takes them, its outputs the kept features
+    [1, k, C] and their indices [1, k].
 
     Args:
         reducer: Any reducer; it is traced as it is, with a batch of one.

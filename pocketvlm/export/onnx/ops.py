@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from pocketvlm.export.onnx.masks import Masks
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
+from pocketvlm.export.reducer_graph import ReducerGraph
 from pocketvlm.graph.rotary import (
     inverse_frequencies,
     pair_selection,
@@ -67,6 +69,11 @@ class OnnxOps:
         } | {checkpoint.spec.decoder.head: checkpoint.spec.decoder.vocab_size}
         self._shared: dict[str, str] = {}
         self._masks = Masks(graph, checkpoint.spec.decoder)
+
+    @property
+    def earlier_blocks(self) -> tuple[int, ...]:
+        reducer = self._checkpoint.reducer
+        return () if reducer is None else reducer.earlier_blocks
 
     def embed_patches(self, pixels: str) -> str:
         tower = self._spec.tower
@@ -378,15 +385,21 @@ class OnnxOps:
         flat = self._reshape(indices, [-1], f"{features}.indices")
         return self._graph.node("Gather", [features, flat], name=f"{features}.taken", axis=1)
 
-    def reduce(self, features: str, queries: str, keys: str) -> tuple[str, str]:
+    def reduce(
+        self,
+        features: str,
+        queries: str,
+        keys: str,
+        earlier: Sequence[tuple[str, str]] = (),
+    ) -> tuple[str, str]:
         reducer = self._checkpoint.reducer
         if reducer is None:
             every = np.arange(self._spec.visual_tokens, dtype=np.int64)[None]
             return features, self._graph.constant("reducer.all", every)
         traced = trace_reducer(reducer, self._spec, opset=self._graph.opset)
-        kept, indices = self._graph.inline(
-            traced, {"features": features, "queries": queries, "keys": keys}, "reducer"
-        )
+        values = (features, queries, keys, *chain.from_iterable(earlier))
+        named = dict(zip(ReducerGraph(reducer, self._spec).names, values, strict=True))
+        kept, indices = self._graph.inline(traced, named, "reducer")
         return kept, indices
 
     def output(self, value: str, name: str) -> None:

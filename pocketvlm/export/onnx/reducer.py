@@ -23,7 +23,8 @@ def trace_reducer(reducer: TokenReducer, spec: ModelSpec, *, opset: int) -> onnx
     """A token reducer as an ONNX model.
 
     Its inputs are `features` [1, N, C], `queries` and `keys` [1, tokens, hidden] of the feature
-    block, its outputs `kept` [1, k, C] and `indices` [1, k].
+    block, then those of earlier blocks as `ReducerGraph` names them, its outputs `kept` [1, k, C]
+    and `indices` [1, k].
 
     Args:
         reducer: Any reducer; it is traced as it is, with a batch of one.
@@ -41,7 +42,7 @@ def trace_reducer(reducer: TokenReducer, spec: ModelSpec, *, opset: int) -> onnx
                 graph.example(),
                 dynamo=True,
                 opset_version=opset,
-                input_names=["features", "queries", "keys"],
+                input_names=list(graph.names),
                 output_names=["kept", "indices"],
                 verbose=False,
             )

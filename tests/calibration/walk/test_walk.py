@@ -18,9 +18,13 @@ from pocketvlm.weights.dense import DenseWeight
 
 
 class EveryOther(TokenReducer):
-    """Keeps every other token, for tests."""
+    """Keeps every other token, for tests; it wants the first block's rows as well."""
+
+    def __init__(self, *, keep, positions):
+        super().__init__(keep=keep, positions=positions, earlier_blocks=(0,))
 
     def forward(self, inputs):
+        assert [block.queries.shape for block in inputs.earlier] == [inputs.queries.shape]
         count = inputs.features.shape[1]
         indices = torch.arange(0, count, 2)[: self.keep]
         assert inputs.queries.shape == inputs.keys.shape

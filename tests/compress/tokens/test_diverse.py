@@ -16,8 +16,8 @@ from pocketvlm.compress.tokens.diverse.important_diverse import (
 )
 from pocketvlm.compress.tokens.diverse.max_min import farthest_tokens
 from pocketvlm.compress.tokens.rank.attention_rows import AttentionRowsReducer
-from pocketvlm.compress.tokens.rank.cls_attention import cls_attention
-from pocketvlm.compress.tokens.rank.ranking import split_indices, top_indices
+from pocketvlm.graph.selection import split_indices, top_indices
+from pocketvlm.graph.token_scores import cls_attention
 from pocketvlm.models.reducer import ReducerInputs
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pocketvlm.compress.tokens.merge.bipartite import MergedTokens, merge_similar, merge_to
 from pocketvlm.compress.tokens.merge.dominant_merged import DominantMergedReducer
 from pocketvlm.compress.tokens.merge.similar import SimilarReducer
-from pocketvlm.compress.tokens.rank.cls_attention import cls_attention
-from pocketvlm.compress.tokens.rank.ranking import top_indices
+from pocketvlm.graph.selection import top_indices
+from pocketvlm.graph.token_scores import cls_attention
 from tests.compress.tokens.test_diverse import cosines, inputs_of
 
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketvlm.compress.tokens.rank.ranking import gather_tokens, pool_merge_cells, top_indices
+from pocketvlm.compress.tokens.rank.ranking import pool_merge_cells
+from pocketvlm.graph.selection import gather_tokens, top_indices
 from pocketvlm.graph.tensor_ops import merge_patches
 
 

@@ -18,10 +18,11 @@ from pocketvlm.compress.tokens.pool.average_pool import (
     pooled_grid,
     reachable_counts,
 )
-from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention, cls_attention
-from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures, distinctness
+from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
+from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures
 from pocketvlm.compress.tokens.rank.ranking import Ranking, RankingReducer
-from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention, received_attention
+from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention
+from pocketvlm.graph.token_scores import cls_attention, distinctness, received_attention
 from pocketvlm.models.reducer import ReducerInputs
 
 

@@ -91,7 +91,7 @@ def test_the_record_says_what_was_kept(tiny_checkpoint: Checkpoint) -> None:
 
 def reducers_for(checkpoint: Checkpoint) -> list[Reducer]:
     has_cls = checkpoint.spec.tower.has_cls
-    return [kind() for name, kind in REDUCERS.items() if has_cls or name != "cls_attention"]
+    return [kind() for name, kind in REDUCERS.items() if has_cls or not name.startswith("cls_")]
 
 
 def test_keeping_every_token_changes_nothing(tiny_checkpoint: Checkpoint) -> None:

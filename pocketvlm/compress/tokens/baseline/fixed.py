@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.tokens.rank.ranking import gather_tokens
 from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.graph.selection import gather_tokens
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 

@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.tokens.diverse.max_min import cosine_similarity
-from pocketvlm.compress.tokens.rank.ranking import (
+from pocketvlm.compress.tokens.rank.tower_attention import tower_attention
+from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.graph.selection import (
+    cosine_similarity,
     gather_tokens,
     order_tokens,
     split_indices,
     top_indices,
 )
-from pocketvlm.compress.tokens.rank.tower_attention import tower_attention
-from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 

@@ -14,24 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.tokens.rank.ranking import gather_tokens, order_tokens, top_indices
 from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.graph.selection import (
+    cosine_similarity,
+    gather_tokens,
+    order_tokens,
+    top_indices,
+)
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["MaxMinDistance", "MaxMinReducer", "cosine_similarity", "farthest_tokens"]
+__all__ = ["MaxMinDistance", "MaxMinReducer", "farthest_tokens"]
 
 _CHOSEN = -4.0
 """Below every cosine distance, which are 0 to 2."""
-
-
-def cosine_similarity(rows: Tensor, columns: Tensor) -> Tensor:
-    """Cosine of every pair of features [B, n, C] and [B, m, C], as [B, n, m]."""
-    return _unit(rows) @ _unit(columns).transpose(1, 2)
-
-
-def _unit(features: Tensor) -> Tensor:
-    return features / features.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def farthest_tokens(features: Tensor, keep: int) -> Tensor:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.tokens.diverse.max_min import cosine_similarity
-from pocketvlm.compress.tokens.rank.ranking import gather_tokens, order_tokens, split_indices
+from pocketvlm.graph.selection import cosine_similarity, gather_tokens, order_tokens, split_indices
 
 __all__ = ["MergedTokens", "merge_similar", "merge_to"]
 

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pocketvlm.compress.tokens.rank.ranking import gather_tokens, top_indices
 from pocketvlm.compress.tokens.rank.tower_attention import tower_attention
 from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.errors import RecipeError
+from pocketvlm.graph.selection import gather_tokens, top_indices
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 

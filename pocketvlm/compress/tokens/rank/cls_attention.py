@@ -15,27 +15,24 @@ from torch import Tensor
 
 from pocketvlm.compress.tokens.rank.ranking import Ranking, pool_merge_cells
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.graph.token_scores import cls_attention
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["ClsAttention", "cls_attention"]
+__all__ = ["ClsAttention", "require_cls"]
 
 
-def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention from [CLS] to every patch, averaged over heads.
+def require_cls(spec: ModelSpec, kind: str) -> None:
+    """Checks that a tower has a [CLS] token.
 
-    The softmax runs over all tokens, [CLS] included; its own column is then left out, so that a
-    row sums to less than one.
-
-    Args:
-        queries: Scaled queries [B, H, 1 + patches, d], [CLS] first.
-        keys: Keys of the same shape.
-
-    Returns:
-        [B, patches].
+    Raises:
+        UnsupportedError: It has none; the message names the reducer.
     """
-    row = queries[:, :, :1] @ keys.transpose(2, 3)
-    return row.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+    if not spec.tower.has_cls:
+        raise UnsupportedError(
+            f"reduce_tokens: reducer {kind} needs a tower with a [CLS] token, which "
+            f"{spec.model_type} does not have; use distinct_features or auto"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +52,5 @@ class ClsAttention(Ranking):
         Raises:
             UnsupportedError: The tower has no [CLS] token.
         """
-        if not spec.tower.has_cls:
-            raise UnsupportedError(
-                f"reduce_tokens: reducer cls_attention needs a tower with a [CLS] token, which "
-                f"{spec.model_type} does not have; use distinct_features or auto"
-            )
+        require_cls(spec, self.kind)
         return super().build(spec, keep=keep, positions=positions)

@@ -17,22 +17,10 @@ from typing import Literal
 from torch import Tensor
 
 from pocketvlm.compress.tokens.rank.ranking import Ranking
+from pocketvlm.graph.token_scores import distinctness
 from pocketvlm.models.reducer import ReducerInputs
 
-__all__ = ["DistinctFeatures", "distinctness"]
-
-
-def distinctness(features: Tensor) -> Tensor:
-    """Euclidean distance of each feature from the mean feature of its picture.
-
-    Args:
-        features: [B, N, C].
-
-    Returns:
-        [B, N], not negative.
-    """
-    away = features - features.mean(dim=1, keepdim=True)
-    return away.square().sum(dim=-1).sqrt()
+__all__ = ["DistinctFeatures"]
 
 
 @dataclass(frozen=True, kw_only=True)

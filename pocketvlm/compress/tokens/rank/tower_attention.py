@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pocketvlm.compress.tokens.rank.cls_attention import cls_attention
 from pocketvlm.compress.tokens.rank.ranking import pool_merge_cells
-from pocketvlm.compress.tokens.rank.received_attention import received_attention
+from pocketvlm.graph.token_scores import cls_attention, received_attention
 from pocketvlm.models.reducer import ReducerInputs
 
 __all__ = ["tower_attention"]
