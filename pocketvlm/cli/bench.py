@@ -125,7 +125,11 @@ def bench(
     if out is not None:
         _require_writable(out)
     from pocketvlm.device_bench.arm import pair_all
-    from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
+    from pocketvlm.device_bench.controller.bench import (
+        BenchInterrupted,
+        BenchOptions,
+        bench_bundles,
+    )
     from pocketvlm.device_bench.controller.cooling import Cooling
     from pocketvlm.device_bench.devices import load_device
     from pocketvlm.device_bench.transports.table import transport_to
@@ -155,14 +159,20 @@ def bench(
         timeout_s=timeout,
         cooling=cooling if waits else None,
     )
-    with show_progress() as on_progress, told_warnings():
-        results = bench_bundles(
-            pair_all(folders, runtime or ()),
-            vary_workload(chosen, image_sizes=image_size or (), prompt_tokens=prompt_tokens or ()),
-            transport=transport_to(device, runner),
-            options=options,
-            on_progress=on_progress,
-        )
+    try:
+        with show_progress() as on_progress, told_warnings():
+            results = bench_bundles(
+                pair_all(folders, runtime or ()),
+                vary_workload(
+                    chosen, image_sizes=image_size or (), prompt_tokens=prompt_tokens or ()
+                ),
+                transport=transport_to(device, runner),
+                options=options,
+                on_progress=on_progress,
+            )
+    except BenchInterrupted as interrupt:
+        _show(interrupt.results, out, as_json=as_json)
+        raise
     _show(results, out, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""A real bundle of the tiny SmolVLM, and made-up blocks."""
+"""Real bundles, of the tiny SmolVLM and of a reference model, and made-up blocks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.reference import reference_model_path
 from tests.device_bench.rig import make_block
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle's folder, which no test may change."""
+    return _write_bundle(tiny_paths["smolvlm"], tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def reference_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of pocket-smol, likewise."""
+    return _write_bundle(reference_model_path("pocket-smol"), tmp_path_factory)
+
+
+def _write_bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "bundle"
     path.mkdir()
-    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
-    write_graphs(checkpoint, (ToOnnx(),), path, "", RunContext(threads=1))
+    write_graphs(Checkpoint.load(model), (ToOnnx(),), path, "", RunContext(threads=1))
     return path
 
 

@@ -118,6 +118,8 @@ class ScriptedTransport(Transport, Connection):
             return encode(self.sensors.pop(0))
         self.jobs.append(job)
         outcome = self.outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
         return encode(outcome) if isinstance(outcome, Block) else outcome
 
 

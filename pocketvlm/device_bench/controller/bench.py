@@ -7,7 +7,8 @@ is warm, because digests were just checked), peak memory is that of one bundle a
 variation between processes, which is larger than within a process, is in the samples.
 
 A process that fails stays in the result with its reason, and with the answers that it gave before.
-When the device itself is gone, the run ends, and what was measured until then is its result.
+When the device itself is gone, or the run is interrupted, what was measured until then is its
+result.
 """
 
 from __future__ import annotations
@@ -34,10 +35,22 @@ from pocketvlm.errors import PocketVLMError
 from pocketvlm.json_io import DecodeError, decode
 from pocketvlm.reports.measurement import Environment, Measurement
 
-__all__ = ["BenchOptions", "bench_bundles"]
+__all__ = ["BenchInterrupted", "BenchOptions", "bench_bundles"]
 
 # An arm that failed twice will fail again; its remaining processes are skipped, with a note.
 _MOST_FAILURES = 2
+
+
+class BenchInterrupted(KeyboardInterrupt):
+    """A run was interrupted after something had been measured.
+
+    Attributes:
+        results: What was measured until then, as `bench_bundles` returns it.
+    """
+
+    def __init__(self, results: tuple[Measurement, ...]) -> None:
+        super().__init__()
+        self.results = results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +119,7 @@ def bench_bundles(
         One measurement per workload.
 
     Raises:
+        BenchInterrupted: The run was interrupted; it has what was measured.
         BundleError: A folder holds no bundle, or a file of it was changed.
         InputError: A picture cannot be read, a workload does not fit a model, a bundle lacks a
             runtime, the device cannot be reached, or does not tell what is waited for.
@@ -127,23 +141,31 @@ def bench_bundles(
             options=options,
             has_real_time=transport.has_real_time,
         )
-        results: list[Measurement] = []
-        gone: str | None = None
-        for cell in cells:
-            outcomes: list[Outcome] = []
-            if gone is None:
-                outcomes, gone = _measure(session, cell, arms, on_progress)
-            results.append(
-                assemble_measurement(
-                    arms,
-                    outcomes,
-                    workload=cell.workload,
-                    pictures=cell.pictures,
-                    environment=environment,
-                    gone=gone,
-                )
+        by_cell: list[list[Outcome]] = [[] for _ in cells]
+        ended: str | None = None
+        interrupt: KeyboardInterrupt | None = None
+        try:
+            for cell, outcomes in zip(cells, by_cell, strict=True):
+                if ended is None:
+                    ended = _measure(session, cell, arms, outcomes, on_progress)
+        except KeyboardInterrupt as found:
+            if not any(by_cell):
+                raise
+            ended, interrupt = "it was interrupted", found
+        results = tuple(
+            assemble_measurement(
+                arms,
+                outcomes,
+                workload=cell.workload,
+                pictures=cell.pictures,
+                environment=environment,
+                ended=ended,
             )
-    return tuple(results)
+            for cell, outcomes in zip(cells, by_cell, strict=True)
+        )
+    if interrupt is not None:
+        raise BenchInterrupted(results) from interrupt
+    return results
 
 
 def _fit(workload: Workload, arms: Sequence[Arm]) -> _Cell:
@@ -160,12 +182,19 @@ def _fit(workload: Workload, arms: Sequence[Arm]) -> _Cell:
 
 
 def _measure(
-    session: _Session, cell: _Cell, arms: Sequence[Arm], on_progress: ProgressCallback
-) -> tuple[list[Outcome], str | None]:
-    """Runs every process of one workload, or those until the device is gone, and says why it is."""
+    session: _Session,
+    cell: _Cell,
+    arms: Sequence[Arm],
+    outcomes: list[Outcome],
+    on_progress: ProgressCallback,
+) -> str | None:
+    """Runs every process of one workload; appends to `outcomes`, so that an interrupt keeps them.
+
+    Returns:
+        Why the run ended early, if the device is gone.
+    """
     workload, by_name = cell.workload, {arm.name: arm for arm in arms}
     processes = schedule(workload.repeats, tuple(by_name))
-    outcomes: list[Outcome] = []
     started = time.monotonic()
     for done, process in enumerate(processes):
         on_progress(Progress(task="bench", done=done, total=len(processes), note=process.arm))
@@ -179,9 +208,9 @@ def _measure(
         outcome = _run_process(session, cell, by_name[process.arm], process)
         outcomes.append(replace(outcome, started_s=started_s, wait=wait))
         if outcome.failure is not None and not _is_there(session):
-            return outcomes, outcome.failure
+            return f"the device is gone: {outcome.failure}"
     on_progress(Progress(task="bench", done=len(processes), total=len(processes)))
-    return outcomes, None
+    return None
 
 
 def _run_process(session: _Session, cell: _Cell, arm: Arm, process: Process) -> Outcome:

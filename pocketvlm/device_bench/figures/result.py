@@ -49,7 +49,7 @@ def assemble_measurement(
     workload: Workload,
     pictures: Sequence[bytes],
     environment: Environment,
-    gone: str | None = None,
+    ended: str | None = None,
 ) -> Measurement:
     """Combines the measurements of all processes.
 
@@ -59,7 +59,7 @@ def assemble_measurement(
         workload: The workload that was measured.
         pictures: Its encoded pictures.
         environment: The device.
-        gone: Why the run ended early, if the device vanished.
+        ended: Why the run ended early, if it did.
     """
     by_arm = {arm.name: [one for one in outcomes if one.process.arm == arm.name] for arm in arms}
     reference = arms[0].name
@@ -79,7 +79,7 @@ def assemble_measurement(
         arms=measured,
         order=tuple(ProcessStart(arm=one.process.arm, at_s=one.started_s) for one in outcomes),
         notes=(
-            *([] if gone is None else [f"the device is gone, and the run ended early: {gone}"]),
+            *([] if ended is None else [f"the run ended early: {ended}"]),
             *(note for arm in arms for note in _notes(arm, by_arm[arm.name], workload)),
             *_compare_answers(arms, by_arm),
             *(note for name, arm in measured.items() for note in _verdicts(name, arm)),
@@ -211,7 +211,8 @@ def _notes(arm: Arm, outcomes: Sequence[Outcome], workload: Workload) -> Iterabl
         yield f"{arm.name}, repeat {one.process.repeat + 1}: failed: {one.failure}{kept}"
     missing = workload.repeats - len(outcomes)
     if missing:
-        yield f"{arm.name}: {missing} repeats were skipped after {len(failed)} failures"
+        why = f", after {len(failed)} failures" if failed else ""
+        yield f"{arm.name}: {missing} of {workload.repeats} repeats were not run{why}"
     warm = sum(not one.wait.is_cool for one in outcomes)
     if warm:
         yield f"{arm.name}: {warm} processes started above the thermal limit: waiting took too long"

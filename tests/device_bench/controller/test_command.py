@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from typing import get_type_hints
 
 import pytest
 
-from pocketvlm.cli import main
+from pocketvlm.cli import interrupts, main
 from pocketvlm.cli.bench import bench
 from pocketvlm.device_bench.workload import PRESETS
 from pocketvlm.reports.report_file import read_report
@@ -89,7 +91,26 @@ def test_a_device_that_vanishes_leaves_what_was_measured(tiny_bundle, type_bench
     # Three whole processes, and one measured answer of the fourth after its cold one.
     assert len(arm["latency"]["ttft_user_ms"]["samples"]) == 3 * 4 + 1
     assert arm["failures"][0]["answers"] == 1
-    assert "the device is gone, and the run ended early" in said
+    assert "the run ended early: the device is gone" in said
+
+
+def test_an_interrupt_writes_what_was_measured(tiny_bundle, type_bench, tmp_path, monkeypatch):
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("pocketvlm.device_bench.controller.bench.time.sleep", sleep)
+    for name in ("_received", "_announced"):
+        monkeypatch.setattr(interrupts, name, [])
+    out = tmp_path / "bench.json"
+    code, _, said = type_bench(tiny_bundle, *SHAPE, "--out", out)
+    assert code == 130
+    assert said.splitlines()[-1] == "interrupted"
+    samples = read_report(out).bench.arms["bundle"].latency.figure("load_ms").samples
+    assert len(samples) == 3
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_an_arm_that_keeps_failing_is_given_up_and_the_reference_is_not(tiny_bun
     assert arm.memory.peak_rss_bytes is None
     assert reference.latency.figure("load_ms").median == 100.0
     assert arm.ratios == {}
-    assert "bundle: 3 repeats were skipped after 2 failures" in result.notes
+    assert "bundle: 3 of 5 repeats were not run, after 2 failures" in result.notes
 
 
 def test_two_runtimes_of_one_bundle_are_arms_whose_answers_are_compared(tiny_bundle, block):

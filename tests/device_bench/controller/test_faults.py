@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller.bench import bench_bundles
+from pocketvlm.device_bench.controller.bench import BenchInterrupted, bench_bundles
 from pocketvlm.device_bench.protocol import AnswerEvent, Failure, LoadedEvent
 from pocketvlm.device_bench.transports.simulated import SimulatedTransport
 from pocketvlm.device_bench.transports.simulation import Fault, Simulation
@@ -44,8 +44,26 @@ def test_when_the_device_is_gone_the_run_ends_with_what_there_is(tiny_bundle, ot
     assert len(transport.jobs) == 3
     first, second = results
     assert len(first.arms["bundle"].latency.figure("load_ms").samples) == 1
-    assert first.notes[0] == "the device is gone, and the run ended early: unplugged"
+    assert first.notes[0] == "the run ended early: the device is gone: unplugged"
     assert second.arms["bundle"].latency.failed == "it was never run"
+
+
+def test_an_interrupted_run_has_what_was_measured(tiny_bundle, other, block):
+    transport = ScriptedTransport([block(), block(), block(), KeyboardInterrupt()])
+    with pytest.raises(BenchInterrupted) as stopped:
+        bench_bundles(pair_all([other, tiny_bundle]), [SCRIPTED, SCRIPTED], transport=transport)
+    first, second = stopped.value.results
+    assert first.notes[0] == "the run ended early: it was interrupted"
+    assert len(first.arms["base"].latency.figure("load_ms").samples) == 2
+    assert "bundle: 4 of 5 repeats were not run" in first.notes
+    assert second.arms["base"].latency.failed == "it was never run"
+
+
+def test_a_run_that_is_interrupted_before_anything_was_measured_has_no_result(tiny_bundle):
+    transport = ScriptedTransport([KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        bench([tiny_bundle], transport=transport)
+    assert not isinstance(stopped.value, BenchInterrupted)
 
 
 class RealTime(ScriptedTransport):
