@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pocketvlm.cli import interrupts, main
+from tests.shared import make_once
 
 RECIPE = """
 schema: 1
@@ -83,11 +84,14 @@ def cli(*arguments, check=None, **options):
 @pytest.fixture(scope="session")
 def finished_runs(tiny_paths, recipe_path, tmp_path_factory):
     """Run folders of both tiny models, by family."""
-    root = tmp_path_factory.mktemp("runs")
-    for family, path in tiny_paths.items():
-        cli(
-            *("compress", path, "--recipe", recipe_path, "--out", root / family),
-            *("--no-bench", "--threads", 1),
-            check=0,
-        )
+
+    def make(root):
+        for family, path in tiny_paths.items():
+            cli(
+                *("compress", path, "--recipe", recipe_path, "--out", root / family),
+                *("--no-bench", "--threads", 1),
+                check=0,
+            )
+
+    root = make_once(tmp_path_factory, "finished-runs", make)
     return {family: root / family for family in tiny_paths}

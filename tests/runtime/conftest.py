@@ -16,6 +16,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
+from tests.shared import make_once
 
 CAPACITY = 96
 """Rows of KV cache in the ExecuTorch program."""
@@ -40,12 +41,14 @@ def write_bundle(checkpoint: Checkpoint, path: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def both_targets(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """ONNX and ExecuTorch of one float model, with gaps among the positions of its picture."""
-    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
-    reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
-    path = tmp_path_factory.mktemp("both")
-    targets = (ToOnnx(), ToExecutorch(context=CAPACITY))
-    write_graphs(replace(checkpoint, reducer=reducer), targets, path, "", RunContext(threads=1))
-    return Bundle.open(path)
+
+    def make(path: Path) -> None:
+        checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+        reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
+        targets = (ToOnnx(), ToExecutorch(context=CAPACITY))
+        write_graphs(replace(checkpoint, reducer=reducer), targets, path, "", RunContext(threads=1))
+
+    return Bundle.open(make_once(tmp_path_factory, "both-targets", make))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pocketvlm.errors import ExportError
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.executorch.methods import DecoderMethod, EmbeddingMethod, VisionMethod
 from pocketvlm.export.executorch.sharing import share_constants
@@ -87,6 +88,7 @@ def lower_program(
 
     Raises:
         UnsupportedError: A layer has a form without a kernel.
+        ExportError: A method returns what is not a number.
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig
     from executorch.exir import to_edge_transform_and_lower as lower
@@ -117,6 +119,7 @@ def lower_program(
         with torch.no_grad():
             # The first call makes the layers; what is traced then finds them.
             outputs = method.eval()(*inputs)
+            _require_numbers(name, outputs)  # before lowering, which takes most of the time
             programs[name] = torch.export.export(
                 method, inputs, dynamic_shapes=dynamic, strict=False
             )
@@ -141,6 +144,12 @@ def lower_program(
 
 
 _METHODS = ("vision_encoder", "token_embedding", "text_decoder")
+
+
+def _require_numbers(name: str, outputs: Tensor | tuple[Tensor, ...]) -> None:
+    rows = outputs if isinstance(outputs, Tensor) else outputs[0]
+    if not bool(torch.isfinite(rows).all()):
+        raise ExportError(f"executorch: {name} returns what is not a number")
 
 
 def _partitioner() -> Any:

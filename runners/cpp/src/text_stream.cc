@@ -5,7 +5,7 @@
 namespace pocketvlm {
 namespace {
 
-const std::string kReplacement = "\xEF\xBF\xBD";
+const std::string kReplacementText = "\xEF\xBF\xBD";
 
 bool ends_with(const std::string& text, const std::string& ending) {
   return text.size() >= ending.size() &&
@@ -17,7 +17,7 @@ bool ends_with(const std::string& text, const std::string& ending) {
 std::string TextStream::push(std::int64_t token) {
   tokens_.push_back(token);
   const std::string before = decode(window_, done_), after = decode(window_, tokens_.size());
-  if (after.size() <= before.size() || ends_with(after, kReplacement)) return "";
+  if (after.size() <= before.size() || ends_with(after, kReplacementText)) return "";
   window_ = done_;
   done_ = tokens_.size();
   return emit(after.substr(before.size()));
