@@ -1,140 +1,208 @@
-"""What each visual-token reduction costs: accuracy by method, share kept and position policy.
+"""What each visual-token reduction costs and saves, answered and timed by ONNX bundles.
 
-    python benchmarks/token_reduction.py --n 500
+    python benchmarks/token_reduction.py --rows rows --n 1000
+    python benchmarks/token_table.py --rows rows
 
-Every row answers the same held-out questions with the float model in torch, so that differences
-are paired. Prints a table for each model, and one JSON line at the end.
+For each model, every method at every share of the tokens becomes a bundle, which answers the same
+held-out questions, and is timed in turns with the bundle of all tokens. Each finished row is
+appended to ROWS/MODEL.jsonl at once: a stopped run continues where it was. `token_table.py`
+makes tables and plots of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
+from token_rows import Row, append_row, read_rows
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import REDUCERS, ReduceTokens
 from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
-from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
+from pocketvlm.compress.tokens.limit_tiles import LimitTiles
+from pocketvlm.compress.tokens.merge.similar import Similar
+from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.context import RunContext
+from pocketvlm.errors import PocketVLMError
+from pocketvlm.evaluation.score import score_bundle
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy
+from pocketvlm.models.spec import ModelSpec
+from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.pipeline.run import compress_checkpoint
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.onnx.runner import OnnxRunner
+from pocketvlm.stages import Stage
 
-_RANDOM_SEEDS = (0, 1)
+WHOLE = "all tokens"
+_TURBO = 0.75
+_NO_CALIBRATION: Any = None  # these stages look at no data
 
 
-def configurations(
-    checkpoint: Checkpoint,
-    shares: list[float],
-    kinds: list[str],
-    policies: Sequence[PositionPolicy],
-) -> Iterator[ReduceTokens]:
-    """Every stage that suits the model; random tokens with several seeds, for one may be lucky."""
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row to be: what is done, and what it is called."""
+
+    label: str
+    share: float
+    stages: tuple[Stage, ...]
+
+
+def reducers(kinds: Sequence[str]) -> dict[str, Reducer]:
+    """What is compared, by label; random tokens twice, for one subset may be lucky."""
+    found: dict[str, Reducer] = {}
+    for kind in kinds:
+        if kind == "random_tokens":
+            found |= {f"{kind} {seed}": RandomTokens(seed=seed) for seed in (0, 1)}
+        else:
+            found[kind] = REDUCERS[kind]()
+        if kind == "similar":
+            found["similar, semantic"] = Similar(semantic_weight=_TURBO)
+    return found
+
+
+def methods(
+    spec: ModelSpec, shares: Sequence[float], kinds: Sequence[str], positions: PositionPolicy
+) -> Iterator[Method]:
+    """All rows of a model, the one of all tokens first; what does not suit it is left out."""
+    yield Method(label=WHOLE, share=1.0, stages=())
+    if spec.tiling is not None:
+        yield Method(label="whole picture alone", share=1.0, stages=(LimitTiles(max_tiles=1),))
+    chosen = reducers(kinds)
     for share in shares:
-        for kind in kinds:
-            if kind == "cls_attention" and not checkpoint.spec.tower.has_cls:
+        for label, reducer in chosen.items():
+            stage = ReduceTokens(reducer=reducer, keep=share, positions=positions)
+            try:
+                stage.build(spec)
+            except PocketVLMError as error:
+                print(f"{label} at {share:.0%} is left out: {error}")
                 continue
-            reducers: list[Any] = [REDUCERS[kind]()]
-            if kind == "random_tokens":
-                reducers = [RandomTokens(seed=seed) for seed in _RANDOM_SEEDS]
-            for positions in policies:
-                for reducer in reducers:
-                    yield ReduceTokens(reducer=reducer, keep=share, positions=positions)
-
-
-def measure(
-    name: str,
-    samples: CalibrationSet,
-    shares: list[float],
-    kinds: list[str],
-    policies: Sequence[PositionPolicy],
-) -> list[dict[str, Any]]:
-    """One row a configuration, all tokens first."""
-    whole = Checkpoint.load(reference_model_path(name))
-    baseline = score_checkpoint(whole, samples)
-    print(f"\n{name}: all {whole.spec.visual_tokens} visual tokens, n={baseline.n}")
-    print(f"  {_spell(baseline)}  blind {baseline.blind:.1%}")
-    header = ("reducer", "keep", "positions", "accuracy [95 %]", "points lost [95 %]")
-    print("  {:<20}{:>5}  {:<12}{:<24}{}".format(*header))
-    rows = [_row(name, None, baseline, baseline, whole.spec.visual_tokens)]
-    pooled: dict[tuple[float | int, str], list[Score]] = {}
-    for stage in configurations(whole, shares, kinds, policies):
-        reducer = stage.build(whole.spec)
-        score = score_checkpoint(replace(whole, reducer=reducer), samples, blind=False)
-        rows.append(_row(name, stage, score, baseline, reducer.keep))
-        if stage.reducer.kind == "random_tokens":
-            seeds = pooled.setdefault((stage.keep, stage.positions), [])
-            seeds.append(score)
-            if len(seeds) < len(_RANDOM_SEEDS):
-                continue
-            mean = sum(other.accuracy for other in seeds) / len(seeds)
-            low, high = min(s.accuracy for s in seeds), max(s.accuracy for s in seeds)
-            print(
-                f"  {stage.reducer.kind:<20}{reducer.keep:>5}  {stage.positions:<12}"
-                f"{mean:>6.1%} ({low:.1%} to {high:.1%} of {len(seeds)} seeds)",
-                flush=True,
+            yield Method(
+                label=label if positions == "original" else f"{label}, {positions}",
+                share=share,
+                stages=(stage,),
             )
+
+
+def measure(model: str, options: argparse.Namespace, work: Path) -> None:
+    """Measures what the model's file of rows lacks."""
+    file = options.rows / f"{model}.jsonl"
+    source = reference_model_path(model)
+    pictures = REFERENCE_MODELS[model]
+    samples = CalibrationSet.from_reference(
+        options.seed, options.n, split="evaluation", pictures=pictures
+    )
+    known = {(row.label, row.share) for row in read_rows(file, seed=options.seed, n=options.n)}
+    whole = _export(source, (), work / "whole")
+    picture, question = work / "picture.jpg", next(iter(samples)).question
+    next(iter(samples)).open_image().save(picture, quality=95)
+    spec = Checkpoint.load(source).spec
+    for method in methods(spec, options.share, options.kinds, options.positions):
+        if (method.label, method.share) in known:
             continue
-        lost = rows[-1]["points_lost"]
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            bundle = whole if not method.stages else _export(source, method.stages, Path(folder))
+            score = score_bundle(
+                bundle, samples, blind=not method.stages, ctx=RunContext(threads=options.threads)
+            )
+            times = time_beside(whole, bundle, picture, question, options)
+        row = Row(
+            model=model,
+            label=method.label,
+            share=method.share,
+            stages=tuple(asdict(stage) for stage in method.stages),  # type: ignore[call-overload]
+            keep=bundle.manifest.visual_tokens,
+            of=bundle.manifest.visual_tokens_full,
+            seed=options.seed,
+            n=score.n,
+            credits=score.credits,
+            kinds=tuple(sample.kind for sample in samples),
+            blind=score.blind,
+            seconds=time.perf_counter() - started,
+            **times,
+        )
+        append_row(file, row)
         print(
-            f"  {stage.reducer.kind:<20}{reducer.keep:>5}  {stage.positions:<12}{_spell(score):<24}"
-            f"{lost[0]:+.1f} [{lost[1]:+.1f}, {lost[2]:+.1f}]",
+            f"{model}  {method.label:<22}{row.keep:>3}  {score.accuracy:.1%}  "
+            f"ttft {row.ttft_ratio:.2f}  {row.seconds:.0f} s",
             flush=True,
         )
-    return rows
 
 
-def _row(
-    name: str, stage: ReduceTokens | None, score: Score, baseline: Score, keep: int
+def time_beside(
+    whole: Bundle, bundle: Bundle, picture: Path, question: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    paired = compare_scores(baseline, score)
-    lost = (0 - paired.difference, 0 - paired.interval_high, 0 - paired.interval_low)
+    """Times to first tokens of two bundles in turns: the second's, and its share of the first's."""
+    runners = [OnnxRunner(each, threads=options.threads) for each in (whole, bundle)]
+    conversations = [
+        Conversation(each, runner=runner)
+        for each, runner in zip((whole, bundle), runners, strict=True)
+    ]
+    found: dict[str, list[float]] = {name: [] for name in ("ttft", "whole", "vision", "prefill")}
+    rows = 0
+    for number in range(options.rounds + options.warm_ups):
+        taken = []
+        # Whichever of the two is second has a warmer picture: they change places.
+        order = (0, 1) if number % 2 else (1, 0)
+        for which in order:
+            conversations[which].reset()
+            start = time.perf_counter()
+            answer = conversations[which].ask(question, picture, max_new_tokens=1)
+            taken.append((which, (time.perf_counter() - start) * 1e3, answer.timings))
+        if number < options.warm_ups:
+            continue
+        (_, base, _), (_, ours, timings) = sorted(taken, key=lambda one: one[0])
+        found["ttft"].append(ours)
+        found["whole"].append(base)
+        found["vision"].append(timings.vision_ms)
+        found["prefill"].append(timings.prefill_ms)
+        rows = timings.prompt_tokens
     return {
-        "model": name,
-        "reducer": asdict(stage.reducer) if stage else None,
-        "positions": stage.positions if stage else "original",
-        "keep": keep,
-        "n": score.n,
-        "accuracy": score.accuracy,
-        "interval": [score.interval_low, score.interval_high],
-        "blind": score.blind,
-        "points_lost": [100 * value for value in lost],
-        "per_kind": {kind: row.accuracy for kind, row in score.per_kind.items()},
+        "ttft_user_ms": tuple(found["ttft"]),
+        "whole_ttft_user_ms": tuple(found["whole"]),
+        "vision_ms": tuple(found["vision"]),
+        "prefill_ms": tuple(found["prefill"]),
+        "prompt_rows": rows,
+        "cache_bytes": runners[1].held_bytes,
     }
 
 
-def _spell(score: Score) -> str:
-    return f"{score.accuracy:>6.1%} [{score.interval_low:.1%}, {score.interval_high:.1%}]"
+def _export(source: Path, stages: Sequence[Stage], folder: Path) -> Bundle:
+    ctx = RunContext()
+    checkpoint = compress_checkpoint(Checkpoint.load(source), stages, _NO_CALIBRATION, ctx)
+    folder.mkdir(exist_ok=True)
+    manifest = write_graphs(checkpoint, (ToOnnx(),), folder, "", ctx)
+    return Bundle(path=folder, manifest=manifest)
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=Path, required=True, help="folder of the files of rows")
     parser.add_argument("--model", action="append", choices=REFERENCE_MODELS)
-    parser.add_argument("--reducer", action="append", choices=REDUCERS)
-    parser.add_argument("--positions", action="append", choices=POSITION_POLICIES)
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
-    started = time.perf_counter()
-    policies = arguments.positions or POSITION_POLICIES
-    kinds = arguments.reducer or [kind for kind in REDUCERS if kind != "auto"]
-    rows = [
-        row
-        for name in arguments.model or REFERENCE_MODELS
-        for row in measure(name, samples, arguments.keep, kinds, policies)
-    ]
-    document = {"seed": arguments.seed, "seconds": time.perf_counter() - started, "rows": rows}
-    print(json.dumps(document))
+    parser.add_argument("--reducer", dest="kinds", action="append", choices=REDUCERS)
+    parser.add_argument("--positions", choices=POSITION_POLICIES, default="original")
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1, help="seed of the held-out questions")
+    parser.add_argument("--share", type=float, nargs="+", default=[0.25, 0.5, 0.11, 0.05])
+    parser.add_argument("--rounds", type=int, default=30, help="timed answers of each bundle")
+    parser.add_argument("--warm-ups", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    options.kinds = options.kinds or [k for k in REDUCERS if k not in ("auto", "imported")]
+    options.rows.mkdir(parents=True, exist_ok=True)
+    for model in options.model or REFERENCE_MODELS:
+        with tempfile.TemporaryDirectory() as work:
+            measure(model, options, Path(work))
 
 
 if __name__ == "__main__":

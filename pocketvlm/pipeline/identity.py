@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
+from pocketvlm.compress.tokens.imported import Imported
+from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.errors import RecipeError
 from pocketvlm.files.reader import file_sha256, read_bytes
 from pocketvlm.machine import toolchain_versions
@@ -93,6 +95,8 @@ def stage_settings(recipe: Recipe) -> list[Any]:
         if isinstance(stage, MixedPrecision) and stage.sensitivity is not None:
             content = read_bytes(Path(stage.sensitivity), error=RecipeError)
             settings[index] = [settings[index], hashlib.sha256(content).hexdigest()]
+        if isinstance(stage, ReduceTokens) and isinstance(stage.reducer, Imported):
+            settings[index] = [settings[index], stage.reducer.source_sha256()]
     return settings
 
 

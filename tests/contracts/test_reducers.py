@@ -20,6 +20,7 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.forward import VisualTokens, encode_images
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from tests.contracts.promises import read, require_configuration
+from tests.contracts.reducers import REQUIRED, make_reducer
 
 KEPT = 8
 OPSET = 18
@@ -29,7 +30,7 @@ NAMES = tuple(REDUCERS)
 def refusal(name: str, spec: ModelSpec) -> str | None:
     """Why a reducer does not suit a model."""
     try:
-        REDUCERS[name]().build(spec, keep=KEPT, positions="original")
+        make_reducer(name).build(spec, keep=KEPT, positions="original")
     except PocketVLMError as error:
         return str(error)
     return None
@@ -40,7 +41,7 @@ def fitting(name: str, spec: ModelSpec) -> TokenReducer:
     reason = refusal(name, spec)
     if reason is not None:
         pytest.skip(reason)
-    return REDUCERS[name]().build(spec, keep=KEPT, positions="original").eval()
+    return make_reducer(name).build(spec, keep=KEPT, positions="original").eval()
 
 
 def encode(checkpoint: Checkpoint, reducer: TokenReducer, pixels: Tensor) -> VisualTokens:
@@ -54,9 +55,9 @@ def pictures(spec: ModelSpec) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reducer_is_its_configuration(name: str) -> None:
-    stage = read("stages", "reduce_tokens", {"reducer": {"kind": name}})
+    stage = read("stages", "reduce_tokens", {"reducer": {"kind": name, **REQUIRED.get(name, {})}})
     assert isinstance(stage, ReduceTokens)
-    assert stage.reducer == REDUCERS[name]()
+    assert stage.reducer == make_reducer(name)
     assert isinstance(stage.reducer, Reducer)
     assert stage.reducer.kind == name
     require_configuration("stages", stage)
@@ -78,7 +79,11 @@ def test_options_that_cannot_be_are_refused_in_one_line(name: str) -> None:
     for values in wrong:
         (option,) = values
         with pytest.raises(RecipeError) as caught:
-            read("stages", "reduce_tokens", {"reducer": {"kind": name, **values}})
+            read(
+                "stages",
+                "reduce_tokens",
+                {"reducer": {"kind": name, **REQUIRED.get(name, {}), **values}},
+            )
         assert f"stages.0.reducer.{option}: " in str(caught.value)
         assert "\n" not in str(caught.value)
         if option == "beauty":
@@ -91,7 +96,11 @@ def test_a_share_becomes_a_number_that_the_reducer_can_leave(
 ) -> None:
     spec = tiny_checkpoint.spec
     fitting(name, spec)
-    stage = read("stages", "reduce_tokens", {"reducer": {"kind": name}, "keep": 0.5})
+    stage = read(
+        "stages",
+        "reduce_tokens",
+        {"reducer": {"kind": name, **REQUIRED.get(name, {})}, "keep": 0.5},
+    )
     for share in (0.01, 0.3, 0.44, 0.7, 1.0):
         kept = replace(stage, keep=share).build(spec).keep
         assert 1 <= kept <= spec.visual_tokens
@@ -107,7 +116,7 @@ def test_a_reducer_keeps_as_many_tokens_as_it_says_in_order(
 ) -> None:
     spec = tiny_checkpoint.spec
     fitting(name, spec)
-    reducer = REDUCERS[name]().build(spec, keep=KEPT, positions=positions)
+    reducer = make_reducer(name).build(spec, keep=KEPT, positions=positions)
     assert (reducer.keep, reducer.positions) == (KEPT, positions)
     found = encode(tiny_checkpoint, reducer, pictures(spec))
     assert found.embeds.shape == (3, KEPT, spec.decoder.hidden_size)

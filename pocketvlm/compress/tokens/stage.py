@@ -16,9 +16,11 @@ from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
 from pocketvlm.compress.tokens.diverse.important_diverse import ImportantDiverse
 from pocketvlm.compress.tokens.diverse.max_min import MaxMinDistance
+from pocketvlm.compress.tokens.imported import Imported
 from pocketvlm.compress.tokens.merge.dominant_merged import DominantMerged
 from pocketvlm.compress.tokens.merge.similar import Similar
 from pocketvlm.compress.tokens.pool.average_pool import AveragePool
+from pocketvlm.compress.tokens.pool.thumbnail_sampled import ThumbnailSampled
 from pocketvlm.compress.tokens.rank.attention_rows import AttentionRows
 from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
 from pocketvlm.compress.tokens.rank.cls_ensemble import ClsEnsemble
@@ -52,6 +54,8 @@ AnyReducer = (
     | UniformStride
     | RandomTokens
     | AveragePool
+    | ThumbnailSampled
+    | Imported
 )
 """Everything that a recipe may name as `reducer`."""
 REDUCERS: Mapping[str, type[Reducer]] = {kind.kind: kind for kind in get_args(AnyReducer)}
@@ -128,8 +132,8 @@ class ReduceTokens(Stage):
                 "reduce_tokens: positions are rows and columns of a picture in this model, which "
                 "cannot be recounted; allowed is original"
             )
-        reducer, keep = self.reducer.choose(spec), self.resolved_keep(spec)
-        return reducer.build(spec, keep=keep, positions=self.positions).eval()
+        keep = self.resolved_keep(spec)
+        return self.reducer.build(spec, keep=keep, positions=self.positions).eval()
 
     def plan(self, state: PlanState) -> PlanState:
         """Leaves fewer visual tokens."""
@@ -148,6 +152,7 @@ class ReduceTokens(Stage):
             ValueError: A value is none that the stage can have.
             KeyError: There is no such reducer.
             TypeError: There is no such option.
+            CheckpointError: It is code that only the checkpoint names.
         """
         given = dict(parameters)
         if "reducer" not in given:
@@ -155,6 +160,8 @@ class ReduceTokens(Stage):
             given["reducer"] = {"kind": kind, **({"seed": seed} if kind == "random_tokens" else {})}
         options = dict(given.pop("reducer"))
         reducer: Any = REDUCERS[options["kind"]](**options)
+        if isinstance(reducer, Imported):
+            reducer.require_trusted()
         return cls(reducer=reducer, **given).build(spec)
 
     def compress(

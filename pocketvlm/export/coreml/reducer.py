@@ -15,9 +15,9 @@ import torch
 
 from pocketvlm.errors import ExportError
 from pocketvlm.export.coreml.limits import Deployment
-from pocketvlm.export.reducer_graph import ReducerGraph
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.reducer_graph import ReducerGraph
 
 __all__ = ["convert_program", "convert_reducer", "inline"]
 

@@ -18,7 +18,6 @@ from pocketvlm.export.onnx.masks import Masks
 from pocketvlm.export.onnx.reducer import trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
-from pocketvlm.export.reducer_graph import ReducerGraph
 from pocketvlm.graph.rotary import (
     inverse_frequencies,
     pair_selection,
@@ -27,6 +26,7 @@ from pocketvlm.graph.rotary import (
 )
 from pocketvlm.models.blocks import AttentionSpec
 from pocketvlm.models.decoder import RopeSpec
+from pocketvlm.reference_graph.reducer_graph import ReducerGraph
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight

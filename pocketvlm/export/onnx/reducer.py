@@ -12,9 +12,9 @@ import onnx
 import torch
 
 from pocketvlm.errors import ExportError
-from pocketvlm.export.reducer_graph import ReducerGraph
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.reducer_graph import ReducerGraph
 
 __all__ = ["trace_reducer"]
 

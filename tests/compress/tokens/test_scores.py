@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from pocketvlm.compress.tokens.baseline.random_tokens import random_indices
 from pocketvlm.compress.tokens.baseline.uniform_stride import uniform_indices
 from pocketvlm.compress.tokens.pool.average_pool import (
-    AveragePoolReducer,
+    ConstantMeans,
+    cell_tokens,
     pooled_grid,
     reachable_counts,
 )
+from pocketvlm.compress.tokens.pool.thumbnail_sampled import thumbnail_means
 from pocketvlm.compress.tokens.rank.cls_attention import ClsAttention
 from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures
 from pocketvlm.compress.tokens.rank.ranking import Ranking, RankingReducer
@@ -160,7 +162,8 @@ def test_average_pool_is_adaptive_pooling(height: int, width: int, data: st.Data
     assert grid is not None
     queries, keys = draw(0, height * width)
     inputs = inputs_of(queries, keys, has_cls=False, merge=1)
-    pooled, indices = AveragePoolReducer(tokens=tokens, grid=grid, positions="original")(inputs)
+    means = cell_tokens(tokens, grid)
+    pooled, indices = ConstantMeans(means, tokens=height * width, positions="original")(inputs)
     maps = inputs.features.transpose(1, 2).reshape(2, 5, height, width)
     expected = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)
@@ -179,3 +182,22 @@ def test_a_pooled_grid_has_cells_that_are_square_or_twice_as_high() -> None:
     assert pooled_grid((6, 12), 18) == (3, 6)
     assert pooled_grid((12, 6), 18) == (6, 3)
     assert pooled_grid((6, 12), 7) is None
+
+
+QUARTERS = {0: [0, 1, 4, 5], 2: [2, 3, 6, 7], 8: [8, 9, 12, 13], 10: [10, 11, 14, 15]}
+
+
+@pytest.mark.parametrize(
+    ("pooled", "keep", "expected"),
+    [
+        (0, 4, {2: [2], 6: [6], 10: [10], 14: [14]}),
+        (1, 3, {3: [3], 5: list(range(16)), 12: [12]}),
+        (4, 6, {**QUARTERS, 5: [5], 13: [13]}),
+    ],
+)
+def test_a_thumbnail_is_means_and_samples_of_what_is_no_centre(
+    pooled: int, keep: int, expected: dict[int, list[int]]
+) -> None:
+    means = thumbnail_means((4, 4), pooled=pooled, keep=keep)
+    assert means == expected
+    assert list(means) == sorted(means)

@@ -21,6 +21,7 @@ from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError
 from pocketvlm.reference_graph.forward import embed_prompts, encode_images
+from tests.contracts.reducers import make_reducer
 
 NO_CALIBRATION: Any = None  # token reduction looks at no data
 
@@ -91,7 +92,7 @@ def test_the_record_says_what_was_kept(tiny_checkpoint: Checkpoint) -> None:
 
 def reducers_for(checkpoint: Checkpoint) -> list[Reducer]:
     has_cls = checkpoint.spec.tower.has_cls
-    return [kind() for name, kind in REDUCERS.items() if has_cls or not name.startswith("cls_")]
+    return [make_reducer(name) for name in REDUCERS if has_cls or not name.startswith("cls_")]
 
 
 def test_keeping_every_token_changes_nothing(tiny_checkpoint: Checkpoint) -> None:
@@ -103,7 +104,7 @@ def test_keeping_every_token_changes_nothing(tiny_checkpoint: Checkpoint) -> Non
         torch.testing.assert_close(same.embeds, whole.embeds, rtol=1e-5, atol=1e-6)
 
 
-AVERAGING = {"average_pool", "dominant_merged", "similar"}
+AVERAGING = {"average_pool", "dominant_merged", "similar", "thumbnail_sampled"}
 
 
 def test_kept_tokens_are_those_of_the_whole_image(tiny_checkpoint: Checkpoint) -> None:

@@ -19,6 +19,7 @@ from pocketvlm.files.reader import file_sha256
 from pocketvlm.models.reducer import ReducerInputs, TokenReducer
 from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.weights.kv_cache import KVCacheScales
+from tests.contracts.reducers import make_reducer
 from tests.export.coreml.rig import PackageContent, export, run_vision
 from tests.export.rig import make_prompt, quantize_checkpoint
 
@@ -100,7 +101,7 @@ def test_the_toolkit_reads_its_own_language_in_them(
 def test_every_reducer_becomes_a_program(tiny_path: Path, tmp_path: Path, name: str) -> None:
     checkpoint = Checkpoint.load(tiny_path)
     try:
-        reducer = REDUCERS[name]().build(checkpoint.spec, keep=8, positions="original")
+        reducer = make_reducer(name).build(checkpoint.spec, keep=8, positions="original")
     except UnsupportedError:
         pytest.skip("no [CLS] token")
     checkpoint = replace(checkpoint, reducer=reducer)

@@ -13,8 +13,9 @@ import torch
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.stage import REDUCERS
-from pocketvlm.export.reducer_graph import ReducerGraph
+from pocketvlm.reference_graph.reducer_graph import ReducerGraph
 from pocketvlm.runtime.executorch.program import load_program, register_operators
+from tests.contracts.reducers import make_reducer
 
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
 
@@ -29,8 +30,10 @@ def test_every_reducer_chooses_what_torch_chooses(
     register_operators()
     spec = Checkpoint.load(tiny_paths["llava"]).spec  # the one with [CLS]
     graphs = {
-        name: ReducerGraph(kind().build(spec, keep=4, positions="original"), spec).eval()
-        for name, kind in REDUCERS.items()
+        name: ReducerGraph(
+            make_reducer(name).build(spec, keep=4, positions="original"), spec
+        ).eval()
+        for name in REDUCERS
     }
     programs = {name: torch.export.export(graph, graph.example()) for name, graph in graphs.items()}
     edge = to_edge(

@@ -6,6 +6,7 @@ Adaptive average pooling over the grid of visual tokens, as PLLaVA (arXiv 2404.1
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
@@ -20,7 +21,9 @@ from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
     "AveragePool",
-    "AveragePoolReducer",
+    "ConstantMeans",
+    "cell_tokens",
+    "nearest_reachable",
     "pooled_grid",
     "pooling_cells",
     "reachable_counts",
@@ -53,6 +56,14 @@ def reachable_counts(tokens: tuple[int, int]) -> tuple[int, ...]:
     return tuple(keep for keep in range(1, tokens[0] * tokens[1] + 1) if pooled_grid(tokens, keep))
 
 
+def nearest_reachable(tokens: tuple[int, int], count: int, *, most: int | None = None) -> int:
+    """The number of cells closest to `count` that a grid can have, or 0 where that is wanted."""
+    if count == 0:
+        return 0
+    counts = [found for found in reachable_counts(tokens) if most is None or found <= most]
+    return min(counts, key=lambda candidate: abs(candidate - count), default=0)
+
+
 def pooling_cells(length: int, cells: int) -> tuple[tuple[int, int], ...]:
     """First and past-the-last token of each cell along one side, as adaptive pooling cuts them."""
     return tuple(
@@ -60,31 +71,45 @@ def pooling_cells(length: int, cells: int) -> tuple[tuple[int, int], ...]:
     )
 
 
-class AveragePoolReducer(TokenReducer):
-    """Averages the tokens of each cell; a cell's index is that of its central token."""
+def cell_tokens(tokens: tuple[int, int], grid: tuple[int, int]) -> dict[int, list[int]]:
+    """The tokens of each cell of a coarser grid, by the cell's central token."""
+    width = tokens[1]
+    rows, columns = pooling_cells(tokens[0], grid[0]), pooling_cells(width, grid[1])
+    return {
+        (top + bottom - 1) // 2 * width + (left + right - 1) // 2: [
+            row * width + column for row in range(top, bottom) for column in range(left, right)
+        ]
+        for top, bottom in rows
+        for left, right in columns
+    }
+
+
+class ConstantMeans(TokenReducer):
+    """Averages the same tokens of every picture; the means are one product with a constant.
+
+    Args:
+        means: The tokens that each kept one is the mean of, by the token at whose place it stands,
+            ascending.
+        tokens: Visual tokens of a picture, N.
+        positions: Which rotary positions the kept ones get.
+    """
 
     weights: Tensor
-    centres: Tensor
+    places: Tensor
 
     def __init__(
-        self, *, tokens: tuple[int, int], grid: tuple[int, int], positions: PositionPolicy
+        self, means: Mapping[int, Sequence[int]], *, tokens: int, positions: PositionPolicy
     ) -> None:
-        super().__init__(keep=grid[0] * grid[1], positions=positions)
-        height, width = tokens
-        weights = torch.zeros(self.keep, height * width)
-        centres = []
-        rows, columns = pooling_cells(height, grid[0]), pooling_cells(width, grid[1])
-        boxes = [(row, column) for row in rows for column in columns]
-        for cell, ((top, bottom), (left, right)) in enumerate(boxes):
-            inside = [r * width + c for r in range(top, bottom) for c in range(left, right)]
-            weights[cell, inside] = 1 / len(inside)
-            centres.append((top + bottom - 1) // 2 * width + (left + right - 1) // 2)
+        super().__init__(keep=len(means), positions=positions)
+        weights = torch.zeros(len(means), tokens)
+        for row, inside in enumerate(means.values()):
+            weights[row, list(inside)] = 1 / len(inside)
         self.register_buffer("weights", weights, persistent=False)
-        self.register_buffer("centres", torch.tensor(centres), persistent=False)
+        self.register_buffer("places", torch.tensor(list(means)), persistent=False)
 
     def forward(self, inputs: ReducerInputs) -> tuple[Tensor, Tensor]:
-        """Returns pooled features [B, k, C] and the indices of their centres [B, k]."""
-        indices = self.centres.expand(inputs.features.shape[0], -1)
+        """Returns the means [B, k, C] and the indices at which they stand [B, k]."""
+        indices = self.places.expand(inputs.features.shape[0], -1)
         return self.weights @ inputs.features, indices
 
 
@@ -99,8 +124,7 @@ class AveragePool(Reducer):
 
     def nearest_count(self, spec: ModelSpec, count: int) -> int:
         """The number of cells closest to `count`."""
-        counts = reachable_counts((spec.visual_rows, spec.visual_columns))
-        return min(counts, key=lambda candidate: abs(candidate - count))
+        return nearest_reachable((spec.visual_rows, spec.visual_columns), count)
 
     def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
         """The module of one model.
@@ -119,4 +143,5 @@ class AveragePool(Reducer):
                 f"reduce_tokens: keep {keep}: average_pool cannot cut {tokens[0]} x {tokens[1]} "
                 f"visual tokens into that many cells; the nearest counts that it can are {nearest}"
             )
-        return AveragePoolReducer(tokens=tokens, grid=grid, positions=positions)
+        means = cell_tokens(tokens, grid)
+        return ConstantMeans(means, tokens=spec.visual_tokens, positions=positions)

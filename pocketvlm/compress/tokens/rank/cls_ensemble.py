@@ -3,7 +3,7 @@
 Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (arXiv
 2412.05819): which patches [CLS] attends to wavers from block to block, and the sum over blocks is
 steadier. The authors choose the first block for each benchmark; here it is an option, and by
-default the middle of the blocks that are run. Costs one softmax row a block.
+default the middle of the blocks that are run. Costs one softmax row per block.
 """
 
 from __future__ import annotations
