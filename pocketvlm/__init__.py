@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
     from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq
     from pocketvlm.compress.pruning.unstructured.wanda import Wanda
-    from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
     from pocketvlm.compress.pruning.width.stage import PruneWidth
     from pocketvlm.compress.quantization.affine.awq import Awq
     from pocketvlm.compress.quantization.affine.gptq import Gptq
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from pocketvlm.compress.quantization.kv_cache import QuantizeCache
     from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
     from pocketvlm.compress.quantization.transforms.rotation import Rotate
+    from pocketvlm.compress.tokens.schedule.stage import DropTokens
     from pocketvlm.compress.tokens.stage import ReduceTokens
     from pocketvlm.context import Progress, RunContext
     from pocketvlm.errors import PocketVLMError
@@ -68,6 +68,7 @@ __all__ = [
     "CodebookRule",
     "Conversation",
     "Distill",
+    "DropTokens",
     "Ecoflap",
     "Gblm",
     "Gptq",
@@ -88,7 +89,6 @@ __all__ = [
     "RunContext",
     "RunResult",
     "Sample",
-    "SkipVisual",
     "SparseGpt",
     "SparseGptGptq",
     "StageRecord",
@@ -140,7 +140,7 @@ _HOMES = {
     "RunContext": "context",
     "RunResult": "pipeline.run",
     "Sample": "calibration.source",
-    "SkipVisual": "compress.pruning.visual_cutoff",
+    "DropTokens": "compress.tokens.schedule.stage",
     "SparseGpt": "compress.pruning.unstructured.sparsegpt",
     "SparseGptGptq": "compress.pruning.unstructured.sparsegpt_gptq",
     "StageRecord": "checkpoint",

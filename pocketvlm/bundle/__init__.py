@@ -13,6 +13,7 @@ from pocketvlm.bundle.manifest import (
     TensorSignature,
 )
 from pocketvlm.bundle.positions import PositionGrid
+from pocketvlm.bundle.visual_schedule import VisualDrop, VisualSchedule
 
 __all__ = [
     "BUNDLE_SCHEMA",
@@ -26,6 +27,8 @@ __all__ = [
     "PromptLayout",
     "RuntimeNeeds",
     "TensorSignature",
+    "VisualDrop",
+    "VisualSchedule",
     "sign_bundle",
     "write_manifest",
 ]

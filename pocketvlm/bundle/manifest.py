@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.bundle.positions import PositionGrid
+from pocketvlm.bundle.visual_schedule import VisualSchedule
 from pocketvlm.errors import BundleError
 from pocketvlm.json_io import DecodeError, decode
 
@@ -132,7 +133,7 @@ class CacheLayout:
         kv_heads: Key-value heads per layer.
         head_dim: Width of a head.
         dtype: Type of its elements.
-        visual_layers: First layers that hold visual rows; `None` for all.
+        visual_schedule: How many visual rows its layers hold; `None` where all hold all.
         mutual_rows: Rows that see each other and so enter in one call; `None` where every row sees
             the past alone.
     """
@@ -141,7 +142,7 @@ class CacheLayout:
     kv_heads: int
     head_dim: int
     dtype: Literal["float32", "float16", "int8"]
-    visual_layers: int | None = None
+    visual_schedule: VisualSchedule | None = None
     mutual_rows: MutualRows | None = None
 
     def __post_init__(self) -> None:
@@ -151,8 +152,8 @@ class CacheLayout:
                 f"layers, kv_heads and head_dim are {sizes}; each must be at least 1, their "
                 f"product at most {_MAX_CACHE_ROW:,}"
             )
-        if self.visual_layers is not None and not 0 < self.visual_layers < self.layers:
-            raise ValueError(f"visual_layers must be 1 to {self.layers - 1}")
+        if self.visual_schedule is not None:
+            self.visual_schedule.require_depth(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +238,7 @@ class Manifest:
                 del document["prompt"][name]
         if document["position_grid"] is None:
             del document["position_grid"]
-        for name in ("visual_layers", "mutual_rows"):
+        for name in ("visual_schedule", "mutual_rows"):
             if document["kv_cache"][name] is None:
                 del document["kv_cache"][name]
         if not document["runtimes"]:

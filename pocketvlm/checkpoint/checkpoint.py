@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.checkpoint.build import build_model
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.checkpoint.folder import read_model_folder
 from pocketvlm.checkpoint.load import install_weights, load_cache_grid, load_weights
 from pocketvlm.checkpoint.manifest import (
     ReducerBuilder,
-    read_visual_layers,
+    read_schedule,
     restore_reducer,
 )
 from pocketvlm.checkpoint.records import Source, StageRecord
@@ -59,8 +60,8 @@ class Checkpoint:
         source: Where the weights came from.
         reducer: The visual-token reduction, or `None` for all tokens.
         cache_grid: Scales that the KV cache is rounded to, or `None` if it stays float32.
-        visual_layers: First layers of the decoder that visual tokens run through
-            (`pocketvlm.reference_graph.visual_cutoff`), or `None` for all of them.
+        visual_schedule: Where visual rows leave the decoder
+            (`pocketvlm.reference_graph.visual_schedule`), or `None` where all run through it.
         history: One record per stage, in order.
     """
 
@@ -71,7 +72,7 @@ class Checkpoint:
     source: Source
     reducer: TokenReducer | None = None
     cache_grid: KVCacheScales | None = None
-    visual_layers: int | None = None
+    visual_schedule: VisualSchedule | None = None
     history: tuple[StageRecord, ...] = ()
 
     @classmethod
@@ -118,7 +119,7 @@ class Checkpoint:
             source=manifest.source,
             reducer=restore_reducer(manifest, spec, reducers or {}, folder.path),
             cache_grid=load_cache_grid(folder),
-            visual_layers=read_visual_layers(manifest, spec, folder.path),
+            visual_schedule=read_schedule(manifest, spec, folder.path),
             history=manifest.history,
         )
 
@@ -173,7 +174,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: The config cannot be understood, a shape does not fit it, or layers
-                would be renumbered although visual tokens end after one of them.
+                would be renumbered although visual rows are dropped between them.
             UnsupportedError: The config asks for something that the family does not support.
             KeyError: A weight or a vector is missing.
         """
@@ -191,11 +192,10 @@ class Checkpoint:
             image_mark=self.spec.image_mark,
             tiling=self.spec.tiling,
         )
-        if self.visual_layers is not None and spec.decoder.depth != self.spec.decoder.depth:
+        if self.visual_schedule is not None and spec.decoder.depth != self.spec.decoder.depth:
             raise CheckpointError(
-                f"visual tokens end after {self.visual_layers} of {self.spec.decoder.depth} "
-                f"decoder layers, and {spec.decoder.depth} would be left; remove layers before "
-                "skip_visual"
+                f"visual rows are dropped between the {self.spec.decoder.depth} layers of the "
+                f"decoder, and {spec.decoder.depth} would be left; remove layers before drop_tokens"
             )
         model = build_model(spec)
         install_weights(

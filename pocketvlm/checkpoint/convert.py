@@ -241,10 +241,10 @@ def _notes(
         notes.append("visual-token reduction is not stored: readers of the layout see every token")
     if checkpoint.cache_grid is not None:
         notes.append("the int8 grid of the KV cache is not stored: readers keep their own cache")
-    if checkpoint.visual_layers is not None:
+    if checkpoint.visual_schedule is not None:
         notes.append(
-            f"visual tokens run through all decoder layers there, not the first "
-            f"{checkpoint.visual_layers} alone"
+            "visual tokens run through all decoder layers there, not "
+            f"{checkpoint.visual_schedule.describe()}"
         )
     embedding = checkpoint.spec.decoder.embedding
     if not isinstance(checkpoint.form(embedding), DenseWeight):

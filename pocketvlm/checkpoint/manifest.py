@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.checkpoint.records import Source, StageRecord, timeless
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.reader import locate
@@ -31,7 +32,7 @@ __all__ = [
     "ReducerBuilder",
     "StoredReducer",
     "read_manifest",
-    "read_visual_layers",
+    "read_schedule",
     "restore_reducer",
     "write_manifest",
 ]
@@ -59,7 +60,7 @@ class CheckpointManifest:
         source: Where the weights came from.
         forms: How each weight is stored, by the layer's name; dense ones are left out.
         reducer: The visual-token reduction, or `None` for all tokens.
-        visual_layers: First layers that visual tokens run through, or `None` for all of them.
+        visual_schedule: Where visual rows leave the decoder, or `None` where they do not.
         history: One record per stage, in order.
         files: sha256 of every other file of the directory.
         schema: Version of this description.
@@ -68,7 +69,7 @@ class CheckpointManifest:
     source: Source
     forms: Mapping[str, Mapping[str, Any]]
     reducer: StoredReducer | None
-    visual_layers: int | None
+    visual_schedule: VisualSchedule | None
     history: tuple[StageRecord, ...]
     files: Mapping[str, str]
     schema: int = CHECKPOINT_SCHEMA
@@ -107,7 +108,7 @@ def write_manifest(
     source: Source,
     forms: Mapping[str, Mapping[str, Any]],
     reducer: StoredReducer | None,
-    visual_layers: int | None,
+    visual_schedule: VisualSchedule | None,
     history: tuple[StageRecord, ...],
 ) -> None:
     """Signs every file of a folder; timings are left out of its history."""
@@ -115,7 +116,7 @@ def write_manifest(
         source=source,
         forms=forms,
         reducer=reducer,
-        visual_layers=visual_layers,
+        visual_schedule=visual_schedule,
         history=(),
         files=sign_files(folder, (_MANIFEST, *_UNSIGNED)),
     )
@@ -150,18 +151,18 @@ def restore_reducer(
         ) from error
 
 
-def read_visual_layers(manifest: CheckpointManifest, spec: ModelSpec, path: Path) -> int | None:
-    """How many layers of a saved checkpoint visual tokens run through.
+def read_schedule(
+    manifest: CheckpointManifest, spec: ModelSpec, path: Path
+) -> VisualSchedule | None:
+    """Where visual rows leave the decoder of a saved checkpoint.
 
     Raises:
-        CheckpointError: The stored number is not one of the decoder's layers.
+        CheckpointError: The schedule does not fit the decoder.
     """
-    stored = manifest.visual_layers
-    if stored is None:
-        return None
-    if not 0 < stored < spec.decoder.depth:
-        raise CheckpointError(
-            f"{path / _MANIFEST}: visual_layers is {stored!r}; allowed are 1 to "
-            f"{spec.decoder.depth - 1}, or null"
-        )
-    return stored
+    schedule = manifest.visual_schedule
+    if schedule is not None:
+        try:
+            schedule.require_depth(spec.decoder.depth)
+        except ValueError as error:
+            raise CheckpointError(f"{path / _MANIFEST}: visual_schedule: {error}") from error
+    return schedule

@@ -55,7 +55,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
             if reducing
             else None
         ),
-        visual_layers=checkpoint.visual_layers,
+        visual_schedule=checkpoint.visual_schedule,
         history=checkpoint.history,
     )
 

@@ -93,8 +93,8 @@ def inspect(
     if manifest.prompt.tile_marker is not None or manifest.prompt.line_break is not None:
         say("               per tile: large pictures are cut into several, and shown whole as well")
     cache = manifest.kv_cache
-    if cache.visual_layers is not None:
-        say(f"               in the first {cache.visual_layers} of {cache.layers} layers")
+    if cache.visual_schedule is not None:
+        say(f"               of {cache.layers} layers, {cache.visual_schedule.describe()}")
     say(f"bytes          {opened.stored_bytes():,}")
     for target, needs in manifest.runtimes.items():
         operators = f", operators {', '.join(needs.operators)}" if needs.operators else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketvlm.bundle import TensorSignature
+from pocketvlm.bundle import TensorSignature, VisualSchedule
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
@@ -48,15 +48,16 @@ def embedding_signatures(spec: ModelSpec) -> Signatures:
 
 
 def decoder_signatures(
-    spec: ModelSpec, cache_dtype: str = "float32", visual_layers: int | None = None
+    spec: ModelSpec, cache_dtype: str = "float32", schedule: VisualSchedule | None = None
 ) -> Signatures:
     """Inputs and outputs of the decoder graph.
 
     `capacity` is chosen by the caller, who binds past and present to the same buffers, save for
-    states of short convolutions, which have one size, [1, taps - 1, width]. Where visual rows end
-    early, `text_rows` numbers the rows of text among those of the call, and the cache of later
-    layers has its own length and capacity. Where rows see each other, `mutual` has a number for
-    each row, -1 for those that see the past alone.
+    states of short convolutions, which have one size, [1, taps - 1, width]. Where visual rows are
+    dropped on the way, `text_rows` numbers the rows of text among those of the call,
+    `past_stage_lengths` says how many rows the layers after each drop hold, and the caches of each
+    such stage have their own capacity. Where rows see each other, `mutual` has a number for each
+    row, -1 for those that see the past alone.
     """
     decoder = spec.decoder
 
@@ -68,19 +69,23 @@ def decoder_signatures(
                 rows = decoder.convolutions[block].taps - 1
                 signatures.append(_float(name, 1, rows, decoder.hidden_size))
                 continue
-            is_late = visual_layers is not None and block >= visual_layers
-            capacity = "text_capacity" if is_late else "capacity"
+            stage = 0 if schedule is None else schedule.stage_of(block)
+            capacity = f"stage{stage}_capacity" if stage else "capacity"
             shape = (1, decoder.kv_heads, capacity, decoder.head_dim)
             signatures.append(TensorSignature(name=name, dtype=cache_dtype, shape=shape))
         return tuple(signatures)
 
-    late = () if visual_layers is None else (_int("text_rows", "text"), _int("past_text_length", 1))
+    dropped = (
+        ()
+        if schedule is None
+        else (_int("text_rows", "text"), _int("past_stage_lengths", len(schedule.drops)))
+    )
     return (
         (
             _float("embeds", 1, "length", spec.row_width),
             _int("position_ids", decoder.rope.axes, "length"),
             _int("past_length", 1),
-            *late,
+            *dropped,
             *(() if decoder.mutual_rows is None else (_int("mutual", 1, "length"),)),
             *cache("past"),
         ),

@@ -36,7 +36,10 @@ class TorchRunner(Runner):
             checkpoint: The model.
             capacity: Rows of KV cache; `None` for as many as the model has positions.
         """
-        super().__init__(capacity=capacity or checkpoint.spec.decoder.max_positions)
+        super().__init__(
+            capacity=capacity or checkpoint.spec.decoder.max_positions,
+            schedule=checkpoint.visual_schedule,
+        )
         self.checkpoint = checkpoint
         self._cache = new_cache(checkpoint)
 
@@ -67,14 +70,14 @@ class TorchRunner(Runner):
         rows = embeds.shape[1]
         self._require_room(rows)
         flags = np.zeros(rows, np.bool_) if is_visual is None else is_visual
-        text = self.text_length
-        if self.checkpoint.visual_layers is not None:
+        held = self.stage_lengths
+        if self._schedule is not None:
             self._text_rows(rows, flags)
         # The cache is cut back here, so that `truncate` and `reset` stay what they are elsewhere.
         if self._length == 0:
             self._cache = new_cache(self.checkpoint)
         else:
-            self._crop(text)
+            self._crop(held)
         positions = torch.from_numpy(position_ids)[:, None]
         embedded, added = split_rows(self.checkpoint.spec, torch.from_numpy(embeds))
         inputs = DecoderInputs(
@@ -94,8 +97,9 @@ class TorchRunner(Runner):
     def _states(self) -> States:
         return {str(block): state.numpy() for block, state in self._cache.states.items()}
 
-    def _crop(self, text: int) -> None:
-        """Cuts the cache back to the rows that count, late layers to `text` of them."""
-        late = self.checkpoint.visual_layers
+    def _crop(self, held: npt.NDArray[np.int64]) -> None:
+        """Cuts the cache back to the rows that count, in each stage after the first to `held`."""
+        lengths = [self._length, *held.tolist()]
         for block in range(self.checkpoint.spec.decoder.depth):
-            self._cache.crop(block, self._length if late is None or block < late else text)
+            stage = 0 if self._schedule is None else self._schedule.stage_of(block)
+            self._cache.crop(block, lengths[stage])

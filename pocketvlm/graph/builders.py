@@ -8,9 +8,7 @@ truth, `pocketvlm.reference_graph`, runs the same sublayers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Protocol, TypeVar
 
 from pocketvlm.graph.operators import GraphOps
 from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
@@ -18,7 +16,7 @@ from pocketvlm.models.projector import ProjectorSpec, TapSpec, run_steps
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = [
-    "TextRows",
+    "RowDrops",
     "build_decoder",
     "build_embedding",
     "build_vision",
@@ -29,17 +27,25 @@ __all__ = [
 ValueT = TypeVar("ValueT")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TextRows(Generic[ValueT]):
-    """Where visual rows end, in a decoder that runs them through its first layers only.
+class RowDrops(Protocol[ValueT]):
+    """Where rows leave a decoder, in the values of one target."""
 
-    Attributes:
-        layers: Layers that visual rows run through.
-        select: The rows of text of a hidden state.
-    """
+    def before_attention(self, block: int, joined: ValueT, hidden: ValueT) -> tuple[ValueT, ValueT]:
+        """What is left of queries, keys and values of a block, and of the hidden state."""
+        ...
 
-    layers: int
-    select: Callable[[ValueT], ValueT]
+    def after_attention(
+        self, block: int, joined: ValueT, mixed: ValueT, hidden: ValueT
+    ) -> tuple[ValueT, ValueT]:
+        """What is left of what attention gave, and of the hidden state.
+
+        Args:
+            block: Index of the block.
+            joined: Queries, keys and values of the attention.
+            mixed: What it gave.
+            hidden: The hidden state before it.
+        """
+        ...
 
 
 def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tuple[ValueT, ValueT]:
@@ -109,28 +115,37 @@ def build_decoder(
     ops: GraphOps[ValueT],
     spec: ModelSpec,
     embeds: ValueT,
-    text_rows: TextRows[ValueT] | None = None,
+    drops: RowDrops[ValueT] | None = None,
 ) -> ValueT:
     """Embeddings to the logits of the last position, [1, 1, vocabulary].
 
     What follows the last block's attention is computed for the last position alone: no other
-    position reaches an output. What follows the attention of the last block that visual rows run
-    through is computed for rows of text alone, likewise.
+    position reaches an output.
+
+    Args:
+        ops: The operators.
+        spec: The model.
+        embeds: Rows of the call.
+        drops: Where rows leave; `None` where all run through every block. Nothing that the tower
+            adds may follow a place where they do.
     """
     decoder = spec.decoder
     hidden, *added = ops.split_channels(embeds, decoder.hidden_size) if spec.taps else (embeds,)
     normed = ops.norm(hidden, decoder.blocks[0].mixer.norm)
     following = (*(block.mixer.norm for block in decoder.blocks[1:]), decoder.norm)
     for index, block in enumerate(decoder.blocks):
-        mixed = decoder_mixer(ops, block.mixer, index, normed)
+        joined = ops.linear(normed, *block.mixer.inputs)
+        if drops is not None:
+            joined, hidden = drops.before_attention(index, joined, hidden)
+        mixed = decoder_mixer(ops, block.mixer, index, joined)
         if index == decoder.depth - 1:
             mixed, hidden = ops.last(mixed), ops.last(hidden)
-        elif text_rows is not None and index == text_rows.layers - 1:
-            mixed, hidden = text_rows.select(mixed), text_rows.select(hidden)
+        elif drops is not None:
+            mixed, hidden = drops.after_attention(index, joined, mixed, hidden)
         mixed = mixer_output(ops, block.mixer, mixed)
         normed, hidden = ops.add_norm(mixed, hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, decoder.activation)
-        if index < len(added) and (text_rows is None or index < text_rows.layers - 1):
+        if index < len(added):
             inner = ops.add(inner, added[index])
         normed, hidden = ops.add_norm(inner, hidden, following[index])
     return ops.head(normed)

@@ -43,19 +43,19 @@ def decoder_mixer(
     ops: GraphOps[ValueT],
     mixer: AttentionSpec | ShortConvSpec,
     block: int,
-    normed: ValueT,
+    joined: ValueT,
 ) -> ValueT:
-    """Attention of a decoder block or its short convolution, without the linear that ends it.
+    """Attention of a decoder block or its short convolution, without the linears on both sides.
 
-    Rows may end between the two, whose keys and values are read and which nothing reads after.
+    Rows may be dropped between the three: those that attention needs no more, and those whose keys
+    and values it reads and which nothing reads after.
 
     Args:
         ops: The operators.
         mixer: The sublayer.
         block: Index of its block, whose cache or state is extended.
-        normed: What it reads.
+        joined: What its first linears gave.
     """
-    joined = ops.linear(normed, *mixer.inputs)
     if isinstance(mixer, ShortConvSpec):
         return ops.short_conv(joined, block, *mixer.inputs)
     return ops.cached_attention(joined, block, *mixer.inputs)

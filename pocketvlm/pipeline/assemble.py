@@ -229,7 +229,7 @@ def _write_rest(
     cache = replace(
         manifest.kv_cache,
         dtype="float32" if checkpoint.cache_grid is None else "int8",
-        visual_layers=checkpoint.visual_layers,
+        visual_schedule=checkpoint.visual_schedule,
     )
     written = {
         target: [each for each in components if each.target == target.method] for target in targets

@@ -100,10 +100,10 @@ def _cache_bytes(state: PlanState) -> int:
     """Bytes of the decoder's cache for one picture and a short chat."""
     decoder = state.spec.decoder
     layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
-    layers = len(decoder.attention_blocks)
-    visual_layers = layers if state.visual_layers is None else state.visual_layers
-    rows = visual_layers * photo_tokens(state) + layers * TURN_TOKENS
-    return layer_row_bits // 8 * rows
+    layers, photo = len(decoder.attention_blocks), photo_tokens(state)
+    schedule = state.visual_schedule
+    visual = layers * photo if schedule is None else sum(schedule.rows_by_layer(layers, photo))
+    return layer_row_bits // 8 * (visual + layers * TURN_TOKENS)
 
 
 def _state_bytes(target: Target, spec: ModelSpec) -> int:

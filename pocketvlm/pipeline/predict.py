@@ -185,7 +185,7 @@ def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel
         spec=state.spec,
         kernels=kernels,
         visual_tokens=state.visual_tokens,
-        visual_layers=state.visual_layers,
+        visual_schedule=state.visual_schedule,
     )
 
 

@@ -71,7 +71,7 @@ def published_factors(device: Device) -> tuple[PublishedFactor, ...]:
                 factor=predicted / figure.value,
                 decoder_weights=sum(
                     one.weights
-                    for one in decoder_operators(model, rows=1)
+                    for one in decoder_operators(model, text_rows=1)
                     if isinstance(one, Product)
                 ),
             )

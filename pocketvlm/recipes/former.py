@@ -35,6 +35,10 @@ def refuse_former_spelling(stage: Mapping[str, Any], path: str) -> None:
         own = {name: stage[name] for name in _SCORES[method] if name in stage}
         now = {"method": "prune", "score": {"kind": method, **own}}
         raise RecipeError(f"{path}.method: {method} is a score of prune; write {_spell(now)}")
+    if method == "skip_visual":
+        own = {name: stage[name] for name in ("first_layers", "rule") if name in stage}
+        now = {"method": "drop_tokens", "schedule": {"kind": "exit", **own}}
+        raise RecipeError(f"{path}.method: skip_visual is a schedule; write {_spell(now)}")
     if method == "reduce_tokens" and ("score" in stage or "seed" in stage):
         kind = stage.get("score", "auto")
         own = {"seed": stage["seed"]} if kind == "random_tokens" and "seed" in stage else {}

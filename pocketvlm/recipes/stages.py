@@ -14,7 +14,6 @@ from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.sparsegpt_gptq import SparseGptGptq
-from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.compress.pruning.width.stage import PruneWidth
 from pocketvlm.compress.quantization.affine.awq import Awq
 from pocketvlm.compress.quantization.affine.gptq import Gptq
@@ -24,6 +23,7 @@ from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
+from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.export.coreml.target import ToCoreml
@@ -42,7 +42,7 @@ STAGES: tuple[type[Stage], ...] = (
     SetResolution,
     LimitTiles,
     ReduceTokens,
-    SkipVisual,
+    DropTokens,
     Distill,
     Rotate,
     Awq,

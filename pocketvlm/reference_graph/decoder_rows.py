@@ -74,6 +74,22 @@ class DecoderRows:
             mutual=None if self.mutual is None else self.mutual.gather(1, columns),
         )
 
+    def numbered_from(self, first: int) -> DecoderRows:
+        """The same rows at positions that count on from `first`."""
+        (cosine, _), *_ = self.angles.values()
+        places = torch.arange(first, first + cosine.shape[1])[None]
+        return replace(self, angles={rope: rotary_angles(rope, places) for rope in self.angles})
+
+    def held(self, block: int) -> int:
+        """Rows of earlier calls in the cache of a block."""
+        return 0 if self.cache is None else self.cache.length(block)
+
+    def past_keys(self, block: int) -> Tensor | None:
+        """Their keys, [batch, kv_heads, rows, head_dim]; `None` where there are none."""
+        if self.cache is None or not self.cache.length(block):
+            return None
+        return self.cache.rows(block)[0]
+
     def rotate(self, block: int, heads: Tensor) -> Tensor:
         """Rotary embedding of [batch, heads, length, head_dim]."""
         return rotate_by_position(heads, *self.angles[self.decoder.rope_of(block)])

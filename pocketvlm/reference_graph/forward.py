@@ -25,11 +25,12 @@ from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.projector import run_steps
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.prompt.generation_settings import GenerationSettings
-from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.kv_cache import KVCache
 from pocketvlm.reference_graph.picture_rows import arrange_tiles
 from pocketvlm.reference_graph.sublayers import decoder_sublayers, run_sublayers, tower_sublayers
 from pocketvlm.reference_graph.torch_ops import TorchOps
+from pocketvlm.reference_graph.visual_schedule import RowsLeft, drop_rows
 
 __all__ = [
     "DecoderInputs",
@@ -81,6 +82,8 @@ class DecoderInputs:
             (`graph.visibility`); `None` for none.
         added: What the tower adds after the decoder's first blocks, side by side, [batch, length,
             blocks * width]; `None` for nothing.
+        reader: int64 [batch]: the last row of each prompt, which ranks its visual rows where a
+            schedule drops some; `None` for the last row of all.
     """
 
     embeds: Tensor
@@ -90,6 +93,7 @@ class DecoderInputs:
     token_ids: Tensor | None = None
     mutual: Tensor | None = None
     added: Tensor | None = None
+    reader: Tensor | None = None
 
     def rows(self, decoder: DecoderSpec, cache: KVCache | None = None) -> DecoderRows:
         """What attention takes beside the embeddings."""
@@ -320,6 +324,9 @@ def embed_prompts(
     if grid is not None:
         places = [place.expand(3, batch, -1) for place in places]
     embedded, added = split_rows(spec, torch.cat(pieces, dim=1))
+    reader = None
+    if answer_starts is not None:  # counted from the end: images stand before answers
+        reader = torch.tensor(answer_starts) - 1 - (length - embedded.shape[1])
     return DecoderInputs(
         embeds=embedded,
         added=added,
@@ -328,6 +335,7 @@ def embed_prompts(
         next_position=torch.full((batch,), position),
         token_ids=token_ids,
         mutual=torch.cat(numbers, dim=1) if numbers else None,
+        reader=reader,
     )
 
 
@@ -350,11 +358,9 @@ def decoder_states(
 ) -> Tensor:
     """What the head reads, [batch, length, width]: hidden states after the decoder's last norm.
 
-    Where visual tokens end before the last layer (`Checkpoint.visual_layers`), their rows end
-    after the attention of the last layer that they run through: no later layer computes them, and
-    none keeps keys or values of them; their columns are zero here. What remains equals, for every
-    row of text, a decoder that hides visual keys from the next layer on. Rows keep the rotary
-    positions that they had.
+    Rows that the checkpoint's schedule drops (`Checkpoint.visual_schedule`) are neither computed
+    nor cached by later layers, and are zero here. What remains equals, for every row that is left,
+    a decoder that hides the keys of dropped rows from there on.
 
     Args:
         checkpoint: The model.
@@ -362,32 +368,34 @@ def decoder_states(
         cache: As `decode_logits` takes it.
 
     Raises:
-        ValueError: Visual tokens end early, there is a cache, and rows differ in how much text
-            they have.
+        ValueError: Visual rows are dropped, there is a cache, and rows of the batch differ in how
+            many are left.
     """
-    model, spec, late = checkpoint.model, checkpoint.spec, checkpoint.visual_layers
+    model, spec = checkpoint.model, checkpoint.spec
     if cache is None and checkpoint.cache_grid is not None:
         cache = new_cache(checkpoint)  # attention reads its own rows from the cache as well
-    columns = text_columns(inputs.is_visual)
-    hides_rows = late is not None and columns.shape[1] < inputs.is_visual.shape[1]
-    is_filled = inputs.is_visual.gather(1, columns)
-    if late is not None and cache is not None and bool(is_filled.any()):
-        raise ValueError("rows of one batch must have equally much text to share a cache")
-    rows = inputs.rows(spec.decoder, cache)
-    hidden = inputs.embeds
+    shares_cache = cache is not None and len(inputs.embeds) > 1
+    hidden, rows = inputs.embeds, inputs.rows(spec.decoder, cache)
+    left = RowsLeft.of(rows, inputs.is_visual, inputs.reader)
     for block in range(spec.decoder.depth):
         attention, ffn = decoder_sublayers(model, spec, block)
-        hidden = attention.output(hidden, rows)
-        if hides_rows and late is not None and block == late - 1:
-            if columns.shape[1] == 0:
-                return hidden.new_zeros(inputs.embeds.shape)  # later layers have nothing to compute
-            hidden, rows = take_columns(hidden, columns), rows.take(columns)
-        hidden = ffn.output(hidden, rows)
+        before = drop_rows(checkpoint, block, hidden, left, after_attention=False)
+        if before is not None:
+            hidden, left = before.of(hidden), before.left
+        after = drop_rows(checkpoint, block, hidden, left, after_attention=True)
+        hidden = attention.output(hidden, left.rows)
+        if after is not None:
+            hidden, left = after.of(hidden), after.left
+        if shares_cache and bool(left.is_filler.any()):
+            raise ValueError("rows of one batch must have equally many rows left to share a cache")
+        if not hidden.shape[1]:
+            return hidden.new_zeros(inputs.embeds.shape)  # later layers have nothing to compute
+        hidden = ffn.output(hidden, left.rows)
     hidden = TorchOps(model, spec).norm(hidden, spec.decoder.norm)
-    if not hides_rows:
+    if hidden.shape[1] == inputs.embeds.shape[1]:
         return hidden
-    hidden = hidden.masked_fill(is_filled[..., None], 0.0)
-    places = columns[..., None].expand(-1, -1, hidden.shape[-1])
+    hidden = hidden.masked_fill(left.is_filler[..., None], 0.0)
+    places = left.columns[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.new_zeros(inputs.embeds.shape).scatter(1, places, hidden)
 
 
@@ -410,10 +418,11 @@ def decode_logits(
             prompts padded on the right can share a batch at no cost.
 
     Raises:
-        ValueError: Only the last column is needed, and it is visual where visual tokens end early.
+        ValueError: Only the last column is needed, and it is visual where visual rows are dropped.
     """
-    if last_only and checkpoint.visual_layers is not None and bool(inputs.is_visual[:, -1].any()):
-        raise ValueError("the last column is visual, and visual tokens end before the last layer")
+    drops = checkpoint.visual_schedule is not None
+    if last_only and drops and bool(inputs.is_visual[:, -1].any()):
+        raise ValueError("the last column is visual, and visual rows are dropped on the way")
     hidden = decoder_states(checkpoint, inputs, cache)
     if last_only:
         hidden = hidden[:, -1:]

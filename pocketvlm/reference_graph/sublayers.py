@@ -134,7 +134,8 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
 
     def mix(normed: Tensor, rows: DecoderRows | None) -> Tensor:
         ops = TorchOps(model, spec, context=rows)
-        mixed = decoder_mixer(ops, described.mixer, block, normed)
+        joined = ops.linear(normed, *described.mixer.inputs)
+        mixed = decoder_mixer(ops, described.mixer, block, joined)
         return mixer_output(ops, described.mixer, mixed)
 
     def widen(normed: Tensor, rows: DecoderRows | None) -> Tensor:
@@ -152,7 +153,9 @@ def run_sublayers(
     sublayers: tuple[Sublayer, ...],
     rows: DecoderRows | None,
     hidden: Tensor,
-    between: Callable[[Tensor], Tensor] | None = None,
+    *,
+    before: Callable[[Tensor], Tensor] = lambda states: states,
+    between: Callable[[Tensor], Tensor] = lambda states: states,
 ) -> Tensor:
     """The hidden state after a block of two sublayers; autograd may record it.
 
@@ -160,10 +163,11 @@ def run_sublayers(
         sublayers: Attention and the feed-forward network.
         rows: What attention takes beside the hidden state.
         hidden: The hidden state before the block.
-        between: What happens between the sublayers, such as rows that end there.
+        before: What happens before the sublayers, such as rows that are dropped there.
+        between: What happens between them, likewise.
     """
-    middle = sublayers[0].output(hidden, rows)
-    return sublayers[1].output(middle if between is None else between(middle), rows)
+    middle = sublayers[0].output(before(hidden), rows)
+    return sublayers[1].output(between(middle), rows)
 
 
 def _sublayer(

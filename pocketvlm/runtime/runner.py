@@ -6,7 +6,9 @@ are numpy, batch 1; the KV cache lives inside the runner and grows by the rows o
 Keys and values are cut back at any row by forgetting those after it. A layer that keeps a state
 instead, such as the last inputs of a short convolution, has overwritten what was there before; its
 runner copies its states after every call of several rows, which is where a turn's prompt ends, and
-goes back to such places alone.
+goes back to such places alone. Where a schedule drops visual rows by what the last row of their
+call looks at, all that lies between a call's first visual row and its end depends on that row, so
+that such rows go together.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.errors import InputError
 
 __all__ = ["Runner", "States"]
@@ -36,12 +39,17 @@ class Runner(ABC):
     capacity: int
     engine: str = "not named"
 
-    def __init__(self, *, capacity: int) -> None:
+    def __init__(self, *, capacity: int, schedule: VisualSchedule | None = None) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a KV cache holds at least 1 row")
         self.capacity = capacity
+        self._schedule = schedule
         self._length = 0
-        self._is_text = np.zeros(capacity, np.bool_)
+        # Whether a row counts in the caches of each stage: text, and as many visual rows as stay.
+        stages = 0 if schedule is None else len(schedule.drops)
+        self._counts = np.zeros((stages, capacity), np.bool_)
+        self._is_visual = np.zeros(capacity, np.bool_)
+        self._ranked: list[range] = []
         self._kept: dict[int, States] = {}
 
     @property
@@ -50,12 +58,9 @@ class Runner(ABC):
         return self._length
 
     @property
-    def text_length(self) -> int:
-        """Rows of text among them: what layers hold that visual rows do not reach.
-
-        Right in runners of such decoders; others do not tell rows apart.
-        """
-        return int(np.count_nonzero(self._is_text[: self._length]))
+    def stage_lengths(self) -> npt.NDArray[np.int64]:
+        """Rows that the layers after each drop of the schedule hold, int64 [drops]."""
+        return np.count_nonzero(self._counts[:, : self._length], axis=1).astype(np.int64)
 
     @abstractmethod
     def encode_image(
@@ -91,7 +96,7 @@ class Runner(ABC):
 
         Raises:
             InputError: The cache has no room for L more rows, or the last row is visual where
-                visual rows end before the last layer; the cache is left as it was.
+                visual rows are dropped on the way; the cache is left as it was.
         """
 
     def truncate(self, length: int) -> int:
@@ -99,13 +104,15 @@ class Runner(ABC):
 
         Returns:
             Rows that are left: fewer than `length` where layers keep states and none are known of
-            this place.
+            this place, or between visual rows and the row that ranked them.
 
         Raises:
             ValueError: The cache holds fewer rows.
         """
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self._length} rows")
+        length = next((ranked[0] for ranked in self._ranked if length in ranked[1:]), length)
+        self._ranked = [ranked for ranked in self._ranked if ranked.stop <= length]
         states = self._states()
         if states and length < self._length:
             self._kept = {at: kept for at, kept in self._kept.items() if at <= length}
@@ -125,7 +132,10 @@ class Runner(ABC):
 
     def _advance(self, rows: int) -> None:
         """Counts rows that were run."""
-        self._length += rows
+        start, self._length = self._length, self._length + rows
+        visual = np.flatnonzero(self._is_visual[start : self._length])
+        if self._schedule is not None and self._schedule.is_ranked and len(visual):
+            self._ranked.append(range(start + int(visual[0]), self._length))
         states = self._states()
         if states and rows > 1:
             self._kept[self._length] = {name: state.copy() for name, state in states.items()}
@@ -133,19 +143,25 @@ class Runner(ABC):
     def _text_rows(
         self, rows: int, is_visual: npt.NDArray[np.bool_] | None
     ) -> npt.NDArray[np.int64]:
-        """Notes which of the next rows are text, and returns their numbers.
+        """Notes which of the next rows count in which stage, and returns the numbers of the text's.
 
         Raises:
             InputError: The last row is visual.
         """
-        is_text = np.ones(rows, np.bool_) if is_visual is None else ~is_visual
-        if not is_text[-1]:
+        flags = np.zeros(rows, np.bool_) if is_visual is None else is_visual
+        if flags[-1]:
             raise InputError(
-                "the last row of a call is visual, and visual rows end before the decoder's last "
-                "layer: send the text after the picture with it"
+                "the last row of a call is visual, and visual rows are dropped before the "
+                "decoder's last layer: send the text after the picture with it"
             )
-        self._is_text[self._length : self._length + rows] = is_text
-        return np.flatnonzero(is_text)
+        following = slice(self._length, self._length + rows)
+        self._is_visual[following] = flags
+        self._counts[:, following] = ~flags
+        if self._schedule is not None and flags.any():
+            visual = self._length + np.flatnonzero(flags)
+            for stage, counts in enumerate(self._counts, start=1):
+                counts[visual[: self._schedule.kept(stage, len(visual))]] = True
+        return np.flatnonzero(~flags)
 
     def _require_room(self, rows: int) -> None:
         if self._length + rows > self.capacity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
@@ -24,8 +25,8 @@ class PlanState:
         spec: Its specification.
         layouts: How each weight matrix will be stored; `None` for those that stay float.
         visual_tokens: Tokens of an image that enter the decoder.
-        visual_layers: First layers of the decoder that visual tokens run through; `None` where no
-            stage ends them, and all layers where only calibration will tell.
+        visual_schedule: Where visual rows leave the decoder; `None` where no stage drops them.
+            Where only calibration will tell, the longest that it may be.
         cache_bits: Bits of a number in the KV cache.
         notes: What a reader of the plan should know.
         layer_bytes: What a layer takes in the files of each target, by the target's tag.
@@ -34,7 +35,7 @@ class PlanState:
     spec: ModelSpec
     layouts: Mapping[LinearSpec, WeightLayout | None]
     visual_tokens: int
-    visual_layers: int | None = None
+    visual_schedule: VisualSchedule | None = None
     cache_bits: int = FLOAT_CACHE_BITS
     notes: tuple[str, ...] = ()
     layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class PlanState:
             spec=spec,
             layouts={linear: form.layout for linear, form in checkpoint.forms().items()},
             visual_tokens=spec.visual_tokens if reducer is None else reducer.keep,
-            visual_layers=checkpoint.visual_layers,
+            visual_schedule=checkpoint.visual_schedule,
             cache_bits=FLOAT_CACHE_BITS if grid is None else grid.bits,
         )
 

@@ -57,11 +57,11 @@ class Target(ABC):
 
     Attributes:
         cache_bits: Widths of quantized KV caches that it keeps; float32 ones are kept by all.
-        supports_visual_cutoff: Whether visual rows may end before the decoder's last layer.
+        supports_schedules: Whether visual rows may be dropped before the decoder's last layer.
     """
 
     cache_bits: ClassVar[frozenset[int]] = frozenset()
-    supports_visual_cutoff: ClassVar[bool] = False
+    supports_schedules: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -155,9 +155,9 @@ class Target(ABC):
                 f"keeps no KV cache of {state.cache_bits} bits; leave quantize_cache out of the "
                 "stages for this target"
             )
-        if state.visual_layers is not None and not self.supports_visual_cutoff:
+        if state.visual_schedule is not None and not self.supports_schedules:
             refused.append(
-                "runs every row through every decoder layer; leave skip_visual out of the stages "
+                "runs every row through every decoder layer; leave drop_tokens out of the stages "
                 "for this target (reduce_tokens runs everywhere), or export to ONNX alone"
             )
         return tuple(f"{self.method}: {reason}" for reason in refused)

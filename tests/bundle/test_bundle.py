@@ -154,7 +154,10 @@ def test_an_unsigned_file_that_would_be_looked_for_first_is_refused(bundle_path)
         (lambda d: d["kv_cache"].update(layers=-1), "each must be at least 1"),
         (lambda d: d["kv_cache"].update(head_dim=10**12), "product at most"),
         (lambda d: d["kv_cache"].update(dtype="object"), "kv_cache.dtype: is"),
-        (lambda d: d["kv_cache"].update(visual_layers=2), "visual_layers must be 1 to 1"),
+        (
+            lambda d: d["kv_cache"].update(visual_schedule={"drops": [{"layers": 2, "keep": 0}]}),
+            "dropped after 2 layers; allowed are 1 to 1",
+        ),
     ],
 )
 def test_a_hostile_manifest_gets_one_line(bundle_path, change, message):

@@ -14,8 +14,8 @@ from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.compress.pruning.depth.blocks import spec_without
-from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
+from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import BundleError, InputError, RecipeError
 from pocketvlm.evaluation.bundle_answers import answer_with_bundle
@@ -50,8 +50,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 
 @pytest.mark.parametrize("name", NAMES)
 def test_visual_rows_do_not_end_early_where_rows_see_others_than_the_past(name):
-    with pytest.raises(RecipeError, match=r"^skip_visual: rows of this decoder see") as caught:
-        SkipVisual().plan(PlanState.of(spec_of(name)))
+    with pytest.raises(RecipeError, match=r"^drop_tokens: rows of this decoder see") as caught:
+        DropTokens().plan(PlanState.of(spec_of(name)))
     assert "\n" not in str(caught.value)
 
 

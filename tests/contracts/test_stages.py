@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "set_resolution": {"height": 64, "width": 64},
     "limit_tiles": {"max_tiles": 1},
     "reduce_tokens": {"keep": 0.5},
-    "skip_visual": {"first_layers": 1},
+    "drop_tokens": {"schedule": {"kind": "fast_v", "first_layers": 1}},
     "distill": {"steps": 2, "batch_size": 2, "check_every": 1},
     "rotate": {"untie_head": True},
     "awq": {"rules": RULES, "grid_points": 3},
@@ -81,7 +81,7 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.source,
         "reducer": checkpoint.reducer,
         "cache_grid": checkpoint.cache_grid,
-        "visual_layers": checkpoint.visual_layers,
+        "visual_schedule": checkpoint.visual_schedule,
         "history": checkpoint.history,
     }
 
@@ -149,7 +149,7 @@ def test_the_plan_says_what_apply_does(applied):
     assert planned.spec == done.spec
     reducer, cache = done.reducer, done.cache_grid
     assert planned.visual_tokens == (done.spec.visual_tokens if reducer is None else reducer.keep)
-    assert planned.visual_layers == done.visual_layers
+    assert planned.visual_schedule == done.visual_schedule
     assert planned.cache_bits == (FLOAT_CACHE_BITS if cache is None else cache.bits)
     forms = done.forms()
     assert planned.layouts.keys() == forms.keys()

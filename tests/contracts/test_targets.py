@@ -38,7 +38,7 @@ LAYOUTS: list[WeightLayout | None] = [
     SparseLayout(density=0.5),
     SparseLayout(density=0.5, values=AffineLayout(bits=4, group_size=24, symmetric=True)),
 ]
-CUT = {"method": "skip_visual", "first_layers": 1}
+CUT = {"method": "drop_tokens", "schedule": {"kind": "exit", "first_layers": 1}}
 
 
 @pytest.fixture(params=[kind.method for kind in TARGETS])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pocketvlm import PruneDepth, PruneWidth, SkipVisual
+from pocketvlm import DropTokens, PruneDepth, PruneWidth
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError
 from pocketvlm.models.blocks import BlockSpec, ConvBlockSpec
@@ -80,7 +80,7 @@ def test_what_has_no_place_is_refused_in_one_line(change, error, message):
 
 
 @pytest.mark.parametrize(
-    "stage", [PruneDepth(decoder_blocks=1), PruneWidth(ffn_ratio=0.5), SkipVisual()]
+    "stage", [PruneDepth(decoder_blocks=1), PruneWidth(ffn_ratio=0.5), DropTokens()]
 )
 def test_stages_that_count_on_attention_in_every_layer_say_so(stage):
     state = PlanState.of(read_spec(tiny_config("lfm2-vl")))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, VisualSchedule
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
@@ -115,7 +115,7 @@ def _write_bundle(name: str, folder: Path) -> None:
         checkpoint = QuantizeCache().apply(checkpoint, samples, context)
     elif name == "smolvlm-ended":  # fewer visual rows with gaps, none after the first layer
         reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
-        checkpoint = replace(checkpoint, reducer=reducer, visual_layers=1)
+        checkpoint = replace(checkpoint, reducer=reducer, visual_schedule=VisualSchedule.ending(1))
     path = folder / "bundle"
     path.mkdir()
     write_graphs(checkpoint, (ToOnnx(),), path, "", context)

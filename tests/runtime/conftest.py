@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
 from pocketvlm.context import RunContext
@@ -63,7 +63,9 @@ def pairs(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         if policy == "ended":
             # Fewer visual rows as well, none after the first layer.
             reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
-            checkpoint = replace(checkpoint, reducer=reducer, visual_layers=1)
+            checkpoint = replace(
+                checkpoint, reducer=reducer, visual_schedule=VisualSchedule.ending(1)
+            )
         elif policy:
             reducer = FixedReducer((1, 4, 6, 11, 14), positions=policy)
             checkpoint = replace(checkpoint, reducer=reducer)

@@ -24,16 +24,22 @@ from pocketvlm.calibration.gradients.block_graph import (
     record_block,
 )
 from pocketvlm.calibration.walk.activations import ActivationStore
-from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
-from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import DecoderInputs, VisualTokens, embed_prompts
-from pocketvlm.reference_graph.sublayers import decoder_sublayers, run_sublayers
+from pocketvlm.reference_graph.sublayers import (
+    Sublayer,
+    SublayerKind,
+    decoder_sublayers,
+    run_sublayers,
+)
+from pocketvlm.reference_graph.visual_schedule import DroppedRows, RowsLeft, drop_rows
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = [
     "AnswerLoss",
+    "BlockRows",
     "LayerGradients",
     "answer_loss",
     "enter_decoder",
@@ -44,6 +50,49 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class BlockRows:
+    """The rows of a batch that one block runs.
+
+    Attributes:
+        before: What is dropped before its attention; `None` for nothing.
+        attention: What its attention runs.
+        after: What is dropped after its attention; `None` for nothing.
+    """
+
+    before: DroppedRows | None
+    attention: RowsLeft
+    after: DroppedRows | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, block: int, hidden: Tensor, left: RowsLeft) -> BlockRows:
+        """What a block makes of rows that enter it."""
+        before = drop_rows(checkpoint, block, hidden, left, after_attention=False)
+        if before is not None:
+            hidden, left = before.of(hidden), before.left
+        after = drop_rows(checkpoint, block, hidden, left, after_attention=True)
+        return cls(before=before, attention=left, after=after)
+
+    @property
+    def ffn(self) -> RowsLeft:
+        """What its feed-forward network runs, and the next block is given."""
+        return self.attention if self.after is None else self.after.left
+
+    def run(self, sublayers: tuple[Sublayer, Sublayer], hidden: Tensor) -> Tensor:
+        """The hidden state after the block; autograd may record it."""
+        return run_sublayers(
+            sublayers,
+            self.attention.rows,
+            hidden,
+            before=_same if self.before is None else self.before.of,
+            between=_same if self.after is None else self.after.of,
+        )
+
+
+def _same(states: Tensor) -> Tensor:
+    return states
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerLoss:
     """The decoder's forward pass on prompts with answers, ready to be walked back.
 
@@ -51,16 +100,21 @@ class AnswerLoss:
         entering: Hidden states [batch, length, width] before every block: of batch b and
             block i at `i * len(gradient) + b`.
         gradient: The loss's gradient after the last block, of each batch.
-        rows: What attention takes beside the hidden state, of each batch.
+        rows: Which rows every block ran, of each batch, numbered as in `entering`.
         is_visual: bool [batch, length]: which columns came from an image, of each batch.
         mean: The loss's mean over samples.
     """
 
     entering: ActivationStore
     gradient: ActivationStore
-    rows: tuple[DecoderRows, ...]
+    rows: tuple[BlockRows, ...]
     is_visual: tuple[Tensor, ...]
     mean: float
+
+    def rows_at(self, block: int, batch: int, kind: SublayerKind) -> RowsLeft:
+        """The rows that a sublayer runs, those included that are dropped at its end."""
+        rows = self.rows[block * len(self.gradient) + batch]
+        return rows.attention if kind == "attention" else rows.ffn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,8 +164,9 @@ def answer_loss(
     """
     require_answers(prompts)
     model, spec = checkpoint.model, checkpoint.spec
-    rows: list[DecoderRows] = []
+    left: list[RowsLeft] = []
     is_visual: list[Tensor] = []
+    rows: list[BlockRows] = []
     with ExitStack() as stack:
         entering = stack.enter_context(ActivationStore(spill_folder))
         # Hidden states on the way forward, gradients from the loss on.
@@ -121,18 +176,15 @@ def answer_loss(
                 inputs, beside = enter_decoder(checkpoint, prompts, batch, visual)
                 states.append(inputs.embeds)
                 is_visual.append(inputs.is_visual)
-                rows.append(beside)
+                left.append(RowsLeft.of(beside, inputs.is_visual, inputs.reader))
         for block in range(spec.decoder.depth):
             sublayers = decoder_sublayers(model, spec, block)
-            ends = ends_visual_rows(checkpoint, block, sublayers[0].kind)
-            with dense_weights([sublayer.linears for sublayer in sublayers]):
+            with torch.no_grad(), dense_weights([sublayer.linears for sublayer in sublayers]):
                 for index, hidden in enumerate(states):
                     entering.append(hidden)
-                    beside = _rows_at(checkpoint, block, rows[index], is_visual[index])
-                    middle = sublayers[0].run(hidden, beside)
-                    if ends:
-                        middle = keep_text(middle, is_visual[index])
-                    states[index] = sublayers[1].run(middle, None)
+                    rows.append(BlockRows.of(checkpoint, block, hidden, left[index]))
+                    states[index] = rows[-1].run(sublayers, hidden)
+                    left[index] = rows[-1].ffn
         total = 0.0
         norm = model.get_submodule(spec.decoder.norm)
         head = model.get_submodule(spec.decoder.head)
@@ -176,7 +228,7 @@ def walk_back(
     Yields:
         Gradients of every block and batch, batches of one block in order.
     """
-    count = len(loss.rows)
+    count = len(loss.gradient)
     for block in reversed(range(checkpoint.spec.decoder.depth)):
         sublayers = decoder_sublayers(checkpoint.model, checkpoint.spec, block)
         with dense_weights([sublayer.linears for sublayer in sublayers]):
@@ -186,14 +238,9 @@ def walk_back(
                     layer.cached = layer.weight.detach().requires_grad_()
             leaves = [layer.weight for layer in layers.values()] if weights else []
             for batch in range(count):
-                flags = loss.is_visual[batch]
-                beside = _rows_at(checkpoint, block, loss.rows[batch], flags)
-                ends = ends_visual_rows(checkpoint, block, sublayers[0].kind)
-                between = partial(keep_text, is_visual=flags) if ends else None
+                place = block * count + batch
                 graph = record_block(
-                    partial(run_sublayers, sublayers, beside, between=between),
-                    layers,
-                    loss.entering[block * count + batch],
+                    partial(loss.rows[place].run, sublayers), layers, loss.entering[place]
                 )
                 entering, outputs, found = graph.pull(loss.gradient[batch], leaves)
                 loss.gradient[batch] = entering
@@ -204,14 +251,6 @@ def walk_back(
                     outputs=outputs,
                     weights=dict(zip(layers, found, strict=False)),
                 )
-
-
-def _rows_at(
-    checkpoint: Checkpoint, block: int, rows: DecoderRows, is_visual: Tensor
-) -> DecoderRows:
-    """What a block's attention takes beside the hidden state."""
-    late = checkpoint.visual_layers
-    return rows if late is None or block < late else rows.take(text_columns(is_visual))
 
 
 @torch.no_grad()

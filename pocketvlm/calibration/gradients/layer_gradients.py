@@ -276,7 +276,7 @@ def _by_sample(values: Tensor, batch: PromptBatch) -> Tensor:
 
 
 def _require_all_tokens(checkpoint: Checkpoint) -> None:
-    if checkpoint.reducer is not None or checkpoint.visual_layers is not None:
+    if checkpoint.reducer is not None or checkpoint.visual_schedule is not None:
         raise RecipeError(
             "gradients of the whole model are taken before visual tokens are dropped; put the "
             "stage that takes them before the one that drops tokens"

@@ -10,6 +10,7 @@ nothing reads that token's output, so what weighs it is the gradient at the key 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ class TokenImportance:
     has hardly a gradient, but is no less worth answering.
 
     Attributes:
-        by_place: float32 [batch, length] of each batch, by place.
+        by_place: float32 [batch, length] of each batch, by place; NaN for rows that were dropped
+            before it.
         is_visual: bool [batch, length] of each batch.
         loss: Mean loss of the samples' answers.
         still: By place, samples whose gradients are all zero; their tokens weigh one.
@@ -64,7 +66,7 @@ class TokenImportance:
         batch_index: int,
         position: Literal["first", "last"] = "last",
     ) -> Tensor:
-        """Weights of one batch, float32 [batch, length].
+        """Weights of one batch, float32 [batch, length]; `FLOOR` for rows that were dropped.
 
         Args:
             block: The decoder block.
@@ -73,21 +75,16 @@ class TokenImportance:
             position: `first` for the linears that read the sublayer's norm (q, k, v; gate, up),
                 `last` for the one that ends it, whose output joins the residual.
         """
-        return self.by_place[block, kind, position][batch_index]
+        return self.by_place[block, kind, position][batch_index].nan_to_num(FLOOR)
 
     def summary(self) -> list[dict[str, Any]]:
         """Mean weights of visual and of text tokens, one row per place, for a stage's record."""
         rows = []
         for place, batches in sorted(self.by_place.items()):
             weights = torch.cat([batch.flatten() for batch in batches]).double()
-            # Where visual rows have ended, what remains is text.
-            flags = torch.cat(
-                [
-                    (seen & (seen.shape == batch.shape)).flatten()[: batch.numel()]
-                    for seen, batch in zip(self.is_visual, batches, strict=True)
-                ]
-            )
-            visual, text = weights[flags], weights[~flags]
+            flags = torch.cat([seen.flatten() for seen in self.is_visual])
+            is_there = weights.isfinite()
+            visual, text = weights[flags & is_there], weights[~flags & is_there]
             rows.append(
                 {
                     "block": place[0],
@@ -144,7 +141,9 @@ def gradient_weights(
                         f"a gradient at decoder block {place[0]} is not finite on the calibration "
                         "data"
                     )
-                found.setdefault(place, []).append(weights)
+                rows = loss.rows_at(gradients.block, gradients.batch, place[1])
+                whole = torch.full(loss.is_visual[gradients.batch].shape, math.nan)
+                found.setdefault(place, []).append(whole.scatter(1, rows.columns, weights))
                 still[place] = still.get(place, 0) + unmoved
         return TokenImportance(
             by_place={place: tuple(weights) for place, weights in found.items()},

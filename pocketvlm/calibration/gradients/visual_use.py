@@ -12,10 +12,9 @@ from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompt
 from pocketvlm.calibration.gradients.backward import enter_decoder
 from pocketvlm.calibration.gradients.divergence import mean_divergence
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.text_rows import keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
-from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
+from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
 from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers
 from pocketvlm.reference_graph.torch_ops import TorchOps
@@ -105,8 +104,9 @@ def measure_visual_use(
                 )
                 middle = attention.run(hidden, rows)
                 if number < len(blocks) - 1:
-                    text = ffn.run(keep_text(middle, flags), None)
-                    beside = rows.take(text_columns(flags))
+                    columns = text_columns(flags)
+                    text = ffn.run(take_columns(middle, columns), None)
+                    beside = rows.take(columns)
                     behind = _run(blocks[number + 1 :], text, beside)
                     changed.append(_answers(checkpoint, batch, behind))
                 states[index] = ffn.run(middle, None)

@@ -17,6 +17,7 @@ from pocketvlm.calibration.walk.steps import Drift, InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.sublayers import Sublayer
+from pocketvlm.reference_graph.visual_schedule import DroppedRows
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
 
@@ -47,6 +48,13 @@ class PairedActivations:
         for store in (self.now, self.ideal):
             for index, batch in enumerate(store or ()):
                 cast("ActivationStore", store)[index] = function(batch)
+
+    def drop(self, drops: Sequence[DroppedRows | None]) -> None:
+        """Leaves rows out, by batch; of both models the same."""
+        for store in (self.now, self.ideal):
+            for index, drop in enumerate(drops):
+                if store is not None and drop is not None:
+                    store[index] = drop.of(store[index])
 
     def close(self) -> None:
         """Frees memory and disk."""

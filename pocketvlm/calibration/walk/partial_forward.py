@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from pocketvlm.calibration.data.prompts import Prompt, batch_grids, batch_prompts, encode_samples
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_patches,
@@ -31,6 +29,7 @@ from pocketvlm.reference_graph.forward import (
     run_tower_block,
 )
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers, tower_sublayers
+from pocketvlm.reference_graph.visual_schedule import RowsLeft, drop_rows
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
 
@@ -74,15 +73,13 @@ class _State:
         hidden: Hidden states, or visual tokens before the splice.
         entering: What entered the blocks of the tower that the token reduction reads.
         indices: Which visual tokens these are, before the splice.
-        rows: What attention takes beside them, in the decoder.
-        is_visual: Which columns came from an image, in the decoder.
+        left: What these rows are, in the decoder.
     """
 
     hidden: Tensor
     entering: Mapping[int, Tensor] = field(default_factory=dict)
     indices: Tensor | None = None
-    rows: DecoderRows | None = None
-    is_visual: Tensor | None = None
+    left: RowsLeft | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +182,7 @@ class PartialForward:
         model, spec = self._checkpoint.model, self._checkpoint.spec
         read = read_blocks(self._checkpoint)
         segments = [
-            self._sublayer(
+            self._tower_sublayer(
                 sublayer, read=block if sublayer.kind == "attention" and block in read else None
             )
             for block in range(spec.tower.feature_block)
@@ -198,7 +195,7 @@ class PartialForward:
         segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
         segments.append(_Segment(modules=None, run=self._embed_prompt))
         segments += [
-            self._sublayer(sublayer, ends=ends_visual_rows(self._checkpoint, block, sublayer.kind))
+            self._decoder_sublayer(sublayer, block)
             for block in range(spec.decoder.depth)
             for sublayer in decoder_sublayers(model, spec, block)
         ]
@@ -207,25 +204,38 @@ class PartialForward:
         return tuple(segments)
 
     @staticmethod
-    def _sublayer(sublayer: Sublayer, *, ends: bool = False, read: int | None = None) -> _Segment:
-        """One sublayer of a block.
+    def _tower_sublayer(sublayer: Sublayer, read: int | None = None) -> _Segment:
+        """One sublayer of a block of the tower.
 
         Args:
             sublayer: The sublayer.
-            ends: Whether visual rows end after it.
-            read: Its block in the tower, where the token reduction reads what enters it.
+            read: Its block, where the token reduction reads what enters it.
         """
 
         def run(_: int, state: _State) -> _State:
-            behind = replace(state, hidden=sublayer.run(state.hidden, state.rows))
-            if read is not None:
-                behind = replace(behind, entering={**state.entering, read: state.hidden})
-            if not ends or state.is_visual is None or state.rows is None:
-                return behind
-            return _State(
-                hidden=keep_text(behind.hidden, state.is_visual),
-                rows=state.rows.take(text_columns(state.is_visual)),
-            )
+            after = replace(state, hidden=sublayer.run(state.hidden, None))
+            if read is None:
+                return after
+            return replace(after, entering={**state.entering, read: state.hidden})
+
+        return _Segment(modules=sublayer.linears, run=run)
+
+    def _decoder_sublayer(self, sublayer: Sublayer, block: int) -> _Segment:
+        """One sublayer of a block of the decoder; visual rows may be dropped around it."""
+        drops = sublayer.kind == "attention"
+
+        def run(_: int, state: _State) -> _State:
+            hidden, left = state.hidden, cast("RowsLeft", state.left)
+            after = None
+            if drops:
+                before = drop_rows(self._checkpoint, block, hidden, left, after_attention=False)
+                if before is not None:
+                    hidden, left = before.of(hidden), before.left
+                after = drop_rows(self._checkpoint, block, hidden, left, after_attention=True)
+            hidden = sublayer.run(hidden, left.rows)
+            if after is not None:
+                hidden, left = after.of(hidden), after.left
+            return _State(hidden=hidden, left=left)
 
         return _Segment(modules=sublayer.linears, run=run)
 
@@ -251,8 +261,8 @@ class PartialForward:
         grids = batch_grids(self.prompts, self._rows[number])
         starts = [self.prompts[row].answer_start for row in self._rows[number]]
         inputs = embed_prompts(self._checkpoint, token_ids, visual, grids, answer_starts=starts)
-        rows = inputs.rows(spec.decoder)
-        return _State(hidden=inputs.embeds, rows=rows, is_visual=inputs.is_visual)
+        left = RowsLeft.of(inputs.rows(spec.decoder), inputs.is_visual, inputs.reader)
+        return _State(hidden=inputs.embeds, left=left)
 
     def _answer_logits(self, number: int, state: _State) -> _State:
         """Logits that predict the answers' tokens, [tokens, vocabulary], sample after sample."""

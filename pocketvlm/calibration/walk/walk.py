@@ -50,11 +50,10 @@ from pocketvlm.calibration.walk.steps import (
     Step,
     TokenWeights,
 )
-from pocketvlm.calibration.walk.text_rows import ends_visual_rows, keep_text
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.graph.builders import merged_features
 from pocketvlm.models.projector import ProjectorStep, run_steps, step_linears
-from pocketvlm.reference_graph.decoder_rows import DecoderRows, text_columns
+from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     VisualTokens,
@@ -71,11 +70,20 @@ from pocketvlm.reference_graph.sublayers import (
     tower_sublayers,
 )
 from pocketvlm.reference_graph.torch_ops import TorchOps
+from pocketvlm.reference_graph.visual_schedule import DroppedRows, RowsLeft, drop_rows
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["BlockWalk", "Drift", "FinishedSublayer", "InputMoments", "LinearGroup"]
 
 _NOTHING = torch.zeros(0)
+
+DropsOf = Callable[[int], DroppedRows | None]
+"""What is dropped after a sublayer, by batch."""
+
+DecoderWeights = Callable[
+    [int, SublayerKind, Sequence[RowsLeft], Literal["first", "last"], int], Tensor | None
+]
+"""Weights of rows at a linear: block, sublayer, what every batch has left, place, and batch."""
 
 # Tokens that run through a sublayer at once: enough for full speed, little enough memory.
 _BATCH_TOKENS = 1024
@@ -227,8 +235,9 @@ class BlockWalk:
         batches: Sequence[PromptBatch | None],
         weights_at: TokenWeights,
         rows: Sequence[DecoderRows] = (),
+        drops_of: DropsOf = lambda _: None,
     ) -> Iterator[Step]:
-        """The steps of a sublayer; at the end the path stands after it."""
+        """The steps of a sublayer; at the end the path stands after it, and after its drops."""
         checkpoint = self.checkpoint
         originals = {
             name: checkpoint.form(name)
@@ -284,7 +293,9 @@ class BlockWalk:
                 batches=batches,
                 weights_of=partial(weights_at, "last"),
             )
+        drops = [drops_of(index) for index in range(len(path.now))]
         advance(sublayer, path.now, rows_of)
+        path.drop(drops)
 
     @torch.no_grad()
     def _keep_features(
@@ -374,8 +385,7 @@ class BlockWalk:
     ) -> Iterator[Step]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
         batches = batch_prompts(prompts, self.first_held_out, _BATCH_TOKENS)
-        is_visual: list[Tensor] = []
-        rows: list[DecoderRows] = []
+        left: list[RowsLeft] = []
         path = PairedActivations(
             now=self._store(), ideal=self._store() if ideal is not None else None
         )
@@ -384,20 +394,21 @@ class BlockWalk:
             path.now.append(inputs.embeds)
             if path.ideal is not None and ideal is not None:
                 path.ideal.append(self._splice(batch, prompts, ideal).embeds)
-            is_visual.append(inputs.is_visual)
-            rows.append(inputs.rows(spec.decoder))
-        weights_by_sublayer = self._weights_by_sublayer(prompts, batches, visual, tuple(is_visual))
+            left.append(RowsLeft.of(inputs.rows(spec.decoder), inputs.is_visual, inputs.reader))
+        weights_of = self._decoder_weights(prompts, batches, visual)
         for block in range(spec.decoder.depth):
-            for sublayer in decoder_sublayers(checkpoint.model, spec, block):
-                weights_at = weights_by_sublayer(block, sublayer.kind)
-                yield from self._sublayer(sublayer, path, batches, weights_at, rows)
-                if ends_visual_rows(checkpoint, block, sublayer.kind):
-                    for index, flags in enumerate(is_visual):
-                        rows[index] = rows[index].take(text_columns(flags))
-                        path.now[index] = keep_text(path.now[index], flags)
-                        if path.ideal is not None:
-                            path.ideal[index] = keep_text(path.ideal[index], flags)
-                        is_visual[index] = _without_visual(flags)
+            attention, ffn = decoder_sublayers(checkpoint.model, spec, block)
+            before = [
+                drop_rows(checkpoint, block, path.now[index], rows, after_attention=False)
+                for index, rows in enumerate(left)
+            ]
+            path.drop(before)
+            left = [
+                rows if drop is None else drop.left for drop, rows in zip(before, left, strict=True)
+            ]
+            yield from self._attention(attention, block, path, batches, left, weights_of)
+            weights_at = partial(weights_of, block, "ffn", left)
+            yield from self._sublayer(ffn, path, batches, weights_at, [each.rows for each in left])
         norm = checkpoint.model.get_submodule(spec.decoder.norm)
         decoder = spec.decoder
 
@@ -409,68 +420,58 @@ class BlockWalk:
                 batches,
                 lambda states, _: norm(states),
                 # No logits are ever read at the image's tokens.
-                lambda index: (~is_visual[index]).to(torch.float32),
+                lambda index: (~left[index].is_visual).to(torch.float32),
             ),
         )
         path.close()
 
-    def _weights_by_sublayer(
+    def _attention(
         self,
-        prompts: Sequence[Prompt],
+        sublayer: Sublayer,
+        block: int,
+        path: PairedActivations,
         batches: Sequence[PromptBatch],
-        visual: VisualTokens,
-        is_visual: Sequence[Tensor],
-    ) -> Callable[[int, SublayerKind], TokenWeights]:
-        """How much tokens count, by block and sublayer of the decoder."""
-        checkpoint = self.checkpoint
-        if self.weighting == "gradient":
-            by_sublayer = self._gradient_weights(prompts, batches, visual)
-        else:
-            by_sublayer = self._fixed_weights(is_visual)
+        left: list[RowsLeft],
+        weights_of: DecoderWeights,
+    ) -> Iterator[Step]:
+        """The steps of a decoder block's attention; `left` is then what stands after its drops."""
+        rows = tuple(left)
 
-        def without_ended(block: int, kind: SublayerKind) -> TokenWeights:
-            weights_at = by_sublayer(block, kind)
-            if not ends_visual_rows(checkpoint, block, kind):
-                return weights_at
+        def drops_of(index: int) -> DroppedRows | None:
+            # Asked each time: queries and keys that rank may have been replaced meanwhile.
+            states = path.now[index]
+            return drop_rows(self.checkpoint, block, states, rows[index], after_attention=True)
 
-            def of_text(position: Literal["first", "last"], index: int) -> Tensor | None:
-                weights = weights_at(position, index)
-                if position == "first":
-                    return weights
-                own = (~is_visual[index]).to(torch.float32)
-                return own if weights is None else weights * own
+        def weights_at(position: Literal["first", "last"], index: int) -> Tensor | None:
+            weights = weights_of(block, "attention", rows, position, index)
+            drop = drops_of(index) if position == "last" else None
+            if drop is None:
+                return weights
+            own = drop.is_left(path.now[index].shape[1]).to(torch.float32)
+            return own if weights is None else weights * own
 
-            return of_text
+        def note(index: int) -> DroppedRows | None:
+            drop = drops_of(index)
+            left[index] = rows[index] if drop is None else drop.left
+            return drop
 
-        return without_ended
+        beside = [each.rows for each in rows]
+        yield from self._sublayer(sublayer, path, batches, weights_at, beside, note)
 
-    def _gradient_weights(
+    def _decoder_weights(
         self, prompts: Sequence[Prompt], batches: Sequence[PromptBatch], visual: VisualTokens
-    ) -> Callable[[int, SublayerKind], TokenWeights]:
-        importance = gradient_weights(
-            self.checkpoint, prompts, batches, visual, spill_folder=self.spill_folder
+    ) -> DecoderWeights:
+        """How much the rows that a sublayer of the decoder runs count."""
+        if self.weighting == "gradient":
+            importance = gradient_weights(
+                self.checkpoint, prompts, batches, visual, spill_folder=self.spill_folder
+            )
+            return lambda block, kind, left, position, index: importance.weights(
+                block, kind, index, position
+            ).gather(1, left[index].columns)
+        return lambda _block, _kind, left, _position, index: token_weights(
+            self.weighting, self.counts, left[index].is_visual
         )
-        return lambda block, kind: (
-            lambda position, index: importance.weights(block, kind, index, position)
-        )
-
-    def _fixed_weights(
-        self, is_visual: Sequence[Tensor]
-    ) -> Callable[[int, SublayerKind], TokenWeights]:
-        late = self.checkpoint.visual_layers
-
-        def weights(flags: Tensor) -> Tensor | None:
-            return token_weights(self.weighting, self.counts, flags)
-
-        whole = [weights(flags) for flags in is_visual]
-        text = [weights(_without_visual(flags)) for flags in is_visual]
-
-        def by_sublayer(block: int, kind: SublayerKind) -> TokenWeights:
-            # Visual rows end between the sublayers of block `late - 1`.
-            has_ended = late is not None and block + (kind == "ffn") >= late
-            return lambda _, index: (text if has_ended else whole)[index]
-
-        return by_sublayer
 
     @torch.no_grad()
     def _splice(
@@ -489,12 +490,6 @@ def _beside(visual: VisualTokens, rows: VisualTokens) -> VisualTokens:
     return VisualTokens(
         embeds=torch.cat([visual.embeds, rows.embeds], dim=-1), indices=visual.indices
     )
-
-
-def _without_visual(is_visual: Tensor) -> Tensor:
-    """Flags of the columns that remain where visual ones end."""
-    count = int((~is_visual[0]).sum())
-    return torch.zeros(len(is_visual), count, dtype=torch.bool)
 
 
 def _alike(_position: Literal["first", "last"], _index: int) -> None:

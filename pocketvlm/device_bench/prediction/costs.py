@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.device_bench.prediction.rates import FLOAT_KERNEL
 from pocketvlm.models.blocks import BlockSpec, FfnSpec
 from pocketvlm.models.layers import LinearSpec
@@ -102,13 +103,13 @@ class ExportedModel:
         spec: What the model is.
         kernels: What multiplies with each weight matrix.
         visual_tokens: Tokens of a tile that enter the decoder.
-        visual_layers: First layers that they run through; `None` for all.
+        visual_schedule: Where they leave the decoder; `None` where they do not.
     """
 
     spec: ModelSpec
     kernels: Mapping[LinearSpec, str]
     visual_tokens: int
-    visual_layers: int | None = None
+    visual_schedule: VisualSchedule | None = None
 
     def kernel(self, name: str) -> str:
         """What multiplies with the matrix of this module."""
@@ -159,31 +160,49 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
 
 
 def decoder_operators(
-    model: ExportedModel, *, rows: int, past: int = 0, text_rows: int | None = None
+    model: ExportedModel,
+    *,
+    text_rows: int,
+    visual_rows: int = 0,
+    past: int = 0,
+    past_visual: int = 0,
 ) -> Iterator[Operator]:
     """The decoder's graph, once.
 
     Args:
         model: The model.
-        rows: New rows.
-        past: Rows in the cache.
-        text_rows: Those of the new rows that are text, where visual rows end early; `None` for all.
+        text_rows: New rows of text.
+        visual_rows: New rows of pictures.
+        past: Rows in the cache of the first layer.
+        past_visual: Visual rows among them.
     """
-    decoder = model.spec.decoder
+    decoder, schedule = model.spec.decoder, model.visual_schedule
     hidden, last = decoder.hidden_size, decoder.depth - 1
-    late = decoder.depth if model.visual_layers is None else model.visual_layers
-    text = rows if text_rows is None else text_rows
+    rows, seen = text_rows + visual_rows, past
     for index, block in enumerate(decoder.blocks):
-        before = rows if index < late else text
-        after = 1 if index == last else (text if index >= late - 1 else rows)
-        yield Elementwise(kind="norm", elements=before * hidden)
-        yield from _products(model, block.mixer.inputs, before)
+        entering = before = after = rows
+        if schedule is not None:
+            stage = schedule.stage_of(index)
+            before = text_rows + schedule.kept(stage, visual_rows)
+            seen = past - past_visual + schedule.kept(stage, past_visual)
+            entering = after = before
+            drop = schedule.drop_in(index, after_attention=False)
+            if drop is not None:
+                entering = text_rows + schedule.kept(stage - 1, visual_rows)
+            drop = schedule.drop_in(index, after_attention=True)
+            if drop is not None:
+                after = text_rows + schedule.kept(stage + 1, visual_rows)
+            if visual_rows and _ranks(schedule, index):
+                yield from _ranking(model, entering, seen)
+        after = 1 if index == last else after
+        yield Elementwise(kind="norm", elements=entering * hidden)
+        yield from _products(model, block.mixer.inputs, entering)
         if isinstance(block, BlockSpec):
             width = decoder.heads * decoder.head_dim
             for norm in (block.attention.q_norm, block.attention.k_norm):
                 if norm is not None:
                     yield Elementwise(kind="norm", elements=before * width)
-            yield CachedAttention(rows=before, macs=2 * before * (before + past) * width)
+            yield CachedAttention(rows=before, macs=2 * before * (before + seen) * width)
         else:
             for _ in range(3 + 2 * block.conv.taps):
                 yield Elementwise(kind="copy", elements=before * hidden)
@@ -194,6 +213,22 @@ def decoder_operators(
         yield from _feed_forward(model, block.ffn, after, decoder.activation)
     yield Elementwise(kind="norm", elements=hidden)
     yield from _products(model, (decoder.embedding if decoder.tied_head else decoder.head,), 1)
+
+
+def _ranks(schedule: VisualSchedule, layer: int) -> bool:
+    """Whether the attention of a layer ranks visual rows."""
+    drops = (schedule.drop_in(layer, after_attention=after) for after in (False, True))
+    return any(drop is not None and schedule.drops[drop].keep for drop in drops)
+
+
+def _ranking(model: ExportedModel, rows: int, seen: int) -> Iterator[Operator]:
+    """The last row's attention: every key is turned, read and multiplied once."""
+    decoder = model.spec.decoder
+    keys = rows * decoder.kv_heads * decoder.head_dim
+    yield Elementwise(kind="copy", elements=2 * keys)
+    macs = (rows + seen) * decoder.heads * decoder.head_dim
+    yield CachedAttention(rows=1, macs=macs)
+    yield Elementwise(kind="copy", elements=rows * decoder.hidden_size)
 
 
 def _feed_forward(

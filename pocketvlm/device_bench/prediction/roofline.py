@@ -85,13 +85,11 @@ def predict_times(model: ExportedModel, question: Question, rates: Rates) -> Tim
     preprocess_ms = preprocess * 1e3 if question.tiles else 0.0
     vision_ms = question.tiles * (_graph_ms(vision_operators(model), rates, cache) + call_ms)
     prompt = decoder_operators(
-        model,
-        rows=question.rows,
-        text_rows=None if model.visual_layers is None else question.text_rows,
+        model, text_rows=question.text_rows, visual_rows=question.visual_rows
     )
     prefill_ms = _graph_ms(prompt, rates, cache) + call_ms
     halfway = question.rows + question.new_tokens // 2
-    step = decoder_operators(model, rows=1, past=halfway)
+    step = decoder_operators(model, text_rows=1, past=halfway, past_visual=question.visual_rows)
     decode_ms = _graph_ms(step, rates, cache) + 2 * call_ms  # the token's embedding is a graph too
     vocabulary = model.spec.decoder.vocab_size
     sample_ms = vocabulary / rates.sampled_logits_s * 1e3 + rates.token_us / 1e3

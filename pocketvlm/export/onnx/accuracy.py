@@ -74,6 +74,7 @@ def _all_logits(
     )
     names = cache_names(checkpoint.spec, "past")
     kept = "float32" if checkpoint.cache_grid is None else "int8"
+    schedule = checkpoint.visual_schedule
     signatures, _ = decoder_signatures(checkpoint.spec, kept)
     rows = []
     for prompt in prompts:
@@ -82,12 +83,14 @@ def _all_logits(
             np.zeros([size if isinstance(size, int) else length for size in past.shape], past.dtype)
             for past in signatures[-len(names) :]
         ]
-        start = 0
-        for number, end in enumerate(_ends(checkpoint, prompt)):
+        start, held = 0, np.zeros(0 if schedule is None else len(schedule.drops), np.int64)
+        for end in _ends(checkpoint, prompt):
             feed = dict(zip(names, cache, strict=True))
-            if checkpoint.visual_layers is not None:
+            if schedule is not None:
                 feed["text_rows"] = np.array([end - start - 1], np.int64)
-                feed["past_text_length"] = np.array([number], np.int64)
+                feed["past_stage_lengths"] = held.copy()
+                visual = end - start - 1
+                held += [1 + schedule.kept(drop, visual) for drop in range(1, len(held) + 1)]
             logits, *cache = session.run(
                 None,
                 {
@@ -104,6 +107,6 @@ def _all_logits(
 
 def _ends(checkpoint: Checkpoint, prompt: DecoderInputs) -> list[int]:
     """Where calls end: after each row, or after each row of text where others say nothing."""
-    if checkpoint.visual_layers is None:
+    if checkpoint.visual_schedule is None:
         return list(range(1, prompt.embeds.shape[1] + 1))
     return [int(row) + 1 for row in (~prompt.is_visual[0]).nonzero().flatten()]

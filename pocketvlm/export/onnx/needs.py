@@ -32,7 +32,7 @@ def read_needs(folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
             formats[name] = max(version, formats.get(name, 0))
         operators |= {
             f"{node.domain}.{node.op_type}"
-            for node in model.graph.node
+            for node in _nodes(model.graph)
             if node.domain not in _STANDARD
         }
         if any(_float_zeros_of_two_bits(model.graph)):
@@ -45,6 +45,15 @@ def read_needs(folder: Path, components: Sequence[Component]) -> RuntimeNeeds:
         formats=dict(sorted(formats.items())),
         operators=tuple(sorted(operators)),
     )
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Nodes of a graph, and of the branches in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
 
 
 def _keeps_int8_cache(node: onnx.NodeProto) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -43,11 +43,6 @@ _ACTIVATIONS: dict[str, tuple[str, float | None]] = {
     "silu": ("QuickGelu", 1.0),
 }
 
-# Which rows a layer computes, how its values are called, and the input that counts its past.
-_Rows = Literal["all", "text"]
-_LABELS: dict[_Rows, str] = {"all": "", "text": "text."}
-_PASTS: dict[_Rows, str] = {"all": "past_length", "text": "past_text_length"}
-
 
 class OnnxOps:
     """`GraphOps` over names of values in a graph under construction.
@@ -69,6 +64,8 @@ class OnnxOps:
         } | {checkpoint.spec.decoder.head: checkpoint.spec.decoder.vocab_size}
         self._shared: dict[str, str] = {}
         self._masks = Masks(graph, checkpoint.spec.decoder)
+        # Positions of the rows of this call that each stage of the decoder computes, [axes, rows].
+        self._positions = ["position_ids"]
 
     @property
     def earlier_blocks(self) -> tuple[int, ...]:
@@ -233,10 +230,10 @@ class OnnxOps:
 
     def cached_attention(self, joined: str, block: int, *names: str) -> str:
         decoder = self._spec.decoder
-        late = self._checkpoint.visual_layers
-        kept: _Rows = "text" if late is not None and block >= late else "all"
-        before, total = self._sequence_lengths(kept)
-        cosine, sine = self._rotary_rows(kept, decoder.rope_of(block))
+        schedule = self._checkpoint.visual_schedule
+        stage = 0 if schedule is None else schedule.stage_of(block)
+        before, total = self._sequence_lengths(stage)
+        cosine, sine = self.rotary_rows(stage, decoder.rope_of(block))
         attention = decoder.attention(block)
         label = attention.module
         attended, _, _ = self._graph.nodes(
@@ -288,6 +285,16 @@ class OnnxOps:
             keys = self._head_norm(keys, attention.k_norm, width, self._widths[attention.k])
         return queries, keys, values
 
+    def head_part(self, joined: str, attention: AttentionSpec, name: str, norm: str | None) -> str:
+        """Queries or keys alone, of a block of the decoder, after the norm of each head."""
+        names = attention.inputs
+        start = sum(self._widths[before] for before in names[: names.index(name)])
+        end = start + self._widths[name]
+        part = self._slice(joined, start, end, axis=2, name=f"{joined}.part")
+        if norm is None:
+            return part
+        return self._head_norm(part, norm, self._spec.decoder.head_dim, self._widths[name])
+
     def norm_heads(self, joined: str, name: str) -> str:
         tower = self._spec.tower
         return self._head_norm(joined, name, tower.head_dim, tower.hidden_size)
@@ -322,10 +329,6 @@ class OnnxOps:
             parts.append(self._float(f"{conv.kernel}.bias", kernel.bias, narrow=False))
         total = graph.node("Sum", parts, name=f"{conv.kernel}.sum")
         return graph.node("Mul", [after, total], name=label)
-
-    def select_text(self, inputs: str) -> str:
-        """The rows that `text_rows` names."""
-        return self._graph.node("Gather", [inputs, "text_rows"], name=f"{inputs}.text", axis=1)
 
     def join_channels(self, *parts: str) -> str:
         return self._graph.node("Concat", list(parts), name="features", axis=-1)
@@ -568,13 +571,13 @@ class OnnxOps:
         constant = self._graph.constant(f"{name}.factor", np.array(factor, dtype=np.float32))
         return self._graph.node("Mul", [inputs, constant], name=name)
 
-    def _sequence_lengths(self, rows: _Rows) -> tuple[str, str]:
+    def _sequence_lengths(self, stage: int) -> tuple[str, str]:
         """`seqlens_k` (one less than the total) and the total, as the attention wants them."""
-        label = _LABELS[rows]
+        label = _label(stage)
         if f"{label}total" not in self._shared:
             graph = self._graph
-            length = graph.node("Shape", [self._positions_of(rows)], name=f"{label}length", start=1)
-            total = graph.node("Add", [_PASTS[rows], length], name=f"{label}total_length")
+            length = graph.node("Shape", [self._positions[stage]], name=f"{label}length", start=1)
+            total = graph.node("Add", [self.past_of(stage), length], name=f"{label}total_length")
             total = graph.node(
                 "Cast", [total], name=f"{label}total_int32", to=onnx.TensorProto.INT32
             )
@@ -587,35 +590,49 @@ class OnnxOps:
             )
         return self._shared[f"{label}before"], self._shared[f"{label}total"]
 
-    def _positions_of(self, rows: _Rows) -> str:
-        """Positions of the rows of this call that a layer computes, [1, rows]."""
-        if rows == "all":
-            return "position_ids"
-        if "text_position_ids" not in self._shared:
-            self._shared["text_position_ids"] = self.select_text("position_ids")
-        return self._shared["text_position_ids"]
+    def past_of(self, stage: int) -> str:
+        """Rows that the layers of a stage hold of earlier calls, [1]."""
+        if stage == 0:
+            return "past_length"
+        name = f"{_label(stage)}past_length"
+        if name not in self._shared:
+            self._shared[name] = self._slice(
+                "past_stage_lengths", stage - 1, stage, axis=0, name=name
+            )
+        return self._shared[name]
 
-    def _rotary_rows(self, rows: _Rows, rope: RopeSpec) -> tuple[str, str]:
-        """Cosines and sines by cache slot, [total, head_dim / 2].
+    def enter_stage(self, rows: str) -> None:
+        """Continues with fewer rows of the call, by their indices [left] among those before."""
+        name = f"{_label(len(self._positions))}position_ids"
+        self._positions.append(
+            self._graph.node("Gather", [self._positions[-1], rows], name=name, axis=1)
+        )
+
+    def rotary_rows(self, stage: int, rope: RopeSpec) -> tuple[str, str]:
+        """Cosines and sines by cache slot, [total or more, head_dim / 2].
 
         The attention rotates the token of slot i by row i of its table, and offers no other way
         to give a prompt positions with gaps (it reads the first of a prompt's position ids only).
         So it is given rows that were looked up by position; slots of the past are rotated already.
+        Where a stage numbers the rows that it holds, slots are positions.
         """
         kind_of = "" if rope == self._spec.decoder.rope else "sliding."
-        label = _LABELS[rows] + kind_of
+        label = _label(stage) + kind_of
+        schedule = self._checkpoint.visual_schedule
         if rope.axes > 1:
-            self._turn_rows(rows)
+            self._turn_rows(stage)
         if f"{label}cosine" not in self._shared:
-            graph, name = self._graph, f"{label}positions"
-            flat = graph.constant("flat", np.array([-1], dtype=np.int64))
-            positions = graph.node("Reshape", [self._positions_of(rows), flat], name=name)
-            none = graph.constant("none", np.array([0], dtype=np.int64))
-            pads = graph.node("Concat", [_PASTS[rows], none], name=f"{name}.pads", axis=0)
-            slots = graph.node("Pad", [positions, pads], name=f"{name}.by_slot")
             if f"{kind_of}cosines" not in self._shared:
                 tables = self._rotary_tables(rope, f"{kind_of}rotary")
                 self._shared[f"{kind_of}cosines"], self._shared[f"{kind_of}sines"] = tables
+            if stage and schedule is not None and schedule.positions == "consecutive":
+                return self._shared[f"{kind_of}cosines"], self._shared[f"{kind_of}sines"]
+            graph, name = self._graph, f"{label}positions"
+            flat = graph.constant("flat", np.array([-1], dtype=np.int64))
+            positions = graph.node("Reshape", [self._positions[stage], flat], name=name)
+            none = graph.constant("none", np.array([0], dtype=np.int64))
+            pads = graph.node("Concat", [self.past_of(stage), none], name=f"{name}.pads", axis=0)
+            slots = graph.node("Pad", [positions, pads], name=f"{name}.by_slot")
             for kind in ("cosine", "sine"):
                 table = self._shared[f"{kind_of}{kind}s"]
                 self._shared[f"{label}{kind}"] = graph.node(
@@ -623,24 +640,26 @@ class OnnxOps:
                 )
         return self._shared[f"{label}cosine"], self._shared[f"{label}sine"]
 
-    def _turn_rows(self, rows: _Rows) -> None:
+    def _turn_rows(self, stage: int) -> None:
         """The same where a position has several axes, each of which turns some pairs of channels.
 
         A product with a matrix that has one number a column takes each pair's angle from its axis.
         """
-        label, graph, rope = _LABELS[rows], self._graph, self._spec.decoder.rope
+        label, graph, rope = _label(stage), self._graph, self._spec.decoder.rope
         if f"{label}cosine" in self._shared:
             return
         name = f"{label}positions"
         positions = graph.node(
-            "Cast", [self._positions_of(rows)], name=f"{name}.float32", to=onnx.TensorProto.FLOAT
+            "Cast", [self._positions[stage]], name=f"{name}.float32", to=onnx.TensorProto.FLOAT
         )
         positions = graph.node("Transpose", [positions], name=name, perm=[1, 0])
         matrix = pair_selection(rope) * inverse_frequencies(rope)
         frequencies = graph.constant("rotary.frequencies", matrix.numpy())
         angles = graph.node("MatMul", [positions, frequencies], name=f"{label}rotary.angles")
         none = graph.constant("none", np.array([0], dtype=np.int64))
-        pads = graph.node("Concat", [_PASTS[rows], none, none, none], name=f"{name}.pads", axis=0)
+        pads = graph.node(
+            "Concat", [self.past_of(stage), none, none, none], name=f"{name}.pads", axis=0
+        )
         for kind, operator in (("cosine", "Cos"), ("sine", "Sin")):
             values = graph.node(operator, [angles], name=f"{label}rotary.{kind}s")
             self._shared[f"{label}{kind}"] = graph.node(
@@ -665,6 +684,11 @@ class OnnxOps:
         angles = graph.node("Mul", [positions, row], name=f"{label}.angles")
         cosines = graph.node("Cos", [angles], name=f"{label}.cosines")
         return cosines, graph.node("Sin", [angles], name=f"{label}.sines")
+
+
+def _label(stage: int) -> str:
+    """What names of values of a stage of the decoder begin with."""
+    return f"stage{stage}." if stage else ""
 
 
 def _can_join(forms: list[WeightForm]) -> bool:

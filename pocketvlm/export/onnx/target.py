@@ -14,6 +14,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.limits import explain
 from pocketvlm.export.onnx.needs import read_needs
 from pocketvlm.export.onnx.ops import OnnxOps
+from pocketvlm.export.onnx.row_drops import OnnxRowDrops
 from pocketvlm.export.onnx.size import graph_bytes, layer_bytes
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.export.precisions import masked_notes, part_precisions
@@ -23,7 +24,7 @@ from pocketvlm.export.signatures import (
     embedding_signatures,
     vision_signatures,
 )
-from pocketvlm.graph.builders import TextRows, build_decoder, build_embedding, build_vision
+from pocketvlm.graph.builders import build_decoder, build_embedding, build_vision
 from pocketvlm.models.layers import LinearSpec, Part
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import Explanation, Target
@@ -60,7 +61,7 @@ class ToOnnx(Target):
     tower_accuracy_level: int = 4
 
     cache_bits: ClassVar[frozenset[int]] = frozenset({8})
-    supports_visual_cutoff: ClassVar[bool] = True
+    supports_schedules: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("accuracy_level", "tower_accuracy_level"):
@@ -150,12 +151,12 @@ class ToOnnx(Target):
 
             graph = GraphWriter("decoder", weights, opset=_RMS_NORM_OPSET)
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)
-            late = checkpoint.visual_layers
-            text_rows = None if late is None else TextRows(layers=late, select=ops.select_text)
-            ops.output(build_decoder(ops, spec, "embeds", text_rows), "logits")
+            schedule = checkpoint.visual_schedule
+            drops = None if schedule is None else OnnxRowDrops(ops, graph, checkpoint, schedule)
+            ops.output(build_decoder(ops, spec, "embeds", drops), "logits")
             head: Part = "embedding" if spec.decoder.tied_head else "head"
             cache = "float32" if checkpoint.cache_grid is None else "int8"
-            finish(graph, "decoder", decoder_signatures(spec, cache, late), ("decoder", head))
+            finish(graph, "decoder", decoder_signatures(spec, cache, schedule), ("decoder", head))
         return tuple(components)
 
 

@@ -7,7 +7,7 @@ and takes milliseconds instead of the minutes that tracing hundreds of quantized
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -160,6 +160,34 @@ class GraphWriter:
             helper.make_node(operator, inputs, outputs, name=name, domain=domain, **kept)
         )
         return tuple(outputs)
+
+    def either(
+        self, condition: str, then: Callable[[], str], otherwise: Callable[[], str], *, name: str
+    ) -> str:
+        """Adds a choice between two branches of one int64 output of one dimension.
+
+        Args:
+            condition: A bool of one element.
+            then: Adds the nodes of the branch that is taken where it holds, and returns its output.
+                They may read every value that was made before.
+            otherwise: Likewise, where it does not.
+            name: Name of the node and of the output.
+        """
+        return self.node(
+            "If",
+            [condition],
+            name=name,
+            then_branch=self._branch(then, f"{name}.then"),
+            else_branch=self._branch(otherwise, f"{name}.else"),
+        )
+
+    def _branch(self, build: Callable[[], str], name: str) -> onnx.GraphProto:
+        outside, self._nodes = self._nodes, []
+        try:
+            output = helper.make_tensor_value_info(build(), TensorProto.INT64, [None])
+            return helper.make_graph(self._nodes, name, [], [output])
+        finally:
+            self._nodes = outside
 
     def unique(self, name: str) -> str:
         """The name, numbered if it was given before."""

@@ -29,6 +29,7 @@ __all__ = [
     "VisionAgreement",
     "compare_features",
     "compare_greedy",
+    "turn_border",
 ]
 
 
@@ -74,6 +75,22 @@ class ArtifactSide:
         self.runner.reset()
         logits = self.runner.decode(rows.embeds, rows.positions, rows.is_visual, rows.mutual)
         return logits.copy()
+
+    def answer_at_once(self, rows: Rows, first: int) -> Floats:
+        """Logits after two turns in as few runs as give the same.
+
+        That is one, unless the last row of a run decides which of its visual rows are kept.
+
+        Args:
+            rows: Both turns.
+            first: Rows of the first turn's prompt.
+        """
+        schedule = self._manifest.kv_cache.visual_schedule
+        if schedule is None or not schedule.is_ranked:
+            return self.answer(rows)
+        self.runner.reset()
+        self._decode(rows, slice(0, first))
+        return self._decode(rows, slice(first, None)).copy()
 
     def generate(
         self, rows: Rows, *, tokens: int, eos_token_ids: Sequence[int]
@@ -121,6 +138,14 @@ class ArtifactSide:
         return self.runner.decode(
             rows.embeds[:, part], rows.positions[:, part], rows.is_visual[part], mutual
         )
+
+
+def turn_border(rows: Rows) -> int:
+    """Rows of what counts as a first turn: a cache knows rows, not turns, but text ends a turn."""
+    border = len(rows.is_visual) * 2 // 3
+    visual = np.flatnonzero(rows.is_visual)
+    # Two rows of text at least end the first, and one row begins the second.
+    return min(max(border, int(visual[-1]) + 2 if len(visual) else 0), len(rows.is_visual) - 3)
 
 
 @dataclass(frozen=True, kw_only=True)

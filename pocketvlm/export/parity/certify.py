@@ -15,7 +15,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.export.parity.agreement import argmax_mismatches, compare, max_error
-from pocketvlm.export.parity.artifact_side import ArtifactSide
+from pocketvlm.export.parity.artifact_side import ArtifactSide, turn_border
 from pocketvlm.export.parity.certificate import ParityReport, TargetParity, judge, precision_of
 from pocketvlm.export.parity.checkpoint_side import CheckpointSide
 from pocketvlm.export.parity.metrics import sqnr_db
@@ -119,7 +119,7 @@ def _measure(
         embedding=reference.embed(questions.token_ids()),
         logits=reference.along(rows, [answer[:-1] for answer in found.answers]),
         swapped=reference.answers(swapped),
-        at_once=reference.answers(follow_ups),
+        at_once=reference.answers(follow_ups, [turn_border(row) for row in follow_ups]),
     )
     report(4, "prefill")
     first = [logits[0] for logits in expected.logits]

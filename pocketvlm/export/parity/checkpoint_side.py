@@ -77,14 +77,27 @@ class CheckpointSide:
             mutual=None if inputs.mutual is None else inputs.mutual[0].numpy(),
         )
 
-    def answers(self, prompts: Sequence[Rows]) -> list[Floats]:
-        """Logits [vocabulary] after each prompt."""
-        return [logits[0] for logits in self.along(prompts, [()] * len(prompts))]
+    def answers(self, prompts: Sequence[Rows], turns: Sequence[int] | None = None) -> list[Floats]:
+        """Logits [vocabulary] after each prompt.
+
+        Args:
+            prompts: The prompts.
+            turns: Rows of each one's first turn, which has its pictures; `None` for all of them.
+        """
+        return [logits[0] for logits in self.along(prompts, [()] * len(prompts), turns)]
 
     def along(
-        self, prompts: Sequence[Rows], continuations: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Rows],
+        continuations: Sequence[Sequence[int]],
+        turns: Sequence[int] | None = None,
     ) -> list[Floats]:
         """Logits after each prompt and after every token of its given continuation.
+
+        Args:
+            prompts: The prompts.
+            continuations: Tokens after each.
+            turns: As `answers` takes them.
 
         Returns:
             One array [1 + tokens, vocabulary] a prompt.
@@ -117,6 +130,7 @@ class CheckpointSide:
             is_visual=is_visual,
             next_position=positions[0, :, -1] + 1,
             mutual=mutual if self._checkpoint.spec.decoder.mutual_rows else None,
+            reader=torch.tensor(turns or lengths) - 1,
         )
         with torch.inference_mode():
             logits = decode_logits(self._checkpoint, inputs, columns=columns).numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pocketvlm.export.parity.artifact_side import ArtifactSide, Features
+from pocketvlm.export.parity.artifact_side import ArtifactSide, Features, turn_border
 from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.export.parity.questions import Questions
 
@@ -76,9 +76,8 @@ def record(
     swapped = [artifact.answer(artifact.rows(prompt)) for _, prompt in others]
     report(2, "two turns")
     again = [artifact.rows(prompt) for prompt in questions.follow_ups]
-    at_once = [artifact.answer(row) for row in again]
-    # Any border between the turns will do: a cache knows rows, not turns.
-    in_two = [artifact.answer_in_turns(row, row.embeds.shape[1] * 2 // 3) for row in again]
+    at_once = [artifact.answer_at_once(row, turn_border(row)) for row in again]
+    in_two = [artifact.answer_in_turns(row, turn_border(row)) for row in again]
     report(3, "done")
     return Recording(
         features=artifact.features,

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
+from pocketvlm.compress.tokens.schedule.exit import Exit
+from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.device_bench.prediction.roofline import Times
@@ -132,10 +133,11 @@ def _stages(state: PlanState, tiles: int) -> Iterator[tuple[str, Stage, str]]:
     keep = max(1, state.visual_tokens // 2)
     shown = f"reduce_tokens: keep {keep} of {state.visual_tokens}"
     yield "tokens before decoder", ReduceTokens(keep=keep), shown
-    depth = spec.decoder.depth if state.visual_layers is None else state.visual_layers
+    schedule = state.visual_schedule
+    depth = spec.decoder.depth if schedule is None else schedule.drops[0].layers
     layers = max(1, depth // 2)
-    shown = f"skip_visual: first_layers {layers} of {depth}"
-    yield "tokens in decoder", SkipVisual(first_layers=layers), shown
+    shown = f"drop_tokens: exit after {layers} of {depth}"
+    yield "tokens in decoder", DropTokens(schedule=Exit(first_layers=layers)), shown
 
 
 def _half_size(spec: ModelSpec) -> tuple[int, int]:

@@ -66,12 +66,12 @@ class OnnxRunner(Runner):
         """
         cache = bundle.manifest.kv_cache
         dtype = np.dtype(cache.dtype)
-        self._visual_layers = cache.visual_layers
         positions = bundle.manifest.generation.max_positions
         require_runtime(bundle, "onnx", ort.__version__)
         self.engine = f"ONNX Runtime {ort.__version__}"
         super().__init__(
-            capacity=min(DEFAULT_CAPACITY, positions) if capacity is None else capacity
+            capacity=min(DEFAULT_CAPACITY, positions) if capacity is None else capacity,
+            schedule=cache.visual_schedule,
         )
         self.threads = threads or 0
         self._bundle = bundle
@@ -99,7 +99,7 @@ class OnnxRunner(Runner):
         self._embeds = np.zeros((1, 1, width), np.float32)
         self._position = np.zeros((_position_axes(self._decoder), 1), np.int64)
         self._past_length = np.zeros(1, np.int64)
-        self._past_text_length = np.zeros(1, np.int64)
+        self._past_stage_lengths = self.stage_lengths
         self._single_row = np.zeros(1, np.int64)
         self._has_mutual = cache.mutual_rows is not None
         self._alone = np.full((1, 1), -1, np.int64)
@@ -110,7 +110,7 @@ class OnnxRunner(Runner):
         self._decode_step = self._bind_decoder()
         _bind_input(self._decode_step, "embeds", self._embeds)
         _bind_input(self._decode_step, "position_ids", self._position)
-        if self._visual_layers is not None:
+        if self._schedule is not None:
             _bind_input(self._decode_step, "text_rows", self._single_row)
         if self._has_mutual:
             _bind_input(self._decode_step, "mutual", self._alone)
@@ -123,10 +123,12 @@ class OnnxRunner(Runner):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the cache's rows that are filled: fewer where layers hold text alone."""
+        """Bytes of the cache's rows that are filled: fewer where a layer is given fewer."""
         layers = len(self._cache) // 2
-        whole = layers if self._visual_layers is None else self._visual_layers
-        rows = whole * self._length + (layers - whole) * self.text_length
+        rows = layers * self._length
+        if self._schedule is not None:
+            held = [self._length, *self.stage_lengths.tolist()]
+            rows = sum(held[self._schedule.stage_of(layer)] for layer in range(layers))
         return self.cache_bytes // (layers * self.capacity) * rows
 
     def encode_image(
@@ -165,8 +167,8 @@ class OnnxRunner(Runner):
         self._require_room(rows)
         self._past_length[0] = self._length
         text_rows: npt.NDArray[np.int64] | None = None
-        if self._visual_layers is not None:
-            self._past_text_length[0] = self.text_length
+        if self._schedule is not None:
+            self._past_stage_lengths[:] = self.stage_lengths
             text_rows = self._text_rows(rows, is_visual)
         if rows == 1:
             if embeds is not self._embeds:
@@ -200,8 +202,8 @@ class OnnxRunner(Runner):
         """A binding of everything that never moves: cache, length and logits."""
         binding = self._decoder.io_binding()
         _bind_input(binding, "past_length", self._past_length)
-        if self._visual_layers is not None:
-            _bind_input(binding, "past_text_length", self._past_text_length)
+        if self._schedule is not None:
+            _bind_input(binding, "past_stage_lengths", self._past_stage_lengths)
         _bind_output(binding, "logits", self._logits)
         for name, buffer in self._cache.items():
             value = ort.OrtValue.ortvalue_from_numpy(buffer)

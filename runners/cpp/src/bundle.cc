@@ -66,9 +66,26 @@ PromptSettings read_prompt(const Json& document) {
   return prompt;
 }
 
+std::optional<VisualSchedule> read_schedule(const Json& document) {
+  const auto found = document.find("visual_schedule");
+  if (found == document.end() || found->is_null()) return {};
+  VisualSchedule schedule;
+  schedule.tokens = found->value("tokens", std::int64_t{1});
+  for (const Json& drop : found->at("drops")) {
+    schedule.kept.push_back(drop.at("keep").get<std::int64_t>());
+    const std::int64_t before =
+        schedule.kept.size() == 1 ? schedule.tokens : schedule.kept[schedule.kept.size() - 2];
+    if (schedule.kept.back() < 0 || schedule.kept.back() >= before || before > kMostPositions) {
+      throw Fault("kv_cache.visual_schedule keeps more rows after a drop than before it");
+    }
+  }
+  if (schedule.kept.empty()) throw Fault("kv_cache.visual_schedule has no drops");
+  return schedule;
+}
+
 Cache read_cache(const Json& document) {
   Cache cache{document.at("layers"), document.at("kv_heads"), document.at("head_dim"),
-              document.at("dtype"), optional<std::int64_t>(document, "visual_layers"),
+              document.at("dtype"), read_schedule(document),
               optional<std::string>(document, "mutual_rows")};
   if (cache.dtype != "float32" && cache.dtype != "float16" && cache.dtype != "int8") {
     throw Fault("kv_cache.dtype is " + cache.dtype + "; allowed are float32, float16, int8");

@@ -40,10 +40,23 @@ struct Generation {
   std::vector<std::string> settings;  // names of those that this runner does not apply
 };
 
+// Where visual rows leave the decoder: how many of `tokens` are left after each drop.
+struct VisualSchedule {
+  std::int64_t tokens = 1;
+  std::vector<std::int64_t> kept;
+
+  // Of so many visual rows of a call, those that are left after a drop.
+  std::int64_t left(std::size_t drop, std::int64_t rows) const {
+    return (rows * kept[drop] + tokens - 1) / tokens;
+  }
+  // Whether the last row of a call decides which rows are kept.
+  bool is_ranked() const { return kept.front() > 0; }
+};
+
 struct Cache {
   std::int64_t layers = 0, kv_heads = 0, head_dim = 0;
   std::string dtype;
-  std::optional<std::int64_t> visual_layers;
+  std::optional<VisualSchedule> schedule;
   std::optional<std::string> mutual_rows;
 };
 

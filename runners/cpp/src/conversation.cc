@@ -74,8 +74,7 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
   const Layout layout = lay_out_question(question.rendered);
   require_room(layout);
   clock.lap("tokenize");
-  const std::int64_t reused = reusable_rows(layout);
-  engine_.truncate(reused);
+  const std::int64_t reused = engine_.truncate(reusable_rows(layout));
   const std::vector<float> embeds = embed_rows(layout, reused);
   clock.lap("embed");
   cached_ = layout;

@@ -52,7 +52,7 @@ void require_names(const Ort::Session& session, const Component& component,
 // What this runner gives a decoder; every other input is refused by its name.
 void require_known(const Component& decoder) {
   static const std::set<std::string> kKnown = {"embeds",      "position_ids", "past_length",
-                                               "text_rows",   "mutual",       "past_text_length"};
+                                               "text_rows",   "mutual",       "past_stage_lengths"};
   for (const Signature& input : decoder.inputs) {
     if (kKnown.count(input.name) == 0 && !is_cache(input.name)) {
       throw Fault(decoder.file + ": its input " + input.name + " is not known to this runner");
@@ -76,8 +76,12 @@ CacheType cache_type(const std::string& dtype) {
 Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
     : bundle_(bundle),
       capacity_(capacity),
-      memory_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU)),
-      is_text_(static_cast<std::size_t>(capacity)) {
+      memory_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU)) {
+  if (bundle.cache.schedule) {
+    const std::size_t drops = bundle.cache.schedule->kept.size();
+    counts_.assign(drops, std::vector<bool>(static_cast<std::size_t>(capacity)));
+    past_stage_lengths_.resize(drops);
+  }
   const std::string version = open_onnx_runtime({});
   if (!bundle.lowest_runtime.empty() && is_older(version, bundle.lowest_runtime)) {
     throw Fault(bundle.path.string() + ": its graphs need ONNX Runtime " + bundle.lowest_runtime +
@@ -102,7 +106,7 @@ Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
   decode_step_.BindInput("embeds", floats(embeds_, {1, 1, width_}));
   decode_step_.BindInput("position_ids",
                          whole_numbers(position_, {static_cast<std::int64_t>(axes_), 1}));
-  if (bundle.cache.visual_layers) {
+  if (bundle.cache.schedule) {
     decode_step_.BindInput("text_rows", whole_numbers(single_row_, {1}));
   }
   if (bundle.cache.mutual_rows) decode_step_.BindInput("mutual", whole_numbers(alone_, {1, 1}));
@@ -154,8 +158,9 @@ void Engine::allocate_cache(const Component& decoder) {
 Ort::IoBinding Engine::bind_decoder() {
   Ort::IoBinding binding(decoder_.session);
   binding.BindInput("past_length", whole_numbers(past_length_, {1}));
-  if (bundle_.cache.visual_layers) {
-    binding.BindInput("past_text_length", whole_numbers(past_text_length_, {1}));
+  if (bundle_.cache.schedule) {
+    const auto drops = static_cast<std::int64_t>(past_stage_lengths_.size());
+    binding.BindInput("past_stage_lengths", whole_numbers(past_stage_lengths_, {drops}));
   }
   const auto vocabulary = static_cast<std::int64_t>(logits_.size());
   binding.BindOutput("logits", floats(logits_, {1, 1, vocabulary}));
@@ -209,16 +214,15 @@ const std::vector<float>& Engine::decode(const std::vector<float>& embeds,
   for (std::int64_t row = 0; row < rows; ++row) {
     if (!is_visual[row]) text_rows.push_back(row);
   }
-  if (bundle_.cache.visual_layers && is_visual.back()) {
-    throw Fault("the prompt ends with a picture, and visual rows end before the decoder's last "
-                "layer: text must follow it");
+  if (bundle_.cache.schedule && is_visual.back()) {
+    throw Fault("the prompt ends with a picture, and visual rows are dropped before the decoder's "
+                "last layer: text must follow it");
   }
-  past_length_[0] = length_;
-  past_text_length_[0] = text_length();
+  tell_past();
   decode_rows_.BindInput("embeds", floats(given, {1, rows, width_}));
   decode_rows_.BindInput("position_ids",
                          whole_numbers(places, {static_cast<std::int64_t>(axes_), rows}));
-  if (bundle_.cache.visual_layers) {
+  if (bundle_.cache.schedule) {
     const auto count = static_cast<std::int64_t>(text_rows.size());
     decode_rows_.BindInput("text_rows", whole_numbers(text_rows, {count}));
   }
@@ -226,7 +230,7 @@ const std::vector<float>& Engine::decode(const std::vector<float>& embeds,
     decode_rows_.BindInput("mutual", whole_numbers(numbers, {1, rows}));
   }
   run(decoder_, decode_rows_);
-  for (const bool one : is_visual) is_text_[length_++] = !one;
+  count_rows(is_visual);
   return logits_;
 }
 
@@ -234,11 +238,10 @@ const std::vector<float>& Engine::step(std::int64_t token, std::int64_t position
   require_room(1);
   token_[0] = token;
   run(embedding_, embed_step_);
-  past_length_[0] = length_;
-  past_text_length_[0] = text_length();
+  tell_past();
   std::fill(position_.begin(), position_.end(), position);
   run(decoder_, decode_step_);
-  is_text_[length_++] = true;
+  count_rows({false});
   return logits_;
 }
 
@@ -257,10 +260,38 @@ void Engine::require_room(std::int64_t rows) const {
   }
 }
 
-// Rows of text in the cache: what layers hold that visual rows do not reach.
-std::int64_t Engine::text_length() const {
-  if (!bundle_.cache.visual_layers) return 0;
-  return std::count(is_text_.begin(), is_text_.begin() + length_, true);
+// How many rows of earlier calls the layers of every stage hold.
+void Engine::tell_past() {
+  past_length_[0] = length_;
+  for (std::size_t drop = 0; drop < counts_.size(); ++drop) {
+    const std::vector<bool>& own = counts_[drop];
+    past_stage_lengths_[drop] = std::count(own.begin(), own.begin() + length_, true);
+  }
+}
+
+// Notes the rows of a call: text counts in every stage, and as many visual rows as are left there.
+void Engine::count_rows(const std::vector<bool>& is_visual) {
+  const std::int64_t visual = std::count(is_visual.begin(), is_visual.end(), true);
+  std::int64_t first = -1, seen = 0;
+  for (const bool one : is_visual) {
+    if (one && first < 0) first = length_;
+    for (std::size_t drop = 0; drop < counts_.size(); ++drop) {
+      counts_[drop][length_] = !one || seen < bundle_.cache.schedule->left(drop, visual);
+    }
+    seen += one;
+    ++length_;
+  }
+  if (first >= 0 && bundle_.cache.schedule && bundle_.cache.schedule->is_ranked()) {
+    ranked_.push_back({first, length_});
+  }
+}
+
+std::int64_t Engine::truncate(std::int64_t length) {
+  for (const auto& [first, end] : ranked_) {
+    if (first < length && length < end) length = first;
+  }
+  while (!ranked_.empty() && ranked_.back().second > length) ranked_.pop_back();
+  return length_ = length;
 }
 
 Ort::Value Engine::whole_numbers(std::vector<std::int64_t>& numbers,

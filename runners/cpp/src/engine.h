@@ -42,8 +42,9 @@ class Engine {
   // Embeds and runs one token of an answer, without touching memory that is not bound.
   const std::vector<float>& step(std::int64_t token, std::int64_t position);
 
-  // Forgets every row from `length` on.
-  void truncate(std::int64_t length) { length_ = length; }
+  // Forgets every row from `length` on; returns how many are left, which are fewer between visual
+  // rows and the row that decided which of them are kept.
+  std::int64_t truncate(std::int64_t length);
 
  private:
   struct Freed {
@@ -64,7 +65,8 @@ class Engine {
   Ort::IoBinding bind_decoder();
   void run(Graph& graph, Ort::IoBinding& binding);
   void require_room(std::int64_t rows) const;
-  std::int64_t text_length() const;
+  void tell_past();
+  void count_rows(const std::vector<bool>& is_visual);
   Ort::Value whole_numbers(std::vector<std::int64_t>& numbers, std::vector<std::int64_t> shape);
   Ort::Value floats(std::vector<float>& numbers, std::vector<std::int64_t> shape);
 
@@ -73,10 +75,11 @@ class Engine {
   Ort::MemoryInfo memory_;
   Graph vision_, embedding_, decoder_;
   std::vector<Buffer> cache_;
-  std::vector<bool> is_text_;  // by row of the cache
+  std::vector<std::vector<bool>> counts_;  // by drop and row of the cache: whether it is left
+  std::vector<std::pair<std::int64_t, std::int64_t>> ranked_;  // from a visual row to its call's end
   std::size_t axes_ = 1;
   // Bound once: what a step reads and writes.
-  std::vector<std::int64_t> token_{0}, past_length_{0}, past_text_length_{0}, single_row_{0},
+  std::vector<std::int64_t> token_{0}, past_length_{0}, past_stage_lengths_, single_row_{0},
       alone_{-1}, position_;
   std::vector<float> embeds_, logits_;
   Ort::IoBinding embed_step_{nullptr}, decode_step_{nullptr}, decode_rows_{nullptr};

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.gradients import layer_gradients
@@ -192,7 +193,7 @@ def test_visual_tokens_must_all_be_there(tiny_checkpoint, samples):
             return inputs.features[:, : self.keep], indices
 
     reduced = replace(tiny_checkpoint, reducer=First(keep=4, positions="original"))
-    early = replace(tiny_checkpoint, visual_layers=1)
+    early = replace(tiny_checkpoint, visual_schedule=VisualSchedule.ending(1))
     for walk in (walk_gradients, block_gradients):
         for other in (reduced, early):
             with pytest.raises(RecipeError, match="before visual tokens are dropped"):

@@ -76,7 +76,10 @@ def whole_graph(checkpoint, prompts, visual):
     total = 0.0
     for index, prompt in enumerate(prompts):
         row = VisualTokens(embeds=visual.embeds[[index]].double(), indices=visual.indices[[index]])
-        inputs = embed_prompts(checkpoint, torch.tensor([prompt.token_ids]), row)
+        starts = [prompt.answer_start]
+        inputs = embed_prompts(
+            checkpoint, torch.tensor([prompt.token_ids]), row, answer_starts=starts
+        )
         logits = decode_logits(checkpoint, inputs)[0]
         answer = prompt.token_ids[prompt.answer_start : prompt.answer_end]
         # From the end: what was removed from the image lies before the answer.

@@ -7,7 +7,7 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
 from pocketvlm.context import RunContext
@@ -87,7 +87,7 @@ def test_what_is_counted_is_what_the_exported_graphs_hold(tmp_path, name, is_qua
     model = ExportedModel(spec=spec, kernels=kernels, visual_tokens=spec.visual_tokens)
     for role, operators in (
         ("vision", vision_operators(model)),
-        ("decoder", decoder_operators(model, rows=7)),
+        ("decoder", decoder_operators(model, text_rows=7)),
     ):
         graph = onnx.load(bundle.file(f"onnx/{role}.onnx"), load_external_data=False).graph
         found = Counter(node.op_type for node in graph.node)
@@ -127,7 +127,9 @@ def _rotary(found: Counter[str], role: str) -> int:
 def test_a_prompt_multiplies_every_row_with_every_matrix_but_those_after_the_last_attention():
     model = model_of("smolvlm-256m")
     rows = 96
-    macs = sum(one.macs for one in decoder_operators(model, rows=rows) if isinstance(one, Product))
+    macs = sum(
+        one.macs for one in decoder_operators(model, text_rows=rows) if isinstance(one, Product)
+    )
     decoder = [linear for linear in model.kernels if linear.part == "decoder"]
     last = max(linear.block for linear in decoder)
     alone = [
@@ -141,10 +143,10 @@ def test_a_prompt_multiplies_every_row_with_every_matrix_but_those_after_the_las
 
 
 def test_rows_that_end_early_are_not_counted_after_it():
-    model = replace(model_of("smolvlm-256m"), visual_layers=10)
+    model = replace(model_of("smolvlm-256m"), visual_schedule=VisualSchedule.ending(10))
     rows = [
         one.rows
-        for one in decoder_operators(model, rows=96, text_rows=32)
+        for one in decoder_operators(model, text_rows=32, visual_rows=64)
         if isinstance(one, CachedAttention)
     ]
     assert rows == [96] * 10 + [32] * 20

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pocketvlm.compress.pruning.visual_cutoff import SkipVisual
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
+from pocketvlm.compress.tokens.schedule.exit import Exit
+from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.pipeline.advice.choices import decoder_weights
@@ -38,7 +39,7 @@ def saved(advice, name):
     [
         ("smolvlm-256m", "tiles", LimitTiles(max_tiles=8)),
         ("smolvlm-256m", "tokens before decoder", ReduceTokens(keep=32)),
-        ("smolvlm-256m", "tokens in decoder", SkipVisual(first_layers=15)),
+        ("smolvlm-256m", "tokens in decoder", DropTokens(schedule=Exit(first_layers=15))),
         ("qwen2-vl-2b", "resolution", SetResolution(height=308, width=308)),
     ],
 )
@@ -55,11 +56,13 @@ def test_the_model_as_planned_is_what_the_plan_predicts():
 
 
 def test_levers_start_from_what_the_recipe_leaves():
-    half = replace(FLOAT, stages=(ReduceTokens(keep=32), SkipVisual(first_layers=16)))
+    half = replace(
+        FLOAT, stages=(ReduceTokens(keep=32), DropTokens(schedule=Exit(first_layers=16)))
+    )
     rows = advice_of("smolvlm-256m", half).levers.rows
     assert {row.stage for row in rows} >= {
         "reduce_tokens: keep 16 of 32",
-        "skip_visual: first_layers 8 of 16",
+        "drop_tokens: exit after 8 of 16",
     }
 
 

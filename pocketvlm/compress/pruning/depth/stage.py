@@ -204,7 +204,7 @@ def _require_whole(checkpoint: Checkpoint, method: str) -> None:
     found = {
         "reduces its visual tokens": checkpoint.reducer,
         "has a quantized KV cache": checkpoint.cache_grid,
-        "ends its visual tokens at a layer": checkpoint.visual_layers,
+        "drops visual tokens between layers": checkpoint.visual_schedule,
     }
     for what, present in found.items():
         if present is not None:

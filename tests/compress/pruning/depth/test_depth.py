@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.block_influence import BlockInfluence
@@ -283,7 +284,7 @@ def test_it_comes_before_what_belongs_to_the_whole_model(paths, samples):
         later = stage.apply(Checkpoint.load(paths["llava"]), samples, CONTEXT)
         with pytest.raises(RecipeError, match="move prune_depth before that stage"):
             PruneDepth(decoder_blocks=1).apply(later, samples, CONTEXT)
-    later = replace(Checkpoint.load(paths["llava"]), visual_layers=2)
+    later = replace(Checkpoint.load(paths["llava"]), visual_schedule=VisualSchedule.ending(2))
     with pytest.raises(RecipeError, match="ends its visual tokens at a layer"):
         PruneDepth(decoder_blocks=1).apply(later, samples, CONTEXT)
     stages = [{"method": "reduce_tokens"}, {"method": "prune_depth", "decoder_blocks": 1}]

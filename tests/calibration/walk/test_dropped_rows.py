@@ -1,4 +1,4 @@
-"""Every walk ends visual rows where the forward pass does."""
+"""Every walk drops the visual rows that the forward pass does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pocketvlm.bundle import VisualDrop, VisualSchedule
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.gradients.backward import answer_loss, walk_back
@@ -26,14 +27,33 @@ def samples():
 
 @pytest.fixture
 def checkpoint(deep_checkpoint):
-    return replace(deep_checkpoint, visual_layers=LATE)
+    return replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(LATE))
+
+
+@pytest.fixture(params=["layer_before", "layer_after"])
+def ranking(request, deep_checkpoint):
+    """Two drops by rank, of which the second leaves a quarter."""
+    drops = (VisualDrop(layers=1, keep=9), VisualDrop(layers=3, keep=4))
+    schedule = VisualSchedule(
+        drops=drops, tokens=16, ranked_in=request.param, positions="consecutive"
+    )
+    return replace(deep_checkpoint, visual_schedule=schedule)
+
+
+@pytest.fixture(params=["ended", "ranked"])
+def dropping(request, checkpoint, ranking):
+    """Either."""
+    return checkpoint if request.param == "ended" else ranking
 
 
 def forward_passes(checkpoint, samples):
     """Every sample's spliced prompt and logits, one by one."""
     for sample, prompt in zip(samples, encode_samples(checkpoint.processor, samples), strict=True):
         visual = encode_images(checkpoint, checkpoint.processor.pixels([sample.open_image()]))
-        inputs = embed_prompts(checkpoint, torch.tensor([prompt.token_ids]), visual)
+        starts = [prompt.answer_start]
+        inputs = embed_prompts(
+            checkpoint, torch.tensor([prompt.token_ids]), visual, answer_starts=starts
+        )
         yield prompt, inputs, lambda inputs=inputs: decode_logits(checkpoint, inputs)[0]
 
 
@@ -103,7 +123,49 @@ def test_moments_are_those_of_the_rows_that_run(checkpoint, samples, carry_float
             assert bool((weights == 1).all())
 
 
-def test_gradients_are_those_of_the_whole_graph(checkpoint, samples):
+@torch.no_grad()
+@pytest.mark.parametrize("weighting", ["uniform", "gradient"])
+def test_moments_are_those_of_the_rows_that_are_kept(ranking, samples, weighting):
+    """The feed-forward networks' inputs; what is ranked by a layer is seen by its hooks twice."""
+    walk = BlockWalk(
+        checkpoint=ranking, samples=samples, weighting=weighting, held_out=0.0, carry_float=True
+    )
+    found, of_last = {}, {}
+    for step in walk:
+        if isinstance(step, FinishedSublayer):
+            of_last[step.sublayer.last] = [step.weights_of(index) for index in range(2)]
+        elif step.moments is not None and ".mlp." in step.names[0]:
+            (found[step.names[0]],) = step.moments(None).calibration.blocks()
+    stack = f"{ranking.spec.decoder.stack}."
+    found = {name: moments for name, moments in found.items() if name.startswith(stack)}
+    assert len(found) == 2 * ranking.spec.decoder.depth
+    if ranking.visual_schedule.ranked_in == "layer_before":
+        kept = [int((w > 0).sum(1).max()) for w in of_last[f"{stack}0.self_attn.o_proj"]]
+        after = [len(w[0]) for w in of_last[f"{stack}0.mlp.down_proj"] if w is not None]
+        assert not after or kept == after
+    if weighting == "gradient":
+        return
+    sums, rows = {}, {}
+
+    def watch(name):
+        def hook(_module, inputs):
+            X = inputs[0][0].double()
+            sums[name] = sums.get(name, 0) + X.T @ X
+            rows[name] = rows.get(name, 0) + len(X)
+
+        return hook
+
+    for name in found:
+        ranking.model.get_submodule(name).register_forward_pre_hook(watch(name))
+    for _, _, run in forward_passes(ranking, samples):
+        run()
+    for name, moments in found.items():
+        expected = sums[name] / rows[name]
+        torch.testing.assert_close(moments.double(), expected, rtol=2e-4, atol=1e-5, msg=name)
+
+
+def test_gradients_are_those_of_the_whole_graph(dropping, samples):
+    checkpoint = dropping
     prompts, batches, visual = encode(checkpoint, samples)
     outputs, weights = {}, {}
     with answer_loss(checkpoint, prompts, batches, visual) as loss:
@@ -137,7 +199,8 @@ def test_gradient_weights_ask_for_nothing_where_visual_rows_have_ended(checkpoin
 
 
 @torch.no_grad()
-def test_logits_behind_a_changed_layer_are_those_of_the_forward_pass(checkpoint, samples):
+def test_logits_behind_a_changed_layer_are_those_of_the_forward_pass(dropping, samples):
+    checkpoint = dropping
     runner = PartialForward(checkpoint, samples)
     decoder = checkpoint.spec.decoder
     for block, role in (

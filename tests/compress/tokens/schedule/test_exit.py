@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.gradients.visual_use import (
@@ -17,11 +18,12 @@ from pocketvlm.calibration.gradients.visual_use import (
     measure_visual_use,
 )
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.visual_cutoff import InactiveGroups, LowDivergence, SkipVisual
 from pocketvlm.compress.quantization.affine.gptq import Gptq
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
+from pocketvlm.compress.tokens.schedule.exit import Exit, InactiveGroups, LowDivergence
+from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
@@ -58,33 +60,33 @@ def uses(divergences: list[float], ratios: list[list[list[float]]] | None = None
 def test_a_share_or_a_count_says_where_visual_tokens_end(
     deep_checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext, given: Any, layers: int
 ) -> None:
-    done = SkipVisual(**given).apply(deep_checkpoint, samples, ctx)
-    assert done.visual_layers == layers
+    done = DropTokens(schedule=Exit(**given)).apply(deep_checkpoint, samples, ctx)
+    assert done.visual_schedule == VisualSchedule.ending(layers)
     record = done.history[-1]
     assert record.calibration_sha256 is None
     decoder = done.spec.decoder
-    row = 2 * 4 * decoder.kv_heads * decoder.head_dim
-    assert record.metrics["cache_bytes_per_visual_token"] == layers * row
-    assert record.metrics["cache_bytes_per_visual_token_before"] == 4 * row
-    with pytest.raises(RecipeError, match="a checkpoint is cut once"):
-        SkipVisual().apply(done, samples, ctx)
+    tile = 2 * 4 * decoder.kv_heads * decoder.head_dim * done.spec.visual_tokens
+    assert record.metrics["cache_bytes_per_tile"] == layers * tile
+    assert record.metrics["cache_bytes_per_tile_before"] == 4 * tile
+    with pytest.raises(RecipeError, match="a checkpoint gets one schedule"):
+        DropTokens().apply(done, samples, ctx)
 
 
 @pytest.mark.parametrize("first_layers", [4, 9, 0.95])
 def test_at_least_one_layer_must_be_skipped(
     deep_checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext, first_layers: float
 ) -> None:
-    with pytest.raises(RecipeError, match="leaves none of the decoder's 4 layers.*allowed are 1"):
-        SkipVisual(first_layers=first_layers).apply(deep_checkpoint, samples, ctx)
+    with pytest.raises(RecipeError, match=r"drop_tokens: .* after \d layers; allowed are 1 to 3"):
+        DropTokens(schedule=Exit(first_layers=first_layers)).apply(deep_checkpoint, samples, ctx)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SkipVisual(first_layers=0), "at least 1 layer"),
-        (lambda: SkipVisual(first_layers=1.0), "allowed are a share in"),
-        (lambda: SkipVisual(first_layers=True), "allowed are a share in"),
-        (lambda: SkipVisual(first_layers=2, rule=LowDivergence()), "both given"),
+        (lambda: Exit(first_layers=0), "allowed are 1 and more layers"),
+        (lambda: Exit(first_layers=1.0), "allowed are a share in"),
+        (lambda: Exit(first_layers=True), "allowed are a share in"),
+        (lambda: Exit(first_layers=2, rule=LowDivergence()), "both given"),
         (lambda: LowDivergence(limit=float("nan")), "limit is nan"),
         (lambda: InactiveGroups(ratio=0.0), "ratio is 0.0"),
         (lambda: InactiveGroups(share=1.0), "share is 1.0"),
@@ -170,7 +172,8 @@ def test_divergences_are_those_of_a_checkpoint_that_ends_there(
     prompts = encode_samples(checkpoint.processor, samples)
 
     def answers(layers: int | None) -> torch.Tensor:
-        subject, rows = replace(checkpoint, visual_layers=layers), []
+        schedule = layers and VisualSchedule.ending(layers)
+        subject, rows = replace(checkpoint, visual_schedule=schedule), []
         for sample, prompt in zip(samples, prompts, strict=True):
             pixels = subject.processor.pixels([sample.open_image()])
             ids = torch.tensor([prompt.token_ids])
@@ -195,8 +198,10 @@ def test_divergences_are_those_of_a_checkpoint_that_ends_there(
 def test_a_rule_is_applied_and_reported(
     deep_checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext
 ) -> None:
-    done = SkipVisual(rule=LowDivergence(limit=1e3)).apply(deep_checkpoint, samples, ctx)
-    assert done.visual_layers == 1
+    done = DropTokens(schedule=Exit(rule=LowDivergence(limit=1e3))).apply(
+        deep_checkpoint, samples, ctx
+    )
+    assert done.visual_schedule == VisualSchedule.ending(1)
     record = done.history[-1]
     assert record.calibration_sha256 == samples.sha256
     assert [row["runs_visual"] for row in record.layers] == [True, False, False, False]
@@ -209,7 +214,9 @@ def test_a_rule_needs_answers(deep_paths: dict[str, Path], ctx: RunContext) -> N
     whole = CalibrationSet.from_reference(0, 2)
     silent = replace(whole, samples=tuple(replace(s, answer="") for s in whole.samples))
     with pytest.raises(CalibrationError, match="every sample needs one"):
-        SkipVisual(rule=LowDivergence()).apply(Checkpoint.load(deep_paths["llava"]), silent, ctx)
+        DropTokens(schedule=Exit(rule=LowDivergence())).apply(
+            Checkpoint.load(deep_paths["llava"]), silent, ctx
+        )
 
 
 def test_what_follows_is_calibrated_on_the_rows_that_run(
@@ -222,9 +229,11 @@ def test_what_follows_is_calibrated_on_the_rows_that_run(
     for layers in (None, 1):
         checkpoint = Checkpoint.load(path)
         if layers is not None:
-            checkpoint = SkipVisual(first_layers=layers).apply(checkpoint, samples, ctx)
+            checkpoint = DropTokens(schedule=Exit(first_layers=layers)).apply(
+                checkpoint, samples, ctx
+            )
         done = Gptq(rules=(WeightRule(bits=4, group_size=32),)).apply(checkpoint, samples, ctx)
-        assert done.visual_layers == layers
+        assert done.visual_schedule == (layers and VisualSchedule.ending(layers))
         losses[layers] = {row["name"]: row.get("loss") for row in done.history[-1].layers}
     changed = {name for name, loss in losses[1].items() if loss != losses[None][name]}
     blocks = deep_checkpoint.spec.decoder.stack
@@ -233,7 +242,7 @@ def test_what_follows_is_calibrated_on_the_rows_that_run(
     rounded = QuantizeCache().apply(done, samples, ctx)
     assert rounded.cache_grid is not None
     rounded.save(tmp_path / "rounded")
-    assert Checkpoint.load(tmp_path / "rounded").visual_layers == 1
+    assert Checkpoint.load(tmp_path / "rounded").visual_schedule == VisualSchedule.ending(1)
 
 
 def recipe(*stages: dict[str, Any], targets: tuple[str, ...] = ("onnx",)) -> Any:
@@ -247,7 +256,7 @@ def recipe(*stages: dict[str, Any], targets: tuple[str, ...] = ("onnx",)) -> Any
 
 
 def test_order_is_prune_reduce_skip_quantize() -> None:
-    skip = {"method": "skip_visual"}
+    skip = {"method": "drop_tokens"}
     rtn = {"method": "rtn", "rules": [{"match": ".*", "bits": 8}]}
     prune = {"method": "prune", "score": {"kind": "wanda"}}
     recipe(prune, {"method": "reduce_tokens"}, skip, rtn)
@@ -261,17 +270,20 @@ def test_order_is_prune_reduce_skip_quantize() -> None:
 
 
 def test_plan_shortens_the_cache_and_refuses_other_targets(deep_path: Path) -> None:
-    skip = {"method": "skip_visual", "first_layers": 1}
+    skip = {"method": "drop_tokens", "schedule": {"kind": "exit", "first_layers": 1}}
     whole, cut = plan(deep_path, recipe()), plan(deep_path, recipe(skip))
     row = 2 * 2 * 16 * 4
     assert whole.kv_cache_bytes - cut.kv_cache_bytes == 3 * whole.visual_tokens * row
     assert not cut.refused
     refused = plan(deep_path, recipe(skip, targets=("onnx", "executorch", "coreml"))).refused
     assert [reason.partition(":")[0] for reason in refused] == ["executorch", "coreml"]
-    assert all("leave skip_visual out" in reason for reason in refused)
-    rule = {"method": "skip_visual", "rule": {"kind": "inactive"}}
+    assert all("leave drop_tokens out" in reason for reason in refused)
+    rule = {"method": "drop_tokens", "schedule": {"kind": "exit", "rule": {"kind": "inactive"}}}
     measured = plan(deep_path, recipe(rule))
     assert measured.kv_cache_bytes == whole.kv_cache_bytes
     assert any("found on calibration samples" in warning for warning in measured.warnings)
     with pytest.raises(RecipeError, match="allowed are 1 to 3"):
-        plan(deep_path, recipe({"method": "skip_visual", "first_layers": 4}))
+        plan(
+            deep_path,
+            recipe({"method": "drop_tokens", "schedule": {"kind": "exit", "first_layers": 4}}),
+        )

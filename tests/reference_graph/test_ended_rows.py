@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.signed_folder import sign_document
@@ -25,6 +26,7 @@ from pocketvlm.reference_graph.forward import (
     new_cache,
 )
 from pocketvlm.weights.kv_cache import KVCacheScales
+from tests.reference_graph.oracle import oracle_logits
 
 
 class KeepEvery(TokenReducer):
@@ -55,63 +57,11 @@ def prompt(checkpoint, *, images=1, batch=1, seed=0):
         return embed_prompts(checkpoint, token_ids, SimpleNamespace(embeds=embeds, indices=indices))
 
 
-@torch.inference_mode()
 def masked_logits(checkpoint, inputs, visual_layers):
-    """Float64, row by row: all rows through all layers, visual keys hidden in the late ones."""
-    spec, model = checkpoint.spec, checkpoint.model
-    decoder = spec.decoder
-    heads, width = decoder.heads // decoder.kv_heads, decoder.head_dim
-    exponents = torch.arange(0, width, 2).double() / width
-
-    def dense(name, states):
-        form = model.get_submodule(name)
-        return states @ form.form.dequantize().double().T
-
-    def norm(name, states):
-        module = model.get_submodule(name)
-        square = states.square().mean(-1, keepdim=True)
-        return states / (square + module.eps).sqrt() * module.weight.double()
-
-    answers = []
-    for embeds, positions, visual in zip(
-        inputs.embeds.double(), inputs.positions, inputs.is_visual, strict=True
-    ):
-        angle = positions[:, None] * (1.0 / decoder.rope.theta**exponents)
-
-        def rotate(states, angle=angle):
-            first, second = states[:, : width // 2], states[:, width // 2 :]
-            return torch.cat(
-                [
-                    first * angle.cos() - second * angle.sin(),
-                    second * angle.cos() + first * angle.sin(),
-                ],
-                dim=-1,
-            )
-
-        hidden = embeds
-        for block in range(decoder.depth):
-            layer = f"{decoder.stack}.{block}"
-            normed = norm(f"{layer}.input_layernorm", hidden)
-            q, k, v = (dense(f"{layer}.self_attn.{x}_proj", normed) for x in "qkv")
-            mixed = []
-            for head in range(decoder.heads):
-                own = slice(head * width, (head + 1) * width)
-                group = slice(head // heads * width, (head // heads + 1) * width)
-                scores = rotate(q[:, own]) @ rotate(k[:, group]).T / width**0.5
-                hides = torch.ones_like(scores, dtype=torch.bool).triu(1)
-                if block >= visual_layers:
-                    hides |= visual[None]
-                # A visual row before all text sees nothing late; nothing reads what it becomes.
-                weights = scores.masked_fill(hides, -1e30).softmax(dim=-1)
-                mixed.append(weights @ v[:, group])
-            hidden = hidden + dense(f"{layer}.self_attn.o_proj", torch.cat(mixed, dim=-1))
-            normed = norm(f"{layer}.post_attention_layernorm", hidden)
-            opened = torch.nn.functional.silu(dense(f"{layer}.mlp.gate_proj", normed))
-            inner = opened * dense(f"{layer}.mlp.up_proj", normed)
-            hidden = hidden + dense(f"{layer}.mlp.down_proj", inner)
-        final = norm(decoder.norm, hidden)
-        answers.append(dense(decoder.head, final))
-    return torch.stack(answers)
+    """Logits of a decoder that hides visual keys in the late layers."""
+    depth = checkpoint.spec.decoder.depth
+    schedule = VisualSchedule.ending(visual_layers) if visual_layers < depth else None
+    return oracle_logits(checkpoint, inputs, schedule)[0]
 
 
 @pytest.mark.parametrize("visual_layers", [1, 3])
@@ -119,7 +69,8 @@ def masked_logits(checkpoint, inputs, visual_layers):
 @torch.inference_mode()
 def test_equals_masking_visual_keys_in_late_layers(deep_checkpoint, visual_layers, reduced):
     reducer = KeepEvery(keep=4, positions="original") if reduced else None
-    checkpoint = replace(deep_checkpoint, visual_layers=visual_layers, reducer=reducer)
+    schedule = VisualSchedule.ending(visual_layers)
+    checkpoint = replace(deep_checkpoint, visual_schedule=schedule, reducer=reducer)
     inputs = prompt(checkpoint, images=2, batch=2)
     found = decode_logits(checkpoint, inputs).double()
     expected = masked_logits(checkpoint, inputs, visual_layers)
@@ -127,7 +78,7 @@ def test_equals_masking_visual_keys_in_late_layers(deep_checkpoint, visual_layer
     torch.testing.assert_close(found[text], expected[text], rtol=1e-4, atol=1e-5)
     assert bool((found[~text] == 0).all())
     # The reference itself: nothing is masked where no layer is late, as in the stock model.
-    whole = decode_logits(replace(checkpoint, visual_layers=None), inputs).double()
+    whole = decode_logits(replace(checkpoint, visual_schedule=None), inputs).double()
     stock = masked_logits(checkpoint, inputs, checkpoint.spec.decoder.depth)
     torch.testing.assert_close(whole, stock, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(whole[text], expected[text], rtol=1e-2, atol=1e-3)
@@ -135,7 +86,7 @@ def test_equals_masking_visual_keys_in_late_layers(deep_checkpoint, visual_layer
 
 @torch.inference_mode()
 def test_the_cache_holds_text_alone_behind_the_visual_layers(deep_checkpoint):
-    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    checkpoint = replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(1))
     inputs = prompt(checkpoint, images=2)
     cache = new_cache(checkpoint)
     whole = decode_logits(checkpoint, inputs)
@@ -150,7 +101,7 @@ def test_the_cache_holds_text_alone_behind_the_visual_layers(deep_checkpoint):
 @pytest.mark.parametrize("cuts", [(2,), (1, 5, 9), (2, 18, 21, 22)])
 @torch.inference_mode()
 def test_a_prompt_may_come_in_pieces(deep_checkpoint, grid, cuts):
-    checkpoint = replace(deep_checkpoint, visual_layers=2)
+    checkpoint = replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(2))
     if grid:
         decoder = checkpoint.spec.decoder
         scales = torch.full((decoder.depth, decoder.kv_heads, decoder.head_dim), 0.02)
@@ -172,7 +123,7 @@ def test_a_prompt_may_come_in_pieces(deep_checkpoint, grid, cuts):
 
 @torch.inference_mode()
 def test_generation_equals_starting_over(deep_checkpoint):
-    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    checkpoint = replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(1))
     inputs = prompt(checkpoint, batch=2)
     answers = greedy_generate(checkpoint, inputs, max_new_tokens=4)
     embedding = checkpoint.model.get_submodule(checkpoint.spec.decoder.embedding)
@@ -197,7 +148,7 @@ def test_generation_equals_starting_over(deep_checkpoint):
 
 @torch.inference_mode()
 def test_prompts_with_images_in_different_columns_share_a_batch_without_a_cache(deep_checkpoint):
-    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    checkpoint = replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(1))
     short, long = prompt(checkpoint), prompt(checkpoint, images=2, seed=1)
     length, width = long.embeds.shape[1:]
     rows = short.embeds.shape[1]
@@ -217,19 +168,19 @@ def test_prompts_with_images_in_different_columns_share_a_batch_without_a_cache(
     for row, single in enumerate((short, long)):
         expected = decode_logits(checkpoint, single, last_only=True)[0, 0]
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="equally much text"):
+    with pytest.raises(ValueError, match="equally many rows left"):
         decode_logits(checkpoint, batch, new_cache(checkpoint))
 
 
 def test_a_visual_row_answers_nothing(deep_checkpoint):
-    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    checkpoint = replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(1))
     inputs = replace(prompt(checkpoint), is_visual=torch.ones(1, 1, dtype=torch.bool).expand(1, 20))
     with pytest.raises(ValueError, match="last column is visual"):
         decode_logits(checkpoint, inputs, last_only=True)
 
 
 def test_gradients_reach_the_image_and_stay_finite(deep_checkpoint):
-    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    checkpoint = replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(1))
     inputs = prompt(checkpoint)
     embeds = inputs.embeds.clone().requires_grad_()
     decode_logits(checkpoint, replace(inputs, embeds=embeds)).square().sum().backward()
@@ -247,20 +198,22 @@ def test_columns_of_text_are_all_there_in_order(flags):
 
 
 def test_a_checkpoint_saves_and_loads_how_deep_visual_tokens_run(deep_checkpoint, tmp_path):
-    replace(deep_checkpoint, visual_layers=2).save(tmp_path / "saved")
-    assert Checkpoint.load(tmp_path / "saved").visual_layers == 2
+    replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(2)).save(tmp_path / "saved")
+    assert Checkpoint.load(tmp_path / "saved").visual_schedule == VisualSchedule.ending(2)
     deep_checkpoint.save(tmp_path / "whole")
-    assert Checkpoint.load(tmp_path / "whole").visual_layers is None
+    assert Checkpoint.load(tmp_path / "whole").visual_schedule is None
     manifest = tmp_path / "saved" / "pocketvlm.json"
     document = json.loads(manifest.read_text())
     for wrong in (0, deep_checkpoint.spec.decoder.depth, "2"):
-        manifest.write_text(json.dumps(sign_document({**document, "visual_layers": wrong})))
-        with pytest.raises(CheckpointError, match=r"visual_layers(: must be| is .*; allowed are)"):
+        drops = [{"layers": wrong, "keep": 0}]
+        changed = {**document, "visual_schedule": {**document["visual_schedule"], "drops": drops}}
+        manifest.write_text(json.dumps(sign_document(changed)))
+        with pytest.raises(CheckpointError, match=r"(allowed are 1|must be a whole number)"):
             Checkpoint.load(tmp_path / "saved")
 
 
 def test_layers_are_removed_before_visual_tokens_are_cut(deep_checkpoint):
     fewer = json.loads(json.dumps(deep_checkpoint.config))
     fewer["text_config"]["num_hidden_layers"] = 3
-    with pytest.raises(CheckpointError, match="remove layers before skip_visual"):
-        replace(deep_checkpoint, visual_layers=2).rebuild(fewer, {}, {})
+    with pytest.raises(CheckpointError, match="remove layers before drop_tokens"):
+        replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(2)).rebuild(fewer, {}, {})

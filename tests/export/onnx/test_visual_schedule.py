@@ -1,4 +1,4 @@
-"""Visual rows that end before the last layer: the ONNX decoder against torch."""
+"""Visual rows that leave on the way: the ONNX decoder against torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, VisualDrop, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import InputError, UnsupportedError
@@ -30,6 +30,24 @@ from pocketvlm.weights.kv_cache import KVCacheScales
 from tests.export.rig import make_prompt, quantize_checkpoint
 
 LATE = 2
+
+
+def schedule_of(drops, ranked_in="layer_before", positions="original") -> VisualSchedule:
+    return VisualSchedule(
+        drops=tuple(VisualDrop(layers=layers, keep=keep) for layers, keep in drops),
+        tokens=16,
+        ranked_in=ranked_in,
+        positions=positions,
+    )
+
+
+SCHEDULES = {
+    "ended": VisualSchedule.ending(LATE),
+    "before": schedule_of([(1, 9), (2, 4), (3, 0)]),
+    "after": schedule_of([(1, 9), (2, 4), (3, 0)], ranked_in="layer_after"),
+    "renumbered": schedule_of([(1, 9), (3, 2)], ranked_in="layer_after", positions="consecutive"),
+    "renumbered before": schedule_of([(1, 9), (3, 2)], positions="consecutive"),
+}
 
 
 def bundle_of(checkpoint: Checkpoint, path: Path, level: int = 0) -> Bundle:
@@ -49,20 +67,31 @@ def int8_cache(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, cache_grid=KVCacheScales(keys=scales, values=scales))
 
 
-@pytest.mark.parametrize("change", [lambda c: c, lambda c: quantize_checkpoint(c, 4), int8_cache])
+CASES = [
+    *((replace, name) for name in SCHEDULES),
+    (lambda c: quantize_checkpoint(c, 4), "before"),
+    *((int8_cache, name) for name in ("ended", "before", "renumbered")),
+]
+
+
+@pytest.mark.parametrize(("change", "kind"), CASES)
 def test_two_turns_with_a_picture_each_equal_torch(
-    deep_checkpoint: Checkpoint, tmp_path: Path, change: Callable[[Checkpoint], Checkpoint]
+    deep_checkpoint: Checkpoint,
+    tmp_path: Path,
+    change: Callable[[Checkpoint], Checkpoint],
+    kind: str,
 ) -> None:
     """The second turn's picture comes after cached rows; then an answer is taken back."""
-    checkpoint = replace(change(deep_checkpoint), visual_layers=LATE)
+    schedule = SCHEDULES[kind]
+    checkpoint = replace(change(deep_checkpoint), visual_schedule=schedule)
     bundle = bundle_of(checkpoint, tmp_path)
-    assert bundle.manifest.kv_cache.visual_layers == LATE
+    assert bundle.manifest.kv_cache.visual_schedule == schedule
     engine = OnnxRunner(bundle, threads=1, capacity=200)
     sides = [
         Conversation(bundle, runner=engine),
         Conversation(bundle, runner=TorchRunner(checkpoint)),
     ]
-    whole = Conversation(bundle, runner=TorchRunner(replace(checkpoint, visual_layers=None)))
+    whole = Conversation(bundle, runner=TorchRunner(replace(checkpoint, visual_schedule=None)))
     differs = False
     for turn in range(2):
         asked = [f"what is it {turn}?", noise(turn)]
@@ -71,9 +100,10 @@ def test_two_turns_with_a_picture_each_equal_torch(
         differs |= whole.ask(*asked, max_new_tokens=8).token_ids != expected
     assert differs, "the picture is read in full where it should end early"
     runners = [engine, sides[1]._runner]
-    visual = 2 * checkpoint.spec.visual_tokens
+    visual = checkpoint.spec.visual_tokens
     for runner in runners:
-        assert runner.text_length == runner.length - visual
+        kept = [2 * schedule.kept(stage, visual) for stage in range(1, len(schedule.drops) + 1)]
+        assert runner.stage_lengths.tolist() == [runner.length - 2 * visual + k for k in kept]
         runner.truncate(runner.length - 3)
     row = engine.embed([7]).copy()
     at = np.array([[runners[0].length]])
@@ -81,10 +111,12 @@ def test_two_turns_with_a_picture_each_equal_torch(
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_logits_of_calls_that_mix_rows_equal_torch(
-    deep_checkpoint: Checkpoint, tmp_path: Path
+    deep_checkpoint: Checkpoint, tmp_path: Path, kind: str
 ) -> None:
-    checkpoint = replace(deep_checkpoint, visual_layers=1)
+    schedule = SCHEDULES[kind]
+    checkpoint = replace(deep_checkpoint, visual_schedule=schedule)
     engine = OnnxRunner(bundle_of(checkpoint, tmp_path), threads=1, capacity=64)
     reference = TorchRunner(checkpoint)
     _, _, prompt = make_prompt(checkpoint)
@@ -101,28 +133,31 @@ def test_logits_of_calls_that_mix_rows_equal_torch(
             )
             found, expected = engine.decode(*call), reference.decode(*call)
             np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
-    text = int((~flags).sum())
-    decoder = checkpoint.spec.decoder
+    decoder, visual = checkpoint.spec.decoder, int(flags.sum())
+    held = [rows - visual + kept for kept in schedule.rows_by_layer(decoder.depth, visual)]
     for layer in range(decoder.depth):
         written = np.abs(engine._cache[f"{layer}.key"]).sum(axis=(0, 1, 3)) > 0
-        assert written.sum() == (rows if layer < 1 else text)
+        assert written.sum() == held[layer]
     row_bytes = 2 * 4 * decoder.kv_heads * decoder.head_dim
-    assert engine.held_bytes == row_bytes * (rows + (decoder.depth - 1) * text)
+    assert engine.held_bytes == row_bytes * sum(held)
     with pytest.raises(InputError, match="the last row of a call is visual"):
         engine.decode(call[0], call[1], np.ones(1, np.bool_))
     assert engine.length == rows
 
 
-def test_the_certificate_passes_and_catches_a_graph_that_masks_elsewhere(
-    deep_checkpoint: Checkpoint, tmp_path: Path
+@pytest.mark.parametrize("kind", ["ended", "before", "renumbered"])
+def test_the_certificate_passes_and_catches_a_graph_that_drops_elsewhere(
+    deep_checkpoint: Checkpoint, tmp_path: Path, kind: str
 ) -> None:
     from pocketvlm.calibration.source import CalibrationSet
 
-    checkpoint = replace(deep_checkpoint, visual_layers=LATE)
+    checkpoint = replace(deep_checkpoint, visual_schedule=SCHEDULES[kind])
     bundle = bundle_of(checkpoint, tmp_path)
     samples = list(CalibrationSet.from_reference(1, 3, split="evaluation"))
     assert certify(checkpoint, bundle, samples, tokens=4).passed
-    other = certify(replace(checkpoint, visual_layers=1), bundle, samples, tokens=4)
+    other = certify(
+        replace(checkpoint, visual_schedule=VisualSchedule.ending(1)), bundle, samples, tokens=4
+    )
     names = {
         check.metric for target in other.targets for check in target.checks if not check.passed
     }
@@ -135,17 +170,17 @@ def test_graphs_of_whole_decoders_have_no_such_input(
     inputs = {}
     for name, checkpoint in (
         ("whole", deep_checkpoint),
-        ("late", replace(deep_checkpoint, visual_layers=LATE)),
+        ("late", replace(deep_checkpoint, visual_schedule=VisualSchedule.ending(LATE))),
     ):
         ToOnnx().export(checkpoint, tmp_path / name, RunContext(threads=1))
         graph = onnx.load(tmp_path / name / "onnx" / "decoder.onnx", load_external_data=False).graph
         inputs[name] = {value.name for value in graph.input}
-    assert inputs["late"] - inputs["whole"] == {"text_rows", "past_text_length"}
+    assert inputs["late"] - inputs["whole"] == {"text_rows", "past_stage_lengths"}
 
 
 def test_accuracy_levels_agree_where_visual_rows_end_early(deep_paths: dict[str, Path]) -> None:
     checkpoint = quantize_checkpoint(Checkpoint.load(deep_paths["llava"]), 4)
-    checkpoint = replace(checkpoint, visual_layers=LATE)
+    checkpoint = replace(checkpoint, visual_schedule=VisualSchedule.ending(LATE))
     prompts = [make_prompt(checkpoint)[2]]
     agreement = agreement_of_levels(checkpoint, prompts, RunContext(threads=1))
     assert agreement.positions == int((~prompts[0].is_visual).sum())
@@ -156,6 +191,8 @@ def test_accuracy_levels_agree_where_visual_rows_end_early(deep_paths: dict[str,
 def test_other_targets_refuse(
     deep_paths: dict[str, Path], tmp_path: Path, target: ToExecutorch | ToCoreml
 ) -> None:
-    checkpoint = replace(Checkpoint.load(deep_paths["llava"]), visual_layers=LATE)
-    with pytest.raises(UnsupportedError, match=rf"^{target.method}: .* leave skip_visual out"):
+    checkpoint = replace(
+        Checkpoint.load(deep_paths["llava"]), visual_schedule=VisualSchedule.ending(LATE)
+    )
+    with pytest.raises(UnsupportedError, match=rf"^{target.method}: .* leave drop_tokens out"):
         target.export(checkpoint, tmp_path, RunContext(threads=1))
