@@ -57,9 +57,10 @@ def answer_with_bundle(
     codec = TextCodec.from_bundle(bundle)
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     limits = bundle_limits(bundle, codec)
-    tiling = preprocessor.tiling
     encode, rows = codec.encode, PictureRows.from_bundle(bundle)
-    questions = encode_questions(encode, tiling, samples, limits, max_new_tokens=max_new_tokens)
+    questions = encode_questions(
+        encode, preprocessor, samples, limits, max_new_tokens=max_new_tokens
+    )
     engine = runner or open_for_questions(
         bundle, samples, max_new_tokens=max_new_tokens, threads=ctx.threads
     )
@@ -119,9 +120,9 @@ def open_for_questions(
     """
     codec = TextCodec.from_bundle(bundle)
     limits = bundle_limits(bundle, codec)
-    tiling = ImagePreprocessor.from_bundle(bundle).tiling
+    preprocessor = ImagePreprocessor.from_bundle(bundle)
     questions = encode_questions(
-        codec.encode, tiling, samples, limits, max_new_tokens=max_new_tokens
+        codec.encode, preprocessor, samples, limits, max_new_tokens=max_new_tokens
     )
     rows = max(map(limits.rows_of, questions), default=0) + max_new_tokens
     return open_engine(bundle, runtime, threads=threads, rows=rows)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocketvlm.errors import CalibrationError, PocketVLMError, join_problems
-from pocketvlm.models.images.tilings import TileGrid, Tiling
+from pocketvlm.models.images.cutting import PictureCutter
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.messages import Message
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def answer_problem(sample: Sample) -> str | None:
 
 def encode_questions(
     encode: Encode,
-    tiling: Tiling | None,
+    cutter: PictureCutter,
     samples: Sequence[Sample],
     limits: PromptLimits,
     *,
@@ -128,7 +129,7 @@ def encode_questions(
 
     Args:
         encode: From messages and the tiles of their pictures to token ids.
-        tiling: How large pictures are cut; `None` where each is one tile.
+        cutter: What cuts large pictures.
         samples: Questions.
         limits: The limits of prompts.
         max_new_tokens: Longest answer.
@@ -142,7 +143,7 @@ def encode_questions(
     for sample in samples:
         problem: str | None
         try:
-            grids = sample.grids(tiling)
+            grids = sample.grids(cutter)
             ids = encode(prompt_messages(sample), grids)
             questions.append(Question(token_ids=ids, grids=grids))
             problem = limits.problem(questions[-1], max_new_tokens)

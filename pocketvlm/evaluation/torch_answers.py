@@ -63,7 +63,7 @@ def answer_with_checkpoint(
     processor, eos = checkpoint.processor, checkpoint.processor.eos_token_ids
     limits = checkpoint_limits(checkpoint)
     questions = encode_questions(
-        processor.encode, processor.tiling, samples, limits, max_new_tokens=max_new_tokens
+        processor.encode, processor, samples, limits, max_new_tokens=max_new_tokens
     )
     answers = [""] * len(samples)
     done = 0

@@ -203,7 +203,7 @@ def certificate_samples(
     limits = readers.limits(_rows(targets, readers.processor.spec), kept)
 
     def fits(sample: Sample) -> bool:
-        grids, problem = _attempt(sample.grids, readers.preprocessor.tiling)
+        grids, problem = _attempt(sample.grids, readers.preprocessor)
         if problem:
             return False
         for messages in (sample.messages(), second_turn(sample)):
@@ -300,7 +300,7 @@ def _token_notes(readers: Readers) -> list[str]:
 def _calibration_problem(readers: Readers, sample: Sample) -> tuple[str | None, bool]:
     """Why stages cannot look at a row, or whether it is cut."""
     try:
-        grids = sample.grids(readers.preprocessor.tiling)
+        grids = sample.grids(readers.preprocessor)
     except CalibrationError as error:
         return str(error), False
     _, problem = _attempt(
@@ -324,7 +324,7 @@ def _calibration_problem(readers: Readers, sample: Sample) -> tuple[str | None, 
 def _question_problem(readers: Readers, limits: PromptLimits, sample: Sample) -> str | None:
     """Why a row cannot be scored."""
     try:
-        grids = sample.grids(readers.preprocessor.tiling)
+        grids = sample.grids(readers.preprocessor)
     except CalibrationError as error:
         return str(error)
     prompt, problem = _attempt(readers.codec.encode, sample.messages(), grids)

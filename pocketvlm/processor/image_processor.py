@@ -110,21 +110,27 @@ class ImageProcessor:
         """
         if self.settings.takes_any_size:
             return self._fitted_pixels(images)
-        # A batch of pictures of several grids would be filled up with tiles that are empty.
-        together = 1 if self.settings.tiling is not None else len(images)
-        tower = self.spec.tower
         own = [self.settings.grid(*image.size) for image in images]
-        cuts = own if grids is None else list(grids)
-        parts = []
-        for start in range(0, len(images), max(1, together)):
-            chosen = slice(start, start + together)
-            # What a class does with a picture among others, it does with one twice.
-            times = 1 if cuts[chosen] == own[chosen] else 2
-            pictures = [[image] * times for image in images[chosen]]
-            found = self.stock(images=pictures, return_tensors="pt", do_convert_rgb=True)
-            pixels = found["pixel_values"]
-            parts.append(as_tiles(pixels[: len(pixels) // times], tower.patch_size))
-        pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if grids is not None:
+            cuts = list(grids)
+        elif self.settings.empty_tiles is None:
+            cuts = own
+        else:
+            cuts = [self.without_empty(*one) for one in zip(images, own, strict=True)]
+        if self.settings.tiling is None:
+            pixels = self._stock_tiles(images)
+        else:
+            # A batch of pictures of several grids would be filled up with tiles that are empty.
+            parts = [
+                self._stock_tiles([image], is_alone=cut.complete == alone)
+                for image, cut, alone in zip(images, cuts, own, strict=True)
+            ]
+            parts = [
+                tiles[cut.seen] if cut.left_out else tiles
+                for tiles, cut in zip(parts, cuts, strict=True)
+            ]
+            pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tower = self.spec.tower
         tiles = sum(grid.tiles for grid in cuts)
         expected = (tiles, tower.channels, tower.height, tower.width)
         if tuple(pixels.shape) != expected:
@@ -133,6 +139,32 @@ class ImageProcessor:
                 f"{tuple(pixels.shape)}, but the tower takes {expected}"
             )
         return pixels.to(torch.float32)
+
+    def without_empty(self, image: Image, grid: TileGrid) -> TileGrid:
+        """The tiles of a picture that are seen, of those that its size has."""
+        empty = self.settings.empty_tiles
+        if empty is None:
+            return grid
+        is_alone = grid == self.settings.grid(*image.size)
+        values = self._stock_tiles([image], is_alone=is_alone, do_rescale=False, do_normalize=False)
+        return empty.leave_out(grid, values.movedim(1, -1).to(torch.uint8).numpy())
+
+    def _stock_tiles(
+        self, images: Sequence[Image], *, is_alone: bool = True, **settings: bool
+    ) -> Tensor:
+        """All tiles of pictures, as the library's class makes them.
+
+        Args:
+            images: The pictures.
+            is_alone: Whether each is cut as the only one of its conversation.
+            settings: Those of the call alone.
+        """
+        # What a class does with a picture among others, it does with one twice.
+        times = 1 if is_alone else 2
+        pictures = [[image] * times for image in images]
+        found = self.stock(images=pictures, return_tensors="pt", do_convert_rgb=True, **settings)
+        pixels = found["pixel_values"]
+        return as_tiles(pixels[: len(pixels) // times], self.spec.tower.patch_size)
 
     def _fitted_pixels(self, images: Sequence[Image]) -> Tensor:
         """Pixels of pictures that are fitted to one size before the library's class sees them."""

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError
 from pocketvlm.json_io import read_json, write_json
+from pocketvlm.models.images.cutting import cut_pictures
+from pocketvlm.models.images.empty_tiles import EmptyTiles
 from pocketvlm.models.images.reading import parse_image_settings, read_image_settings
-from pocketvlm.models.images.tilings import TileGrid, Tiling, grids_of
+from pocketvlm.models.images.tilings import TileGrid, Tiling
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import refuse_foreign_code
 from pocketvlm.processor.image_processor import ImageProcessor
@@ -154,9 +156,22 @@ class Processor:
         """How large pictures are cut; `None` where each is one tile."""
         return self.image_processor.settings.tiling
 
+    @property
+    def empty_tiles(self) -> EmptyTiles | None:
+        """What leaves out tiles that show nothing; `None` where all are seen."""
+        return self.image_processor.settings.empty_tiles
+
+    def without_empty(self, image: Image, grid: TileGrid) -> TileGrid:
+        """The tiles of a picture that are seen, of those that its size has."""
+        return self.image_processor.without_empty(image, grid)
+
     def with_tiling(self, tiling: Tiling) -> Processor:
         """The same with the settings that cut pictures in this way."""
         return self._with_settings(tiling.settings)
+
+    def with_empty_tiles(self, contrast: int) -> Processor:
+        """The same without tiles that show nothing: those of less contrast."""
+        return self._with_settings({"empty_tile_contrast": contrast})
 
     def with_picture_size(self, height: int, width: int) -> Processor:
         """The same with another size that pictures are fitted to, where the model takes any."""
@@ -179,8 +194,8 @@ class Processor:
         return [grid.tiles for grid in self.grids(images)]
 
     def grids(self, images: Sequence[Image]) -> list[TileGrid]:
-        """How all upright pictures of a conversation are cut into tiles."""
-        return grids_of(self.tiling, [image.size for image in images])
+        """The tiles of all upright pictures of a conversation that are seen."""
+        return cut_pictures(self, [image.size for image in images], images.__getitem__)
 
     def encode(
         self,

@@ -25,6 +25,7 @@ from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
+from pocketvlm.compress.tokens.skip_empty_tiles import SkipEmptyTiles
 from pocketvlm.compress.tokens.stage import ReduceTokens
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
@@ -41,6 +42,7 @@ STAGES: tuple[type[Stage], ...] = (
     Prune,
     SetResolution,
     LimitTiles,
+    SkipEmptyTiles,
     ReduceTokens,
     DropTokens,
     Distill,

@@ -45,12 +45,14 @@ class _Picture:
     Attributes:
         source: What was given.
         size: Its width and height, upright.
-        grid: How it is cut.
+        cut: How it is cut, by its size.
+        grid: The tiles of these that are seen.
         rows: What stands for it in prompts.
     """
 
     source: PictureInput
     size: tuple[int, int]
+    cut: TileGrid
     grid: TileGrid
     rows: list[VisualFeatures]
 
@@ -308,28 +310,28 @@ class Conversation:
         opened = [open_picture(image) for image in images]
         known = len(self._pictures)
         sizes = [picture.size for picture in self._pictures] + [image.size for image in opened]
-        grids = self._preprocessor.grids(sizes)
+        cuts = self._preprocessor.grids_by_size(sizes)
         clock.lap("preprocess")
         pictures: list[_Picture] = []
-        for number, grid in enumerate(grids):
-            if number < known and self._pictures[number].grid == grid:
+        for number, cut in enumerate(cuts):
+            if number < known and self._pictures[number].cut == cut:
                 pictures.append(self._pictures[number])
                 continue
             source = self._pictures[number].source if number < known else images[number - known]
             image = opened[number - known] if number >= known else open_picture(source)
-            pictures.append(self._encode(source, image, grid, clock))
+            pictures.append(self._encode(source, image, cut, clock))
         return pictures
 
     def _encode(
-        self, source: PictureInput, image: Image, grid: TileGrid, clock: StageClock
+        self, source: PictureInput, image: Image, cut: TileGrid, clock: StageClock
     ) -> _Picture:
-        pixels = self._preprocessor.pixels(image, grid)
+        grid, pixels = self._preprocessor.cut(image, cut)
         clock.lap("preprocess")
         # Never reused, so that rows of an abandoned turn's picture match no other one.
         rows = self._rows.encode(self._runner, pixels, grid, serial=self._serial + 1)
         self._serial += len(rows)
         clock.lap("vision")
-        return _Picture(source=source, size=image.size, grid=grid, rows=rows)
+        return _Picture(source=source, size=image.size, cut=cut, grid=grid, rows=rows)
 
     def _lay_out(self, prompt_ids: list[int], tiles: list[VisualFeatures]) -> PromptLayout:
         return lay_out_prompt(

@@ -17,6 +17,8 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.image_file import to_rgb
+from pocketvlm.models.images.cutting import cut_pictures
+from pocketvlm.models.images.empty_tiles import EmptyTiles
 from pocketvlm.models.images.llava_next import LlavaNextGeometry
 from pocketvlm.models.images.reading import read_image_settings
 from pocketvlm.models.images.settings import Geometry, ImageSettings
@@ -32,6 +34,7 @@ class ImagePreprocessor:
 
     Attributes:
         geometry: What becomes of the picture.
+        empty_tiles: What leaves out tiles that show nothing; `None` where all are seen.
         resample: The filter that resizes it.
         table: float32 [3, 256]: what each value of each channel becomes.
     """
@@ -39,6 +42,7 @@ class ImagePreprocessor:
     geometry: Geometry
     resample: Image.Resampling
     table: npt.NDArray[np.float32]
+    empty_tiles: EmptyTiles | None = None
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> ImagePreprocessor:
@@ -64,6 +68,7 @@ class ImagePreprocessor:
         """The preprocessor of settings that were read before."""
         return cls(
             geometry=settings.geometry,
+            empty_tiles=settings.empty_tiles,
             resample=Image.Resampling(settings.resample),
             table=_value_table(settings),
         )
@@ -88,19 +93,42 @@ class ImagePreprocessor:
         Raises:
             InputError: The picture has no pixels, or cannot be decoded.
         """
-        geometry, alone = self.geometry, self.grid(image)
-        if isinstance(geometry, LlavaNextGeometry) and grid not in (None, alone):
-            geometry = geometry.whole
-        try:
-            tiles = fit_tiles(to_rgb(image), geometry, self.resample)
-        except OSError as error:  # a lazily opened file turns out to be truncated here
-            raise InputError(f"the picture is damaged or truncated: {error}") from error
+        return self.cut(image, grid)[1]
+
+    def cut(
+        self, image: Image.Image, grid: TileGrid | None = None
+    ) -> tuple[TileGrid, npt.NDArray[np.float32]]:
+        """The tiles of one picture that are seen, and their pixels.
+
+        Args:
+            image: The picture.
+            grid: How it is cut; what it leaves out is decided here.
+
+        Raises:
+            InputError: As `pixels`.
+        """
+        cut = self.grids_by_size([image.size])[0] if grid is None else grid
+        seen, tiles = self._seen(image, cut)
         channels = np.moveaxis(tiles, -1, 0)
         pixels = [row[channel] for row, channel in zip(self.table, channels, strict=True)]
-        return np.stack(pixels, axis=1)
+        return seen, np.stack(pixels, axis=1)
 
-    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[TileGrid]:
-        """The tiles of all pictures of a conversation, by their widths and heights.
+    def grids(self, images: Sequence[Image.Image]) -> list[TileGrid]:
+        """The tiles of all pictures of a conversation.
+
+        Raises:
+            InputError: A picture has no pixels, or cannot be decoded.
+        """
+        sizes = [image.size for image in images]
+        for size in sizes:
+            _require_content(size)
+        return cut_pictures(self, sizes, images.__getitem__)
+
+    def grids_by_size(self, sizes: Sequence[tuple[int, int]]) -> list[TileGrid]:
+        """All tiles of all pictures of a conversation, those that show nothing among them.
+
+        Args:
+            sizes: Widths and heights of upright pictures.
 
         Raises:
             InputError: A picture has no pixels.
@@ -113,9 +141,27 @@ class ImagePreprocessor:
         """The tiles of the only picture of a conversation.
 
         Raises:
-            InputError: The picture has no pixels.
+            InputError: As `grids`.
         """
-        return self.grids([image.size])[0]
+        return self.grids([image])[0]
+
+    def without_empty(self, image: Image.Image, grid: TileGrid) -> TileGrid:
+        """The tiles of a picture that are seen, of those that its size has."""
+        return self._seen(image, grid)[0]
+
+    def _seen(self, image: Image.Image, grid: TileGrid) -> tuple[TileGrid, npt.NDArray[np.uint8]]:
+        """The tiles of a picture that are seen, and their values, uint8 [tiles, H, W, 3]."""
+        geometry = self.geometry
+        if isinstance(geometry, LlavaNextGeometry) and not grid.rows:
+            geometry = geometry.whole
+        try:
+            tiles = fit_tiles(to_rgb(image), geometry, self.resample)
+        except OSError as error:  # a lazily opened file turns out to be truncated here
+            raise InputError(f"the picture is damaged or truncated: {error}") from error
+        if self.empty_tiles is None:
+            return grid, tiles
+        grid = self.empty_tiles.leave_out(grid, tiles)
+        return grid, tiles[grid.seen]
 
 
 def _require_content(size: tuple[int, int]) -> None:

@@ -114,7 +114,7 @@ def test_the_resolution_is_the_one_that_stock_selects(tiles, width, height):
 
 def test_a_break_stays_with_any_row_of_its_line():
     sources = np.array([0, 1, 2, 4, LINE_BREAK, 3, 5, LINE_BREAK])
-    order = RowOrder(sources=sources[:, None], before=2, line=3)
+    order = RowOrder(sources=sources[:, None], before=2, line=3, seen=range(3))
     # Tile 0 kept its second token, tile 1 the token 3, tile 2 the token 4.
     kept = order.kept(np.array([[1], [1], [0]]), 2)
     assert kept.rows[:, 0].tolist() == [0, 2, LINE_BREAK, 1, LINE_BREAK]
@@ -127,7 +127,7 @@ def test_a_break_stays_with_any_row_of_its_line():
 def test_a_mixed_row_stays_with_its_largest_share():
     sources = np.array([[0, 1], [2, 3], [LINE_BREAK, LINE_BREAK]])
     weights = np.array([[0.75, 0.25], [0.25, 0.75], [1.0, 0.0]], np.float32)
-    order = RowOrder(sources=sources, before=0, line=3, weights=weights)
+    order = RowOrder(sources=sources, before=0, line=3, seen=range(2), weights=weights)
     # Of two tiles of two tokens, the first kept its first and the second its first.
     kept = order.kept(np.array([[0], [0]]), 2)
     assert kept.offsets.tolist() == [0, 2]
@@ -211,7 +211,7 @@ def test_several_pictures_are_seen_whole_as_stock_sees_them():
     stock = LlavaOnevisionImageProcessorPil(**document)
     preprocessor = ImagePreprocessor.from_settings(read(document))
     pictures = [picture(size) for size in MANY]
-    grids = preprocessor.grids([image.size for image in pictures])
+    grids = preprocessor.grids(pictures)
     expected = stock(images=[pictures], return_tensors="np")["pixel_values"]
     for image, grid, pixels in zip(pictures, grids, expected, strict=True):
         np.testing.assert_array_equal(preprocessor.pixels(image, grid), pixels)

@@ -22,6 +22,7 @@ from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
+from pocketvlm.compress.tokens.skip_empty_tiles import SkipEmptyTiles
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
@@ -37,7 +38,7 @@ BUILD = ROOT / "build" / "runners"
 LIBRARY = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"), None)
 
 REFERENCE = ("pocket-smol", "pocket-llava", "pocket-tiles")
-TINY = ("smolvlm-ended", "internvl3", "qwen2.5-vl", "gemma3", "paligemma")
+TINY = ("smolvlm-ended", "smolvlm-tiles-empty", "internvl3", "qwen2.5-vl", "gemma3", "paligemma")
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +106,7 @@ def _write_bundle(name: str, folder: Path) -> None:
     if name in REFERENCE:
         checkpoint = Checkpoint.load(reference_model_path(name))
     else:
-        write_tiny_model(name.removesuffix("-ended"), folder / "model")
+        write_tiny_model(name.removesuffix("-ended").removesuffix("-empty"), folder / "model")
         checkpoint = Checkpoint.load(folder / "model")
     context = RunContext(threads=1)
     if name == "pocket-smol":  # 4-bit codes and an int8 cache
@@ -113,6 +114,9 @@ def _write_bundle(name: str, folder: Path) -> None:
         rules = (WeightRule(bits=4),)
         checkpoint = RoundToNearest(rules=rules).apply(checkpoint, samples, context)
         checkpoint = QuantizeCache().apply(checkpoint, samples, context)
+    elif name == "smolvlm-tiles-empty":
+        samples = CalibrationSet.synthetic(1)
+        checkpoint = SkipEmptyTiles(contrast=90).apply(checkpoint, samples, context)
     elif name == "smolvlm-ended":  # fewer visual rows with gaps, none after the first layer
         reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
         checkpoint = replace(checkpoint, reducer=reducer, visual_schedule=VisualSchedule.ending(1))

@@ -176,7 +176,7 @@ def encode_sample(processor: Processor, sample: Sample) -> Prompt:
             f"{sample.where}: has {count}; calibration takes conversations about one image, which "
             "a vision-language model is calibrated on together with its text"
         )
-    grids = sample.grids(processor.tiling)
+    grids = sample.grids(processor)
     try:
         token_ids = processor.encode(sample.answered_messages(), grids, add_generation_prompt=False)
     except PocketVLMError as error:  # the chat template refuses the conversation

@@ -13,7 +13,8 @@ from PIL import Image
 from pocketvlm.errors import CalibrationError, InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, image_size, open_image
-from pocketvlm.models.images.tilings import ONE_TILE, TileGrid, Tiling, grids_of
+from pocketvlm.models.images.cutting import PictureCutter, cut_pictures
+from pocketvlm.models.images.tilings import ONE_TILE, TileGrid
 from pocketvlm.prompt.messages import Message, Turn, chat_messages, place_pictures, user_turn
 
 __all__ = ["PictureSource", "Sample"]
@@ -140,18 +141,19 @@ class Sample:
         """
         return [self._size(image) for image in self.images]
 
-    def grids(self, tiling: Tiling | None) -> list[TileGrid]:
-        """How every picture is cut into tiles.
+    def grids(self, cutter: PictureCutter) -> list[TileGrid]:
+        """The tiles of every picture that are seen.
 
         Args:
-            tiling: The model's; `None` where each picture is one tile, so that no file is opened.
+            cutter: A checkpoint's processor or a bundle's preprocessor. Where each picture is one
+                tile, no file is opened.
 
         Raises:
-            CalibrationError: As `image_sizes`.
+            CalibrationError: As `image_sizes`, and where content counts as `open_image`.
         """
-        if tiling is None:
+        if cutter.tiling is None:
             return [ONE_TILE] * len(self.images)
-        return grids_of(tiling, self.image_sizes())
+        return cut_pictures(cutter, self.image_sizes(), self.open_image)
 
     def _size(self, image: PictureSource) -> tuple[int, int]:
         if isinstance(image, Image.Image):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from PIL.Image import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import AnswerTimes, Block, SensorSample, SustainedAnswer
@@ -274,13 +275,13 @@ def _most_rows(job: BlockJob, bundle: Bundle, codec: TextCodec) -> int:
     Raises:
         InputError: A picture cannot be read.
     """
-    sizes = []
+    shown: list[Image] = []
     messages: list[Message] = []
     for turn in job.turns:
         pictures = [base64.b64decode(job.pictures[index]) for index in turn.pictures]
-        sizes += [read_image(picture, _PICTURE).size for picture in pictures]
+        shown += [read_image(picture, _PICTURE) for picture in pictures]
         messages += [user_message(turn.text, images=len(pictures)), assistant_message("a")]
-    grids = ImagePreprocessor.from_bundle(bundle).grids(sizes)
+    grids = ImagePreprocessor.from_bundle(bundle).grids(shown)
     past = _ROWS_PER_PAST_TOKEN * job.new_tokens * (len(job.turns) - 1)
     return len(codec.encode(messages[:-1], grids)) + past + job.new_tokens
 

@@ -45,7 +45,7 @@ def read_questions(
     for sample in samples:
         first = len(pictures)
         images = [sample.open_image(number) for number in range(len(sample.images))]
-        grids = preprocessor.grids([image.size for image in images])
+        grids = preprocessor.grids(images)
         for image, grid in zip(images, grids, strict=True):
             pixels: Floats = processor.pixels([image], [grid]).numpy()
             found = preprocessor.pixels(image, grid)

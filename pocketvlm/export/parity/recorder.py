@@ -107,7 +107,7 @@ def record_bundle(
     for question in job.questions:
         first = len(pixels)
         images = [open_image(folder / name) for name in question.pictures]
-        grids = preprocessor.grids([image.size for image in images])
+        grids = preprocessor.grids(images)
         for image, grid in zip(images, grids, strict=True):
             pixels += [tile[None] for tile in preprocessor.pixels(image, grid)]
         tiles = tuple(range(first, len(pixels)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError
+from pocketvlm.models.images.empty_tiles import MOST_CONTRAST, EmptyTiles
 
 __all__ = [
     "CLIP_MEAN",
@@ -55,12 +56,25 @@ class ImageDocument:
     pad_size: Size | None = None
     data_format: str | None = None
     input_data_format: str | None = None
+    empty_tile_contrast: int | None = None
 
     @property
     def needed(self) -> frozenset[str]:
         """Settings that pictures depend on, which must not be null."""
         names = {"rescale_factor"} if self.do_rescale else set()
         return frozenset(names | ({"image_mean", "image_std"} if self.do_normalize else set()))
+
+    @property
+    def empty_tiles(self) -> EmptyTiles | None:
+        """What leaves out tiles that show nothing; a setting of this package, unknown to others."""
+        contrast = self.empty_tile_contrast
+        if contrast is None:
+            return None
+        if not 1 <= contrast <= MOST_CONTRAST:
+            raise DecodeError(
+                f"empty_tile_contrast is {contrast}; allowed are 1 to {MOST_CONTRAST}"
+            )
+        return EmptyTiles(contrast=contrast)
 
     @property
     def means(self) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from pocketvlm.models.images.clip import (
     SiglipDocument,
 )
 from pocketvlm.models.images.document import LARGEST
+from pocketvlm.models.images.empty_tiles import SMALLEST_TILE, EmptyTiles
 from pocketvlm.models.images.got_ocr2 import GotOcr2Document
 from pocketvlm.models.images.idefics3 import Idefics3Document
 from pocketvlm.models.images.lfm2_vl import Lfm2VlDocument
@@ -31,7 +32,7 @@ from pocketvlm.models.images.qwen2_vl import (
     PaddleOcrVlDocument,
     Qwen2VlDocument,
 )
-from pocketvlm.models.images.settings import ImageSettings
+from pocketvlm.models.images.settings import Geometry, ImageSettings
 
 __all__ = ["parse_image_settings", "read_image_settings"]
 
@@ -119,9 +120,11 @@ def parse_image_settings(
         document = decode(kind, _without_nulls(kind, config))
         _check(document, config)
         _check_others(kind, config)
+        geometry = document.geometry()
         return ImageSettings(
             where=where,
-            geometry=document.geometry(),
+            geometry=geometry,
+            empty_tiles=_read_empty_tiles(document, geometry),
             resample=document.resample,
             do_rescale=document.do_rescale,
             rescale_factor=document.rescale_factor,
@@ -184,6 +187,21 @@ def _check_others(kind: type[_Document], config: Mapping[str, Any]) -> None:
                 faults.append(fault)
         if types and len(faults) == len(types):
             raise faults[0]
+
+
+def _read_empty_tiles(document: _Document, geometry: Geometry) -> EmptyTiles | None:
+    """What leaves out tiles that show nothing; refused where there is nothing to leave out."""
+    empty_tiles, tiling = document.empty_tiles, geometry.tiling
+    if empty_tiles is None:
+        return None
+    if tiling is None or not tiling.has_whole:
+        raise DecodeError(
+            "empty_tile_contrast is stated, and pictures are not cut into tiles that the whole "
+            "picture comes with"
+        )
+    if min(geometry.picture_size) < SMALLEST_TILE:
+        raise DecodeError(f"empty_tile_contrast needs tiles of {SMALLEST_TILE} pixels or more")
+    return empty_tiles
 
 
 def _check(document: _Document, config: Mapping[str, Any]) -> None:

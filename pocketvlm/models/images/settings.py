@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.models.images.clip import ClipGeometry
+from pocketvlm.models.images.empty_tiles import EmptyTiles
 from pocketvlm.models.images.got_ocr2 import GotOcr2Geometry
 from pocketvlm.models.images.idefics3 import Idefics3Geometry
 from pocketvlm.models.images.lfm2_vl import Lfm2VlGeometry
@@ -34,6 +35,7 @@ class ImageSettings:
     Attributes:
         where: The file that they stand in.
         geometry: What becomes of a picture, by the kind of the image processor.
+        empty_tiles: What leaves out tiles that show nothing; `None` where all are seen.
         resample: Number of Pillow's filter.
         image_mean: One per channel.
         image_std: Likewise.
@@ -48,6 +50,7 @@ class ImageSettings:
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     do_convert_rgb: bool
+    empty_tiles: EmptyTiles | None = None
 
     @property
     def picture_size(self) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def prompt_parts(
     """
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     pictures = [open_picture(image) for image in images]
-    grids = preprocessor.grids([picture.size for picture in pictures])
+    grids = preprocessor.grids(pictures)
     if any(grid.is_map for grid in grids):
         raise InputError(
             f"{bundle.path}: MultimodalRunner shows tile after tile, and the tiles of this model's "

@@ -41,7 +41,7 @@ std::int64_t needed_rows(const BlockJob& job, const Inputs& inputs) {
   for (const Question& turn : job.turns) {
     for (const Bytes& content : turn.pictures) {
       const Picture picture = read_picture(content, "the picture");
-      grids.push_back(inputs.preprocessor.grid(picture.width, picture.height));
+      grids.push_back(inputs.preprocessor.see(picture).grid);
     }
   }
   const std::vector<std::string> answers(job.turns.size() - 1);

@@ -139,8 +139,8 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
 void Conversation::look(const std::vector<Bytes>& pictures, Clock& clock) {
   for (const Bytes& content : pictures) {
     const Picture picture = read_picture(content, "the picture");
-    Shown shown{preprocessor_.grid(picture.width, picture.height), {}};
-    std::vector<float> pixels = preprocessor_.pixels(picture);
+    auto [grid, pixels] = preprocessor_.see(picture);
+    Shown shown{std::move(grid), {}};
     clock.lap("preprocess");
     const std::size_t numbers = preprocessor_.tile_numbers();
     for (std::size_t first = 0; first < pixels.size(); first += numbers) {

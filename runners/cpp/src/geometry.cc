@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 namespace pocketvlm {
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int kLongestEdge = 4096;  // Idefics3's limit of the first resize
 constexpr int kWidestStrip = 64;
+constexpr int kBlock = 8;  // pixels along an edge of what the contrast of a tile is taken of
 
 Picture resized(const Picture& picture, Size size, Filter filter) {
   require_pixels(size.width, size.height, "a picture in between");
@@ -194,7 +196,36 @@ std::vector<Picture> tiles_of_kind(const Picture& picture, const FittedGeometry&
   return {resized(picture, geometry.size, filter)};
 }
 
+// The last block of an edge that is not whole blocks overlaps the one before it.
+int block_sum(const Picture& tile, int column, int row, int channel) {
+  const int left = std::min(column * kBlock, tile.width - kBlock);
+  const int top = std::min(row * kBlock, tile.height - kBlock);
+  int sum = 0;
+  for (int y = top; y < top + kBlock; ++y) {
+    for (int x = left; x < left + kBlock; ++x) sum += tile.at(x, y)[channel];
+  }
+  return sum;
+}
+
 }  // namespace
+
+bool is_below_contrast(const Picture& tile, int levels) {
+  const int columns = (tile.width + kBlock - 1) / kBlock;
+  const int rows = (tile.height + kBlock - 1) / kBlock;
+  const int limit = levels * kBlock * kBlock;
+  std::vector<int> above(columns), line(columns);
+  for (int channel = 0; channel < 3; ++channel) {
+    for (int row = 0; row < rows; ++row) {
+      for (int column = 0; column < columns; ++column) {
+        line[column] = block_sum(tile, column, row, channel);
+        if (column > 0 && std::abs(line[column] - line[column - 1]) >= limit) return false;
+        if (row > 0 && std::abs(line[column] - above[column]) >= limit) return false;
+      }
+      above.swap(line);
+    }
+  }
+  return true;
+}
 
 TileGrid grid_of(const Geometry& geometry, int width, int height) {
   return std::visit([&](const auto& kind) { return grid_of_kind(kind, width, height); }, geometry);

@@ -11,4 +11,7 @@ TileGrid grid_of(const Geometry& geometry, int width, int height);
 
 std::vector<Picture> fit_tiles(const Picture& picture, const Geometry& geometry, Filter filter);
 
+// Whether no two neighbouring blocks of 8 x 8 pixels differ by `levels` in the mean of a channel.
+bool is_below_contrast(const Picture& tile, int levels);
+
 }  // namespace pocketvlm

@@ -115,9 +115,9 @@ void show_inputs(const Options& options, const Inputs& inputs) {
     std::vector<TileGrid> grids;
     for (const Bytes& content : question.pictures) {
       const Picture picture = read_picture(content, "the picture");
-      grids.push_back(inputs.preprocessor.grid(picture.width, picture.height));
+      const auto [grid, pixels] = inputs.preprocessor.see(picture);
+      grids.push_back(grid);
       if (options.output != Output::kPixels) continue;
-      const std::vector<float> pixels = inputs.preprocessor.pixels(picture);
       std::cout.write(reinterpret_cast<const char*>(pixels.data()),
                       static_cast<std::streamsize>(pixels.size() * sizeof(float)));
     }

@@ -2,6 +2,7 @@
 // (float32(float64(pixel) * factor) - mean) / deviation, a table of 256 values per channel.
 #include "tiles.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 
@@ -251,6 +252,17 @@ Preprocessor Preprocessor::from_bundle(const std::filesystem::path& bundle,
       settings.refuse("resample is " + std::to_string(resample) + "; allowed are 1 to 5");
     }
     made.filter_ = static_cast<Filter>(resample);
+    if (settings.has("empty_tile_contrast")) {
+      made.empty_contrast_ = settings.value("empty_tile_contrast").get<int>();
+      if (*made.empty_contrast_ < 1 || *made.empty_contrast_ > 255) {
+        settings.refuse("empty_tile_contrast must be 1 to 255");
+      }
+      const auto* split = std::get_if<SplitGeometry>(&made.geometry_);
+      if (!std::holds_alternative<AspectGeometry>(made.geometry_) && !(split && split->is_split)) {
+        settings.refuse("empty_tile_contrast is stated, and pictures are not cut into tiles");
+      }
+      if (own.height < 8) settings.refuse("empty_tile_contrast needs tiles of 8 pixels or more");
+    }
     const bool rescales = settings.flag("do_rescale", true);
     const double factor = rescales ? settings.value("rescale_factor").get<double>() : 1.0;
     std::array<double, 3> means{}, deviations{1, 1, 1};
@@ -270,23 +282,30 @@ Preprocessor Preprocessor::from_bundle(const std::filesystem::path& bundle,
   });
 }
 
-TileGrid Preprocessor::grid(int width, int height) const {
-  return grid_of(geometry_, width, height);
+bool TileGrid::leaves_out(int number) const {
+  return std::find(left_out.begin(), left_out.end(), number) != left_out.end();
 }
 
-std::vector<float> Preprocessor::pixels(const Picture& picture) const {
+SeenTiles Preprocessor::see(const Picture& picture) const {
   const std::vector<Picture> tiles = fit_tiles(picture, geometry_, filter_);
+  TileGrid grid = grid_of(geometry_, picture.width, picture.height);
+  for (int number = 0; empty_contrast_ && grid.is_split() && number < grid.rows * grid.columns;
+       ++number) {
+    if (is_below_contrast(tiles[number], *empty_contrast_)) grid.left_out.push_back(number);
+  }
   const std::size_t plane = std::size_t(size_.width) * size_.height;
-  std::vector<float> numbers(tiles.size() * 3 * plane);
+  std::vector<float> numbers(std::size_t(grid.tiles()) * 3 * plane);
   float* next = numbers.data();
-  for (const Picture& tile : tiles) {
+  for (std::size_t number = 0; number < tiles.size(); ++number) {
+    if (grid.leaves_out(static_cast<int>(number))) continue;
+    const Picture& tile = tiles[number];
     for (int channel = 0; channel < 3; ++channel) {
       for (std::size_t i = 0; i < plane; ++i) {
         *next++ = table_[channel][tile.rgb[3 * i + channel]];
       }
     }
   }
-  return numbers;
+  return {std::move(grid), std::move(numbers)};
 }
 
 }  // namespace pocketvlm

@@ -17,9 +17,19 @@ namespace pocketvlm {
 // How one picture is cut; the whole picture follows its tiles where there are several.
 struct TileGrid {
   int rows = 1, columns = 1;
+  std::vector<int> left_out{};  // tiles that are not seen, row by row from 0
 
   bool is_split() const { return rows * columns > 1; }
-  int tiles() const { return rows * columns + (is_split() ? 1 : 0); }
+  int tiles() const {
+    return rows * columns + (is_split() ? 1 : 0) - static_cast<int>(left_out.size());
+  }
+  bool leaves_out(int number) const;
+};
+
+// The tiles of a picture that are seen.
+struct SeenTiles {
+  TileGrid grid;
+  std::vector<float> pixels;  // [tiles, 3, height, width]
 };
 
 struct Size {
@@ -61,10 +71,7 @@ class Preprocessor {
   static Preprocessor from_bundle(const std::filesystem::path& bundle, const std::string& family,
                                   Size size);
 
-  TileGrid grid(int width, int height) const;
-
-  // Float numbers [tiles, 3, height, width].
-  std::vector<float> pixels(const Picture& picture) const;
+  SeenTiles see(const Picture& picture) const;
 
   // Numbers of one tile.
   std::size_t tile_numbers() const { return std::size_t{3} * size_.width * size_.height; }
@@ -72,6 +79,7 @@ class Preprocessor {
  private:
   Geometry geometry_;
   Filter filter_ = Filter::kBicubic;
+  std::optional<int> empty_contrast_;  // tiles of less show nothing and are left out
   Size size_{};
   std::array<std::array<float, 256>, 3> table_{};
 };

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +45,13 @@ class MapGrid(TileGrid):
         return True
 
     @property
-    def tiles(self) -> int:
-        """Pictures that the tower sees."""
+    def parts(self) -> range:
+        """Numbers of the tiles, which the whole picture comes before."""
+        return range(1, self.all_tiles)
+
+    @property
+    def all_tiles(self) -> int:
+        """Tiles that the picture is cut into, the whole among them."""
         return 1 + self.rows * self.columns
 
     def placeholders(self, per_tile: int) -> int:
@@ -94,7 +99,7 @@ def _order(grid: MapGrid, per_tile: int) -> RowOrder:
     whole = np.arange(per_tile)
     if not grid.rows:
         sources = np.append(whole, LINE_BREAK)[:, None]
-        return RowOrder(sources=sources, before=0, line=per_tile + 1)
+        return RowOrder(sources=sources, before=0, line=per_tile + 1, seen=grid.seen)
     tiles = (per_tile + np.arange(grid.rows * grid.columns * per_tile)).reshape(
         grid.rows, grid.columns, side, side
     )
@@ -113,7 +118,9 @@ def _order(grid: MapGrid, per_tile: int) -> RowOrder:
         alone = np.eye(1, count, dtype=np.float32)
         ended = np.concatenate([weights, np.tile(alone, (height, 1, 1))], axis=1)
         weights = np.concatenate([np.tile(alone, (per_tile, 1)), ended.reshape(-1, count)])
-    return RowOrder(sources=sources, before=per_tile, line=width + 1, weights=weights)
+    return RowOrder(
+        sources=sources, before=per_tile, line=width + 1, seen=grid.seen, weights=weights
+    )
 
 
 def _mix(
@@ -157,7 +164,10 @@ class Anyres:
         most_area: Tokens of a map in tiles: one that has much more is made smaller; `None` for all.
         cuts_several: Whether pictures are cut where a conversation has several; else each of them
             is padded to a square and seen as a whole.
+        has_whole: Whether the whole picture comes with its tiles.
     """
+
+    has_whole: ClassVar[bool] = True
 
     kind: Literal["anyres"] = "anyres"
     side: int

@@ -21,9 +21,11 @@ class AspectGrid:
         fewest: Tiles of the smallest grids that are considered.
         most: Tiles of the largest.
         shrinks_tiled: Whether the whole picture is made of what was cut, not of the original.
+        has_whole: Whether the whole picture comes with its tiles.
     """
 
     shrinks_tiled: ClassVar[bool] = False
+    has_whole: ClassVar[bool] = True
 
     kind: Literal["aspect_grid"] = "aspect_grid"
     side: int

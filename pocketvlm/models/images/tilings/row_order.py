@@ -7,6 +7,7 @@ knows nothing of that: it returns tiles, and who lays a prompt out takes rows of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,7 @@ class RowOrder:
             tiles, one tile after another, or `LINE_BREAK`. The last rows are whole lines.
         before: Rows before the first line.
         line: Rows of a line, its break included.
+        seen: Numbers of the tiles that the tower sees, ascending.
         weights: float32 [placeholders, mixed]: shares of what is mixed; `None` where every row is
             one row of a tile.
     """
@@ -50,22 +52,23 @@ class RowOrder:
     sources: npt.NDArray[np.int64]
     before: int
     line: int
+    seen: Sequence[int]
     weights: npt.NDArray[np.float32] | None = None
 
     def kept(self, indices: npt.NDArray[np.int64], per_tile: int) -> KeptRows:
-        """What is left where tiles were reduced.
+        """What is left where tiles were left out or reduced.
 
         A mixed row stays with the token that has the largest share of it, and is mixed of those
         that are left; a break stays with any row of its line.
 
         Args:
-            indices: int64 [tiles, k]: which of its tokens each tile kept, ascending.
+            indices: int64 [tiles, k]: which of its tokens each tile that is seen kept, ascending.
             per_tile: Tokens of a tile before.
         """
-        tiles, count = indices.shape
-        places = np.full(tiles * per_tile + 1, LINE_BREAK)
-        first = per_tile * np.arange(tiles)[:, None]
-        places[(first + indices).ravel()] = np.arange(tiles * count)
+        own = (per_tile * np.asarray(self.seen)[:, None] + indices).ravel()
+        # One more than any source: the last is what `LINE_BREAK` reads.
+        places = np.full(max(own.max(), self.sources.max()) + 2, LINE_BREAK)
+        places[own] = np.arange(own.size)
         rows = places[self.sources]
         is_left = rows != LINE_BREAK
         weights = self.weights

@@ -24,9 +24,11 @@ class SplitGrid:
         first: What a picture is resized to before it is cut: height and width, or the length of
             its longest edge, which keeps the ratio.
         shrinks_tiled: Whether the whole picture is made of what was cut, not of the original.
+        has_whole: Whether the whole picture comes with its tiles.
     """
 
     shrinks_tiled: ClassVar[bool] = True
+    has_whole: ClassVar[bool] = True
 
     kind: Literal["split_grid"] = "split_grid"
     side: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from pocketvlm.models.images.tilings.row_order import RowOrder
 
@@ -17,11 +18,14 @@ class TileGrid:
         rows: Tiles from top to bottom.
         columns: Tiles from left to right.
         has_whole: Whether the whole picture follows its tiles, where there are several.
+        left_out: Tiles that are not seen, ascending, by their numbers in the order of all; never
+            the whole picture.
     """
 
     rows: int = 1
     columns: int = 1
     has_whole: bool = True
+    left_out: tuple[int, ...] = ()
 
     @property
     def is_split(self) -> bool:
@@ -34,9 +38,29 @@ class TileGrid:
         return False
 
     @property
+    def parts(self) -> range:
+        """Numbers of the tiles that the whole picture shows as well; none where it does not."""
+        return range(self.rows * self.columns if self.is_split and self.has_whole else 0)
+
+    @property
+    def all_tiles(self) -> int:
+        """Tiles that the picture is cut into, the whole among them."""
+        return self.rows * self.columns + int(self.is_split and self.has_whole)
+
+    @property
+    def complete(self) -> Self:
+        """The same with every tile."""
+        return replace(self, left_out=())
+
+    @property
+    def seen(self) -> list[int]:
+        """Numbers of the tiles that the tower sees, ascending."""
+        return [number for number in range(self.all_tiles) if number not in self.left_out]
+
+    @property
     def tiles(self) -> int:
         """Pictures that the tower sees."""
-        return self.rows * self.columns + int(self.is_split and self.has_whole)
+        return self.all_tiles - len(self.left_out)
 
     def placeholders(self, per_tile: int) -> int:
         """Placeholders of the picture in a prompt, where one tile has `per_tile` visual tokens."""
