@@ -187,6 +187,8 @@ def check_source(checkpoint: Checkpoint, folder: ModelFolder) -> SourceReport:
         PocketVLMError: This package refuses a sample.
     """
     started = time.perf_counter()
+    if checkpoint.processor.empty_tiles is not None:  # stock knows no empty tiles
+        checkpoint = replace(checkpoint, processor=checkpoint.processor.with_empty_contrast(None))
     samples, prompts, unasked = _ask_template(checkpoint)
     try:
         stock = _ask_stock(folder, samples)

@@ -169,8 +169,8 @@ class Processor:
         """The same with the settings that cut pictures in this way."""
         return self._with_settings(tiling.settings)
 
-    def with_empty_tiles(self, contrast: int) -> Processor:
-        """The same without tiles that show nothing: those of less contrast."""
+    def with_empty_contrast(self, contrast: int | None) -> Processor:
+        """The same without tiles of less contrast, which show nothing; with all for `None`."""
         return self._with_settings({"empty_tile_contrast": contrast})
 
     def with_picture_size(self, height: int, width: int) -> Processor:

@@ -82,7 +82,7 @@ class SkipEmptyTiles(Stage):
             CalibrationError: A picture cannot be read.
         """
         self.hold(checkpoint.spec)
-        processor = checkpoint.processor.with_empty_tiles(self.contrast)
+        processor = checkpoint.processor.with_empty_contrast(self.contrast)
         grids = [grid for sample in calibration.samples for grid in sample.grids(processor)]
         left_out, tiles = (
             sum(len(grid.left_out) for grid in grids),

@@ -97,6 +97,11 @@ class ImageSettings:
         notes = []
         if isinstance(self.geometry, Qwen2VlGeometry | Lfm2VlGeometry):
             notes.append(self.geometry.note)
+        if self.empty_tiles is not None:
+            notes.append(
+                f"tiles with a contrast below {self.empty_tiles.contrast} are left out, which the "
+                "model's own processor does not do"
+            )
         if not self.do_convert_rgb:
             notes.append(
                 f"{self.where.name}: do_convert_rgb is false and not followed: pictures that are "

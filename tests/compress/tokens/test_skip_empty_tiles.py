@@ -24,6 +24,7 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.reading import parse_image_settings
 from pocketvlm.models.images.tilings import ONE_TILE, LargeGrid, TileGrid
 from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.pipeline.source_check import verify_folder
 from pocketvlm.processor import user_message
 from pocketvlm.reference.random_models import tiny_config, write_tiny_model
 from pocketvlm.reference_graph.forward import embed_prompts, encode_images, greedy_generate
@@ -119,6 +120,17 @@ def test_a_tile_that_is_left_out_leaves_its_marker_out(tmp_path):
     assert ids.count(processor.spec.image_token_id) == found.tiles * text.count
     rest = [token for token in processor.encode(messages, [found.complete]) if token not in ids]
     assert len(rest) == len(found.left_out)  # their markers
+
+
+def test_a_folder_that_states_it_is_compared_with_stock_by_all_its_tiles(tmp_path):
+    write_tiny_model("smolvlm-tiles", tmp_path)
+    done = skipping(Checkpoint.load(tmp_path), contrast=255)
+    done.processor.save(tmp_path)
+    again = Checkpoint.load(tmp_path).processor
+    assert again.grids([picture()])[0].tiles == 1
+    assert any("contrast below 255 are left out" in note for note in again.notes)
+    report = verify_folder(tmp_path)
+    assert report.verdict == "passed", report.lines()
 
 
 def test_the_stage_counts_the_tiles_of_the_calibration_set(tmp_path):
