@@ -155,6 +155,12 @@ class _Decoder:
             raise DecodeError(f"{_place(path)}{fault}") from fault
 
     def _union(self, kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+        tagged = {tag: kind for kind in kinds if (tag := _tag(kind)) is not None}
+        if tagged and isinstance(value, Mapping) and "kind" in value:
+            if value["kind"] not in tagged:
+                found, allowed = _shown(value["kind"]), ", ".join(tagged)
+                raise DecodeError(f"{_join(path, 'kind')}: is {found}; allowed: {allowed}")
+            return self.decode(tagged[value["kind"]], value, path)
         problems: list[DecodeError] = []
         for kind in kinds:
             try:
@@ -163,6 +169,13 @@ class _Decoder:
                 problems.append(fault)
         # The error deepest in the value is about the alternative that was intended.
         raise max(problems, key=lambda fault: str(fault).partition(":")[0].count("."))
+
+
+def _tag(kind: Any) -> str | None:
+    """The `kind` that tells a dataclass from the others of a union; `None` where it has none."""
+    if not is_dataclass(kind):
+        return None
+    return next((str(item.default) for item in fields(kind) if item.name == "kind"), None)
 
 
 def _decode_plain(kind: Any, value: Any, path: str) -> Any:

@@ -23,7 +23,7 @@ from pocketvlm.models.images.got_ocr2 import GotOcr2Geometry
 from pocketvlm.models.images.lfm2_vl import Lfm2VlGeometry
 from pocketvlm.models.images.reading import read_image_settings
 from pocketvlm.models.images.settings import ImageSettings
-from pocketvlm.models.images.tilings import TileGrid
+from pocketvlm.models.images.tilings import Anyres, SplitGrid, TileGrid
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.processor.patches import fit_picture, join_patches
@@ -79,7 +79,10 @@ class ImageProcessor:
             raise CheckpointError(
                 f"{settings.where}: the image processor cannot be read: {first_line}"
             ) from error
-        if spec.tiling is not None and spec.tiling != settings.tiling:
+        cut = settings.tiling
+        if isinstance(cut, Anyres):  # a rule stands in the processor's file alone
+            cut = replace(cut, rule=None)
+        if spec.tiling is not None and spec.tiling != cut:
             raise CheckpointError(
                 f"{settings.where}: cuts pictures otherwise than config.json says: "
                 f"{dict(spec.tiling.settings)} there"
@@ -150,7 +153,7 @@ class ImageProcessor:
         return empty.leave_out(grid, values.movedim(1, -1).to(torch.uint8).numpy())
 
     def _stock_tiles(
-        self, images: Sequence[Image], *, is_alone: bool = True, **settings: bool
+        self, images: Sequence[Image], *, is_alone: bool = True, **settings: Any
     ) -> Tensor:
         """All tiles of pictures, as the library's class makes them.
 
@@ -161,6 +164,9 @@ class ImageProcessor:
         """
         # What a class does with a picture among others, it does with one twice.
         times = 1 if is_alone else 2
+        tiling = self.settings.tiling
+        if isinstance(tiling, SplitGrid | Anyres):  # one picture at a time
+            settings |= tiling.picture_settings(*images[0].size)
         pictures = [[image] * times for image in images]
         found = self.stock(images=pictures, return_tensors="pt", do_convert_rgb=True, **settings)
         pixels = found["pixel_values"]

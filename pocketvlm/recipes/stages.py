@@ -22,6 +22,7 @@ from pocketvlm.compress.quantization.codebook.stage import Codebook
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
+from pocketvlm.compress.tokens.choose_grid import ChooseGrid
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
@@ -42,6 +43,7 @@ STAGES: tuple[type[Stage], ...] = (
     Prune,
     SetResolution,
     LimitTiles,
+    ChooseGrid,
     SkipEmptyTiles,
     ReduceTokens,
     DropTokens,

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prune": {"score": {"kind": "wanda"}},
     "set_resolution": {"height": 64, "width": 64},
     "limit_tiles": {"max_tiles": 1},
+    "choose_grid": {"rule": {"kind": "slice_count"}},
     "skip_empty_tiles": {},
     "reduce_tokens": {"keep": 0.5},
     "drop_tokens": {"schedule": {"kind": "fast_v", "first_layers": 1}},

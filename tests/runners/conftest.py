@@ -116,7 +116,7 @@ def _write_bundle(name: str, folder: Path) -> None:
         checkpoint = QuantizeCache().apply(checkpoint, samples, context)
     elif name == "smolvlm-tiles-empty":
         samples = CalibrationSet.synthetic(1)
-        checkpoint = SkipEmptyTiles(contrast=90).apply(checkpoint, samples, context)
+        checkpoint = SkipEmptyTiles(contrast=148).apply(checkpoint, samples, context)
     elif name == "smolvlm-ended":  # fewer visual rows with gaps, none after the first layer
         reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
         checkpoint = replace(checkpoint, reducer=reducer, visual_schedule=VisualSchedule.ending(1))

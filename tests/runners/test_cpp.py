@@ -241,6 +241,10 @@ def test_pixels_are_those_of_pillow_bit_for_bit(
     files = [*pictures, *(save_odd_pictures(tmp_path) if name == "pocket-llava" else ())]
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     expected = [preprocessor.pixels(open_image(file)) for file in files]
+    if name.endswith("-empty"):
+        grids = preprocessor.grids([open_image(file) for file in files])
+        assert any(grid.left_out for grid in grids)
+        assert any(len(grid.seen) > 1 for grid in grids)
     mark = bundle.manifest.prompt.image_mark or bundle.manifest.prompt.image_token
     words = [word for file in files for word in ("--image", file, "--rendered", mark)]
     done = run(runner, bundle.path, *words, "--pixels")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError
 from pocketvlm.models.images.empty_tiles import MOST_CONTRAST, EmptyTiles
+from pocketvlm.models.images.tilings.grid_rules import GridRule
 
 __all__ = [
     "CLIP_MEAN",
@@ -57,6 +58,7 @@ class ImageDocument:
     data_format: str | None = None
     input_data_format: str | None = None
     empty_tile_contrast: int | None = None
+    grid_rule: GridRule | None = None
 
     @property
     def needed(self) -> frozenset[str]:

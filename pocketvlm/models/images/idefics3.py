@@ -15,6 +15,7 @@ from pocketvlm.models.images.document import (
     read_size,
 )
 from pocketvlm.models.images.tilings import SplitGrid
+from pocketvlm.models.images.tilings.grid_rules import GridRule
 
 __all__ = ["Idefics3Document", "Idefics3Geometry"]
 
@@ -28,11 +29,13 @@ class Idefics3Geometry:
         first: Height and width that are resized to first, the length of the longest edge, which
             keeps the ratio, or `None` for no first step.
         is_split: Whether pictures are cut into tiles.
+        rule: What chooses their grid; `None` for the model's own way.
     """
 
     side: int
     first: tuple[int, int] | int | None
     is_split: bool
+    rule: GridRule | None = None
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -44,14 +47,14 @@ class Idefics3Geometry:
         """How pictures are cut into tiles; `None` where each is one."""
         if self.first is None or not self.is_split:
             return None
-        return SplitGrid(side=self.side, first=self.first)
+        return SplitGrid(side=self.side, first=self.first, rule=self.rule)
 
     def resizes(self, width: int, height: int) -> tuple[tuple[int, int], ...]:
         """Widths and heights that a picture is resized to, one after the other, to be cut."""
         square = (self.side, self.side)
         if self.first is None:
             return (square,)
-        tiling = SplitGrid(side=self.side, first=self.first)
+        tiling = SplitGrid(side=self.side, first=self.first, rule=self.rule)
         if self.is_split:
             return tiling.resizes(width, height)
         return tiling.first_size(width, height), square
@@ -82,11 +85,18 @@ class Idefics3Document(ImageDocument):
             raise DecodeError("max_image_size must name longest_edge")
         if self.do_image_splitting and not self.do_resize:
             raise DecodeError("do_resize must be true where do_image_splitting is")
+        first = _first(size) if self.do_resize else None
         geometry = Idefics3Geometry(
             side=self.max_image_size["longest_edge"],
-            first=_first(size) if self.do_resize else None,
+            first=first,
             is_split=self.do_image_splitting,
+            rule=self.grid_rule,
         )
+        if self.grid_rule is not None and not (geometry.is_split and isinstance(first, int)):
+            raise DecodeError(
+                "grid_rule needs do_image_splitting, and size to name longest_edge, which says how "
+                "many tiles there may be"
+            )
         tiling = geometry.tiling
         if tiling is not None and tiling.most_tiles > MOST_TILES:
             raise DecodeError(

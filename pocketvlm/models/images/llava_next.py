@@ -72,6 +72,7 @@ class LlavaNextDocument(CropDocument):
             resolutions=resolutions,
             most_area=self.most_area,
             cuts_several=self.cuts_several,
+            rule=self.grid_rule,
         )
         hold_pixels(side, tiling.most_tiles - 1)
         if tiling.most_tiles > MOST_TILES:

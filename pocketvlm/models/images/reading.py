@@ -33,6 +33,7 @@ from pocketvlm.models.images.qwen2_vl import (
     Qwen2VlDocument,
 )
 from pocketvlm.models.images.settings import Geometry, ImageSettings
+from pocketvlm.models.images.tilings import Anyres, SplitGrid
 
 __all__ = ["parse_image_settings", "read_image_settings"]
 
@@ -121,6 +122,7 @@ def parse_image_settings(
         _check(document, config)
         _check_others(kind, config)
         geometry = document.geometry()
+        _check_rule(document, geometry)
         return ImageSettings(
             where=where,
             geometry=geometry,
@@ -187,6 +189,15 @@ def _check_others(kind: type[_Document], config: Mapping[str, Any]) -> None:
                 faults.append(fault)
         if types and len(faults) == len(types):
             raise faults[0]
+
+
+def _check_rule(document: _Document, geometry: Geometry) -> None:
+    """Refuses a rule where the library's class cannot be told the grid of one picture."""
+    if document.grid_rule is not None and not isinstance(geometry.tiling, SplitGrid | Anyres):
+        raise DecodeError(
+            "grid_rule is followed where pictures are cut as Idefics3 or LLaVA-NeXT cut them, and "
+            "these are not"
+        )
 
 
 def _read_empty_tiles(document: _Document, geometry: Geometry) -> EmptyTiles | None:

@@ -13,7 +13,7 @@ from pocketvlm.models.images.idefics3 import Idefics3Geometry
 from pocketvlm.models.images.lfm2_vl import Lfm2VlGeometry
 from pocketvlm.models.images.llava_next import LlavaNextGeometry
 from pocketvlm.models.images.qwen2_vl import Qwen2VlGeometry
-from pocketvlm.models.images.tilings import ONE_TILE, TileGrid, Tiling
+from pocketvlm.models.images.tilings import ONE_TILE, Anyres, SplitGrid, TileGrid, Tiling
 
 __all__ = ["Geometry", "ImageSettings"]
 
@@ -101,6 +101,10 @@ class ImageSettings:
             notes.append(
                 f"tiles with a contrast below {self.empty_tiles.contrast} are left out, which the "
                 "model's own processor does not do"
+            )
+        if isinstance(self.tiling, SplitGrid | Anyres) and self.tiling.rule is not None:
+            notes.append(
+                f"pictures are cut as {self.tiling.rule.kind} says, and not in the model's own way"
             )
         if not self.do_convert_rgb:
             notes.append(

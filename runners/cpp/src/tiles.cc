@@ -232,7 +232,9 @@ Preprocessor Preprocessor::from_bundle(const std::filesystem::path& bundle,
     }
     const Json defaults = defaults_of(kind->second, name);
     const Settings settings(config, defaults);
-    if (settings.has("pad_size")) settings.refuse("pad_size is not followed");
+    for (const char* unknown : {"pad_size", "grid_rule"}) {
+      if (settings.has(unknown)) settings.refuse(std::string(unknown) + " is not followed");
+    }
     for (const char* layout : {"data_format", "input_data_format"}) {
       if (settings.has(layout) && settings.value(layout) != "channels_first") {
         settings.refuse(std::string(layout) + " must be channels_first or left out");

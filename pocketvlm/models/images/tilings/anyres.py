@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pocketvlm.models.images.tilings.grid_rules import GridRule, rule_settings
 from pocketvlm.models.images.tilings.row_order import LINE_BREAK, RowOrder
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 
@@ -165,6 +166,7 @@ class Anyres:
         cuts_several: Whether pictures are cut where a conversation has several; else each of them
             is padded to a square and seen as a whole.
         has_whole: Whether the whole picture comes with its tiles.
+        rule: What chooses the resolution; `None` for the model's own way.
     """
 
     has_whole: ClassVar[bool] = True
@@ -174,6 +176,7 @@ class Anyres:
     resolutions: tuple[tuple[int, int], ...]
     most_area: int | None = None
     cuts_several: bool = True
+    rule: GridRule | None = None
 
     @property
     def most_tiles(self) -> int:
@@ -188,7 +191,14 @@ class Anyres:
     @property
     def settings(self) -> Mapping[str, Any]:
         """What a processor is told of it."""
-        return {"image_grid_pinpoints": [list(size) for size in self.resolutions]}
+        pinpoints = [list(size) for size in self.resolutions]
+        return {"image_grid_pinpoints": pinpoints, **rule_settings(self.rule)}
+
+    def picture_settings(self, width: int, height: int) -> Mapping[str, Any]:
+        """What it is told of one picture besides, to cut it as a rule says."""
+        if self.rule is None:
+            return {}
+        return {"image_grid_pinpoints": [list(self.resolution(width, height))]}
 
     def limited(self, max_tiles: int) -> Anyres:
         """The same with the resolutions alone that have no more tiles.
@@ -221,7 +231,14 @@ class Anyres:
         return [self.grid(*size) for size in sizes]
 
     def resolution(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width that it is fitted into: most of its pixels, then least around them."""
+        """Height and width that it is fitted into: most of its pixels, then least around them.
+
+        A rule has another way to choose.
+        """
+        if self.rule is not None:
+            grids = [(high // self.side, wide // self.side) for high, wide in self.resolutions]
+            rows, columns = self.rule.choose(width, height, grids, self.side)
+            return rows * self.side, columns * self.side
 
         def merit(size: tuple[int, int]) -> tuple[int, int]:
             scale = min(size[1] / width, size[0] / height)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from pocketvlm.models.images.tilings.grid_rules import GridRule, rule_settings
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 
 __all__ = ["SplitGrid", "longest_edge_size"]
@@ -25,6 +26,8 @@ class SplitGrid:
             its longest edge, which keeps the ratio.
         shrinks_tiled: Whether the whole picture is made of what was cut, not of the original.
         has_whole: Whether the whole picture comes with its tiles.
+        rule: What chooses the grid in place of the longest edge, of those that this one allows;
+            a picture is then resized to whole tiles at once. `None` for the model's own way.
     """
 
     shrinks_tiled: ClassVar[bool] = True
@@ -33,6 +36,7 @@ class SplitGrid:
     kind: Literal["split_grid"] = "split_grid"
     side: int
     first: tuple[int, int] | int
+    rule: GridRule | None = None
 
     @property
     def most_tiles(self) -> int:
@@ -52,6 +56,11 @@ class SplitGrid:
 
     def first_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a picture is resized to first."""
+        if self.rule is not None:
+            edges = range(1, self.most_edge + 1)
+            grids = [(rows, columns) for rows in edges for columns in edges]
+            rows, columns = self.rule.choose(width, height, grids, self.side)
+            return columns * self.side, rows * self.side
         if isinstance(self.first, int):
             return longest_edge_size(width, height, self.first)
         return self.first[1], self.first[0]
@@ -87,13 +96,24 @@ class SplitGrid:
     @property
     def settings(self) -> Mapping[str, Any]:
         """What the library's image processor is told, to cut pictures in this way."""
-        if isinstance(self.first, int):
-            return {"size": {"longest_edge": self.first}}
-        return {"size": {"height": self.first[0], "width": self.first[1]}}
+        return {**_size(self.first), **rule_settings(self.rule)}
+
+    def picture_settings(self, width: int, height: int) -> Mapping[str, Any]:
+        """What it is told of one picture besides, to cut it as a rule says."""
+        if self.rule is None:
+            return {}
+        width, height = self.first_size(width, height)
+        return _size((height, width))
 
     def _whole(self, length: int) -> int:
         # The library cannot resize to nothing either: an edge is one tile at least.
         return max(1, math.ceil(length / self.side)) * self.side
+
+
+def _size(first: tuple[int, int] | int) -> Mapping[str, Any]:
+    if isinstance(first, int):
+        return {"size": {"longest_edge": first}}
+    return {"size": {"height": first[0], "width": first[1]}}
 
 
 def longest_edge_size(width: int, height: int, length: int) -> tuple[int, int]:
