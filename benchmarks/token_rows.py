@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "append_row", "read_rows", "undisturbed"]
+__all__ = ["ENGINES", "Row", "append_row", "read_rows", "rows_file", "undisturbed"]
+
+ENGINES = ("onnx", "torch")
+"""What answers: the bundle, or the float model in torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Row:
         kinds: Kind of each question.
         blind: Accuracy when pictures are noise; measured for all tokens alone.
         seconds: Time for export, answers and timing.
-        ttft_user_ms: One entry per timed answer: picture file and text to the first token's text.
+        ttft_user_ms: One entry per timed answer, none where torch answered: picture file and text
+            to the first token's text.
         whole_ttft_user_ms: The same of the bundle with all tokens, in the same rounds.
         vision_ms: Likewise, pixels to visual tokens.
         prefill_ms: Likewise, rows to logits.
@@ -48,12 +52,12 @@ class Row:
     kinds: tuple[str | None, ...]
     blind: float | None
     seconds: float
-    ttft_user_ms: tuple[float, ...]
-    whole_ttft_user_ms: tuple[float, ...]
-    vision_ms: tuple[float, ...]
-    prefill_ms: tuple[float, ...]
-    prompt_rows: int
-    cache_bytes: int
+    ttft_user_ms: tuple[float, ...] = ()
+    whole_ttft_user_ms: tuple[float, ...] = ()
+    vision_ms: tuple[float, ...] = ()
+    prefill_ms: tuple[float, ...] = ()
+    prompt_rows: int = 0
+    cache_bytes: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -71,8 +75,13 @@ def undisturbed(samples: Sequence[float]) -> float:
     return sorted(samples)[len(samples) // 10]
 
 
-def read_rows(file: Path, *, seed: int, n: int) -> list[Row]:
-    """The finished rows of these questions; a last line that was cut is left out."""
+def rows_file(folder: Path, model: str, engine: str) -> Path:
+    """Where the rows of a model stand that one engine answered."""
+    return folder / f"{model}.{engine}.jsonl"
+
+
+def read_rows(file: Path, *, seed: int) -> list[Row]:
+    """The finished rows of questions of this seed; a last line that was cut is left out."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -80,7 +89,7 @@ def read_rows(file: Path, *, seed: int, n: int) -> list[Row]:
         except json.JSONDecodeError:
             continue
         row = Row(**document)
-        if (row.seed, row.n) == (seed, n):
+        if row.seed == seed:
             rows.append(row)
     return rows
 

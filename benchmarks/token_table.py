@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from token_plot import draw_plot
-from token_rows import Row, read_rows, undisturbed
+from token_rows import ENGINES, Row, read_rows, rows_file, undisturbed
 
 from pocketvlm.evaluation.intervals import compare_paired, wilson_interval
 from pocketvlm.reference import REFERENCE_MODELS
@@ -26,9 +26,13 @@ BASELINES = ("uniform_stride", "random_tokens", "average_pool", "thumbnail_sampl
 
 
 def joined_seeds(rows: Iterable[Row]) -> list[Row]:
-    """The rows, those of several random subsets as one: a question's credit is their mean."""
+    """The rows, those of several random subsets as one: a question's credit is their mean.
+
+    Of a method that was asked twice, the row with more questions counts.
+    """
     groups: dict[tuple[str, float], list[Row]] = {}
-    for row in rows:
+    longest = {(row.label, row.share): row for row in sorted(rows, key=lambda row: row.n)}
+    for row in longest.values():
         label = "random_tokens" if row.label.startswith("random_tokens") else row.label
         groups.setdefault((label, row.share), []).append(row)
     return [
@@ -64,7 +68,8 @@ def print_model(rows: list[Row], share: float) -> None:
     for row in alone:
         print(f"\n{row.label} (`limit_tiles`, all tokens): {_cell(row, whole)}")
     here = [row for row in rows if row.share == share]
-    print_times([whole, *alone, *here], share)
+    if whole.ttft_user_ms:
+        print_times([whole, *alone, *here], share)
     print_kinds([whole, *alone, *here], share)
     for one in shares:
         print_best([row for row in rows if row.share == one], whole)
@@ -105,7 +110,8 @@ def print_best(rows: Sequence[Row], whole: Row) -> None:
     )
     print(
         f"\n{100 * best.share:.0f} %: {_name(best.label)} keeps "
-        f"{100 * best.accuracy / whole.accuracy:.1f} % of the accuracy; points above {against}"
+        f"{100 * sum(best.credits) / sum(whole.credits[: best.n]):.1f} % of the accuracy; "
+        f"points above {against}"
     )
 
 
@@ -114,7 +120,8 @@ def _cell(row: Row | None, whole: Row) -> str:
         return ""
     asked = max(1, round(row.share * row.of))
     at = "" if row.keep == asked else f" at {row.keep}"
-    return f"{_percent(row)} ({_points(whole.credits, row.credits)}){at}"
+    fewer = "" if row.n == whole.n else f", n = {row.n}"
+    return f"{_percent(row)} ({_points(whole.credits, row.credits)}){at}{fewer}"
 
 
 def _percent(row: Row) -> str:
@@ -122,7 +129,9 @@ def _percent(row: Row) -> str:
 
 
 def _points(baseline: Sequence[float], candidate: Sequence[float]) -> str:
-    found = compare_paired(baseline, candidate)
+    """The difference on the questions that both were asked, the first ones."""
+    n = min(len(baseline), len(candidate))
+    found = compare_paired(baseline[:n], candidate[:n])
     values = (found.difference, found.interval_low, found.interval_high)
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in values))
 
@@ -135,7 +144,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--engine", choices=ENGINES, default="onnx")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.25, help="of the tables of one share")
     parser.add_argument("--plots", type=Path, help="folder of the plots")
@@ -143,12 +152,12 @@ def main() -> None:
     printed = []
     for model in REFERENCE_MODELS:
         rows = joined_seeds(
-            read_rows(options.rows / f"{model}.jsonl", seed=options.seed, n=options.n)
+            read_rows(rows_file(options.rows, model, options.engine), seed=options.seed)
         )
         if not rows:
             continue
         print_model(rows, options.share)
-        if options.plots:
+        if options.plots and rows[0].ttft_user_ms:
             (options.plots / f"{model}.svg").write_text(draw_plot(rows, BASELINES))
         printed += rows
     print(json.dumps({"benchmark": "token_reduction", "rows": [asdict(row) for row in printed]}))

@@ -14,6 +14,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.auto import Auto
 from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
+from pocketvlm.compress.tokens.diverse.determinantal import Determinantal
 from pocketvlm.compress.tokens.diverse.important_diverse import ImportantDiverse
 from pocketvlm.compress.tokens.diverse.max_min import MaxMinDistance
 from pocketvlm.compress.tokens.imported import Imported
@@ -49,6 +50,7 @@ AnyReducer = (
     | AttentionRows
     | ImportantDiverse
     | MaxMinDistance
+    | Determinantal
     | DominantMerged
     | Similar
     | UniformStride

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocketvlm.compress.tokens.diverse.determinantal import likeliest_tokens, scaled
 from pocketvlm.compress.tokens.diverse.important_diverse import (
     ImportantDiverseReducer,
     drop_duplicates,
@@ -72,6 +73,61 @@ def test_max_min_spreads_wider_than_the_first_tokens_and_than_chance(seed: int) 
     assert closest(chosen) > max(randoms)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_determinantal_is_the_greedy_solution(
+    seed: int, count: int, is_relevant: bool, data: st.DataObject
+) -> None:
+    """Each step adds the token whose kernel with those chosen has the largest determinant."""
+    keep = data.draw(st.integers(1, count))
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(count, 16))
+    relevance = rng.uniform(0.2, 1, size=count) if is_relevant else np.ones(count)
+    kernel = relevance[:, None] * cosines(features) * relevance
+    np.fill_diagonal(kernel, relevance**2)
+    chosen: list[int] = []
+    for _ in range(keep):
+        rest = [token for token in range(count) if token not in chosen]
+        volumes = [np.linalg.det(kernel[np.ix_([*chosen, t], [*chosen, t])]) for t in rest]
+        # Rounding decides between equals, such as the first of tokens that are all relevant.
+        best = max(volumes)
+        chosen.append(next(t for t, v in zip(rest, volumes, strict=True) if v >= best - 1e-12))
+    found = likeliest_tokens(
+        torch.from_numpy(features)[None], torch.from_numpy(relevance)[None], keep
+    )
+    assert found[0].tolist() == chosen
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_determinantal_spans_more_than_the_most_relevant_tokens_and_than_chance(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    features, relevance = rng.normal(size=(40, 12)), rng.uniform(0.1, 1, size=40)
+    kernel = relevance[:, None] * cosines(features) * relevance
+
+    def volume(indices: list[int]) -> float:
+        return float(np.linalg.slogdet(kernel[np.ix_(indices, indices)])[1])
+
+    both = torch.from_numpy(features)[None], torch.from_numpy(relevance)[None]
+    chosen = likeliest_tokens(*both, 8)[0].tolist()
+    top = np.argsort(-relevance)[:8].tolist()
+    randoms = [np.random.default_rng(other).permutation(40)[:8].tolist() for other in range(20)]
+    assert volume(chosen) > max(map(volume, [top, *randoms]))
+
+
+def test_determinantal_keeps_every_token_once_where_they_span_nothing_new() -> None:
+    """More tokens than channels, doubles, and tokens of no relevance: the rest in some order."""
+    features = torch.ones(1, 6, 2)
+    features[:, 3:, 1] = -1
+    relevance = torch.tensor([[1.0, 0.0, 0.5, 0.0, 1.0, 0.5]])
+    assert sorted(likeliest_tokens(features, relevance, 6)[0].tolist()) == list(range(6))
+    assert sorted(likeliest_tokens(features, relevance, 2)[0].tolist()) == [0, 4]
+
+
+def test_scaled_scores_are_between_0_and_1() -> None:
+    scores = torch.tensor([[2.0, 6.0, 4.0], [3.0, 3.0, 3.0]])
+    torch.testing.assert_close(scaled(scores), torch.tensor([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]))
+
+
 def test_of_equal_tokens_one_remains() -> None:
     rng = np.random.default_rng(1)
     distinct = rng.normal(size=(4, 6))
@@ -79,6 +135,9 @@ def test_of_equal_tokens_one_remains() -> None:
     names = torch.arange(8)[None]
     assert {index // 2 for index in drop_duplicates(features, names, 4)[0].tolist()} == {0, 1, 2, 3}
     assert {index // 2 for index in farthest_tokens(features, 4)[0].tolist()} == {0, 1, 2, 3}
+    relevance = torch.ones(1, 8, dtype=features.dtype)
+    likeliest = likeliest_tokens(features, relevance, 4)[0].tolist()
+    assert {index // 2 for index in likeliest} == {0, 1, 2, 3}
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.data())
