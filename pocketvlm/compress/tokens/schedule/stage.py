@@ -13,7 +13,9 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.schedule.exit import Exit
 from pocketvlm.compress.tokens.schedule.fast_v import FastV
+from pocketvlm.compress.tokens.schedule.g_search import GSearch
 from pocketvlm.compress.tokens.schedule.listed import Listed
+from pocketvlm.compress.tokens.schedule.p_sigmoid import PSigmoid
 from pocketvlm.compress.tokens.schedule.progressive import Progressive
 from pocketvlm.compress.tokens.schedule.pyramid_drop import PyramidDrop
 from pocketvlm.context import RunContext
@@ -23,7 +25,7 @@ from pocketvlm.stages import PlanState, Stage, StageResult
 
 __all__ = ["AnySchedule", "DropTokens"]
 
-AnySchedule = Exit | FastV | PyramidDrop | Progressive | Listed
+AnySchedule = Exit | FastV | PyramidDrop | Progressive | Listed | GSearch | PSigmoid
 """Everything that a recipe may name as `schedule`."""
 
 _EXIT = Exit()

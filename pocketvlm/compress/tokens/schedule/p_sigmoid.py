@@ -1,0 +1,280 @@
+"""Visual tokens fall along a sigmoid of depth whose form is optimised under a budget of compute.
+
+P-Sigmoid (Zhao et al., arXiv 2412.00556): under a budget, the share of visual tokens that a layer
+runs is a sigmoid of its depth, with few parameters, tuned by Bayesian optimisation on a calibration
+set. The published form of the curve is not known to us; here it is
+
+    share(l) = low + (high - low) / (1 + exp(steepness (l / L - middle)))
+
+for layer l of L. Of its four parameters `middle` is solved, so that every curve that is tried costs
+what the budget allows. `low` and `high` are searched below and above the constant share that costs
+as much: that share is itself a curve of the family and is tried first, so that on the calibration
+samples the result is never worse than it. The objective is the loss of the answers' tokens, which
+tells apart schedules that answer equally often. The first layer runs all tokens: its attention is
+the first that ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pocketvlm.bundle import VisualSchedule
+from pocketvlm.calibration.gradients.schedule_trials import GivenAnswers, ScheduleTrials
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.tokens.schedule.kind import (
+    FoundSchedule,
+    Report,
+    ScheduleKind,
+    stepwise,
+)
+from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
+from pocketvlm.errors import RecipeError
+
+__all__ = ["Curve", "PSigmoid", "constant_curve", "curve_within", "within_budget"]
+
+_RANDOM_TRIALS = 8
+_BISECTIONS = 24
+_STEEPEST = 60.0
+_LEVEL_AFTER = 12.0  # steepness times distance from the middle where a curve is level
+
+Cost = Callable[[VisualSchedule | None], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Shares of visual tokens by depth.
+
+    Attributes:
+        high: The share that it falls from.
+        low: The share that it falls to.
+        steepness: How fast, per depth of the decoder.
+        middle: Where it is halfway, as a share of the depth.
+    """
+
+    high: float
+    low: float
+    steepness: float
+    middle: float
+
+    def share(self, depth: float) -> float:
+        """Share of the tokens at a depth, as a share of all layers."""
+        fallen = 1 / (1 + math.exp(-self.steepness * (depth - self.middle)))
+        return self.high - (self.high - self.low) * fallen
+
+    def schedule(self, layers: int, tokens: int) -> VisualSchedule | None:
+        """The curve in whole tokens; `None` where it drops none."""
+        shares = [(layer, self.share(layer / layers)) for layer in range(1, layers)]
+        if round(shares[-1][1] * tokens) >= tokens:
+            return None
+        return stepwise(shares, tokens, ranked_in="layer_before", positions="original")
+
+
+def within_budget(cost: Callable[[float], float], budget: float, low: float, high: float) -> float:
+    """The largest number in [low, high] that costs no more, where cost rises with it.
+
+    `low` is taken to be within the budget.
+    """
+    if cost(high) <= budget:
+        return high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if cost(middle) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def constant_curve(cost: Cost, budget: float, layers: int, tokens: int) -> Curve:
+    """One number of tokens in all layers but the first, the largest within the budget."""
+
+    def level(count: int) -> Curve:
+        share = count / tokens
+        return Curve(high=share, low=share, steepness=0.0, middle=0.5)
+
+    def spent(count: int) -> float:
+        return cost(level(count).schedule(layers, tokens))
+
+    return level(bisect_right(range(1, tokens), budget, key=spent))
+
+
+def curve_within(
+    cost: Cost,
+    budget: float,
+    layers: int,
+    tokens: int,
+    *,
+    high: float,
+    low: float,
+    steepness: float,
+) -> Curve:
+    """The curve of this form that falls as late as the budget allows."""
+
+    def at(middle: float) -> Curve:
+        return Curve(high=high, low=low, steepness=steepness, middle=middle)
+
+    reach = _LEVEL_AFTER / steepness
+    found = within_budget(
+        lambda middle: cost(at(middle).schedule(layers, tokens)), budget, -reach, 1 + reach
+    )
+    return at(found)
+
+
+def _bayesian_points(
+    objective: Callable[[float, float, float], float], trials: int, seed: int
+) -> Iterator[float]:
+    """Maximizes over the unit cube by Gaussian processes and expected improvement."""
+    from bayes_opt import BayesianOptimization
+    from bayes_opt.acquisition import ExpectedImprovement
+
+    names = ("high", "low", "steepness")
+    optimizer = BayesianOptimization(
+        f=None,
+        pbounds=dict.fromkeys(names, (0.0, 1.0)),
+        acquisition_function=ExpectedImprovement(xi=0.0),
+        random_state=seed,
+        verbose=0,
+        allow_duplicate_points=True,
+    )
+    for trial in range(trials):
+        point = optimizer.random_sample(1)[0] if trial < _RANDOM_TRIALS else optimizer.suggest()
+        value = objective(*(float(point[name]) for name in names))
+        optimizer.register(params=point, target=value)
+        yield value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PSigmoid(ScheduleKind):
+    """Searches the best sigmoid of depth for a budget.
+
+    Attributes:
+        macs: The budget: share of the multiplications of the decoder's prefill that are left, rows
+            of text included, on the prompts of the calibration samples.
+        trials: Curves that are tried, the constant share not counted.
+        seed: Of the search.
+    """
+
+    kind: Literal["p_sigmoid"] = "p_sigmoid"
+    macs: float = 0.5
+    trials: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.macs < 1:
+            raise ValueError(f"macs is {self.macs!r}; allowed is a share in (0, 1)")
+        if self.trials < 1:
+            raise ValueError(f"trials is {self.trials}; allowed are 1 and more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; allowed are 0 to {2**32 - 1}")
+
+    @property
+    def is_searched(self) -> bool:
+        """Always."""
+        return True
+
+    def plan(self, depth: int, tokens: int) -> VisualSchedule:
+        """All tokens in all layers: the curve is found on calibration samples."""
+        del tokens
+        return VisualSchedule.ending(depth)
+
+    def find(
+        self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
+    ) -> FoundSchedule:
+        """Tries curves of one cost.
+
+        Raises:
+            RecipeError: A single visual token in each layer costs more than the budget.
+        """
+        spec, reducer = checkpoint.spec, checkpoint.reducer
+        layers = spec.decoder.depth
+        tokens = spec.visual_tokens if reducer is None else reducer.keep
+        trials = ScheduleTrials(checkpoint, samples)
+        cost = PrefillMacs.of(spec, trials.prompt_rows).share
+        _require_affordable(cost, self.macs, layers, tokens)
+        search = _Search(trials=trials, layers=layers, tokens=tokens)
+        constant = constant_curve(cost, self.macs, layers, tokens)
+        plain = search.loss(constant)
+
+        def objective(high: float, low: float, steepness: float) -> float:
+            share = constant.high
+            curve = curve_within(
+                cost,
+                self.macs,
+                layers,
+                tokens,
+                high=share + (1 - share) * high,
+                low=share * (1 - low),
+                steepness=_STEEPEST**steepness,
+            )
+            return -search.loss(curve)
+
+        for number, _ in enumerate(_bayesian_points(objective, self.trials, self.seed), start=1):
+            report(number, self.trials)
+        curve = search.best
+        found = curve.schedule(layers, tokens)
+        if found is None:
+            raise RecipeError(
+                f"drop_tokens: macs {self.macs:g} is spent by no curve; a larger share than "
+                f"{cost(constant.schedule(layers, tokens)):.3f} drops nothing"
+            )
+        answers = search.tried[found]
+        return FoundSchedule(
+            schedule=found,
+            metrics={
+                "prefill_macs_share": cost(found),
+                "curve": {
+                    "high": curve.high,
+                    "low": curve.low,
+                    "steepness": curve.steepness,
+                    "middle": curve.middle,
+                },
+                "trials": len(search.tried),
+                "samples": len(samples),
+                "right": answers.right,
+                "right_before": trials.plain.right,
+                "answer_loss": answers.loss,
+                "answer_loss_before": trials.plain.loss,
+                "answer_loss_of_constant_share": plain,
+                "constant_share": constant.high,
+            },
+        )
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """The curves that were tried; several may be one schedule in whole tokens."""
+
+    trials: ScheduleTrials
+    layers: int
+    tokens: int
+    tried: dict[VisualSchedule | None, GivenAnswers] = field(default_factory=dict)
+    curves: dict[VisualSchedule | None, Curve] = field(default_factory=dict)
+
+    def loss(self, curve: Curve) -> float:
+        """Of the answers, in nats."""
+        schedule = curve.schedule(self.layers, self.tokens)
+        if schedule not in self.tried:
+            self.tried[schedule] = self.trials.answers(schedule)
+            self.curves[schedule] = curve
+        return self.tried[schedule].loss
+
+    @property
+    def best(self) -> Curve:
+        """The curve of least loss."""
+        return self.curves[min(self.tried, key=lambda schedule: self.tried[schedule].loss)]
+
+
+def _require_affordable(cost: Cost, budget: float, layers: int, tokens: int) -> None:
+    least = cost(
+        stepwise([(1, 0.5 / tokens)], tokens, ranked_in="layer_before", positions="original")
+    )
+    if layers < 2 or budget < least:  # noqa: PLR2004  (a layer that ranks, and one to save in)
+        raise RecipeError(
+            f"drop_tokens: macs {budget:g} is below {least:.3f}, the share that text, the first "
+            "layer and a single visual token take; the schedule exit ends all tokens earlier"
+        )
