@@ -23,7 +23,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.evaluation.answers import exact_match
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.processor import user_message
-from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_arithmetic
+from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_activations
 from pocketvlm.reference_graph.forward import (
     decode_logits,
     embed_prompts,
@@ -55,7 +55,7 @@ def compare(run: Path, n: int, seed: int) -> dict[str, Any]:
             )
             right["bundle"] += exact_match(answer.text, sample.answer)
             for name in _ARITHMETICS:
-                with torch.inference_mode(), simulate_arithmetic(checkpoint, name):
+                with torch.inference_mode(), simulate_activations(checkpoint, name):
                     tokens, logits, inputs = _answer(checkpoint, sample)
                 runner.reset()
                 found = runner.decode(inputs.embeds.numpy(), inputs.positions.numpy())

@@ -14,7 +14,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.prompts import PromptLimits, Question, encode_questions
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
-from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_arithmetic
+from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_activations
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_prompts,
@@ -70,7 +70,7 @@ def answer_with_checkpoint(
     with (
         torch.inference_mode(),
         cache_dense_weights(checkpoint.model),
-        simulate_arithmetic(checkpoint, arithmetic),
+        simulate_activations(checkpoint, arithmetic),
     ):
         for start in range(0, len(samples), _CHUNK * batch_size):
             chunk = range(start, min(start + _CHUNK * batch_size, len(samples)))

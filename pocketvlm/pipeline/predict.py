@@ -10,7 +10,12 @@ from pocketvlm.device_bench.devices.derive import derive_rates
 from pocketvlm.device_bench.prediction.calibration.host_file import read_calibration
 from pocketvlm.device_bench.prediction.costs import ExportedModel
 from pocketvlm.device_bench.prediction.predicted import beside_measured
-from pocketvlm.device_bench.prediction.rates import FLOAT_KERNEL, Rates, quantized_kernel
+from pocketvlm.device_bench.prediction.rates import (
+    BYTE_ROWS_KERNEL,
+    FLOAT_KERNEL,
+    Rates,
+    quantized_kernel,
+)
 from pocketvlm.device_bench.prediction.roofline import Question, Times, predict_times
 from pocketvlm.device_bench.workload import PRESETS, Workload
 from pocketvlm.export.onnx.limits import container_bits
@@ -177,7 +182,7 @@ def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel
         return "accuracy_level 0 was not calibrated; level 4 was"
     kernels: dict[LinearSpec, str] = {}
     for linear, layout in state.layouts.items():
-        kernel = _kernel(layout)
+        kernel = _kernel(layout, linear.in_features)
         if kernel is None:
             return f"{linear.name}: float zero points were not calibrated; integers were"
         kernels[linear] = kernel
@@ -189,13 +194,15 @@ def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel
     )
 
 
-def _kernel(layout: WeightLayout | None) -> str | None:
+def _kernel(layout: WeightLayout | None, columns: int) -> str | None:
     """What multiplies with a matrix; codebooks and what a mask makes float are dense in memory."""
     plain = without_mask(layout)
     if not isinstance(plain, AffineLayout):
         return FLOAT_KERNEL
     if plain.float_zeros:
         return None
+    if plain.has_byte_rows(columns):
+        return BYTE_ROWS_KERNEL
     return quantized_kernel(container_bits(plain.bits), plain.group_size)
 
 

@@ -3,7 +3,7 @@
 What is evaluated before the export is then what the artifact will answer.
 
 A fast kernel multiplies int8 by int4 or int8, so it rounds what enters every quantized layer while
-it runs. Two rules cover the runtimes; both are exact up to the order in which float32 is summed,
+it runs. Three rules cover the runtimes; all are exact up to the order in which float32 is summed,
 and are held to the kernels themselves by tests.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -18,33 +19,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.weights.layout import AffineLayout, without_mask
+from pocketvlm.models.layers import Part
+from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 from pocketvlm.weights.modules import FormLinear
 
 __all__ = [
     "ARITHMETICS",
     "Arithmetic",
-    "Scheme",
+    "input_rounding",
     "round_per_block",
+    "round_per_tile",
     "round_per_token",
     "simulate_activations",
-    "simulate_arithmetic",
 ]
-
-Scheme = Literal["per_block_symmetric", "per_token_asymmetric"]
-"""`per_block_symmetric`: a scale for each block of a token, as ONNX Runtime's `MatMulNBits` at
-accuracy level 4; `per_token_asymmetric`: a scale and a zero point for each token, as ExecuTorch's
-8da4w."""
 
 Arithmetic = Literal["float32", "onnx", "executorch"]
 """Whose arithmetic quantized layers follow; `float32` rounds nothing."""
 
 ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 
-_SCHEMES: dict[str, Scheme] = {
-    "onnx": "per_block_symmetric",
-    "executorch": "per_token_asymmetric",
-}
+Rounding = Callable[[Tensor], Tensor]
+"""From the inputs of a layer, float32 [batch, tokens, width], to what their integers stand for."""
+
 _LEAST = 1e-36  # a smaller scale has no inverse in float32
 _EPSILON = torch.finfo(torch.float32).eps
 
@@ -87,71 +83,84 @@ def round_per_token(inputs: Tensor) -> Tensor:
     return (codes - zero) * scale
 
 
+def round_per_tile(inputs: Tensor) -> Tensor:
+    """Rounds a tile to 256 levels between its least and its largest number, zero included.
+
+    Args:
+        inputs: float32 [tiles, tokens, width].
+
+    Returns:
+        What the integers stand for, float32 of the same shape.
+    """
+    low, high = torch.aminmax(inputs.flatten(1), dim=1)
+    low, high = low.clamp(max=0)[:, None, None], high.clamp(min=0)[:, None, None]
+    scale = torch.where(high > low, (high - low) / 255, 1.0)
+    zero = (-low / scale).clamp(0, 255).round()
+    codes = ((inputs / scale).round() + zero).clamp(0, 255)
+    return (codes - zero) * scale
+
+
+def input_rounding(
+    layout: WeightLayout | None, columns: int, part: Part, arithmetic: Arithmetic
+) -> Rounding | None:
+    """How the inputs of a layer are rounded; `None` for one that its kernel runs in float32.
+
+    Args:
+        layout: How its weight is stored.
+        columns: Of the weight.
+        part: Where in the model it stands.
+        arithmetic: Whose kernel it is.
+    """
+    plain = without_mask(layout)
+    if arithmetic == "float32" or not isinstance(plain, AffineLayout):
+        return None
+    if arithmetic == "executorch":
+        return round_per_token
+    if plain.has_byte_rows(columns):
+        if part in ("tower", "projector"):
+            return round_per_tile
+        return partial(round_per_block, block=columns)
+    # ONNX Runtime has no integer kernel for these: it widens the weights and stays in float32.
+    if plain.float_zeros or (plain.bits, plain.group_size) == (2, 16):
+        return None
+    return partial(round_per_block, block=plain.group_size)
+
+
 @contextmanager
 def simulate_activations(
-    checkpoint: Checkpoint, scheme: Scheme, *, decoder: bool = True, tower: bool = True
+    checkpoint: Checkpoint, arithmetic: Arithmetic, *, decoder: bool = True, tower: bool = True
 ) -> Iterator[None]:
-    """Rounds what enters the quantized layers, inside the block.
+    """Follows a runtime's arithmetic at its fastest setting, inside the block.
 
     Layers that are not quantized compute in float32 on every runtime, and so they do here.
 
     Args:
         checkpoint: The model, quantized as it is.
-        scheme: How a token is rounded.
+        arithmetic: Whose.
         decoder: Whether the decoder's and the head's inputs are rounded.
         tower: Whether the tower's and the projector's are.
-
-    Raises:
-        ValueError: The scheme is unknown.
-    """
-    if scheme not in get_args(Scheme):
-        raise ValueError(f"scheme is {scheme!r}; allowed are {', '.join(get_args(Scheme))}")
-    spec = checkpoint.spec
-    parts = {"decoder": decoder, "head": decoder, "tower": tower, "projector": tower}
-    names = {linear.name for linear in spec.linears() if parts.get(linear.part)}
-    if decoder:
-        names.add(spec.decoder.head)  # a tied head is not a separate linear
-    with ExitStack() as stack:
-        for name in sorted(names):
-            layer = cast("FormLinear", checkpoint.layer(name))
-            rounding = _rounding(layer, scheme)
-            if rounding is not None:
-                stack.callback(layer.register_forward_pre_hook(_before(rounding)).remove)
-        yield
-
-
-@contextmanager
-def simulate_arithmetic(checkpoint: Checkpoint, arithmetic: Arithmetic) -> Iterator[None]:
-    """Follows a runtime's arithmetic at its fastest setting, in all parts, inside the block.
 
     Raises:
         ValueError: The arithmetic is unknown.
     """
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}; allowed are {', '.join(ARITHMETICS)}")
-    if arithmetic == "float32":
+    spec = checkpoint.spec
+    parts = {"decoder": decoder, "head": decoder, "tower": tower, "projector": tower}
+    layers = {linear.name: linear.part for linear in spec.linears() if parts.get(linear.part)}
+    if decoder:
+        layers[spec.decoder.head] = "head"  # a tied head is not a separate linear
+    with ExitStack() as stack:
+        for name, part in sorted(layers.items()):
+            layer = cast("FormLinear", checkpoint.layer(name))
+            rounding = input_rounding(layer.form.layout, layer.form.shape[1], part, arithmetic)
+            if rounding is not None:
+                stack.callback(layer.register_forward_pre_hook(_before(rounding)).remove)
         yield
-        return
-    with simulate_activations(checkpoint, _SCHEMES[arithmetic]):
-        yield
-
-
-def _rounding(layer: FormLinear, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
-    """How a layer's inputs are rounded; `None` for a layer that its kernel runs in float32."""
-    layout = without_mask(layer.form.layout)
-    if not isinstance(layout, AffineLayout):
-        return None
-    if scheme == "per_token_asymmetric":
-        return round_per_token
-    # ONNX Runtime has no integer kernel for these: it widens the weights and stays in float32.
-    if layout.float_zeros or (layout.bits, layout.group_size) == (2, 16):
-        return None
-    group_size = layout.group_size
-    return lambda inputs: round_per_block(inputs, group_size)
 
 
 def _before(
-    rounding: Callable[[Tensor], Tensor],
+    rounding: Rounding,
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (rounding(inputs[0]),)

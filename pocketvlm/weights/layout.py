@@ -42,6 +42,10 @@ class AffineLayout:
     symmetric: bool
     float_zeros: bool = False
 
+    def has_byte_rows(self, columns: int) -> bool:
+        """Whether it is int8 around zero with one scale per row: what integer kernels multiply."""
+        return self.bits == _BYTE and self.symmetric and self.group_size >= columns
+
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of codes, scales and zero points of a matrix [rows, columns]."""
         groups = -(-columns // self.group_size)

@@ -18,17 +18,18 @@ from pocketvlm.reference_graph.forward import (
     embed_prompts,
     encode_images,
 )
-from pocketvlm.runtime.onnx.engine import onnxruntime
+from pocketvlm.runtime.onnx.engine import onnxruntime, require_exact_sums
 from pocketvlm.weights.affine import AffineWeight
 
 Quantize = Callable[..., AffineWeight]
 
 
 def quantize_affine(
-    weight: Tensor, bits: int, group_size: int = 32, *, symmetric: bool = False
+    weight: Tensor, bits: int, group_size: int | None = 32, *, symmetric: bool = False
 ) -> AffineWeight:
     """Round-to-nearest, written for tests: nothing here is shared with the stages."""
     rows, columns = weight.shape
+    group_size = group_size or columns
     groups = -(-columns // group_size)
     padded = torch.zeros(rows, groups * group_size)
     padded[:, :columns] = weight
@@ -55,7 +56,7 @@ def quantize_affine(
 
 
 def quantize_checkpoint(
-    checkpoint: Checkpoint, bits: int, group_size: int = 32, *, symmetric: bool = False
+    checkpoint: Checkpoint, bits: int, group_size: int | None = 32, *, symmetric: bool = False
 ) -> Checkpoint:
     for linear, form in checkpoint.forms().items():
         quantized = quantize_affine(form.dequantize(), bits, group_size, symmetric=symmetric)
@@ -143,6 +144,7 @@ class Decoder:
 def open_session(folder: Path, role: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    require_exact_sums(options)
     return onnxruntime.InferenceSession(
         folder / "onnx" / f"{role}.onnx", options, providers=["CPUExecutionProvider"]
     )

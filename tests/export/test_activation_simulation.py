@@ -24,7 +24,6 @@ from pocketvlm.reference_graph.activation_rounding import (
     round_per_block,
     round_per_token,
     simulate_activations,
-    simulate_arithmetic,
 )
 from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, encode_images
 from pocketvlm.runtime.onnx.engine import onnxruntime
@@ -86,7 +85,7 @@ def test_a_layer_is_what_the_kernel_computes(
     layer = tiny_checkpoint.layer(tiny_checkpoint.spec.decoder.head)
     layer.form = form
     exact = inputs.double() @ form.dequantize().double().T
-    with torch.no_grad(), simulate_activations(tiny_checkpoint, "per_block_symmetric"):
+    with torch.no_grad(), simulate_activations(tiny_checkpoint, "onnx"):
         simulated = layer(inputs)
     found = run_kernel(form, inputs).double()
     scale = float(exact.abs().max())
@@ -97,11 +96,18 @@ def test_a_layer_is_what_the_kernel_computes(
         assert float((found - exact).abs().max()) > 1e-4 * scale
 
 
-@pytest.mark.parametrize(("bits", "density"), [(4, 1.0), (8, 1.0), (4, 0.5)])
+@pytest.mark.parametrize(
+    ("bits", "group", "density"), [(4, 32, 1.0), (8, 32, 1.0), (8, None, 1.0), (4, 32, 0.5)]
+)
 def test_the_simulated_model_is_far_closer_to_the_artifact(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, ctx: RunContext, bits: int, density: float
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    ctx: RunContext,
+    bits: int,
+    group: int | None,
+    density: float,
 ) -> None:
-    checkpoint = quantize_checkpoint(tiny_checkpoint, bits)
+    checkpoint = quantize_checkpoint(tiny_checkpoint, bits, group, symmetric=group is None)
     if density < 1:  # masked integers run on the same kernels
         for linear, form in checkpoint.forms().items():
             largest = form.dequantize().abs()
@@ -121,7 +127,7 @@ def test_the_simulated_model_is_far_closer_to_the_artifact(
         (embeds, _) = vision.run(None, {"pixel_values": pixels.numpy()})
         logits = Decoder(tmp_path, checkpoint.spec)(first.embeds.numpy(), first.positions.numpy())
         for errors, arithmetic in ((plain, "float32"), (simulated, "onnx")):
-            with torch.inference_mode(), simulate_arithmetic(checkpoint, arithmetic):
+            with torch.inference_mode(), simulate_activations(checkpoint, arithmetic):
                 visual = encode_images(checkpoint, pixels).embeds.numpy()
                 expected = decode_logits(checkpoint, first, last_only=True)[0, 0].numpy()
             errors.append((rms(embeds - visual), rms(logits - expected)))
@@ -143,11 +149,11 @@ def test_parts_can_be_simulated_alone(tiny_checkpoint: Checkpoint) -> None:
             return embeds, decode_logits(checkpoint, prompt, last_only=True)
 
     embeds, logits = run()
-    with simulate_activations(checkpoint, "per_block_symmetric", tower=False):
+    with simulate_activations(checkpoint, "onnx", tower=False):
         found = run()
     assert torch.equal(found[0], embeds)
     assert not torch.equal(found[1], logits)
-    with simulate_activations(checkpoint, "per_block_symmetric", decoder=False):
+    with simulate_activations(checkpoint, "onnx", decoder=False):
         found = run()
     assert not torch.equal(found[0], embeds)
     assert torch.equal(found[1], logits)
@@ -158,7 +164,7 @@ def test_float_layers_stay_float(tiny_checkpoint: Checkpoint) -> None:
     with torch.inference_mode():
         expected = decode_logits(tiny_checkpoint, prompt)
         for arithmetic in ("onnx", "executorch", "float32"):
-            with simulate_arithmetic(tiny_checkpoint, arithmetic):
+            with simulate_activations(tiny_checkpoint, arithmetic):
                 assert torch.equal(decode_logits(tiny_checkpoint, prompt), expected)
 
 
@@ -235,11 +241,6 @@ def test_scores_can_follow_a_runtime(tiny_checkpoint: Checkpoint) -> None:
     handle.remove()
     with pytest.raises(ValueError, match="arithmetic is 'int8'; allowed are float32, onnx"):
         score_checkpoint(checkpoint, samples, arithmetic="int8")
-    with (
-        pytest.raises(ValueError, match="scheme is 'per_row'"),
-        simulate_activations(checkpoint, "per_row"),
-    ):
-        pass
 
 
 def test_a_subject_can_be_scored_under_a_runtimes_arithmetic(

@@ -14,6 +14,7 @@ from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.coreml.weights import pack_weight as pack_weight_coreml
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.executorch.weights import integer_matrix
+from pocketvlm.export.onnx.byte_rows import byte_codes
 from pocketvlm.export.onnx.expansion import codebook_rows
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.onnx.weights import narrowest_float, pack_weight
@@ -43,6 +44,7 @@ INTEGERS = [
     affine(4, 64, "float"),
     affine(4, 16, "integer"),
     affine(4, 128, "integer"),
+    affine(8, _COLUMNS, "none"),
 ]
 TABLES = [
     CodebookLayout(index_bits=8, vector_length=4),
@@ -73,6 +75,8 @@ class CountedFile(WeightFile):
 def onnx_bytes(form: WeightForm, folder: Path) -> int:
     plain = form.without_mask()
     if isinstance(plain, AffineWeight):
+        if plain.layout.has_byte_rows(plain.in_features):
+            return byte_codes([plain]).nbytes + plain.scales.numpy().nbytes
         packed = pack_weight([plain])
         zeros = 0 if packed.zeros is None else packed.zeros.nbytes
         return packed.codes.nbytes + packed.scales.nbytes + zeros

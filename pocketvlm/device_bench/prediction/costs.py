@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketvlm.bundle import VisualSchedule
-from pocketvlm.device_bench.prediction.rates import FLOAT_KERNEL
+from pocketvlm.device_bench.prediction.rates import BYTE_ROWS_KERNEL, FLOAT_KERNEL
 from pocketvlm.models.blocks import BlockSpec, FfnSpec
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.projector import (
@@ -91,6 +91,8 @@ class Elementwise:
     kind: str
     elements: int
 
+
+_ROUNDING_NODES = 4
 
 Operator = Product | TowerAttention | CachedAttention | Elementwise
 
@@ -278,6 +280,12 @@ def _products(model: ExportedModel, names: tuple[str, ...], rows: int) -> Iterat
         outputs = rows * sum(linear.out_features for linear in linears)
         if kernel == FLOAT_KERNEL and any(linear.has_bias for linear in linears):
             yield Elementwise(kind="copy", elements=outputs)
+        if kernel == BYTE_ROWS_KERNEL and linears[0].part not in ("tower", "projector"):
+            # Nodes that round each row by itself, and scale and shift what the kernel returns.
+            for _ in range(_ROUNDING_NODES):
+                yield Elementwise(kind="copy", elements=rows * linears[0].in_features)
+            for _ in range(1 + any(linear.has_bias for linear in linears)):
+                yield Elementwise(kind="copy", elements=outputs)
     if len(groups) > 1:
         total = rows * sum(model.linear(name).out_features for name in names)
         yield Elementwise(kind="copy", elements=total)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 __all__ = [
+    "BYTE_ROWS_KERNEL",
     "FLOAT_KERNEL",
     "AttentionRates",
     "ProductRates",
@@ -20,8 +21,11 @@ __all__ = [
 FLOAT_KERNEL = "float32"
 """Products of float32 weights; whatever a bundle stores as floats is float32 once loaded."""
 
+BYTE_ROWS_KERNEL = "int8 row"
+"""Products of int8 weights that have one scale per row."""
 
 _SCALE_BITS = 16
+_WIDEST = 1 << 16
 
 
 def quantized_kernel(bits: int, group_size: int) -> str:
@@ -84,7 +88,7 @@ class Rates(_Positive):
 
     Attributes:
         threads: Threads of the heavy graphs.
-        products: By kernel: `float32`, or as `quantized_kernel` names it.
+        products: By kernel: `float32`, `int8 row`, or as `quantized_kernel` names it.
         attention: Of the decoder, by the type of the cache: `float32` or `int8`.
         tower_macs_s: Multiplications and additions per second of attention among patches.
         activation_elements_s: Elements per second of an activation function, by the name that
@@ -134,5 +138,7 @@ def _distance(left: str, right: str) -> tuple[float, float]:
 def _widths(kernel: str) -> tuple[int, int]:
     if kernel == FLOAT_KERNEL:
         return 32, 0
+    if kernel == BYTE_ROWS_KERNEL:
+        return 8, _WIDEST
     bits, _, group = kernel.removeprefix("int").partition(" g")
     return int(bits), int(group)

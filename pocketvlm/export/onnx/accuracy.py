@@ -19,7 +19,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.signatures import cache_names, decoder_signatures
 from pocketvlm.reference_graph.forward import DecoderInputs
-from pocketvlm.runtime.onnx.engine import onnxruntime
+from pocketvlm.runtime.onnx.engine import onnxruntime, require_exact_sums
 
 __all__ = ["LevelAgreement", "agreement_of_levels"]
 
@@ -69,6 +69,7 @@ def _all_logits(
     """Logits of every position of every prompt, [positions, vocabulary]."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    require_exact_sums(options)
     session = onnxruntime.InferenceSession(
         folder / "onnx" / "decoder.onnx", options, providers=["CPUExecutionProvider"]
     )

@@ -20,26 +20,28 @@ def container_bits(bits: int) -> int:
     return 4 if bits == 3 else bits  # noqa: PLR2004  (the width that has no kernel)
 
 
-def explain(layout: WeightLayout | None) -> Explanation:
-    """What ONNX Runtime makes of a matrix; its shape and whether it is a table do not matter."""
+def explain(layout: WeightLayout | None, columns: int) -> Explanation:
+    """What ONNX Runtime makes of a matrix with this number of columns."""
     if layout is None:
         return Explanation(stored="float32")
     if isinstance(layout, CodebookLayout):
         return _explain_codebook(layout)
     if isinstance(layout, AffineLayout):
-        return _explain_affine(layout)
+        return _explain_affine(layout, columns)
     stored, price = describe_masked(layout, "ONNX Runtime")
     plain = layout.without_mask
-    found = Explanation() if plain is None else _explain_affine(plain)
+    found = Explanation() if plain is None else _explain_affine(plain, columns)
     return Explanation(stored=stored, refusal=found.refusal, prices=(*found.prices, price))
 
 
-def _explain_affine(layout: AffineLayout) -> Explanation:
+def _explain_affine(layout: AffineLayout, columns: int) -> Explanation:
+    if layout.has_byte_rows(columns):
+        return Explanation(stored="int8 a row, int8 activations")
     container = container_bits(layout.bits)
     if layout.group_size not in BLOCK_SIZES:
         return Explanation(
             refusal=f"group size {layout.group_size} has no ONNX Runtime kernel; allowed are "
-            f"{', '.join(map(str, BLOCK_SIZES))}"
+            f"{', '.join(map(str, BLOCK_SIZES))}, and the whole row of 8 bits, symmetric"
         )
     if layout.float_zeros and container not in _FLOAT_ZERO_BITS:
         return Explanation(

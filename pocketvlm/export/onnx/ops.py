@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
+from pocketvlm.export.onnx.byte_rows import (
+    RoundedOver,
+    byte_codes,
+    float_product,
+    integer_product,
+    table_rows,
+)
 from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebook_rows
 from pocketvlm.export.onnx.masks import Masks
 from pocketvlm.export.onnx.reducer import trace_reducer
@@ -50,15 +57,25 @@ class OnnxOps:
     Args:
         graph: Where nodes go.
         checkpoint: Where weights come from.
-        accuracy_level: How `MatMulNBits` computes: 0 in float32, 4 with activations rounded to
-            int8 a block.
+        accuracy_level: How products of integers are computed: 0 in float32, 4 with activations
+            rounded to int8.
+        rounded_over: Over what activations have one scale where a row of the weight has one; in
+            groups it is a block of a row.
     """
 
-    def __init__(self, graph: GraphWriter, checkpoint: Checkpoint, *, accuracy_level: int) -> None:
+    def __init__(
+        self,
+        graph: GraphWriter,
+        checkpoint: Checkpoint,
+        *,
+        accuracy_level: int,
+        rounded_over: RoundedOver = "row",
+    ) -> None:
         self._graph = graph
         self._checkpoint = checkpoint
         self._spec = checkpoint.spec
         self._accuracy_level = accuracy_level
+        self._rounded_over = rounded_over
         self._widths = {
             linear.name: linear.out_features for linear in checkpoint.spec.linears()
         } | {checkpoint.spec.decoder.head: checkpoint.spec.decoder.vocab_size}
@@ -153,14 +170,14 @@ class OnnxOps:
 
     def add_norm(self, inputs: str, residual: str, name: str) -> tuple[str, str]:
         module = self._norm_module(name)
-        operands = [inputs, residual, self._float(f"{name}.weight", module.weight, narrow=False)]
-        operator = "SkipSimplifiedLayerNormalization"
         if _is_layer_norm(module):
-            operator = "SkipLayerNormalization"
-            operands.append(self._float(f"{name}.bias", module.bias, narrow=False))
+            # One node would do both, and take three times as long as the two.
+            total = self._graph.node("Add", [inputs, residual], name=f"{name}.sum")
+            return self.norm(total, name), total
+        operands = [inputs, residual, self._float(f"{name}.weight", module.weight, narrow=False)]
         label = self._graph.unique(name)
         normed, _, _, total = self._graph.nodes(
-            operator,
+            "SkipSimplifiedLayerNormalization",
             operands,
             [label, "", "", f"{label}.sum"],
             name=label,
@@ -427,13 +444,28 @@ class OnnxOps:
                 domain=CONTRIB,
                 transB=1,
             )
+        return self._biased(product, bias, name)
+
+    def _biased(self, product: str, bias: str | None, name: str) -> str:
         if bias is None:
             return product
         return self._graph.node("Add", [product, bias], name=f"{name}.biased")
 
+    def _byte_rows(self, name: str, forms: Sequence[AffineWeight]) -> tuple[str, str]:
+        codes = self._graph.constant(f"{name}.codes", byte_codes(forms))
+        return codes, self._scales(name, torch.cat([form.scales[:, 0] for form in forms]).numpy())
+
     def _linear_quantized(
         self, inputs: str, name: str, forms: list[AffineWeight], bias: str | None
     ) -> str:
+        if forms[0].layout.has_byte_rows(forms[0].in_features):
+            rows = (inputs, *self._byte_rows(name, forms))
+            if self._accuracy_level:
+                return integer_product(
+                    self._graph, name, rows, bias, rounded_over=self._rounded_over
+                )
+            product = float_product(self._graph, name, rows)
+            return self._biased(product, bias, name)
         packed = pack_weight(forms)
         operands = [
             inputs,
@@ -456,6 +488,8 @@ class OnnxOps:
         )
 
     def _embed_quantized(self, token_ids: str, name: str, form: AffineWeight) -> str:
+        if form.layout.has_byte_rows(form.in_features):
+            return table_rows(self._graph, name, *self._byte_rows(name, [form]), token_ids)
         packed = pack_weight([form])
         if not gathers_blocks(packed):
             return affine_rows(self._graph, name, packed, token_ids)

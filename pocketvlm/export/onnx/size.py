@@ -67,7 +67,9 @@ def graph_bytes(
 
 
 def _affine_bytes(layout: AffineLayout, rows: int, columns: int) -> int:
-    """Codes, scales and zero points as `MatMulNBits` stores them."""
+    """Codes, scales and zero points as the kernels read them."""
+    if layout.has_byte_rows(columns):
+        return rows * (columns + _SCALE_BYTES)
     stored = container_bits(layout.bits)
     groups = -(-columns // layout.group_size)
     row = groups * layout.group_size * stored // 8 + groups * _SCALE_BYTES

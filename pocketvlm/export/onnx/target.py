@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -28,7 +28,7 @@ from pocketvlm.graph.builders import build_decoder, build_embedding, build_visio
 from pocketvlm.models.layers import LinearSpec, Part
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import Explanation, Target
-from pocketvlm.weights.layout import WeightLayout
+from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
 __all__ = ["ToOnnx"]
 
@@ -43,16 +43,17 @@ _ACCURACY_LEVELS = (0, 4)
 class ToOnnx(Target):
     """Writes `onnx/vision.onnx`, `onnx/embedding.onnx`, `onnx/decoder.onnx` and their weights.
 
-    Quantized layers become `MatMulNBits` with the very codes of the checkpoint. Layers of codebooks
-    become float32 products whose weights are small in the file and are expanded when a session
-    starts. What is not quantized becomes float32 products, stored as narrowly as is exact.
+    Quantized layers keep the very codes of the checkpoint: in groups as `MatMulNBits`, int8 with
+    one scale per row as products of integers, the faster ones where many rows are multiplied.
+    Codebooks become float32 products whose weights are small in the file and are expanded when a
+    session starts. What is not quantized becomes float32 products, stored as narrowly as is exact.
 
     Masked layers are multiplied as dense ones: integers that have an exact zero as integers, all
     others as floats.
 
     Attributes:
         accuracy_level: How the decoder's quantized products compute: 4 rounds activations to
-            int8, block by block, which is what makes them fast; 0 stays in float32.
+            int8, which is what makes them fast; 0 stays in float32.
         tower_accuracy_level: The same for tower and projector.
     """
 
@@ -74,8 +75,8 @@ class ToOnnx(Target):
         self, layout: WeightLayout | None, shape: tuple[int, int], *, is_table: bool = False
     ) -> Explanation:
         """What ONNX Runtime makes of a matrix."""
-        del shape, is_table  # neither matters to its kernels
-        return explain(layout)
+        del is_table  # which does not matter to its kernels
+        return explain(layout, shape[1])
 
     def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int]) -> int:
         """Bytes of one matrix [rows, columns] in the files."""
@@ -126,11 +127,7 @@ class ToOnnx(Target):
                     inputs=inputs,
                     outputs=outputs,
                     precision=precision,
-                    notes=masked_notes(
-                        form.layout
-                        for linear, form in checkpoint.forms().items()
-                        if linear.part in parts
-                    ),
+                    notes=_notes(checkpoint, frozenset(parts)),
                 )
             )
             ctx.report("onnx", len(components), 3, role)
@@ -138,7 +135,12 @@ class ToOnnx(Target):
         with WeightFile(target / _WEIGHTS) as weights:
             kept = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
             graph = GraphWriter("vision", weights, opset=_vision_opset(spec))
-            ops = OnnxOps(graph, checkpoint, accuracy_level=self.tower_accuracy_level)
+            ops = OnnxOps(
+                graph,
+                checkpoint,
+                accuracy_level=self.tower_accuracy_level,
+                rounded_over="tile",
+            )
             embeds, indices = build_vision(ops, spec, "pixel_values")
             ops.output(embeds, "embeds")
             ops.output(indices, "indices")
@@ -158,6 +160,23 @@ class ToOnnx(Target):
             cache = "float32" if checkpoint.cache_grid is None else "int8"
             finish(graph, "decoder", decoder_signatures(spec, cache, schedule), ("decoder", head))
         return tuple(components)
+
+
+def _notes(checkpoint: Checkpoint, parts: Collection[Part]) -> tuple[str, ...]:
+    forms = [form for linear, form in checkpoint.forms().items() if linear.part in parts]
+    plain = [(without_mask(form.layout), form.shape[1]) for form in forms]
+    rows = sum(
+        isinstance(layout, AffineLayout) and layout.has_byte_rows(columns)
+        for layout, columns in plain
+    )
+    notes = masked_notes(form.layout for form in forms)
+    if not rows:
+        return notes
+    return (
+        *notes,
+        f"{rows} layers are products of integers, which x86 processors without VNNI sum exactly "
+        "only where a session sets session.x64quantprecision to 1, as this package's runners do",
+    )
 
 
 def _vision_opset(spec: ModelSpec) -> int:

@@ -6,6 +6,7 @@ before `pocketvlm.environment` has turned off its telemetry. ruff refuses any ot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,22 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _errors
 
 from pocketvlm.errors import BundleError
+from pocketvlm.machine import describe_processor
 
-__all__ = ["LOAD_ERRORS", "first_line", "naming_graph", "onnxruntime"]
+__all__ = [
+    "EXACT_SUMS",
+    "LOAD_ERRORS",
+    "first_line",
+    "naming_graph",
+    "onnxruntime",
+    "require_exact_sums",
+]
+
+EXACT_SUMS = ("session.x64quantprecision", "1")
+"""The setting under which no kernel adds products of bytes in 16 bits, where they saturate."""
+
+_X86 = ("x86_64", "AMD64")
+_WIDE_SUMS = re.compile(r"avx512_?vnni|avx_?vnni.*", re.IGNORECASE)
 
 LOAD_ERRORS = (
     _errors.EPFail,
@@ -33,6 +48,20 @@ LOAD_ERRORS = (
 # Bindings that do not fit are a bare `RuntimeError`; the text of an error may hold a graph's bytes,
 # which Python refuses to decode.
 _RUN_ERRORS = (*LOAD_ERRORS, RuntimeError, UnicodeDecodeError)
+
+
+def require_exact_sums(options: onnxruntime.SessionOptions) -> None:
+    """Has a session choose kernels whose integer sums are exact on this machine.
+
+    On x86 without VNNI, products of int8 weights are added in pairs of 16 bits by default, which
+    cannot hold the largest: the same bundle would answer differently there. The setting costs time
+    where it is not needed, so it is left alone elsewhere.
+    """
+    processor = describe_processor()
+    if processor["machine"] not in _X86:
+        return
+    if not any(_WIDE_SUMS.fullmatch(name) for name in processor["instruction_sets"]):
+        options.add_session_config_entry(*EXACT_SUMS)
 
 
 @contextmanager

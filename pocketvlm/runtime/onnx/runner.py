@@ -20,7 +20,12 @@ import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
-from pocketvlm.runtime.onnx.engine import LOAD_ERRORS, first_line, naming_graph
+from pocketvlm.runtime.onnx.engine import (
+    LOAD_ERRORS,
+    first_line,
+    naming_graph,
+    require_exact_sums,
+)
 from pocketvlm.runtime.onnx.engine import onnxruntime as ort
 from pocketvlm.runtime.onnx.external_data import require_signed_data
 from pocketvlm.runtime.runner import Runner, States
@@ -224,6 +229,7 @@ class OnnxRunner(Runner):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
+        require_exact_sums(options)
         # The embedding is a lookup: its own pool would only spin beside the decoder's.
         options.intra_op_num_threads = 1 if role == "embedding" else self.threads
         if role == "vision":

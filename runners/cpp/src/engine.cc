@@ -32,6 +32,20 @@ void return_freed_memory() {
 #endif
 }
 
+// x86 processors without VNNI would add products of int8 weights in pairs of 16 bits, which
+// saturate: the same bundle would answer differently there.
+void require_exact_sums(Ort::SessionOptions& options) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (!__builtin_cpu_supports("avx512vnni")) {
+    options.AddConfigEntry("session.x64quantprecision", "1");
+  }
+#elif defined(_M_X64)
+  options.AddConfigEntry("session.x64quantprecision", "1");
+#else
+  static_cast<void>(options);
+#endif
+}
+
 void require_names(const Ort::Session& session, const Component& component,
                    const std::string& file) {
   Ort::AllocatorWithDefaultOptions allocator;
@@ -120,6 +134,7 @@ Engine::Graph Engine::load(const std::string& role, int threads) const {
   options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
   options.SetInterOpNumThreads(1);
   options.SetIntraOpNumThreads(threads);
+  require_exact_sums(options);
   if (role == "vision") {
     // It runs once per picture: its threads must not spin while the decoder's work, and keeping
     // its activations would cost memory and save nothing.

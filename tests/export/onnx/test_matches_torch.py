@@ -27,13 +27,24 @@ from tests.export.rig import (
     quantize_checkpoint,
 )
 
-PRECISIONS = [None, (8, 32), (4, 32), (4, 64), (3, 32), (2, 32)]
+# No group: int8 around zero with one scale per row.
+PRECISIONS: list[tuple[int, int | None] | None] = [
+    None,
+    (8, None),
+    (8, 32),
+    (4, 32),
+    (4, 64),
+    (3, 32),
+    (2, 32),
+]
 
 
-def prepare(checkpoint: Checkpoint, precision: tuple[int, int] | None) -> Checkpoint:
+def prepare(checkpoint: Checkpoint, precision: tuple[int, int | None] | None) -> Checkpoint:
     if precision is None:  # tracing a reducer takes a second
         return replace(checkpoint, reducer=ReceivedAttention(keep=5, positions="original"))
-    return quantize_checkpoint(checkpoint, precision[0], precision[1])
+    return quantize_checkpoint(
+        checkpoint, precision[0], precision[1], symmetric=precision[1] is None
+    )
 
 
 def relative_error(found: np.ndarray, expected: torch.Tensor) -> float:
@@ -47,7 +58,7 @@ def test_all_graphs(
     tmp_path: Path,
     exact: ToOnnx,
     ctx: RunContext,
-    precision: tuple[int, int] | None,
+    precision: tuple[int, int | None] | None,
 ) -> None:
     checkpoint = prepare(tiny_checkpoint, precision)
     exact.export(checkpoint, tmp_path, ctx)
@@ -92,7 +103,7 @@ def test_greedy_tokens(
     tmp_path: Path,
     exact: ToOnnx,
     ctx: RunContext,
-    precision: tuple[int, int] | None,
+    precision: tuple[int, int | None] | None,
 ) -> None:
     checkpoint = quantize_checkpoint(tiny_checkpoint, *precision) if precision else tiny_checkpoint
     exact.export(checkpoint, tmp_path, ctx)

@@ -15,6 +15,8 @@ from pocketvlm.stages import PlanState
 from pocketvlm.weights.layout import AffineLayout
 from tests.export.rig import quantize_affine
 
+_ROW = 4096  # no layer is wider
+
 
 def grid(bits: int, group_size: int = 32, *, symmetric: bool = False) -> AffineLayout:
     return AffineLayout(bits=bits, group_size=group_size, symmetric=symmetric)
@@ -37,6 +39,7 @@ def small_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         (None, None),
         (grid(8), grid(4)),
         (grid(4, 64), grid(4, 128, symmetric=True)),
+        (grid(8, _ROW, symmetric=True), grid(8, _ROW, symmetric=True)),
         (grid(3, 32, symmetric=True), grid(2)),
     ],
     ids=str,

@@ -97,6 +97,17 @@ class OperatorGraph:
         weight *= shape.columns**-0.5
         return self.node("FusedMatMul", [inputs, self.constant(weight)], domain=CONTRIB, transB=1)
 
+    def byte_product(self, inputs: str, shape: ProductShape) -> str:
+        """A product with int8 codes that have one scale per row."""
+        codes = self._random.integers(-127, 128, (shape.columns, shape.rows), dtype=np.int8)
+        scales = np.full(shape.rows, shape.columns**-0.5 / 2**7, np.float32)
+        self.weight_bytes += codes.nbytes + scales.nbytes // 2
+        return self.node(
+            "DynamicQuantizeMatMul",
+            [inputs, self.constant(codes), self.constant(scales)],
+            domain=CONTRIB,
+        )
+
     def quantized_product(
         self, inputs: str, shape: ProductShape, *, bits: int, group_size: int, accuracy_level: int
     ) -> str:

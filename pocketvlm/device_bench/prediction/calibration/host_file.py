@@ -21,7 +21,7 @@ __all__ = [
     "read_calibration",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the file that this package writes and reads."""
 
 

@@ -22,6 +22,7 @@ from pocketvlm.device_bench.prediction.calibration.probes import (
     tower_attention_probe,
 )
 from pocketvlm.device_bench.prediction.rates import (
+    BYTE_ROWS_KERNEL,
     FLOAT_KERNEL,
     AttentionRates,
     ProductRates,
@@ -32,7 +33,10 @@ from pocketvlm.device_bench.runner.bandwidth import memory_read_bytes_s
 
 __all__ = ["Effort", "fit_attention", "fit_product", "measure_rates"]
 
-_KERNELS: Mapping[str, tuple[int | None, int]] = {FLOAT_KERNEL: (None, 0)} | {
+_KERNELS: Mapping[str, tuple[int | None, int]] = {
+    FLOAT_KERNEL: (None, 0),
+    BYTE_ROWS_KERNEL: (8, 0),
+} | {
     quantized_kernel(*grid): grid
     for grid in ((8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128), (2, 64))
 }

@@ -18,6 +18,7 @@ from pocketvlm.device_bench.prediction.calibration.graphs import (
 )
 from pocketvlm.device_bench.runner.bandwidth import last_level_cache_bytes
 from pocketvlm.runtime.onnx.engine import onnxruntime as ort
+from pocketvlm.runtime.onnx.engine import require_exact_sums
 
 __all__ = [
     "ACTIVATIONS",
@@ -78,7 +79,7 @@ def product_probe(
         rows: Rows of the input.
         threads: Threads of the session.
         bits: Of a code; `None` for float32.
-        group_size: Columns that share a scale.
+        group_size: Columns that share a scale; 0 for all of a row, of 8 bits.
         streamed_bytes: Weights of one row's chain at least; `None` for more than any cache holds.
         has_norms: Whether a norm follows each product: what another node costs between them, which
             find nothing of theirs in the nearest caches.
@@ -96,6 +97,8 @@ def product_probe(
         shape = ProductShape(rows=outputs, columns=columns)
         if bits is None:
             value = graph.dense_product(value, shape)
+        elif not group_size:
+            value = graph.byte_product(value, shape)
         else:
             value = graph.quantized_product(
                 value, shape, bits=bits, group_size=group_size, accuracy_level=_INT8_LEVEL
@@ -262,6 +265,7 @@ def _session(graph: OperatorGraph, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    require_exact_sums(options)
     return ort.InferenceSession(
         graph.serialize(), sess_options=options, providers=["CPUExecutionProvider"]
     )

@@ -1,0 +1,121 @@
+"""Products with int8 weights of one scale per row, by ONNX Runtime's integer kernels.
+
+All of a product is then summed in integers and scaled once, which is what makes it fast; groups of
+columns would be scaled one by one. What enters is rounded to int8 as well, in one of two ways:
+
+- of a *tile*, one scale and zero point for everything that enters, which the kernel finds itself.
+  A call of the vision graph is one tile, so its answer depends on nothing else.
+- of a *row*, a scale for each, around zero. The kernels have none of these, so nodes before and
+  after divide each row by its largest magnitude and multiply by it. What a decoder computes of a
+  row then does not depend on the rows beside it: a prompt may be fed in pieces, and one token of
+  thousandfold magnitude, which many decoders have, does not cost the others their digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
+from pocketvlm.weights.affine import AffineWeight
+
+__all__ = ["RoundedOver", "byte_codes", "float_product", "integer_product", "table_rows"]
+
+RoundedOver = Literal["tile", "row"]
+"""Over what of its input a product rounds with one scale."""
+
+_ZERO = 128
+_LEVELS = 127
+_LEAST = 1e-36  # a smaller magnitude has no inverse in float32
+
+
+def byte_codes(forms: Sequence[AffineWeight]) -> np.ndarray:
+    """The codes of weights as the kernels read them, around zero: int8 [rows, columns]."""
+    codes = torch.cat([form.codes()[:, : form.in_features] for form in forms])
+    return (codes.to(torch.int16) - _ZERO).to(torch.int8).numpy()
+
+
+def integer_product(
+    graph: GraphWriter,
+    name: str,
+    operands: tuple[str, str, str],
+    bias: str | None,
+    *,
+    rounded_over: RoundedOver,
+) -> str:
+    """A product whose input is rounded to int8.
+
+    Args:
+        graph: Where the nodes go.
+        name: The layer.
+        operands: Inputs, float32 [1, n, columns]; codes, int8 [rows, columns]; scales, float32
+            [rows].
+        bias: float32 [rows], if there is one.
+        rounded_over: Over what the input has one scale.
+    """
+    inputs, codes, scales = operands
+    # Constant, so that it is turned and packed once, when a session starts.
+    turned = graph.node("Transpose", [codes], name=f"{name}.turned", perm=[1, 0])
+    if rounded_over == "tile":
+        return graph.node(
+            "DynamicQuantizeMatMul",
+            [inputs, turned, scales, "", bias or ""],
+            name=name,
+            domain=CONTRIB,
+        )
+    largest = _largest_magnitudes(graph, name, inputs)
+    levels = graph.constant("levels", np.array(_LEVELS, np.float32))
+    inverse = graph.node("Div", [levels, largest], name=f"{name}.inverse")
+    spread = graph.node("Mul", [inputs, inverse], name=f"{name}.spread")
+    one, zero = graph.constant("unit", np.array(1, np.float32)), _zero(graph)
+    rounded = graph.node("QuantizeLinear", [spread, one, zero], name=f"{name}.rounded")
+    step = graph.constant("level", np.array(1 / _LEVELS, np.float32))
+    product = graph.node(
+        "MatMulIntegerToFloat",
+        [rounded, turned, step, scales, zero],
+        name=f"{name}.product",
+        domain=CONTRIB,
+    )
+    product = graph.node("Mul", [product, largest], name=f"{name}.scaled" if bias else name)
+    return product if bias is None else graph.node("Add", [product, bias], name=name)
+
+
+def float_product(graph: GraphWriter, name: str, operands: tuple[str, str, str]) -> str:
+    """The same in float32, with a matrix that is expanded when a session starts."""
+    inputs, codes, scales = operands
+    dense = graph.node("DequantizeLinear", [codes, scales], name=f"{name}.dense", axis=0)
+    return graph.node("FusedMatMul", [inputs, dense], name=name, domain=CONTRIB, transB=1)
+
+
+def table_rows(graph: GraphWriter, name: str, codes: str, scales: str, ids: str) -> str:
+    """Rows of a table, float32 [1, L, columns].
+
+    Args:
+        graph: Where the nodes go.
+        name: The table.
+        codes: int8 [rows, columns].
+        scales: float32 [rows].
+        ids: int64 [1, L]: which rows.
+    """
+    taken = graph.node("Gather", [codes, ids], name=f"{name}.taken")
+    taken = graph.node("Cast", [taken], name=f"{name}.float32", to=1)
+    steps = graph.node("Gather", [scales, ids], name=f"{name}.steps")
+    last = graph.constant("last", np.array([-1], np.int64))
+    steps = graph.node("Unsqueeze", [steps, last], name=f"{name}.columns")
+    return graph.node("Mul", [taken, steps], name=name)
+
+
+def _largest_magnitudes(graph: GraphWriter, name: str, inputs: str) -> str:
+    """Of each row, [1, n, 1]; of a row of zeros a number that divides them."""
+    magnitudes = graph.node("Abs", [inputs], name=f"{name}.magnitudes")
+    last = graph.constant("last", np.array([-1], np.int64))
+    largest = graph.node("ReduceMax", [magnitudes, last], name=f"{name}.largest", keepdims=1)
+    least = graph.constant("least", np.array(_LEAST, np.float32))
+    return graph.node("Max", [largest, least], name=f"{name}.positive")
+
+
+def _zero(graph: GraphWriter) -> str:
+    return graph.constant("zero", np.array(_ZERO, np.uint8))
