@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from pocketvlm.errors import CalibrationError
 
-__all__ = ["CrossMoment", "SecondMoment"]
+__all__ = ["CrossMoment", "Int8Steps", "SecondMoment"]
 
 _CHUNK = 8192
 # Above this width a float64 accumulator would cost more memory than its digits are worth.
 _WIDE = 1024
 # Panels of a symmetric sum: narrow enough to save products, wide enough for full speed.
 _PANEL = 384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Steps:
+    """Mean squares, over tokens, of the steps between two codes of an input in int8.
+
+    Attributes:
+        tile: Where all tokens of a tile have one scale and zero point.
+        row: Where each token has a scale, around zero.
+    """
+
+    tile: float
+    row: float
 
 
 class CrossMoment:
@@ -133,13 +148,32 @@ class SecondMoment(CrossMoment):
     def __init__(self, width: int, *, block: int | None = None) -> None:
         super().__init__(width, block=block)
         self._inputs = torch.zeros(width, dtype=torch.float64)
+        self._tile_steps = self._row_steps = 0.0
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of inputs [..., width]; see `add_pairs`."""
         self.add_pairs(inputs, inputs, weights)
         flat = inputs.reshape(-1, self.width).to(torch.float32)
         shares = torch.ones(flat.shape[0]) if weights is None else weights.reshape(-1)
-        self._inputs += shares.to(torch.float32) @ flat
+        shares = shares.to(torch.float32)
+        self._inputs += shares @ flat
+        tiles = flat.reshape(inputs.shape[0] if inputs.dim() > 2 else 1, -1)  # noqa: PLR2004  (axes)
+        low, high = torch.aminmax(tiles, dim=1)
+        spans = (high.clamp_min(0) - low.clamp_max(0)).repeat_interleave(len(flat) // len(tiles))
+        self._tile_steps += float(shares @ (spans / 255).square())
+        self._row_steps += float(shares @ (flat.abs().amax(dim=1) / 127).square())
+
+    def int8_steps(self) -> Int8Steps:
+        """The steps to which int8 kernels would round the inputs.
+
+        Raises:
+            CalibrationError: No token with a positive weight was added.
+        """
+        if self.total_weight <= 0:
+            raise CalibrationError("no calibration token with a positive weight was seen")
+        return Int8Steps(
+            tile=self._tile_steps / self.total_weight, row=self._row_steps / self.total_weight
+        )
 
     def mean(self) -> Tensor:
         """sum_t w_t x_t / sum_t w_t, float64 [width].

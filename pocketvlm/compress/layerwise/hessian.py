@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pocketvlm.calibration.walk.moments import Int8Steps
 from pocketvlm.calibration.walk.walk import Drift, InputMoments
 from pocketvlm.compress.layerwise.error_feedback import Factor, Order, factorize
 from pocketvlm.errors import CalibrationError
@@ -63,6 +64,7 @@ class InputHessian:
         judge: Blocks of the Hessian that results are compared on.
         judge_drift: Means of d x^T and of d d^T on the same tokens.
         judged_on: Whose tokens those are.
+        steps: Of the same tokens in int8.
         tokens: Calibration tokens that the Hessian is a mean over.
         feedback: How it is factorized.
         lookup_share: See `from_moments`.
@@ -74,6 +76,7 @@ class InputHessian:
     judge: tuple[Tensor, ...]
     judge_drift: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None
     judged_on: str
+    steps: Int8Steps
     tokens: int
     feedback: ErrorFeedback
     lookup_share: float = 0.0
@@ -111,6 +114,7 @@ class InputHessian:
             judge=_add_lookups(held_out.blocks(), lookup_share) if held_out else blocks,
             judge_drift=None if judging is None else _means(judging),
             judged_on="held-out tokens" if held_out else "calibration tokens",
+            steps=(held_out or fitted).int8_steps(),
             tokens=fitted.tokens,
             feedback=feedback,
             lookup_share=lookup_share,

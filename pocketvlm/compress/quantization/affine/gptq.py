@@ -7,7 +7,7 @@ arXiv 2210.17323. The kernel is `layerwise.error_feedback`, the walk `layerwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from pocketvlm.compress.layerwise.error_feedback import (
     quantize_with_feedback,
 )
 from pocketvlm.compress.layerwise.hessian import InputHessian
+from pocketvlm.compress.layerwise.layer_store import FinishedLayer
 from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
 from pocketvlm.compress.quantization.affine.grid import (
     GRIDS,
@@ -30,19 +31,23 @@ from pocketvlm.compress.quantization.affine.grid import (
     check_grid,
     group_columns,
 )
+from pocketvlm.compress.quantization.affine.outliers import MOST_LOST, input_loss
 from pocketvlm.compress.quantization.affine.rounding import AffineRounding
 from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.calibrated import CalibratedQuantizer
 from pocketvlm.compress.quantization.layer_quantizer import LayerQuantizer
 from pocketvlm.compress.quantization.layer_report import behind_mask
-from pocketvlm.compress.quantization.rules import plan_layouts, require_rules
+from pocketvlm.compress.quantization.rules import Assignment, plan_layouts, require_rules
 from pocketvlm.context import RunContext
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.stages import PlanState, StageResult
 from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.layout import AffineLayout
 
 __all__ = ["AffineQuantizer", "Gptq", "quantize_affine"]
+
+_OUTLIER_GROUPS = (32, 64, 128)  # every target has a kernel for these
 
 
 def quantize_affine(
@@ -106,10 +111,36 @@ class AffineQuantizer(LayerQuantizer[WeightRule]):
     Attributes:
         grid: How a group's grid is found.
         static_groups: Whether grids are made before the first column is rounded.
+        outlier_group_size: Columns of a group of layers that are to have int8 rows and whose inputs
+            have outliers; `None` gives rows to all.
     """
 
     grid: GridKind = "min_max"
     static_groups: bool = False
+    outlier_group_size: int | None = None
+
+    def compress(
+        self, task: Assignment[WeightRule], weight: WeightForm, hessian: InputHessian | None
+    ) -> FinishedLayer:
+        """Quantizes a layer, in groups where inputs with one scale would cost too much."""
+        rule, linear, groups = task.rule, task.linear, self.outlier_group_size
+        if rule is None or hessian is None or groups is None or groups >= linear.in_features:
+            return super().compress(task, weight, hessian)
+        if not rule.plan(linear).has_byte_rows(linear.in_features):
+            return super().compress(task, weight, hessian)
+        loss = input_loss(weight, hessian, linear.part)
+        if loss <= MOST_LOST:
+            done = super().compress(task, weight, hessian)
+            return replace(done, row={**done.row, "input_loss": loss})
+        done = super().compress(
+            replace(task, rule=replace(rule, group_size=groups)), weight, hessian
+        )
+        reason = (
+            f"groups of {groups} instead of a row: inputs in int8 with one scale would cost "
+            f"{loss:.1e} of its squared output, more than {MOST_LOST:g}"
+        )
+        reasons = "; ".join(filter(None, (reason, done.row["reason"])))
+        return replace(done, row={**done.row, "input_loss": loss, "reason": reasons})
 
     def labels(self, rule: WeightRule, linear: LinearSpec) -> tuple[str, str]:
         """Names in reports."""
@@ -191,6 +222,8 @@ class Gptq(CalibratedQuantizer):
         rules: Bits and groups; the first rule that matches a layer wins.
         grid: `min_max` spans each group's range, `mse` searches for the least squared error.
         static_groups: Whether grids are made from the weights as they were.
+        outlier_group_size: 32, 64 or 128: where a rule gives int8 one scale per row, a layer whose
+            inputs have outliers takes groups of that many columns; `None` gives it rows anyway.
     """
 
     carries_taps: ClassVar[bool] = True
@@ -199,15 +232,34 @@ class Gptq(CalibratedQuantizer):
     rules: tuple[WeightRule, ...]
     grid: GridKind = "min_max"
     static_groups: bool = False
+    outlier_group_size: int | None = 32
 
     def __post_init__(self) -> None:
         require_rules(self.rules)
         super().__post_init__()
         check_grid(self.grid)
+        if self.outlier_group_size not in (*_OUTLIER_GROUPS, None):
+            allowed = ", ".join(map(str, _OUTLIER_GROUPS))
+            raise ValueError(
+                f"outlier_group_size is {self.outlier_group_size}; allowed are {allowed}, or null "
+                "to give rows to all"
+            )
 
     def plan(self, state: PlanState) -> PlanState:
         """Gives each layer the layout of its rule."""
-        return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))
+        planned = plan_layouts(self.rules, state.spec.linears())
+        rows = sum(
+            isinstance(layout, AffineLayout) and layout.has_byte_rows(linear.in_features)
+            for linear, layout in planned.items()
+        )
+        state = state.with_layouts(planned)
+        if not rows or self.outlier_group_size is None:
+            return state
+        return state.with_notes(
+            f"gptq: {rows} layers have int8 rows; those whose inputs have outliers on the "
+            f"calibration data will take groups of {self.outlier_group_size} instead, and the "
+            "report names them"
+        )
 
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -219,6 +271,9 @@ class Gptq(CalibratedQuantizer):
             ctx,
             rules=self.rules,
             begin=lambda _: AffineQuantizer(
-                feedback=self.feedback, grid=self.grid, static_groups=self.static_groups
+                feedback=self.feedback,
+                grid=self.grid,
+                static_groups=self.static_groups,
+                outlier_group_size=self.outlier_group_size,
             ),
         )
