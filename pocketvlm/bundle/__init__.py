@@ -13,10 +13,12 @@ from pocketvlm.bundle.manifest import (
     TensorSignature,
 )
 from pocketvlm.bundle.positions import PositionGrid
+from pocketvlm.bundle.variants import MOST_VARIANTS, VisionVariant
 from pocketvlm.bundle.visual_schedule import VisualDrop, VisualSchedule
 
 __all__ = [
     "BUNDLE_SCHEMA",
+    "MOST_VARIANTS",
     "Bundle",
     "CacheLayout",
     "Component",
@@ -27,6 +29,7 @@ __all__ = [
     "PromptLayout",
     "RuntimeNeeds",
     "TensorSignature",
+    "VisionVariant",
     "VisualDrop",
     "VisualSchedule",
     "sign_bundle",

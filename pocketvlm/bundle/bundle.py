@@ -9,6 +9,7 @@ from pocketvlm.bundle.manifest import (
     Component,
     Manifest,
 )
+from pocketvlm.bundle.variants import VisionVariant
 from pocketvlm.errors import BundleError
 from pocketvlm.files.reader import locate
 from pocketvlm.files.signed_folder import (
@@ -90,8 +91,18 @@ class Bundle:
         """Whether there is a signed file of this name."""
         return name in self.manifest.files
 
-    def component(self, target: str, role: str, function: str | None = None) -> Component:
-        """The graph of one target and role; the first one if no function is given.
+    def only(self, variant: VisionVariant) -> Bundle:
+        """The bundle as if one of its manifest's `variants` were the only vision graph."""
+        return replace(self, manifest=self.manifest.only(variant))
+
+    def each_vision(self) -> tuple[Bundle, ...]:
+        """The bundle with each of its vision graphs alone, the first one first."""
+        return tuple(map(self.only, self.manifest.variants)) or (self,)
+
+    def component(
+        self, target: str, role: str, function: str | None = None, *, variant: str | None = None
+    ) -> Component:
+        """The graph of one target and role; the first one if no function or variant is given.
 
         Raises:
             BundleError: The bundle has none.
@@ -99,11 +110,13 @@ class Bundle:
         for component in self.manifest.components:
             if component.target != target or component.role != role:
                 continue
-            if function in (None, component.function):
+            if function in (None, component.function) and variant in (None, component.variant):
                 return component
         targets = sorted({c.target for c in self.manifest.components})
+        named = "" if variant is None else f" {variant}"
         raise BundleError(
-            f"{self.path}: no {role} graph for target {target!r}; targets are {', '.join(targets)}"
+            f"{self.path}: no {role} graph{named} for target {target!r}; targets are "
+            f"{', '.join(targets)}"
         )
 
     def stored_bytes(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.bundle.positions import PositionGrid
+from pocketvlm.bundle.variants import MOST_VARIANTS, VisionVariant
 from pocketvlm.bundle.visual_schedule import VisualSchedule
 from pocketvlm.errors import BundleError
 from pocketvlm.json_io import DecodeError, decode
@@ -51,6 +52,7 @@ class Component:
         file: Path of the graph inside the bundle.
         precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
         function: Its function in the file, if the file holds several that share weights.
+        variant: Which of `Manifest.variants` a vision graph is; `None` where there is one alone.
         states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
         notes: Warnings of the toolkit that converted the graph, and what costs time or accuracy.
     """
@@ -62,6 +64,7 @@ class Component:
     outputs: tuple[TensorSignature, ...]
     precision: Mapping[str, str] = field(default_factory=dict)
     function: str | None = None
+    variant: str | None = None
     states: tuple[TensorSignature, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -192,6 +195,7 @@ class Manifest:
         positions: `original` or `consecutive`; see `models.reducer.TokenReducer`.
         position_grid: The N tokens of a picture, where positions have three axes; `None` where
             they have one.
+        variants: The vision graphs where there are several; what is said above is the first's.
         prompt: How a picture is written in a prompt.
         generation: How answers are generated.
         kv_cache: The decoder's cache.
@@ -216,6 +220,7 @@ class Manifest:
     toolchain: Mapping[str, str | None] = field(default_factory=dict)
     runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
     position_grid: PositionGrid | None = None
+    variants: tuple[VisionVariant, ...] = ()
     schema: int = BUNDLE_SCHEMA
 
     def __post_init__(self) -> None:
@@ -229,6 +234,51 @@ class Manifest:
                 raise ValueError("position_grid must have visual_tokens_full tokens")
             if self.positions != "original":
                 raise ValueError("positions must be original where there is a position_grid")
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if len(names) > MOST_VARIANTS:
+            raise ValueError(f"variants are {len(names)}; allowed are {MOST_VARIANTS}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"variants must have names that differ, not {', '.join(names)}")
+        if not names:
+            return
+        first = self.variants[0]
+        if (first.visual_tokens, first.visual_tokens_full, first.position_grid) != (
+            self.visual_tokens,
+            self.visual_tokens_full,
+            self.position_grid,
+        ):
+            raise ValueError(f"{first.name}, the first of variants, must be what is said above it")
+        for target in {component.target for component in self.components}:
+            of_target = [each for each in self.components if each.target == target]
+            held = [each.variant for each in of_target if each.role == "vision"]
+            if held != names:
+                raise ValueError(
+                    f"{target} has the vision graphs {', '.join(map(str, held)) or 'none'}, and "
+                    f"variants are {', '.join(names)}"
+                )
+
+    @property
+    def position_axes(self) -> int:
+        """Axes along which rows are numbered."""
+        return 1 if self.position_grid is None else 3
+
+    def only(self, variant: VisionVariant) -> Manifest:
+        """The manifest as if one of its `variants` were the only vision graph."""
+        return replace(
+            self,
+            visual_tokens=variant.visual_tokens,
+            visual_tokens_full=variant.visual_tokens_full,
+            position_grid=variant.position_grid,
+            variants=(variant,),
+            components=tuple(
+                each
+                for each in self.components
+                if each.role != "vision" or each.variant == variant.name
+            ),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; later additions are left out if they are empty."""
@@ -241,8 +291,12 @@ class Manifest:
         for name in ("visual_schedule", "mutual_rows"):
             if document["kv_cache"][name] is None:
                 del document["kv_cache"][name]
-        if not document["runtimes"]:
-            del document["runtimes"]
+        for name in ("runtimes", "variants"):
+            if not document[name]:
+                del document[name]
+        for component in document["components"]:
+            if component["variant"] is None:
+                del component["variant"]
         return document
 
     @classmethod

@@ -11,6 +11,7 @@ from pocketvlm.checkpoint.config import read_config, read_spec
 from pocketvlm.checkpoint.folder import ModelFolder, read_model_folder
 from pocketvlm.checkpoint.manifest import CHECKPOINT_SCHEMA, ReducerBuilder
 from pocketvlm.checkpoint.records import Source, StageRecord
+from pocketvlm.checkpoint.vision import Vision, combine_vision
 
 __all__ = [
     "CHECKPOINT_SCHEMA",
@@ -19,6 +20,8 @@ __all__ = [
     "ReducerBuilder",
     "Source",
     "StageRecord",
+    "Vision",
+    "combine_vision",
     "read_config",
     "read_model_folder",
     "read_spec",

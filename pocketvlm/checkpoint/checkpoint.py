@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.bundle import VisualSchedule
+from pocketvlm.bundle import VisionVariant, VisualSchedule
 from pocketvlm.checkpoint.build import build_model
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.checkpoint.folder import read_model_folder
@@ -24,14 +24,16 @@ from pocketvlm.checkpoint.load import install_weights, load_cache_grid, load_wei
 from pocketvlm.checkpoint.manifest import (
     ReducerBuilder,
     read_schedule,
-    restore_reducer,
+    restore_vision,
 )
 from pocketvlm.checkpoint.records import Source, StageRecord
 from pocketvlm.checkpoint.save import write_checkpoint
+from pocketvlm.checkpoint.vision import Vision
 from pocketvlm.checkpoint.weight_files import verify_blobs
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.publish import replace_directory
 from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
@@ -59,6 +61,7 @@ class Checkpoint:
         config: Content of config.json.
         source: Where the weights came from.
         reducer: The visual-token reduction, or `None` for all tokens.
+        other_vision: Vision graphs that are exported beside the one for `spec` and `reducer`.
         cache_grid: Scales that the KV cache is rounded to, or `None` if it stays float32.
         visual_schedule: Where visual rows leave the decoder
             (`pocketvlm.reference_graph.visual_schedule`), or `None` where all run through it.
@@ -71,6 +74,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     source: Source
     reducer: TokenReducer | None = None
+    other_vision: tuple[Vision, ...] = ()
     cache_grid: KVCacheScales | None = None
     visual_schedule: VisualSchedule | None = None
     history: tuple[StageRecord, ...] = ()
@@ -114,10 +118,12 @@ class Checkpoint:
         )
         if manifest is None:
             return checkpoint
+        vision, *others = restore_vision(manifest, spec, reducers or {}, folder.path)
         return replace(
             checkpoint,
             source=manifest.source,
-            reducer=restore_reducer(manifest, spec, reducers or {}, folder.path),
+            reducer=vision.reducer,
+            other_vision=tuple(others),
             cache_grid=load_cache_grid(folder),
             visual_schedule=read_schedule(manifest, spec, folder.path),
             history=manifest.history,
@@ -128,6 +134,40 @@ class Checkpoint:
         path = Path(path)
         with replace_directory(path) as folder:
             write_checkpoint(self, folder, path)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of a tile that enter the decoder."""
+        return self.spec.visual_tokens if self.reducer is None else self.reducer.keep
+
+    @property
+    def vision_variant(self) -> VisionVariant:
+        """The vision graph for `spec` and `reducer`, as a manifest describes it."""
+        return self.spec.vision_variant(self.visual_tokens)
+
+    @property
+    def other_sizes(self) -> tuple[PictureSize, ...]:
+        """Sizes of pictures beside that of `spec`, for which there are vision graphs."""
+        tower = self.spec.tower
+        own = PictureSize(height=tower.height, width=tower.width)
+        sizes = dict.fromkeys(vision.size for vision in self.other_vision)
+        return tuple(size for size in sizes if size != own)
+
+    def each_vision(self) -> tuple[Checkpoint, ...]:
+        """The checkpoint with each of its vision graphs alone, all around the same model."""
+        return (replace(self, other_vision=()), *map(self._seeing, self.other_vision))
+
+    def _seeing(self, vision: Vision) -> Checkpoint:
+        tower, size, processor = self.spec.tower, vision.size, self.processor
+        if (tower.height, tower.width) != (size.height, size.width):
+            processor = processor.with_picture_size(size.height, size.width)
+        return replace(
+            self,
+            spec=self.spec.with_picture_size(size.height, size.width),
+            processor=processor,
+            reducer=vision.reducer,
+            other_vision=(),
+        )
 
     def form(self, name: str) -> WeightForm:
         """The stored weight of a layer."""

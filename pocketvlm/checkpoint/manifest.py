@@ -6,13 +6,15 @@ a directory could not be told from the one that was saved, so they are no longer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pocketvlm.bundle import VisualSchedule
 from pocketvlm.checkpoint.records import Source, StageRecord, timeless
+from pocketvlm.checkpoint.vision import Vision, combine_vision
 from pocketvlm.errors import CheckpointError
 from pocketvlm.files.reader import locate
 from pocketvlm.files.signed_folder import (
@@ -23,6 +25,7 @@ from pocketvlm.files.signed_folder import (
     verify_files,
 )
 from pocketvlm.json_io import DecodeError, decode, read_json, write_json
+from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
@@ -33,7 +36,7 @@ __all__ = [
     "StoredReducer",
     "read_manifest",
     "read_schedule",
-    "restore_reducer",
+    "restore_vision",
     "write_manifest",
 ]
 
@@ -41,7 +44,8 @@ CHECKPOINT_SCHEMA = 2
 _MANIFEST = "pocketvlm.json"
 _UNSIGNED = ("README.md", ".gitattributes")
 
-ReducerBuilder = Callable[[Mapping[str, Any], ModelSpec], TokenReducer]
+ReducerBuilder = Callable[[Mapping[str, Any], ModelSpec], Sequence[TokenReducer]]
+"""The reductions that a stage of these parameters gives a model, one for each vision graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class CheckpointManifest:
         forms: How each weight is stored, by the layer's name; dense ones are left out.
         reducer: The visual-token reduction, or `None` for all tokens.
         visual_schedule: Where visual rows leave the decoder, or `None` where they do not.
+        other_sizes: Sizes of pictures beside the processor's, for which there are vision graphs.
         history: One record per stage, in order.
         files: sha256 of every other file of the directory.
         schema: Version of this description.
@@ -72,6 +77,7 @@ class CheckpointManifest:
     visual_schedule: VisualSchedule | None
     history: tuple[StageRecord, ...]
     files: Mapping[str, str]
+    other_sizes: tuple[PictureSize, ...] = ()
     schema: int = CHECKPOINT_SCHEMA
 
 
@@ -108,6 +114,7 @@ def write_manifest(
     source: Source,
     forms: Mapping[str, Mapping[str, Any]],
     reducer: StoredReducer | None,
+    other_sizes: tuple[PictureSize, ...],
     visual_schedule: VisualSchedule | None,
     history: tuple[StageRecord, ...],
 ) -> None:
@@ -116,6 +123,7 @@ def write_manifest(
         source=source,
         forms=forms,
         reducer=reducer,
+        other_sizes=other_sizes,
         visual_schedule=visual_schedule,
         history=(),
         files=sign_files(folder, (_MANIFEST, *_UNSIGNED)),
@@ -124,27 +132,29 @@ def write_manifest(
     write_json(folder / _MANIFEST, sign_document(document))
 
 
-def restore_reducer(
+def restore_vision(
     manifest: CheckpointManifest,
     spec: ModelSpec,
     reducers: Mapping[str, ReducerBuilder],
     path: Path,
-) -> TokenReducer | None:
-    """The visual-token reduction of a saved checkpoint.
+) -> tuple[Vision, ...]:
+    """The vision graphs of a saved checkpoint, its own first.
 
     Raises:
-        CheckpointError: Its method is not among `reducers`, or does not take its parameters.
+        CheckpointError: The method that reduces visual tokens is not among `reducers`, or does not
+            take its parameters; or a size does not fit the model.
     """
     stored = manifest.reducer
     if stored is None:
-        return None
+        return combine_vision(spec, manifest.other_sizes, lambda _: (None,))
     if stored.method not in reducers:
         raise CheckpointError(
             f"{path}: reduces visual tokens by {stored.method!r}, which is not known here; "
             "load it with pocketvlm.load_checkpoint"
         )
+    build = partial(reducers[stored.method], stored.parameters)
     try:
-        return reducers[stored.method](stored.parameters, spec)
+        return combine_vision(spec, manifest.other_sizes, build)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path / _MANIFEST}: reducer.parameters do not fit {stored.method}: {error}"

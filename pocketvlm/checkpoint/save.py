@@ -55,6 +55,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
             if reducing
             else None
         ),
+        other_sizes=checkpoint.other_sizes,
         visual_schedule=checkpoint.visual_schedule,
         history=checkpoint.history,
     )

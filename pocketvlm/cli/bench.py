@@ -70,6 +70,15 @@ def bench(
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture of yours instead; repeat for several.")
     ] = None,
+    visual_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=10**6,
+            help="Tokens per tile of the vision graph, where bundles have several; repeat for a "
+            "grid.",
+        ),
+    ] = None,
     turns: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Turns of the conversation.")
     ] = None,
@@ -164,7 +173,10 @@ def bench(
             results = bench_bundles(
                 pair_all(folders, runtime or ()),
                 vary_workload(
-                    chosen, image_sizes=image_size or (), prompt_tokens=prompt_tokens or ()
+                    chosen,
+                    image_sizes=image_size or (),
+                    prompt_tokens=prompt_tokens or (),
+                    visual_tokens=visual_tokens or (),
                 ),
                 transport=transport_to(device, runner),
                 options=options,

@@ -13,8 +13,11 @@ from pocketvlm.cli.options import (
     MAX_QUESTIONS,
     BundleArgument,
     JsonOption,
+    ResolutionOption,
     RuntimeOption,
     ThreadsOption,
+    VisualTokensOption,
+    parse_resolution,
 )
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.printable import printable
@@ -29,6 +32,8 @@ def ask(
         list[Path] | None,
         typer.Option("--image", "-i", help="A picture; repeat for several, in their order."),
     ] = None,
+    visual_tokens: VisualTokensOption = None,
+    resolution: ResolutionOption = None,
     runtime: RuntimeOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 128,
     threads: ThreadsOption = None,
@@ -43,6 +48,7 @@ def ask(
     from pocketvlm.bundle import Bundle
     from pocketvlm.runtime.conversation import Conversation
     from pocketvlm.runtime.engines import open_engine
+    from pocketvlm.runtime.vision import VisionChoice
 
     def show(piece: str) -> None:
         if not as_json:
@@ -50,7 +56,13 @@ def ask(
 
     opened = Bundle.open(bundle)
     conversation = Conversation(opened, runner=open_engine(opened, runtime, threads=threads))
-    answer = conversation.ask(prompt, image=image, max_new_tokens=max_new_tokens, on_token=show)
+    answer = conversation.ask(
+        prompt,
+        image=image,
+        vision=VisionChoice(visual_tokens=visual_tokens, resolution=parse_resolution(resolution)),
+        max_new_tokens=max_new_tokens,
+        on_token=show,
+    )
     if as_json:
         print_json(
             {
@@ -79,6 +91,8 @@ def evaluate(
     arithmetic: Annotated[
         str, typer.Option(help="Round a checkpoint's activations as onnx or executorch does.")
     ] = "float32",
+    visual_tokens: VisualTokensOption = None,
+    resolution: ResolutionOption = None,
     runtime: RuntimeOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -87,11 +101,13 @@ def evaluate(
     quiet_libraries()
     from pocketvlm.context import RunContext
     from pocketvlm.pipeline.sources import load_evaluation, score_subject
+    from pocketvlm.runtime.vision import VisionChoice
 
+    vision = VisionChoice(visual_tokens=visual_tokens, resolution=parse_resolution(resolution))
     samples = load_evaluation(data, n)
     with show_progress() as on_progress:
         ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
-        score = score_subject(subject, samples, ctx, arithmetic, runtime)
+        score = score_subject(subject, samples, ctx, arithmetic, runtime, vision)
     document = score.to_json()
     for note in samples.notes:
         say(f"note     {note}")

@@ -90,6 +90,11 @@ def inspect(
         f"visual tokens  {manifest.visual_tokens} of {manifest.visual_tokens_full}, "
         f"positions {manifest.positions}"
     )
+    for variant in manifest.variants:
+        say(
+            f"               {variant.name}: {variant.visual_tokens} of "
+            f"{variant.visual_tokens_full} for pictures of {variant.width} x {variant.height}"
+        )
     if manifest.prompt.tile_marker is not None or manifest.prompt.line_break is not None:
         say("               per tile: large pictures are cut into several, and shown whole as well")
     cache = manifest.kv_cache
@@ -101,7 +106,12 @@ def inspect(
         say(f"{target:<14} needs {needs.runtime} {needs.lowest_version} or newer{operators}")
     for component in manifest.components:
         precision = ", ".join(f"{part} {form}" for part, form in component.precision.items())
-        say(f"{component.target:<8} {component.role:<10} {component.file}  {precision}")
+        place = (
+            component.file
+            if component.variant is None
+            else (f"{component.file} ({component.variant})")
+        )
+        say(f"{component.target:<8} {component.role:<10} {place}  {precision}")
         for signature in (*component.inputs, *component.outputs):
             say(f"    {signature.name:<16} {signature.dtype:<8} {list(signature.shape)}")
     for name in manifest.files:

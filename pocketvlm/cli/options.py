@@ -20,12 +20,15 @@ __all__ = [
     "ModelArgument",
     "QuestionsOption",
     "RecipeOption",
+    "ResolutionOption",
     "RuntimeOption",
     "SeedOption",
     "SetOption",
     "TargetOption",
     "ThreadsOption",
+    "VisualTokensOption",
     "out_option",
+    "parse_resolution",
 ]
 
 ModelArgument = Annotated[
@@ -86,6 +89,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="Threads. Default: all cores.")
 ]
+VisualTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--visual-tokens",
+        min=1,
+        help="The vision graph with this many tokens per tile, where a bundle has several.",
+    ),
+]
+ResolutionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resolution",
+        metavar="WIDTHxHEIGHT",
+        help="The vision graph for pictures of this size. Default: the one closest to a picture's "
+        "ratio of sides.",
+    ),
+]
 RuntimeOption = Annotated[
     str | None,
     typer.Option(
@@ -109,6 +129,20 @@ def parse_out(name: str | Path) -> Path:
     if str(name).strip() in ("", "-"):
         raise InputError(f"--out: {str(name)!r} does not name a file or folder; ./- would")
     return Path(name)
+
+
+def parse_resolution(text: str | None) -> tuple[int, int] | None:
+    """Width and height of `--resolution`.
+
+    Raises:
+        InputError: It is not two numbers.
+    """
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise InputError(f"--resolution is {text!r}; write width and height, such as 448x336")
+    return int(width), int(height)
 
 
 def out_option(meaning: str) -> Any:

@@ -86,6 +86,7 @@ class BlockJob:
         turns: The conversation; every answer starts it from an empty cache.
         new_tokens: Tokens per answer, the first one included.
         pictures: Encoded files, as base64, so that every bundle reads the same bytes.
+        visual_tokens: Tokens per tile of the vision graph that sees them; `None` for the first.
         ignore_eos: Whether generation continues after an end token.
         warm_ups: Answers before the measured ones; the first of them is the cold one.
         answers: Measured answers.
@@ -98,6 +99,7 @@ class BlockJob:
     turns: tuple[Turn, ...]
     new_tokens: int
     pictures: tuple[str, ...] = ()
+    visual_tokens: int | None = None
     ignore_eos: bool = True
     warm_ups: int = 1
     answers: int = 1

@@ -51,6 +51,8 @@ class Workload:
         image_size: Side of the generated square pictures in pixels; `None` for none.
         pictures: Generated pictures of the first turn, each of them another.
         image_files: Pictures to use instead of generated ones.
+        visual_tokens: Tokens per tile of the vision graph that sees the pictures, where a bundle
+            has several; `None` for the first.
         turns: Turns of the conversation; pictures are shown with the first.
         warm_ups: Answers per process before the measured ones. The first of them is the cold answer
             and is reported separately.
@@ -69,6 +71,7 @@ class Workload:
     image_size: int | None = None
     pictures: int = 1
     image_files: tuple[Path, ...] = ()
+    visual_tokens: int | None = None
     turns: int = 1
     warm_ups: int = 1
     answers: int = 1
@@ -87,6 +90,7 @@ class Workload:
             "prompt_tokens": (self.prompt_tokens, 1),
             "new_tokens": (self.new_tokens, 2),
             "pictures": (self.pictures, 1),
+            "visual_tokens": (1 if self.visual_tokens is None else self.visual_tokens, 1),
             "turns": (self.turns, 1),
             "warm_ups": (self.warm_ups, 1),
             "answers": (self.answers, 1),
@@ -170,31 +174,48 @@ def change_workload(
 
 
 def vary_workload(
-    workload: Workload, *, image_sizes: Sequence[int] = (), prompt_tokens: Sequence[int] = ()
+    workload: Workload,
+    *,
+    image_sizes: Sequence[int] = (),
+    prompt_tokens: Sequence[int] = (),
+    visual_tokens: Sequence[int] = (),
 ) -> tuple[Workload, ...]:
-    """The workload at every size of its pictures and every length of its prompt, as a grid.
+    """The workload with every size of pictures, length of prompt and vision graph, as a grid.
 
     Args:
         workload: What all of them share.
         image_sizes: Sides of the generated pictures; none for the workload's own.
         prompt_tokens: Lengths of the prompt; none for the workload's own.
+        visual_tokens: Tokens per tile of the vision graphs; none for the workload's own.
 
     Raises:
-        InputError: A size or a length is out of range or named twice.
+        InputError: A number is out of range or named twice.
     """
-    axes = {"image_size": image_sizes, "prompt_tokens": prompt_tokens}
+    axes = {
+        "image_size": image_sizes,
+        "prompt_tokens": prompt_tokens,
+        "visual_tokens": visual_tokens,
+    }
     for name, values in axes.items():
         if len(set(values)) != len(values):
             raise InputError(f"{name}: {', '.join(map(str, values))} names a value twice")
     varied = [name for name, values in axes.items() if len(values) > 1]
     grid = []
-    for image_size, tokens in product(
-        image_sizes or (workload.image_size,), prompt_tokens or (workload.prompt_tokens,)
+    for image_size, tokens, kept in product(
+        image_sizes or (workload.image_size,),
+        prompt_tokens or (workload.prompt_tokens,),
+        visual_tokens or (workload.visual_tokens,),
     ):
-        place = {"image_size": f"{image_size} px", "prompt_tokens": f"{tokens} tokens"}
+        place = {
+            "image_size": f"{image_size} px",
+            "prompt_tokens": f"{tokens} tokens",
+            "visual_tokens": f"{kept} visual tokens",
+        }
         name = ", ".join([workload.name, *(place[axis] for axis in varied)])
         named = replace(workload, name=name)
-        grid.append(change_workload(named, image_size=image_size, prompt_tokens=tokens))
+        grid.append(
+            change_workload(named, image_size=image_size, prompt_tokens=tokens, visual_tokens=kept)
+        )
     return tuple(grid)
 
 

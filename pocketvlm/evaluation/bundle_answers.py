@@ -86,7 +86,7 @@ def answer_with_bundle(
             pictures,
             image_token_id=codec.image_token_id,
             keeps_positions=bundle.manifest.positions == "original",
-            grid=bundle.manifest.position_grid,
+            axes=bundle.manifest.position_axes,
         )
         kind = bundle.manifest.kv_cache.mutual_rows
         prompt = prompt_rows(layout, pictures, engine, mutual_rows=kind)

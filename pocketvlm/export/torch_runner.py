@@ -41,14 +41,16 @@ class TorchRunner(Runner):
             schedule=checkpoint.visual_schedule,
         )
         self.checkpoint = checkpoint
+        self._visions = {seen.vision_variant.name: seen for seen in checkpoint.each_vision()}
         self._cache = new_cache(checkpoint)
 
     def encode_image(
-        self, pixels: npt.NDArray[np.float32]
+        self, pixels: npt.NDArray[np.float32], variant: str | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
+        seen = self.checkpoint if variant is None else self._visions[variant]
         with torch.inference_mode():
-            visual = encode_images(self.checkpoint, torch.from_numpy(pixels))
+            visual = encode_images(seen, torch.from_numpy(pixels))
         return visual.embeds.numpy(), visual.indices.numpy()
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:

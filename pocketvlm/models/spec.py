@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from pocketvlm.bundle import PositionGrid
+from pocketvlm.bundle import PositionGrid, VisionVariant
 from pocketvlm.errors import CheckpointError
 from pocketvlm.models.blocks import BlockSpec
 from pocketvlm.models.decoder import DecoderSpec
@@ -205,12 +205,26 @@ class ModelSpec:
         """Visual tokens of an image from left to right."""
         return self.tower.columns // self.projector.merge_factor
 
+    def vision_variant(self, kept: int) -> VisionVariant:
+        """The vision graph for pictures of this size that leaves `kept` visual tokens of a tile."""
+        tower = self.tower
+        return VisionVariant(
+            name=f"k{kept}_{tower.width}x{tower.height}",
+            height=tower.height,
+            width=tower.width,
+            visual_tokens=kept,
+            visual_tokens_full=self.visual_tokens,
+            position_grid=self.position_grid,
+        )
+
     def with_picture_size(self, height: int, width: int) -> ModelSpec:
         """The same for pictures of another size, of which the model takes any.
 
         Raises:
             CheckpointError: The sizes do not fit the model.
         """
+        if (self.tower.height, self.tower.width) == (height, width):
+            return self
         tower = replace(self.tower, height=height, width=width)
         spec = replace(self, tower=tower)
         spec.check()

@@ -219,7 +219,7 @@ def _write_rest(
     if checkpoint.reducer is not None:
         manifest = replace(
             manifest,
-            visual_tokens=checkpoint.reducer.keep,
+            visual_tokens=checkpoint.visual_tokens,
             positions=checkpoint.reducer.positions,
         )
     if checkpoint.spec.line_break is not None:
@@ -240,6 +240,11 @@ def _write_rest(
         source_sha256=checkpoint.source.sha256,
         recipe_sha256=recipe_sha256,
         kv_cache=cache,
+        variants=(
+            tuple(seen.vision_variant for seen in checkpoint.each_vision())
+            if checkpoint.other_vision
+            else ()
+        ),
         components=components,
         runtimes={
             target.method: target.runtime_needs(folder, own)

@@ -25,6 +25,7 @@ from pocketvlm.pipeline.plan_memory import (
     photo_tokens,
     predict_memory,
 )
+from pocketvlm.pipeline.planned_graphs import PlannedGraph, planned_graphs
 from pocketvlm.pipeline.predict import DevicePrediction, predict_on
 from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
@@ -56,11 +57,13 @@ class Plan:
         weight_bytes: Predicted bytes of the largest target's weights.
         bundle_bytes: The same, with graphs and processor files.
         kv_cache_bytes: Bytes of the decoder's cache for one picture and a short chat.
-        ram_bytes: Predicted memory on the device: weights as they are held, cache, activations.
+        ram_bytes: Predicted memory on the device: weights as they are held, cache, activations, of
+            the vision graph that needs most.
         refused: What a target or the device cannot run, and what would work.
         warnings: What is allowed, but should be known.
         prediction: Times on the device that was asked for; `None` without one.
         advice: What pays for the model; `None` unless it was asked for.
+        vision_graphs: The vision graphs where there are several; other figures are the first's.
     """
 
     model: str
@@ -82,6 +85,7 @@ class Plan:
     warnings: tuple[str, ...]
     prediction: DevicePrediction | None = None
     advice: Advice | None = None
+    vision_graphs: tuple[PlannedGraph, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -93,6 +97,7 @@ class Plan:
             f"model          {self.model}",
             f"recipe         {self.recipe} -> {', '.join(self.targets)}",
             f"visual tokens  {self.visual_tokens} of {self.visual_tokens_full}{self._tiles()}",
+            *(graph.line() for graph in self.vision_graphs),
             *(
                 f"  {part:<12} {count / 1e6:10.2f} MB predicted"
                 for part, count in self.part_bytes.items()
@@ -156,11 +161,14 @@ def plan(
     spec, notes = inspect_model(model)
     profile = load_device(device) if device is not None else None
     state = plan_stages(recipe.stages, spec, recipe.targets)
+    visions = state.each_vision()
     refused: list[str] = []
     warnings = [*notes, *state.notes]
     part_bytes: dict[str, int] = {}
     for target in recipe.targets:
-        prediction = target.predict(state.spec, state.layouts)
+        prediction = target.predict(
+            state.spec, state.layouts, others=[vision.spec for vision in visions[1:]]
+        )
         if target.missing_toolkit is not None:
             refused.append(f"{target.method}: {target.missing_toolkit}")
         refused += target.refuse(state)
@@ -169,11 +177,12 @@ def plan(
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
     row_bytes = 0 if spec.line_break is None else FLOAT32_BYTES * spec.decoder.hidden_size
-    memory = predict_memory(state, recipe.targets)
+    memories = [predict_memory(vision, recipe.targets) for vision in visions]
+    ram_bytes = max(memory.total_bytes for memory in memories)
     if profile is not None:
         refused += (
             *_runtime_refusals(profile, recipe.targets),
-            *_memory_refusals(profile, memory.total_bytes),
+            *_memory_refusals(profile, ram_bytes),
         )
     if isinstance(model, Shape):
         file_bytes = model.text_bytes
@@ -199,14 +208,15 @@ def plan(
         part_bytes={part: part_bytes[part] for part in (*PARTS, "other") if part in part_bytes},
         weight_bytes=weight_bytes,
         bundle_bytes=weight_bytes + row_bytes + file_bytes,
-        kv_cache_bytes=memory.cache_bytes,
-        ram_bytes=memory.total_bytes,
+        kv_cache_bytes=memories[0].cache_bytes,
+        ram_bytes=ram_bytes,
         refused=tuple(refused),
         warnings=tuple(warnings),
         prediction=None if profile is None else predict_on(profile, state, recipe.targets),
         advice=advise(state, recipe.targets, profile or load_device("host"), measured=measured)
         if advises
         else None,
+        vision_graphs=planned_graphs(state, profile, recipe.targets),
     )
 
 
@@ -233,7 +243,7 @@ def _check_processor(
         check_data(
             readers,
             recipe.targets,
-            kept=state.visual_tokens,
+            kept=max(vision.visual_tokens for vision in state.each_vision()),
             calibration=calibration,
             evaluation=evaluation,
         )

@@ -229,7 +229,8 @@ def _ask_first(
         CalibrationError: A row of the data cannot be used.
     """
     spec, targets = checkpoint.spec, recipe.targets
-    kept = plan_stages(recipe.stages, spec, targets).visual_tokens
+    visions = plan_stages(recipe.stages, spec, targets).each_vision()
+    kept = max(vision.visual_tokens for vision in visions)
     readers = Readers.open(model, spec)
     found = check_model(readers, model)
     found.raise_if_any(UnsupportedError)

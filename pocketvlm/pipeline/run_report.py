@@ -172,6 +172,11 @@ def _notes(checkpoint: Checkpoint, calibration: CalibrationSet, bundle: Bundle) 
         notes.append(
             "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
         )
+    if checkpoint.other_vision:
+        notes.append(
+            f"the bundle has {len(checkpoint.other_vision) + 1} vision graphs; stages after them, "
+            f"scores and times are those of the first, {checkpoint.vision_variant.name}"
+        )
     engine = choose_engine(bundle)
     if engine in EMULATED:
         notes.append(

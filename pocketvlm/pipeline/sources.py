@@ -21,6 +21,7 @@ from pocketvlm.recipes.stages import REDUCER_BUILDERS
 from pocketvlm.reference import REFERENCE_MODELS, Pictures, reference_model_path
 from pocketvlm.reference.shapes import Shape, load_shape
 from pocketvlm.reference_graph.activation_rounding import ARITHMETICS, Arithmetic
+from pocketvlm.runtime.vision import ANY_VISION, VisionChoice, only_vision
 
 __all__ = [
     "GENERATED_SOURCES",
@@ -186,6 +187,7 @@ def score_subject(
     ctx: RunContext,
     arithmetic: str = "float32",
     runtime: str | None = None,
+    vision: VisionChoice = ANY_VISION,
 ) -> Score:
     """Scores a bundle, or anything that `resolve_model` understands, with the same code.
 
@@ -195,10 +197,11 @@ def score_subject(
         ctx: The run.
         arithmetic: The runtime whose rounding of activations is simulated for a checkpoint.
         runtime: The engine that runs a bundle; `None` for the first that it has graphs for.
+        vision: The vision graph of a bundle that sees all pictures; the first one by default.
 
     Raises:
-        InputError: The arithmetic is unknown, or given for a bundle; the runtime is unknown, or
-            given for a checkpoint.
+        InputError: The arithmetic is unknown, or given for a bundle; the runtime or vision graph is
+            unknown, or given for a checkpoint.
         PocketVLMError: The subject is neither a bundle nor a model.
     """
     if arithmetic not in ARITHMETICS:
@@ -209,9 +212,14 @@ def score_subject(
                 f"{subject}: is a bundle, which has the arithmetic of its runtime; "
                 f"{arithmetic!r} can be simulated for a checkpoint"
             )
-        return score_bundle(Bundle.open(Path(subject)), samples, runtime=runtime, ctx=ctx)
+        bundle = only_vision(Bundle.open(Path(subject)), vision)
+        return score_bundle(bundle, samples, runtime=runtime, ctx=ctx)
     if runtime is not None:
         raise InputError(f"{subject}: is not a bundle; --runtime chooses what runs a bundle")
+    if vision != ANY_VISION:
+        raise InputError(
+            f"{subject}: is not a bundle; --visual-tokens and --resolution choose a bundle's graph"
+        )
     checkpoint = load_checkpoint(resolve_model(subject))
     return score_checkpoint(checkpoint, samples, ctx=ctx, arithmetic=cast("Arithmetic", arithmetic))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,6 +94,7 @@ class PromptCodec:
         messages: Sequence[Message],
         grids: Sequence[TileGrid] | None = None,
         *,
+        counts: Sequence[int] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation, every picture expanded to the placeholders of its tiles.
@@ -101,6 +102,7 @@ class PromptCodec:
         Args:
             messages: The whole conversation, oldest turn first.
             grids: How each picture is cut, in their order; `None` where none is.
+            counts: Placeholders of a tile of each picture; `None` for `picture.count` of all.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Raises:
@@ -116,7 +118,13 @@ class PromptCodec:
         # first token of a prefix is not the template's.
         bos = self.variables.get("bos_token")
         adds_tokens = self.is_prefix or not (bos and text.startswith(bos))
-        blocks = iter([self.picture.write(grid) for grid in cuts])
+        sizes = [self.picture.count] * pictures if counts is None else counts
+        blocks = iter(
+            [
+                replace(self.picture, count=count).write(grid)
+                for grid, count in zip(cuts, sizes, strict=True)
+            ]
+        )
         text = self._placeholder.sub(lambda _: next(blocks), text)
         try:
             ids = self._encode_text(text, adds_tokens=adds_tokens)

@@ -60,9 +60,9 @@ STAGES: tuple[type[Stage], ...] = (
 TARGETS: tuple[type[Target], ...] = (ToOnnx, ToCoreml, ToExecutorch)
 
 REDUCER_BUILDERS: Mapping[str, ReducerBuilder] = {
-    "reduce_tokens": ReduceTokens.build_reducer,
+    "reduce_tokens": ReduceTokens.build_reducers,
 }
-"""How a saved checkpoint gets its visual-token reducer back, by stage tag."""
+"""How a saved checkpoint gets its visual-token reducers back, by stage tag."""
 
 
 def layer_bytes_by_target(targets: Sequence[Target]) -> Mapping[str, LayerBytes]:

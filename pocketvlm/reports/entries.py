@@ -141,6 +141,8 @@ def _shape(workload: MeasuredWorkload) -> str:
     pictures = workload.pictures or (1 if workload.image_size else 0)
     size = f" of {workload.image_size} px" if workload.image_size else ""
     shown = f", {pictures} picture{'s' if pictures > 1 else ''}{size}" if pictures else ""
+    if workload.visual_tokens is not None:
+        shown += f", {workload.visual_tokens} visual tokens per tile"
     turns = f", {workload.turns} turns" if (workload.turns or 1) > 1 else ""
     return (
         f"{workload.name or 'unnamed'}: {workload.prompt_tokens} tokens{shown}{turns}, "

@@ -106,6 +106,7 @@ class MeasuredWorkload:
     image_size: int | None = None
     pictures: int | None = None
     image_files: tuple[str, ...] = ()
+    visual_tokens: int | None = None
     turns: int | None = None
     warm_ups: int | None = None
     answers: int | None = None

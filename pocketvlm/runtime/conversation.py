@@ -23,12 +23,17 @@ from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
-from pocketvlm.runtime.picture_rows import PictureRows
-from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message
+from pocketvlm.runtime.vision import (
+    ANY_VISION,
+    VisionChoice,
+    VisionGraph,
+    choose_vision,
+    open_vision,
+)
 
 __all__ = ["Conversation", "PictureInput", "open_picture", "question_turn", "require_room"]
 
@@ -45,6 +50,7 @@ class _Picture:
     Attributes:
         source: What was given.
         size: Its width and height, upright.
+        graph: The vision graph that saw it.
         cut: How it is cut, by its size.
         grid: The tiles of these that are seen.
         rows: What stands for it in prompts.
@@ -52,6 +58,7 @@ class _Picture:
 
     source: PictureInput
     size: tuple[int, int]
+    graph: VisionGraph
     cut: TileGrid
     grid: TileGrid
     rows: list[VisualFeatures]
@@ -153,8 +160,7 @@ class Conversation:
         self.answers: list[Answer] = []
         self._manifest = manifest
         self._codec = TextCodec.from_bundle(bundle) if codec is None else codec
-        self._preprocessor = ImagePreprocessor.from_bundle(bundle)
-        self._rows = PictureRows.from_bundle(bundle)
+        self._vision = open_vision(bundle)
         self._runner = open_engine(bundle) if runner is None else runner
         self._runner.reset()
         self._pictures: list[_Picture] = []
@@ -178,6 +184,7 @@ class Conversation:
         prompt: str | Turn,
         image: PictureInput | Sequence[PictureInput] | None = None,
         *,
+        vision: VisionChoice = ANY_VISION,
         max_new_tokens: int = 64,
         on_token: Callable[[str], None] | None = None,
         sampling: Sampling = GREEDY,
@@ -189,15 +196,19 @@ class Conversation:
                 words the pictures stand; else they stand before the text.
             image: The picture of this turn, or several; `None` for text alone, or for another
                 question about earlier pictures.
+            vision: Which vision graph sees the pictures of this turn, where the bundle has several;
+                earlier ones keep theirs.
             max_new_tokens: Tokens after which the answer is cut.
             on_token: Called with each piece of text as soon as it is certain.
             sampling: How tokens are chosen.
 
         Raises:
-            InputError: Nothing was asked, the picture cannot be used, or the conversation does
-                not fit the model any more.
+            InputError: Nothing was asked, the picture cannot be used, no vision graph is the one
+                that is asked for, or the conversation does not fit the model any more.
         """
-        stream = self.stream(prompt, image, max_new_tokens=max_new_tokens, sampling=sampling)
+        stream = self.stream(
+            prompt, image, vision=vision, max_new_tokens=max_new_tokens, sampling=sampling
+        )
         while True:
             try:
                 piece = next(stream)
@@ -211,6 +222,7 @@ class Conversation:
         prompt: str | Turn,
         image: PictureInput | Sequence[PictureInput] | None = None,
         *,
+        vision: VisionChoice = ANY_VISION,
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
         ignore_end: bool = False,
@@ -224,6 +236,7 @@ class Conversation:
         Args:
             prompt: As in `ask`.
             image: As in `ask`.
+            vision: As in `ask`.
             max_new_tokens: As in `ask`.
             sampling: As in `ask`.
             ignore_end: Whether generation continues after a token that ends an answer, as a
@@ -235,10 +248,14 @@ class Conversation:
         turn, images = question_turn(prompt, image)
         clock = StageClock() if clock is None else clock
         ends = () if ignore_end else self._codec.eos_token_ids
-        pictures = self._look(images, clock)
+        pictures = self._look(images, vision, clock)
         tiles = [tile for picture in pictures for tile in picture.rows]
         messages = [*self.messages, turn.to_message()]
-        prompt_ids = self._codec.encode(messages, [picture.grid for picture in pictures])
+        prompt_ids = self._codec.encode(
+            messages,
+            [picture.grid for picture in pictures],
+            counts=[picture.graph.rows.per_tile for picture in pictures],
+        )
         layout = self._lay_out(prompt_ids, tiles)
         clock.lap("tokenize")
         require_room(
@@ -305,33 +322,44 @@ class Conversation:
         self.answers.append(answer)
         return answer
 
-    def _look(self, images: Sequence[PictureInput], clock: StageClock) -> list[_Picture]:
+    def _look(
+        self, images: Sequence[PictureInput], vision: VisionChoice, clock: StageClock
+    ) -> list[_Picture]:
         """All pictures so far and new ones; an earlier one again if it is now cut otherwise."""
         opened = [open_picture(image) for image in images]
         known = len(self._pictures)
         sizes = [picture.size for picture in self._pictures] + [image.size for image in opened]
-        cuts = self._preprocessor.grids_by_size(sizes)
+        # Graphs differ in how many pixels a tile has, never in how a picture is cut.
+        cuts = self._vision[0].preprocessor.grids_by_size(sizes)
+        graphs = [picture.graph for picture in self._pictures]
+        graphs += [choose_vision(self._vision, image.size, vision) for image in opened]
         clock.lap("preprocess")
         pictures: list[_Picture] = []
-        for number, cut in enumerate(cuts):
+        for number, (graph, cut) in enumerate(zip(graphs, cuts, strict=True)):
             if number < known and self._pictures[number].cut == cut:
                 pictures.append(self._pictures[number])
                 continue
             source = self._pictures[number].source if number < known else images[number - known]
             image = opened[number - known] if number >= known else open_picture(source)
-            pictures.append(self._encode(source, image, cut, clock))
+            pictures.append(self._encode(source, image, graph, cut, clock))
         return pictures
 
     def _encode(
-        self, source: PictureInput, image: Image, cut: TileGrid, clock: StageClock
+        self,
+        source: PictureInput,
+        image: Image,
+        graph: VisionGraph,
+        cut: TileGrid,
+        clock: StageClock,
     ) -> _Picture:
-        grid, pixels = self._preprocessor.cut(image, cut)
+        grid, pixels = graph.preprocessor.cut(image, cut)
         clock.lap("preprocess")
         # Never reused, so that rows of an abandoned turn's picture match no other one.
-        rows = self._rows.encode(self._runner, pixels, grid, serial=self._serial + 1)
+        serial = self._serial + 1
+        rows = graph.rows.encode(self._runner, pixels, grid, serial=serial, variant=graph.name)
         self._serial += len(rows)
         clock.lap("vision")
-        return _Picture(source=source, size=image.size, cut=cut, grid=grid, rows=rows)
+        return _Picture(source=source, size=image.size, graph=graph, cut=cut, grid=grid, rows=rows)
 
     def _lay_out(self, prompt_ids: list[int], tiles: list[VisualFeatures]) -> PromptLayout:
         return lay_out_prompt(
@@ -339,7 +367,7 @@ class Conversation:
             tiles,
             image_token_id=self._codec.image_token_id,
             keeps_positions=self._manifest.positions == "original",
-            grid=self._manifest.position_grid,
+            axes=self._manifest.position_axes,
         )
 
     def _shared_rows(self, layout: PromptLayout) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pocketvlm.bundle import Bundle
+from pocketvlm.bundle import Bundle, PositionGrid
 from pocketvlm.errors import BundleError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
@@ -35,10 +35,12 @@ class PictureRows:
     Attributes:
         per_tile: Placeholders of one tile, N.
         line_break: float32 [width]: the row after each line; `None` where there are no lines.
+        grid: The N placeholders where positions have three axes; `None` where they have one.
     """
 
     per_tile: int
     line_break: npt.NDArray[np.float32] | None
+    grid: PositionGrid | None = None
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> PictureRows:
@@ -58,10 +60,18 @@ class PictureRows:
             row = np.frombuffer(content, _FLOAT).astype(np.float32)
             if not np.isfinite(row).all():
                 raise BundleError(f"{path}: holds a number that is not finite")
-        return cls(per_tile=manifest.visual_tokens_full, line_break=row)
+        return cls(
+            per_tile=manifest.visual_tokens_full, grid=manifest.position_grid, line_break=row
+        )
 
     def encode(
-        self, runner: Runner, pixels: npt.NDArray[np.float32], grid: TileGrid, *, serial: int = 0
+        self,
+        runner: Runner,
+        pixels: npt.NDArray[np.float32],
+        grid: TileGrid,
+        *,
+        serial: int = 0,
+        variant: str | None = None,
     ) -> list[VisualFeatures]:
         """The rows of one picture: one entry per tile, or one where tiles make up a map.
 
@@ -70,8 +80,9 @@ class PictureRows:
             pixels: float32 [tiles, C, S, S].
             grid: The tiles.
             serial: Number of the first entry; the others count on.
+            variant: The vision graph, where the bundle has several; `None` for the first.
         """
-        tiles = [runner.encode_image(tile[None]) for tile in pixels]
+        tiles = [runner.encode_image(tile[None], variant) for tile in pixels]
         return self.arrange(tiles, grid, serial=serial)
 
     def arrange(
@@ -86,7 +97,11 @@ class PictureRows:
         if order is None:
             return [
                 VisualFeatures(
-                    embeds=embeds, indices=indices, placeholders=self.per_tile, serial=number
+                    embeds=embeds,
+                    indices=indices,
+                    placeholders=self.per_tile,
+                    grid=self.grid,
+                    serial=number,
                 )
                 for number, (embeds, indices) in enumerate(tiles, start=serial)
             ]

@@ -46,15 +46,19 @@ class ImagePreprocessor:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> ImagePreprocessor:
-        """Reads the image processor's settings of a bundle.
+        """Reads the image processor's settings of a bundle, for its first vision graph.
 
         Raises:
             BundleError: They are missing, of an unknown kind, or do not fit the vision graph.
         """
-        settings = read_image_settings(bundle.path, bundle.manifest.family)
+        manifest, name = bundle.manifest, None
+        settings = read_image_settings(bundle.path, manifest.family)
+        if manifest.variants:
+            first = manifest.variants[0]
+            name, settings = first.name, settings.fitted(first.height, first.width)
         own = (1, 3, *settings.picture_size)
-        for component in bundle.manifest.components:
-            if component.role == "vision":
+        for component in manifest.components:
+            if component.role == "vision" and component.variant == name:
                 shape = tuple(component.inputs[0].shape)
                 if shape != own:
                     raise BundleError(

@@ -64,9 +64,20 @@ class Runner(ABC):
 
     @abstractmethod
     def encode_image(
-        self, pixels: npt.NDArray[np.float32]
+        self, pixels: npt.NDArray[np.float32], variant: str | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k], both the caller's."""
+        """Pixels to visual tokens.
+
+        Args:
+            pixels: float32 [1, C, height, width].
+            variant: The vision graph, by its name in the manifest; `None` for the first.
+
+        Returns:
+            Embeddings [1, k, width] and indices [1, k], both the caller's.
+
+        Raises:
+            BundleError: There is no such graph, or it cannot be run.
+        """
 
     @abstractmethod
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -39,12 +39,14 @@ class VisualFeatures:
         embeds: float32 [1, k, width].
         indices: int64 [1, k]: which of the N unreduced tokens these are, ascending.
         placeholders: Length of the run, N.
+        grid: The N tokens where positions have three axes; `None` where they have one.
         serial: Tells this picture from every other one of the conversation.
     """
 
     embeds: npt.NDArray[np.float32]
     indices: npt.NDArray[np.int64]
     placeholders: int
+    grid: PositionGrid | None = None
     serial: int = 0
 
 
@@ -157,7 +159,7 @@ def lay_out_prompt(
     *,
     image_token_id: int,
     keeps_positions: bool,
-    grid: PositionGrid | None = None,
+    axes: int = 1,
 ) -> PromptLayout:
     """Lays out a prompt whose pictures are runs of all their placeholders.
 
@@ -166,7 +168,7 @@ def lay_out_prompt(
         pictures: Features of its pictures, in order.
         image_token_id: The placeholder.
         keeps_positions: Whether the policy is `original`.
-        grid: A picture's tokens where positions have three axes; `None` where they have one.
+        axes: Axes along which rows are numbered, one or three.
 
     Raises:
         InputError: Placeholders and pictures do not match.
@@ -174,7 +176,6 @@ def lay_out_prompt(
     ids = np.asarray(token_ids, np.int64)
     lengths = [picture.placeholders for picture in pictures]
     runs = image_runs(token_ids, lengths, image_token_id=image_token_id)
-    axes = 1 if grid is None else 3
     codes: list[npt.NDArray[np.int64]] = []
     slots: list[npt.NDArray[np.int64]] = []
     positions: list[npt.NDArray[np.int64]] = []
@@ -192,9 +193,9 @@ def lay_out_prompt(
         kept = picture.embeds.shape[1]
         codes.append(np.full(kept, -1 - picture.serial))
         slots.append(np.arange(kept))
-        if grid is not None:
-            positions.append(position + grid.offsets(picture.indices[0]))
-            position += grid.advance
+        if picture.grid is not None:
+            positions.append(position + picture.grid.offsets(picture.indices[0]))
+            position += picture.grid.advance
         elif keeps_positions:
             positions.append(position + picture.indices)
             position += picture.placeholders

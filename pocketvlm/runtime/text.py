@@ -119,10 +119,13 @@ class TextCodec:
         messages: Sequence[Message],
         grids: Sequence[TileGrid] | None = None,
         *,
+        counts: Sequence[int] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation; arguments and errors are those of `PromptCodec.encode`."""
-        return self.prompts.encode(messages, grids, add_generation_prompt=add_generation_prompt)
+        return self.prompts.encode(
+            messages, grids, counts=counts, add_generation_prompt=add_generation_prompt
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out, spaces at both ends removed."""

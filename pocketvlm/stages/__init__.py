@@ -6,7 +6,7 @@ layer inputs have in common. The tables of stages and targets are `recipes/stage
 """
 
 from pocketvlm.stages.flags import INITIAL_FLAGS, check_order
-from pocketvlm.stages.plan_state import FLOAT_CACHE_BITS, PlanState
+from pocketvlm.stages.plan_state import FLOAT_CACHE_BITS, PlannedVision, PlanState
 from pocketvlm.stages.stage import Stage, StageResult, run_stage
 from pocketvlm.stages.target import Explanation, Prediction, Target
 
@@ -15,6 +15,7 @@ __all__ = [
     "INITIAL_FLAGS",
     "Explanation",
     "PlanState",
+    "PlannedVision",
     "Prediction",
     "Stage",
     "StageResult",

@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pocketvlm.bundle import VisualSchedule
+from pocketvlm.bundle import VisionVariant, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.layers import LinearSpec
+from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import LayerBytes, SparseLayout, WeightLayout, plan_behind_mask
 
-__all__ = ["FLOAT_CACHE_BITS", "PlanState"]
+__all__ = ["FLOAT_CACHE_BITS", "PlanState", "PlannedVision"]
 
 FLOAT_CACHE_BITS = 32
 """Bits of a number in a KV cache that no stage quantizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedVision:
+    """One vision graph.
+
+    Attributes:
+        size: Pictures that it takes.
+        visual_tokens: Tokens of a tile that it leaves.
+    """
+
+    size: PictureSize
+    visual_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +39,7 @@ class PlanState:
         spec: Its specification.
         layouts: How each weight matrix will be stored; `None` for those that stay float.
         visual_tokens: Tokens of an image that enter the decoder.
+        other_vision: Vision graphs beside the one for `spec` and `visual_tokens`.
         visual_schedule: Where visual rows leave the decoder; `None` where no stage drops them.
             Where only calibration will tell, the longest that it may be.
         cache_bits: Bits of a number in the KV cache.
@@ -35,6 +50,7 @@ class PlanState:
     spec: ModelSpec
     layouts: Mapping[LinearSpec, WeightLayout | None]
     visual_tokens: int
+    other_vision: tuple[PlannedVision, ...] = ()
     visual_schedule: VisualSchedule | None = None
     cache_bits: int = FLOAT_CACHE_BITS
     notes: tuple[str, ...] = ()
@@ -53,14 +69,38 @@ class PlanState:
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> PlanState:
         """The model as the stages before have left it."""
-        spec, reducer, grid = checkpoint.spec, checkpoint.reducer, checkpoint.cache_grid
+        spec, grid = checkpoint.spec, checkpoint.cache_grid
         return cls(
             spec=spec,
             layouts={linear: form.layout for linear, form in checkpoint.forms().items()},
-            visual_tokens=spec.visual_tokens if reducer is None else reducer.keep,
+            visual_tokens=checkpoint.visual_tokens,
+            other_vision=tuple(
+                PlannedVision(size=sight.size, visual_tokens=own.visual_tokens)
+                for sight, own in zip(
+                    checkpoint.other_vision, checkpoint.each_vision()[1:], strict=True
+                )
+            ),
             visual_schedule=checkpoint.visual_schedule,
             cache_bits=FLOAT_CACHE_BITS if grid is None else grid.bits,
         )
+
+    @property
+    def vision_variant(self) -> VisionVariant:
+        """The vision graph for `spec` and `visual_tokens`, as a manifest describes it."""
+        return self.spec.vision_variant(self.visual_tokens)
+
+    def each_vision(self) -> tuple[PlanState, ...]:
+        """The state with each of its vision graphs alone, its own first."""
+        others = (
+            replace(
+                self,
+                spec=self.spec.with_picture_size(vision.size.height, vision.size.width),
+                visual_tokens=vision.visual_tokens,
+                other_vision=(),
+            )
+            for vision in self.other_vision
+        )
+        return (replace(self, other_vision=()), *others)
 
     def with_spec(self, spec: ModelSpec) -> PlanState:
         """The same with other layers; a layer that changes its shape is float again."""

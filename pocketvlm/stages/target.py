@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pocketvlm.bundle import Component
+from pocketvlm.bundle import MOST_VARIANTS, Component
 from pocketvlm.bundle.manifest import RuntimeNeeds
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
@@ -93,6 +93,15 @@ class Target(ABC):
         """Bytes of everything but the matrices, by part of the model or under `other`."""
 
     @abstractmethod
+    def vision_bytes(self, spec: ModelSpec, /, *, is_new_size: bool) -> int:
+        """Bytes of one more vision graph, beside the weights that it shares.
+
+        Args:
+            spec: The model, with the pictures of this graph.
+            is_new_size: Whether no other graph takes pictures of their size.
+        """
+
+    @abstractmethod
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache that a conversation with the exported model may take."""
 
@@ -121,12 +130,15 @@ class Target(ABC):
         is_table = linear.part == "embedding" and not spec.decoder.tied_head
         return self.explain(layout, linear.shape, is_table=is_table)
 
-    def predict(self, spec: ModelSpec, layouts: Layouts) -> Prediction:
+    def predict(
+        self, spec: ModelSpec, layouts: Layouts, *, others: Sequence[ModelSpec] = ()
+    ) -> Prediction:
         """What the export would weigh and cost, before any compute.
 
         Args:
             spec: The model.
             layouts: What each layer will be stored as; those that are refused weigh nothing.
+            others: The model once more for each other vision graph, with the pictures of that.
         """
         parts: Counter[str] = Counter()
         prices: Counter[str] = Counter()
@@ -136,6 +148,11 @@ class Target(ABC):
                 parts[linear.part] += self.layer_bytes(layout, linear.shape)
             prices.update(found.prices)
         parts.update(self.graph_bytes(spec, layouts))
+        sizes = {(spec.tower.height, spec.tower.width)}
+        for other in others:
+            size = (other.tower.height, other.tower.width)
+            parts["other"] += self.vision_bytes(other, is_new_size=size not in sizes)
+            sizes.add(size)
         return Prediction(
             part_bytes=dict(parts),
             warnings=tuple(
@@ -159,6 +176,12 @@ class Target(ABC):
             refused.append(
                 "runs every row through every decoder layer; leave drop_tokens out of the stages "
                 "for this target (reduce_tokens runs everywhere), or export to ONNX alone"
+            )
+        graphs = 1 + len(state.other_vision)
+        if graphs > MOST_VARIANTS:
+            refused.append(
+                f"holds up to {MOST_VARIANTS} vision graphs, and {graphs} are asked for; give "
+                "reduce_tokens fewer numbers to keep, or set_resolution fewer sizes"
             )
         return tuple(f"{self.method}: {reason}" for reason in refused)
 

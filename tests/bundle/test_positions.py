@@ -34,45 +34,40 @@ def stock() -> Qwen2VLModel:
         )
 
 
-def lay_out(ids, grid, pictures, kept=None):
-    indices = np.arange(grid.tokens) if kept is None else np.array(kept)
-    features = [
-        VisualFeatures(
-            embeds=np.zeros((1, len(indices), 2), np.float32),
-            indices=indices[None],
-            placeholders=grid.tokens,
-            serial=serial,
+def lay_out(ids, grids, kept=None):
+    features = []
+    for serial, grid in enumerate(grids):
+        indices = np.arange(grid.tokens) if kept is None else np.array(kept)
+        features.append(
+            VisualFeatures(
+                embeds=np.zeros((1, len(indices), 2), np.float32),
+                indices=indices[None],
+                placeholders=grid.tokens,
+                grid=grid,
+                serial=serial,
+            )
         )
-        for serial in range(pictures)
-    ]
-    return lay_out_prompt(
-        ids,
-        features,
-        image_token_id=IMAGE,
-        keeps_positions=True,
-        grid=grid,
-    )
+    return lay_out_prompt(ids, features, image_token_id=IMAGE, keeps_positions=True, axes=3)
 
 
 @settings(deadline=None, max_examples=80)
 @given(
-    texts=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    rows=st.integers(1, 6),
-    columns=st.integers(1, 6),
+    texts=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+    sides=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=3),
 )
-def test_positions_are_those_of_the_stock_model(stock, texts, rows, columns):
-    grid = PositionGrid(rows=rows, columns=columns)
-    ids: list[int] = []
-    for number, length in enumerate(texts):
-        ids += ([IMAGE] * grid.tokens if number else []) + [3] * length
+def test_positions_are_those_of_the_stock_model(stock, texts, sides):
+    """Also where pictures of one prompt have grids of different sizes."""
+    grids = [PositionGrid(rows=rows, columns=columns) for rows, columns in sides]
+    ids = [3] * texts[0]
+    for grid, length in zip(grids, texts[1:], strict=False):
+        ids += [IMAGE] * grid.tokens + [3] * length
     token_ids = torch.tensor([ids])
-    pictures = len(texts) - 1
     expected, delta = stock.get_rope_index(
         token_ids,
         (token_ids == IMAGE).int(),
-        torch.tensor([[1, rows * MERGE, columns * MERGE]] * pictures).view(-1, 3),
+        torch.tensor([[1, rows * MERGE, columns * MERGE] for rows, columns in sides]).view(-1, 3),
     )
-    layout = lay_out(ids, grid, pictures)
+    layout = lay_out(ids, grids)
     np.testing.assert_array_equal(layout.positions, expected[:, 0])
     assert layout.next_position == len(ids) + int(delta[0])
     # An answer continues on all axes at once, after the longest side of the picture.
@@ -83,7 +78,7 @@ def test_positions_are_those_of_the_stock_model(stock, texts, rows, columns):
 def test_kept_tokens_stand_where_they_stood_among_all():
     grid = PositionGrid(rows=2, columns=4)
     ids = [3, *[IMAGE] * grid.tokens, 4]
-    whole, reduced = lay_out(ids, grid, 1), lay_out(ids, grid, 1, kept=[1, 6])
+    whole, reduced = lay_out(ids, [grid]), lay_out(ids, [grid], kept=[1, 6])
     assert reduced.next_position == whole.next_position == 6
     assert reduced.positions.tolist() == whole.positions[:, [0, 2, 7, 9]].tolist()
     assert reduced.positions.tolist() == [[0, 1, 1, 5], [0, 1, 2, 5], [0, 2, 3, 5]]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.checkpoint import Checkpoint, combine_vision
 from pocketvlm.compress.tokens.auto import Auto
 from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
 from pocketvlm.compress.tokens.baseline.uniform_stride import UniformStride
@@ -33,7 +33,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy, TokenReducer
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.stages import PlanState, Stage, StageResult
+from pocketvlm.stages import PlannedVision, PlanState, Stage, StageResult
 
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import CalibrationSet
@@ -73,7 +73,9 @@ class ReduceTokens(Stage):
     Attributes:
         reducer: What becomes of the tokens.
         keep: A share of the tokens (a float in (0, 1], rounded to the nearest number that the
-            reducer can leave), or their number (an integer).
+            reducer can leave), or their number (an integer). Several make a vision graph each,
+            over the same weights, of which an app chooses question by question; what follows is
+            calibrated with the first.
         positions: Whether kept tokens keep their rotary positions among all N (`original`), or
             are recounted (`consecutive`).
     """
@@ -89,7 +91,7 @@ class ReduceTokens(Stage):
 
     method: Literal["reduce_tokens"] = "reduce_tokens"
     reducer: AnyReducer = _AUTO
-    keep: float | int = 0.5
+    keep: float | int | tuple[float | int, ...] = 0.5
     positions: PositionPolicy = "original"
 
     def __post_init__(self) -> None:
@@ -97,33 +99,49 @@ class ReduceTokens(Stage):
             raise ValueError(
                 f"positions is {self.positions!r}; allowed are {', '.join(POSITION_POLICIES)}"
             )
-        is_count = isinstance(self.keep, int) and not isinstance(self.keep, bool)
-        if is_count and self.keep < 1:
-            raise ValueError(f"keep is {self.keep}; a count is at least 1")
-        if not is_count and not (isinstance(self.keep, float) and 0 < self.keep <= 1):
-            raise ValueError(
-                f"keep is {self.keep!r}; allowed are a share in (0, 1] or a whole number of tokens"
-            )
+        if not self.keeps:
+            raise ValueError("keep is an empty list; at least one number or share is needed")
+        for keep in self.keeps:
+            _require_keep(keep)
 
-    def resolved_keep(self, spec: ModelSpec) -> int:
-        """The number of tokens that remain of this model's.
+    @property
+    def keeps(self) -> tuple[float | int, ...]:
+        """What is kept by each vision graph, first the one that calibration runs."""
+        return self.keep if isinstance(self.keep, tuple) else (self.keep,)
+
+    def resolved_keeps(self, spec: ModelSpec) -> tuple[int, ...]:
+        """The numbers of tokens that remain of this model's.
 
         Raises:
-            RecipeError: It is more than there are.
+            RecipeError: One is more than there are, or two are the same.
         """
+        counts = tuple(self._resolved_keep(spec, keep) for keep in self.keeps)
+        if len(set(counts)) < len(counts):
+            size = f"{spec.tower.width} x {spec.tower.height}"
+            raise RecipeError(
+                f"reduce_tokens: keep leaves {', '.join(map(str, counts))} of the "
+                f"{spec.visual_tokens} visual tokens of a picture of {size}; numbers must differ"
+            )
+        return counts
+
+    def _resolved_keep(self, spec: ModelSpec, keep: float) -> int:
         total = spec.visual_tokens
-        if isinstance(self.keep, int):
-            if self.keep > total:
+        if isinstance(keep, int):
+            if keep > total:
                 raise RecipeError(
-                    f"reduce_tokens: keep {self.keep} is more than the {total} visual tokens of "
+                    f"reduce_tokens: keep {keep} is more than the {total} visual tokens of "
                     f"an image; allowed are 1 to {total}"
                 )
-            return self.keep
+            return keep
         reducer = self.reducer.choose(spec)
-        return reducer.nearest_count(spec, max(1, round(self.keep * total)))
+        return reducer.nearest_count(spec, max(1, round(keep * total)))
 
     def build(self, spec: ModelSpec) -> TokenReducer:
-        """The module that reduces this model's tokens.
+        """The module that reduces this model's tokens, the first one where there are several."""
+        return self.build_each(spec)[0]
+
+    def build_each(self, spec: ModelSpec) -> tuple[TokenReducer, ...]:
+        """The modules that reduce this model's tokens, one for each of `keeps`.
 
         Raises:
             RecipeError: `keep` does not suit the model.
@@ -134,16 +152,26 @@ class ReduceTokens(Stage):
                 "reduce_tokens: positions are rows and columns of a picture in this model, which "
                 "cannot be recounted; allowed is original"
             )
-        keep = self.resolved_keep(spec)
-        return self.reducer.build(spec, keep=keep, positions=self.positions).eval()
+        return tuple(
+            self.reducer.build(spec, keep=keep, positions=self.positions).eval()
+            for keep in self.resolved_keeps(spec)
+        )
 
     def plan(self, state: PlanState) -> PlanState:
         """Leaves fewer visual tokens."""
-        return replace(state, visual_tokens=self.build(state.spec).keep)
+        sizes = [vision.size for vision in state.other_vision]
+        first, *others = (
+            PlannedVision(size=vision.size, visual_tokens=vision.reducer.keep)
+            for vision in combine_vision(state.spec, sizes, self.build_each)
+            if vision.reducer is not None
+        )
+        return replace(state, visual_tokens=first.visual_tokens, other_vision=tuple(others))
 
     @classmethod
-    def build_reducer(cls, parameters: Mapping[str, Any], spec: ModelSpec) -> TokenReducer:
-        """The reducer of a saved checkpoint, from the parameters in its history.
+    def build_reducers(
+        cls, parameters: Mapping[str, Any], spec: ModelSpec
+    ) -> tuple[TokenReducer, ...]:
+        """The reducers of a saved checkpoint, from the parameters in its history.
 
         Args:
             parameters: The configuration of the stage, as JSON values; also as it was recorded
@@ -160,11 +188,13 @@ class ReduceTokens(Stage):
         if "reducer" not in given:
             kind, seed = given.pop("score"), given.pop("seed")
             given["reducer"] = {"kind": kind, **({"seed": seed} if kind == "random_tokens" else {})}
+        if isinstance(given["keep"], list):
+            given["keep"] = tuple(given["keep"])
         options = dict(given.pop("reducer"))
         reducer: Any = REDUCERS[options["kind"]](**options)
         if isinstance(reducer, Imported):
             reducer.require_trusted()
-        return cls(reducer=reducer, **given).build(spec)
+        return cls(reducer=reducer, **given).build_each(spec)
 
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -181,15 +211,30 @@ class ReduceTokens(Stage):
                 "a checkpoint is reduced once"
             )
         spec = checkpoint.spec
-        reducer = self.build(spec)
-        ctx.report(self.method, 1, 1, f"{reducer.keep} of {spec.visual_tokens} tokens")
+        first, *others = combine_vision(spec, checkpoint.other_sizes, self.build_each)
+        checkpoint = replace(checkpoint, reducer=first.reducer, other_vision=tuple(others))
+        kept = [each.visual_tokens for each in checkpoint.each_vision()]
+        ctx.report(
+            self.method, 1, 1, f"{' or '.join(map(str, kept))} of {spec.visual_tokens} tokens"
+        )
         return StageResult(
-            checkpoint=replace(checkpoint, reducer=reducer),
+            checkpoint=checkpoint,
             is_calibrated=False,
             metrics={
                 "reducer": self.reducer.choose(spec).kind,
-                "keep": reducer.keep,
+                "keep": kept[0],
                 "of": spec.visual_tokens,
-                "kept_share": reducer.keep / spec.visual_tokens,
+                "kept_share": kept[0] / spec.visual_tokens,
+                **({"each": kept} if others else {}),
             },
+        )
+
+
+def _require_keep(keep: float) -> None:
+    is_count = isinstance(keep, int) and not isinstance(keep, bool)
+    if is_count and keep < 1:
+        raise ValueError(f"keep is {keep}; a count is at least 1")
+    if not is_count and not (isinstance(keep, float) and 0 < keep <= 1):
+        raise ValueError(
+            f"keep is {keep!r}; allowed are a share in (0, 1] or a whole number of tokens"
         )

@@ -225,6 +225,7 @@ def _run_process(session: _Session, cell: _Cell, arm: Arm, process: Process) -> 
         turns=cell.turns[arm.name],
         new_tokens=workload.new_tokens,
         pictures=tuple(base64.b64encode(one).decode() for one in cell.pictures),
+        visual_tokens=workload.visual_tokens,
         ignore_eos=workload.ignore_eos,
         warm_ups=workload.warm_ups,
         answers=workload.answers,

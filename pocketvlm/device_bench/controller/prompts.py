@@ -16,6 +16,7 @@ from pocketvlm.errors import InputError
 from pocketvlm.image_file import read_image
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
+from pocketvlm.runtime.vision import VisionChoice, only_vision
 
 __all__ = ["fit_turns", "render_turns"]
 
@@ -86,6 +87,7 @@ def _require_positions(
     first: Turn,
     pictures: Sequence[bytes],
 ) -> None:
+    bundle = only_vision(bundle, VisionChoice(visual_tokens=workload.visual_tokens))
     manifest = bundle.manifest
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     grids = [preprocessor.grid(read_image(one, "the workload's picture")) for one in pictures]

@@ -191,6 +191,7 @@ def _describe_workload(workload: Workload, pictures: Sequence[bytes]) -> Measure
         image_size=workload.image_size,
         pictures=len(pictures),
         image_files=tuple(file.name for file in workload.image_files),
+        visual_tokens=workload.visual_tokens,
         turns=workload.turns,
         warm_ups=workload.warm_ups,
         answers=workload.answers,

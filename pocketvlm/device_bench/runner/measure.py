@@ -35,6 +35,7 @@ from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
+from pocketvlm.runtime.vision import VisionChoice
 
 __all__ = ["measure_block"]
 
@@ -219,6 +220,7 @@ class _Bench:
         stream = self.conversation.stream(
             turn.text,
             images,
+            vision=VisionChoice(visual_tokens=job.visual_tokens),
             max_new_tokens=job.new_tokens,
             ignore_end=job.ignore_eos,
             clock=clock,
@@ -282,8 +284,11 @@ def _most_rows(job: BlockJob, bundle: Bundle, codec: TextCodec) -> int:
         shown += [read_image(picture, _PICTURE) for picture in pictures]
         messages += [user_message(turn.text, images=len(pictures)), assistant_message("a")]
     grids = ImagePreprocessor.from_bundle(bundle).grids(shown)
+    manifest = bundle.manifest
+    full = (manifest.visual_tokens_full, *(one.visual_tokens_full for one in manifest.variants))
     past = _ROWS_PER_PAST_TOKEN * job.new_tokens * (len(job.turns) - 1)
-    return len(codec.encode(messages[:-1], grids)) + past + job.new_tokens
+    ids = codec.encode(messages[:-1], grids, counts=[max(full)] * len(grids))
+    return len(ids) + past + job.new_tokens
 
 
 def _open(bundle: Bundle, runtime: str, threads: int, rows: int) -> Runner:

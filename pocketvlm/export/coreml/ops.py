@@ -79,6 +79,11 @@ class MilOps:
         self._short = "fp16" if self._float_type is np.float16 else "fp32"
         self._names: dict[str, int] = {}
 
+    def _sized(self, name: str) -> str:
+        """The name of a constant that pictures of another size have otherwise."""
+        tower = self._spec.tower
+        return f"{name}_{tower.width}x{tower.height}" if tower.takes_any_size else name
+
     @property
     def earlier_blocks(self) -> tuple[int, ...]:
         reducer = self._checkpoint.reducer
@@ -107,7 +112,7 @@ class MilOps:
             return patches
         # Row by row: the patches of one whole image are in raster order.
         learned = cast("Any", model.get_submodule(tower.position_embedding)).weight.detach()
-        table = self._float(f"{name}.positions", patch_positions(tower, learned)[None])
+        table = self._float(self._sized(f"{name}.positions"), patch_positions(tower, learned)[None])
         return self._mb.add(x=patches, y=table, name="patches_positions")
 
     def embed_tokens(self, token_ids: Any) -> Any:
@@ -217,7 +222,7 @@ class MilOps:
         sine = torch.cat([-sine[..., : tower.head_dim // 2], sine[..., tower.head_dim // 2 :]], -1)
         if window is not None:
             cosine, sine = (split_windows(part, tower, window) for part in (cosine, sine))
-        kind = "whole" if window is None else f"window_{window}"
+        kind = self._sized("whole" if window is None else f"window_{window}")
         return turn(
             self._mb,
             heads,
@@ -347,7 +352,7 @@ class MilOps:
     ) -> tuple[Any, Any]:
         if self._reducer is None:
             every = np.arange(self._spec.visual_tokens, dtype=np.int32)[None]
-            return features, self._function.constant("reducer_all", every)
+            return features, self._function.constant(self._sized("reducer_all"), every)
         (function,) = self._reducer.functions.values()
         values = (features, queries, keys, *chain.from_iterable(earlier))
         wide = {

@@ -11,7 +11,7 @@ from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["graph_bytes", "layer_bytes"]
+__all__ = ["graph_bytes", "layer_bytes", "vision_bytes"]
 
 _RECORD = 64  # each array of the weight file has a record of this size and starts at a multiple
 _BYTE = 8
@@ -78,6 +78,17 @@ def layer_bytes(
     bits = container_bits(form.index_bits, deployment)
     count = _stored(-(-(rows // form.vector_length) * columns * bits // _BYTE))
     return count + _table_bytes(form, rows, bits, float_bytes)
+
+
+def vision_bytes(spec: ModelSpec, *, float_bytes: int, is_new_size: bool) -> int:
+    """Bytes of one more vision function, and of the arrays that pictures of a new size need."""
+    tower = spec.tower
+    graph = _VISION_BYTES + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
+    if not is_new_size:
+        return graph
+    positions = 0 if tower.position_embedding is None else tower.tokens * tower.hidden_size
+    arrays = (positions, *[angle_elements(spec) // 2] * 2)
+    return graph + sum(_stored(count * float_bytes) for count in arrays if count)
 
 
 def _sparse_bytes(

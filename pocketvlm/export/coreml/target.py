@@ -27,7 +27,7 @@ from pocketvlm.export.coreml.limits import DEPLOYMENTS, explain
 from pocketvlm.export.coreml.ops import MilOps
 from pocketvlm.export.coreml.positions import DecoderPositions
 from pocketvlm.export.coreml.reducer import convert_reducer
-from pocketvlm.export.coreml.size import graph_bytes, layer_bytes
+from pocketvlm.export.coreml.size import graph_bytes, layer_bytes, vision_bytes
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools, listen
 from pocketvlm.export.coreml.writer import PackageWriter
 from pocketvlm.export.precisions import part_precisions
@@ -119,6 +119,10 @@ class ToCoreml(Target):
                     parts["embedding"] = self.layer_bytes(layout, linear.shape)
         return parts
 
+    def vision_bytes(self, spec: ModelSpec, *, is_new_size: bool) -> int:
+        """Bytes of one more vision function."""
+        return vision_bytes(spec, float_bytes=self._float_bytes, is_new_size=is_new_size)
+
     @property
     def _float_bytes(self) -> int:
         return 2 if self.precision == "float16" else 4
@@ -148,7 +152,7 @@ class ToCoreml(Target):
             write = self._export_stateful if self.deployment == "iOS18" else self._export_passed
             rest = write(checkpoint, folder)
             ctx.report("coreml", 2, 2, "decoder")
-        return (replace(vision, notes=tuple(said)), *rest)
+        return (replace(vision[0], notes=tuple(said)), *vision[1:], *rest)
 
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of the cache."""
@@ -157,45 +161,57 @@ class ToCoreml(Target):
     def refuse(self, state: PlanState) -> tuple[str, ...]:
         """What of a model the target cannot run; also prompts that must come in one call."""
         found = super().refuse(state)
-        if state.spec.decoder.mutual_rows != "prompt" or state.visual_tokens < self.chunk:
+        if state.other_vision and self.deployment == "iOS17":
+            found = (
+                *found,
+                "coreml: several vision graphs are functions that share weights, which iOS17 does "
+                "not have; set deployment to iOS18",
+            )
+        most = max(vision.visual_tokens for vision in state.each_vision())
+        if state.spec.decoder.mutual_rows != "prompt" or most < self.chunk:
             return found
         return (
             *found,
             "coreml: all rows of a prompt see each other and come in one call, and a picture has "
-            f"{state.visual_tokens}; set chunk ({self.chunk}) to these and the longest question",
+            f"{most}; set chunk ({self.chunk}) to these and the longest question",
         )
 
     def _prefill_rows(self, checkpoint: Checkpoint) -> int:
         """Rows of a call of the decoder: a tile's at least, where they see each other."""
         if checkpoint.spec.decoder.mutual_rows != "tile":
             return self.chunk
-        reducer = checkpoint.reducer
-        kept = checkpoint.spec.visual_tokens if reducer is None else reducer.keep
-        return max(self.chunk, kept)
+        return max(self.chunk, *(seen.visual_tokens for seen in checkpoint.each_vision()))
 
-    def _export_vision(self, checkpoint: Checkpoint, folder: Path) -> Component:
-        spec, reducer = checkpoint.spec, checkpoint.reducer
-        program = None
-        kept = spec.visual_tokens
-        if reducer is not None:
-            program, kept = convert_reducer(reducer, spec, self.deployment), reducer.keep
+    def _export_vision(self, checkpoint: Checkpoint, folder: Path) -> tuple[Component, ...]:
         package = self._package()
-        inputs, outputs = _as_int32(vision_signatures(spec, kept))
-        with package.function(_MAIN, inputs) as function:
-            ops = MilOps(function, checkpoint, reducer=program)
-            embeds, indices = build_vision(ops, spec, function.inputs["pixel_values"])
-            function.output(embeds, "embeds", "float32")
-            function.output(indices, "indices", "int32")
         file = f"{_FOLDER}/vision.mlpackage"
-        package.save(folder / file)
-        return Component(
-            target="coreml",
-            role="vision",
-            file=file,
-            inputs=inputs,
-            outputs=outputs,
-            precision=part_precisions(self, checkpoint, ("tower", "projector")),
-        )
+        several = bool(checkpoint.other_vision)
+        components = []
+        for seen in checkpoint.each_vision():
+            program = None
+            if seen.reducer is not None:
+                program = convert_reducer(seen.reducer, seen.spec, self.deployment)
+            inputs, outputs = _as_int32(vision_signatures(seen.spec, seen.visual_tokens))
+            name = seen.vision_variant.name if several else None
+            with package.function(name or _MAIN, inputs) as function:
+                ops = MilOps(function, seen, reducer=program)
+                embeds, indices = build_vision(ops, seen.spec, function.inputs["pixel_values"])
+                function.output(embeds, "embeds", "float32")
+                function.output(indices, "indices", "int32")
+            components.append(
+                Component(
+                    target="coreml",
+                    role="vision",
+                    file=file,
+                    inputs=inputs,
+                    outputs=outputs,
+                    precision=part_precisions(self, checkpoint, ("tower", "projector")),
+                    function=name,
+                    variant=name,
+                )
+            )
+        package.save(folder / file, default=components[0].function)
+        return tuple(components)
 
     def _export_stateful(self, checkpoint: Checkpoint, folder: Path) -> tuple[Component, ...]:
         spec = checkpoint.spec

@@ -9,14 +9,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
-__all__ = ["constant_methods", "position_channels", "row_channels"]
+__all__ = [
+    "VISION",
+    "VisionPart",
+    "blank_picture",
+    "constant_methods",
+    "position_channels",
+    "row_channels",
+]
+
+VISION = "vision_encoder"
+"""The method of the first vision graph; those of others have their variant's name after it."""
 
 _SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisionPart:
+    """What one vision method is made of.
+
+    Attributes:
+        method: Its name.
+        spec: The model, with the pictures that it takes.
+        reducer: The token reduction, or `None`.
+    """
+
+    method: str
+    spec: ModelSpec
+    reducer: TokenReducer | None
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens that it returns."""
+        return self.spec.visual_tokens if self.reducer is None else self.reducer.keep
 
 
 def position_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
@@ -35,9 +69,14 @@ def row_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
     return channels + (spec.decoder.mutual_rows is not None)
 
 
+def blank_picture(spec: ModelSpec) -> Tensor:
+    """Pixels of the shape that a vision method takes."""
+    tower = spec.tower
+    return torch.zeros(1, tower.channels, tower.height, tower.width)
+
+
 def constant_methods(
-    spec: ModelSpec,
-    reducer: TokenReducer | None,
+    visions: Sequence[VisionPart],
     *,
     capacity: int,
     eos_token_ids: Sequence[int],
@@ -45,12 +84,12 @@ def constant_methods(
     """The constant methods of a program, by name.
 
     Args:
-        spec: The model.
-        reducer: The token reduction, or `None`.
+        visions: The vision methods, first the one that a runner takes by itself.
         capacity: Rows of KV cache.
         eos_token_ids: Tokens that end an answer.
     """
-    schema = _describe(spec, reducer, capacity=capacity, eos_token_ids=eos_token_ids)
+    spec = visions[0].spec
+    schema = _describe(visions, capacity=capacity, eos_token_ids=eos_token_ids)
     return {
         "get_max_seq_len": capacity,
         "get_max_context_len": capacity,
@@ -65,36 +104,24 @@ def constant_methods(
 
 
 def _describe(
-    spec: ModelSpec,
-    reducer: TokenReducer | None,
-    *,
-    capacity: int,
-    eos_token_ids: Sequence[int],
+    visions: Sequence[VisionPart], *, capacity: int, eos_token_ids: Sequence[int]
 ) -> dict[str, Any]:
-    kept = spec.visual_tokens if reducer is None else reducer.keep
+    spec, reducer = visions[0].spec, visions[0].reducer
     width = spec.row_width
     told = position_channels(spec, reducer)
     channels = row_channels(spec, reducer)
-    tower = spec.tower
-    pixels = _tensor("pixel_values", "float32", 1, tower.channels, tower.height, tower.width)
     length = {"min": 1, "max": capacity}
     document: dict[str, Any] = {
         "schema": _SCHEMA,
         "max_context_len": capacity,
         "hidden_size": width,
         "row_channels": channels,
-        "visual_tokens": kept,
+        "visual_tokens": visions[0].kept,
         "visual_tokens_full": spec.visual_tokens,
         "image_token_id": spec.image_token_id,
         "eos_token_ids": list(eos_token_ids),
         "methods": {
-            "vision_encoder": {
-                "inputs": [pixels],
-                "outputs": [
-                    _tensor("rows", "float32", 1, kept, channels),
-                    _tensor("indices", "int64", 1, kept),
-                ],
-            },
+            **{vision.method: _describe_vision(vision, channels) for vision in visions},
             "token_embedding": {
                 "inputs": [_tensor("input_ids", "int64", 1, length)],
                 "outputs": [_tensor("rows", "float32", 1, length, channels)],
@@ -126,6 +153,19 @@ def _describe(
             "meaning": "rows of one call with the same number see each other; -1: the past alone",
         }
     return document
+
+
+def _describe_vision(vision: VisionPart, channels: int) -> dict[str, Any]:
+    tower = vision.spec.tower
+    return {
+        "inputs": [
+            _tensor("pixel_values", "float32", 1, tower.channels, tower.height, tower.width)
+        ],
+        "outputs": [
+            _tensor("rows", "float32", 1, vision.kept, channels),
+            _tensor("indices", "int64", 1, vision.kept),
+        ],
+    }
 
 
 def _tensor(name: str, dtype: str, *shape: int | dict[str, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
-__all__ = ["graph_bytes", "layer_bytes"]
+__all__ = ["graph_bytes", "layer_bytes", "vision_bytes"]
 
 _FLOAT_BYTES = 4  # XNNPACK computes in float32 and stores what it computes with
 _GROUP_SCALE_BYTES = 2  # of a blockwise kernel; one per row is float32
@@ -18,6 +18,7 @@ _DIGIT_BITS = 4
 _TOWER_BLOCK_BYTES = 9_000
 _DECODER_BLOCK_BYTES = 9_500
 _GRAPH_BYTES = 30_000
+_VISION_BYTES = 12_000
 
 
 def layer_bytes(layout: WeightLayout | None, shape: tuple[int, int]) -> int:
@@ -42,6 +43,16 @@ def graph_bytes(
             groups = -(-linear.in_features // plain.group_size)
             parts["embedding"] = linear.out_features * groups * _FLOAT_BYTES
     return parts
+
+
+def vision_bytes(spec: ModelSpec, *, is_new_size: bool) -> int:
+    """Bytes of one more vision method, and of the constants that pictures of a new size need."""
+    tower = spec.tower
+    method = _VISION_BYTES + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
+    if not is_new_size:
+        return method
+    positions = 0 if tower.position_embedding is None else tower.tokens * tower.hidden_size
+    return method + (positions + angle_elements(spec)) * _FLOAT_BYTES
 
 
 def _affine_bytes(form: AffineLayout, rows: int, columns: int) -> int:

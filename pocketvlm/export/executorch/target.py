@@ -6,7 +6,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,13 @@ from pocketvlm.errors import (
     StorageError,
 )
 from pocketvlm.export.executorch.limits import explain
-from pocketvlm.export.executorch.schema import constant_methods, row_channels
-from pocketvlm.export.executorch.size import graph_bytes, layer_bytes
+from pocketvlm.export.executorch.schema import (
+    VISION,
+    VisionPart,
+    constant_methods,
+    row_channels,
+)
+from pocketvlm.export.executorch.size import graph_bytes, layer_bytes, vision_bytes
 from pocketvlm.export.executorch.worker import (
     JOB_FILE,
     PROGRAM_FILE,
@@ -96,6 +101,10 @@ class ToExecutorch(Target):
         """Bytes of the graphs, of what is not a weight matrix, and of a tied table's own scales."""
         return graph_bytes(spec, layouts)
 
+    def vision_bytes(self, spec: ModelSpec, *, is_new_size: bool) -> int:
+        """Bytes of one more vision method."""
+        return vision_bytes(spec, is_new_size=is_new_size)
+
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache: fixed when the program is made."""
         return min(self.context, spec.decoder.max_positions)
@@ -114,7 +123,7 @@ class ToExecutorch(Target):
         )
 
     def write(self, checkpoint: Checkpoint, folder: Path, ctx: RunContext) -> tuple[Component, ...]:
-        """Writes the program below `folder/executorch`: three methods of one file.
+        """Writes the program below `folder/executorch`: all methods in one file.
 
         Conversion runs in a separate process, which also loads what it wrote and runs every
         method once.
@@ -124,16 +133,14 @@ class ToExecutorch(Target):
             ExportError: The program cannot be made, or does not load or run.
         """
         require_executorch()
-        spec, reducer = checkpoint.spec, checkpoint.reducer
-        capacity = self.capacity(spec)
+        capacity = self.capacity(checkpoint.spec)
+        visions = _vision_parts(checkpoint)
         job = ConversionJob(
             model=checkpoint.model,
-            spec=spec,
-            reducer=reducer,
+            visions=visions,
             capacity=capacity,
             constants=constant_methods(
-                spec,
-                reducer,
+                visions,
                 capacity=capacity,
                 eos_token_ids=checkpoint.processor.eos_token_ids,
             ),
@@ -147,38 +154,58 @@ class ToExecutorch(Target):
         return self._components(checkpoint, notes)
 
     def _components(self, checkpoint: Checkpoint, notes: tuple[str, ...]) -> tuple[Component, ...]:
-        spec, reducer = checkpoint.spec, checkpoint.reducer
-        kept = spec.visual_tokens if reducer is None else reducer.keep
-        width = row_channels(spec, reducer)
-        (pixels,), (_, indices) = vision_signatures(spec, kept)
+        spec = checkpoint.spec
+        width = row_channels(spec, checkpoint.reducer)
         (ids,), _ = embedding_signatures(spec)
         rows = TensorSignature(name="rows", dtype="float32", shape=(1, "length", width))
-        picture = TensorSignature(name="rows", dtype="float32", shape=(1, kept, width))
         start = TensorSignature(name="input_pos", dtype="int64", shape=(1,))
         logits = TensorSignature(
             name="logits", dtype="float32", shape=(1, 1, spec.decoder.vocab_size)
         )
-        head: Part = "embedding" if spec.decoder.tied_head else "head"
-        roles: tuple[
-            tuple[Literal["vision", "embedding", "decoder"], Any, Any, Iterable[Part]], ...
-        ]
-        roles = (
-            ("vision", (pixels,), (picture, indices), ("tower", "projector")),
-            ("embedding", (ids,), (rows,), ("embedding",)),
-            ("decoder", (rows, start), (logits,), ("decoder", head)),
-        )
-        return tuple(
-            Component(
+
+        def component(
+            role: Literal["vision", "embedding", "decoder"],
+            inputs: Sequence[TensorSignature],
+            outputs: Sequence[TensorSignature],
+            parts: Iterable[Part],
+        ) -> Component:
+            return Component(
                 target="executorch",
                 role=role,
                 file=f"{_FOLDER}/{PROGRAM_FILE}",
-                inputs=inputs,
-                outputs=outputs,
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
                 precision=part_precisions(self, checkpoint, parts),
                 notes=notes if role == "decoder" else (),
             )
-            for role, inputs, outputs, parts in roles
+
+        pictures = []
+        for seen, part in zip(checkpoint.each_vision(), _vision_parts(checkpoint), strict=True):
+            pixels, (_, indices) = vision_signatures(part.spec, part.kept)
+            picture = TensorSignature(name="rows", dtype="float32", shape=(1, part.kept, width))
+            found = component("vision", pixels, (picture, indices), ("tower", "projector"))
+            if checkpoint.other_vision:
+                name = seen.vision_variant.name
+                found = replace(found, function=part.method, variant=name)
+            pictures.append(found)
+        head: Part = "embedding" if spec.decoder.tied_head else "head"
+        return (
+            *pictures,
+            component("embedding", (ids,), (rows,), ("embedding",)),
+            component("decoder", (rows, start), (logits,), ("decoder", head)),
         )
+
+
+def _vision_parts(checkpoint: Checkpoint) -> tuple[VisionPart, ...]:
+    """What each vision method is made of; the first has the name that runners know."""
+    return tuple(
+        VisionPart(
+            method=f"{VISION}_{seen.vision_variant.name}" if number else VISION,
+            spec=seen.spec,
+            reducer=seen.reducer,
+        )
+        for number, seen in enumerate(checkpoint.each_vision())
+    )
 
 
 def _convert(job: ConversionJob, file: Path, ctx: RunContext) -> dict[str, Any]:
@@ -215,7 +242,8 @@ def _report_step(line: str, ctx: RunContext) -> None:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return  # something else that a library printed
-    ctx.report("executorch", _STEPS.index(step), len(_STEPS), step)
+    known = VISION if step.startswith(VISION) else step
+    ctx.report("executorch", _STEPS.index(known), len(_STEPS), step)
 
 
 def _notes(result: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -23,11 +23,10 @@ from torch import nn
 
 from pocketvlm.child_process import end_with_parent
 from pocketvlm.errors import ExportError, PocketVLMError
+from pocketvlm.export.executorch.schema import VisionPart, blank_picture
 from pocketvlm.files.full_disk import describe_fault
 from pocketvlm.json_io import write_json
 from pocketvlm.machine import peak_rss_bytes
-from pocketvlm.models.reducer import TokenReducer
-from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["JOB_FILE", "PROGRAM_FILE", "RESULT_FILE", "ConversionJob", "main"]
 
@@ -42,15 +41,13 @@ class ConversionJob:
 
     Attributes:
         model: The model.
-        spec: What it is.
-        reducer: The token reduction, or `None`.
+        visions: Its vision methods; the decoder's rows are as the first one's.
         capacity: Rows of KV cache.
         constants: Methods that return a constant, by name.
     """
 
     model: nn.Module
-    spec: ModelSpec
-    reducer: TokenReducer | None
+    visions: tuple[VisionPart, ...]
     capacity: int
     constants: Mapping[str, Any]
 
@@ -110,8 +107,7 @@ def _convert(folder: Path) -> dict[str, Any]:
     job: ConversionJob = torch.load(folder / JOB_FILE, weights_only=False)
     program = lower_program(
         job.model,
-        job.spec,
-        job.reducer,
+        job.visions,
         capacity=job.capacity,
         constants=job.constants,
         report=_tell,
@@ -150,22 +146,23 @@ def _require_that_it_runs(file: Path, job: ConversionJob) -> None:
     from pocketvlm.runtime.executorch.program import load_program
 
     module = load_program(file)
-    tower = job.spec.tower
-    pixels = torch.zeros(1, tower.channels, tower.height, tower.width)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     start = torch.zeros(1, dtype=torch.int64)
     try:
-        rows, _ = module.run_method("vision_encoder", (pixels,))
+        pictures = [
+            module.run_method(vision.method, (blank_picture(vision.spec),))[0]
+            for vision in job.visions
+        ]
         (text,) = module.run_method("token_embedding", (ids,))
         outputs = [
-            module.run_method("text_decoder", (rows, start))[0],
-            module.run_method("text_decoder", (text, start + rows.shape[1]))[0],
+            module.run_method("text_decoder", (pictures[0], start))[0],
+            module.run_method("text_decoder", (text, start + pictures[0].shape[1]))[0],
         ]
     except RuntimeError as error:
         raise ExportError(
             f"executorch: the program was written, but does not run: {error}"
         ) from error
-    if not all(bool(torch.isfinite(values).all()) for values in (rows, text, *outputs)):
+    if not all(bool(torch.isfinite(values).all()) for values in (*pictures, text, *outputs)):
         raise ExportError("executorch: the program was written, but returns what is not a number")
 
 

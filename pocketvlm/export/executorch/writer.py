@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from pocketvlm.errors import ExportError
 from pocketvlm.export.executorch.layers import Kernels
 from pocketvlm.export.executorch.methods import DecoderMethod, EmbeddingMethod, VisionMethod
+from pocketvlm.export.executorch.schema import VisionPart, blank_picture
 from pocketvlm.export.executorch.sharing import share_constants
-from pocketvlm.models.reducer import TokenReducer
-from pocketvlm.models.spec import ModelSpec
 from pocketvlm.runtime.executorch.program import register_operators
 
 __all__ = ["Delegation", "LoweredProgram", "lower_program"]
@@ -69,19 +68,17 @@ class LoweredProgram:
 
 def lower_program(
     model: nn.Module,
-    spec: ModelSpec,
-    reducer: TokenReducer | None,
+    visions: Sequence[VisionPart],
     *,
     capacity: int,
     constants: Mapping[str, Any],
     report: Callable[[str], None] = lambda _: None,
 ) -> LoweredProgram:
-    """Traces and lowers the three methods.
+    """Traces and lowers the methods: one for each vision graph, token embedding, decoder.
 
     Args:
         model: The model.
-        spec: What it is.
-        reducer: The token reduction, or `None`.
+        visions: Its vision methods; the decoder's rows are as the first one's.
         capacity: Rows of KV cache, and of the longest prompt.
         constants: Methods that return a constant, by name.
         report: Told what begins.
@@ -95,21 +92,24 @@ def lower_program(
 
     register_operators()
 
-    kernels = {name: Kernels(model) for name in _METHODS}
+    spec, reducer = visions[0].spec, visions[0].reducer
+    pictures = {vision.method: blank_picture(vision.spec) for vision in visions}
+    kernels = {name: Kernels(model) for name in (*pictures, "token_embedding", "text_decoder")}
     methods: dict[str, nn.Module] = {
-        "vision_encoder": VisionMethod(kernels["vision_encoder"], spec, reducer),
+        **{
+            vision.method: VisionMethod(kernels[vision.method], vision.spec, vision.reducer)
+            for vision in visions
+        },
         "token_embedding": EmbeddingMethod(kernels["token_embedding"], spec, reducer),
         "text_decoder": DecoderMethod(kernels["text_decoder"], spec, reducer, capacity=capacity),
     }
-    tower = spec.tower
-    pixels = torch.zeros(1, tower.channels, tower.height, tower.width)
     length = torch.export.Dim("length", min=1, max=capacity)
     programs = {}
     rows: Tensor | None = None
     for name, method in methods.items():
         report(name)
         inputs, dynamic = {
-            "vision_encoder": ((pixels,), None),
+            **{method: ((pixels,), None) for method, pixels in pictures.items()},
             "token_embedding": (
                 (torch.zeros(1, _TRACED_LENGTH, dtype=torch.int64),),
                 ({1: length},),
@@ -141,9 +141,6 @@ def lower_program(
         dense=tuple(dict.fromkeys(name for layers in kernels.values() for name in layers.dense)),
         shared_bytes=len(data) - len(shared),
     )
-
-
-_METHODS = ("vision_encoder", "token_embedding", "text_decoder")
 
 
 def _require_numbers(name: str, outputs: Tensor | tuple[Tensor, ...]) -> None:

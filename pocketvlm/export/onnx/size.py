@@ -13,7 +13,7 @@ from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.weights.layout import AffineLayout, CodebookLayout, SparseLayout, WeightLayout
 
-__all__ = ["graph_bytes", "layer_bytes"]
+__all__ = ["graph_bytes", "layer_bytes", "vision_bytes"]
 
 _FLOAT_BYTES = 2  # a published checkpoint is bf16, which is stored exactly
 _WIDE_BYTES = 4
@@ -64,6 +64,16 @@ def graph_bytes(
             rows, columns = linear.shape
             parts[linear.part] += rows * columns * (_WIDE_BYTES - _FLOAT_BYTES)
     return dict(parts)
+
+
+def vision_bytes(spec: ModelSpec, *, is_new_size: bool) -> int:
+    """Bytes of one more vision graph, and of the constants that pictures of a new size need."""
+    tower = spec.tower
+    graph = _GRAPH_BYTES + _TOWER_BLOCK_BYTES * (tower.feature_block + 1)
+    if not is_new_size:
+        return graph
+    positions = 0 if tower.position_embedding is None else tower.tokens * tower.hidden_size
+    return graph + (positions + angle_elements(spec) // 2) * _WIDE_BYTES
 
 
 def _affine_bytes(layout: AffineLayout, rows: int, columns: int) -> int:

@@ -15,7 +15,7 @@ from pocketvlm.export.onnx.limits import explain
 from pocketvlm.export.onnx.needs import read_needs
 from pocketvlm.export.onnx.ops import OnnxOps
 from pocketvlm.export.onnx.row_drops import OnnxRowDrops
-from pocketvlm.export.onnx.size import graph_bytes, layer_bytes
+from pocketvlm.export.onnx.size import graph_bytes, layer_bytes, vision_bytes
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.export.precisions import masked_notes, part_precisions
 from pocketvlm.export.signatures import (
@@ -88,6 +88,10 @@ class ToOnnx(Target):
         """Bytes of the graphs, and of everything that is not a weight matrix."""
         return graph_bytes(spec, layouts)
 
+    def vision_bytes(self, spec: ModelSpec, *, is_new_size: bool) -> int:
+        """Bytes of one more vision graph."""
+        return vision_bytes(spec, is_new_size=is_new_size)
+
     def capacity(self, spec: ModelSpec) -> int:
         """Rows of KV cache: chosen when a session starts, up to the whole context."""
         return spec.decoder.context_length
@@ -98,6 +102,8 @@ class ToOnnx(Target):
 
     def write(self, checkpoint: Checkpoint, folder: Path, ctx: RunContext) -> tuple[Component, ...]:
         """Writes vision, embedding and decoder below `folder/onnx`.
+
+        Of several vision graphs, all but the first have their variant's name in their file's.
 
         Raises:
             UnsupportedError: An activation has no kernel.
@@ -113,38 +119,48 @@ class ToOnnx(Target):
             role: Literal["vision", "embedding", "decoder"],
             signatures: Signatures,
             parts: Iterable[Part],
+            variant: str | None = None,
         ) -> None:
             inputs, outputs = signatures
+            # The first vision graph has the name that it has where it is alone.
+            label = role if variant is None or not components else f"{role}_{variant}"
             precision = part_precisions(self, checkpoint, parts)
             if role == "decoder" and checkpoint.cache_grid is not None:
                 precision["kv_cache"] = f"int{checkpoint.cache_grid.bits} a channel"
-            graph.save(target / f"{role}.onnx", inputs, outputs)
+            graph.save(target / f"{label}.onnx", inputs, outputs)
             components.append(
                 Component(
                     target="onnx",
                     role=role,
-                    file=f"{_FOLDER}/{role}.onnx",
+                    file=f"{_FOLDER}/{label}.onnx",
                     inputs=inputs,
                     outputs=outputs,
                     precision=precision,
+                    variant=variant,
                     notes=_notes(checkpoint, frozenset(parts)),
                 )
             )
-            ctx.report("onnx", len(components), 3, role)
+            ctx.report("onnx", len(components), 3 + len(checkpoint.other_vision), label)
 
         with WeightFile(target / _WEIGHTS) as weights:
-            kept = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
-            graph = GraphWriter("vision", weights, opset=_vision_opset(spec))
-            ops = OnnxOps(
-                graph,
-                checkpoint,
-                accuracy_level=self.tower_accuracy_level,
-                rounded_over="tile",
-            )
-            embeds, indices = build_vision(ops, spec, "pixel_values")
-            ops.output(embeds, "embeds")
-            ops.output(indices, "indices")
-            finish(graph, "vision", vision_signatures(spec, kept), ("tower", "projector"))
+            for seen in checkpoint.each_vision():
+                graph = GraphWriter("vision", weights, opset=_vision_opset(spec))
+                ops = OnnxOps(
+                    graph,
+                    seen,
+                    accuracy_level=self.tower_accuracy_level,
+                    rounded_over="tile",
+                )
+                embeds, indices = build_vision(ops, seen.spec, "pixel_values")
+                ops.output(embeds, "embeds")
+                ops.output(indices, "indices")
+                finish(
+                    graph,
+                    "vision",
+                    vision_signatures(seen.spec, seen.visual_tokens),
+                    ("tower", "projector"),
+                    seen.vision_variant.name if checkpoint.other_vision else None,
+                )
 
             graph = GraphWriter("embedding", weights, opset=_TRACED_OPSET)
             ops = OnnxOps(graph, checkpoint, accuracy_level=self.accuracy_level)

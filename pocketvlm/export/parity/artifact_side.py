@@ -65,7 +65,7 @@ class ArtifactSide:
             pictures,
             image_token_id=self._manifest.prompt.image_token_id,
             keeps_positions=self._manifest.positions == "original",
-            grid=self._manifest.position_grid,
+            axes=self._manifest.position_axes,
         )
         kind = self._manifest.kv_cache.mutual_rows
         return prompt_rows(layout, pictures, self.runner, mutual_rows=kind)

@@ -150,6 +150,7 @@ class TargetParity:
 
     Attributes:
         target: `onnx`, for one.
+        variant: Which vision graph it is made with; `None` for the first.
         precision: Which column of the table applies.
         samples: Questions that it was made on.
         checks: Every metric with its verdict.
@@ -161,6 +162,12 @@ class TargetParity:
     samples: int
     checks: tuple[Check, ...]
     details: Mapping[str, Any]
+    variant: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called: the target, and the vision graph if it is not the first."""
+        return self.target if self.variant is None else f"{self.target} {self.variant}"
 
     @property
     def passed(self) -> bool:
@@ -171,6 +178,7 @@ class TargetParity:
         """The certificate as JSON values."""
         return {
             "target": self.target,
+            **({} if self.variant is None else {"variant": self.variant}),
             "precision": self.precision,
             "passed": self.passed,
             "samples": self.samples,
@@ -184,7 +192,7 @@ class ParityReport:
     """The certificates of a bundle's targets.
 
     Attributes:
-        targets: One for each target that was run.
+        targets: One for each target that was run, with each of its vision graphs.
         unverified: Targets that no engine of this host can run, with the reason.
         host: The machine that it was made on: its architecture, and the instruction sets that
             kernels choose by.
@@ -202,7 +210,7 @@ class ParityReport:
     def failures(self) -> list[str]:
         """One line for each check that failed: target, metric, value, bound."""
         lines = [
-            f"parity of {target.target}: {check.metric} is {check.value:.4g}, "
+            f"parity of {target.label}: {check.metric} is {check.value:.4g}, "
             f"{check.bound.spell()} is required"
             for target in self.targets
             for check in target.checks
@@ -227,7 +235,7 @@ class ParityReport:
         """The certificate as JSON values."""
         return {
             "passed": self.passed,
-            "targets": {target.target: target.to_json() for target in self.targets},
+            "targets": {target.label: target.to_json() for target in self.targets},
             "unverified": dict(self.unverified),
             "host": dict(self.host),
         }

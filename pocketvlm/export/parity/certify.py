@@ -6,14 +6,14 @@ compression costs is the business of evaluation, what export breaks is the busin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CalibrationError
+from pocketvlm.errors import BundleError, CalibrationError
 from pocketvlm.export.parity.agreement import argmax_mismatches, compare, max_error
 from pocketvlm.export.parity.artifact_side import ArtifactSide, turn_border
 from pocketvlm.export.parity.certificate import ParityReport, TargetParity, judge, precision_of
@@ -42,6 +42,8 @@ def certify(
 ) -> ParityReport:
     """Runs every target of a bundle beside the checkpoint and judges what it finds.
 
+    Where there are several vision graphs, each of them is asked all questions.
+
     Args:
         checkpoint: What was evaluated.
         bundle: What was exported from it.
@@ -54,46 +56,79 @@ def certify(
 
     Raises:
         CalibrationError: No sample has a picture.
-        BundleError: A target cannot be loaded.
+        BundleError: A target cannot be loaded, or the bundle has other vision graphs.
     """
     context = ctx or RunContext()
     pictured = [sample for sample in samples if sample.images]
     if not pictured:
         raise CalibrationError("the parity certificate needs a question about a picture")
-    inputs, questions = read_questions(checkpoint, bundle, pictured)
-    context.report("parity", 0, 1, "torch")
-    reference = CheckpointSide(checkpoint, questions.pictures)
-    asked = [sample.digest().hex() for sample in pictured]
     names = list(dict.fromkeys(component.target for component in bundle.manifest.components))
-    reached: list[TargetParity] = []
-    unverified: dict[str, str] = {}
-    for name in names:
+    visions = checkpoint.each_vision(), bundle.each_vision()
+    if len(visions[0]) != len(visions[1]):
+        raise BundleError(
+            f"{bundle.path}: has {len(visions[1])} vision graphs, and the checkpoint "
+            f"{len(visions[0])}: it was made of another one"
+        )
+    reached = [
+        parity
+        for number, (seen, own) in enumerate(zip(*visions, strict=True))
+        for parity in _certify_vision(
+            seen,
+            own,
+            pictured,
+            variant=own.manifest.variants[0].name if number else None,
+            tokens=tokens,
+            engines=engines,
+            ctx=context,
+        )
+    ]
+    context.report("parity", 1, 1, f"{len(reached)} certified")
+    return ParityReport(
+        targets=tuple(reached),
+        unverified={
+            name: "no engine on this host runs it" for name in names if name not in engines
+        },
+        host=describe_processor(),
+    )
+
+
+def _certify_vision(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    *,
+    variant: str | None,
+    tokens: int,
+    engines: Mapping[str, Engine],
+    ctx: RunContext,
+) -> Iterator[TargetParity]:
+    """The certificates of all targets with one vision graph, the only one of both sides."""
+    inputs, questions = read_questions(checkpoint, bundle, samples)
+    ctx.report("parity", 0, 1, "torch" if variant is None else f"torch {variant}")
+    reference = CheckpointSide(checkpoint, questions.pictures)
+    for name in dict.fromkeys(component.target for component in bundle.manifest.components):
         if name not in engines:
-            unverified[name] = "no engine on this host runs it"
             continue
         # Room for the longest question there may be: rows that are not used cost no memory.
         rows = bundle.manifest.generation.max_positions
-        runner = engines[name](bundle, context.threads, rows)
+        runner = engines[name](bundle, ctx.threads, rows)
         metrics, details = _measure(
             reference,
             ArtifactSide(runner, bundle, questions.pictures),
             questions,
             tokens=tokens,
             eos_token_ids=checkpoint.processor.eos_token_ids,
-            report=partial(_report, context, name),
+            report=partial(_report, ctx, name),
         )
         precision = precision_of(bundle.manifest.components, name)
-        reached.append(
-            TargetParity(
-                target=name,
-                precision=precision,
-                samples=len(questions.prompts),
-                checks=judge({**inputs, **metrics}, precision),
-                details={**details, "questions": asked},
-            )
+        yield TargetParity(
+            target=name,
+            variant=variant,
+            precision=precision,
+            samples=len(questions.prompts),
+            checks=judge({**inputs, **metrics}, precision),
+            details={**details, "questions": [sample.digest().hex() for sample in samples]},
         )
-    context.report("parity", 1, 1, f"{len(reached)} certified")
-    return ParityReport(targets=tuple(reached), unverified=unverified, host=describe_processor())
 
 
 def _report(ctx: RunContext, target: str, done: int, note: str) -> None:

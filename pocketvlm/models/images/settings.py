@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pocketvlm.errors import BundleError, PocketVLMError
@@ -56,6 +56,12 @@ class ImageSettings:
     def picture_size(self) -> tuple[int, int]:
         """Height and width of every picture that comes out."""
         return self.geometry.picture_size
+
+    def fitted(self, height: int, width: int) -> ImageSettings:
+        """The same for pictures of another size, where the model takes any."""
+        if not isinstance(self.geometry, Qwen2VlGeometry):
+            return self
+        return replace(self, geometry=Qwen2VlGeometry(height=height, width=width))
 
     @property
     def takes_any_size(self) -> bool:

@@ -23,6 +23,7 @@ from pocketvlm.runtime.splice import whole_rows
 __all__ = ["CoremlRunner"]
 
 _TARGET = "coreml"
+_MAIN = "main"
 _CACHES = ("key_cache", "value_cache")
 _CONV = "conv_state"
 _ROWS = {"embeds", "position_ids", "past_length"}
@@ -61,7 +62,9 @@ class CoremlRunner(Runner):
                     found.append(_Entry.open(component, opened[component.file]))
             return found
 
-        (self._vision, *_), (self._embedding, *_) = entries("vision"), entries("embedding")
+        self._bundle = bundle
+        self._vision = {entry.function.name: entry for entry in entries("vision")}
+        (self._embedding, *_) = entries("embedding")
         by_length = sorted(entries("decoder"), key=lambda entry: entry.size("embeds", 1))
         self._step, self._prefill = by_length[0], by_length[-1]
         for entry in by_length:
@@ -78,10 +81,11 @@ class CoremlRunner(Runner):
         }
 
     def encode_image(
-        self, pixels: npt.NDArray[np.float32]
+        self, pixels: npt.NDArray[np.float32], variant: str | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        outputs = self._vision.predict({"pixel_values": pixels})
+        component = self._bundle.component(_TARGET, "vision", variant=variant)
+        outputs = self._vision[component.function or _MAIN].predict({"pixel_values": pixels})
         return outputs["embeds"], outputs["indices"].astype(np.int64)
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -177,7 +181,7 @@ class _Entry:
         Raises:
             BundleError: Its inputs, states or outputs are not those that the manifest names.
         """
-        function = package.described.function(component.function or "main")
+        function = package.described.function(component.function or _MAIN)
         entry = cls(package=package, function=function)
         for kind, said, found in (
             ("inputs", component.inputs, {p.name for p in function.inputs if not p.is_state}),

@@ -118,6 +118,8 @@ class RemoteRunner(Runner):
             worker: The command of the worker.
             timeout_s: The longest wait for one answer.
         """
+        # The process opens the whole bundle, of which this one may be given a part.
+        self._first_variant = bundle.component("coreml", "vision").variant
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory()
         self._log = (Path(self._folder.name) / "stderr.txt").open("w+b")
@@ -147,10 +149,14 @@ class RemoteRunner(Runner):
         self.engine = str(hello["engine"])
 
     def encode_image(
-        self, pixels: npt.NDArray[np.float32]
+        self, pixels: npt.NDArray[np.float32], variant: str | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        found = self._ask("encode_image", {"pixels": pixels}, "embeds", "indices")
+        arrays = {"pixels": pixels}
+        name = variant or self._first_variant
+        if name is not None:
+            arrays["variant"] = np.array(name)
+        found = self._ask("encode_image", arrays, "embeds", "indices")
         return found["embeds"], found["indices"]
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -91,7 +91,8 @@ def _serve(request: Mapping[str, Any], toolkit: Toolkit) -> None:
 def _answer(runner: CoremlRunner, call: Mapping[str, Array]) -> dict[str, Array]:
     kind = str(call["call"])
     if kind == "encode_image":
-        embeds, indices = runner.encode_image(call["pixels"])
+        name = call.get("variant")
+        embeds, indices = runner.encode_image(call["pixels"], None if name is None else str(name))
         return {"embeds": embeds, "indices": indices}
     if kind == "embed":
         return {"embeds": runner.embed(call["token_ids"].tolist())}

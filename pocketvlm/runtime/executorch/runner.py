@@ -24,7 +24,8 @@ from pocketvlm.runtime.runner import Runner
 
 __all__ = ["ExecutorchRunner"]
 
-_METHODS = {"vision_encoder", "token_embedding", "text_decoder", "get_model_schema"}
+_VISION = "vision_encoder"
+_METHODS = {_VISION, "token_embedding", "text_decoder", "get_model_schema"}
 _MAX_CAPACITY = 2**24
 _MOST_CHANNELS = 5
 """Four of a row's position along three axes, and one of the rows that it sees beside the past."""
@@ -74,7 +75,10 @@ class ExecutorchRunner(Runner):
         self._channels = sizes.row_channels
         self._width = sizes.hidden_size
         self._has_mutual = bundle.manifest.kv_cache.mutual_rows is not None
-        self._visual_tokens = bundle.manifest.visual_tokens
+        self._bundle = bundle
+        self._tokens: dict[str | None, int] = {None: bundle.manifest.visual_tokens} | {
+            each.name: each.visual_tokens for each in bundle.manifest.variants
+        }
         self._logits = ArrayType("float32", (1, 1, vocabulary))
 
     def close(self) -> None:
@@ -82,13 +86,15 @@ class ExecutorchRunner(Runner):
         self.process.close()
 
     def encode_image(
-        self, pixels: npt.NDArray[np.float32]
+        self, pixels: npt.NDArray[np.float32], variant: str | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
+        component = self._bundle.component("executorch", "vision", variant=variant)
+        kept = self._tokens[variant]
         rows, indices = self.process.run(
-            "vision_encoder",
+            component.function or _VISION,
             pixels,
-            outputs=(self._rows(self._visual_tokens), ArrayType("int64", (1, self._visual_tokens))),
+            outputs=(self._rows(kept), ArrayType("int64", (1, kept))),
         )
         return rows[..., : self._width].copy(), indices
 

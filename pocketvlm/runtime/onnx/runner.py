@@ -54,7 +54,7 @@ class OnnxRunner(Runner):
         *,
         threads: int | None = None,
         capacity: int | None = None,
-        keep_vision: bool = True,
+        keep_vision: int = 1,
     ) -> None:
         """Loads the graphs and allocates the cache.
 
@@ -63,8 +63,9 @@ class OnnxRunner(Runner):
             threads: Threads for the heavy graphs; `None` for one a physical core.
             capacity: Rows of KV cache; `None` for `DEFAULT_CAPACITY`, or fewer where the model
                 has fewer positions.
-            keep_vision: Whether the vision graph stays in memory. If not, it is loaded for each
-                picture and freed after it: slower, and smaller while an answer is generated.
+            keep_vision: Vision graphs that stay in memory, those that were used last. With 0, one
+                is loaded for each picture and freed after it: slower, and smaller while an answer
+                is generated.
 
         Raises:
             BundleError: The bundle has no ONNX graphs, or one does not load or does not match.
@@ -81,9 +82,10 @@ class OnnxRunner(Runner):
         self.threads = threads or 0
         self._bundle = bundle
         self._keep_vision = keep_vision
-        self._vision = self._load("vision") if keep_vision else None
-        self._embedding = self._load("embedding")
-        self._decoder = self._load("decoder")
+        first = bundle.component("onnx", "vision")
+        self._vision = {first.file: self._load(first)} if keep_vision else {}
+        self._embedding = self._load(bundle.component("onnx", "embedding"))
+        self._decoder = self._load(bundle.component("onnx", "decoder"))
         shape = (1, cache.kv_heads, self.capacity, cache.head_dim)
         stated = _past_shapes(self._decoder, bundle)
         # np.zeros leaves fresh pages to the system, so unused capacity costs no memory.
@@ -137,16 +139,28 @@ class OnnxRunner(Runner):
         return self.cache_bytes // (layers * self.capacity) * rows
 
     def encode_image(
-        self, pixels: npt.NDArray[np.float32]
+        self, pixels: npt.NDArray[np.float32], variant: str | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Pixels [1, C, S, S] to embeddings [1, k, width] and indices [1, k]."""
-        session = self._vision or self._load("vision")
-        with self._naming("vision"):
+        component = self._bundle.component("onnx", "vision", variant=variant)
+        session = self._vision.pop(component.file, None)
+        if session is None:
+            self._forget_vision(self._keep_vision - 1)  # before another takes memory
+            session = self._load(component)
+        with naming_graph(self._bundle.path / component.file):
             embeds, indices = session.run(["embeds", "indices"], {"pixel_values": pixels})
-        if self._vision is None:
-            del session
-            _return_freed_memory()
+        self._vision[component.file] = session
+        del session
+        self._forget_vision(self._keep_vision)
         return embeds, indices
+
+    def _forget_vision(self, left: int) -> None:
+        """Frees vision graphs but those that were used last."""
+        if len(self._vision) <= max(left, 0):
+            return
+        while len(self._vision) > max(left, 0):
+            del self._vision[next(iter(self._vision))]
+        _return_freed_memory()
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids to embeddings [1, L, width]; of a single token, the decoder's own buffer."""
@@ -222,8 +236,8 @@ class OnnxRunner(Runner):
     def _naming(self, role: str) -> AbstractContextManager[None]:
         return naming_graph(self._bundle.path / self._bundle.component("onnx", role).file)
 
-    def _load(self, role: str) -> ort.InferenceSession:
-        component = self._bundle.component("onnx", role)
+    def _load(self, component: Component) -> ort.InferenceSession:
+        role = component.role
         require_signed_data(self._bundle, component.file)
         file = self._bundle.file(component.file)
         options = ort.SessionOptions()

@@ -203,6 +203,9 @@ int counted(const Json& document, const char* name, int least, int otherwise) {
 BlockJob read_block_job(const Json& document) {
   const std::string runtime = document.at("runtime");
   if (runtime != "onnx") throw Fault("job: runtime is " + runtime + "; this runner has onnx");
+  if (document.contains("visual_tokens") && !document["visual_tokens"].is_null()) {
+    throw Fault("job: visual_tokens chooses a vision graph; this runner has the first alone");
+  }
   BlockJob job;
   job.bundle = document.at("bundle");
   std::vector<Bytes> pictures;

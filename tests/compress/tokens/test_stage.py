@@ -145,7 +145,7 @@ def test_a_saved_checkpoint_reduces_the_same(
 ) -> None:
     reduced = reduce(tiny_checkpoint, reducer=reducer, keep=6, positions="consecutive")
     reduced.save(tmp_path / "saved")
-    builders = {"reduce_tokens": ReduceTokens.build_reducer}
+    builders = {"reduce_tokens": ReduceTokens.build_reducers}
     restored = Checkpoint.load(tmp_path / "saved", reducers=builders)
     assert restored.reducer is not None
     assert restored.reducer.positions == "consecutive"
@@ -160,7 +160,7 @@ def test_a_record_of_before_reducers_had_options_is_read(tiny_checkpoint: Checkp
     former = {"method": "reduce_tokens", "keep": 6, "positions": "original", "seed": 3}
     pixels = pixels_of(tiny_checkpoint)
     for kind, reducer in (("random_tokens", RandomTokens(seed=3)), ("auto", Auto())):
-        read = ReduceTokens.build_reducer({**former, "score": kind}, spec)
+        (read,) = ReduceTokens.build_reducers({**former, "score": kind}, spec)
         found = encode_images(replace(tiny_checkpoint, reducer=read), pixels)
         expected = encode_images(reduce(tiny_checkpoint, reducer=reducer, keep=6), pixels)
         assert torch.equal(found.indices, expected.indices)
@@ -177,4 +177,6 @@ def test_parameters_that_fit_nothing_are_one_line(
     record = replace(reduced.history[-1], parameters=parameters)
     replace(reduced, history=(record,)).save(tmp_path / "broken")
     with pytest.raises(CheckpointError, match=r"reducer\.parameters do not fit reduce_tokens"):
-        Checkpoint.load(tmp_path / "broken", reducers={"reduce_tokens": ReduceTokens.build_reducer})
+        Checkpoint.load(
+            tmp_path / "broken", reducers={"reduce_tokens": ReduceTokens.build_reducers}
+        )

@@ -118,10 +118,10 @@ def test_vision_may_be_freed_between_pictures(pair):
     pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
     kept = OnnxRunner(pair.bundle)
     freed = OnnxRunner(pair.bundle, keep_vision=False)
-    assert freed._vision is None
+    assert not freed._vision
     for one, other in zip(kept.encode_image(pixels), freed.encode_image(pixels), strict=True):
         assert np.array_equal(one, other)
-    assert freed._vision is None
+    assert not freed._vision
 
 
 @pytest.fixture

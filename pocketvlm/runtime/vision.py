@@ -1,0 +1,146 @@
+"""The vision graphs of a bundle, and which of them a picture is shown to.
+
+Where a bundle has graphs for several sizes of pictures, a picture is fitted to the one whose ratio
+of sides is closest to its own, unless the app names a size. Of graphs that keep several numbers of
+visual tokens, the first is taken, unless the app names a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from pocketvlm.bundle import Bundle
+from pocketvlm.errors import InputError
+from pocketvlm.runtime.picture_rows import PictureRows
+from pocketvlm.runtime.preprocess import ImagePreprocessor
+
+__all__ = [
+    "ANY_VISION",
+    "VisionChoice",
+    "VisionGraph",
+    "choose_vision",
+    "only_vision",
+    "open_vision",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionChoice:
+    """What an app asks of the graph that sees a picture.
+
+    Attributes:
+        visual_tokens: Visual tokens of a tile; `None` for the first number of the bundle.
+        resolution: Width and height of what the graph takes, in pixels; `None` for those that are
+            closest to the picture's ratio of sides.
+    """
+
+    visual_tokens: int | None = None
+    resolution: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        tokens, size = self.visual_tokens, self.resolution
+        parts = [] if tokens is None else [f"{tokens} visual tokens"]
+        return " of ".join([*parts, *([] if size is None else [f"{size[0]} x {size[1]} pixels"])])
+
+
+ANY_VISION = VisionChoice()
+"""Nothing is asked."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisionGraph:
+    """One vision graph, with what stands before and after it.
+
+    Attributes:
+        name: Its name for a runner; `None` where it is the only one.
+        visual_tokens: Embeddings that it returns for one tile.
+        preprocessor: Pictures to its pixels.
+        rows: Its tiles to rows.
+    """
+
+    name: str | None
+    visual_tokens: int
+    preprocessor: ImagePreprocessor
+    rows: PictureRows
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Width and height of a tile."""
+        height, width = self.preprocessor.geometry.picture_size
+        return width, height
+
+    def has(self, wanted: VisionChoice) -> bool:
+        """Whether it is what an app asks for."""
+        return wanted.visual_tokens in (None, self.visual_tokens) and wanted.resolution in (
+            None,
+            self.resolution,
+        )
+
+    def distortion(self, size: tuple[int, int]) -> Fraction:
+        """How much more a picture is stretched along one side than along the other, at least 1."""
+        width, height = self.resolution
+        ratio = Fraction(width * size[1], height * size[0])
+        return max(ratio, 1 / ratio)
+
+
+def open_vision(bundle: Bundle) -> tuple[VisionGraph, ...]:
+    """The vision graphs of a bundle, in the order of its manifest.
+
+    Raises:
+        BundleError: A file is missing, or does not fit them.
+    """
+    return tuple(
+        VisionGraph(
+            name=own.manifest.variants[0].name if own.manifest.variants else None,
+            visual_tokens=own.manifest.visual_tokens,
+            preprocessor=ImagePreprocessor.from_bundle(own),
+            rows=PictureRows.from_bundle(own),
+        )
+        for own in bundle.each_vision()
+    )
+
+
+def only_vision(bundle: Bundle, wanted: VisionChoice) -> Bundle:
+    """The bundle with the first vision graph alone that is what is asked for.
+
+    Raises:
+        InputError: There is no such graph.
+        BundleError: A file is missing, or does not fit the graphs.
+    """
+    graphs = open_vision(bundle)
+    _require(graphs, wanted)
+    return next(
+        own for graph, own in zip(graphs, bundle.each_vision(), strict=True) if graph.has(wanted)
+    )
+
+
+def choose_vision(
+    graphs: Sequence[VisionGraph], size: tuple[int, int], wanted: VisionChoice
+) -> VisionGraph:
+    """The graph that sees a picture.
+
+    Args:
+        graphs: Those of the bundle.
+        size: The picture's width and height, upright.
+        wanted: What the app asks for.
+
+    Raises:
+        InputError: There is no such graph.
+    """
+    _require(graphs, wanted)
+    return min(
+        (graph for graph in graphs if graph.has(wanted)), key=lambda graph: graph.distortion(size)
+    )
+
+
+def _require(graphs: Sequence[VisionGraph], wanted: VisionChoice) -> None:
+    if not any(graph.has(wanted) for graph in graphs):
+        there = [
+            VisionChoice(visual_tokens=graph.visual_tokens, resolution=graph.resolution)
+            for graph in graphs
+        ]
+        raise InputError(
+            f"no vision graph for {wanted}; this bundle has {', '.join(map(str, there))}"
+        )
