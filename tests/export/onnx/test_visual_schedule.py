@@ -24,6 +24,7 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.parity.certify import certify
 from pocketvlm.export.torch_runner import TorchRunner
 from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.reference.random_models import tiny_config, write_random_model
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.weights.kv_cache import KVCacheScales
@@ -196,3 +197,41 @@ def test_other_targets_refuse(
     )
     with pytest.raises(UnsupportedError, match=rf"^{target.method}: .* leave drop_tokens out"):
         target.export(checkpoint, tmp_path, RunContext(threads=1))
+
+
+@pytest.mark.parametrize("kind", ["before", "renumbered"])
+def test_a_question_taken_back_leaves_no_trace(
+    deep_paths: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """What an abandoned question had ranked would otherwise answer the next one."""
+    checkpoint = replace(Checkpoint.load(deep_paths["llava"]), visual_schedule=SCHEDULES[kind])
+    bundle = bundle_of(checkpoint, tmp_path)
+    runner = OnnxRunner(bundle, threads=1, capacity=200)
+    conversation = Conversation(bundle, runner=runner)
+    abandoned = conversation.stream("is it something else altogether?", noise(0))
+    next(abandoned)
+    held = runner.stage_lengths.tolist()
+    found = conversation.ask("what is it?", noise(0), max_new_tokens=8)
+    assert runner.stage_lengths.tolist() != held
+    fresh = Conversation(bundle, runner=OnnxRunner(bundle, threads=1, capacity=200))
+    assert found.token_ids == fresh.ask("what is it?", noise(0), max_new_tokens=8).token_ids
+
+
+@pytest.mark.parametrize("ranked_in", ["layer_before", "layer_after"])
+def test_positions_on_three_axes_follow_the_rows(tmp_path: Path, ranked_in: str) -> None:
+    write_random_model(tiny_config("qwen2.5-vl"), tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    tokens = checkpoint.spec.visual_tokens
+    drop = VisualDrop(layers=1, keep=tokens // 2)
+    schedule = VisualSchedule(drops=(drop,), tokens=tokens, ranked_in=ranked_in)
+    checkpoint = replace(checkpoint, visual_schedule=schedule)
+    (tmp_path / "bundle").mkdir()
+    engine = OnnxRunner(bundle_of(checkpoint, tmp_path / "bundle"), threads=1, capacity=64)
+    grid, text = checkpoint.spec.position_grid, np.tile(np.arange(3), (3, 1))
+    places = [text, 3 + grid.offsets(np.arange(tokens)), 3 + grid.advance + text]
+    flags = np.repeat([False, True, False], [3, tokens, 3])
+    width = checkpoint.spec.decoder.hidden_size
+    embeds = np.random.default_rng(0).standard_normal((1, tokens + 6, width), np.float32)
+    call = (embeds, np.concatenate(places, axis=1), flags)
+    found, expected = (run.decode(*call) for run in (engine, TorchRunner(checkpoint)))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
