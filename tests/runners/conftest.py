@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
+from pocketvlm.compress.tokens.schedule.fast_v import FastV
 from pocketvlm.compress.tokens.skip_empty_tiles import SkipEmptyTiles
 from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.target import ToOnnx
@@ -38,7 +40,15 @@ BUILD = ROOT / "build" / "runners"
 LIBRARY = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"), None)
 
 REFERENCE = ("pocket-smol", "pocket-llava", "pocket-tiles")
-TINY = ("smolvlm-ended", "smolvlm-tiles-empty", "internvl3", "qwen2.5-vl", "gemma3", "paligemma")
+TINY = (
+    "smolvlm-ended",
+    "smolvlm-ranked",
+    "smolvlm-tiles-empty",
+    "internvl3",
+    "qwen2.5-vl",
+    "gemma3",
+    "paligemma",
+)
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +116,8 @@ def _write_bundle(name: str, folder: Path) -> None:
     if name in REFERENCE:
         checkpoint = Checkpoint.load(reference_model_path(name))
     else:
-        write_tiny_model(name.removesuffix("-ended").removesuffix("-empty"), folder / "model")
+        family = re.sub("-(ended|ranked|empty)$", "", name)
+        write_tiny_model(family, folder / "model")
         checkpoint = Checkpoint.load(folder / "model")
     context = RunContext(threads=1)
     if name == "pocket-smol":  # 4-bit codes and an int8 cache
@@ -120,6 +131,9 @@ def _write_bundle(name: str, folder: Path) -> None:
     elif name == "smolvlm-ended":  # fewer visual rows with gaps, none after the first layer
         reducer = FixedReducer((1, 4, 6, 11, 14), positions="original")
         checkpoint = replace(checkpoint, reducer=reducer, visual_schedule=VisualSchedule.ending(1))
+    elif name == "smolvlm-ranked":  # half of the visual rows in the second layer
+        schedule = FastV(first_layers=1).plan(2, checkpoint.spec.visual_tokens)
+        checkpoint = replace(checkpoint, visual_schedule=schedule)
     path = folder / "bundle"
     path.mkdir()
     write_graphs(checkpoint, (ToOnnx(),), path, "", context)

@@ -199,22 +199,25 @@ def test_other_targets_refuse(
         target.export(checkpoint, tmp_path, RunContext(threads=1))
 
 
-@pytest.mark.parametrize("kind", ["before", "renumbered"])
+@pytest.mark.parametrize("kind", ["ended", "before", "renumbered"])
 def test_a_question_taken_back_leaves_no_trace(
     deep_paths: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    """What an abandoned question had ranked would otherwise answer the next one."""
+    """What it had ranked would otherwise answer the next one about the same picture."""
     checkpoint = replace(Checkpoint.load(deep_paths["llava"]), visual_schedule=SCHEDULES[kind])
-    bundle = bundle_of(checkpoint, tmp_path)
-    runner = OnnxRunner(bundle, threads=1, capacity=200)
-    conversation = Conversation(bundle, runner=runner)
-    abandoned = conversation.stream("is it something else altogether?", noise(0))
-    next(abandoned)
-    held = runner.stage_lengths.tolist()
-    found = conversation.ask("what is it?", noise(0), max_new_tokens=8)
-    assert runner.stage_lengths.tolist() != held
-    fresh = Conversation(bundle, runner=OnnxRunner(bundle, threads=1, capacity=200))
-    assert found.token_ids == fresh.ask("what is it?", noise(0), max_new_tokens=8).token_ids
+    engine = OnnxRunner(bundle_of(checkpoint, tmp_path), threads=1, capacity=200)
+    fresh = TorchRunner(checkpoint)
+    flags = np.repeat([False, True, False], [2, 16, 4])
+    rows = np.random.default_rng(0).standard_normal((2, len(flags), 64)).astype(np.float32)
+    rows[1, :18] = rows[0, :18]
+    at = np.arange(len(flags))[None]
+    engine.decode(rows[:1], at, flags)
+    reused = engine.truncate(18)
+    assert reused == (18 if kind == "ended" else 2)
+    found = engine.decode(rows[1:, reused:], at[:, reused:], flags[reused:])
+    expected = fresh.decode(rows[1:], at, flags)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+    assert engine.stage_lengths.tolist() == fresh.stage_lengths.tolist()
 
 
 @pytest.mark.parametrize("ranked_in", ["layer_before", "layer_after"])
