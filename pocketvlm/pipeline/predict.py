@@ -23,13 +23,14 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reports.measurement import Measurement
+from pocketvlm.reports.measurement import Measurement, Prompt
 from pocketvlm.stages import PlanState, Target
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
 __all__ = [
     "PREDICTED_WORKLOAD",
     "DevicePrediction",
+    "as_measured",
     "exported_model",
     "predict_on",
     "question_of",
@@ -145,15 +146,28 @@ def with_predictions(
     if bench.environment is None or bench.environment.threads != rates.threads:
         return bench
     for name, arm in arms.items():
-        prompt, question = arm.prompt, question_of(state, workload)
+        question = as_measured(question_of(state, workload), arm.prompt, state)
         if arm.runtime != "onnx" or arm.bundle.manifest_sha256 != manifest_sha256:
             continue
-        if prompt is not None and prompt.tokens and prompt.visual_tokens is not None:
-            text_rows = prompt.tokens - prompt.visual_tokens
-            question = replace(question, text_rows=text_rows, visual_rows=prompt.visual_tokens)
         times = predict_times(model, question, rates)
         arms[name] = replace(arm, predicted=beside_measured(times, arm))
     return replace(bench, arms=arms)
+
+
+def as_measured(question: Question, prompt: Prompt | None, state: PlanState) -> Question:
+    """A question with the rows that a prompt had, and the tiles that were not left out of it.
+
+    Args:
+        question: The workload, by the sizes of its pictures.
+        prompt: What was measured; `None` or without numbers where that is unknown.
+        state: The model.
+    """
+    if prompt is None or not prompt.tokens or prompt.visual_tokens is None:
+        return question
+    rows, tiles = prompt.visual_tokens, question.tiles
+    if state.spec.line_break is None:  # every tile has as many rows
+        tiles = min(tiles, rows // state.visual_tokens)
+    return replace(question, text_rows=prompt.tokens - rows, visual_rows=rows, tiles=tiles)
 
 
 def question_of(state: PlanState, workload: Workload) -> Question:

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from pocketvlm.compress.tokens import ReduceTokens
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
 from pocketvlm.device_bench.prediction.calibration import host, host_file
 from pocketvlm.device_bench.workload import PRESETS
+from pocketvlm.models.images.tilings import SplitGrid
 from pocketvlm.pipeline.plan import plan, plan_stages
-from pocketvlm.pipeline.predict import with_predictions
+from pocketvlm.pipeline.predict import as_measured, question_of, with_predictions
 from pocketvlm.pipeline.published import median_factor, published_factors
 from pocketvlm.pipeline.sources import select_targets
 from pocketvlm.recipes.load import load_recipe
@@ -112,6 +114,18 @@ def test_memory_is_held_against_what_an_app_may_use(monkeypatch):
         "pocketvlm.pipeline.plan.load_device", lambda _: replace(device, app_memory_bytes=limit)
     )
     assert "an app may use 0.10 GB" in plan(SHAPE, INT4, device="iphone-14").refused[-1]
+
+
+def test_tiles_that_were_left_out_of_a_measured_prompt_are_not_predicted():
+    spec = replace(SHAPE.spec, tiling=SplitGrid(side=512, first=2048))
+    state = plan_stages((ReduceTokens(keep=16),), spec)
+    question = question_of(state, PRESETS["vlm"])
+    assert question.tiles == 17
+    found = as_measured(question, Prompt(tokens=32 + 14 * 16, visual_tokens=14 * 16), state)
+    assert (found.tiles, found.visual_rows, found.text_rows) == (14, 14 * 16, 32)
+    assert as_measured(question, Prompt(), state) == question
+    every = as_measured(question, Prompt(tokens=32 + 17 * 16, visual_tokens=17 * 16), state)
+    assert every == replace(question, text_rows=32)
 
 
 def test_a_measurement_of_this_host_gets_predictions_beside_it():
