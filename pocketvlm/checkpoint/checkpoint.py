@@ -25,6 +25,7 @@ from pocketvlm.checkpoint.manifest import (
     ReducerBuilder,
     read_schedule,
     restore_vision,
+    with_token_merges,
 )
 from pocketvlm.checkpoint.records import Source, StageRecord
 from pocketvlm.checkpoint.save import write_checkpoint
@@ -118,9 +119,11 @@ class Checkpoint:
         )
         if manifest is None:
             return checkpoint
+        spec = with_token_merges(spec, manifest, folder.path)
         vision, *others = restore_vision(manifest, spec, reducers or {}, folder.path)
         return replace(
             checkpoint,
+            spec=spec,
             source=manifest.source,
             reducer=vision.reducer,
             other_vision=tuple(others),
@@ -220,6 +223,8 @@ class Checkpoint:
         """
         tower = self.spec.tower
         spec = read_spec(config)
+        if tower.merges:
+            spec = spec.with_token_merges(tower.merges)
         if tower.takes_any_size:
             spec = spec.with_picture_size(tower.height, tower.width)
         spec = replace(

@@ -239,6 +239,8 @@ def _notes(
     notes = []
     if checkpoint.reducer is not None:
         notes.append("visual-token reduction is not stored: readers of the layout see every token")
+    if checkpoint.spec.tower.merges:
+        notes.append("the merge of tokens in the tower is not stored: readers run every patch")
     if checkpoint.cache_grid is not None:
         notes.append("the int8 grid of the KV cache is not stored: readers keep their own cache")
     if checkpoint.visual_schedule is not None:

@@ -28,6 +28,7 @@ from pocketvlm.json_io import DecodeError, decode, read_json, write_json
 from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.token_merging import TokenMerge
 
 __all__ = [
     "CHECKPOINT_SCHEMA",
@@ -37,6 +38,7 @@ __all__ = [
     "read_manifest",
     "read_schedule",
     "restore_vision",
+    "with_token_merges",
     "write_manifest",
 ]
 
@@ -66,6 +68,7 @@ class CheckpointManifest:
         reducer: The visual-token reduction, or `None` for all tokens.
         visual_schedule: Where visual rows leave the decoder, or `None` where they do not.
         other_sizes: Sizes of pictures beside the processor's, for which there are vision graphs.
+        token_merges: Where tokens are merged within the tower.
         history: One record per stage, in order.
         files: sha256 of every other file of the directory.
         schema: Version of this description.
@@ -78,6 +81,7 @@ class CheckpointManifest:
     history: tuple[StageRecord, ...]
     files: Mapping[str, str]
     other_sizes: tuple[PictureSize, ...] = ()
+    token_merges: tuple[TokenMerge, ...] = ()
     schema: int = CHECKPOINT_SCHEMA
 
 
@@ -116,6 +120,7 @@ def write_manifest(
     reducer: StoredReducer | None,
     other_sizes: tuple[PictureSize, ...],
     visual_schedule: VisualSchedule | None,
+    token_merges: tuple[TokenMerge, ...],
     history: tuple[StageRecord, ...],
 ) -> None:
     """Signs every file of a folder; timings are left out of its history."""
@@ -125,6 +130,7 @@ def write_manifest(
         reducer=reducer,
         other_sizes=other_sizes,
         visual_schedule=visual_schedule,
+        token_merges=token_merges,
         history=(),
         files=sign_files(folder, (_MANIFEST, *_UNSIGNED)),
     )
@@ -159,6 +165,20 @@ def restore_vision(
         raise CheckpointError(
             f"{path / _MANIFEST}: reducer.parameters do not fit {stored.method}: {error}"
         ) from error
+
+
+def with_token_merges(spec: ModelSpec, manifest: CheckpointManifest, path: Path) -> ModelSpec:
+    """A saved checkpoint's specification, with the tokens that its tower merges.
+
+    Raises:
+        CheckpointError: The tower has no such blocks or patches.
+    """
+    if not manifest.token_merges:
+        return spec
+    try:
+        return spec.with_token_merges(manifest.token_merges)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / _MANIFEST}: token_merges: {error}") from error
 
 
 def read_schedule(

@@ -58,12 +58,21 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
     normed = ops.norm(hidden, blocks[0].attention.norm)
     earlier: list[ValueT] = []
     heads: list[tuple[ValueT, ValueT]] = []
+    merged: tuple[ValueT, ValueT] | None = None
     tapped: dict[int, ValueT] = {}
     for index, (block, following) in enumerate(zip(blocks, (*blocks[1:], None), strict=True)):
-        attended, queries, keys = tower_attention(ops, block.attention, normed)
-        if index in ops.earlier_blocks:
-            heads.append((queries, keys))
-        normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
+        sizes = merged[0] if merged is not None and tower.weighs_tokens(index) else None
+        attended, queries, keys = tower_attention(ops, block.attention, normed, sizes)
+        if index in (*ops.earlier_blocks, tower.feature_block):
+            heads.append((_restored(ops, queries, merged), _restored(ops, keys, merged)))
+        merge = tower.merge_in(index)
+        if merge is None:
+            normed, hidden = ops.add_norm(attended, hidden, block.ffn.norm)
+        else:
+            hidden = ops.add(attended, hidden)
+            hidden, sizes, places = ops.merge_tokens(merge, hidden, queries, keys, merged)
+            merged = (sizes, places)
+            normed = ops.norm(hidden, block.ffn.norm)
         inner = feed_forward(ops, block.ffn, normed, tower.activation)
         if following is not None:
             normed, hidden = ops.add_norm(inner, hidden, following.attention.norm)
@@ -74,17 +83,26 @@ def build_vision(ops: GraphOps[ValueT], spec: ModelSpec, pixels: ValueT) -> tupl
         features, _ = ops.add_norm(inner, hidden, tower.feature_norm)
     else:
         features = ops.add(inner, hidden)
+    features = _restored(ops, features, merged)
     if earlier:
         features = ops.join_channels(*earlier, features)
     if tower.has_cls:
         features = ops.drop_first(features)
     features = merged_features(ops, spec.projector, features)
-    features, indices = ops.reduce(features, queries, keys, heads)
+    *before, last = heads
+    features, indices = ops.reduce(features, *last, before)
     embeds = run_steps(ops, spec.projector.steps, features)
     if not spec.taps:
         return embeds, indices
     rows = (tap_rows(ops, spec, tap, tapped[tap.block], indices) for tap in spec.taps)
     return ops.join_channels(embeds, *rows), indices
+
+
+def _restored(
+    ops: GraphOps[ValueT], states: ValueT, merged: tuple[ValueT, ValueT] | None
+) -> ValueT:
+    """States of all tokens that the tower began with, from those of what they were merged into."""
+    return states if merged is None else ops.take(states, merged[1])
 
 
 def tap_rows(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from pocketvlm.models.token_merging import TokenMerge
+
 __all__ = ["GraphOps"]
 
 ValueT = TypeVar("ValueT")
@@ -62,11 +64,41 @@ class GraphOps(Protocol[ValueT]):
         ...
 
     def attention(
-        self, queries: ValueT, keys: ValueT, values: ValueT, window: int | None = None
+        self,
+        queries: ValueT,
+        keys: ValueT,
+        values: ValueT,
+        window: int | None = None,
+        sizes: ValueT | None = None,
     ) -> ValueT:
         """The tower's attention, heads joined again, of all tokens or of those of a window.
 
         Queries and keys are turned by the positions of their patches, where the tower does that.
+        A key counts as often as its size says, [1, tokens, 1]: proportional attention (ToMe, arXiv
+        2210.09461, eq. 1).
+        """
+        ...
+
+    def merge_tokens(
+        self,
+        merge: TokenMerge,
+        hidden: ValueT,
+        queries: ValueT,
+        keys: ValueT,
+        before: tuple[ValueT, ValueT] | None,
+    ) -> tuple[ValueT, ValueT, ValueT]:
+        """Fewer tokens of the tower, as `graph.token_merging`.
+
+        Args:
+            merge: Which rule, and how many remain.
+            hidden: What attention has left.
+            queries: Queries of that attention, not scaled yet.
+            keys: Its keys.
+            before: Sizes and places of the tokens, as this returns them; `None` at first.
+
+        Returns:
+            Hidden states, patches that each token stands for, [1, tokens, 1], and which of them
+            stands for each token that the tower began with, [1, all].
         """
         ...
 

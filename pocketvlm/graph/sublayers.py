@@ -13,17 +13,26 @@ ValueT = TypeVar("ValueT")
 
 
 def tower_attention(
-    ops: GraphOps[ValueT], attention: AttentionSpec, normed: ValueT
+    ops: GraphOps[ValueT],
+    attention: AttentionSpec,
+    normed: ValueT,
+    sizes: ValueT | None = None,
 ) -> tuple[ValueT, ValueT, ValueT]:
     """Attention of patches to each other.
+
+    Args:
+        ops: The operators.
+        attention: The sublayer.
+        normed: What it reads.
+        sizes: Patches that each token stands for; `None` where all stand for as many.
 
     Returns:
         What is added to the hidden state, and the queries and keys, which may score tokens: before
         they are turned, since equal content at different places should look equal.
     """
     queries, keys, values = tower_heads(ops, attention, normed)
-    attended = ops.linear(ops.attention(queries, keys, values, attention.window), attention.o)
-    return attended, queries, keys
+    attended = ops.attention(queries, keys, values, attention.window, sizes)
+    return ops.linear(attended, attention.o), queries, keys
 
 
 def tower_heads(

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocketvlm.graph.rotary import patch_positions
+from pocketvlm.graph.token_merging import TowerTokens, match_tokens, merge_tokens
 from pocketvlm.models.reducer import BlockRows, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.token_merging import TokenMerge
 from pocketvlm.models.tower import TowerSpec
 
 __all__ = [
@@ -128,6 +130,26 @@ class TensorOps(ABC):
     def average_patches(self, features: Tensor, factor: int) -> Tensor:
         cells = merge_patches(features, factor, self._spec.tower.rows)
         return cells.unflatten(-1, (factor**2, features.shape[-1])).mean(dim=-2)
+
+    def merge_tokens(
+        self,
+        merge: TokenMerge,
+        hidden: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        before: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = None if before is None else TowerTokens(sizes=before[0], places=before[1])
+        target = self.match_tokens(merge, hidden, queries, keys)
+        count = self._spec.tower.tokens_after(merge)
+        merged, tokens = merge_tokens(hidden, target, count, tokens)
+        return merged, tokens.sizes, tokens.places
+
+    def match_tokens(
+        self, merge: TokenMerge, hidden: Tensor, queries: Tensor, keys: Tensor
+    ) -> Tensor:
+        """The token that each becomes part of, as `graph.token_merging.match_tokens`."""
+        return match_tokens(merge, self._spec.tower, hidden, self._block_rows(queries, keys))
 
     def reduce(
         self,

@@ -35,6 +35,7 @@ from pocketvlm.models.projector import (
     TapSpec,
     step_linears,
 )
+from pocketvlm.models.token_merging import TokenMerge, merge_fault
 from pocketvlm.models.tower import TowerSpec
 
 __all__ = ["ModelSpec", "ProcessorSpec"]
@@ -229,6 +230,35 @@ class ModelSpec:
         spec = replace(self, tower=tower)
         spec.check()
         return spec
+
+    def with_token_merges(self, merges: tuple[TokenMerge, ...]) -> ModelSpec:
+        """The same with tokens that are merged within the tower.
+
+        Raises:
+            CheckpointError: The tower cannot merge them there.
+        """
+        tower, before = self.tower, self.tower.patches
+        for reason, found in (
+            ("attends within windows of its grid", any(b.attention.window for b in tower.blocks)),
+            ("turns queries and keys by the place of a patch", tower.rope_theta is not None),
+            ("hands on features of earlier blocks", tower.earlier_features or self.taps),
+        ):
+            if found:
+                raise CheckpointError(
+                    f"this tower {reason}, so that its tokens cannot be merged on the way"
+                )
+        blocks = [merge.block for merge in merges]
+        if blocks != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] <= tower.feature_block:
+            raise CheckpointError(
+                f"tokens are merged in blocks {', '.join(map(str, blocks))}; allowed are ascending "
+                f"ones of the blocks that are run, 0 to {tower.feature_block}"
+            )
+        for number, merge in enumerate(merges):
+            fault = merge_fault(merge, tower.rows, tower.columns, before, is_first=number == 0)
+            if fault is not None:
+                raise CheckpointError(f"block {merge.block}: {fault}")
+            before = merge.patches
+        return replace(self, tower=replace(tower, merges=merges))
 
     def runs(self, weight: str) -> bool:
         """Whether a weight of this name takes part in any answer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pocketvlm.models.blocks import BlockSpec
+from pocketvlm.models.token_merging import NeighbourTokens, TokenMerge
 
 __all__ = ["TowerSpec"]
 
@@ -38,6 +39,7 @@ class TowerSpec:
             positions for centres of cells.
         rope_theta: Base of the frequencies by which queries and keys turn: one half of the pairs of
             channels by a patch's row, the other by its column; `None` where they do not.
+        merges: Where tokens are merged, by ascending blocks of which none is named twice.
     """
 
     prefix: str
@@ -67,6 +69,7 @@ class TowerSpec:
     aligns_corners: bool = True
     rope_theta: float | None = None
     earlier_features: tuple[int, ...] = ()
+    merges: tuple[TokenMerge, ...] = ()
 
     @property
     def feature_size(self) -> int:
@@ -117,3 +120,23 @@ class TowerSpec:
     def tokens(self) -> int:
         """Tokens that one image is inside the tower: its patches, and [CLS] where there is one."""
         return self.patches + int(self.has_cls)
+
+    def merge_in(self, block: int) -> TokenMerge | None:
+        """How tokens are merged after the attention of a block; `None` where they are not."""
+        return next((merge for merge in self.merges if merge.block == block), None)
+
+    def tokens_entering(self, block: int) -> int:
+        """Tokens that one image is before a block."""
+        merged = [merge.patches for merge in self.merges if merge.block < block]
+        return min((self.patches, *merged)) + int(self.has_cls)
+
+    def tokens_after(self, merge: TokenMerge) -> int:
+        """Tokens that one image is after they are merged."""
+        return merge.patches + int(self.has_cls)
+
+    def weighs_tokens(self, block: int) -> bool:
+        """Whether tokens that enter a block stand for different numbers of patches."""
+        before = [merge for merge in self.merges if merge.block < block]
+        return bool(before) and (
+            self.has_cls or not all(isinstance(merge, NeighbourTokens) for merge in before)
+        )

@@ -28,6 +28,7 @@ from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.skip_empty_tiles import SkipEmptyTiles
 from pocketvlm.compress.tokens.stage import ReduceTokens
+from pocketvlm.compress.tokens.tower.stage import MergeTokens
 from pocketvlm.export.coreml.target import ToCoreml
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
@@ -45,6 +46,7 @@ STAGES: tuple[type[Stage], ...] = (
     LimitTiles,
     ChooseGrid,
     SkipEmptyTiles,
+    MergeTokens,
     ReduceTokens,
     DropTokens,
     Distill,

@@ -19,7 +19,7 @@ from torch.nn import functional
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import UnsupportedError
 from pocketvlm.graph.builders import merged_features, tap_rows
-from pocketvlm.graph.sublayers import tower_heads
+from pocketvlm.graph.token_merging import TowerTokens
 from pocketvlm.models.decoder import DecoderSpec
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.projector import run_steps
@@ -28,8 +28,13 @@ from pocketvlm.prompt.generation_settings import GenerationSettings
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.kv_cache import KVCache
 from pocketvlm.reference_graph.picture_rows import arrange_tiles
-from pocketvlm.reference_graph.sublayers import decoder_sublayers, run_sublayers, tower_sublayers
+from pocketvlm.reference_graph.sublayers import decoder_sublayers
 from pocketvlm.reference_graph.torch_ops import TorchOps
+from pocketvlm.reference_graph.tower_states import (
+    TowerState,
+    run_tower_block,
+    tower_queries_and_keys,
+)
 from pocketvlm.reference_graph.visual_schedule import RowsLeft, drop_rows
 
 __all__ = [
@@ -47,7 +52,6 @@ __all__ = [
     "project",
     "read_blocks",
     "reduce_features",
-    "run_tower_block",
     "split_rows",
     "tower_features",
 ]
@@ -117,18 +121,16 @@ def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
     return hidden if norm is None else ops.norm(hidden, norm)
 
 
-def run_tower_block(model: nn.Module, spec: ModelSpec, block: int, hidden: Tensor) -> Tensor:
-    """One block of the tower, [images, tokens, hidden] to the same."""
-    return run_sublayers(tower_sublayers(model, spec, block), None, hidden)
-
-
-def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
+def tower_features(
+    model: nn.Module, spec: ModelSpec, hidden: Tensor, tokens: TowerTokens | None = None
+) -> Tensor:
     """What the projector reads where no token is dropped, from what leaves the feature block.
 
     Args:
         model: The model.
         spec: Where its parts are.
         hidden: [images, tokens, hidden], and the features of earlier blocks after it.
+        tokens: What the tokens stand for; `None` where none was merged.
 
     Returns:
         [images, N, C], N the visual tokens of an image.
@@ -137,6 +139,8 @@ def tower_features(model: nn.Module, spec: ModelSpec, hidden: Tensor) -> Tensor:
     hidden, earlier = hidden.tensor_split([spec.tower.hidden_size], dim=-1)
     if spec.tower.feature_norm is not None:
         hidden = ops.norm(hidden, spec.tower.feature_norm)
+    if tokens is not None:
+        hidden = tokens.restore(hidden)
     if spec.tower.earlier_features:
         hidden = ops.join_channels(earlier, hidden)
     if spec.tower.has_cls:
@@ -156,36 +160,36 @@ def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
     projected.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    hidden = embed_patches(model, spec, pixels)
-    entering: dict[int, Tensor] = {}
+    state = TowerState(hidden=embed_patches(model, spec, pixels))
+    entering: dict[int, TowerState] = {}
     tapped: list[Tensor] = []
     for block in range(spec.tower.feature_block + 1):
         if block in read_blocks(checkpoint):
-            entering[block] = hidden
-        hidden = run_tower_block(model, spec, block, hidden)
-        tapped += [hidden for tap in spec.taps if tap.block == block]
-    return encode_features(checkpoint, hidden, entering, tapped)
+            entering[block] = state
+        state = run_tower_block(model, spec, block, state)
+        tapped += [state.hidden for tap in spec.taps if tap.block == block]
+    return encode_features(checkpoint, state, entering, tapped)
 
 
 def encode_features(
     checkpoint: Checkpoint,
-    hidden: Tensor,
-    entering: Mapping[int, Tensor],
+    leaving: TowerState,
+    entering: Mapping[int, TowerState],
     tapped: Sequence[Tensor] = (),
 ) -> VisualTokens:
     """The rest of `encode_images`, from what leaves the feature block.
 
     Args:
         checkpoint: The model.
-        hidden: [images, tokens, hidden].
-        entering: Likewise, what entered each of `read_blocks`.
-        tapped: Likewise, what left the blocks that add rows to the decoder.
+        leaving: What left the feature block.
+        entering: What entered each of `read_blocks`.
+        tapped: What left the blocks that add rows to the decoder, [images, tokens, hidden].
 
     Raises:
         UnsupportedError: There are such blocks, and what left them is not given.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    features = tower_features(model, spec, hidden)
+    features = tower_features(model, spec, leaving.hidden, leaving.tokens)
     kept, indices = reduce_features(checkpoint, features, entering)
     embeds = project(model, spec, kept)
     if len(tapped) != len(spec.taps):
@@ -207,7 +211,7 @@ def read_blocks(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def reduce_features(
-    checkpoint: Checkpoint, features: Tensor, entering: Mapping[int, Tensor]
+    checkpoint: Checkpoint, features: Tensor, entering: Mapping[int, TowerState]
 ) -> tuple[Tensor, Tensor]:
     """The features that are kept, and which of the N they are.
 
@@ -222,10 +226,7 @@ def reduce_features(
         return ops.reduce(features, features, features)
 
     def heads_of(block: int) -> tuple[Tensor, Tensor]:
-        attention = spec.tower.blocks[block].attention
-        normed = ops.norm(entering[block][..., : spec.tower.hidden_size], attention.norm)
-        queries, keys, _ = tower_heads(ops, attention, normed)
-        return queries, keys
+        return tower_queries_and_keys(model, spec, block, entering[block].restored)
 
     *earlier, last = (heads_of(block) for block in read_blocks(checkpoint))
     return ops.reduce(features, *last, earlier)

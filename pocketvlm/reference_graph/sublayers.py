@@ -15,15 +15,31 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
+from pocketvlm.graph.sublayers import (
+    decoder_mixer,
+    feed_forward,
+    mixer_output,
+    tower_attention,
+)
+from pocketvlm.graph.token_merging import TowerTokens
 from pocketvlm.models.blocks import AttentionSpec, FfnSpec, ShortConvSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.torch_ops import TorchOps
 
-__all__ = ["Sublayer", "SublayerKind", "decoder_sublayers", "run_sublayers", "tower_sublayers"]
+__all__ = [
+    "Sublayer",
+    "SublayerKind",
+    "SublayerRows",
+    "decoder_sublayers",
+    "run_sublayers",
+    "tower_sublayers",
+]
 
 SublayerKind = Literal["attention", "ffn"]
+SublayerRows = DecoderRows | TowerTokens
+"""What attention takes beside the hidden state: in the decoder; in the tower, once it has merged
+tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +49,7 @@ class Sublayer:
     Attributes:
         kind: Which sublayer it is; a short convolution stands in place of attention.
         norm: What is applied to the hidden state first.
-        body: What follows, from the norm's output and the rows of a call of the decoder.
+        body: What follows, from the norm's output and what attention takes beside it.
         first: Names of the linears that read the norm's output.
         first_modules: These linears.
         last: Name of the linear that ends the body.
@@ -45,7 +61,7 @@ class Sublayer:
 
     kind: SublayerKind
     norm: nn.Module
-    body: Callable[[Tensor, DecoderRows | None], Tensor]
+    body: Callable[[Tensor, SublayerRows | None], Tensor]
     first: tuple[str, ...]
     first_modules: tuple[nn.Module, ...]
     last: str
@@ -59,7 +75,7 @@ class Sublayer:
         return nn.ModuleList((*self.first_modules, self.last_module))
 
     @torch.no_grad()
-    def inputs_of_last(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
+    def inputs_of_last(self, hidden: Tensor, rows: SublayerRows | None) -> Tensor:
         """What the last linear reads, [batch, tokens, width]; it is not run itself."""
 
         def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -82,12 +98,12 @@ class Sublayer:
         """What the body reads."""
         return cast("Tensor", self.norm(self.own(hidden)))
 
-    def output(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
+    def output(self, hidden: Tensor, rows: SublayerRows | None) -> Tensor:
         """The hidden state after this sublayer, with all features; autograd may record it.
 
         Args:
             hidden: [batch, tokens, width], and the features of earlier blocks after it.
-            rows: What attention takes beside it; `None` in the tower.
+            rows: What attention takes beside it; `None` in a tower that has merged no tokens.
         """
         after = self.own(hidden) + self.body(self.normed(hidden), rows)
         carried = hidden[..., self.width :]
@@ -96,7 +112,7 @@ class Sublayer:
         return torch.cat([after, carried, *([after] if self.is_feature else [])], dim=-1)
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, rows: DecoderRows | None) -> Tensor:
+    def run(self, hidden: Tensor, rows: SublayerRows | None) -> Tensor:
         """`output` without autograd."""
         return self.output(hidden, rows)
 
@@ -113,10 +129,13 @@ def tower_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Subl
     """Both sublayers of a block of the vision tower."""
     described = spec.tower.blocks[block]
 
-    def attend(normed: Tensor, _: DecoderRows | None) -> Tensor:
-        return tower_attention(TorchOps(model, spec), described.attention, normed)[0]
+    def attend(normed: Tensor, rows: SublayerRows | None) -> Tensor:
+        sizes = None
+        if isinstance(rows, TowerTokens) and spec.tower.weighs_tokens(block):
+            sizes = rows.sizes
+        return tower_attention(TorchOps(model, spec), described.attention, normed, sizes)[0]
 
-    def widen(normed: Tensor, _: DecoderRows | None) -> Tensor:
+    def widen(normed: Tensor, _: SublayerRows | None) -> Tensor:
         return feed_forward(TorchOps(model, spec), described.ffn, normed, spec.tower.activation)
 
     return (
@@ -132,16 +151,16 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
     """Both sublayers of a block of the decoder."""
     described = spec.decoder.blocks[block]
 
-    def mix(normed: Tensor, rows: DecoderRows | None) -> Tensor:
-        ops = TorchOps(model, spec, context=rows)
+    def mix(normed: Tensor, rows: SublayerRows | None) -> Tensor:
+        ops = TorchOps(model, spec, context=_decoder_rows(rows))
         joined = ops.linear(normed, *described.mixer.inputs)
         mixed = decoder_mixer(ops, described.mixer, block, joined)
         return mixer_output(ops, described.mixer, mixed)
 
-    def widen(normed: Tensor, rows: DecoderRows | None) -> Tensor:
-        ops = TorchOps(model, spec)
+    def widen(normed: Tensor, rows: SublayerRows | None) -> Tensor:
+        ops, beside = TorchOps(model, spec), _decoder_rows(rows)
         inner = feed_forward(ops, described.ffn, normed, spec.decoder.activation)
-        return inner if rows is None else rows.add(block, inner)
+        return inner if beside is None else beside.add(block, inner)
 
     return (
         _sublayer(model, "attention", described.mixer, mix, spec.decoder.hidden_size),
@@ -149,9 +168,15 @@ def decoder_sublayers(model: nn.Module, spec: ModelSpec, block: int) -> tuple[Su
     )
 
 
+def _decoder_rows(rows: SublayerRows | None) -> DecoderRows | None:
+    if isinstance(rows, TowerTokens):
+        raise TypeError("the decoder was given what tokens of a tower stand for")
+    return rows
+
+
 def run_sublayers(
     sublayers: tuple[Sublayer, ...],
-    rows: DecoderRows | None,
+    rows: SublayerRows | None,
     hidden: Tensor,
     *,
     before: Callable[[Tensor], Tensor] = lambda states: states,
@@ -174,7 +199,7 @@ def _sublayer(
     model: nn.Module,
     kind: SublayerKind,
     described: AttentionSpec | ShortConvSpec | FfnSpec,
-    body: Callable[[Tensor, DecoderRows | None], Tensor],
+    body: Callable[[Tensor, SublayerRows | None], Tensor],
     width: int,
 ) -> Sublayer:
     return Sublayer(

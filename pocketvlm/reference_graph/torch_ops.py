@@ -73,7 +73,12 @@ class TorchOps(TensorOps):
         return self._call(name, inputs)
 
     def attention(
-        self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         tower = self._spec.tower
         heads = [split_heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)]
@@ -83,7 +88,9 @@ class TorchOps(TensorOps):
         if window is not None:
             heads = [split_windows(part, tower, window) for part in heads]
         query, key, value = heads
-        attended = functional.scaled_dot_product_attention(query, key, value)
+        # log s is added to scores: a key of size s counts s times.
+        bias = None if sizes is None else sizes.log().transpose(1, 2)[:, None]
+        attended = functional.scaled_dot_product_attention(query, key, value, bias)
         return join_heads(attended if window is None else join_windows(attended, tower, window))
 
     def cached_attention(self, joined: Tensor, block: int, *names: str) -> Tensor:

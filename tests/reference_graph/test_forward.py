@@ -21,6 +21,7 @@ from pocketvlm.reference_graph.forward import (
     greedy_generate,
     reduce_features,
 )
+from pocketvlm.reference_graph.tower_states import TowerState
 from tests.stock import stock_of
 
 
@@ -83,7 +84,8 @@ def test_a_reducer_is_given_the_attention_of_the_feature_block(tiny_checkpoint, 
 
     checkpoint = replace(tiny_checkpoint, reducer=Recorder(keep=1, positions="original"))
     hidden = torch.randn(1, 5, spec.tower.hidden_size)
-    reduce_features(checkpoint, torch.randn(1, 4, 8), {spec.tower.feature_block: hidden})
+    entering = {spec.tower.feature_block: TowerState(hidden=hidden)}
+    reduce_features(checkpoint, torch.randn(1, 4, 8), entering)
     (inputs,) = given
     weights = functional.softmax(inputs.queries @ inputs.keys.transpose(-1, -2), dim=-1)
     name = spec.tower.blocks[spec.tower.feature_block].module

@@ -281,6 +281,11 @@ def _require_all_tokens(checkpoint: Checkpoint) -> None:
             "gradients of the whole model are taken before visual tokens are dropped; put the "
             "stage that takes them before the one that drops tokens"
         )
+    if checkpoint.spec.tower.merges:
+        raise RecipeError(
+            "gradients of the whole model are taken before tokens of the tower are merged; put "
+            "the stage that takes them before merge_tokens"
+        )
 
 
 def _image_batches(checkpoint: Checkpoint, samples: CalibrationSet) -> tuple[PromptBatch, ...]:

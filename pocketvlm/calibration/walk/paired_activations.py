@@ -15,8 +15,7 @@ from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
 from pocketvlm.calibration.walk.steps import Drift, InputMoments
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.reference_graph.decoder_rows import DecoderRows
-from pocketvlm.reference_graph.sublayers import Sublayer
+from pocketvlm.reference_graph.sublayers import Sublayer, SublayerRows
 from pocketvlm.reference_graph.visual_schedule import DroppedRows
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
@@ -80,7 +79,7 @@ def forms_in_place(checkpoint: Checkpoint, forms: Mapping[str, WeightForm]) -> I
 def advance(
     sublayer: Sublayer,
     hidden: ActivationStore,
-    rows_of: Callable[[int], DecoderRows | None],
+    rows_of: Callable[[int], SublayerRows | None],
 ) -> None:
     """Replaces states before a sublayer by those after it."""
     with cache_dense_weights(sublayer.linears):

@@ -18,6 +18,7 @@ from pocketvlm.calibration.data.prompts import Prompt, batch_grids, batch_prompt
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
+from pocketvlm.graph.token_merging import TowerTokens
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.forward import (
@@ -26,9 +27,13 @@ from pocketvlm.reference_graph.forward import (
     embed_prompts,
     encode_features,
     read_blocks,
-    run_tower_block,
 )
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers, tower_sublayers
+from pocketvlm.reference_graph.tower_states import (
+    TowerState,
+    run_tower_attention,
+    run_tower_block,
+)
 from pocketvlm.reference_graph.visual_schedule import RowsLeft, drop_rows
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
@@ -71,13 +76,15 @@ class _State:
 
     Attributes:
         hidden: Hidden states, or visual tokens before the splice.
+        tokens: What tokens stand for, in a tower that has merged some.
         entering: What entered the blocks of the tower that the token reduction reads.
         indices: Which visual tokens these are, before the splice.
         left: What these rows are, in the decoder.
     """
 
     hidden: Tensor
-    entering: Mapping[int, Tensor] = field(default_factory=dict)
+    tokens: TowerTokens | None = None
+    entering: Mapping[int, TowerState] = field(default_factory=dict)
     indices: Tensor | None = None
     left: RowsLeft | None = None
 
@@ -180,11 +187,10 @@ class PartialForward:
 
     def _build(self) -> tuple[_Segment, ...]:
         model, spec = self._checkpoint.model, self._checkpoint.spec
-        read = read_blocks(self._checkpoint)
         segments = [
-            self._tower_sublayer(
-                sublayer, read=block if sublayer.kind == "attention" and block in read else None
-            )
+            self._tower_attention(block, sublayer)
+            if sublayer.kind == "attention"
+            else self._tower_ffn(sublayer)
             for block in range(spec.tower.feature_block)
             for sublayer in tower_sublayers(model, spec, block)
         ]
@@ -203,20 +209,25 @@ class PartialForward:
         segments.append(_Segment(modules=head, run=self._answer_logits))
         return tuple(segments)
 
-    @staticmethod
-    def _tower_sublayer(sublayer: Sublayer, read: int | None = None) -> _Segment:
-        """One sublayer of a block of the tower.
-
-        Args:
-            sublayer: The sublayer.
-            read: Its block, where the token reduction reads what enters it.
-        """
+    def _tower_attention(self, block: int, sublayer: Sublayer) -> _Segment:
+        """The attention of a block of the tower, with the merge of tokens that may follow it."""
+        model, spec = self._checkpoint.model, self._checkpoint.spec
+        is_read = block in read_blocks(self._checkpoint)
 
         def run(_: int, state: _State) -> _State:
-            after = replace(state, hidden=sublayer.run(state.hidden, None))
-            if read is None:
-                return after
-            return replace(after, entering={**state.entering, read: state.hidden})
+            before = TowerState(hidden=state.hidden, tokens=state.tokens)
+            after = run_tower_attention(model, spec, block, before)
+            entering = {**state.entering, block: before} if is_read else state.entering
+            return replace(state, hidden=after.hidden, tokens=after.tokens, entering=entering)
+
+        return _Segment(modules=sublayer.linears, run=run)
+
+    @staticmethod
+    def _tower_ffn(sublayer: Sublayer) -> _Segment:
+        """The feed-forward network of a block of the tower."""
+
+        def run(_: int, state: _State) -> _State:
+            return replace(state, hidden=sublayer.run(state.hidden, state.tokens))
 
         return _Segment(modules=sublayer.linears, run=run)
 
@@ -247,10 +258,11 @@ class PartialForward:
     def _encode(self, _: int, state: _State) -> _State:
         model, spec = self._checkpoint.model, self._checkpoint.spec
         last = spec.tower.feature_block
+        before = TowerState(hidden=state.hidden, tokens=state.tokens)
         visual = encode_features(
             self._checkpoint,
-            run_tower_block(model, spec, last, state.hidden),
-            {**state.entering, last: state.hidden},
+            run_tower_block(model, spec, last, before),
+            {**state.entering, last: before},
         )
         return _State(hidden=visual.embeds, indices=visual.indices)
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from pocketvlm.calibration.data.prompts import PromptBatch
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
-from pocketvlm.reference_graph.decoder_rows import DecoderRows
-from pocketvlm.reference_graph.sublayers import Sublayer
+from pocketvlm.reference_graph.sublayers import Sublayer, SublayerRows
 
 __all__ = [
     "Drift",
@@ -77,7 +76,8 @@ class FinishedSublayer:
         sublayer: The sublayer.
         inputs: Hidden states before it as they are now, batch by batch.
         targets: Hidden states after it in the float model.
-        rows: What its body takes beside the hidden state, batch by batch; empty in the tower.
+        rows: What its body takes beside the hidden state, batch by batch; empty in a tower that has
+            merged no tokens.
         batches: Which samples a batch holds; `None` for batches outside of all moments.
         weights_of: Weights of a batch's tokens, or `None` for all alike.
     """
@@ -85,7 +85,7 @@ class FinishedSublayer:
     sublayer: Sublayer
     inputs: ActivationStore
     targets: ActivationStore
-    rows: Sequence[DecoderRows]
+    rows: Sequence[SublayerRows]
     batches: Sequence[PromptBatch | None]
     weights_of: Callable[[int], Tensor | None]
 
@@ -94,7 +94,7 @@ class FinishedSublayer:
         """Its linears in order of execution."""
         return (*self.sublayer.first, self.sublayer.last)
 
-    def rows_of(self, index: int) -> DecoderRows | None:
+    def rows_of(self, index: int) -> SublayerRows | None:
         """What the body takes beside the hidden state of a batch."""
         return self.rows[index] if self.rows else None
 

@@ -52,8 +52,9 @@ from pocketvlm.calibration.walk.steps import (
 )
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.graph.builders import merged_features
+from pocketvlm.graph.token_merging import TowerTokens, merge_tokens
 from pocketvlm.models.projector import ProjectorStep, run_steps, step_linears
-from pocketvlm.reference_graph.decoder_rows import DecoderRows
+from pocketvlm.models.token_merging import TokenMerge
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     VisualTokens,
@@ -66,10 +67,12 @@ from pocketvlm.reference_graph.forward import (
 from pocketvlm.reference_graph.sublayers import (
     Sublayer,
     SublayerKind,
+    SublayerRows,
     decoder_sublayers,
     tower_sublayers,
 )
 from pocketvlm.reference_graph.torch_ops import TorchOps
+from pocketvlm.reference_graph.tower_states import TowerState, match_after
 from pocketvlm.reference_graph.visual_schedule import DroppedRows, RowsLeft, drop_rows
 from pocketvlm.weights.modules import cache_dense_weights
 
@@ -185,18 +188,24 @@ class BlockWalk:
                 pixels = checkpoint.processor.pixels(images)
                 path.append(embed_patches(checkpoint.model, spec, pixels))
         used = [batch if batch.in_tower_moments else None for batch in batches]
-        entering: dict[int, PairedActivations] = {}
+        entering: dict[int, _Entering] = {}
         tapped: list[PairedActivations] = []
+        tokens: list[TowerTokens] = []
         for block in range(spec.tower.feature_block + 1):
             if block in read_blocks(checkpoint):
-                entering[block] = path.copy()
+                entering[block] = _Entering(path=path.copy(), tokens=tokens)
+            merge = spec.tower.merge_in(block)
+            before = None if merge is None else path.copy()
             for sublayer in tower_sublayers(checkpoint.model, spec, block):
-                yield from self._sublayer(sublayer, path, used, _alike)
+                yield from self._sublayer(sublayer, path, used, _alike, tokens)
+                if merge is not None and before is not None and sublayer.kind == "attention":
+                    tokens = self._merge_tokens(merge, before, path, tokens)
+                    before.close()
             tapped += [path.copy() for tap in spec.taps if tap.block == block]
-        features, indices = self._keep_features(path, entering)
+        features, indices = self._keep_features(path, tokens, entering)
         path.close()
-        for states in entering.values():
-            states.close()
+        for read in entering.values():
+            read.path.close()
         visual, ideal = yield from self._project(batches, features, indices, spec.projector.steps)
         for tap, states in zip(spec.taps, tapped, strict=True):
             taken = self._take_features(states, indices)
@@ -234,7 +243,7 @@ class BlockWalk:
         path: PairedActivations,
         batches: Sequence[PromptBatch | None],
         weights_at: TokenWeights,
-        rows: Sequence[DecoderRows] = (),
+        rows: Sequence[SublayerRows] = (),
         drops_of: DropsOf = lambda _: None,
     ) -> Iterator[Step]:
         """The steps of a sublayer; at the end the path stands after it, and after its drops."""
@@ -245,7 +254,7 @@ class BlockWalk:
             if path.ideal is not None
         }
 
-        def rows_of(index: int) -> DecoderRows | None:
+        def rows_of(index: int) -> SublayerRows | None:
             return rows[index] if rows else None
 
         def moments_of_last(block: int | None) -> InputMoments:
@@ -298,8 +307,34 @@ class BlockWalk:
         path.drop(drops)
 
     @torch.no_grad()
+    def _merge_tokens(
+        self,
+        merge: TokenMerge,
+        entering: PairedActivations,
+        path: PairedActivations,
+        tokens: Sequence[TowerTokens],
+    ) -> list[TowerTokens]:
+        """Merges tokens of the tower after the attention of a block; returns what they stand for.
+
+        The float tower might merge others; what is compared are the same ones.
+        """
+        model, spec = self.checkpoint.model, self.checkpoint.spec
+        count, after = spec.tower.tokens_after(merge), []
+        for number, before in enumerate(tokens or [None] * len(path.now)):
+            states = path.now[number]
+            target = match_after(model, spec, merge, entering.now[number], states)
+            path.now[number], merged = merge_tokens(states, target, count, before)
+            if path.ideal is not None:
+                path.ideal[number], _ = merge_tokens(path.ideal[number], target, count, before)
+            after.append(merged)
+        return after
+
+    @torch.no_grad()
     def _keep_features(
-        self, path: PairedActivations, entering: Mapping[int, PairedActivations]
+        self,
+        path: PairedActivations,
+        tokens: Sequence[TowerTokens],
+        entering: Mapping[int, _Entering],
     ) -> tuple[PairedActivations, list[Tensor]]:
         """What enters the projector, and which tokens were kept."""
         features = PairedActivations(
@@ -307,19 +342,16 @@ class BlockWalk:
         )
         indices = []
         for number, states in enumerate(path.now):
-            before = {block: read.now[number] for block, read in entering.items()}
-            kept, chosen = self._reduce(states, before)
+            stand_for = tokens[number] if tokens else None
+            before = {block: read.now(number) for block, read in entering.items()}
+            kept, chosen = self._reduce(self._merge(states, stand_for), before)
             features.now.append(kept)
             indices.append(chosen)
             if path.ideal is None or features.ideal is None:
                 continue
-            merged = self._merge(path.ideal[number])
-            before = {
-                block: read.ideal[number]
-                for block, read in entering.items()
-                if read.ideal is not None
-            }
-            ideal, wanted = self._reduce(path.ideal[number], before)
+            merged = self._merge(path.ideal[number], stand_for)
+            before = {block: read.ideal(number) for block, read in entering.items()}
+            ideal, wanted = self._reduce(merged, before)
             if not torch.equal(wanted, chosen):
                 # The float tower would keep other tokens; what is compared are the same ones.
                 places = chosen[..., None].expand(-1, -1, merged.shape[-1])
@@ -327,13 +359,16 @@ class BlockWalk:
             features.ideal.append(ideal)
         return features, indices
 
-    def _merge(self, states: Tensor) -> Tensor:
+    def _merge(self, states: Tensor, tokens: TowerTokens | None) -> Tensor:
         """Tower states to what a projector without reduction reads."""
-        return tower_features(self.checkpoint.model, self.checkpoint.spec, states).contiguous()
+        model, spec = self.checkpoint.model, self.checkpoint.spec
+        return tower_features(model, spec, states, tokens).contiguous()
 
-    def _reduce(self, states: Tensor, entering: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def _reduce(
+        self, features: Tensor, entering: Mapping[int, TowerState]
+    ) -> tuple[Tensor, Tensor]:
         """The features that are kept, and their indices."""
-        kept, indices = reduce_features(self.checkpoint, self._merge(states), entering)
+        kept, indices = reduce_features(self.checkpoint, features, entering)
         return kept.contiguous(), indices
 
     def _project(
@@ -483,6 +518,36 @@ class BlockWalk:
         grids = batch_grids(prompts, batch.samples)
         starts = [prompts[index].answer_start for index in batch.samples]
         return embed_prompts(self.checkpoint, token_ids, tokens, grids, answer_starts=starts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Entering:
+    """What entered a block of the tower, batch by batch.
+
+    Attributes:
+        path: Hidden states.
+        tokens: What their tokens stand for; empty where none was merged.
+    """
+
+    path: PairedActivations
+    tokens: Sequence[TowerTokens]
+
+    def now(self, number: int) -> TowerState:
+        """A batch of the model as it is now."""
+        return self._state(self.path.now[number], number)
+
+    def ideal(self, number: int) -> TowerState:
+        """A batch of the float model.
+
+        Raises:
+            ValueError: It was not carried along.
+        """
+        if self.path.ideal is None:
+            raise ValueError("the float model was not carried along")
+        return self._state(self.path.ideal[number], number)
+
+    def _state(self, hidden: Tensor, number: int) -> TowerState:
+        return TowerState(hidden=hidden, tokens=self.tokens[number] if self.tokens else None)
 
 
 def _beside(visual: VisualTokens, rows: VisualTokens) -> VisualTokens:

@@ -38,7 +38,7 @@ class SetResolution(Stage):
 
     # Statistics of visual tokens are those of the pictures that the phone will see.
     forbids: ClassVar[frozenset[str]] = frozenset(
-        {"quantized_weights", "quantized_cache", "reduced_tokens"}
+        {"quantized_weights", "quantized_cache", "reduced_tokens", "merged_tokens"}
     )
 
     carries_taps: ClassVar[bool] = True

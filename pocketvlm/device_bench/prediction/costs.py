@@ -22,6 +22,8 @@ from pocketvlm.models.projector import (
     ProjectorStep,
 )
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.token_merging import ImportantTokens, SimilarTokens, TokenMerge
+from pocketvlm.models.tower import TowerSpec
 
 __all__ = [
     "CachedAttention",
@@ -134,8 +136,8 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
     patch_weights = tower.channels * tower.patch_size**2 * hidden
     yield Product(kernel=FLOAT_KERNEL, rows=tower.patches, weights=patch_weights)
     yield Elementwise(kind="copy", elements=2 * tokens * hidden)
-    for block in tower.blocks[: tower.feature_block + 1]:
-        attention = block.attention
+    for index, block in enumerate(tower.blocks[: tower.feature_block + 1]):
+        attention, tokens = block.attention, tower.tokens_entering(index)
         yield Elementwise(kind="norm", elements=tokens * hidden)
         yield from _products(model, attention.inputs, tokens)
         yield Elementwise(kind="copy", elements=3 * tokens * hidden)
@@ -148,10 +150,19 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
             yield Elementwise(kind="copy", elements=4 * tokens * hidden)
         seen = tokens if attention.window is None else attention.window**2
         yield TowerAttention(macs=2 * tokens * seen * hidden)
+        if tower.weighs_tokens(index):
+            yield Elementwise(kind="copy", elements=4 * tokens * hidden)
         yield from _products(model, (attention.o,), tokens)
+        merge = tower.merge_in(index)
+        if merge is not None:
+            yield from _merge(tower, merge, tokens)
+            tokens = tower.tokens_after(merge)
         yield Elementwise(kind="norm", elements=tokens * hidden)
         yield from _feed_forward(model, block.ffn, tokens, tower.activation)
     yield Elementwise(kind="norm", elements=tokens * hidden)
+    tokens = tower.tokens
+    if tower.merges:
+        yield Elementwise(kind="copy", elements=3 * tokens * hidden)
     if spec.projector.patch_norm is not None:
         yield Elementwise(kind="norm", elements=tokens * tower.feature_size)
     yield Elementwise(kind="copy", elements=tokens * tower.feature_size)
@@ -159,6 +170,19 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
         yield TowerAttention(macs=tokens * tokens * hidden)  # the reducer scores every token
     for steps in (spec.projector.steps, *(tap.steps for tap in spec.taps)):
         yield from _projector(model, steps)
+
+
+def _merge(tower: TowerSpec, merge: TokenMerge, tokens: int) -> Iterator[Operator]:
+    """The merge of a block: scores, and the product with one-hot rows."""
+    hidden, after = tower.hidden_size, tower.tokens_after(merge)
+    scores: list[int] = []
+    if isinstance(merge, SimilarTokens):
+        scores.append((tokens // 2) ** 2 * tower.head_dim)
+    if isinstance(merge, SimilarTokens | ImportantTokens) and merge.reads_attention:
+        scores.append((1 if tower.has_cls else tokens) * tokens * hidden)
+    yield from (TowerAttention(macs=macs) for macs in scores)
+    yield Product(kernel=FLOAT_KERNEL, rows=after, weights=tokens * hidden)
+    yield Elementwise(kind="copy", elements=after * tokens + 2 * tokens * hidden)
 
 
 def decoder_operators(

@@ -8,7 +8,7 @@ infinity; cosines and sines come from a table, since angles of thousands have no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from pocketvlm.export.coreml.weights import pack_weight
 from pocketvlm.export.coreml.writer import FunctionWriter, identifier
 from pocketvlm.graph.rotary import patch_angles, patch_positions
 from pocketvlm.graph.tensor_ops import split_windows
+from pocketvlm.models.token_merging import TokenMerge
 
 __all__ = ["MilOps"]
 
@@ -50,6 +51,7 @@ class MilOps:
         function: Where operators go.
         checkpoint: Where weights come from.
         reducer: The token reducer as a program, or `None`.
+        merges: Merges of tokens within the tower as programs, by the blocks that they are in.
         positions: For the decoder: which rows a call has, and where they are.
         cache: For the decoder: its cache.
         states: For the decoder: states of its short convolutions.
@@ -61,6 +63,7 @@ class MilOps:
         checkpoint: Checkpoint,
         *,
         reducer: Any = None,
+        merges: Mapping[int, Any] | None = None,
         positions: DecoderPositions | None = None,
         cache: DecoderCache | None = None,
         states: ConvStates | None = None,
@@ -72,6 +75,7 @@ class MilOps:
         self._checkpoint = checkpoint
         self._spec = checkpoint.spec
         self._reducer = reducer
+        self._merges = merges or {}
         self._positions = positions
         self._cache = cache
         self._states = states
@@ -176,7 +180,14 @@ class MilOps:
         normed = self.norm(self._reshape(joined, heads, f"{joined.name}_apart"), name)
         return self._reshape(normed, [1, tokens, width], f"{joined.name}_normed")
 
-    def attention(self, queries: Any, keys: Any, values: Any, window: int | None = None) -> Any:
+    def attention(
+        self,
+        queries: Any,
+        keys: Any,
+        values: Any,
+        window: int | None = None,
+        sizes: Any = None,
+    ) -> Any:
         tower = self._spec.tower
         label, tokens = queries.name, queries.shape[1]
         if window is not None:
@@ -192,11 +203,38 @@ class MilOps:
         )
         if tower.rope_theta is not None:
             query, key = (self._turn_patches(part, window) for part in (query, key))
-        attended = self._attend(query, key, value, tower.head_dim, label)
+        bias = None if sizes is None else self._size_bias(sizes, label)
+        attended = self._attend(query, key, value, tower.head_dim, label, bias)
         attended = self._transpose(attended, [0, 2, 1, 3], f"{label}_tokens")
         if window is not None:
             return self._join_windows(attended, window, label)
         return self._reshape(attended, [1, tokens, tower.hidden_size], f"{label}_joined")
+
+    def _size_bias(self, sizes: Any, label: str) -> Any:
+        """Log s, [1, 1, 1, tokens]: what is added to scores so that a key counts s times."""
+        row = self._reshape(sizes, [1, 1, 1, sizes.shape[1]], f"{label}_sizes")
+        bias = self._mb.log(x=row, name=f"{label}_size_logs")
+        return self._mb.cast(x=bias, dtype=self._short, name=f"{label}_size_bias")
+
+    def merge_tokens(
+        self,
+        merge: TokenMerge,
+        hidden: Any,
+        queries: Any,
+        keys: Any,
+        before: tuple[Any, Any] | None,
+    ) -> tuple[Any, Any, Any]:
+        label = f"merge_{merge.block}"
+        wide = [
+            self._mb.cast(x=value, dtype="fp32", name=f"{label}_{name}")
+            for name, value in (("hidden", hidden), ("queries", queries), ("keys", keys))
+        ]
+        program = self._merges[merge.block]
+        (function,) = program.functions.values()
+        named = dict(zip(function.inputs, (*wide, *(before or ())), strict=True))
+        merged, sizes, places = inline(program, named, label)
+        # Sizes stay float32: float16 has whole numbers up to 2048 only.
+        return self._mb.cast(x=merged, dtype=self._short, name=f"{label}_merged"), sizes, places
 
     def _split_windows(self, joined: Any, side: int) -> Any:
         """[1, patches, hidden] as [windows, side**2, hidden]."""

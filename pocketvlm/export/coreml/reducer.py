@@ -17,9 +17,10 @@ from pocketvlm.errors import ExportError
 from pocketvlm.export.coreml.limits import Deployment
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference_graph.reducer_graph import ReducerGraph
+from pocketvlm.models.token_merging import TokenMerge
+from pocketvlm.reference_graph.reducer_graph import MergeGraph, ReducerGraph
 
-__all__ = ["convert_program", "convert_reducer", "inline"]
+__all__ = ["convert_merge", "convert_program", "convert_reducer", "inline"]
 
 
 def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployment) -> Any:
@@ -37,10 +38,26 @@ def convert_reducer(reducer: TokenReducer, spec: ModelSpec, deployment: Deployme
     Raises:
         ExportError: An operator of the reducer cannot be converted; the message names it.
     """
-    graph = ReducerGraph(reducer, spec).eval()
-    name = type(reducer).__name__
+    return _convert(ReducerGraph(reducer, spec), type(reducer).__name__, deployment)
+
+
+def convert_merge(merge: TokenMerge, spec: ModelSpec, deployment: Deployment) -> Any:
+    """A merge of tokens within the tower as a MIL program, with the values of `MergeGraph`.
+
+    Args:
+        merge: The rule.
+        spec: The model, whose tower has it.
+        deployment: The oldest system that has to run it.
+
+    Raises:
+        ExportError: An operator cannot be converted; the message names it.
+    """
+    return _convert(MergeGraph(merge, spec), merge.kind, deployment)
+
+
+def _convert(graph: ReducerGraph | MergeGraph, name: str, deployment: Deployment) -> Any:
     try:
-        program = torch.export.export(graph, graph.example())
+        program = torch.export.export(graph.eval(), graph.example())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ExportError(f"{name}: cannot be traced: {_one_line(error)}") from error
     return convert_program(name, program, deployment, precision="float32", convert_to="milinternal")

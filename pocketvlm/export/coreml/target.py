@@ -26,7 +26,7 @@ from pocketvlm.export.coreml.conv_states import ConvStates, conv_state_signature
 from pocketvlm.export.coreml.limits import DEPLOYMENTS, explain
 from pocketvlm.export.coreml.ops import MilOps
 from pocketvlm.export.coreml.positions import DecoderPositions
-from pocketvlm.export.coreml.reducer import convert_reducer
+from pocketvlm.export.coreml.reducer import convert_merge, convert_reducer
 from pocketvlm.export.coreml.size import graph_bytes, layer_bytes, vision_bytes
 from pocketvlm.export.coreml.toolkit import INSTALL, has_coremltools, listen
 from pocketvlm.export.coreml.writer import PackageWriter
@@ -191,10 +191,14 @@ class ToCoreml(Target):
             program = None
             if seen.reducer is not None:
                 program = convert_reducer(seen.reducer, seen.spec, self.deployment)
+            merges = {
+                merge.block: convert_merge(merge, seen.spec, self.deployment)
+                for merge in seen.spec.tower.merges
+            }
             inputs, outputs = _as_int32(vision_signatures(seen.spec, seen.visual_tokens))
             name = seen.vision_variant.name if several else None
             with package.function(name or _MAIN, inputs) as function:
-                ops = MilOps(function, seen, reducer=program)
+                ops = MilOps(function, seen, reducer=program, merges=merges)
                 embeds, indices = build_vision(ops, seen.spec, function.inputs["pixel_values"])
                 function.output(embeds, "embeds", "float32")
                 function.output(indices, "indices", "int32")

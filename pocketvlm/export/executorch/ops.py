@@ -88,7 +88,12 @@ class ExecutorchOps(TensorOps):
         return super().activation(inputs, kind)
 
     def attention(
-        self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         tower = self._spec.tower
         heads = [self._heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)]
@@ -98,7 +103,11 @@ class ExecutorchOps(TensorOps):
                 part * cosine + self._kernels.rotate_half(part) * sine for part in heads[:2]
             ]
         if window is None:
-            attended = torch.ops.llama.custom_sdpa(*heads, 0)
+            # The kernel adds a mask of every query to the scores: here log s, so that a key counts
+            # s times.
+            tokens = queries.shape[1]
+            mask = None if sizes is None else sizes[..., 0].log().expand(tokens, -1).contiguous()
+            attended = torch.ops.llama.custom_sdpa(*heads, 0, mask)
             return cast("Tensor", attended.view(1, -1, tower.hidden_size))
         down, across, width = tower.rows // window, tower.columns // window, tower.hidden_size
         inner = (down * across, window * window, tower.heads, tower.head_dim)

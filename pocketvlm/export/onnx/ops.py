@@ -22,7 +22,7 @@ from pocketvlm.export.onnx.byte_rows import (
 )
 from pocketvlm.export.onnx.expansion import affine_rows, codebook_matrix, codebook_rows
 from pocketvlm.export.onnx.masks import Masks
-from pocketvlm.export.onnx.reducer import trace_reducer
+from pocketvlm.export.onnx.reducer import trace_merge, trace_reducer
 from pocketvlm.export.onnx.weights import gathers_blocks, narrowest_float, pack_weight
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
 from pocketvlm.graph.rotary import (
@@ -33,7 +33,8 @@ from pocketvlm.graph.rotary import (
 )
 from pocketvlm.models.blocks import AttentionSpec
 from pocketvlm.models.decoder import RopeSpec
-from pocketvlm.reference_graph.reducer_graph import ReducerGraph
+from pocketvlm.models.token_merging import TokenMerge
+from pocketvlm.reference_graph.reducer_graph import MergeGraph, ReducerGraph
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
@@ -205,8 +206,17 @@ class OnnxOps:
         opened = self.activation(opened, kind)
         return self._graph.node("Mul", [opened, values], name=f"{joined}.gated")
 
-    def attention(self, queries: str, keys: str, values: str, window: int | None = None) -> str:
+    def attention(
+        self,
+        queries: str,
+        keys: str,
+        values: str,
+        window: int | None = None,
+        sizes: str | None = None,
+    ) -> str:
         tower, label = self._spec.tower, f"{queries}.attention"
+        if sizes is not None:
+            return self._weighed_attention(queries, keys, values, sizes)
         operands = [queries, keys, values]
         if tower.rope_theta is not None:
             operands[:2] = [self._turn_patches(part) for part in operands[:2]]
@@ -216,6 +226,55 @@ class OnnxOps:
             "MultiHeadAttention", operands, name=label, domain=CONTRIB, num_heads=tower.heads
         )
         return attended if window is None else self._join_windows(attended, window)
+
+    def _weighed_attention(self, queries: str, keys: str, values: str, sizes: str) -> str:
+        """Attention in which a key counts as often as its size says.
+
+        The fused kernel takes no weights, and a bias makes it leave its fast path. Each head of the
+        values gets their sizes as a further channel instead, and its others are multiplied by them:
+        sum(p s v) / sum(p s) is what it is to be.
+        """
+        tower, graph, label = self._spec.tower, self._graph, f"{queries}.attention"
+        heads, width = tower.heads, tower.head_dim
+        apart = self._reshape(values, [1, -1, heads, width], f"{label}.values")
+        each = self._reshape(sizes, [1, -1, 1, 1], f"{label}.sizes")
+        weighed = graph.node("Mul", [apart, each], name=f"{label}.weighed")
+        shape = graph.constant(f"{label}.heads", np.array([1, 1, heads, 1], dtype=np.int64))
+        counts = graph.node("Expand", [each, shape], name=f"{label}.counts")
+        weighed = graph.node("Concat", [weighed, counts], name=f"{label}.counted", axis=-1)
+        joined = self._reshape(weighed, [1, -1, heads * (width + 1)], f"{label}.joined")
+        attended = graph.node(
+            "MultiHeadAttention",
+            [queries, keys, joined],
+            name=label,
+            domain=CONTRIB,
+            num_heads=heads,
+        )
+        attended = self._reshape(attended, [1, -1, heads, width + 1], f"{label}.apart")
+        parts = graph.constant("sizes.parts", np.array([width, 1], dtype=np.int64))
+        total, weight = graph.nodes(
+            "Split",
+            [attended, parts],
+            [f"{label}.total", f"{label}.weight"],
+            name=f"{label}.split",
+            axis=-1,
+        )
+        mean = graph.node("Div", [total, weight], name=f"{label}.mean")
+        return self._reshape(mean, [1, -1, tower.hidden_size], f"{label}.output")
+
+    def merge_tokens(
+        self,
+        merge: TokenMerge,
+        hidden: str,
+        queries: str,
+        keys: str,
+        before: tuple[str, str] | None,
+    ) -> tuple[str, str, str]:
+        traced = trace_merge(merge, self._spec, opset=self._graph.opset)
+        values = (hidden, queries, keys, *(before or ()))
+        named = dict(zip(MergeGraph(merge, self._spec).names, values, strict=True))
+        merged, sizes, places = self._graph.inline(traced, named, f"merge_{merge.block}")
+        return merged, sizes, places
 
     def _turn_patches(self, joined: str) -> str:
         """Queries or keys at the rows and columns of their patches."""

@@ -59,7 +59,7 @@ class PruneDepth(Stage):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     forbids: ClassVar[frozenset[str]] = frozenset(
-        {"quantized_weights", "quantized_cache", "reduced_tokens"}
+        {"quantized_weights", "quantized_cache", "reduced_tokens", "merged_tokens"}
     )
 
     method: Literal["prune_depth"] = "prune_depth"
@@ -203,6 +203,7 @@ def _require_whole(checkpoint: Checkpoint, method: str) -> None:
     """Refuses a checkpoint that something was measured on which belongs to all its blocks."""
     found = {
         "reduces its visual tokens": checkpoint.reducer,
+        "merges tokens in its tower": checkpoint.spec.tower.merges or None,
         "has a quantized KV cache": checkpoint.cache_grid,
         "drops visual tokens between layers": checkpoint.visual_schedule,
     }
