@@ -168,6 +168,8 @@ def join_important(score: Tensor, count: int) -> Tensor:
         int64 [B, n].
     """
     others = torch.full_like(score, count - 1).to(torch.int64)
+    if count == 1:
+        return others
     return _renumber(others, top_indices(score, count - 1), first=0)
 
 

@@ -48,6 +48,8 @@ class Plan:
     Attributes:
         visual_tokens: Tokens per tile after reduction; a picture is one tile unless it is split.
         visual_tokens_full: Tokens per tile before it.
+        tower_patches: Patches per tile that the tower's last block runs on.
+        tower_patches_full: Patches per tile.
         photo_tiles: Tiles of a photo of 640 x 480.
         photo_tokens: Visual tokens of it that enter the decoder.
         photo_tokens_full: The same before reduction.
@@ -71,6 +73,8 @@ class Plan:
     targets: tuple[str, ...]
     visual_tokens: int
     visual_tokens_full: int
+    tower_patches: int
+    tower_patches_full: int
     photo_tiles: int
     photo_tokens: int
     photo_tokens_full: int
@@ -98,6 +102,7 @@ class Plan:
             f"recipe         {self.recipe} -> {', '.join(self.targets)}",
             f"visual tokens  {self.visual_tokens} of {self.visual_tokens_full}{self._tiles()}",
             *(graph.line() for graph in self.vision_graphs),
+            *self._tower(),
             *(
                 f"  {part:<12} {count / 1e6:10.2f} MB predicted"
                 for part, count in self.part_bytes.items()
@@ -112,6 +117,14 @@ class Plan:
             *(() if self.advice is None else self.advice.lines()),
             *(f"warning        {warning}" for warning in self.warnings),
             *(f"refused        {reason}" for reason in self.refused),
+        ]
+
+    def _tower(self) -> list[str]:
+        if self.tower_patches == self.tower_patches_full:
+            return []
+        return [
+            f"tower          {self.tower_patches:,} of {self.tower_patches_full:,} patches in its "
+            "last block"
         ]
 
     def _tiles(self) -> str:
@@ -200,6 +213,10 @@ def plan(
         targets=tuple(target.method for target in recipe.targets),
         visual_tokens=state.visual_tokens,
         visual_tokens_full=spec.visual_tokens,
+        tower_patches=min(
+            (state.spec.tower.patches, *(merge.patches for merge in state.spec.tower.merges))
+        ),
+        tower_patches_full=state.spec.tower.patches,
         photo_tiles=photo_grid(state.spec).tiles,
         photo_tokens=photo_tokens(state),
         photo_tokens_full=photo_grid(spec).placeholders(spec.visual_tokens),

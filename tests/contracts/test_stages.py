@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "limit_tiles": {"max_tiles": 1},
     "choose_grid": {"rule": {"kind": "slice_count"}},
     "skip_empty_tiles": {},
+    "merge_tokens": {"keep": 0.5},
     "reduce_tokens": {"keep": 0.5},
     "drop_tokens": {"schedule": {"kind": "fast_v", "first_layers": 1}},
     "distill": {"steps": 2, "batch_size": 2, "check_every": 1},

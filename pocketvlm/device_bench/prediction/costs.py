@@ -173,15 +173,19 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
 
 
 def _merge(tower: TowerSpec, merge: TokenMerge, tokens: int) -> Iterator[Operator]:
-    """The merge of a block: scores, and the product with one-hot rows."""
+    """The merge of a block: what tokens are compared by, and products with one-hot rows."""
     hidden, after = tower.hidden_size, tower.tokens_after(merge)
-    scores: list[int] = []
+    products: list[tuple[int, int]] = []
     if isinstance(merge, SimilarTokens):
-        scores.append((tokens // 2) ** 2 * tower.head_dim)
+        half = (tokens - int(tower.has_cls)) // 2
+        products.append((half, half * tower.head_dim))
     if isinstance(merge, SimilarTokens | ImportantTokens) and merge.reads_attention:
-        scores.append((1 if tower.has_cls else tokens) * tokens * hidden)
-    yield from (TowerAttention(macs=macs) for macs in scores)
-    yield Product(kernel=FLOAT_KERNEL, rows=after, weights=tokens * hidden)
+        products.append((1 if tower.has_cls else tokens, tokens * hidden))
+    if merge != tower.merges[0]:
+        products.append((after, tokens))  # what the tokens stood for before
+    products.append((after, tokens * hidden))
+    for rows, weights in products:
+        yield Product(kernel=FLOAT_KERNEL, rows=rows, weights=weights)
     yield Elementwise(kind="copy", elements=after * tokens + 2 * tokens * hidden)
 
 
