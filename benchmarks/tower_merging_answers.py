@@ -1,10 +1,10 @@
-"""What merging tokens inside the tower costs in answers, beside fewer tokens behind it.
+"""What merging tokens inside the tower costs in answers, beside fewer tokens after it.
 
     python benchmarks/tower_merging_answers.py --n 480
 
 Greedy answers of the float reference models in torch, exact match, on the same held-out questions
 for every row; what is lost stands with its paired 95 % interval. Half of the patches remain from
-the second block on. `reduce_tokens` keeps half of the tokens behind the tower, which makes no
+the second block on. `reduce_tokens` keeps half of the tokens after the tower, which makes no
 tower faster, and stands there to compare. Prints a table, and one JSON line.
 """
 

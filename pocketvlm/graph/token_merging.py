@@ -6,7 +6,7 @@ it that often (`attention` of the operators takes sizes).
 
 Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), section 3: bipartite matching
 of keys, merging between attention and the feed-forward network, proportional attention; written
-from the paper. What is different: tokens are restored behind the tower, so that the projector finds
+from the paper. What is different: tokens are restored after the tower, so that the projector finds
 its grid of patches; and the merge is a product with one-hot rows, because scattering is silently
 wrong or missing in mobile runtimes.
 """

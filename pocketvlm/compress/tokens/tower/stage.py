@@ -2,7 +2,7 @@
 
 `reduce_tokens` makes the decoder faster and leaves the tower as slow as it was; where a tower of
 1,024 patches feeds 64 tokens to a small decoder, the tower is what a picture costs. Here every
-block after the first merges runs on fewer tokens. Behind the tower each patch gets the feature of
+block after the first merges runs on fewer tokens. After the tower each patch gets the feature of
 the token that it became part of, so that the projector, `reduce_tokens` and the prompt see as many
 visual tokens as before.
 """
