@@ -178,7 +178,7 @@ def test_core_ml_computes_it_too(
 
 
 def with_reducer(checkpoint: Checkpoint) -> Checkpoint:
-    """With a reducer that reads a block before the merges and one after them, where there is [CLS]."""
+    """With a reducer that reads blocks before and after the merges, where there is [CLS]."""
     spec = checkpoint.spec
     if not spec.tower.has_cls:
         return checkpoint
