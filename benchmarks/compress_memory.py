@@ -2,8 +2,13 @@
 
     python benchmarks/compress_memory.py --recipe int4-small --samples 8
     python benchmarks/compress_memory.py --recipe int4-small --model smolvlm-500m --one-tile --bench
+    python benchmarks/compress_memory.py --recipe int4-balanced --model qwen3-vl-2b --samples 4 \
+        --limit 3.5 --kill
 
-The job runs in a separate process, whose peak is read by the kernel's own accounting. Random
+The job runs in a separate process. Its peak is read by the kernel's own accounting, and, ten times
+a second, how much of it is anonymous: mapped files count as resident as well, but the system takes
+their pages back when memory is short, which `--limit` proves. With `--kill` a second run is killed
+when half of the layers are finished, resumed, and compared with the first to the last bit. Random
 weights: memory, time and bytes do not depend on their values. Prints a table and one JSON line.
 With `--bench` the bundle is timed as well, as `compress` does it.
 """
@@ -18,8 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pocketvlm.files.reader import file_sha256
 
 _PROGRAM = (sys.executable, "-m", "pocketvlm")
 _FIGURES = ("ttft_user_ms", "decode_tok_s")
@@ -34,6 +44,71 @@ write_shape(load_shape(sys.argv[1]), Path(sys.argv[2]), is_split=False)
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a process cost."""
+
+    exit_code: int
+    stdout: str
+    seconds: float
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+
+
+@contextmanager
+def limited(limit_bytes: int | None) -> Iterator[list[str]]:
+    """What to put before a command, so that it may not take more memory (Linux)."""
+    if limit_bytes is None:
+        yield []
+        return
+    if shutil.which("systemd-run") and Path("/run/systemd/system").exists():
+        scope = ["systemd-run", *(["--user"] if os.getuid() else []), "--scope", "--quiet"]
+        yield [*scope, "-p", f"MemoryMax={limit_bytes}", "-p", "MemorySwapMax=0"]
+        return
+    root = Path("/sys/fs/cgroup")
+    is_first = (root / "memory").is_dir()  # version 1 of control groups
+    group = root / ("memory" if is_first else "") / f"pocketvlm-{os.getpid()}"
+    group.mkdir()
+    try:
+        limit = "memory.limit_in_bytes" if is_first else "memory.max"
+        (group / limit).write_text(str(limit_bytes))
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        group.rmdir()
+
+
+def run(command: list[str], kill_when: Callable[[], bool] = lambda: False) -> Finished:
+    """Runs a command and watches its memory; kills it as soon as it should be."""
+    started, anonymous = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as stdout:
+        process = subprocess.Popen(command, stdout=stdout)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            anonymous = max(anonymous, _anonymous_bytes(process.pid))
+            if kill_when():
+                process.kill()
+            time.sleep(0.1)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        stdout.seek(0)
+        return Finished(
+            exit_code=process.returncode,
+            stdout=stdout.read(),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=usage.ru_maxrss * 1024,
+            peak_anonymous_bytes=anonymous,
+        )
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
 def measure(shape: str, recipe: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Plans and runs one job, and reads what it cost."""
     model, out = f"shape:{shape}", root / f"{shape}-{recipe}"
@@ -45,35 +120,54 @@ def measure(shape: str, recipe: str, options: argparse.Namespace, root: Path) ->
         job += ["--set", f"calibration.samples={options.samples}"]
     # In its own process: a child's peak is at least that of the process that starts it.
     planned = subprocess.run([*_PROGRAM, "plan", *job], capture_output=True, check=True)
-    command = [*_PROGRAM, "compress", *job, "--out", str(out)]
-    command.append("--no-baseline" if options.bench else "--no-bench")
-    started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as stdout:
-        process = subprocess.Popen(command, stdout=stdout)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - started
-        stdout.seek(0)
-        text = stdout.read()
-    if not text:
-        raise SystemExit(f"the job ended with {process.returncode}")
-    report = json.loads(text)
-    size = report["size"]
+    command = [*_PROGRAM, "compress", *job, "--no-baseline" if options.bench else "--no-bench"]
+    with limited(None if options.limit is None else int(options.limit * 1e9)) as prefix:
+        finished = run([*prefix, *command, "--out", str(out)])
+        if not finished.stdout:
+            raise SystemExit(f"the job ended with {finished.exit_code}")
+        report = json.loads(finished.stdout)
+        if options.kill:
+            again = out.with_name(out.name + "-killed")
+            layers = sum(len(stage["layers"]) for stage in report["stages"])
+            killed = run(
+                [*prefix, *command, "--out", str(again)],
+                lambda: len(list(again.glob(".work/*/layers/*"))) >= layers // 2,
+            )
+            resumed = run([*prefix, *command, "--out", str(again)])
+            print(
+                f"{shape} {recipe}: killed with {killed.exit_code} after {killed.seconds:.0f} s, "
+            )
+            print(f"resumed in {resumed.seconds:.0f} s: {len(_digests(out))} files, ", end="")
+            print("same bytes" if _digests(out) == _digests(again) else "OTHER BYTES")
+    size, plan = report["size"], json.loads(planned.stdout)
     return {
         "model": shape,
         "one_tile": options.one_tile,
         "recipe": recipe,
         "samples": options.samples,
-        "exit_code": process.returncode,
-        "seconds": seconds,
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "limit_bytes": options.limit and options.limit * 1e9,
+        "exit_code": finished.exit_code,
+        "seconds": finished.seconds,
+        "peak_rss_bytes": finished.peak_rss_bytes,
+        "peak_anonymous_bytes": finished.peak_anonymous_bytes,
+        "planned_anonymous_bytes": plan["compress_bytes"],
         "source_bytes": size["source_bytes"],
         "bundle_bytes": size["bundle_bytes"],
-        "predicted_bytes": json.loads(planned.stdout)["bundle_bytes"],
-        "peak_to_source": usage.ru_maxrss * 1024 / size["source_bytes"],
+        "predicted_bytes": plan["bundle_bytes"],
+        "peak_to_source": finished.peak_rss_bytes / size["source_bytes"],
         "bundle_to_source": size["bundle_share"],
         "latency": report["latency"],
         "environment": report["environment"],
+    }
+
+
+def _digests(out: Path) -> dict[str, str]:
+    """Of everything that must not depend on how often a run was started."""
+    files = [*(out / "checkpoint").rglob("*"), *(out / "bundle").rglob("*")]
+    return {
+        file.relative_to(out).as_posix(): file_sha256(file)
+        for file in files
+        if file.is_file() and file.name not in ("README.md", "report.html")
     }
 
 
@@ -87,6 +181,8 @@ def main() -> None:
         "--one-tile", action="store_true", help="Leave pictures whole that the processor would cut."
     )
     parser.add_argument("--bench", action="store_true", help="Time the bundle as well.")
+    parser.add_argument("--limit", type=float, help="GB of memory that the job may take.")
+    parser.add_argument("--kill", action="store_true", help="Kill a second run, and resume it.")
     parser.add_argument("--keep", type=Path, help="Keep the runs here.")
     arguments = parser.parse_args()
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="pocketvlm-"))
@@ -98,13 +194,16 @@ def main() -> None:
     if arguments.keep is None:
         shutil.rmtree(root)
     print(
-        f"{'model':<24} {'recipe':<16} {'s':>6} {'peak MB':>8} {'/source':>8} {'bundle MB':>10} "
-        f"{'/source':>8} {'/plan':>7}" + "".join(f" {name:>14}" for name in _FIGURES)
+        f"{'model':<24} {'recipe':<16} {'s':>6} {'peak MB':>8} {'anon MB':>8} {'/plan':>7} "
+        f"{'/source':>8} {'bundle MB':>10} {'/source':>8} {'/plan':>7}"
+        + "".join(f" {name:>14}" for name in _FIGURES)
     )
     for row in rows:
+        anonymous = row["peak_anonymous_bytes"]
         print(
             f"{row['model']:<24} {row['recipe']:<16} {row['seconds']:>6.0f} "
-            f"{row['peak_rss_bytes'] / 1e6:>8.0f} {row['peak_to_source']:>8.2f} "
+            f"{row['peak_rss_bytes'] / 1e6:>8.0f} {anonymous / 1e6:>8.0f} "
+            f"{anonymous / row['planned_anonymous_bytes']:>7.3f} {row['peak_to_source']:>8.2f} "
             f"{row['bundle_bytes'] / 1e6:>10.1f} {row['bundle_to_source']:>8.3f} "
             f"{row['bundle_bytes'] / row['predicted_bytes']:>7.3f}"
             + "".join(f" {_median(row, name):>14}" for name in _FIGURES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,11 +19,13 @@ from typing import Any, Literal
 __all__ = [
     "REPORT_SCHEMA",
     "Samples",
+    "available_memory_bytes",
     "describe_environment",
     "describe_processor",
     "package_version",
     "peak_rss_bytes",
     "process_peak_bytes",
+    "return_free_memory",
     "toolchain_versions",
 ]
 
@@ -111,6 +114,32 @@ def toolchain_versions(names: Sequence[str] = _TOOLCHAIN) -> dict[str, str | Non
     return versions
 
 
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take: what is free, or what its control groups leave.
+
+    Args:
+        root: Where `proc` and `sys` lie.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    return max(0, min([free, *_left_in_groups(root)]))
+
+
+def return_free_memory() -> None:
+    """Gives memory back to the system that the C library keeps for later (glibc; else nothing).
+
+    Between two layers that is several times what a layer needs, because matrices of many sizes
+    leave holes of all sizes.
+    """
+    import ctypes
+
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far, in bytes."""
     # On Linux a child inherits its parent's ru_maxrss through exec, so a small program started by a
@@ -119,7 +148,6 @@ def peak_rss_bytes() -> int:
     if known is not None:
         return known
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, the others kibibytes.
@@ -134,6 +162,45 @@ def process_peak_bytes(pid: int | Literal["self"]) -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+# Limit, usage and statistics of a group, and what statistics call pages that can be dropped.
+_GROUP_FILES = {
+    "0": ("sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+    "memory": (
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("total_active_file", "total_inactive_file"),
+    ),
+}
+
+
+def _left_in_groups(root: Path) -> list[int]:
+    """What each control group above this process leaves, where it has a limit (Linux)."""
+    left = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        files = _GROUP_FILES.get("memory" if "memory" in controllers.split(",") else number)
+        if files is None:
+            continue
+        mount, limit, usage, droppable = files
+        # In a container the path may be that of the host, where nothing is mounted here.
+        for group in {*Path(path.lstrip("/")).parents, Path(path.lstrip("/"))}:
+            folder = root / mount / group
+            most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if not (most.isdigit() and used.isdigit()):
+                continue
+            rows = (row.split() for row in _read(folder / "memory.stat").splitlines())
+            dropped = sum(int(row[1]) for row in rows if row[0] in droppable)
+            left.append(int(most) - int(used) + dropped)
+    return left
+
+
+def _read(path: Path) -> str:
+    """A file of the system; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _instruction_sets() -> list[str]:

@@ -57,7 +57,7 @@ def load_weights(model: nn.Module, folder: ModelFolder) -> None:
             return made.to(torch.float32)
         if name not in stored and not spec.runs(name):
             return torch.zeros(expected.shape)
-        return take(name).to(torch.float32)
+        return take(name).to(torch.float32, copy=True)
 
     owned_by_several = {
         owner for name, metadata in forms.items() for owner in _owners(name, metadata).values()

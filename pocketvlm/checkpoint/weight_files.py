@@ -8,6 +8,7 @@ read, and a note says so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pocketvlm.errors import CheckpointError, name_some
 from pocketvlm.files.reader import file_sha256, is_lfs_pointer, locate
 from pocketvlm.json_io import read_json
 
-__all__ = ["WeightFiles", "find_weight_files", "verify_blobs"]
+__all__ = ["MappedFiles", "WeightFiles", "find_weight_files", "verify_blobs"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -87,6 +88,42 @@ def find_weight_files(path: Path, config: Mapping[str, Any]) -> WeightFiles:
     note = f"weight files that are not read, as stock transformers reads {first.name} alone"
     notes = (f"{note}: {name_some(dict.fromkeys(ignored))}",) if ignored else ()
     return WeightFiles(files=files, placed=placed, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedFiles:
+    """Weight files that a run has mapped, as they were when it began.
+
+    A file that is replaced or removed meanwhile does no harm: its mapping keeps the old content.
+
+    Attributes:
+        states: Device, inode, size and time of change of each.
+    """
+
+    states: Mapping[Path, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> MappedFiles:
+        """The files as they are now."""
+        return cls(states={file: _state(file.stat()) for file in files})
+
+    def hold_unchanged(self) -> None:
+        """Makes sure that everything that was read so far is of one model.
+
+        Raises:
+            CheckpointError: A file was written to.
+        """
+        for file, before in self.states.items():
+            now = _state(file.stat()) if file.exists() else ()
+            if now[:2] == before[:2] and now != before:
+                raise CheckpointError(
+                    f"{file}: was written to while the run read it, so what was made of it mixes "
+                    "two models; remove the run folder and start again"
+                )
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def verify_blobs(files: Sequence[Path]) -> list[str]:

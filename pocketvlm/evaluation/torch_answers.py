@@ -13,6 +13,7 @@ from torch import Tensor
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.prompts import PromptLimits, Question, encode_questions
+from pocketvlm.machine import available_memory_bytes
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_activations
 from pocketvlm.reference_graph.forward import (
@@ -69,7 +70,7 @@ def answer_with_checkpoint(
     done = 0
     with (
         torch.inference_mode(),
-        cache_dense_weights(checkpoint.model),
+        cache_dense_weights(checkpoint.model, budget=available_memory_bytes() // 2),
         simulate_activations(checkpoint, arithmetic),
     ):
         for start in range(0, len(samples), _CHUNK * batch_size):

@@ -17,6 +17,7 @@ from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, joi
 from pocketvlm.models.layers import PARTS
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.advice.advice import Advice, advise
+from pocketvlm.pipeline.compress_memory import predict_compress_bytes
 from pocketvlm.pipeline.plan_memory import (
     FLOAT32_BYTES,
     PHOTO,
@@ -61,6 +62,8 @@ class Plan:
         kv_cache_bytes: Bytes of the decoder's cache for one picture and a short chat.
         ram_bytes: Predicted memory on the device: weights as they are held, cache, activations, of
             the vision graph that needs most.
+        compress_bytes: Predicted memory of `compress` itself, at the least, without the toolkits
+            that targets other than ONNX convert with.
         refused: What a target or the device cannot run, and what would work.
         warnings: What is allowed, but should be known.
         prediction: Times on the device that was asked for; `None` without one.
@@ -85,6 +88,7 @@ class Plan:
     bundle_bytes: int
     kv_cache_bytes: int
     ram_bytes: int
+    compress_bytes: int
     refused: tuple[str, ...]
     warnings: tuple[str, ...]
     prediction: DevicePrediction | None = None
@@ -112,7 +116,8 @@ class Plan:
             f"{self.source_bytes / 1e6:.2f} MB",
             f"KV cache       {self.kv_cache_bytes / 1e6:.2f} MB for a picture and "
             f"{TURN_TOKENS} tokens of text",
-            f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted",
+            f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted; at least "
+            f"{self.compress_bytes / 1e6:.0f} MB to compress{self._toolkits()}",
             *(() if self.prediction is None else self.prediction.lines()),
             *(() if self.advice is None else self.advice.lines()),
             *(f"warning        {warning}" for warning in self.warnings),
@@ -126,6 +131,10 @@ class Plan:
             f"tower          {self.tower_patches:,} of {self.tower_patches_full:,} patches in its "
             "last block"
         ]
+
+    def _toolkits(self) -> str:
+        own = [target for target in self.targets if target != "onnx"]
+        return f", beside what the toolkit of {' and of '.join(own)} takes" if own else ""
 
     def _tiles(self) -> str:
         if self.most_tiles == 1:
@@ -227,6 +236,7 @@ def plan(
         bundle_bytes=weight_bytes + row_bytes + file_bytes,
         kv_cache_bytes=memories[0].cache_bytes,
         ram_bytes=ram_bytes,
+        compress_bytes=predict_compress_bytes(spec, state, recipe.stages, recipe.targets),
         refused=tuple(refused),
         warnings=tuple(warnings),
         prediction=None if profile is None else predict_on(profile, state, recipe.targets),

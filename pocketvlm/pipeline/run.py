@@ -12,7 +12,8 @@ import yaml
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.checkpoint import Checkpoint, StageRecord, read_model_folder
+from pocketvlm.checkpoint import Checkpoint, StageRecord, read_config, read_model_folder
+from pocketvlm.checkpoint.weight_files import MappedFiles, find_weight_files
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.arm import Pair
 from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
@@ -23,6 +24,7 @@ from pocketvlm.files.full_disk import naming_faults
 from pocketvlm.files.publish import replace_file
 from pocketvlm.files.reader import file_sha256
 from pocketvlm.json_io import write_json
+from pocketvlm.machine import return_free_memory
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.identity import (
     RunIdentity,
@@ -105,6 +107,7 @@ def run(
             nothing that was there before is lost.
     """
     Journal.refuse_if_busy(out)
+    mapped = MappedFiles.of(find_weight_files(model, read_config(model)).files)
     checkpoint = load_checkpoint(model)
     certified, checked = _ask_first(model, checkpoint, recipe, calibration, evaluation)
     identity = RunIdentity(
@@ -129,6 +132,7 @@ def run(
             command=command,
             certified=certified,
             checked=checked,
+            mapped=mapped,
         )
 
 
@@ -139,6 +143,7 @@ def _run(
     *,
     certified: Sequence[Sample],
     checked: Sequence[str],
+    mapped: MappedFiles,
     calibration: CalibrationSet,
     ctx: RunContext,
     evaluation: CalibrationSet | None,
@@ -157,9 +162,13 @@ def _run(
     _write(out / "recipe.yaml", yaml.safe_dump(recipe.to_document(), sort_keys=False))
     source = _check_source(journal, checkpoint, source_check, ctx)
     quality_float = _score_float(journal, checkpoint, evaluation, ctx)
+    return_free_memory()
     checkpoint = _compress(checkpoint, recipe, calibration, journal, keys, ctx)
+    mapped.hold_unchanged()
     checkpoint.save(out / "checkpoint")
+    return_free_memory()
     built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", certified, ctx)
+    mapped.hold_unchanged()
     bundle = built.bundle
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
     bench = _bench(bundle, workload, baseline, ctx) if workload else None
@@ -277,8 +286,11 @@ def _compress(
         folder = journal.stage_dir(keys[index])
         scratch = folder / "layers"
         scratch.mkdir(parents=True, exist_ok=True)
-        checkpoint = recipe.stages[index].apply(checkpoint, calibration, ctx.with_scratch(scratch))
+        stage = recipe.stages[index]
+        checkpoint = stage.apply(checkpoint, calibration, ctx.with_scratch(scratch))
         checkpoint.save(folder / "checkpoint")
+        if stage.holds_model:  # until here: the next one has its weights from the file
+            checkpoint = load_checkpoint(folder / "checkpoint")
         journal.finish_stage(keys[index], asdict(checkpoint.history[-1]))
     return checkpoint
 

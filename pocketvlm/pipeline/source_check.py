@@ -23,7 +23,7 @@ from pocketvlm.errors import InputError, SourceMismatchError
 from pocketvlm.export.parity.certificate import Bound
 from pocketvlm.export.parity.metrics import relative_error
 from pocketvlm.json_io import decode
-from pocketvlm.machine import toolchain_versions
+from pocketvlm.machine import available_memory_bytes, toolchain_versions
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.pipeline.stock import StockAnswer, StockModel, StockUnavailable
 from pocketvlm.prompt.messages import PICTURE, Turn, chat_messages, user_turn
@@ -319,7 +319,8 @@ def _compare(
     )
     ours, theirs = (ids.count(spec.image_token_id) for ids in (prompt, stock.token_ids))
     hold("placeholders_differ", abs(ours - theirs), f"stock has {theirs}, here {ours}")
-    with torch.inference_mode(), cache_dense_weights(checkpoint.model):
+    spare = available_memory_bytes() // 2
+    with torch.inference_mode(), cache_dense_weights(checkpoint.model, budget=spare):
         visual = encode_images(checkpoint, pixels)
         inputs = embed_prompts(checkpoint, torch.tensor([prompt]), visual, grids)
         logits = decode_logits(checkpoint, inputs, new_cache(checkpoint), last_only=False)[0]

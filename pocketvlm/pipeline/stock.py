@@ -26,6 +26,7 @@ from pocketvlm.checkpoint import ModelFolder, read_config
 from pocketvlm.checkpoint.config import parse_config
 from pocketvlm.errors import CheckpointError
 from pocketvlm.export.parity.metrics import Floats
+from pocketvlm.machine import available_memory_bytes
 from pocketvlm.models.images.reading import read_image_settings
 from pocketvlm.models.images.settings import ImageSettings
 from pocketvlm.processor.foreign_code import STOCK_ONLY, refuse_foreign_code
@@ -247,10 +248,8 @@ def _messages(turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict
 
 
 def _hold_memory(folder: ModelFolder) -> None:
-    import psutil
-
     weights = sum(linear.out_features * linear.in_features for linear in folder.spec.linears())
-    needed, free = weights * _BYTES_A_WEIGHT, psutil.virtual_memory().available
+    needed, free = weights * _BYTES_A_WEIGHT, available_memory_bytes()
     if needed > free * _USABLE_SHARE:
         raise StockUnavailable(
             f"a second copy of the model in float32 needs {needed / 1e9:.1f} GB, and "

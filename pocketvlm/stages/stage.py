@@ -45,12 +45,15 @@ class Stage(ABC):
         forbids: Flags that must not hold.
         carries_taps: Whether it works on models whose tower adds rows to the decoder
             (`ModelSpec.taps`).
+        holds_model: Whether it keeps every weight in memory as float32, as one that makes new
+            weights for the whole model does; others keep a layer, and finished ones lie in files.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
     carries_taps: ClassVar[bool] = False
+    holds_model: ClassVar[bool] = False
 
     @property
     @abstractmethod

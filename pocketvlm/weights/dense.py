@@ -13,6 +13,8 @@ from pocketvlm.weights.form import WeightForm
 
 __all__ = ["DenseWeight"]
 
+_ALIGNMENT = 64  # bytes: where torch's own memory begins
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseWeight(WeightForm):
@@ -35,7 +37,9 @@ class DenseWeight(WeightForm):
         return None
 
     def dequantize(self) -> Tensor:
-        return self.values.to(torch.float32)
+        wide = self.values.to(torch.float32)
+        # A file may hold them anywhere, and kernels may sum in another order there.
+        return wide if wide.data_ptr() % _ALIGNMENT == 0 else wide.clone()
 
     def take_rows(self, rows: Tensor) -> Tensor:
         return self.values[rows].to(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,16 +75,27 @@ class FormEmbedding(nn.Module):
 
 
 @contextmanager
-def cache_dense_weights(model: nn.Module) -> Iterator[None]:
-    """Keeps every dense weight in memory inside the block, for repeated forward passes.
+def cache_dense_weights(model: nn.Module, *, budget: int | None = None) -> Iterator[None]:
+    """Keeps dense weights in memory inside the block, for repeated forward passes.
 
     Costs four bytes per weight: right for evaluation of small models, wrong while compressing
-    large ones.
+    large ones. What is not kept is unpacked each time that it is used, to the same values.
+
+    Args:
+        model: Whose weights.
+        budget: The most bytes that are kept, of the last modules first: a decoder runs for every
+            token, a tower for every picture. `None` keeps all.
     """
     modules = [m for m in model.modules() if isinstance(m, FormLinear | FormEmbedding)]
     shared: dict[int, Tensor] = {}
-    for module in modules:
-        module.cached = shared.setdefault(id(module.form), module.form.dequantize())
+    for module in modules if budget is None else reversed(modules):
+        key, size = id(module.form), 4 * math.prod(module.form.shape)
+        if key not in shared:
+            if budget is not None and size > budget:
+                continue
+            budget = None if budget is None else budget - size
+            shared[key] = module.form.dequantize()
+        module.cached = shared[key]
     try:
         yield
     finally:

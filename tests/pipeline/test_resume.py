@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketvlm.errors import RecipeError
+from pocketvlm.errors import CheckpointError, RecipeError
 from pocketvlm.pipeline.job import Job
 from pocketvlm.pipeline.run_lock import hold_lock
 
@@ -100,3 +100,34 @@ def test_a_second_process_is_refused_and_harms_nothing(job, half, tmp_path):
         with pytest.raises(RecipeError, match="is being written by process"):
             job.run(out)
         assert {**results(out), ".work/lock": b""} == {**before, ".work/lock": b""}
+
+
+def test_a_model_that_is_written_to_meanwhile_ends_the_run(tiny_paths, recipe_path, tmp_path):
+    """Its weights are mapped: layers before the write and after it are those of two models."""
+    model = shutil.copytree(tiny_paths["llava"], tmp_path / "model")
+    job = Job(model=str(model), recipe=str(recipe_path), bench=False, data="none", threads=1)
+
+    def write(progress):
+        if progress.task == "gptq" and progress.done == 3:
+            flip_a_bit(model / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match="was written to while the run read it"):
+        job.run(tmp_path / "run", on_progress=write)
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+def test_a_model_that_is_replaced_meanwhile_does_no_harm(
+    tiny_paths, recipe_path, undisturbed, tmp_path
+):
+    model = shutil.copytree(tiny_paths["llava"], tmp_path / "llava")
+    job = Job(model=str(model), recipe=str(recipe_path), bench=False, data="none", threads=1)
+
+    def replace(progress):
+        if progress.task == "gptq" and progress.done == 3:
+            weights = model / "model.safetensors"
+            other = shutil.copy(weights, tmp_path / "other.safetensors")
+            flip_a_bit(other)
+            other.replace(weights)
+
+    job.run(tmp_path / "run", on_progress=replace)
+    assert results(tmp_path / "run") == undisturbed

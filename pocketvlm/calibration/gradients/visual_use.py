@@ -14,6 +14,7 @@ from pocketvlm.calibration.gradients.divergence import mean_divergence
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
+from pocketvlm.machine import available_memory_bytes
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
 from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers
@@ -57,7 +58,7 @@ def measure_visual_use(
 
     One forward pass whose rows of text leave it behind every layer and run to the end alone: with
     few of them beside the image, little more than the pass itself. Costs the hidden states of all
-    samples, the logits of all answers, and the decoder's weights in float32.
+    samples, the logits of all answers, and, where there is room, the decoder's weights in float32.
 
     Args:
         checkpoint: The model; visual tokens run through all of its layers.
@@ -87,7 +88,8 @@ def measure_visual_use(
         states.append(inputs.embeds)
     blocks = [decoder_sublayers(model, spec, block) for block in range(spec.decoder.depth)]
     found: list[LayerUse] = []
-    with cache_dense_weights(model.get_submodule(spec.decoder.prefix)):
+    decoder, spare = model.get_submodule(spec.decoder.prefix), available_memory_bytes() // 2
+    with cache_dense_weights(decoder, budget=spare):
         reference = [
             _answers(checkpoint, batch, _run(blocks, hidden, batch.rows))
             for batch, hidden in zip(batches, states, strict=True)

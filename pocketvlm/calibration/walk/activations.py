@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MEMORY_BUDGET", "ActivationStore"]
+__all__ = ["MEMORY_BUDGET", "ActivationStore", "join_batches"]
 
 MEMORY_BUDGET = 32 * 1024 * 1024
 """Bytes of activations that are held in memory; beyond it, batches go to an unnamed file."""
@@ -117,6 +118,26 @@ class ActivationStore:
             # when it is closed.
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         self._file.seek(offset)
-        left = batch.contiguous().numpy().reshape(-1).view(np.uint8).data
-        while left:
-            left = left[self._file.write(left) :]
+        _write(self._file, batch)
+
+
+def join_batches(batches: Iterable[Tensor], folder: Path | None) -> Tensor:
+    """Float32 batches along their first axis, as one tensor that lies in an unnamed file.
+
+    Args:
+        batches: At least one; all but the first axis are alike.
+        folder: Where the file goes; `None` for the system's temporary folder.
+    """
+    shape: tuple[int, ...] = ()
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        for batch in batches:
+            shape = tuple(batch.shape[1:])
+            _write(file, batch)
+        content = mmap.mmap(file.fileno(), 0)
+    return torch.frombuffer(content, dtype=torch.float32).view(-1, *shape)
+
+
+def _write(file: io.RawIOBase, batch: Tensor) -> None:
+    left = batch.contiguous().numpy().reshape(-1).view(np.uint8).data
+    while left:
+        left = left[file.write(left) :]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -35,7 +35,7 @@ from pocketvlm.calibration.data.prompts import (
 )
 from pocketvlm.calibration.gradients.token_weights import gradient_weights
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.activations import ActivationStore
+from pocketvlm.calibration.walk.activations import ActivationStore, join_batches
 from pocketvlm.calibration.walk.paired_activations import (
     PairedActivations,
     advance,
@@ -211,9 +211,9 @@ class BlockWalk:
             taken = self._take_features(states, indices)
             states.close()
             rows, wanted = yield from self._project(batches, taken, indices, tap.steps)
-            visual = _beside(visual, rows)
+            visual = self._beside(visual, rows)
             if ideal is not None and wanted is not None:
-                ideal = _beside(ideal, wanted)
+                ideal = self._beside(ideal, wanted)
         return visual, ideal
 
     @torch.no_grad()
@@ -408,10 +408,10 @@ class BlockWalk:
             path.close()
             path = projected
         chosen = torch.cat(list(indices))
-        visual = VisualTokens(embeds=torch.cat(list(path.now)), indices=chosen)
+        visual = VisualTokens(embeds=join_batches(path.now, self.spill_folder), indices=chosen)
         ideal = None
         if path.ideal is not None:
-            ideal = VisualTokens(embeds=torch.cat(list(path.ideal)), indices=chosen)
+            ideal = VisualTokens(embeds=join_batches(path.ideal, self.spill_folder), indices=chosen)
         path.close()
         return visual, ideal
 
@@ -429,7 +429,10 @@ class BlockWalk:
             path.now.append(inputs.embeds)
             if path.ideal is not None and ideal is not None:
                 path.ideal.append(self._splice(batch, prompts, ideal).embeds)
-            left.append(RowsLeft.of(inputs.rows(spec.decoder), inputs.is_visual, inputs.reader))
+            rows = inputs.rows(spec.decoder)
+            if rows.added is not None:
+                rows = replace(rows, added=join_batches([rows.added], self.spill_folder))
+            left.append(RowsLeft.of(rows, inputs.is_visual, inputs.reader))
         weights_of = self._decoder_weights(prompts, batches, visual)
         for block in range(spec.decoder.depth):
             attention, ffn = decoder_sublayers(checkpoint.model, spec, block)
@@ -508,6 +511,13 @@ class BlockWalk:
             self.weighting, self.counts, left[index].is_visual
         )
 
+    def _beside(self, visual: VisualTokens, rows: VisualTokens) -> VisualTokens:
+        """The same tokens with further channels."""
+        pairs = zip(visual.embeds.split(1), rows.embeds.split(1), strict=True)
+        wide = (torch.cat(pair, dim=-1) for pair in pairs)
+        embeds = join_batches(wide, self.spill_folder)
+        return VisualTokens(embeds=embeds, indices=visual.indices)
+
     @torch.no_grad()
     def _splice(
         self, batch: PromptBatch, prompts: Sequence[Prompt], visual: VisualTokens
@@ -548,13 +558,6 @@ class _Entering:
 
     def _state(self, hidden: Tensor, number: int) -> TowerState:
         return TowerState(hidden=hidden, tokens=self.tokens[number] if self.tokens else None)
-
-
-def _beside(visual: VisualTokens, rows: VisualTokens) -> VisualTokens:
-    """The same tokens with further channels."""
-    return VisualTokens(
-        embeds=torch.cat([visual.embeds, rows.embeds], dim=-1), indices=visual.indices
-    )
 
 
 def _alike(_position: Literal["first", "last"], _index: int) -> None:

@@ -68,6 +68,8 @@ class Distill(Stage):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
+    holds_model: ClassVar[bool] = True
+
     method: Literal["distill"] = "distill"
     parts: tuple[TrainedPart, ...] = _PARTS
     rank: int | None = 16

@@ -23,6 +23,7 @@ from pocketvlm.compress.layerwise.hessian import (
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
+from pocketvlm.machine import return_free_memory
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.form import WeightForm
 
@@ -152,8 +153,10 @@ def compress_layers(
             hessian = measure_hessian(checkpoint, group, tasks.values(), method)
         for name, task in tasks.items():
             if name not in done:
-                done[name] = method.compress(task, checkpoint.form(name), hessian)
-                store.save(name, done[name])
+                made = method.compress(task, checkpoint.form(name), hessian)
+                done[name] = store.save(name, made)
+                del made
+                return_free_memory()
             place(name, done[name])
 
     if run.walk is None:
@@ -166,8 +169,7 @@ def compress_layers(
             if any(name not in revised for name in names):
                 better = method.revise(checkpoint, step, {name: done[name] for name in names})
                 for name, layer in better.items():
-                    store.save(name + _REVISED, layer)
-                revised.update(better)
+                    revised[name] = store.save(name + _REVISED, layer)
             for name in names:
                 place(name, revised[name])
         else:

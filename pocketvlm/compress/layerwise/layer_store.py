@@ -47,16 +47,22 @@ class LayerStore:
             row=document["row"],
         )
 
-    def save(self, name: str, layer: FinishedLayer) -> None:
+    def save(self, name: str, layer: FinishedLayer) -> FinishedLayer:
         """Writes a layer aside, flushes it and renames it into place.
+
+        Returns:
+            The layer as it lies in the file, so that memory holds none that is finished; the same
+            layer where nothing is kept.
 
         Raises:
             StorageError: The disk is full.
         """
         if self._folder is None:
-            return
+            return layer
         document = {"form": layer.form.to_metadata(), "row": dict(layer.row)}
         keep_tensors(self._path(self._folder, name), layer.form.to_tensors(), document)
+        stored = self.load(name)
+        return layer if stored is None else FinishedLayer(form=stored.form, row=layer.row)
 
     @staticmethod
     def _path(folder: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,12 @@ def keep_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[st
 
 
 def find_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `keep_tensors` wrote; `None` where nothing is there, or it is damaged."""
+    """What `keep_tensors` wrote, mapped; `None` where nothing is there, or it is damaged."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {key: _kept(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118  (no mapping)
             metadata = file.metadata()
         text = metadata[_DOCUMENT]
         if metadata[DIGEST_KEY] != _digest(path, tensors, text):
@@ -72,6 +73,11 @@ def find_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return tensors, json.loads(text)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _kept(mapped: Tensor) -> Tensor:
+    """A tensor as safetensors maps it; what is smaller than a page is copied out of its mapping."""
+    return mapped.clone() if mapped.nbytes < mmap.PAGESIZE else mapped
 
 
 def _digest(path: Path, tensors: Mapping[str, Tensor], text: str) -> str:

@@ -28,6 +28,8 @@ __all__ = [
     "unpack_weight",
 ]
 
+_CHUNK_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedWeight:
@@ -130,11 +132,18 @@ def narrowest_float(values: Tensor) -> tuple[np.ndarray, int]:
     Returns:
         The array, bfloat16 as uint16, and its ONNX element type.
     """
-    wide = values.detach().to(torch.float32).contiguous()
-    brain = wide.to(torch.bfloat16)
-    if torch.equal(brain.to(torch.float32), wide):
-        return brain.view(torch.uint16).numpy(), onnx.TensorProto.BFLOAT16
-    half = wide.to(torch.float16)
-    if torch.equal(half.to(torch.float32), wide):
-        return half.numpy(), onnx.TensorProto.FLOAT16
-    return wide.numpy(), onnx.TensorProto.FLOAT
+    stored = values.detach().contiguous()
+    if _is_exact(stored, torch.bfloat16):
+        narrow = stored.to(torch.bfloat16)
+        return narrow.view(torch.uint16).numpy(), onnx.TensorProto.BFLOAT16
+    if _is_exact(stored, torch.float16):
+        return stored.to(torch.float16).numpy(), onnx.TensorProto.FLOAT16
+    return stored.to(torch.float32).numpy(), onnx.TensorProto.FLOAT
+
+
+def _is_exact(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a float type holds all values; some at a time, as a table may be large."""
+    return values.dtype == dtype or all(
+        torch.equal(part.to(dtype).to(torch.float32), part.to(torch.float32))
+        for part in values.reshape(-1).split(_CHUNK_ELEMENTS)
+    )

@@ -55,7 +55,7 @@ class WeightFile:
     ) -> None:
         self._stream.close()
 
-    def store(self, data: bytes) -> tuple[int, int]:
+    def store(self, data: memoryview) -> tuple[int, int]:
         """Appends the bytes, unless they are there already; returns offset and length."""
         digest = hashlib.sha256(data).digest()
         if digest not in self._places:
@@ -103,9 +103,9 @@ class GraphWriter:
         tensor.name = name
         tensor.data_type = data_type or helper.np_dtype_to_tensor_dtype(array.dtype)
         tensor.dims.extend(array.shape)
-        data = np.ascontiguousarray(array).tobytes()
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         if len(data) < _INLINE_BYTES:
-            tensor.raw_data = data
+            tensor.raw_data = data.tobytes()
         else:
             offset, length = self._weights.store(data)
             tensor.data_location = TensorProto.EXTERNAL

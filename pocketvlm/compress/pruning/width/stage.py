@@ -84,6 +84,8 @@ class PruneWidth(Stage, WalkOptions):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
+    holds_model: ClassVar[bool] = True
+
     method: Literal["prune_width"] = "prune_width"
     decoder_parameters: float | None = None
     ffn_ratio: float = 0.0

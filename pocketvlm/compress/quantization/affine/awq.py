@@ -66,6 +66,8 @@ class Awq(Stage, WalkOptions):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
+    holds_model: ClassVar[bool] = True
+
     method: Literal["awq"] = "awq"
     rules: tuple[WeightRule, ...]
     grid_points: int = 20

@@ -43,6 +43,8 @@ class Rotate(Stage):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
+    holds_model: ClassVar[bool] = True
+
     method: Literal["rotate"] = "rotate"
     seed: int = 0
     residual: bool = True
