@@ -15,6 +15,7 @@ from pocketvlm.compress.tokens.schedule.exit import Exit
 from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.stage import ReduceTokens
+from pocketvlm.compress.tokens.tower.stage import MergeTokens
 from pocketvlm.device_bench.prediction.roofline import Times
 from pocketvlm.errors import RecipeError, UnsupportedError
 from pocketvlm.models.spec import ModelSpec
@@ -130,6 +131,10 @@ def _stages(state: PlanState, tiles: int) -> Iterator[tuple[str, Stage, str]]:
         height, width = _half_size(spec)
         shown = f"set_resolution: {height} x {width} of {spec.tower.height} x {spec.tower.width}"
         yield "resolution", SetResolution(height=height, width=width), shown
+    merges = spec.tower.merges
+    patches = merges[-1].patches if merges else spec.tower.patches
+    shown = f"merge_tokens: keep {patches // 2} of {patches}"
+    yield "tokens in tower", MergeTokens(keep=max(1, patches // 2)), shown
     keep = max(1, state.visual_tokens // 2)
     shown = f"reduce_tokens: keep {keep} of {state.visual_tokens}"
     yield "tokens before decoder", ReduceTokens(keep=keep), shown

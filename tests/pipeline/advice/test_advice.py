@@ -12,6 +12,7 @@ from pocketvlm.compress.tokens.schedule.exit import Exit
 from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.compress.tokens.set_resolution import SetResolution
 from pocketvlm.compress.tokens.stage import ReduceTokens
+from pocketvlm.compress.tokens.tower.stage import MergeTokens
 from pocketvlm.pipeline.advice.choices import decoder_weights
 from pocketvlm.pipeline.plan import plan
 from pocketvlm.pipeline.sources import select_targets
@@ -38,6 +39,7 @@ def saved(advice, name):
     ("shape", "name", "stage"),
     [
         ("smolvlm-256m", "tiles", LimitTiles(max_tiles=8)),
+        ("smolvlm-256m", "tokens in tower", MergeTokens(keep=512)),
         ("smolvlm-256m", "tokens before decoder", ReduceTokens(keep=32)),
         ("smolvlm-256m", "tokens in decoder", DropTokens(schedule=Exit(first_layers=15))),
         ("qwen2-vl-2b", "resolution", SetResolution(height=308, width=308)),
@@ -81,6 +83,8 @@ def test_which_lever_pays_depends_on_the_model():
     assert share(large) > 0.3
     assert share(small) < 0.15
     assert small.levers.rows[0].name == "tiles"
+    assert saved(small, "tokens in tower") > 5 * saved(small, "tokens before decoder")
+    assert saved(large, "tokens before decoder") > 5 * saved(large, "tokens in tower")
 
 
 def test_what_a_model_or_a_target_cannot_have_is_said():
