@@ -14,7 +14,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from pocketvlm.bundle import TensorSignature
-from pocketvlm.export.onnx.byte_rows import integer_product
+from pocketvlm.export.onnx.byte_rows import RoundedOver, integer_product
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter, WeightFile
 from pocketvlm.machine import describe_environment
 from pocketvlm.runtime.onnx.engine import onnxruntime, require_exact_sums
@@ -39,70 +38,65 @@ _PRODUCTS = {
     "prompt of 1,024, gate and up": (1024, 576, 3072),
     "a token, gate and up": (1, 576, 3072),
 }
-_GROUPED = ((8, 32), (8, 128), (8, 256), (4, 32), (4, 64), (4, 128))
+_OVER: dict[str, RoundedOver] = {"int8 rows, a tile": "tile", "int8 rows, a row": "row"}
+_GROUPED = {
+    f"int{bits} g{group}": (bits, group)
+    for bits, group in ((8, 32), (8, 128), (8, 256), (4, 32), (4, 64), (4, 128))
+}
+_KERNELS = ("float32", *_OVER, *_GROUPED)
 _MANY_ROWS = 100
 
 
-def products(graph: GraphWriter, columns: int, rows: int) -> Iterator[tuple[str, str]]:
-    """The same product by every kernel: its name, and its value."""
+def build_product(graph: GraphWriter, kernel: str, columns: int, rows: int) -> str:
+    """The product by one kernel, of the graph's input `x`."""
     random = np.random.default_rng(0)
     bias = graph.constant("bias", np.zeros(rows, np.float32))
-    dense = graph.constant("dense", random.standard_normal((rows, columns), np.float32))
-    product = graph.node("FusedMatMul", ["x", dense], name="float", domain=CONTRIB, transB=1)
-    yield "float32", graph.node("Add", [product, bias], name="float32")
-    codes = graph.constant("codes", random.integers(-127, 128, (rows, columns), dtype=np.int8))
-    scales = graph.constant("scales", np.full(rows, 1e-3, np.float32))
-    for over in ("tile", "row"):
-        found = integer_product(graph, over, ("x", codes, scales), bias, rounded_over=over)
-        yield f"int8 rows, a {over}", found
-    for bits, group in _GROUPED:
-        groups = -(-columns // group)
-        shape = (rows, groups, group * bits // 8)
-        name = f"int{bits} g{group}"
-        packed = graph.constant(f"{name}.codes", random.integers(0, 256, shape, dtype=np.uint8))
-        steps = graph.constant(f"{name}.scales", np.full((rows, groups), 1e-3, np.float32))
-        yield (
-            name,
-            graph.node(
-                "MatMulNBits",
-                ["x", packed, steps, "", "", bias],
-                name=name,
-                domain=CONTRIB,
-                K=columns,
-                N=rows,
-                bits=bits,
-                block_size=group,
-                accuracy_level=4,
-            ),
-        )
+    if kernel == "float32":
+        dense = graph.constant("dense", random.standard_normal((rows, columns), np.float32))
+        product = graph.node("FusedMatMul", ["x", dense], name="product", domain=CONTRIB, transB=1)
+        return graph.node("Add", [product, bias], name="biased")
+    if kernel in _OVER:
+        codes = graph.constant("codes", random.integers(-127, 128, (rows, columns), dtype=np.int8))
+        scales = graph.constant("scales", np.full(rows, 1e-3, np.float32))
+        operands = ("x", codes, scales)
+        return integer_product(graph, "rows", operands, bias, rounded_over=_OVER[kernel])
+    bits, group = _GROUPED[kernel]
+    groups = -(-columns // group)
+    shape = (rows, groups, group * bits // 8)
+    codes = graph.constant("codes", random.integers(0, 256, shape, dtype=np.uint8))
+    scales = graph.constant("scales", np.full((rows, groups), 1e-3, np.float32))
+    return graph.node(
+        "MatMulNBits",
+        ["x", codes, scales, "", "", bias],
+        name="groups",
+        domain=CONTRIB,
+        K=columns,
+        N=rows,
+        bits=bits,
+        block_size=group,
+        accuracy_level=4,
+    )
 
 
-def sessions(
-    columns: int, rows: int, threads: int, folder: Path
-) -> dict[str, onnxruntime.InferenceSession]:
-    """A session for each kernel."""
-    with WeightFile(folder / "names.bin") as weights:
-        names = [name for name, _ in products(GraphWriter("n", weights, opset=18), columns, rows)]
-    found = {}
-    for index, name in enumerate(names):
-        with WeightFile(folder / f"{index}.bin") as weights:
-            graph = GraphWriter("product", weights, opset=18)
-            value = dict(products(graph, columns, rows))[name]
-            graph.node("Identity", [value], name="y", output="y")
-            path = folder / f"{index}.onnx"
-            graph.save(
-                path,
-                [TensorSignature(name="x", dtype="float32", shape=(1, "n", columns))],
-                [TensorSignature(name="y", dtype="float32", shape=(1, "n", rows))],
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        require_exact_sums(options)
-        found[name] = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
+def open_product(
+    kernel: str, columns: int, rows: int, threads: int, folder: Path
+) -> onnxruntime.InferenceSession:
+    """A session with nothing but that product."""
+    path = folder / f"{kernel.replace(' ', '-').replace(',', '')}.onnx"
+    with WeightFile(path.with_suffix(".bin")) as weights:
+        graph = GraphWriter("product", weights, opset=18)
+        value = build_product(graph, kernel, columns, rows)
+        graph.node("Identity", [value], name="y", output="y")
+        graph.save(
+            path,
+            [TensorSignature(name="x", dtype="float32", shape=(1, "n", columns))],
+            [TensorSignature(name="y", dtype="float32", shape=(1, "n", rows))],
         )
-    return found
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    require_exact_sums(options)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def main() -> None:
@@ -114,7 +108,10 @@ def main() -> None:
     document: dict[str, Any] = {"environment": describe_environment(options.threads)}
     for label, (count, columns, rows) in _PRODUCTS.items():
         with tempfile.TemporaryDirectory() as name:
-            found = sessions(columns, rows, options.threads, Path(name))
+            found = {
+                kernel: open_product(kernel, columns, rows, options.threads, Path(name))
+                for kernel in _KERNELS
+            }
             inputs = torch.randn(1, count, columns, generator=torch.Generator().manual_seed(0))
             samples: dict[str, list[float]] = {kernel: [] for kernel in found}
             rounds = options.rounds if count > _MANY_ROWS else 10 * options.rounds

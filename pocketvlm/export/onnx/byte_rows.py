@@ -67,12 +67,12 @@ def integer_product(
             domain=CONTRIB,
         )
     largest = _largest_magnitudes(graph, name, inputs)
-    levels = graph.constant("levels", np.array(_LEVELS, np.float32))
+    levels = graph.constant("int8.levels", np.array(_LEVELS, np.float32))
     inverse = graph.node("Div", [levels, largest], name=f"{name}.inverse")
     spread = graph.node("Mul", [inputs, inverse], name=f"{name}.spread")
-    one, zero = graph.constant("unit", np.array(1, np.float32)), _zero(graph)
+    one, zero = graph.constant("int8.unit", np.array(1, np.float32)), _zero(graph)
     rounded = graph.node("QuantizeLinear", [spread, one, zero], name=f"{name}.rounded")
-    step = graph.constant("level", np.array(1 / _LEVELS, np.float32))
+    step = graph.constant("int8.level", np.array(1 / _LEVELS, np.float32))
     product = graph.node(
         "MatMulIntegerToFloat",
         [rounded, turned, step, scales, zero],
@@ -103,7 +103,7 @@ def table_rows(graph: GraphWriter, name: str, codes: str, scales: str, ids: str)
     taken = graph.node("Gather", [codes, ids], name=f"{name}.taken")
     taken = graph.node("Cast", [taken], name=f"{name}.float32", to=1)
     steps = graph.node("Gather", [scales, ids], name=f"{name}.steps")
-    last = graph.constant("last", np.array([-1], np.int64))
+    last = graph.constant("int8.last_axis", np.array([-1], np.int64))
     steps = graph.node("Unsqueeze", [steps, last], name=f"{name}.columns")
     return graph.node("Mul", [taken, steps], name=name)
 
@@ -111,11 +111,11 @@ def table_rows(graph: GraphWriter, name: str, codes: str, scales: str, ids: str)
 def _largest_magnitudes(graph: GraphWriter, name: str, inputs: str) -> str:
     """Of each row, [1, n, 1]; of a row of zeros a number that divides them."""
     magnitudes = graph.node("Abs", [inputs], name=f"{name}.magnitudes")
-    last = graph.constant("last", np.array([-1], np.int64))
+    last = graph.constant("int8.last_axis", np.array([-1], np.int64))
     largest = graph.node("ReduceMax", [magnitudes, last], name=f"{name}.largest", keepdims=1)
-    least = graph.constant("least", np.array(_LEAST, np.float32))
+    least = graph.constant("int8.least", np.array(_LEAST, np.float32))
     return graph.node("Max", [largest, least], name=f"{name}.positive")
 
 
 def _zero(graph: GraphWriter) -> str:
-    return graph.constant("zero", np.array(_ZERO, np.uint8))
+    return graph.constant("int8.zero", np.array(_ZERO, np.uint8))

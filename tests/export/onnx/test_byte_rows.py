@@ -19,11 +19,18 @@ from pocketvlm.export.onnx.byte_rows import RoundedOver, byte_codes, integer_pro
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.models.layers import Part
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference_graph.activation_rounding import input_rounding, round_per_tile
 from pocketvlm.runtime.onnx import engine
 from pocketvlm.runtime.onnx.engine import EXACT_SUMS, onnxruntime, require_exact_sums
 from pocketvlm.weights.affine import AffineWeight
-from tests.export.rig import Decoder, make_prompt, quantize_affine, quantize_checkpoint
+from tests.export.rig import (
+    Decoder,
+    make_prompt,
+    open_session,
+    quantize_affine,
+    quantize_checkpoint,
+)
 
 PARTS: dict[RoundedOver, Part] = {"tile": "tower", "row": "decoder"}
 
@@ -216,3 +223,17 @@ def test_the_setting_leaves_the_numbers_alone(
     )
     exact = run_product(tmp_path, form, inputs, bias, over)
     np.testing.assert_allclose(exact, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_with_masks_has_rows_as_well(tmp_path: Path, ctx: RunContext) -> None:
+    """Constants of masks and of rounding are not taken for each other."""
+    write_tiny_model("gemma3", tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    assert checkpoint.spec.decoder.has_masks
+    quantize_checkpoint(checkpoint, 8, None, symmetric=True)
+    ToOnnx().export(checkpoint, tmp_path, ctx)
+    constants = onnx.load(tmp_path / "onnx" / "decoder.onnx").graph.initializer
+    kinds = {tensor.name: tensor.data_type for tensor in constants}
+    assert kinds["int8.zero"] == onnx.TensorProto.UINT8
+    assert kinds["zero"] == onnx.TensorProto.INT64
+    assert open_session(tmp_path, "decoder").get_outputs()
