@@ -97,6 +97,8 @@ class ModelSpec:
         chat_template: The template of folders that have none; `None` where each must have one.
         tiling: How its processor cuts large pictures into tiles; `None` where each is one, and
             where no processor has been read.
+        leaves_tiles_out: Whether tiles that show nothing are left out, so that positions of rows
+            have gaps.
         line_break: Name of the parameter that is the row after each line of a picture whose tiles
             make up one map; `None` where tile follows tile.
         folds: How tensors of a stock checkpoint become those that are named here.
@@ -120,6 +122,7 @@ class ModelSpec:
     has_prefix_prompt: bool = False
     chat_template: str | None = None
     tiling: Tiling | None = None
+    leaves_tiles_out: bool = False
     line_break: str | None = None
     folds: tuple[Fold, ...] = ()
     taps: tuple[TapSpec, ...] = ()

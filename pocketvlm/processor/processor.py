@@ -111,7 +111,11 @@ class Processor:
     @property
     def spec(self) -> ModelSpec:
         """The model's specification, with the placeholder as the tokenizer spells it."""
-        return replace(self.text.spec, tiling=self.tiling)
+        return replace(
+            self.text.spec,
+            tiling=self.tiling,
+            leaves_tiles_out=self.empty_tiles is not None,
+        )
 
     @property
     def codec(self) -> PromptCodec:

@@ -39,8 +39,7 @@ class PictureText:
 
     def write(self, grid: TileGrid = ONE_TILE) -> str:
         """The text of a picture that is cut in this way; one run where tiles have no markers."""
-        is_whole = grid.tiles == 1  # cut or not, nothing else is seen
-        if self.tile_marker is None or not grid.is_split or is_whole:
+        if self.tile_marker is None or not grid.is_split:
             return f"{self.prefix}{self.placeholder * grid.placeholders(self.count)}{self.suffix}"
         visual = self.placeholder * self.count
         whole = f"{self.prefix}{visual}{self.suffix}"
@@ -49,12 +48,7 @@ class PictureText:
         for row in range(1, grid.rows + 1):
             marker = self.tile_marker.replace("{row}", str(row))
             columns = range(1, grid.columns + 1)
-            first = (row - 1) * grid.columns - 1
-            tiles = [
-                marker.replace("{column}", str(column)) + visual
-                for column in columns
-                if first + column not in grid.left_out
-            ]
+            tiles = [marker.replace("{column}", str(column)) + visual for column in columns]
             lines.append("".join(tiles))
         if self.whole_marker is None:
             return "\n".join([*lines, "", whole])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,10 +48,11 @@ def arrange_tiles(
     spec = checkpoint.spec
     per_tile = spec.visual_tokens
     if spec.line_break is None:
-        return [
+        seen = [
             PictureRows(embeds=embeds[:, tile], indices=indices[:, tile], placeholders=per_tile)
             for tile in range(embeds.shape[1])
         ]
+        return seen if grids is None else _with_left_out(seen, grids)
     if grids is None or sum(grid.tiles for grid in grids) != embeds.shape[1]:
         raise ValueError(f"{embeds.shape[1]} tiles make up maps, and their grids are not given")
     last = checkpoint.model.get_parameter(spec.line_break).expand(len(embeds), 1, -1)
@@ -82,3 +83,15 @@ def arrange_tiles(
             )
         )
     return pictures
+
+
+def _with_left_out(tiles: Sequence[PictureRows], grids: Sequence[TileGrid]) -> list[PictureRows]:
+    """Tiles that are left out among those that are seen: runs that no row stands for."""
+    first = tiles[0]
+    nothing = replace(first, embeds=first.embeds[:, :0], indices=first.indices[:, :0])
+    seen = iter(tiles)
+    return [
+        nothing if number in grid.left_out else next(seen)
+        for grid in grids
+        for number in range(grid.all_tiles)
+    ]

@@ -95,6 +95,10 @@ class PictureRows:
         """
         order = grid.order(self.per_tile)
         if order is None:
+            # Of a tile that is left out, no row stands for its placeholders.
+            nothing = (tiles[0][0][:, :0], tiles[0][1][:, :0])
+            seen = dict(zip(grid.seen, tiles, strict=True))
+            every = [seen.get(number, nothing) for number in range(grid.all_tiles)]
             return [
                 VisualFeatures(
                     embeds=embeds,
@@ -103,7 +107,7 @@ class PictureRows:
                     grid=self.grid,
                     serial=number,
                 )
-                for number, (embeds, indices) in enumerate(tiles, start=serial)
+                for number, (embeds, indices) in enumerate(every, start=serial)
             ]
         width = tiles[0][0].shape[2]
         if self.line_break is None or len(self.line_break) != width:

@@ -47,8 +47,7 @@ class SkipEmptyTiles(Stage):
         """Refuses models whose tiles cannot be left out.
 
         Raises:
-            RecipeError: Pictures are not cut, the whole picture does not come with their tiles, or
-                prompts do not say which tile is which.
+            RecipeError: Pictures are not cut, or the whole picture does not come with their tiles.
         """
         tiling = spec.tiling
         if tiling is None or tiling.most_tiles == 1:
@@ -58,16 +57,12 @@ class SkipEmptyTiles(Stage):
                 "skip_empty_tiles: the whole picture does not come with this model's tiles, so "
                 "that what an empty one shows would be lost; use_thumbnail must be true"
             )
-        if spec.tile_marker is None and spec.line_break is None:
-            raise RecipeError(
-                "skip_empty_tiles: prompts of this model do not say which tile is which, so that "
-                "those after an empty one would be taken for others; limit_tiles cuts fewer"
-            )
 
     def plan(self, state: PlanState) -> PlanState:
         """Says that figures are those of pictures without empty tiles."""
         self.hold(state.spec)
-        return state.with_notes(
+        planned = replace(state, spec=replace(state.spec, leaves_tiles_out=True))
+        return planned.with_notes(
             f"skip_empty_tiles: tiles and tokens are those of a picture without empty tiles; one "
             f"with a contrast below {self.contrast} costs nothing"
         )
@@ -90,7 +85,11 @@ class SkipEmptyTiles(Stage):
         )
         ctx.report(self.method, 1, 1, f"{left_out} of {tiles} tiles of the calibration set")
         return StageResult(
-            checkpoint=replace(checkpoint, processor=processor),
+            checkpoint=replace(
+                checkpoint,
+                processor=processor,
+                spec=replace(checkpoint.spec, leaves_tiles_out=True),
+            ),
             is_calibrated=False,
             metrics={"contrast": self.contrast, "left_out": left_out, "of": tiles},
         )

@@ -59,7 +59,8 @@ def position_channels(spec: ModelSpec, reducer: TokenReducer | None) -> int:
     These are one for each axis of positions and one more; none where positions have no gaps.
     """
     axes = spec.decoder.rope.axes
-    has_gaps = reducer is not None and reducer.positions == "original"
+    keeps_positions = reducer is None or reducer.positions == "original"
+    has_gaps = keeps_positions and (reducer is not None or spec.leaves_tiles_out)
     return axes + 1 if has_gaps or axes > 1 else 0
 
 

@@ -101,6 +101,11 @@ def prompt_parts(
             f"{bundle.path}: MultimodalRunner shows tile after tile, and the tiles of this model's "
             "pictures make up one map"
         )
+    if any(grid.left_out for grid in grids):
+        raise InputError(
+            f"{bundle.path}: MultimodalRunner counts positions row by row, and a tile of the "
+            "picture shows nothing and has no row"
+        )
     ids = codec.encode([turn.to_message()], grids)
     tiles = [tile[None] for picture in pictures for tile in preprocessor.pixels(picture)]
     placeholders = bundle.manifest.visual_tokens_full

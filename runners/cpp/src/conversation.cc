@@ -143,8 +143,13 @@ void Conversation::look(const std::vector<Bytes>& pictures, Clock& clock) {
     Shown shown{std::move(grid), {}};
     clock.lap("preprocess");
     const std::size_t numbers = preprocessor_.tile_numbers();
-    for (std::size_t first = 0; first < pixels.size(); first += numbers) {
-      TileRows rows = engine_.encode_tile(pixels.data() + first, numbers);
+    std::size_t first = 0;
+    for (int number = 0; number < shown.grid.all_tiles(); ++number) {
+      TileRows rows;  // none of a tile that is left out
+      if (!shown.grid.leaves_out(number)) {
+        rows = engine_.encode_tile(pixels.data() + first, numbers);
+        first += numbers;
+      }
       shown.tiles.push_back({std::move(rows.embeds), std::move(rows.indices),
                              bundle_.visual_tokens_full, serial_++});
     }

@@ -88,16 +88,14 @@ TokenIds PromptCodec::encode(const std::string& rendered, const std::vector<Tile
 std::string PromptCodec::picture_text(const TileGrid& grid) const {
   std::string visual, tile;
   for (std::int64_t i = 0; i < count_; ++i) tile += prompt_.image_token;
-  // Cut or not, where the whole picture alone is seen it has its own text.
-  if (!prompt_.tile_marker || !grid.is_split() || grid.tiles() == 1) {
-    for (int i = 0; i < grid.tiles(); ++i) visual += tile;
+  if (!prompt_.tile_marker || !grid.is_split()) {
+    for (int i = 0; i < grid.all_tiles(); ++i) visual += tile;
     return prompt_.image_prefix + visual + prompt_.image_suffix;
   }
   const std::string whole = prompt_.image_prefix + tile + prompt_.image_suffix;
   std::string lines;
   for (int row = 1; row <= grid.rows; ++row) {
     for (int column = 1; column <= grid.columns; ++column) {
-      if (grid.leaves_out((row - 1) * grid.columns + column - 1)) continue;
       std::string marker = *prompt_.tile_marker;
       for (const auto& [name, number] : {std::pair<std::string, int>{"{row}", row}, {"{column}", column}}) {
         for (auto at = marker.find(name); at != std::string::npos; at = marker.find(name, at + 1)) {

@@ -20,9 +20,8 @@ struct TileGrid {
   std::vector<int> left_out{};  // tiles that are not seen, row by row from 0
 
   bool is_split() const { return rows * columns > 1; }
-  int tiles() const {
-    return rows * columns + (is_split() ? 1 : 0) - static_cast<int>(left_out.size());
-  }
+  int all_tiles() const { return rows * columns + (is_split() ? 1 : 0); }
+  int tiles() const { return all_tiles() - static_cast<int>(left_out.size()); }
   bool leaves_out(int number) const;
 };
 

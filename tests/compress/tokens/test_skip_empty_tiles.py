@@ -19,21 +19,25 @@ from pocketvlm.compress.tokens.baseline.fixed import FixedReducer
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.compress.tokens.skip_empty_tiles import SkipEmptyTiles
 from pocketvlm.context import RunContext
-from pocketvlm.errors import CheckpointError, RecipeError
+from pocketvlm.errors import CheckpointError, InputError, RecipeError
+from pocketvlm.export.executorch.schema import position_channels
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.reading import parse_image_settings
-from pocketvlm.models.images.tilings import ONE_TILE, LargeGrid, TileGrid
+from pocketvlm.models.images.tilings import LargeGrid
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.source_check import verify_folder
 from pocketvlm.processor import user_message
+from pocketvlm.prompt.messages import user_turn
 from pocketvlm.reference.random_models import tiny_config, write_tiny_model
 from pocketvlm.reference_graph.forward import embed_prompts, encode_images, greedy_generate
 from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.executorch.native_runner import prompt_parts
 from pocketvlm.runtime.preprocess import ImagePreprocessor
+from pocketvlm.runtime.text import TextCodec
 from pocketvlm.stages import PlanState
 
 CONTEXT = RunContext(threads=1)
-NAMES = ("smolvlm-tiles", "lfm2-vl-tiles", "llava-next", "llava-onevision")
+NAMES = ("smolvlm-tiles", "lfm2-vl-tiles", "internvl3", "llava-next", "llava-onevision")
 
 
 def picture(width: int = 192, height: int = 192) -> Image.Image:
@@ -104,22 +108,37 @@ def test_a_bundle_answers_as_torch_does(checkpoint, tmp_path):
     assert again.timings.vision_ms == 0
 
 
-def test_a_tile_that_is_left_out_leaves_its_marker_out(tmp_path):
+def test_a_prompt_is_the_same_and_its_positions_have_a_gap(tmp_path):
     write_tiny_model("smolvlm-tiles", tmp_path / "model")
-    processor = skipping(Checkpoint.load(tmp_path / "model")).processor
-    text = processor.codec.picture
-    grid = TileGrid(rows=2, columns=2, left_out=(1, 2, 3))
-    run, marker = text.placeholder * text.count, text.tile_marker or ""
-    first = marker.replace("{row}", "1").replace("{column}", "1")
-    assert text.write(grid) == f"{first}{run}\n\n\n{text.write(ONE_TILE)}"
-    assert text.write(replace(grid, left_out=(0, 1, 2, 3))) == text.write(ONE_TILE)
+    done = skipping(Checkpoint.load(tmp_path / "model"))
+    processor, shown = done.processor, picture()
+    (grid,) = processor.grids([shown])
     messages = [user_message("what?")]
-    shown = picture()
-    (found,) = processor.grids([shown])
-    ids = processor.encode(messages, [found])
-    assert ids.count(processor.spec.image_token_id) == found.tiles * text.count
-    rest = [token for token in processor.encode(messages, [found.complete]) if token not in ids]
-    assert len(rest) == len(found.left_out)  # their markers
+    ids = processor.encode(messages, [grid])
+    assert ids == processor.encode(messages, [grid.complete])
+    for policy, taken in (("original", grid.all_tiles), (None, grid.all_tiles), ("consecutive", 0)):
+        reducer = None if policy is None else FixedReducer((1, 2), positions=policy)
+        kept = done.spec.visual_tokens if reducer is None else 2
+        checkpoint = replace(done, reducer=reducer)
+        with torch.inference_mode():
+            visual = encode_images(checkpoint, processor.pixels([shown], [grid]))
+            inputs = embed_prompts(checkpoint, torch.tensor([ids]), visual, [grid])
+        text = len(ids) - grid.all_tiles * done.spec.visual_tokens
+        assert inputs.embeds.shape[1] == text + grid.tiles * kept
+        rows = taken * done.spec.visual_tokens if taken else grid.tiles * kept
+        assert int(inputs.next_position) == text + rows
+    assert position_channels(done.spec, None) == 2  # as ExecuTorch's programs tell of gaps
+    assert position_channels(replace(done.spec, leaves_tiles_out=False), None) == 0
+
+
+def test_a_runner_that_counts_positions_by_rows_refuses(tmp_path):
+    write_tiny_model("smolvlm-tiles", tmp_path / "model")
+    done = skipping(Checkpoint.load(tmp_path / "model"))
+    (tmp_path / "bundle").mkdir()
+    write_graphs(done, (ToOnnx(),), tmp_path / "bundle", "", CONTEXT)
+    bundle = Bundle.open(tmp_path / "bundle")
+    with pytest.raises(InputError, match="MultimodalRunner counts positions row by row"):
+        prompt_parts(bundle, TextCodec.from_bundle(bundle), user_turn("what?", 1), [picture()])
 
 
 def test_a_folder_that_states_it_is_compared_with_stock_by_all_its_tiles(tmp_path):
@@ -151,7 +170,7 @@ def test_the_stage_counts_the_tiles_of_the_calibration_set(tmp_path):
     ("name", "message"),
     [
         ("llava", "this model's pictures are not cut into tiles"),
-        ("internvl3", "prompts of this model do not say which tile is which"),
+        ("qwen2-vl", "this model's pictures are not cut into tiles"),
     ],
 )
 def test_models_whose_tiles_cannot_be_left_out_are_refused(tmp_path, name, message):

@@ -63,8 +63,11 @@ class TileGrid:
         return self.all_tiles - len(self.left_out)
 
     def placeholders(self, per_tile: int) -> int:
-        """Placeholders of the picture in a prompt, where one tile has `per_tile` visual tokens."""
-        return self.tiles * per_tile
+        """Placeholders of the picture in a prompt, where one tile has `per_tile` visual tokens.
+
+        Tiles that are left out have theirs too: what they stood for is dropped, as by a reduction.
+        """
+        return self.all_tiles * per_tile
 
     def most_rows(self, per_tile: int, kept: int) -> int:
         """Rows of the decoder, at most, where `kept` of a tile's `per_tile` tokens are left."""
