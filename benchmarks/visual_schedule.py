@@ -193,8 +193,12 @@ def print_quality(rows: list[dict[str, Any]]) -> None:
     """One line per row."""
     for row in rows:
         found = row["difference"]
+        change, low, high = (
+            100 * found[key] for key in ("difference", "interval_low", "interval_high")
+        )
         print(
-            f"{row['mean_kept_share']:>6.2f}  {row['accuracy']:.1%}  {found}  {row['schedule']}",
+            f"{row['mean_kept_share']:>6.2f}  {row['accuracy']:.1%}  "
+            f"{change:+.1f} [{low:+.1f}, {high:+.1f}]  {row['schedule']}",
             flush=True,
         )
 
