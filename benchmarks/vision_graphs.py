@@ -86,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     one = write_bundle(options, tuple(options.keep[:1])).stored_bytes()
     together = write_bundle(options, tuple(options.keep))
-    print(f"{describe_processor()['processor']}, {options.threads} threads, {options.shape}")
+    print(f"{describe_processor()}, {options.threads} threads, {options.shape}")
     size = together.stored_bytes()
     print(f"bytes: one graph {one:,}, {len(options.keep)} graphs {size:,}, {size / one:.4f} of it")
     samples = measure(options, together)
