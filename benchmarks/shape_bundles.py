@@ -51,7 +51,9 @@ def bundle_of(make: Callable[[], Checkpoint], recipe: str, folder: Path) -> Bund
     for linear, rule in assign_rules(rules, checkpoint.spec.linears()).items():
         if rule is not None and rule.bits is not None:
             codes, _ = round_to_nearest(
-                checkpoint.form(linear.name), scheme=rule.scheme, group_size=rule.group_size
+                checkpoint.form(linear.name),
+                scheme=rule.scheme,
+                group_size=rule.columns_a_group(linear.in_features),
             )
             checkpoint.set_form(linear.name, codes)
     with replace_directory(folder) as aside:

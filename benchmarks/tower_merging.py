@@ -35,12 +35,14 @@ from pocketvlm.runtime.onnx.engine import onnxruntime
 
 _STAGES: Mapping[str, MergeTokens | None] = {
     "whole": None,
-    "similar-1": MergeTokens(merger=MergeSimilar(), first_block=1),
-    "similar-0to3": MergeTokens(merger=MergeSimilar(), first_block=0, blocks=4),
-    "important-1": MergeTokens(merger=MergeImportant(), first_block=1),
-    "neighbours-1": MergeTokens(merger=MergeNeighbours(), first_block=1),
-    "neighbours-3": MergeTokens(merger=MergeNeighbours(), first_block=3),
-    "neighbours-3-quarter": MergeTokens(merger=MergeNeighbours(), first_block=3, keep=0.25),
+    "similar-1": MergeTokens(merger=MergeSimilar(), first_block=1, blocks=1),
+    "similar-0to1": MergeTokens(merger=MergeSimilar()),
+    "important-1": MergeTokens(merger=MergeImportant(), first_block=1, blocks=1),
+    "neighbours-1": MergeTokens(merger=MergeNeighbours(), first_block=1, blocks=1),
+    "neighbours-3": MergeTokens(merger=MergeNeighbours(), first_block=3, blocks=1),
+    "neighbours-3-quarter": MergeTokens(
+        merger=MergeNeighbours(), first_block=3, blocks=1, keep=0.25
+    ),
 }
 
 

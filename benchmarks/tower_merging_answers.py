@@ -3,9 +3,9 @@
     python benchmarks/tower_merging_answers.py --n 480
 
 Greedy answers of the float reference models in torch, exact match, on the same held-out questions
-for every row; what is lost stands with its paired 95 % interval. Half of the patches remain from
-the second block on. `reduce_tokens` keeps half of the tokens after the tower, which makes no
-tower faster, and stands there to compare. Prints a table, and one JSON line.
+for every row; what is lost stands with its paired 95 % interval. Half of the patches remain.
+`reduce_tokens` keeps half of the tokens after the tower, which makes no tower faster, and stands
+there to compare. Prints a table, and one JSON line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import ReduceTokens
-from pocketvlm.compress.tokens.tower.mergers import MergeImportant, MergeNeighbours, MergeSimilar
+from pocketvlm.compress.tokens.tower.mergers import MergeImportant, MergeNeighbours
 from pocketvlm.compress.tokens.tower.stage import MergeTokens
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import compare_scores, score_checkpoint
@@ -27,12 +27,14 @@ from pocketvlm.reference import reference_model_path
 from pocketvlm.stages import Stage
 
 _STAGES: Mapping[str, Stage] = {
-    "similar": MergeTokens(merger=MergeSimilar()),
-    "similar, 2 blocks": MergeTokens(merger=MergeSimilar(), blocks=2),
-    "similar, semantic_weight 0.75": MergeTokens(merger=MergeSimilar(semantic_weight=0.75)),
-    "important, distinct": MergeTokens(merger=MergeImportant()),
-    "important, attention": MergeTokens(merger=MergeImportant(score="attention")),
-    "neighbours, 1 x 2": MergeTokens(merger=MergeNeighbours()),
+    "similar, blocks 0 and 1": MergeTokens(),
+    "similar, blocks 1 and 2": MergeTokens(first_block=1),
+    "similar, block 1": MergeTokens(first_block=1, blocks=1),
+    "important, distinct": MergeTokens(merger=MergeImportant(), first_block=1, blocks=1),
+    "important, attention": MergeTokens(
+        merger=MergeImportant(score="attention"), first_block=1, blocks=1
+    ),
+    "neighbours, 1 x 2": MergeTokens(merger=MergeNeighbours(), first_block=1, blocks=1),
     "reduce_tokens, auto": ReduceTokens(),
 }
 

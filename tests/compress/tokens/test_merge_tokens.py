@@ -46,11 +46,11 @@ from tests.graph.test_token_merging import similar_by_loops
 
 CTX = RunContext(threads=1)
 STAGES = {
-    "similar": MergeTokens(merger=MergeSimilar(), first_block=0, blocks=2),
-    "spared": MergeTokens(merger=MergeSimilar(semantic_weight=0.5), first_block=0),
-    "neighbours": MergeTokens(merger=MergeNeighbours(), first_block=0, keep=0.25),
-    "distinct": MergeTokens(merger=MergeImportant(), first_block=0),
-    "attention": MergeTokens(merger=MergeImportant(score="attention"), first_block=1),
+    "similar": MergeTokens(merger=MergeSimilar()),
+    "spared": MergeTokens(merger=MergeSimilar(semantic_weight=0.5)),
+    "neighbours": MergeTokens(merger=MergeNeighbours(), blocks=1, keep=0.25),
+    "distinct": MergeTokens(merger=MergeImportant(), blocks=1),
+    "attention": MergeTokens(merger=MergeImportant(score="attention"), first_block=1, blocks=1),
 }
 
 
@@ -253,12 +253,15 @@ def test_a_saved_checkpoint_merges_again(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"keep": 16}, "16 of 16 patches are to remain; allowed are 1 to 15"),
-        ({"keep": 7}, "block 1: 7 of 16 patches are to remain; pairs .* at least 8 in one block"),
-        ({"first_block": 2}, "merged in blocks 2; allowed are .*, 0 to 1$"),
-        ({"blocks": 3}, "merged in blocks 1, 2, 3; allowed are"),
+        ({"keep": 16, "blocks": 1}, "16 of 16 patches are to remain; allowed are 1 to 15"),
         (
-            {"merger": MergeNeighbours(), "keep": 6},
+            {"keep": 7, "first_block": 1, "blocks": 1},
+            "block 1: 7 of 16 patches are to remain; pairs .* at least 8 in one block",
+        ),
+        ({"first_block": 2, "blocks": 1}, "merged in blocks 2; allowed are .*, 0 to 1$"),
+        ({"blocks": 3}, "merged in blocks 0, 1, 2; allowed are"),
+        (
+            {"merger": MergeNeighbours(), "keep": 6, "blocks": 1},
             "6 patches are not the number of its rectangles",
         ),
         (

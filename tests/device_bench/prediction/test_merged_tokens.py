@@ -41,7 +41,7 @@ def macs(operators: list[Operator]) -> int:
 
 @pytest.mark.parametrize(
     "stage",
-    [MergeTokens(first_block=0, blocks=2), MergeTokens(merger=MergeImportant(), first_block=0)],
+    [MergeTokens(), MergeTokens(merger=MergeImportant(), blocks=1)],
     ids=["similar", "important"],
 )
 def test_every_product_of_a_merge_is_counted(
@@ -61,7 +61,7 @@ def test_every_product_of_a_merge_is_counted(
 def test_half_of_the_patches_are_little_more_than_half_of_the_work() -> None:
     """At the shape of SmolVLM-256M, by hand: 12 blocks, of which one and an attention run whole."""
     spec = load_shape("smolvlm-256m").spec
-    stage = MergeTokens(merger=MergeSimilar(), first_block=1)
+    stage = MergeTokens(merger=MergeSimilar(), first_block=1, blocks=1)
     merged = stage.plan(PlanState.of(spec)).spec
     tokens, half, width, inner = 1024, 512, 768, 3072
     attention = 4 * width * width

@@ -50,8 +50,8 @@ class MergeTokens(Stage):
     method: Literal["merge_tokens"] = "merge_tokens"
     merger: AnyMerger = _SIMILAR
     keep: float | int = 0.5
-    first_block: int = 1
-    blocks: int = 1
+    first_block: int = 0
+    blocks: int = 2
 
     def __post_init__(self) -> None:
         is_count = isinstance(self.keep, int) and not isinstance(self.keep, bool)
