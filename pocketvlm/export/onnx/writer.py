@@ -90,15 +90,16 @@ class GraphWriter:
         self._names: dict[str, int] = {}
 
     def constant(self, name: str, array: np.ndarray, *, data_type: int | None = None) -> str:
-        """A constant under exactly this name; asking again for the same name returns it.
+        """A constant under exactly this name; it may be asked for again.
 
         Args:
             name: Name of the value.
             array: Its content.
             data_type: ONNX element type, where numpy has none of its own (bfloat16 as uint16).
+
+        Raises:
+            ValueError: The name has another content.
         """
-        if name in self._initializers:
-            return name
         tensor = TensorProto()
         tensor.name = name
         tensor.data_type = data_type or helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -112,7 +113,8 @@ class GraphWriter:
             entries = {"location": self._weights.path.name, "offset": offset, "length": length}
             for key, value in entries.items():
                 tensor.external_data.add(key=key, value=str(value))
-        self._initializers[name] = tensor
+        if self._initializers.setdefault(name, tensor) != tensor:
+            raise ValueError(f"constant {name} of graph {self._name} has two contents")
         return name
 
     def node(

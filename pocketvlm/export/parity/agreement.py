@@ -29,7 +29,8 @@ def compare(found: Recording, expected: Expected) -> tuple[dict[str, float], dic
     metrics = {
         "vision.relative_error": max(view.relative_error for view in views),
         "vision.cosine": min(view.cosine for view in views),
-        "vision.index_overlap": sum(view.overlap for view in views) / len(views),
+        # Without the blank picture, whose tokens may be all alike, so that any of them will do.
+        "vision.index_overlap": sum(view.overlap for view in views[:-1]) / (len(views) - 1),
         "embedding.relative_error": relative_error(found.embedding, expected.embedding),
         "chain.sqnr_db": sqnr_db(np.stack(found.chain), np.stack(first)),
         "greedy.mismatch_share": mismatch_share,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import Progress, RunContext
 from pocketvlm.errors import ExportError, UnsupportedError
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.files.signed_folder import sign_files
 from pocketvlm.models.reducer import ReducerInputs, TokenReducer
 from pocketvlm.runtime.onnx.engine import onnxruntime
@@ -30,6 +32,17 @@ def load_graph(folder: Path, role: str) -> onnx.GraphProto:
 def place(graph: onnx.GraphProto, suffix: str) -> dict[str, str]:
     (tensor,) = [t for t in graph.initializer if t.name.endswith(suffix)]
     return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def test_a_name_has_one_content(tmp_path: Path) -> None:
+    with WeightFile(tmp_path / "weights.bin") as weights:
+        graph = GraphWriter("test", weights, opset=18)
+        for count in (1, 5000):  # in the graph, and in the weight file
+            name, zeros = f"values.{count}", np.zeros(count, np.float32)
+            assert graph.constant(name, zeros) == graph.constant(name, zeros) == name
+            for other in (zeros + 1, zeros.astype(np.int32), zeros[None]):
+                with pytest.raises(ValueError, match=f"constant {name} of graph test has two"):
+                    graph.constant(name, other)
 
 
 def test_same_checkpoint_same_bytes(tiny_paths: dict[str, Path], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from pocketvlm.json_io import write_json
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.prompt.messages import PICTURE, Turn, user_turn
 from pocketvlm.recipes.load import load_recipe
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.weights.dense import DenseWeight
 
 CONTEXT = RunContext(threads=1)
@@ -83,6 +84,17 @@ def test_an_exported_bundle_passes(built: Built) -> None:
     assert target.precision == ("integer" if quantized else "float32")
     built.bundle.verify()
     assert "parity.json" in built.bundle.manifest.files
+
+
+def test_equal_tokens_of_a_blank_picture_may_be_kept_in_any_way(tmp_path: Path) -> None:
+    """Without learned positions all tokens of a blank picture are the same."""
+    write_tiny_model("qwen2-vl", tmp_path / "model")
+    samples = CalibrationSet(name="test", samples=SAMPLES)
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    checkpoint = ReduceTokens(keep=0.5).apply(checkpoint, samples, CONTEXT)
+    recipe = load_recipe("float")
+    built = build_bundle(checkpoint, recipe, (ToOnnx(),), tmp_path / "bundle", SAMPLES, CONTEXT)
+    assert built.parity.failures() == []
 
 
 def shuffle_some_bytes(folder: Path) -> None:

@@ -169,6 +169,13 @@ def test_the_clock_ends_what_the_units_misjudge(monkeypatch):
         render(HOSTILE["nested ranges"])
 
 
+def test_waiting_for_a_busy_machine_is_not_the_templates_work(monkeypatch):
+    monkeypatch.setattr(budget, "_SECONDS", 0.2)
+    work = budget.Budget()
+    time.sleep(0.3)
+    work.step()
+
+
 def test_more_input_may_cost_more():
     words = "word " * 1_000_000
     template = ChatTemplate("{{ messages[0].content | upper }}", Path("x"))
