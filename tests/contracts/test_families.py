@@ -142,15 +142,18 @@ COVERED = {
     "smolvlm": "tests/export/executorch",
     "smolvlm-tiles": "smolvlm",
     "idefics3": "smolvlm",
-    "llava-interleave": "granite-vision",
-    "llava-next": "granite-vision",
-    "llava-onevision": "granite-vision",
-    "internvl3": "internvl3.5",
+    "llava-interleave": "lfm2-vl-tiles",
+    "llava-next": "tests/export/executorch",
+    "llava-onevision": "lfm2-vl-tiles",
+    "granite-vision": "lfm2-vl-tiles and glm-ocr",
+    "internvl3": "qwen2.5-vl and tests/export/executorch",
+    "internvl3.5": "gemma3 and glm-ocr",
     "lfm2-vl": "lfm2-vl-tiles",
-    "qwen2-vl": "qwen2.5-vl",
-    "paligemma": "paligemma2",
+    "paddleocr-vl": "lfm2-vl-tiles and glm-ocr",
+    "qwen2-vl": "lfm2-vl-tiles and glm-ocr",
+    "paligemma": "gemma3",
 }
-"""Models whose operators another test runs on ExecuTorch, where lowering takes half a minute."""
+"""Models whose operators other tests run on ExecuTorch, where lowering takes half a minute."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -160,7 +163,7 @@ def test_an_artifact_answers_as_the_stock_model_does(
     """Two turns, two pictures of other sizes, one of them split where the family splits."""
     covers = COVERED.get(path.name) if target == "executorch" else None
     if covers and not pytestconfig.getoption("exhaustive"):
-        pytest.skip(f"{covers} runs the same operators; --exhaustive runs this as well")
+        pytest.skip(f"covered by {covers}: the same operators; --exhaustive runs this as well")
     checkpoint = Checkpoint.load(path)
     context = RunContext(threads=1)
     if TARGETS[target].refuse(PlanState.of(checkpoint.spec)):  # docs/families.md has the reason

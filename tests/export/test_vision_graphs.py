@@ -71,6 +71,14 @@ RECIPES = {
         ],
         ["k8_64x64", "k4_64x64", "k8_96x32", "k3_96x32"],
     ),
+    "pair": (  # for a target that takes seconds per graph
+        "qwen2-vl",
+        [
+            {**SIZES[0], "also": [{"height": 32, "width": 96}]},
+            {**BUCKETS[0], "reducer": {"kind": "uniform_stride"}, "keep": 0.5},
+        ],
+        ["k8_64x64", "k6_96x32"],
+    ),
 }
 
 
@@ -121,7 +129,7 @@ def made(tmp_path_factory):
     return make
 
 
-CASES = [("onnx", "buckets"), ("onnx", "both"), ("executorch", "both"), ("coreml", "both")]
+CASES = [("onnx", "buckets"), ("onnx", "both"), ("executorch", "pair"), ("coreml", "both")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
