@@ -45,6 +45,9 @@ class Broken(Target):
     ) -> Mapping[str, int]:
         return {"other": 0}
 
+    def vision_bytes(self, spec: ModelSpec, /, *, is_new_size: bool) -> int:
+        return 0
+
     def layer_bytes(self, layout: WeightLayout | None, shape: tuple[int, int], /) -> int:
         return 0
 

@@ -50,6 +50,9 @@ class ToArrays(Target):
     ) -> Mapping[str, int]:
         return {}
 
+    def vision_bytes(self, spec: ModelSpec, /, *, is_new_size: bool) -> int:
+        return 0
+
     def capacity(self, spec: ModelSpec) -> int:
         return spec.decoder.max_positions
 

@@ -59,11 +59,11 @@ def check_weight(
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 32), (4, 32), (4, 128), (8, 64)])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 32), (4, 32), (4, 128), (8, 32)])
 def test_every_code_of_every_graph(
     tiny_checkpoint: Checkpoint, tmp_path: Path, bits: int, group_size: int, symmetric: bool
 ) -> None:
-    # 64 and 96 columns: groups of 64 and 128 leave ragged ends.
+    # 64 and 96 columns: groups of 128 leave ragged ends. One group of 8 bits is test_byte_rows'.
     checkpoint = quantize_checkpoint(tiny_checkpoint, bits, group_size, symmetric=symmetric)
     ToOnnx().export(checkpoint, tmp_path, RunContext())
     seen: set[str] = set()

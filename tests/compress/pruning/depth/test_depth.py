@@ -285,7 +285,7 @@ def test_it_comes_before_what_belongs_to_the_whole_model(paths, samples):
         with pytest.raises(RecipeError, match="move prune_depth before that stage"):
             PruneDepth(decoder_blocks=1).apply(later, samples, CONTEXT)
     later = replace(Checkpoint.load(paths["llava"]), visual_schedule=VisualSchedule.ending(2))
-    with pytest.raises(RecipeError, match="ends its visual tokens at a layer"):
+    with pytest.raises(RecipeError, match="drops visual tokens between layers"):
         PruneDepth(decoder_blocks=1).apply(later, samples, CONTEXT)
     stages = [{"method": "reduce_tokens"}, {"method": "prune_depth", "decoder_blocks": 1}]
     with pytest.raises(RecipeError, match=r"stages\.1 \(prune_depth\): needs all_tokens"):
