@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import list_recipes, load_recipe, recipe_from_document
+from tests.docs.snippets import run_snippet
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -73,11 +72,14 @@ def workplace(tiny_paths, tmp_path_factory):
 
 
 @pytest.mark.parametrize("content", list(blocks("python")))
-def test_every_snippet_runs(content, workplace):
-    finished = subprocess.run(
-        [sys.executable, "-c", content], cwd=workplace, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
+def test_every_snippet_runs(content, workplace, tmp_path):
+    assert run_snippet(content, workplace, tmp_path / "log") is None
+
+
+def test_a_snippet_that_fails_says_why(tmp_path):
+    said = run_snippet("print('before')\nnothing()", tmp_path, tmp_path / "log")
+    assert said.startswith("before")
+    assert "NameError: name 'nothing' is not defined" in said
 
 
 def test_every_link_leads_somewhere():
@@ -108,10 +110,7 @@ def test_the_repository_names_no_machine():
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_every_example_runs(example, tmp_path):
-    finished = subprocess.run(
-        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
+    assert run_snippet(example.read_text(), tmp_path, tmp_path / "log") is None
 
 
 def test_the_workflow_for_pull_requests_uses_commands_that_parse():
