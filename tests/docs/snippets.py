@@ -1,4 +1,4 @@
-"""Runs code that the documentation shows, each piece in a process of its own.
+"""Runs code that the documentation shows, each piece in a separate process.
 
 The processes are forked from one that has imported what most pieces import, because importing takes
 longer than running them.
