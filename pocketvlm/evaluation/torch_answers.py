@@ -101,7 +101,7 @@ def checkpoint_limits(checkpoint: Checkpoint) -> PromptLimits:
     return PromptLimits(
         image_token_id=spec.image_token_id,
         placeholders=spec.visual_tokens,
-        kept=spec.visual_tokens if reducer is None else reducer.keep,
+        kept=checkpoint.visual_tokens,
         keeps_positions=reducer is None or reducer.positions == "original",
         vocabulary=spec.decoder.vocab_size,
         positions=spec.decoder.context_length,

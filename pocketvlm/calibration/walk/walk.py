@@ -125,8 +125,7 @@ class BlockWalk:
     @cached_property
     def counts(self) -> TokenCounts:
         """Tokens that enter the decoder, at most, after any reduction."""
-        spec, reducer = self.checkpoint.spec, self.checkpoint.reducer
-        kept = spec.visual_tokens if reducer is None else reducer.keep
+        spec, kept = self.checkpoint.spec, self.checkpoint.visual_tokens
         total = sum(len(prompt.token_ids) for prompt in self.prompts)
         grids = [prompt.grid for prompt in self.prompts]
         return TokenCounts(

@@ -104,7 +104,8 @@ def assert_near(found, expected, message):
     assert float((found.double() - expected).abs().max()) < 1e-5 * scale, message
 
 
-def test_gradients_are_those_of_the_whole_graph(checkpoint, samples):
+def hold_to_the_whole_graph(checkpoint, samples):
+    """Gradients of a walk back, of outputs and weights, held to those of the whole graph."""
     prompts, batches, visual = encode(checkpoint, samples)
     outputs, weights = {}, {}
     with answer_loss(checkpoint, prompts, batches, visual) as loss:
@@ -117,12 +118,17 @@ def test_gradients_are_those_of_the_whole_graph(checkpoint, samples):
                 weights[name] = weights.get(name, 0) + gradient
     losses, expected, expected_weights = whole_graph(checkpoint, prompts, visual)
     assert mean == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert len(outputs) == 7 * checkpoint.spec.decoder.depth * len(samples)
-    assert weights.keys() == expected_weights.keys()
     for (name, sample), gradient in outputs.items():
         assert_near(gradient, expected[name][sample], f"{name} of sample {sample}")
     for name, gradient in weights.items():
         assert_near(gradient, expected_weights[name], name)
+    return outputs, weights, expected_weights
+
+
+def test_gradients_are_those_of_the_whole_graph(checkpoint, samples):
+    outputs, weights, expected = hold_to_the_whole_graph(checkpoint, samples)
+    assert len(outputs) == 7 * checkpoint.spec.decoder.depth * len(samples)
+    assert weights.keys() == expected.keys()
 
 
 def test_what_spills_to_disk_changes_nothing_and_leaves_nothing(

@@ -10,12 +10,11 @@ import torch
 from pocketvlm.bundle import VisualDrop, VisualSchedule
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
-from pocketvlm.calibration.gradients.backward import answer_loss, walk_back
 from pocketvlm.calibration.gradients.token_weights import FLOOR, gradient_weights
 from pocketvlm.calibration.walk.partial_forward import PartialForward
 from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
-from tests.calibration.gradients.test_token_weights import assert_near, encode, whole_graph
+from tests.calibration.gradients.test_token_weights import encode, hold_to_the_whole_graph
 
 LATE = 2
 
@@ -165,23 +164,9 @@ def test_moments_are_those_of_the_rows_that_are_kept(ranking, samples, weighting
 
 
 def test_gradients_are_those_of_the_whole_graph(dropping, samples):
-    checkpoint = dropping
-    prompts, batches, visual = encode(checkpoint, samples)
-    outputs, weights = {}, {}
-    with answer_loss(checkpoint, prompts, batches, visual) as loss:
-        mean = loss.mean
-        for step in walk_back(checkpoint, loss, weights=True):
-            for name, gradient in step.outputs.items():
-                for row, sample in enumerate(batches[step.batch].samples):
-                    outputs[name, sample] = gradient[row]
-            for name, gradient in step.weights.items():
-                weights[name] = weights.get(name, 0) + gradient
-    losses, expected, expected_weights = whole_graph(checkpoint, prompts, visual)
-    assert mean == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    for (name, sample), gradient in outputs.items():
-        assert_near(gradient, expected[name][sample], f"{name}, sample {sample}")
-    for name, gradient in weights.items():
-        assert_near(gradient, expected_weights[name], name)
+    outputs, weights, _ = hold_to_the_whole_graph(dropping, samples)
+    assert outputs
+    assert weights
 
 
 def test_gradient_weights_ask_for_nothing_where_visual_rows_have_ended(checkpoint, samples):

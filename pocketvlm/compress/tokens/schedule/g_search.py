@@ -21,7 +21,7 @@ from pocketvlm.bundle import VisualDrop, VisualSchedule
 from pocketvlm.calibration.gradients.schedule_trials import GivenAnswers, ScheduleTrials
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens.schedule.kind import FoundSchedule, Report, ScheduleKind
+from pocketvlm.compress.tokens.schedule.kind import FoundSchedule, Report, SearchedSchedule
 from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
 from pocketvlm.errors import RecipeError
 
@@ -44,7 +44,7 @@ def fewest(passes: Callable[[int], bool], most: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GSearch(ScheduleKind):
+class GSearch(SearchedSchedule):
     """Searches the fewest visual tokens of each layer that lose no answer.
 
     Attributes:
@@ -71,16 +71,6 @@ class GSearch(ScheduleKind):
             return False
         return self.loss_tolerance is None or answers.loss <= plain.loss + self.loss_tolerance
 
-    @property
-    def is_searched(self) -> bool:
-        """Always."""
-        return True
-
-    def plan(self, depth: int, tokens: int) -> VisualSchedule:
-        """All tokens in all layers: how few suffice is found on calibration samples."""
-        del tokens
-        return VisualSchedule.ending(depth)
-
     def find(
         self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
     ) -> FoundSchedule:
@@ -89,9 +79,9 @@ class GSearch(ScheduleKind):
         Raises:
             RecipeError: No layer can lose a token.
         """
-        spec, reducer = checkpoint.spec, checkpoint.reducer
+        spec = checkpoint.spec
         depth = spec.decoder.depth
-        tokens = left = spec.visual_tokens if reducer is None else reducer.keep
+        tokens = left = checkpoint.visual_tokens
         trials = ScheduleTrials(checkpoint, samples)
         drops: tuple[VisualDrop, ...] = ()
         rows: list[dict[str, Any]] = []

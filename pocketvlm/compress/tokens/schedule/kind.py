@@ -11,7 +11,14 @@ from pocketvlm.bundle import VisualDrop, VisualSchedule
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 
-__all__ = ["FoundSchedule", "ScheduleKind", "check_share", "share_of", "stepwise"]
+__all__ = [
+    "FoundSchedule",
+    "ScheduleKind",
+    "SearchedSchedule",
+    "check_share",
+    "share_of",
+    "stepwise",
+]
 
 Report = Callable[[int, int], None]
 
@@ -72,9 +79,22 @@ class ScheduleKind(ABC):
             ValueError: It does not fit.
         """
         del samples, report
-        reducer, spec = checkpoint.reducer, checkpoint.spec
-        tokens = spec.visual_tokens if reducer is None else reducer.keep
-        return FoundSchedule(schedule=self.plan(spec.decoder.depth, tokens))
+        depth = checkpoint.spec.decoder.depth
+        return FoundSchedule(schedule=self.plan(depth, checkpoint.visual_tokens))
+
+
+class SearchedSchedule(ScheduleKind):
+    """A schedule that calibration samples decide; a plan counts all tokens in all layers."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Always."""
+        return True
+
+    def plan(self, depth: int, tokens: int) -> VisualSchedule:
+        """All tokens in all layers."""
+        del tokens
+        return VisualSchedule.ending(depth)
 
 
 def stepwise(

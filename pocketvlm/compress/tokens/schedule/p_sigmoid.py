@@ -29,7 +29,7 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.schedule.kind import (
     FoundSchedule,
     Report,
-    ScheduleKind,
+    SearchedSchedule,
     stepwise,
 )
 from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
@@ -149,7 +149,7 @@ def _bayesian_points(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PSigmoid(ScheduleKind):
+class PSigmoid(SearchedSchedule):
     """Searches the best sigmoid of depth for a budget.
 
     Attributes:
@@ -172,16 +172,6 @@ class PSigmoid(ScheduleKind):
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; allowed are 0 to {2**32 - 1}")
 
-    @property
-    def is_searched(self) -> bool:
-        """Always."""
-        return True
-
-    def plan(self, depth: int, tokens: int) -> VisualSchedule:
-        """All tokens in all layers: the curve is found on calibration samples."""
-        del tokens
-        return VisualSchedule.ending(depth)
-
     def find(
         self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
     ) -> FoundSchedule:
@@ -190,9 +180,9 @@ class PSigmoid(ScheduleKind):
         Raises:
             RecipeError: A single visual token in each layer costs more than the budget.
         """
-        spec, reducer = checkpoint.spec, checkpoint.reducer
+        spec = checkpoint.spec
         layers = spec.decoder.depth
-        tokens = spec.visual_tokens if reducer is None else reducer.keep
+        tokens = checkpoint.visual_tokens
         trials = ScheduleTrials(checkpoint, samples)
         cost = PrefillMacs.of(spec, trials.prompt_rows).share
         _require_affordable(cost, self.macs, layers, tokens)

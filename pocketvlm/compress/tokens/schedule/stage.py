@@ -97,7 +97,7 @@ class DropTokens(Stage):
             raise RecipeError(f"drop_tokens: {error}") from error
         schedule, depth = found.schedule, spec.decoder.depth
         _require_fit(schedule, spec)
-        tokens = spec.visual_tokens if checkpoint.reducer is None else checkpoint.reducer.keep
+        tokens = checkpoint.visual_tokens
         rows = schedule.rows_by_layer(depth, tokens)
         row_bytes = 2 * spec.decoder.kv_heads * spec.decoder.head_dim * _FLOAT_BYTES
         ctx.report(self.method, 1, 1, schedule.describe())
