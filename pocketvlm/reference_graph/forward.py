@@ -35,7 +35,7 @@ from pocketvlm.reference_graph.tower_states import (
     run_tower_block,
     tower_queries_and_keys,
 )
-from pocketvlm.reference_graph.visual_schedule import RowsLeft, drop_rows
+from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 
 __all__ = [
     "DecoderInputs",
@@ -380,13 +380,9 @@ def decoder_states(
     left = RowsLeft.of(rows, inputs.is_visual, inputs.reader)
     for block in range(spec.decoder.depth):
         attention, ffn = decoder_sublayers(model, spec, block)
-        before = drop_rows(checkpoint, block, hidden, left, after_attention=False)
-        if before is not None:
-            hidden, left = before.of(hidden), before.left
-        after = drop_rows(checkpoint, block, hidden, left, after_attention=True)
-        hidden = attention.output(hidden, left.rows)
-        if after is not None:
-            hidden, left = after.of(hidden), after.left
+        run = BlockRows.of(checkpoint, block, hidden, left)
+        middle = attention.output(run.entering(hidden), run.attention.rows)
+        hidden, left = run.between(middle), run.ffn
         if shares_cache and bool(left.is_filler.any()):
             raise ValueError("rows of one batch must have equally many rows left to share a cache")
         if not hidden.shape[1]:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
+from pocketvlm.reference_graph.sublayers import Sublayer, run_sublayers
 from pocketvlm.reference_graph.torch_ops import TorchOps
 
-__all__ = ["DroppedRows", "RowsLeft", "drop_rows", "reader_attention"]
+__all__ = ["BlockRows", "DroppedRows", "RowsLeft", "drop_rows", "reader_attention"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,6 +131,53 @@ def drop_rows(
             reader=((columns < left.reader[:, None]) & ~is_filler).sum(dim=1),
         ),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockRows:
+    """The rows of a batch that one block runs.
+
+    Attributes:
+        before: What is dropped before its attention; `None` for nothing.
+        attention: What its attention runs.
+        after: What is dropped after its attention; `None` for nothing.
+    """
+
+    before: DroppedRows | None
+    attention: RowsLeft
+    after: DroppedRows | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, block: int, hidden: Tensor, left: RowsLeft) -> BlockRows:
+        """What a block makes of rows that enter it."""
+        before = drop_rows(checkpoint, block, hidden, left, after_attention=False)
+        if before is not None:
+            hidden, left = before.of(hidden), before.left
+        after = drop_rows(checkpoint, block, hidden, left, after_attention=True)
+        return cls(before=before, attention=left, after=after)
+
+    @property
+    def ffn(self) -> RowsLeft:
+        """What its feed-forward network runs, and the next block is given."""
+        return self.attention if self.after is None else self.after.left
+
+    def entering(self, hidden: Tensor) -> Tensor:
+        """The rows that its attention runs, of those that enter the block."""
+        return hidden if self.before is None else self.before.of(hidden)
+
+    def between(self, hidden: Tensor) -> Tensor:
+        """The rows that its feed-forward network runs, of those that its attention returns."""
+        return hidden if self.after is None else self.after.of(hidden)
+
+    def run(self, sublayers: tuple[Sublayer, Sublayer], hidden: Tensor) -> Tensor:
+        """The hidden state after the block; autograd may record it."""
+        return run_sublayers(
+            sublayers,
+            self.attention.rows,
+            hidden,
+            before=self.entering,
+            between=self.between,
+        )
 
 
 def reader_attention(checkpoint: Checkpoint, block: int, hidden: Tensor, left: RowsLeft) -> Tensor:

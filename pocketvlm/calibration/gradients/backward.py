@@ -28,18 +28,12 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import DecoderInputs, VisualTokens, embed_prompts
-from pocketvlm.reference_graph.sublayers import (
-    Sublayer,
-    SublayerKind,
-    decoder_sublayers,
-    run_sublayers,
-)
-from pocketvlm.reference_graph.visual_schedule import DroppedRows, RowsLeft, drop_rows
+from pocketvlm.reference_graph.sublayers import SublayerKind, decoder_sublayers
+from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = [
     "AnswerLoss",
-    "BlockRows",
     "LayerGradients",
     "answer_loss",
     "enter_decoder",
@@ -47,49 +41,6 @@ __all__ = [
     "visual_gradients",
     "walk_back",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BlockRows:
-    """The rows of a batch that one block runs.
-
-    Attributes:
-        before: What is dropped before its attention; `None` for nothing.
-        attention: What its attention runs.
-        after: What is dropped after its attention; `None` for nothing.
-    """
-
-    before: DroppedRows | None
-    attention: RowsLeft
-    after: DroppedRows | None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, block: int, hidden: Tensor, left: RowsLeft) -> BlockRows:
-        """What a block makes of rows that enter it."""
-        before = drop_rows(checkpoint, block, hidden, left, after_attention=False)
-        if before is not None:
-            hidden, left = before.of(hidden), before.left
-        after = drop_rows(checkpoint, block, hidden, left, after_attention=True)
-        return cls(before=before, attention=left, after=after)
-
-    @property
-    def ffn(self) -> RowsLeft:
-        """What its feed-forward network runs, and the next block is given."""
-        return self.attention if self.after is None else self.after.left
-
-    def run(self, sublayers: tuple[Sublayer, Sublayer], hidden: Tensor) -> Tensor:
-        """The hidden state after the block; autograd may record it."""
-        return run_sublayers(
-            sublayers,
-            self.attention.rows,
-            hidden,
-            before=_same if self.before is None else self.before.of,
-            between=_same if self.after is None else self.after.of,
-        )
-
-
-def _same(states: Tensor) -> Tensor:
-    return states
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from pocketvlm.bundle import VisualSchedule
 from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
-from pocketvlm.calibration.gradients.backward import BlockRows, enter_decoder
+from pocketvlm.calibration.gradients.backward import enter_decoder
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.reference_graph.sublayers import decoder_sublayers
-from pocketvlm.reference_graph.visual_schedule import RowsLeft
+from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["GivenAnswers", "ScheduleTrials"]

@@ -34,7 +34,7 @@ from pocketvlm.reference_graph.tower_states import (
     run_tower_attention,
     run_tower_block,
 )
-from pocketvlm.reference_graph.visual_schedule import RowsLeft, drop_rows
+from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
 
@@ -237,16 +237,11 @@ class PartialForward:
 
         def run(_: int, state: _State) -> _State:
             hidden, left = state.hidden, cast("RowsLeft", state.left)
-            after = None
-            if drops:
-                before = drop_rows(self._checkpoint, block, hidden, left, after_attention=False)
-                if before is not None:
-                    hidden, left = before.of(hidden), before.left
-                after = drop_rows(self._checkpoint, block, hidden, left, after_attention=True)
-            hidden = sublayer.run(hidden, left.rows)
-            if after is not None:
-                hidden, left = after.of(hidden), after.left
-            return _State(hidden=hidden, left=left)
+            if not drops:
+                return _State(hidden=sublayer.run(hidden, left.rows), left=left)
+            rows = BlockRows.of(self._checkpoint, block, hidden, left)
+            middle = sublayer.run(rows.entering(hidden), rows.attention.rows)
+            return _State(hidden=rows.between(middle), left=rows.ffn)
 
         return _Segment(modules=sublayer.linears, run=run)
 
