@@ -17,26 +17,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_grids, tile_rows
+from pocketvlm.calibration.data.prompts import (
+    Prompt,
+    PromptBatch,
+    batch_grids,
+    batch_prompts,
+    encode_samples,
+    tile_rows,
+)
 from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
     linears_of,
     record_block,
 )
+from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
-from pocketvlm.reference_graph.forward import DecoderInputs, VisualTokens, embed_prompts
+from pocketvlm.reference_graph.forward import (
+    DecoderInputs,
+    VisualTokens,
+    embed_prompts,
+    encode_images,
+)
 from pocketvlm.reference_graph.sublayers import SublayerKind, decoder_sublayers
 from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = [
     "AnswerLoss",
+    "EnteredBatch",
     "LayerGradients",
     "answer_loss",
     "enter_decoder",
+    "enter_samples",
     "require_answers",
     "visual_gradients",
     "walk_back",
@@ -244,6 +259,54 @@ def _splice(
         batch_grids(prompts, batch.samples),
         answer_starts=[prompts[index].answer_start for index in batch.samples],
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EnteredBatch:
+    """Samples with answers, as they enter the decoder.
+
+    Attributes:
+        samples: Their numbers.
+        prompts: Their prompts.
+        inputs: What enters.
+        rows: What attention takes beside it.
+    """
+
+    samples: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+    inputs: DecoderInputs
+    rows: DecoderRows
+
+
+def enter_samples(
+    checkpoint: Checkpoint, samples: CalibrationSet, *, batch_tokens: int, reason: str
+) -> Iterator[EnteredBatch]:
+    """Encodes samples and splices their pictures, batch by batch.
+
+    Args:
+        checkpoint: The model.
+        samples: Pictures with questions and answers.
+        batch_tokens: Tokens of a batch, at most.
+        reason: Why every sample needs an answer.
+
+    Raises:
+        CalibrationError: A sample cannot be used or has no answer.
+    """
+    prompts = encode_samples(checkpoint.processor, samples)
+    for prompt in prompts:
+        if not prompt.has_answer:
+            raise CalibrationError(
+                f"{prompt.where}: has no answer, or all of it was cut off; {reason}, so every "
+                "sample needs one"
+            )
+    for together in batch_prompts(prompts, len(prompts), batch_tokens):
+        images = [samples.samples[index].open_image() for index in together.samples]
+        own = tuple(prompts[index] for index in together.samples)
+        visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
+        # Renumbered: prompts and visual tokens are this batch's own.
+        alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
+        inputs, rows = enter_decoder(checkpoint, own, alone, visual)
+        yield EnteredBatch(samples=together.samples, prompts=own, inputs=inputs, rows=rows)
 
 
 def require_answers(prompts: Sequence[Prompt]) -> None:

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.bundle import VisualSchedule
-from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
-from pocketvlm.calibration.gradients.backward import enter_decoder
+from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.gradients.backward import enter_samples
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
-from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.reference_graph.sublayers import decoder_sublayers
 from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 from pocketvlm.weights.modules import cache_dense_weights
@@ -78,13 +77,6 @@ class ScheduleTrials:
     @torch.no_grad()
     def __init__(self, checkpoint: Checkpoint, samples: CalibrationSet) -> None:
         self._checkpoint = checkpoint
-        prompts = encode_samples(checkpoint.processor, samples)
-        for prompt in prompts:
-            if not prompt.has_answer:
-                raise CalibrationError(
-                    f"{prompt.where}: has no answer, or all of it was cut off; schedules are "
-                    "judged by answers, so every sample needs one"
-                )
         spec = checkpoint.spec
         self._blocks = [
             decoder_sublayers(checkpoint.model, spec, block) for block in range(spec.decoder.depth)
@@ -92,20 +84,26 @@ class ScheduleTrials:
         self._at = 0
         self._batches: list[_Batch] = []
         rows: dict[int, tuple[int, int]] = {}
-        for together in batch_prompts(prompts, len(prompts), _BATCH_TOKENS):
-            images = [samples.samples[index].open_image() for index in together.samples]
-            own = tuple(prompts[index] for index in together.samples)
-            visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
-            # Renumbered: prompts and visual tokens are this batch's own.
-            alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
-            inputs, beside = enter_decoder(checkpoint, own, alone, visual)
-            left = RowsLeft.of(beside, inputs.is_visual, inputs.reader)
-            batch = _Batch(samples=together.samples, prompts=own, hidden=inputs.embeds, left=left)
-            self._batches.append(batch)
-            for index, prompt, count in zip(together.samples, own, left.entered, strict=True):
+        entered = enter_samples(
+            checkpoint,
+            samples,
+            batch_tokens=_BATCH_TOKENS,
+            reason="schedules are judged by answers",
+        )
+        for batch in entered:
+            inputs = batch.inputs
+            left = RowsLeft.of(batch.rows, inputs.is_visual, inputs.reader)
+            self._batches.append(
+                _Batch(
+                    samples=batch.samples, prompts=batch.prompts, hidden=inputs.embeds, left=left
+                )
+            )
+            for index, prompt, count in zip(
+                batch.samples, batch.prompts, left.entered, strict=True
+            ):
                 answered = len(prompt.token_ids) - prompt.answer_start
                 rows[index] = (inputs.embeds.shape[1] - answered - count, count)
-        self.prompt_rows = tuple(rows[index] for index in range(len(prompts)))
+        self.prompt_rows = tuple(rows[index] for index in range(len(rows)))
         self.plain = self.answers(None)
         if not bool(torch.isfinite(self.plain.losses).all()):
             raise CalibrationError("the model's outputs are not finite on the calibration data")

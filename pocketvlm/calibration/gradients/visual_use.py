@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.data.prompts import Prompt, PromptBatch, batch_prompts, encode_samples
-from pocketvlm.calibration.gradients.backward import enter_decoder
+from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.gradients.backward import enter_samples
 from pocketvlm.calibration.gradients.divergence import mean_divergence
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.machine import available_memory_bytes
 from pocketvlm.reference_graph.decoder_rows import DecoderRows, take_columns, text_columns
-from pocketvlm.reference_graph.forward import encode_images
 from pocketvlm.reference_graph.sublayers import Sublayer, decoder_sublayers
 from pocketvlm.reference_graph.torch_ops import TorchOps
 from pocketvlm.weights.modules import cache_dense_weights
@@ -69,23 +68,17 @@ def measure_visual_use(
         CalibrationError: A sample cannot be used or has no answer, or an output is not finite.
     """
     model, spec = checkpoint.model, checkpoint.spec
-    prompts = encode_samples(checkpoint.processor, samples)
-    for prompt in prompts:
-        if not prompt.has_answer:
-            raise CalibrationError(
-                f"{prompt.where}: has no answer, or all of it was cut off; what an answer loses is "
-                "measured at its tokens, so every sample needs one"
-            )
     batches, states = [], []
-    for together in batch_prompts(prompts, len(prompts), _BATCH_TOKENS):
-        images = [samples.samples[index].open_image() for index in together.samples]
-        own = tuple(prompts[index] for index in together.samples)
-        visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
-        # Renumbered: prompts and visual tokens are this batch's own.
-        alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
-        inputs, rows = enter_decoder(checkpoint, own, alone, visual)
-        batches.append(_Batch(prompts=own, rows=rows, is_visual=inputs.is_visual))
-        states.append(inputs.embeds)
+    entered = enter_samples(
+        checkpoint,
+        samples,
+        batch_tokens=_BATCH_TOKENS,
+        reason="what an answer loses is measured at its tokens",
+    )
+    for one in entered:
+        is_visual = one.inputs.is_visual
+        batches.append(_Batch(prompts=one.prompts, rows=one.rows, is_visual=is_visual))
+        states.append(one.inputs.embeds)
     blocks = [decoder_sublayers(model, spec, block) for block in range(spec.decoder.depth)]
     found: list[LayerUse] = []
     decoder, spare = model.get_submodule(spec.decoder.prefix), available_memory_bytes() // 2
