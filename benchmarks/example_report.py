@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller.bench import bench_bundles
+from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.json_io import encode, write_json
 from pocketvlm.machine import REPORT_SCHEMA
@@ -50,7 +50,9 @@ def main() -> None:
     bench = options.work / "bench.json"
     if not bench.exists():
         pairs = pair_all([folder / "bundle" for folder in made])
-        (measured,) = bench_bundles(pairs, [_WORKLOAD], threads=options.threads)
+        (measured,) = bench_bundles(
+            pairs, [_WORKLOAD], options=BenchOptions(threads=options.threads)
+        )
         write_json(bench, {"schema": REPORT_SCHEMA, "bench": encode(measured)})
     page = render_html(*map(read_report, [*made, bench]))
     options.out.write_text(page, encoding="utf-8")

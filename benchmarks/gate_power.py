@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from pocketvlm.device_bench.arm import pair_all
-from pocketvlm.device_bench.controller.bench import bench_bundles
+from pocketvlm.device_bench.controller.bench import BenchOptions, bench_bundles
 from pocketvlm.device_bench.gate.compare import compare_arms
 from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.device_bench.workload import Workload
@@ -60,7 +60,7 @@ def main() -> None:
                 pair_all(folders),
                 [workload],
                 transport=HostTransport(command=_RUNNER),
-                threads=options.threads,
+                options=BenchOptions(threads=options.threads),
             )
             write_json(file, {"schema": REPORT_SCHEMA, "bench": encode(measured)})
         for name, verdicts in outcomes.items():
