@@ -91,9 +91,11 @@ def mixed_stage(spec: ModelSpec, bits: float) -> MixedPrecision:
 
 
 def _planned_bytes(stages: Sequence[Stage], spec: ModelSpec) -> int:
-    forms = stages[-1].plan(PlanState.of(spec)).layouts
+    layouts = stages[-1].plan(PlanState.of(spec)).layouts
     return sum(
-        form.stored_bytes(linear.out_features, linear.in_features) for linear, form in forms.items()
+        layout.stored_bytes(linear.out_features, linear.in_features)
+        for linear, layout in layouts.items()
+        if layout is not None
     )
 
 
@@ -110,7 +112,10 @@ UNIFORM: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
     "LUT + feedback": lambda _, bits: (Codebook(rules=palette_rules(bits)),),
     "VPTQ": lambda _, bits: (Codebook(rules=vector_rules(bits)),),
 }
-METHODS = {**UNIFORM, "mixed": lambda spec, bits: (mixed_stage(spec, bits),)}
+METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
+    **UNIFORM,
+    "mixed": lambda spec, bits: (mixed_stage(spec, bits),),
+}
 
 
 def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,13 @@ _ROUNDS = 9
 class Attention:
     """One node with its cache."""
 
-    def __init__(self, shape: tuple[int, int, int], rows: int, dtype: type, threads: int) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        rows: int,
+        dtype: type[np.float32 | np.int8],
+        threads: int,
+    ) -> None:
         heads, kv_heads, width = shape
         self._packed, self._rows = (heads + 2 * kv_heads) * width, rows
         element = {np.float32: TensorProto.FLOAT, np.int8: TensorProto.INT8}[dtype]
@@ -81,7 +87,7 @@ class Attention:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._binding = self._session.io_binding()
-        self._held = [np.ones(cache, dtype), np.ones(cache, dtype)]
+        self._held: list[np.ndarray] = [np.ones(cache, dtype), np.ones(cache, dtype)]
         for kind, buffer in zip(("key", "value"), self._held, strict=True):
             shared = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
             self._binding.bind_ortvalue_input(f"past_{kind}", shared)

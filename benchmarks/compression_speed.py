@@ -35,13 +35,16 @@ from pocketvlm.compress.quantization.rules import Assignment, LayerRule
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.weights.dense import DenseWeight
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "compress" / "quantization"))
-from straightforward import hessian_of, straightforward_gptq
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.compress.quantization.straightforward import hessian_of, straightforward_gptq
 
 RuleT = TypeVar("RuleT", bound=LayerRule)
 FEEDBACK = ErrorFeedback(damping=0.01, order="group_aware")
 # Inputs of one block of SmolVLM-256M's decoder, and the rows of the linears that read each.
-BLOCK = {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}
+BLOCK: dict[int, list[tuple[int, ...]]] = {
+    576: [(576, 192, 192), (576,), (1536, 1536)],
+    1536: [(576,)],
+}
 
 
 def inputs_of(width: int, tokens: int, generator: torch.Generator) -> Tensor:

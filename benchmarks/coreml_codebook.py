@@ -15,7 +15,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def compress(checkpoint: Checkpoint) -> None:
             checkpoint.set_form(linear.name, cluster(form.dequantize()))
 
 
-def compare(model: str, precision: str, rows: int) -> dict[str, Any]:
+def compare(model: str, precision: Literal["float16", "float32"], rows: int) -> dict[str, Any]:
     """Logits after a prompt of random rows and after eight single rows."""
     checkpoint = Checkpoint.load(resolve_model(model))
     source = sum(form.shape[0] * form.shape[1] * 2 for form in checkpoint.forms().values())

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def main() -> None:
     for name, recipe in (("float32 ONNX", "float"), ("int4 ONNX", "int4-balanced")):
         bundle = write_bundle(_SHAPE, recipe, options.work / recipe)
         runner = OnnxRunner(bundle, threads=options.threads, capacity=512, keep_vision=False)
-        rounds[name] = lambda prompt, new, runner=runner: onnx_round(runner, prompt, new)
+        rounds[name] = partial(onnx_round, runner)
     process = None
     if options.genai:
         process, rounds["ORT-GenAI int4"] = start_genai(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def exact(
     return slopes, first
 
 
-def compare(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
+def compare(one: ArrayLike, two: ArrayLike) -> tuple[float, float]:
     """Standard deviation of the logarithm of the ratio, and rank correlation."""
     return float(np.std(np.log(np.divide(one, two)))), float(spearmanr(one, two)[0])
 

@@ -45,8 +45,7 @@ def main() -> None:
     started = time.perf_counter()
     runner = ExecutorchRunner(bundle, threads=1)
     start_s = time.perf_counter() - started
-    with find_program(bundle).opened() as (path, _):
-        module = load_program(path)
+    module = load_program(find_program(bundle))
     set_threads(1)
 
     def step_here() -> object:

@@ -16,14 +16,16 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from child_process import resident_bytes, run_child
 
 LIMIT = 4.0  # bytes a parameter above the loaded model
 
 
-def prune(model: Path, gradient: str, samples: int, scratch: Path) -> dict[str, Any]:
+def prune(
+    model: Path, gradient: Literal["answer", "block"], samples: int, scratch: Path
+) -> dict[str, Any]:
     """Loads, prunes, and reads what either took; called in a separate process."""
     from pocketvlm.calibration import CalibrationSet
     from pocketvlm.checkpoint import Checkpoint

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def losses_of(form: WeightForm, hessian: InputHessian, ratio: float) -> dict[str
     return found
 
 
-def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str, object]]:
+def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str, Any]]:
     """One row per layer and ratio."""
     checkpoint = Checkpoint.load(reference_model_path(model))
     linears = checkpoint.spec.linears()
@@ -92,7 +93,7 @@ def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str,
     walk = BlockWalk(
         checkpoint=checkpoint, samples=CalibrationSet.from_reference(0, samples), held_out=0.25
     )
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for step in walk:
         if not isinstance(step, LinearGroup) or step.moments is None:
             continue
@@ -113,7 +114,7 @@ def measure(model: str, samples: int, ratios: Sequence[float]) -> list[dict[str,
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=REFERENCE_MODELS, default=REFERENCE_MODELS[0])
+    parser.add_argument("--model", choices=REFERENCE_MODELS, default=next(iter(REFERENCE_MODELS)))
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -38,15 +38,9 @@ def compare(command: Sequence[str], folder: Path, n: int, seed: int) -> tuple[in
         for sample in CalibrationSet.from_reference(seed=seed, n=n, split="evaluation"):
             sample.open_image().save(picture)
             turns = (Turn(text=sample.question, pictures=(0,)), _SECOND)
-            first, second = render_turns(codec, turns)
-            words = [
-                "--image",
-                picture,
-                "--rendered",
-                first.rendered,
-                "--rendered",
-                second.rendered,
-            ]
+            words: list[str | Path] = ["--image", picture]
+            for turn in render_turns(codec, turns):
+                words += ["--rendered", turn.rendered or ""]
             done = subprocess.run(
                 [*command, folder, *words, "--max-new-tokens", str(_NEW_TOKENS), "--json"],
                 capture_output=True,

@@ -44,7 +44,7 @@ SCORES: dict[str, Score] = {
     "GBLM": Gblm(),
     "SparseGPT": SparseGpt(),
 }
-ALLOCATIONS = {
+ALLOCATIONS: dict[str, Uniform | Ecoflap] = {
     "uniform": Uniform(),
     "ECoFLaP, zeroth order": Ecoflap(order="zeroth"),
     "ECoFLaP, first order": Ecoflap(order="first"),
@@ -107,7 +107,12 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
                 continue  # 2 of 4 leaves nothing to share out
             for score in arguments.score:
                 shared = Remembered(allocation=ALLOCATIONS[allocation], folder=scratch)
-                stage = Prune(score=SCORES[score], ratio=ratio, pattern=pattern, allocation=shared)
+                stage = Prune(
+                    score=SCORES[score],
+                    ratio=ratio,
+                    pattern=pattern,
+                    allocation=shared,  # type: ignore[arg-type]  # no option of a recipe
+                )
                 scores, seconds = [], 0.0
                 for calibration in sets:
                     started = time.perf_counter()

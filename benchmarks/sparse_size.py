@@ -88,12 +88,13 @@ def make(model: Path, pattern: Pattern | None, bits: int | None) -> tuple[Checkp
     for linear in checkpoint.spec.linears():
         form = checkpoint.form(linear.name)
         plan: WeightLayout | None = None
+        mask: SparseLayout | None = None
         if pattern is not None and linear.part in _PRUNED:
             form = SparseWeight.from_form(form, draw_mask(pattern, *form.shape, random))
-            plan = SparseLayout(density=0.5)
+            plan = mask = SparseLayout(density=0.5)
         if bits is not None:
             grid = AffineLayout(bits=bits, group_size=_GROUP, symmetric=True)
-            plan = plan_behind_mask(linear.name, plan, grid) if plan is not None else grid
+            plan = plan_behind_mask(linear.name, mask, grid) if mask is not None else grid
             scheme = AffineScheme(bits=bits, symmetric=True)
             form, _ = round_to_nearest(form, scheme=scheme, group_size=_GROUP)
         checkpoint.set_form(linear.name, form)

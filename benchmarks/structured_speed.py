@@ -83,8 +83,11 @@ class Cut:
         widths = self.widths(checkpoint.spec)
         units = {
             group: torch.arange(count)
-            for kind, count in (("kv_groups", widths.kv_groups), ("ffn", widths.ffn))
-            for group in unit_groups(checkpoint.spec, kind)
+            for groups, count in (
+                (unit_groups(checkpoint.spec, "kv_groups"), widths.kv_groups),
+                (unit_groups(checkpoint.spec, "ffn"), widths.ffn),
+            )
+            for group in groups
             if count < group.count
         }
         return remove_units(checkpoint, units) if units else checkpoint

@@ -29,7 +29,11 @@ from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
-_IMPORTANCES = {"magnitude": UnitMagnitude(), "taylor": Taylor(), "flap": Flap()}
+_IMPORTANCES: dict[str, Flap | Taylor | UnitMagnitude] = {
+    "magnitude": UnitMagnitude(),
+    "taylor": Taylor(),
+    "flap": Flap(),
+}
 _REPAIRS = ("none", "bias", "regression")
 
 
