@@ -17,7 +17,7 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import list_recipes, load_recipe, recipe_from_document
-from tests.docs.snippets import run_snippet
+from tests.forked import fork_snippet
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -72,12 +72,12 @@ def workplace(tiny_paths, tmp_path_factory):
 
 
 @pytest.mark.parametrize("content", list(blocks("python")))
-def test_every_snippet_runs(content, workplace, tmp_path):
-    assert run_snippet(content, workplace, tmp_path / "log") is None
+def test_every_snippet_runs(content, workplace):
+    assert fork_snippet(content, workplace) is None
 
 
 def test_a_snippet_that_fails_says_why(tmp_path):
-    said = run_snippet("print('before')\nnothing()", tmp_path, tmp_path / "log")
+    said = fork_snippet("print('before')\nnothing()", tmp_path)
     assert said.startswith("before")
     assert "NameError: name 'nothing' is not defined" in said
 
@@ -110,7 +110,7 @@ def test_the_repository_names_no_machine():
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_every_example_runs(example, tmp_path):
-    assert run_snippet(example.read_text(), tmp_path, tmp_path / "log") is None
+    assert fork_snippet(example.read_text(), tmp_path) is None
 
 
 def test_the_workflow_for_pull_requests_uses_commands_that_parse():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pocketvlm.cli import interrupts, main
+from tests.forked import fork_cli
 from tests.shared import make_once
 
 RECIPE = """
@@ -67,27 +67,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cli(*arguments, check=None, **options):
-    """Runs the command line in a separate process."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "pocketvlm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
-    if check is not None:
-        assert finished.returncode == check, finished.stderr
-    return finished
-
-
 @pytest.fixture(scope="session")
 def finished_runs(tiny_paths, recipe_path, tmp_path_factory):
     """Run folders of both tiny models, by family."""
 
     def make(root):
         for family, path in tiny_paths.items():
-            cli(
+            fork_cli(
                 *("compress", path, "--recipe", recipe_path, "--out", root / family),
                 *("--no-bench", "--threads", 1),
                 check=0,

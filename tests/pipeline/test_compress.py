@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,7 @@ import pytest
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError
 from pocketvlm.json_io import read_json
-
-from .conftest import cli
+from tests.forked import fork_cli
 
 
 def signed_bytes(run):
@@ -52,7 +50,7 @@ def test_a_run_leaves_everything_the_design_names(finished_runs):
 def test_the_same_command_again_ends_in_the_same_bytes(finished_runs, tiny_paths, recipe_path):
     run = finished_runs["llava"]
     before = signed_bytes(run)
-    cli(
+    fork_cli(
         *("compress", tiny_paths["llava"], "--recipe", recipe_path, "--out", run),
         *("--no-bench", "--threads", 1),
         check=0,
@@ -85,14 +83,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     process.send_signal(number)
     assert process.wait(60) == code
     assert not (out / "report.json").exists()
-    cli(*arguments, check=0)
+    fork_cli(*arguments, check=0)
     assert signed_bytes(out) == signed_bytes(finished_runs["llava"])
 
 
 def test_another_run_is_refused_and_nothing_is_touched(finished_runs, tiny_paths, recipe_path):
     run = finished_runs["llava"]
     before = signed_bytes(run)
-    finished = cli(
+    finished = fork_cli(
         *("compress", tiny_paths["smolvlm"], "--recipe", recipe_path, "--out", run, "--no-bench"),
         check=2,
     )
@@ -102,7 +100,7 @@ def test_another_run_is_refused_and_nothing_is_touched(finished_runs, tiny_paths
 
 def test_a_folder_with_other_things_is_refused(tiny_paths, recipe_path, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    finished = cli(
+    finished = fork_cli(
         *("compress", tiny_paths["llava"], "--recipe", recipe_path, "--out", tmp_path), check=2
     )
     assert "is not empty and holds no run" in finished.stderr
@@ -118,21 +116,17 @@ def test_a_full_disk_gets_one_line_and_the_run_goes_on_later(
         *("compress", tiny_paths["llava"], "--recipe", recipe_path),
         *("--out", out, "--no-bench", "--threads", 1),
     ]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    finished = cli(*arguments, check=2, preexec_fn=limit)
+    finished = fork_cli(*arguments, check=2, largest_file=40_000)
     assert_one_error_line(finished)
     assert not list(out.glob("*.partial"))
     assert not (out / "bundle").exists()
-    cli(*arguments, check=0)
+    fork_cli(*arguments, check=0)
     assert signed_bytes(out) == signed_bytes(finished_runs["llava"])
 
 
 def test_scores_of_a_folder_of_questions_are_reported(tiny_paths, recipe_path, questions, tmp_path):
     out = tmp_path / "run"
-    finished = cli(
+    finished = fork_cli(
         *("compress", tiny_paths["smolvlm"], "--recipe", recipe_path, "--out", out),
         *("--no-bench", "--data", questions, "--n", 4, "--json"),
         check=0,
@@ -150,12 +144,12 @@ def test_a_changed_bundle_is_not_asked(finished_runs, tmp_path):
     weights.write_bytes(bytes(content))
     with pytest.raises(BundleError, match=r"weights\.bin: was changed after signing"):
         Bundle.open(bundle)
-    finished = cli("ask", bundle, "--prompt", "hello", check=2)
+    finished = fork_cli("ask", bundle, "--prompt", "hello", check=2)
     assert "was changed after signing" in finished.stderr
 
 
 def test_a_failed_bound_exits_with_1_and_keeps_the_bundle(tiny_paths, recipe_path, tmp_path):
-    finished = cli(
+    finished = fork_cli(
         *("compress", tiny_paths["llava"], "--recipe", recipe_path, "--out", tmp_path / "run"),
         *("--no-bench", "--set", "expect.bundle_share.max=0.001"),
         check=1,
@@ -166,7 +160,7 @@ def test_a_failed_bound_exits_with_1_and_keeps_the_bundle(tiny_paths, recipe_pat
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.ismount("/sys"), reason="root may write")
 def test_a_read_only_place_gets_one_line(tiny_paths, recipe_path):
-    finished = cli(
+    finished = fork_cli(
         *("compress", tiny_paths["llava"], "--recipe", recipe_path, "--out", "/sys/run"), check=2
     )
     assert_one_error_line(finished)

@@ -18,8 +18,7 @@ from pocketvlm.pipeline.run import run
 from pocketvlm.pipeline.source_check import BOUNDS, SourceReport, check_source, verify_folder
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.weights.dense import DenseWeight
-
-from .conftest import cli
+from tests.forked import fork_cli
 
 
 def test_a_checkpoint_that_is_read_alike_passes_to_the_last_bit(tiny_path):
@@ -175,7 +174,7 @@ def test_a_run_that_was_told_not_to_look_says_so(start):
 
 
 def test_plan_verifies_alone(tiny_paths):
-    done = cli(
+    done = fork_cli(
         "plan", tiny_paths["llava"], "--recipe", "float", "--verify-source", "--json", check=0
     )
     assert "source check   passed" in done.stderr

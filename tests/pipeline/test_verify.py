@@ -38,7 +38,7 @@ from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.recorders import Place
 from pocketvlm.pipeline.verify import verify_bundle
 from pocketvlm.recipes.load import load_recipe
-from tests.pipeline.conftest import cli
+from tests.forked import fork_cli
 from tests.programs import IS_CI, give_up
 
 CTX = RunContext(threads=1)
@@ -212,7 +212,7 @@ def test_wrong_arguments_are_one_line(
 def test_arm64_answers_as_this_host_does(bundle: Bundle, emulator: Emulator) -> None:
     assert int(emulator.version().partition(".")[0]) >= 10
     options = ("--arch", "arm64", "--n", 1, "--tokens", 3, "--write", "--json")
-    found = cli("verify", bundle.path, *options, check=0)
+    found = fork_cli("verify", bundle.path, *options, check=0)
     document = json.loads(found.stdout)
     assert document["passed"]
     assert document["host"]["machine"] == "aarch64"

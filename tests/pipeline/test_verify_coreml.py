@@ -25,7 +25,7 @@ from pocketvlm.errors import (
 from pocketvlm.pipeline.questions import Questions
 from pocketvlm.pipeline.verify_coreml import evaluate_coreml, verify_coreml
 from pocketvlm.runtime.coreml.session import RemoteRunner, measure_function
-from tests.pipeline.conftest import cli
+from tests.forked import fork_cli
 from tests.runtime.coreml.rig import stand_in, write_coreml_bundle
 
 ASKED = Questions(n=2, tokens=4)
@@ -191,7 +191,7 @@ def test_the_evaluator_certifies_what_is_on_disk(run: Path) -> None:
 def test_without_an_apple_machine_it_is_refused_in_one_line(made: Path) -> None:
     with pytest.raises(UnsupportedError, match="Apple machines alone"):
         verify_coreml(made / "bundle", ASKED, CTX)
-    finished = cli("verify-coreml", made / "bundle", check=2)
+    finished = fork_cli("verify-coreml", made / "bundle", check=2)
     assert finished.stderr.count("\n") == 1
     assert "inspect BUNDLE --evaluate" in finished.stderr
 
@@ -209,7 +209,7 @@ def test_wrong_input_is_refused(made: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_prints_the_table(made: Path) -> None:
-    finished = cli("inspect", made / "bundle", "--evaluate", "--n", "2", "--json", check=0)
+    finished = fork_cli("inspect", made / "bundle", "--evaluate", "--n", "2", "--json", check=0)
     assert "reference evaluator" in finished.stderr
     assert "prefill.sqnr_db" in finished.stderr
     assert json.loads(finished.stdout)["passed"]
