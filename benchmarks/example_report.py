@@ -2,12 +2,15 @@
 
     python benchmarks/example_report.py --work example --out docs/example_report.html
 
-Reference models, so that nothing is downloaded. A run that is in the folder is not repeated.
+Reference models, so that nothing is downloaded. A run that is in the folder is not repeated. The
+measurement is written beside the page, as `bench --out` writes it. After `pocketvlm bench
+--calibrate-host --threads 1` it has predictions beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +59,7 @@ def main() -> None:
         write_json(bench, {"schema": REPORT_SCHEMA, "bench": encode(measured)})
     page = render_html(*map(read_report, [*made, bench]))
     options.out.write_text(page, encoding="utf-8")
+    shutil.copy(bench, options.out.with_suffix(".json"))
     print(f"{len(made)} bundles, {len(page.encode()) / 1e6:.2f} MB: {options.out}")
 
 

@@ -22,23 +22,20 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 from shape_bundles import write_bundle
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import AnswerTimes, Block
 from pocketvlm.device_bench.prediction.calibration.host import calibrate_host
 from pocketvlm.device_bench.prediction.rates import Rates
 from pocketvlm.device_bench.prediction.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.prediction.work import read_work
 from pocketvlm.device_bench.protocol import BlockJob, Turn
 from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.device_bench.workload import draw_picture
-from pocketvlm.pipeline.plan import plan_stages
-from pocketvlm.pipeline.predict import exported_model
-from pocketvlm.recipes.load import load_recipe
-from pocketvlm.reference.shapes import load_shape
 from pocketvlm.runtime import answer as answer_clock
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
@@ -82,7 +79,7 @@ def main() -> None:
     rows = []
     for pair in pairs:
         taken = samples[pair]
-        times = predicted(*pair, taken[0], calibration.rates)
+        times = predicted(bundles[pair], taken[0], calibration.rates)
         for figure in _FIGURES:
             measured = median(of(answer, figure) for answer in taken)
             guess = getattr(times, figure)
@@ -123,24 +120,22 @@ def answers(bundle: Path, threads: int) -> Block:
     )
 
 
-def predicted(shape: str, recipe: str, answer: AnswerTimes, rates: Rates) -> Times:
-    """What `plan` predicts of the bundle, which has the recipe's grids and all visual tokens."""
-    spec = replace(load_shape(shape).spec, tiling=None)
-    loaded = load_recipe(recipe)
-    # The bundles are rounded to the grids of the recipe's quantizer, and no token is dropped.
-    stages = tuple(stage for stage in loaded.stages if hasattr(stage, "rules"))
-    model = exported_model(plan_stages(stages, spec, loaded.targets), loaded.targets)
-    if isinstance(model, str):
-        raise SystemExit(model)
+def predicted(bundle: Path, answer: AnswerTimes, rates: Rates) -> Times:
+    """What is predicted from the counts that the bundle holds."""
+    opened = Bundle.open(bundle, verify=False)
+    work = read_work(opened)
+    if isinstance(work, str) or isinstance(work.model, str):
+        raise SystemExit(work if isinstance(work, str) else f"{bundle}: {work.model}")
+    visual_rows = opened.manifest.visual_tokens
     question = Question(
-        text_rows=answer.prompt_tokens - spec.visual_tokens,
-        visual_rows=spec.visual_tokens,
-        tiles=1,
+        text_rows=answer.prompt_tokens - visual_rows,
+        visual_rows=visual_rows,
+        tiles_by_vision=(1,),
         picture_pixels=_SIDE**2,
-        tile_pixels=spec.tower.height * spec.tower.width,
         new_tokens=_NEW,
+        cache="int8" if opened.manifest.kv_cache.dtype == "int8" else "float32",
     )
-    return predict_times(model, question, rates)
+    return predict_times(work.model, question, rates)
 
 
 def of(answer: AnswerTimes, figure: str) -> float:

@@ -20,6 +20,7 @@ from shape_bundles import write_bundle
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.controller.prompts import fit_turns
+from pocketvlm.device_bench.controller.shown import show_pictures
 from pocketvlm.device_bench.figures.sustained import summarise_sustained
 from pocketvlm.device_bench.protocol import BlockJob, Event, write_event
 from pocketvlm.device_bench.runner.measure import measure_block
@@ -48,11 +49,11 @@ def main() -> None:
         target = options.work / f"{options.shape}-{options.recipe}"
         folder = write_bundle(options.shape, options.recipe, target).path
     workload = Workload(name="sustained", image_size=512, prompt_tokens=32, new_tokens=32)
-    pictures = workload.encoded_pictures()
+    pictures, bundle = workload.encoded_pictures(), Bundle.open(folder)
     job = BlockJob(
         bundle=str(folder),
         runtime=options.runtime,
-        turns=fit_turns(Bundle.open(folder), workload, pictures),
+        turns=fit_turns(bundle, workload, show_pictures(bundle, pictures, workload.vision)),
         new_tokens=workload.new_tokens,
         pictures=tuple(b64encode(picture).decode() for picture in pictures),
         sustained_s=options.seconds,

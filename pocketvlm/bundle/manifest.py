@@ -31,6 +31,7 @@ MutualRows = Literal["tile", "prompt"]
 """Rows of a prompt that see each other, the later ones too: a tile's, or all of them."""
 _MAX_CACHE_ROW = 2**24
 _MAX_POSITIONS = 2**24
+_CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,17 @@ class CacheLayout:
             )
         if self.visual_schedule is not None:
             self.visual_schedule.require_depth(self.layers)
+
+    def stored_bytes(self, text_rows: int, visual_rows: int) -> int:
+        """Bytes of this many rows, where all visual ones entered the decoder in one call."""
+        schedule = self.visual_schedule
+        rows = self.layers * text_rows
+        rows += (
+            self.layers * visual_rows
+            if schedule is None
+            else sum(schedule.rows_by_layer(self.layers, visual_rows))
+        )
+        return 2 * self.kv_heads * self.head_dim * _CACHE_BYTES[self.dtype] * rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import typer
 
 from pocketvlm.cli.console import command_line, print_json, print_latency, say, told_warnings
 from pocketvlm.cli.devices import calibrate
-from pocketvlm.cli.options import JsonOption, ThreadsOption, out_option
+from pocketvlm.cli.options import JsonOption, ThreadsOption, out_option, parse_resolution
 from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError, InputError
 
@@ -79,6 +79,14 @@ def bench(
             "grid.",
         ),
     ] = None,
+    resolution: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="The vision graph for pictures of this size, likewise. Default: the one closest "
+            "to a picture's ratio of sides.",
+        ),
+    ] = None,
     turns: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Turns of the conversation.")
     ] = None,
@@ -117,7 +125,7 @@ def bench(
         bool,
         typer.Option(
             "--calibrate-host",
-            help="Measure what this host's kernels reach, in a minute, for `plan --device host`; "
+            help="Measure what this host's kernels reach, in a minute, for predicted times; "
             "times no bundle.",
         ),
     ] = False,
@@ -162,8 +170,10 @@ def bench(
         max_status=max_thermal_status,
         time_limit_s=cool_time_limit,
     )
+    known = load_device(profile) if profile is not None else None
     options = BenchOptions(
-        device=device if profile is None else load_device(profile).name,
+        device=device if known is None else known.name,
+        profile=known,
         threads=threads,
         timeout_s=timeout,
         cooling=cooling if waits else None,
@@ -177,6 +187,9 @@ def bench(
                     image_sizes=image_size or (),
                     prompt_tokens=prompt_tokens or (),
                     visual_tokens=visual_tokens or (),
+                    resolutions=[
+                        size for text in resolution or () if (size := parse_resolution(text))
+                    ],
                 ),
                 transport=transport_to(device, runner),
                 options=options,

@@ -137,6 +137,12 @@ def print_latency(bench: Measurement) -> None:
             elif median is not None:
                 pieces.append(f"{figure} {median:.1f}" + (f" ({ratio:.2f}x)" if ratio else ""))
         say(f"{name:<{width}}  " + ", ".join(pieces))
-        for row in arm.predicted or ():
-            if row.name in figures:
-                say(f"{'':<{width}}  {row.name} was predicted {row.ratio:.2f} times as high")
+        ratios = [
+            f"{row.name} {row.ratio:.2f}"
+            for row in arm.predicted or ()
+            if row.name in (*figures, "ram_bytes")
+        ]
+        if ratios:
+            say(f"{'':<{width}}  predicted by measured: {', '.join(ratios)}")
+    if bench.predicted_from is not None:
+        say(f"predicted  {bench.predicted_from}")

@@ -47,6 +47,7 @@ class Arm:
             visual_tokens=manifest.visual_tokens,
             visual_tokens_full=manifest.visual_tokens_full,
             kv_dtype=manifest.kv_cache.dtype,
+            max_positions=manifest.generation.max_positions,
             precision={
                 part: label
                 for component in manifest.components

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from pocketvlm.device_bench.block import AnswerTimes, SensorSample
 from pocketvlm.json_io import DecodeError, decode, encode
+from pocketvlm.runtime.vision import ANY_VISION, VisionChoice
 
 __all__ = [
     "ANSWER_MARK",
@@ -47,7 +48,7 @@ __all__ = [
     "write_result",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The version of jobs, events and results."""
 
 ANSWER_MARK = "\U000f0002"
@@ -86,7 +87,7 @@ class BlockJob:
         turns: The conversation; every answer starts it from an empty cache.
         new_tokens: Tokens per answer, the first one included.
         pictures: Encoded files, as base64, so that every bundle reads the same bytes.
-        visual_tokens: Tokens per tile of the vision graph that sees them; `None` for the first.
+        vision: The vision graph that sees them, where a bundle has several.
         ignore_eos: Whether generation continues after an end token.
         warm_ups: Answers before the measured ones; the first of them is the cold one.
         answers: Measured answers.
@@ -99,7 +100,7 @@ class BlockJob:
     turns: tuple[Turn, ...]
     new_tokens: int
     pictures: tuple[str, ...] = ()
-    visual_tokens: int | None = None
+    vision: VisionChoice = ANY_VISION
     ignore_eos: bool = True
     warm_ups: int = 1
     answers: int = 1

@@ -20,6 +20,7 @@ from PIL import Image
 from pocketvlm.errors import InputError
 from pocketvlm.files.reader import read_bytes
 from pocketvlm.image_file import MAX_FILE_BYTES, read_image
+from pocketvlm.runtime.vision import ANY_VISION, VisionChoice
 
 __all__ = [
     "PRESETS",
@@ -51,8 +52,7 @@ class Workload:
         image_size: Side of the generated square pictures in pixels; `None` for none.
         pictures: Generated pictures of the first turn, each of them another.
         image_files: Pictures to use instead of generated ones.
-        visual_tokens: Tokens per tile of the vision graph that sees the pictures, where a bundle
-            has several; `None` for the first.
+        vision: The vision graph that sees the pictures, where a bundle has several.
         turns: Turns of the conversation; pictures are shown with the first.
         warm_ups: Answers per process before the measured ones. The first of them is the cold answer
             and is reported separately.
@@ -71,7 +71,7 @@ class Workload:
     image_size: int | None = None
     pictures: int = 1
     image_files: tuple[Path, ...] = ()
-    visual_tokens: int | None = None
+    vision: VisionChoice = ANY_VISION
     turns: int = 1
     warm_ups: int = 1
     answers: int = 1
@@ -90,7 +90,6 @@ class Workload:
             "prompt_tokens": (self.prompt_tokens, 1),
             "new_tokens": (self.new_tokens, 2),
             "pictures": (self.pictures, 1),
-            "visual_tokens": (1 if self.visual_tokens is None else self.visual_tokens, 1),
             "turns": (self.turns, 1),
             "warm_ups": (self.warm_ups, 1),
             "answers": (self.answers, 1),
@@ -105,6 +104,10 @@ class Workload:
             raise ValueError(
                 f"workload {self.name!r}: image_size and image_files exclude each other; "
                 "give one of them, or none for text alone"
+            )
+        if self.vision != ANY_VISION and self.image_size is None and not self.image_files:
+            raise ValueError(
+                f"workload {self.name!r}: no picture is shown to the vision graph for {self.vision}"
             )
         if self.image_size is not None and not 8 <= self.image_size <= 8192:  # noqa: PLR2004
             raise ValueError(
@@ -152,14 +155,17 @@ def load_workload(name: str) -> Workload:
 
 
 def change_workload(
-    workload: Workload, *, image_files: tuple[Path, ...] | None = None, **changes: float | None
+    workload: Workload,
+    *,
+    image_files: tuple[Path, ...] | None = None,
+    **changes: float | str | VisionChoice | None,
 ) -> Workload:
     """The workload with other fields; `None` leaves one as it is.
 
     Args:
         workload: The workload.
         image_files: Pictures to use instead of generated ones.
-        changes: Numbers, by the name of the field.
+        changes: Other values, by the name of the field.
 
     Raises:
         InputError: A field is out of range; the message says what is allowed.
@@ -179,6 +185,7 @@ def vary_workload(
     image_sizes: Sequence[int] = (),
     prompt_tokens: Sequence[int] = (),
     visual_tokens: Sequence[int] = (),
+    resolutions: Sequence[tuple[int, int]] = (),
 ) -> tuple[Workload, ...]:
     """The workload with every size of pictures, length of prompt and vision graph, as a grid.
 
@@ -187,34 +194,43 @@ def vary_workload(
         image_sizes: Sides of the generated pictures; none for the workload's own.
         prompt_tokens: Lengths of the prompt; none for the workload's own.
         visual_tokens: Tokens per tile of the vision graphs; none for the workload's own.
+        resolutions: Widths and heights of what the vision graphs take, likewise.
 
     Raises:
         InputError: A number is out of range or named twice.
     """
-    axes = {
+    axes: Mapping[str, Sequence[Any]] = {
         "image_size": image_sizes,
         "prompt_tokens": prompt_tokens,
         "visual_tokens": visual_tokens,
+        "resolution": resolutions,
     }
     for name, values in axes.items():
         if len(set(values)) != len(values):
-            raise InputError(f"{name}: {', '.join(map(str, values))} names a value twice")
+            spelled = ", ".join(
+                "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values
+            )
+            raise InputError(f"{name}: {spelled} names a value twice")
     varied = [name for name, values in axes.items() if len(values) > 1]
     grid = []
-    for image_size, tokens, kept in product(
+    for image_size, tokens, kept, resolution in product(
         image_sizes or (workload.image_size,),
         prompt_tokens or (workload.prompt_tokens,),
-        visual_tokens or (workload.visual_tokens,),
+        visual_tokens or (workload.vision.visual_tokens,),
+        resolutions or (workload.vision.resolution,),
     ):
+        vision = VisionChoice(visual_tokens=kept, resolution=resolution)
         place = {
             "image_size": f"{image_size} px",
             "prompt_tokens": f"{tokens} tokens",
-            "visual_tokens": f"{kept} visual tokens",
+            "visual_tokens": str(replace(vision, resolution=None)),
+            "resolution": str(replace(vision, visual_tokens=None)),
         }
         name = ", ".join([workload.name, *(place[axis] for axis in varied)])
-        named = replace(workload, name=name)
         grid.append(
-            change_workload(named, image_size=image_size, prompt_tokens=tokens, visual_tokens=kept)
+            change_workload(
+                workload, name=name, vision=vision, image_size=image_size, prompt_tokens=tokens
+            )
         )
     return tuple(grid)
 

@@ -23,6 +23,7 @@ from pocketvlm.bundle import (
 from pocketvlm.calibration.source import Sample
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.device_bench.prediction.work import write_work
 from pocketvlm.errors import PocketVLMError, StorageError
 from pocketvlm.export.parity.certify import ParityReport, certify
 from pocketvlm.files.full_disk import naming_faults
@@ -31,9 +32,10 @@ from pocketvlm.files.reader import file_sha256
 from pocketvlm.json_io import read_json, write_json
 from pocketvlm.machine import toolchain_versions
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.pipeline.predict import predict_work
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import Recipe
-from pocketvlm.stages import Target
+from pocketvlm.stages import PlanState, Target
 
 __all__ = [
     "PARITY_FILE",
@@ -234,6 +236,8 @@ def _write_rest(
     written = {
         target: [each for each in components if each.target == target.method] for target in targets
     }
+    exported = [target for target, own in written.items() if own]
+    write_work(predict_work(PlanState.of_checkpoint(checkpoint), exported), folder)
     manifest = replace(
         manifest,
         model=checkpoint.source.name,

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pocketvlm.bundle import CacheLayout
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Target
+from pocketvlm.stages.plan_state import FLOAT_CACHE_BITS
 from pocketvlm.weights.layout import AffineLayout, without_mask
 
 __all__ = [
@@ -99,11 +101,14 @@ def _held_bytes(target: Target, state: PlanState) -> int:
 def _cache_bytes(state: PlanState) -> int:
     """Bytes of the decoder's cache for one picture and a short chat."""
     decoder = state.spec.decoder
-    layer_row_bits = 2 * decoder.kv_heads * decoder.head_dim * state.cache_bits
-    layers, photo = len(decoder.attention_blocks), photo_tokens(state)
-    schedule = state.visual_schedule
-    visual = layers * photo if schedule is None else sum(schedule.rows_by_layer(layers, photo))
-    return layer_row_bits // 8 * (visual + layers * TURN_TOKENS)
+    cache = CacheLayout(
+        layers=len(decoder.attention_blocks),
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        dtype="float32" if state.cache_bits == FLOAT_CACHE_BITS else "int8",
+        visual_schedule=state.visual_schedule,
+    )
+    return cache.stored_bytes(TURN_TOKENS, photo_tokens(state))
 
 
 def _state_bytes(target: Target, spec: ModelSpec) -> int:

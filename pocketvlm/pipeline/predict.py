@@ -6,36 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from pocketvlm.device_bench.devices import Device
-from pocketvlm.device_bench.devices.derive import derive_rates
-from pocketvlm.device_bench.prediction.calibration.host_file import read_calibration
 from pocketvlm.device_bench.prediction.costs import ExportedModel
-from pocketvlm.device_bench.prediction.predicted import beside_measured
+from pocketvlm.device_bench.prediction.device_rates import rates_of
 from pocketvlm.device_bench.prediction.rates import (
     BYTE_ROWS_KERNEL,
     FLOAT_KERNEL,
-    Rates,
     quantized_kernel,
 )
 from pocketvlm.device_bench.prediction.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.prediction.work import BundleWork, ModelWork, count_work
 from pocketvlm.device_bench.workload import PRESETS, Workload
 from pocketvlm.export.onnx.limits import container_bits
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reports.measurement import Measurement, Prompt
+from pocketvlm.pipeline.plan_memory import predict_memory
 from pocketvlm.stages import PlanState, Target
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
 __all__ = [
     "PREDICTED_WORKLOAD",
     "DevicePrediction",
-    "as_measured",
     "exported_model",
+    "model_work",
     "predict_on",
+    "predict_work",
     "question_of",
-    "rates_of",
-    "with_predictions",
 ]
 
 PREDICTED_WORKLOAD = PRESETS["vlm"]
@@ -98,7 +95,7 @@ def predict_on(
     asked = workload or PREDICTED_WORKLOAD
     question = question_of(state, asked)
     found = rates_of(device)
-    model = exported_model(state, targets)
+    model = model_work(state, targets)
     empty = DevicePrediction(
         device=device.name,
         basis="",
@@ -119,57 +116,6 @@ def predict_on(
     return replace(empty, basis=basis, threads=rates.threads, times=times)
 
 
-def with_predictions(
-    bench: Measurement,
-    manifest_sha256: str,
-    state: PlanState,
-    targets: Sequence[Target],
-    workload: Workload,
-) -> Measurement:
-    """The measurement with predictions beside the figures of a bundle's ONNX graphs.
-
-    Args:
-        bench: The measurement, of this host.
-        manifest_sha256: Digest of the bundle's manifest.
-        state: The model that the bundle holds.
-        targets: What it was exported to.
-        workload: What was measured.
-
-    Returns:
-        The same where the host was not calibrated for as many threads, or a kernel of the model was
-        not, and where the workload's pictures are files, of which nothing is known here.
-    """
-    calibration, model = read_calibration(), exported_model(state, targets)
-    if isinstance(calibration, str) or isinstance(model, str) or workload.image_files:
-        return bench
-    rates, arms = calibration.rates, dict(bench.arms)
-    if bench.environment is None or bench.environment.threads != rates.threads:
-        return bench
-    for name, arm in arms.items():
-        question = as_measured(question_of(state, workload), arm.prompt, state)
-        if arm.runtime != "onnx" or arm.bundle.manifest_sha256 != manifest_sha256:
-            continue
-        times = predict_times(model, question, rates)
-        arms[name] = replace(arm, predicted=beside_measured(times, arm))
-    return replace(bench, arms=arms)
-
-
-def as_measured(question: Question, prompt: Prompt | None, state: PlanState) -> Question:
-    """A question with the rows that a prompt had, and the tiles that were not left out of it.
-
-    Args:
-        question: The workload, by the sizes of its pictures.
-        prompt: What was measured; `None` or without numbers where that is unknown.
-        state: The model.
-    """
-    if prompt is None or not prompt.tokens or prompt.visual_tokens is None:
-        return question
-    rows, tiles = prompt.visual_tokens, question.tiles
-    if state.spec.line_break is None:  # every tile has as many rows
-        tiles = min(tiles, rows // state.visual_tokens)
-    return replace(question, text_rows=prompt.tokens - rows, visual_rows=rows, tiles=tiles)
-
-
 def question_of(state: PlanState, workload: Workload) -> Question:
     """A workload as rows and tiles of a model; its pictures are the generated, square ones."""
     spec, side = state.spec, workload.image_size
@@ -178,12 +124,37 @@ def question_of(state: PlanState, workload: Workload) -> Question:
     return Question(
         text_rows=workload.prompt_tokens,
         visual_rows=pictures * grid.most_rows(spec.visual_tokens, state.visual_tokens),
-        tiles=pictures * grid.tiles,
+        tiles_by_vision=(pictures * grid.tiles,),
         picture_pixels=pictures * (side or 0) ** 2,
-        tile_pixels=spec.tower.height * spec.tower.width,
         new_tokens=workload.new_tokens,
         cache="float32" if state.cache_bits == _FLOAT_CACHE_BITS else "int8",
     )
+
+
+def predict_work(state: PlanState, targets: Sequence[Target]) -> BundleWork:
+    """What a bundle's file says of its work: the counts that a plan predicts from.
+
+    Args:
+        state: The model that the bundle holds.
+        targets: What it is exported to.
+    """
+    visions = state.each_vision()
+    return BundleWork(
+        model=model_work(state, targets),
+        weight_bytes={
+            target.method: predict_memory(state, (target,)).weight_bytes for target in targets
+        },
+        activation_bytes=tuple(
+            predict_memory(vision, targets).activation_bytes for vision in visions
+        ),
+    )
+
+
+def model_work(state: PlanState, targets: Sequence[Target]) -> ModelWork | str:
+    """What the graphs of a model compute, or why its kernels were never calibrated."""
+    models = [exported_model(vision, targets) for vision in state.each_vision()]
+    known = [model for model in models if not isinstance(model, str)]
+    return count_work(*known) if len(known) == len(models) else str(models[0])
 
 
 def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel | str:
@@ -218,19 +189,6 @@ def _kernel(layout: WeightLayout | None, columns: int) -> str | None:
     if plain.has_byte_rows(columns):
         return BYTE_ROWS_KERNEL
     return quantized_kernel(container_bits(plain.bits), plain.group_size)
-
-
-def rates_of(device: Device) -> tuple[Rates | None, str]:
-    """Rates of a device and what they are made from; without any, why."""
-    if device.transport == "host":
-        calibration = read_calibration()
-        if isinstance(calibration, str):
-            return None, calibration
-        return calibration.rates, f"calibrated {calibration.measured_at}"
-    derived = derive_rates(device)
-    if isinstance(derived, str):
-        return None, derived
-    return derived, "derived from its profile: the order of magnitude, docs/devices.md says how far"
 
 
 def _grid(spec: ModelSpec, side: int | None) -> TileGrid:

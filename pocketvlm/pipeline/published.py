@@ -8,14 +8,17 @@ from statistics import median
 
 from pocketvlm.device_bench.devices import Device, PublishedFigure
 from pocketvlm.device_bench.devices.derive import derive_rates
-from pocketvlm.device_bench.prediction.costs import ExportedModel, Product, decoder_operators
+from pocketvlm.device_bench.prediction.costs import ExportedModel
+from pocketvlm.device_bench.prediction.decoder_work import decoder_operators
+from pocketvlm.device_bench.prediction.operators import Product
 from pocketvlm.device_bench.prediction.roofline import Question, predict_times
+from pocketvlm.device_bench.prediction.work import count_work
 from pocketvlm.reference.shapes import load_shape
 
 __all__ = ["PublishedFactor", "median_factor", "published_factors"]
 
 _QUESTION = Question(
-    text_rows=512, visual_rows=0, tiles=0, picture_pixels=0, tile_pixels=0, new_tokens=128
+    text_rows=512, visual_rows=0, tiles_by_vision=(), picture_pixels=0, new_tokens=128
 )
 """The text workload that rates are published for: a prompt of 512 tokens, 128 new ones."""
 
@@ -56,10 +59,12 @@ def published_factors(device: Device) -> tuple[PublishedFactor, ...]:
         ):
             continue
         spec = load_shape(figure.shape).spec
-        model = ExportedModel(
-            spec=spec,
-            kernels=dict.fromkeys(spec.linears(), figure.kernel),
-            visual_tokens=spec.visual_tokens,
+        model = count_work(
+            ExportedModel(
+                spec=spec,
+                kernels=dict.fromkeys(spec.linears(), figure.kernel),
+                visual_tokens=spec.visual_tokens,
+            )
         )
         times = predict_times(model, _QUESTION, rates)
         predicted = getattr(times, figure.metric)
@@ -71,7 +76,7 @@ def published_factors(device: Device) -> tuple[PublishedFactor, ...]:
                 factor=predicted / figure.value,
                 decoder_weights=sum(
                     one.weights
-                    for one in decoder_operators(model, text_rows=1)
+                    for one in decoder_operators(model.decoder, text_rows=1)
                     if isinstance(one, Product)
                 ),
             )

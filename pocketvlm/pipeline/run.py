@@ -22,7 +22,6 @@ from pocketvlm.errors import CalibrationError, UnsupportedError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
 from pocketvlm.files.full_disk import naming_faults
 from pocketvlm.files.publish import replace_file
-from pocketvlm.files.reader import file_sha256
 from pocketvlm.json_io import write_json
 from pocketvlm.machine import return_free_memory
 from pocketvlm.pipeline.assemble import build_bundle
@@ -35,7 +34,6 @@ from pocketvlm.pipeline.identity import (
 )
 from pocketvlm.pipeline.journal import Journal
 from pocketvlm.pipeline.plan import plan_stages
-from pocketvlm.pipeline.predict import with_predictions
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.run_report import assemble_report, weight_bytes_by_part
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
@@ -46,7 +44,7 @@ from pocketvlm.reports.html import render_card, render_html
 from pocketvlm.reports.measurement import Measurement
 from pocketvlm.reports.report import Report
 from pocketvlm.runtime.engines import EMULATED, ENGINES
-from pocketvlm.stages import PlanState, Stage, check_order
+from pocketvlm.stages import Stage, check_order
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
 
@@ -172,10 +170,6 @@ def _run(
     bundle = built.bundle
     compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
     bench = _bench(bundle, workload, baseline, ctx) if workload else None
-    if bench is not None and workload is not None:
-        digest = file_sha256(bundle.path / "manifest.json")
-        state = PlanState.of_checkpoint(checkpoint)
-        bench = with_predictions(bench, digest, state, recipe.targets, workload)
     report = assemble_report(
         checkpoint,
         built,

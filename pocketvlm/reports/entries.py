@@ -143,6 +143,8 @@ def _shape(workload: MeasuredWorkload) -> str:
     shown = f", {pictures} picture{'s' if pictures > 1 else ''}{size}" if pictures else ""
     if workload.visual_tokens is not None:
         shown += f", {workload.visual_tokens} visual tokens per tile"
+    if workload.resolution is not None:
+        shown += ", vision graph of {} x {} pixels".format(*workload.resolution)
     turns = f", {workload.turns} turns" if (workload.turns or 1) > 1 else ""
     return (
         f"{workload.name or 'unnamed'}: {workload.prompt_tokens} tokens{shown}{turns}, "

@@ -82,7 +82,11 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The prompt of a workload, in tokens of one bundle."""
+    """The prompt of a workload, in tokens of one bundle.
+
+    Attributes:
+        text_sha256: Digest of the first turn's text, which the controller adds.
+    """
 
     text_sha256: str | None = None
     text_tokens: int | None = None
@@ -97,6 +101,8 @@ class MeasuredWorkload:
     Attributes:
         image_files: Names of the pictures' files, without their folders.
         image_sha256: Digests of the encoded pictures.
+        visual_tokens: Tokens per tile of the vision graph that was asked for; `None` for none.
+        resolution: Width and height of what it takes, likewise.
         sampling: How tokens are chosen.
     """
 
@@ -107,6 +113,7 @@ class MeasuredWorkload:
     pictures: int | None = None
     image_files: tuple[str, ...] = ()
     visual_tokens: int | None = None
+    resolution: tuple[int, int] | None = None
     turns: int | None = None
     warm_ups: int | None = None
     answers: int | None = None
@@ -152,6 +159,7 @@ class MeasuredBundle:
         graph_bytes: Bytes of the files that this runtime loads.
         decoder_weight_bytes: Bytes of the decoder's weights, which each step reads once; `None`
             where the runtime's files do not tell.
+        max_positions: Positions of a whole conversation.
         precision: How each part stores its weights, by part.
     """
 
@@ -163,6 +171,7 @@ class MeasuredBundle:
     visual_tokens: int | None = None
     visual_tokens_full: int | None = None
     kv_dtype: str | None = None
+    max_positions: int | None = None
     precision: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -363,8 +372,8 @@ class PredictedFigure:
 
     Attributes:
         name: As `docs/benchmarking.md` names it, unit included.
-        predicted: What was predicted from the calibration of the host.
-        measured: The median of the samples.
+        predicted: What was predicted.
+        measured: The median of the samples; of memory, the largest.
         ratio: Predicted divided by measured.
     """
 
@@ -389,7 +398,7 @@ class MeasuredArm:
         ratio_samples: The ratio of each pair.
         plausibility: Every check of its figures.
         failures: Processes without a result.
-        predicted: Predictions beside the medians; `None` where the host was not calibrated.
+        predicted: Predictions beside what was measured; `None` where nothing is predicted of it.
     """
 
     runtime: str | None = None
@@ -423,6 +432,7 @@ class Measurement:
         reference: Name of the arm that ratios are of.
         arms: By name, the reference first.
         order: All processes in order.
+        predicted_from: What predicted times are made from; why there are none, where that is so.
         notes: What a reader must know.
     """
 
@@ -431,6 +441,7 @@ class Measurement:
     reference: str | None = None
     arms: Mapping[str, MeasuredArm] = field(default_factory=dict)
     order: tuple[ProcessStart, ...] = ()
+    predicted_from: str | None = field(default=None, metadata=OPTIONAL)
     notes: tuple[str, ...] = ()
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pocketvlm.reports.charts import Bar, Strip, draw_bars, draw_strip
 from pocketvlm.reports.elements import Table, numbers, words
-from pocketvlm.reports.formatting import format_figure, format_measured
+from pocketvlm.reports.formatting import format_bytes, format_figure, format_measured
 from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm, Measurement
 from pocketvlm.reports.planes import Lines, draw_lines
 
@@ -106,7 +106,7 @@ def view_latency(bench: Measurement) -> LatencyView:
         glance=_glance(bench),
         strips=tuple(strip for strip in strips if strip is not None),
         drift=_drift(arms),
-        predicted=_predicted(arms),
+        predicted=_predicted(bench),
         tables=tuple(
             table
             for name, arm in arms.items()
@@ -199,23 +199,27 @@ def _statistics(figure: Figure) -> tuple[str, ...]:
     return tuple("–" if value is None else format_measured(value) for value in values)
 
 
-def _predicted(arms: Mapping[str, MeasuredArm]) -> Table | None:
+def _amount(name: str, value: float) -> str:
+    return format_bytes(value) if name.endswith("_bytes") else format_measured(value)
+
+
+def _predicted(bench: Measurement) -> Table | None:
     """Predictions beside medians; `None` if nothing was predicted."""
     rows = tuple(
         (
             name,
             one.name,
-            format_measured(one.predicted),
-            format_measured(one.measured),
+            _amount(one.name, one.predicted),
+            _amount(one.name, one.measured),
             f"{one.ratio:.2f}",
         )
-        for name, arm in arms.items()
+        for name, arm in bench.arms.items()
         for one in arm.predicted or ()
     )
     if not rows:
         return None
     return Table(
-        caption="Predicted from the calibration of the host, beside what was measured",
+        caption=f"Predicted beside measured: {bench.predicted_from or 'from counts alone'}",
         columns=(
             *words("Arm", "Figure"),
             *numbers("Predicted", "Measured", "Predicted by measured"),

@@ -128,6 +128,7 @@ def _view_bundle(arm: MeasuredArm) -> tuple[tuple[str, str], ...]:
         ("runtime", text_of(arm.runtime)),
         *bundle.precision.items(),
         ("KV cache", text_of(bundle.kv_dtype)),
+        ("positions", text_of(bundle.max_positions)),
         (
             "visual tokens",
             f"{text_of(bundle.visual_tokens)} of {text_of(bundle.visual_tokens_full)}",

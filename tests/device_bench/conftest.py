@@ -13,24 +13,32 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference import reference_model_path
 from tests.device_bench.rig import make_block
+from tests.vision_graphs import write_model_of_four_graphs
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle's folder, which no test may change."""
-    return _write_bundle(tiny_paths["smolvlm"], tmp_path_factory)
+    return _write_bundle(Checkpoint.load(tiny_paths["smolvlm"]), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def reference_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of pocket-smol, likewise."""
-    return _write_bundle(reference_model_path("pocket-smol"), tmp_path_factory)
+    return _write_bundle(Checkpoint.load(reference_model_path("pocket-smol")), tmp_path_factory)
 
 
-def _write_bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def graphs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny Qwen2-VL with four vision graphs, likewise."""
+    model = tmp_path_factory.mktemp("four graphs") / "model"
+    return _write_bundle(write_model_of_four_graphs(model), tmp_path_factory)
+
+
+def _write_bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "bundle"
     path.mkdir()
-    write_graphs(Checkpoint.load(model), (ToOnnx(),), path, "", RunContext(threads=1))
+    write_graphs(checkpoint, (ToOnnx(),), path, "", RunContext(threads=1))
     return path
 
 

@@ -13,6 +13,7 @@ from pocketvlm.device_bench.arm import pair_all
 from pocketvlm.device_bench.block import AnswerTimes, Block, SensorSample
 from pocketvlm.device_bench.controller.bench import bench_bundles
 from pocketvlm.device_bench.controller.prompts import fit_turns
+from pocketvlm.device_bench.controller.shown import show_pictures
 from pocketvlm.device_bench.protocol import (
     BlockJob,
     EnvironmentJob,
@@ -60,7 +61,7 @@ def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) ->
     """The measurement of one worker process."""
     return Block(
         load_ms=100.0 * scale,
-        prompt=Prompt(text_sha256="0", text_tokens=32, visual_tokens=8, tokens=40),
+        prompt=Prompt(text_tokens=32, visual_tokens=8, tokens=40),
         cold=make_answer(2 * scale),
         answers=(make_answer(scale),),
         memory=Memory(
@@ -75,11 +76,13 @@ def make_block(scale: float = 1.0, *, token_ids: tuple[int, ...] = (1, 2, 3)) ->
 
 def block_job(bundle: Path, workload: Workload) -> BlockJob:
     """The job of one process."""
-    pictures = workload.encoded_pictures()
+    pictures, opened = workload.encoded_pictures(), Bundle.open(bundle)
+    shown = show_pictures(opened, pictures, workload.vision)
     return BlockJob(
         bundle=str(bundle),
         runtime="onnx",
-        turns=fit_turns(Bundle.open(bundle), workload, pictures),
+        turns=fit_turns(opened, workload, shown),
+        vision=workload.vision,
         new_tokens=workload.new_tokens,
         answers=workload.answers,
         pictures=tuple(base64.b64encode(one).decode() for one in pictures),

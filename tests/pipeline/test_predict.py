@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from pocketvlm.compress.tokens import ReduceTokens
+from pocketvlm.bundle import Bundle
+from pocketvlm.calibration import CalibrationSet
+from pocketvlm.context import RunContext
 from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
 from pocketvlm.device_bench.prediction.calibration import host, host_file
-from pocketvlm.device_bench.workload import PRESETS
-from pocketvlm.models.images.tilings import SplitGrid
+from pocketvlm.device_bench.prediction.roofline import Question, predict_times
+from pocketvlm.device_bench.prediction.work import read_work
+from pocketvlm.errors import BundleError
+from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.plan import plan, plan_stages
-from pocketvlm.pipeline.predict import as_measured, question_of, with_predictions
+from pocketvlm.pipeline.predict import predict_work
 from pocketvlm.pipeline.published import median_factor, published_factors
-from pocketvlm.pipeline.sources import select_targets
-from pocketvlm.recipes.load import load_recipe
+from pocketvlm.pipeline.sources import load_checkpoint, select_targets
+from pocketvlm.recipes.load import load_recipe, recipe_from_document
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference.shapes import load_shape
-from pocketvlm.reports.measurement import (
-    Environment,
-    Figure,
-    Latency,
-    MeasuredArm,
-    MeasuredBundle,
-    Measurement,
-    Prompt,
-)
+from pocketvlm.stages import PlanState
+from tests.fuzzing.documents import mutate_json
 
 SHAPE = load_shape("smolvlm-256m")
 INT4 = load_recipe("int4-balanced")
@@ -116,42 +118,82 @@ def test_memory_is_held_against_what_an_app_may_use(monkeypatch):
     assert "an app may use 0.10 GB" in plan(SHAPE, INT4, device="iphone-14").refused[-1]
 
 
-def test_tiles_that_were_left_out_of_a_measured_prompt_are_not_predicted():
-    spec = replace(SHAPE.spec, tiling=SplitGrid(side=512, first=2048))
-    state = plan_stages((ReduceTokens(keep=16),), spec)
-    question = question_of(state, PRESETS["vlm"])
-    assert question.tiles == 17
-    found = as_measured(question, Prompt(tokens=32 + 14 * 16, visual_tokens=14 * 16), state)
-    assert (found.tiles, found.visual_rows, found.text_rows) == (14, 14 * 16, 32)
-    assert as_measured(question, Prompt(), state) == question
-    every = as_measured(question, Prompt(tokens=32 + 17 * 16, visual_tokens=17 * 16), state)
-    assert every == replace(question, text_rows=32)
+@pytest.mark.parametrize("keep", [0.5, [16, 8]], ids=["one graph", "two graphs"])
+def test_a_bundle_holds_the_counts_that_its_plan_predicted_from(tmp_path, keep):
+    write_tiny_model("llava", tmp_path / "model")
+    document = {
+        "schema": 1,
+        "name": "few",
+        "stages": [
+            {"method": "reduce_tokens", "reducer": {"kind": "uniform_stride"}, "keep": keep},
+            {"method": "rtn", "rules": [{"bits": 4}]},
+        ],
+    }
+    recipe = recipe_from_document(document, where="few")
+    checkpoint = load_checkpoint(tmp_path / "model")
+    planned = plan_stages(recipe.stages, checkpoint.spec, (ToOnnx(),))
+    samples = CalibrationSet.synthetic(1)
+    for stage in recipe.stages:
+        checkpoint = stage.apply(checkpoint, samples, RunContext(threads=1))
+    (tmp_path / "bundle").mkdir()
+    write_graphs(checkpoint, (ToOnnx(),), tmp_path / "bundle", "", RunContext(threads=1))
+    bundle = Bundle.open(tmp_path / "bundle")
+    found = read_work(bundle)
+    assert found == predict_work(planned, (ToOnnx(),))
+    assert found != predict_work(PlanState.of(checkpoint.spec), (ToOnnx(),))
+    assert len(found.model.visions) == len(bundle.each_vision())
 
 
-def test_a_measurement_of_this_host_gets_predictions_beside_it():
-    state, workload = plan_stages((), SHAPE.spec), PRESETS["vlm"]
-    targets = load_recipe("float").targets
-    latency = Latency(figures={"prefill_ms": Figure(median=100.0)})
-    ours = MeasuredArm(
-        runtime="onnx",
-        bundle=MeasuredBundle(manifest_sha256="d"),
-        prompt=Prompt(tokens=96, visual_tokens=64),
-        latency=latency,
+def test_a_bundle_without_counts_or_with_later_ones_says_so_and_a_damaged_one_is_refused(tmp_path):
+    write_tiny_model("llava", tmp_path / "model")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    checkpoint = load_checkpoint(tmp_path / "model")
+    write_graphs(checkpoint, (ToOnnx(),), folder, "", RunContext(threads=1))
+    bundle, file = Bundle.open(folder), folder / "work.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "schema": 9}))
+    assert "schema 9, and this version reads 1" in read_work(bundle)
+    for change, reason in (
+        ({"weight_bytes": "many"}, "not the work of a bundle: weight_bytes"),
+        ({"weight_bytes": {"onnx": -1}}, "numbers of bytes must be 0 to"),
+        ({"weight_bytes": {}}, "weight_bytes lacks onnx"),
+        ({"activation_bytes": [1, 2]}, "is not about the 1 vision graphs of the manifest"),
+    ):
+        file.write_text(json.dumps({**document, **change}))
+        with pytest.raises(BundleError, match=f"work.json: .*{reason}"):
+            read_work(bundle)
+    files = {name: value for name, value in bundle.manifest.files.items() if name != "work.json"}
+    before = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    assert read_work(before).endswith("has no work.json; an export by this version writes one")
+
+
+def test_whatever_a_stranger_s_counts_say_is_refused_or_predicts_a_number(tmp_path):
+    write_tiny_model("smolvlm", tmp_path / "model")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    checkpoint = load_checkpoint(tmp_path / "model")
+    write_graphs(checkpoint, (ToOnnx(),), folder, "", RunContext(threads=1))
+    bundle, file = Bundle.open(folder), folder / "work.json"
+    before, rng = file.read_bytes(), random.Random(0)
+    question = Question(
+        text_rows=8, visual_rows=8, tiles_by_vision=(1,), picture_pixels=64, new_tokens=4
     )
-    other = replace(ours, bundle=MeasuredBundle(manifest_sha256="e"))
-    bench = Measurement(
-        environment=Environment(threads=1),
-        arms={"ours": ours, "other": other, "executorch": replace(ours, runtime="executorch")},
-    )
-    assert with_predictions(bench, "d", state, targets, workload) is bench  # not calibrated
-    host.calibrate_host(1)
-    found = with_predictions(bench, "d", state, targets, workload).arms
-    ((row,),) = (arm.predicted for arm in found.values() if arm.predicted is not None)
-    assert row.name == "prefill_ms"
-    assert row.ratio == pytest.approx(row.predicted / 100.0)
-    assert found["ours"].predicted == (row,)
-    two = replace(bench, environment=Environment(threads=2))
-    assert with_predictions(two, "d", state, targets, workload) is two
+    outcomes = Counter()
+    for _ in range(300):
+        file.write_bytes(mutate_json(rng, before))
+        try:
+            work = read_work(bundle)
+        except BundleError:
+            outcomes["refused"] += 1
+            continue
+        if isinstance(work, str) or isinstance(work.model, str):
+            outcomes["reason"] += 1
+            continue
+        times = predict_times(work.model, question, load_reference().rates)
+        assert all(math.isfinite(value) for value in vars(times).values())
+        outcomes["predicted"] += 1
+    assert min(outcomes.values()) > 5, outcomes
 
 
 def test_published_rates_are_predicted_within_a_factor_that_is_known():

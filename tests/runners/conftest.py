@@ -33,6 +33,7 @@ from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from tests.programs import give_up
 from tests.shared import make_once
+from tests.vision_graphs import write_model_of_four_graphs
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "runners" / "cpp"
@@ -40,6 +41,7 @@ BUILD = ROOT / "build" / "runners"
 LIBRARY = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"), None)
 
 REFERENCE = ("pocket-smol", "pocket-llava", "pocket-tiles")
+GRAPHS = "qwen2-vl-graphs"  # four vision graphs
 TINY = (
     "smolvlm-ended",
     "smolvlm-ranked",
@@ -115,6 +117,8 @@ def make_bundle(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFac
 def _write_bundle(name: str, folder: Path) -> None:
     if name in REFERENCE:
         checkpoint = Checkpoint.load(reference_model_path(name))
+    elif name == GRAPHS:
+        checkpoint = write_model_of_four_graphs(folder / "model")
     else:
         family = re.sub("-(ended|ranked|empty)$", "", name)
         write_tiny_model(family, folder / "model")

@@ -20,8 +20,9 @@ from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.json_io import decode
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.text import TextCodec
+from pocketvlm.runtime.vision import ANY_VISION, VisionChoice
 from tests.programs import give_up, require_program
-from tests.runners.conftest import LIBRARY, ROOT
+from tests.runners.conftest import GRAPHS, LIBRARY, ROOT
 from tests.runners.test_cpp import make_job
 
 Runner = tuple[str, ...]
@@ -40,7 +41,7 @@ def library(runner: Runner) -> ctypes.CDLL:
     """The shared library beside the runner."""
     found = ctypes.CDLL(str(Path(runner[0]).parent / "libpocketvlm.so"))
     found.pocketvlm_open.restype = ctypes.c_void_p
-    for name in ("ask", "reset", "close"):
+    for name in ("ask", "choose_vision", "reset", "close"):
         getattr(found, f"pocketvlm_{name}").argtypes = [ctypes.c_void_p]
     found.pocketvlm_ask.argtypes = [
         *(ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_Picture), ctypes.c_size_t),
@@ -67,6 +68,27 @@ def ask(library: ctypes.CDLL, handle: int, rendered: str, files: Sequence[Path])
         *(PIECE(lambda text, _: pieces.append(text)), None, ctypes.byref(reason)),
     )
     return b"".join(pieces).decode(), (reason.value or b"").decode()
+
+
+def test_an_app_chooses_the_vision_graph(
+    library: ctypes.CDLL, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    bundle = make_bundle(GRAPHS)
+    (turn,) = render_turns(TextCodec.from_bundle(bundle), (Turn(text="what?", pictures=(0,)),))
+    handle, reason = opened(library, bundle.path)
+    assert handle, reason
+    conversation, said = Conversation(bundle), ctypes.c_char_p()
+    for vision in (ANY_VISION, VisionChoice(visual_tokens=3, resolution=(96, 32)), ANY_VISION):
+        width, height = vision.resolution or (0, 0)
+        wanted = (vision.visual_tokens or 0, width, height)
+        assert library.pocketvlm_choose_vision(handle, *wanted, ctypes.byref(said)) == 0
+        conversation.reset()
+        expected = conversation.ask("what?", pictures[0], vision=vision, max_new_tokens=32)
+        assert ask(library, handle, turn.rendered or "", pictures[:1]) == (expected.text, "")
+        library.pocketvlm_reset(handle)
+    assert library.pocketvlm_choose_vision(handle, 5, 0, 0, ctypes.byref(said)) == -1
+    assert b"no vision graph for 5 visual tokens" in (said.value or b"")
+    library.pocketvlm_close(handle)
 
 
 def test_the_c_api_answers_as_the_python_runtime(

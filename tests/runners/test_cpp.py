@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import Block
 from pocketvlm.device_bench.controller.prompts import render_turns
+from pocketvlm.device_bench.controller.shown import show_pictures
 from pocketvlm.device_bench.protocol import (
     AnswerEvent,
     BlockJob,
@@ -37,7 +39,8 @@ from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import TextCodec
-from tests.runners.conftest import LIBRARY, REFERENCE, SOURCE, TINY
+from pocketvlm.runtime.vision import ANY_VISION, VisionChoice, open_vision
+from tests.runners.conftest import GRAPHS, LIBRARY, REFERENCE, SOURCE, TINY
 
 Runner = tuple[str, ...]
 Maker = Callable[[str], Bundle]
@@ -57,19 +60,32 @@ def arguments(turns: Sequence[Turn], files: Sequence[Path]) -> list[object]:
     return words
 
 
+def asking(vision: VisionChoice) -> list[object]:
+    """The words that ask for a vision graph."""
+    tokens, size = vision.visual_tokens, vision.resolution
+    return [
+        *(() if tokens is None else ("--visual-tokens", tokens)),
+        *(() if size is None else ("--resolution", f"{size[0]}x{size[1]}")),
+    ]
+
+
 def assert_same_answers(
-    runner: Runner, bundle: Bundle, turns: Sequence[Turn], files: Sequence[Path]
+    runner: Runner,
+    bundle: Bundle,
+    turns: Sequence[Turn],
+    files: Sequence[Path],
+    vision: VisionChoice = ANY_VISION,
 ) -> None:
     """Both runtimes hold the conversation and say the same, with the same use of the cache."""
     rendered = render_turns(TextCodec.from_bundle(bundle), turns)
-    words = [*arguments(rendered, files), "--max-new-tokens", TOKENS, "--json"]
+    words = [*arguments(rendered, files), "--max-new-tokens", TOKENS, "--json", *asking(vision)]
     done = run(runner, bundle.path, *words)
     assert done.returncode == 0, done.stderr
     conversation = Conversation(bundle)
     lines = done.stdout.decode().splitlines()
     for turn, line in zip(turns, lines, strict=True):
         images = [files[index] for index in turn.pictures]
-        expected = conversation.ask(turn.text, images, max_new_tokens=TOKENS)
+        expected = conversation.ask(turn.text, images, vision=vision, max_new_tokens=TOKENS)
         found = json.loads(line)
         assert tuple(found["token_ids"]) == expected.token_ids
         assert found["text"] == expected.text
@@ -97,6 +113,64 @@ def test_conversations_with_models_of_other_shapes(
     first = Turn(text="what?", pictures=(3,))
     turns = (first,) if name == "paligemma" else (first, Turn(text="and this: ß 漢字"))
     assert_same_answers(runner, make_bundle(name), turns, pictures)
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        ANY_VISION,
+        VisionChoice(visual_tokens=4),
+        VisionChoice(resolution=(96, 32)),
+        VisionChoice(visual_tokens=3, resolution=(96, 32)),
+    ],
+    ids=lambda vision: str(vision) or "any",
+)
+def test_a_picture_is_seen_by_the_graph_that_python_takes(
+    vision: VisionChoice, runner: Runner, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    """Pictures of several ratios in one conversation: each has its own placeholders and grid."""
+    bundle = make_bundle(GRAPHS)
+    turns = (
+        Turn(text="what?", pictures=(3, 2)),
+        Turn(text="and this?", pictures=(1,)),
+        Turn(text="which?"),
+    )
+    assert_same_answers(runner, bundle, turns, pictures, vision)
+    shown = show_pictures(bundle, [file.read_bytes() for file in pictures], vision)
+    assert len({picture.vision for picture in shown}) == (2 if vision == ANY_VISION else 1)
+    mark = bundle.manifest.prompt.image_mark or bundle.manifest.prompt.image_token
+    words = [word for file in pictures for word in ("--image", file, "--rendered", mark)]
+    done = run(runner, bundle.path, *words, *asking(vision), "--pixels")
+    graphs = open_vision(bundle)
+    expected = [
+        graphs[picture.vision].preprocessor.pixels(open_image(file))
+        for picture, file in zip(shown, pictures, strict=True)
+    ]
+    np.testing.assert_array_equal(
+        np.frombuffer(done.stdout, np.float32), np.concatenate([one.ravel() for one in expected])
+    )
+
+
+def test_a_job_names_the_vision_graph(
+    runner: Runner, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    turns = [Turn(text="what?", pictures=(0, 1))]
+    job = make_job(make_bundle(GRAPHS), turns, pictures[:2])
+    counts = []
+    for vision in (ANY_VISION, VisionChoice(visual_tokens=4)):
+        asked = replace(job, vision=vision)
+        with HostTransport(command=runner).connect() as connection:
+            result = connection.run(asked, timeout_s=120)
+        assert not isinstance(result, Failure), result.reason
+        block, expected = decode(Block, result), measure_block(asked, threads=1)
+        assert block.token_ids == expected.token_ids
+        assert block.prompt.tokens == expected.prompt.tokens
+        counts.append(block.prompt.visual_tokens)
+    assert counts == [16, 8]
+    with HostTransport(command=runner).connect() as connection:
+        result = connection.run(replace(job, vision=VisionChoice(visual_tokens=5)), timeout_s=120)
+    assert isinstance(result, Failure)
+    assert "no vision graph for 5 visual tokens; this bundle has 8 visual tokens" in result.reason
 
 
 def make_job(bundle: Bundle, turns: Sequence[Turn], files: Sequence[Path]) -> BlockJob:
@@ -145,6 +219,8 @@ def test_a_job_gives_a_block_with_the_tokens_of_the_python_runner(
     assert memory.after_load_rss_bytes is not None
     assert memory.peak_rss_bytes is not None
     assert memory.before_load_rss_bytes < memory.after_load_rss_bytes <= memory.peak_rss_bytes
+    phases = (memory.peak_prefill_rss_bytes, memory.peak_decode_rss_bytes)
+    assert all(memory.before_load_rss_bytes < peak <= memory.peak_rss_bytes for peak in phases)
     assert [type(event) for event in events if not isinstance(event, SensorsEvent)] == [
         LoadedEvent,
         *[AnswerEvent] * 5,

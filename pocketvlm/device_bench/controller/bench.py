@@ -14,6 +14,7 @@ result.
 from __future__ import annotations
 
 import base64
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,13 @@ from pocketvlm.device_bench.arm import Arm, Pair, open_arms
 from pocketvlm.device_bench.block import Block
 from pocketvlm.device_bench.controller.contradictions import find_contradiction
 from pocketvlm.device_bench.controller.cooling import Cooling, Wait, read_sensors, wait_until_cool
+from pocketvlm.device_bench.controller.predictions import Predictable, predict_beside
 from pocketvlm.device_bench.controller.prompts import fit_turns
 from pocketvlm.device_bench.controller.recovery import recover_block
+from pocketvlm.device_bench.controller.shown import show_pictures
+from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.device_bench.figures.result import assemble_measurement
+from pocketvlm.device_bench.prediction.work import read_work
 from pocketvlm.device_bench.protocol import BlockJob, EnvironmentJob, Event, Failure, Turn
 from pocketvlm.device_bench.schedule import Outcome, Process, schedule
 from pocketvlm.device_bench.transports.base import Connection, Transport
@@ -62,21 +67,25 @@ class BenchOptions:
         threads: Threads of the heavy graphs; `None` for one per physical core.
         timeout_s: Seconds that one process may take, beside its sustained answers.
         cooling: What to wait for before every process; `None` for nothing.
+        profile: What is known of the device, for predictions; `None` for nothing, and for this
+            host, of which a calibration tells.
     """
 
     device: str = "host"
     threads: int | None = None
     timeout_s: float = 600.0
     cooling: Cooling | None = None
+    profile: Device | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """One workload in the words of every arm, by the arm's name."""
+    """One workload in the words of every arm, by the arm's name, and what is known of the arms."""
 
     workload: Workload
     pictures: tuple[bytes, ...]
     turns: dict[str, tuple[Turn, ...]]
+    known: dict[str, Predictable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +136,8 @@ def bench_bundles(
         UnsupportedError: An engine would be emulated here.
     """
     transport, options = transport or HostTransport(), options or BenchOptions()
-    arms = open_arms(pairs, is_host=transport.kind == HostTransport.kind)
+    is_host = transport.kind == HostTransport.kind
+    arms = open_arms(pairs, is_host=is_host)
     cells = [_fit(workload, arms) for workload in workloads]
     with transport.connect() as connection:
         environment = _describe_device(connection, options)
@@ -152,14 +162,19 @@ def bench_bundles(
             if not any(by_cell):
                 raise
             ended, interrupt = "it was interrupted", found
+        profile = options.profile or (load_device("host") if is_host else None)
         results = tuple(
-            assemble_measurement(
-                arms,
-                outcomes,
-                workload=cell.workload,
-                pictures=cell.pictures,
-                environment=environment,
-                ended=ended,
+            predict_beside(
+                assemble_measurement(
+                    arms,
+                    outcomes,
+                    workload=cell.workload,
+                    pictures=cell.pictures,
+                    environment=environment,
+                    ended=ended,
+                ),
+                cell.known,
+                profile,
             )
             for cell, outcomes in zip(cells, by_cell, strict=True)
         )
@@ -170,14 +185,23 @@ def bench_bundles(
 
 def _fit(workload: Workload, arms: Sequence[Arm]) -> _Cell:
     pictures = workload.encoded_pictures()
-    by_bundle = {
-        path: fit_turns(bundle, workload, pictures)
-        for path, bundle in {arm.bundle.path: arm.bundle for arm in arms}.items()
+    bundles = {arm.bundle.path: arm.bundle for arm in arms}
+    known = {
+        path: Predictable(
+            manifest=bundle.manifest,
+            work=read_work(bundle),
+            shown=show_pictures(bundle, pictures, workload.vision),
+        )
+        for path, bundle in bundles.items()
+    }
+    turns = {
+        path: fit_turns(bundle, workload, known[path].shown) for path, bundle in bundles.items()
     }
     return _Cell(
         workload=workload,
         pictures=pictures,
-        turns={arm.name: by_bundle[arm.bundle.path] for arm in arms},
+        turns={arm.name: turns[arm.bundle.path] for arm in arms},
+        known={arm.name: known[arm.bundle.path] for arm in arms},
     )
 
 
@@ -225,7 +249,7 @@ def _run_process(session: _Session, cell: _Cell, arm: Arm, process: Process) -> 
         turns=cell.turns[arm.name],
         new_tokens=workload.new_tokens,
         pictures=tuple(base64.b64encode(one).decode() for one in cell.pictures),
-        visual_tokens=workload.visual_tokens,
+        vision=workload.vision,
         ignore_eos=workload.ignore_eos,
         warm_ups=workload.warm_ups,
         answers=workload.answers,
@@ -253,6 +277,8 @@ def _run_process(session: _Session, cell: _Cell, arm: Arm, process: Process) -> 
         if wrong is not None:
             failure = f"the runner contradicts itself: {wrong}"
             return Outcome(process=process, block=None, failure=reason or failure)
+        text_sha256 = hashlib.sha256(job.turns[0].text.encode()).hexdigest()
+        block = replace(block, prompt=replace(block.prompt, text_sha256=text_sha256))
     return Outcome(process=process, block=block, failure=reason)
 
 

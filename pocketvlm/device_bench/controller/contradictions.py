@@ -48,6 +48,9 @@ def _contradictions(
         yield f"{len(block.answers)} measured answers where {job.answers} were asked for"
     if is_whole and [len(turn) for turn in block.later_turns] != [job.answers] * later:
         yield f"it does not have the {later} later turns of every answer"
+    rows, visual = block.prompt.tokens, block.prompt.visual_tokens
+    if rows is not None and visual is not None and not 0 <= visual <= rows:
+        yield f"it counts {visual} visual rows in a prompt of {rows}"
     if block.load_ms < 0:
         yield f"load_ms is {block.load_ms:g}"
     turns = [[block.cold, *block.answers], *block.later_turns]

@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pocketvlm.bundle import Bundle
+from pocketvlm.device_bench.controller.shown import ShownPicture
 from pocketvlm.device_bench.protocol import ANSWER_MARK, Turn
 from pocketvlm.device_bench.workload import Workload, fit_text
 from pocketvlm.errors import InputError
-from pocketvlm.image_file import read_image
-from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
-from pocketvlm.runtime.vision import VisionChoice, only_vision
 
 __all__ = ["fit_turns", "render_turns"]
 
 
-def fit_turns(bundle: Bundle, workload: Workload, pictures: Sequence[bytes]) -> tuple[Turn, ...]:
+def fit_turns(
+    bundle: Bundle, workload: Workload, pictures: Sequence[ShownPicture]
+) -> tuple[Turn, ...]:
     """The turns of a workload, each of exactly its number of tokens.
 
     Args:
         bundle: The bundle that will answer.
         workload: The shape.
-        pictures: The encoded pictures, all of which the first turn shows.
+        pictures: The pictures as the bundle sees them, all of which the first turn shows.
 
     Raises:
         InputError: The workload does not fit the model.
@@ -85,17 +85,21 @@ def _require_positions(
     codec: TextCodec,
     workload: Workload,
     first: Turn,
-    pictures: Sequence[bytes],
+    pictures: Sequence[ShownPicture],
 ) -> None:
-    bundle = only_vision(bundle, VisionChoice(visual_tokens=workload.visual_tokens))
     manifest = bundle.manifest
-    preprocessor = ImagePreprocessor.from_bundle(bundle)
-    grids = [preprocessor.grid(read_image(one, "the workload's picture")) for one in pictures]
-    full, kept = manifest.visual_tokens_full, manifest.visual_tokens
-    message = user_message(first.text, images=len(grids))
-    prompt = len(codec.encode([message], grids)) + (workload.turns - 1) * workload.prompt_tokens
+    message = user_message(first.text, images=len(pictures))
+    ids = codec.encode(
+        [message],
+        [picture.grid for picture in pictures],
+        counts=[picture.placeholders for picture in pictures],
+    )
+    prompt = len(ids) + (workload.turns - 1) * workload.prompt_tokens
     if manifest.positions != "original":
-        prompt -= sum(grid.placeholders(full) - grid.most_rows(full, kept) for grid in grids)
+        prompt -= sum(
+            one.grid.placeholders(one.placeholders) - one.grid.most_rows(one.placeholders, one.kept)
+            for one in pictures
+        )
     new = workload.turns * workload.new_tokens
     needed, limit = prompt + new, manifest.generation.max_positions
     if needed > limit:

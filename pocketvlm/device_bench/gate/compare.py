@@ -195,6 +195,7 @@ def _conditions(report: Report) -> Mapping[str, object]:
         "workload differs in image_sha256": workload.image_sha256,
         "workload differs in pictures": workload.pictures,
         "workload differs in visual_tokens": workload.visual_tokens,
+        "workload differs in resolution": workload.resolution,
         "workload differs in turns": workload.turns,
         "environment differs in processor": environment.processor,
         "environment differs in machine": environment.machine,

@@ -1,7 +1,7 @@
-"""What a model's graphs compute, operator by operator, from its specification alone.
+"""What a model's vision graph computes, operator by operator, from its specification alone.
 
-An answer is three sequences of operators: the vision graph once per tile, the decoder once for the
-prompt, and once for each further token. `roofline` gives them times; here they are only counted.
+An answer is three sequences of operators: the vision graph once per tile, the decoder
+(`decoder_work`) once for the prompt, and once for each further token. `roofline` gives them times.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketvlm.bundle import VisualSchedule
+from pocketvlm.device_bench.prediction.operators import (
+    Elementwise,
+    PlainOperator,
+    Product,
+    TowerAttention,
+)
 from pocketvlm.device_bench.prediction.rates import BYTE_ROWS_KERNEL, FLOAT_KERNEL
-from pocketvlm.models.blocks import BlockSpec, FfnSpec
+from pocketvlm.models.blocks import FfnSpec
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.projector import (
     ActivationStep,
@@ -25,78 +31,9 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.models.token_merging import ImportantTokens, SimilarTokens, TokenMerge
 from pocketvlm.models.tower import TowerSpec
 
-__all__ = [
-    "CachedAttention",
-    "Elementwise",
-    "ExportedModel",
-    "Operator",
-    "Product",
-    "TowerAttention",
-    "decoder_operators",
-    "vision_operators",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """Rows times a weight matrix.
-
-    Attributes:
-        kernel: What multiplies them, as `Rates.products` names it.
-        rows: Rows of the input.
-        weights: Elements of the matrix.
-    """
-
-    kernel: str
-    rows: int
-    weights: int
-
-    @property
-    def macs(self) -> int:
-        """Multiplications with an addition each."""
-        return self.rows * self.weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerAttention:
-    """Attention among patches.
-
-    Attributes:
-        macs: Of scores and sums.
-    """
-
-    macs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedAttention:
-    """Attention of a decoder's block to its cache.
-
-    Attributes:
-        rows: New rows.
-        macs: Of scores and sums with all rows that there are then.
-    """
-
-    rows: int
-    macs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Elementwise:
-    """A node that reads and writes every element once.
-
-    Attributes:
-        kind: `norm`, `copy`, or the name of an activation.
-        elements: How many.
-    """
-
-    kind: str
-    elements: int
-
+__all__ = ["ExportedModel", "feed_forward", "products", "vision_operators"]
 
 _ROUNDING_NODES = 4
-
-Operator = Product | TowerAttention | CachedAttention | Elementwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +65,7 @@ class ExportedModel:
         return {linear.name: linear for linear in self.kernels}
 
 
-def vision_operators(model: ExportedModel) -> Iterator[Operator]:
+def vision_operators(model: ExportedModel) -> Iterator[PlainOperator]:
     """The vision graph: the pixels of one tile to the visual tokens that are kept."""
     spec = model.spec
     tower = spec.tower
@@ -139,7 +76,7 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
     for index, block in enumerate(tower.blocks[: tower.feature_block + 1]):
         attention, tokens = block.attention, tower.tokens_entering(index)
         yield Elementwise(kind="norm", elements=tokens * hidden)
-        yield from _products(model, attention.inputs, tokens)
+        yield from products(model, attention.inputs, tokens)
         yield Elementwise(kind="copy", elements=3 * tokens * hidden)
         for norm in (attention.q_norm, attention.k_norm):
             if norm is not None:
@@ -152,13 +89,13 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
         yield TowerAttention(macs=2 * tokens * seen * hidden)
         if tower.weighs_tokens(index):
             yield Elementwise(kind="copy", elements=4 * tokens * hidden)
-        yield from _products(model, (attention.o,), tokens)
+        yield from products(model, (attention.o,), tokens)
         merge = tower.merge_in(index)
         if merge is not None:
             yield from _merge(tower, merge, tokens)
             tokens = tower.tokens_after(merge)
         yield Elementwise(kind="norm", elements=tokens * hidden)
-        yield from _feed_forward(model, block.ffn, tokens, tower.activation)
+        yield from feed_forward(model, block.ffn, tokens, tower.activation)
     yield Elementwise(kind="norm", elements=tokens * hidden)
     tokens = tower.tokens
     if tower.merges:
@@ -172,7 +109,7 @@ def vision_operators(model: ExportedModel) -> Iterator[Operator]:
         yield from _projector(model, steps)
 
 
-def _merge(tower: TowerSpec, merge: TokenMerge, tokens: int) -> Iterator[Operator]:
+def _merge(tower: TowerSpec, merge: TokenMerge, tokens: int) -> Iterator[PlainOperator]:
     """The merge of a block: what tokens are compared by, and products with one-hot rows."""
     hidden, after = tower.hidden_size, tower.tokens_after(merge)
     products: list[tuple[int, int]] = []
@@ -189,105 +126,34 @@ def _merge(tower: TowerSpec, merge: TokenMerge, tokens: int) -> Iterator[Operato
     yield Elementwise(kind="copy", elements=after * tokens + 2 * tokens * hidden)
 
 
-def decoder_operators(
-    model: ExportedModel,
-    *,
-    text_rows: int,
-    visual_rows: int = 0,
-    past: int = 0,
-    past_visual: int = 0,
-) -> Iterator[Operator]:
-    """The decoder's graph, once.
-
-    Args:
-        model: The model.
-        text_rows: New rows of text.
-        visual_rows: New rows of pictures.
-        past: Rows in the cache of the first layer.
-        past_visual: Visual rows among them.
-    """
-    decoder, schedule = model.spec.decoder, model.visual_schedule
-    hidden, last = decoder.hidden_size, decoder.depth - 1
-    rows, seen = text_rows + visual_rows, past
-    for index, block in enumerate(decoder.blocks):
-        entering = before = after = rows
-        if schedule is not None:
-            stage = schedule.stage_of(index)
-            before = text_rows + schedule.kept(stage, visual_rows)
-            seen = past - past_visual + schedule.kept(stage, past_visual)
-            entering = after = before
-            drop = schedule.drop_in(index, after_attention=False)
-            if drop is not None:
-                entering = text_rows + schedule.kept(stage - 1, visual_rows)
-            drop = schedule.drop_in(index, after_attention=True)
-            if drop is not None:
-                after = text_rows + schedule.kept(stage + 1, visual_rows)
-            if visual_rows and _ranks(schedule, index):
-                yield from _ranking(model, entering, seen)
-        after = 1 if index == last else after
-        yield Elementwise(kind="norm", elements=entering * hidden)
-        yield from _products(model, block.mixer.inputs, entering)
-        if isinstance(block, BlockSpec):
-            width = decoder.heads * decoder.head_dim
-            for norm in (block.attention.q_norm, block.attention.k_norm):
-                if norm is not None:
-                    yield Elementwise(kind="norm", elements=before * width)
-            yield CachedAttention(rows=before, macs=2 * before * (before + seen) * width)
-        else:
-            for _ in range(3 + 2 * block.conv.taps):
-                yield Elementwise(kind="copy", elements=before * hidden)
-        yield from _products(model, (block.mixer.output,), after)
-        if isinstance(block, BlockSpec) and block.attention.post_norm is not None:
-            yield Elementwise(kind="norm", elements=after * hidden)
-        yield Elementwise(kind="norm", elements=after * hidden)
-        yield from _feed_forward(model, block.ffn, after, decoder.activation)
-    yield Elementwise(kind="norm", elements=hidden)
-    yield from _products(model, (decoder.embedding if decoder.tied_head else decoder.head,), 1)
-
-
-def _ranks(schedule: VisualSchedule, layer: int) -> bool:
-    """Whether the attention of a layer ranks visual rows."""
-    drops = (schedule.drop_in(layer, after_attention=after) for after in (False, True))
-    return any(drop is not None and schedule.drops[drop].keep for drop in drops)
-
-
-def _ranking(model: ExportedModel, rows: int, seen: int) -> Iterator[Operator]:
-    """The last row's attention: every key is turned, read and multiplied once."""
-    decoder = model.spec.decoder
-    keys = rows * decoder.kv_heads * decoder.head_dim
-    yield Elementwise(kind="copy", elements=2 * keys)
-    macs = (rows + seen) * decoder.heads * decoder.head_dim
-    yield CachedAttention(rows=1, macs=macs)
-    yield Elementwise(kind="copy", elements=rows * decoder.hidden_size)
-
-
-def _feed_forward(
+def feed_forward(
     model: ExportedModel, ffn: FfnSpec, rows: int, activation: str
-) -> Iterator[Operator]:
+) -> Iterator[PlainOperator]:
+    """A feed-forward network, with the norm after it where there is one."""
     width = model.linear(ffn.up).out_features
-    yield from _products(model, ffn.inputs, rows)
+    yield from products(model, ffn.inputs, rows)
     if ffn.gate is not None:
         yield Elementwise(kind="copy", elements=2 * rows * width)
     yield Elementwise(kind=activation, elements=rows * width)
     if ffn.gate is not None:
         yield Elementwise(kind="copy", elements=rows * width)
-    yield from _products(model, (ffn.down,), rows)
+    yield from products(model, (ffn.down,), rows)
     if ffn.post_norm is not None:
         yield Elementwise(kind="norm", elements=rows * model.linear(ffn.down).out_features)
 
 
-def _projector(model: ExportedModel, steps: Iterable[ProjectorStep]) -> Iterator[Operator]:
+def _projector(model: ExportedModel, steps: Iterable[ProjectorStep]) -> Iterator[PlainOperator]:
     rows = model.visual_tokens
     spec = model.spec
     width = spec.projector.merged_width(spec.tower.feature_size)
     for step in steps:
         if isinstance(step, LinearStep):
-            yield from _products(model, (step.name,), rows)
+            yield from products(model, (step.name,), rows)
             width = step.out_features
         elif isinstance(step, NormStep):
             yield Elementwise(kind="norm", elements=rows * width)
         elif isinstance(step, GatedStep):
-            yield from _products(model, (step.gate, step.up), rows)
+            yield from products(model, (step.gate, step.up), rows)
             width = step.out_features
             yield Elementwise(kind="copy", elements=2 * rows * width)
             yield Elementwise(kind=step.activation, elements=rows * width)
@@ -296,7 +162,7 @@ def _projector(model: ExportedModel, steps: Iterable[ProjectorStep]) -> Iterator
             yield Elementwise(kind=step.activation, elements=rows * width)
 
 
-def _products(model: ExportedModel, names: tuple[str, ...], rows: int) -> Iterator[Operator]:
+def products(model: ExportedModel, names: tuple[str, ...], rows: int) -> Iterator[PlainOperator]:
     """Products with matrices that share an input: one node where one kernel runs them all."""
     kernels = {model.kernel(name) for name in names}
     groups = [names] if len(kernels) == 1 else [(name,) for name in names]

@@ -5,6 +5,7 @@ A rate is what a runtime's kernel reaches, not what the processor could: the eff
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -16,6 +17,7 @@ __all__ = [
     "Rates",
     "kernel_bits",
     "quantized_kernel",
+    "require_kernel",
 ]
 
 FLOAT_KERNEL = "float32"
@@ -26,11 +28,22 @@ BYTE_ROWS_KERNEL = "int8 row"
 
 _SCALE_BITS = 16
 _WIDEST = 1 << 16
+_QUANTIZED = re.compile(r"int[1-9]\d? g[1-9]\d{0,8}")
 
 
 def quantized_kernel(bits: int, group_size: int) -> str:
     """Name of the kernel that multiplies codes of `bits` bits, `group_size` columns to a scale."""
     return f"int{bits} g{group_size}"
+
+
+def require_kernel(kernel: str) -> None:
+    """Checks that a name is that of a kernel, calibrated or not.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if kernel not in (FLOAT_KERNEL, BYTE_ROWS_KERNEL) and not _QUANTIZED.fullmatch(kernel):
+        raise ValueError(f"kernel is {kernel!r}; a kernel is called as {quantized_kernel(4, 32)!r}")
 
 
 def kernel_bits(kernel: str) -> float:
@@ -62,9 +75,10 @@ class ProductRates(_Positive):
     weights_s: float
     node_us: float
 
-    def seconds(self, rows: int, weights: int) -> float:
-        """Time of one product: compute or reading, whichever takes longer."""
-        return max(weights / self.weights_s, rows * weights / self.macs_s) + self.node_us / 1e6
+    def seconds(self, rows: int, weights: int, nodes: int = 1) -> float:
+        """Time of this many products: compute or reading, whichever takes longer."""
+        work_s = max(weights / self.weights_s, rows * weights / self.macs_s)
+        return work_s + nodes * self.node_us / 1e6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pocketvlm.device_bench.prediction.costs import (
+from pocketvlm.device_bench.prediction.decoder_work import decoder_operators
+from pocketvlm.device_bench.prediction.operators import (
     CachedAttention,
-    ExportedModel,
     Operator,
     Product,
     TowerAttention,
-    decoder_operators,
-    vision_operators,
 )
 from pocketvlm.device_bench.prediction.rates import Rates
+from pocketvlm.device_bench.prediction.work import ModelWork
 
 __all__ = ["Question", "Times", "predict_times"]
 
@@ -36,18 +35,17 @@ class Question:
     Attributes:
         text_rows: Rows of the prompt that are text.
         visual_rows: Rows that are of the picture.
-        tiles: Tiles of the picture; 0 for text alone.
-        picture_pixels: Pixels of the encoded picture.
-        tile_pixels: Pixels of a tile.
+        tiles_by_vision: Tiles that each vision graph sees, in the manifest's order; none for text
+            alone.
+        picture_pixels: Pixels of the encoded pictures.
         new_tokens: Tokens that are generated.
         cache: Type of the KV cache.
     """
 
     text_rows: int
     visual_rows: int
-    tiles: int
+    tiles_by_vision: tuple[int, ...]
     picture_pixels: int
-    tile_pixels: int
     new_tokens: int
     cache: CacheType = "float32"
 
@@ -55,6 +53,11 @@ class Question:
     def rows(self) -> int:
         """Rows of the prompt."""
         return self.text_rows + self.visual_rows
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all pictures."""
+        return sum(self.tiles_by_vision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class Times:
     decode_tok_s: float
 
 
-def predict_times(model: ExportedModel, question: Question, rates: Rates) -> Times:
+def predict_times(model: ModelWork, question: Question, rates: Rates) -> Times:
     """Times of an answer.
 
     Args:
@@ -80,19 +83,21 @@ def predict_times(model: ExportedModel, question: Question, rates: Rates) -> Tim
         rates: What the device reaches.
     """
     call_ms, cache = rates.call_us / 1e3, question.cache
-    preprocess = question.picture_pixels / rates.decoded_pixels_s
-    preprocess += question.tiles * question.tile_pixels / rates.resized_pixels_s
-    preprocess_ms = preprocess * 1e3 if question.tiles else 0.0
-    vision_ms = question.tiles * (_graph_ms(vision_operators(model), rates, cache) + call_ms)
+    preprocess_ms = question.picture_pixels / rates.decoded_pixels_s * 1e3
+    vision_ms = 0.0
+    for tiles, vision in zip(question.tiles_by_vision, model.visions, strict=False):
+        preprocess_ms += tiles * vision.tile_pixels / rates.resized_pixels_s * 1e3
+        vision_ms += tiles * (_graph_ms(vision.work.operators(), rates, cache) + call_ms)
     prompt = decoder_operators(
-        model, text_rows=question.text_rows, visual_rows=question.visual_rows
+        model.decoder, text_rows=question.text_rows, visual_rows=question.visual_rows
     )
     prefill_ms = _graph_ms(prompt, rates, cache) + call_ms
     halfway = question.rows + question.new_tokens // 2
-    step = decoder_operators(model, text_rows=1, past=halfway, past_visual=question.visual_rows)
+    step = decoder_operators(
+        model.decoder, text_rows=1, past=halfway, past_visual=question.visual_rows
+    )
     decode_ms = _graph_ms(step, rates, cache) + 2 * call_ms  # the token's embedding is a graph too
-    vocabulary = model.spec.decoder.vocab_size
-    sample_ms = vocabulary / rates.sampled_logits_s * 1e3 + rates.token_us / 1e3
+    sample_ms = model.decoder.vocab_size / rates.sampled_logits_s * 1e3 + rates.token_us / 1e3
     ttft_engine_ms = prefill_ms + sample_ms
     return Times(
         preprocess_ms=preprocess_ms,
@@ -111,13 +116,15 @@ def _graph_ms(operators: Iterable[Operator], rates: Rates, cache: CacheType) -> 
 
 
 def _seconds(operator: Operator, rates: Rates, cache: CacheType) -> float:
-    if isinstance(operator, Product):
-        return rates.product(operator.kernel).seconds(operator.rows, operator.weights)
-    if isinstance(operator, TowerAttention):
-        return operator.macs / rates.tower_macs_s + rates.node_us / 1e6
     if isinstance(operator, CachedAttention):
         found = rates.attention[cache]
         macs_s = found.row_macs_s if operator.rows == 1 else found.macs_s
         return operator.macs / macs_s + found.node_us / 1e6
+    if isinstance(operator, Product):
+        product = rates.product(operator.kernel)
+        return product.seconds(operator.rows, operator.weights, operator.nodes)
+    nodes_s = operator.nodes * rates.node_us / 1e6
+    if isinstance(operator, TowerAttention):
+        return operator.macs / rates.tower_macs_s + nodes_s
     elements_s = {"norm": rates.norm_elements_s, "copy": rates.copy_elements_s}.get(operator.kind)
-    return operator.elements / (elements_s or rates.activation(operator.kind)) + rates.node_us / 1e6
+    return operator.elements / (elements_s or rates.activation(operator.kind)) + nodes_s

@@ -8,7 +8,6 @@ read where stages end, in time that no stage is charged with.
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -35,7 +34,6 @@ from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.text import Message, TextCodec, assistant_message, user_message
-from pocketvlm.runtime.vision import VisionChoice
 
 __all__ = ["measure_block"]
 
@@ -101,13 +99,11 @@ def measure_block(job: BlockJob, threads: int, *, on_event: EventCallback = igno
     log.sample_sensors()
     first, *later = zip(*measured, strict=True)
     token_ids = tuple(turn.token_ids for turn in cold)
-    text = job.turns[0].text
-    message = user_message(text, images=len(job.turns[0].pictures))
+    message = user_message(job.turns[0].text, images=len(job.turns[0].pictures))
     text_tokens = sum(token != codec.image_token_id for token in codec.encode([message]))
     return Block(
         load_ms=load_ms,
         prompt=Prompt(
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             text_tokens=text_tokens,
             visual_tokens=cold[0].visual_tokens,
             tokens=cold[0].times.prompt_tokens,
@@ -220,7 +216,7 @@ class _Bench:
         stream = self.conversation.stream(
             turn.text,
             images,
-            vision=VisionChoice(visual_tokens=job.visual_tokens),
+            vision=job.vision,
             max_new_tokens=job.new_tokens,
             ignore_end=job.ignore_eos,
             clock=clock,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,13 +154,11 @@ class SimulatedProcess:
         sustained: list[SustainedAnswer],
     ) -> Block:
         first, script = self.job.turns[0], self.script
-        text_sha256 = hashlib.sha256(first.text.encode()).hexdigest()
         visual_tokens = len(first.pictures) * script.visual_tokens
         peak = script.peak_rss_bytes
         return Block(
             load_ms=load_ms,
             prompt=Prompt(
-                text_sha256=text_sha256,
                 text_tokens=script.text_tokens,
                 visual_tokens=visual_tokens,
                 tokens=cold[0].prompt_tokens,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketvlm.device_bench.devices import Device
+from pocketvlm.device_bench.prediction.device_rates import rates_of
 from pocketvlm.device_bench.prediction.roofline import Times, predict_times
 from pocketvlm.pipeline.advice.choices import Choices, decoder_weights, offer_choices
 from pocketvlm.pipeline.advice.levers import Levers, weigh_levers
 from pocketvlm.pipeline.advice.measured_law import fit_tokens, read_token_scores
-from pocketvlm.pipeline.predict import PREDICTED_WORKLOAD, exported_model, question_of, rates_of
+from pocketvlm.pipeline.predict import PREDICTED_WORKLOAD, model_work, question_of
 from pocketvlm.stages import PlanState, Target
 
 __all__ = ["Advice", "advise"]
@@ -58,7 +59,7 @@ def advise(
     """
     question = question_of(state, PREDICTED_WORKLOAD)
     rates, basis = rates_of(device)
-    model = exported_model(state, targets)
+    model = model_work(state, targets)
     levers = None
     if isinstance(model, str):
         basis = f"no times: {model}"
@@ -68,7 +69,7 @@ def advise(
         reached = rates
 
         def times_of(changed: PlanState) -> Times:
-            exported = exported_model(changed, targets)
+            exported = model_work(changed, targets)
             if isinstance(exported, str):  # never: no lever changes how a matrix is stored
                 raise TypeError(exported)
             return predict_times(exported, question_of(changed, PREDICTED_WORKLOAD), reached)

@@ -27,6 +27,13 @@ typedef void (*pocketvlm_piece)(const char* text, void* context);
 pocketvlm_conversation* pocketvlm_open(const char* bundle, const char* onnxruntime, int threads,
                                        char** reason);
 
+/* Which vision graph sees the pictures of later questions, where a bundle has several: the one with
+ * this many visual tokens per tile and for pictures of this size; 0 for any, which is the first
+ * number of tokens and the size closest to a picture's ratio of sides. 0, or -1 with a reason where
+ * there is no such graph, which leaves the choice as it was. */
+int pocketvlm_choose_vision(pocketvlm_conversation* conversation, int visual_tokens, int width,
+                            int height, char** reason);
+
 /* Asks. `rendered` is the chat template's text of this turn and all before it, with a marker per
  * picture and U+F0002 for every earlier answer. 0, or -1 with a reason; after a failure the
  * conversation starts over. */

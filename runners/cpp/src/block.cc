@@ -37,15 +37,17 @@ Json to_json(const AnswerTimes& times) {
 // Rows that the whole conversation can take. An answer may become more tokens than it was when the
 // next turn reads its text again: half a character is three bytes then.
 std::int64_t needed_rows(const BlockJob& job, const Inputs& inputs) {
-  std::vector<TileGrid> grids;
+  std::vector<PicturePlace> places;
   for (const Question& turn : job.turns) {
     for (const Bytes& content : turn.pictures) {
       const Picture picture = read_picture(content, "the picture");
-      grids.push_back(inputs.preprocessor.see(picture).grid);
+      const auto& [vision, preprocessor] =
+          inputs.choose({picture.width, picture.height}, turn.vision);
+      places.push_back({preprocessor.see(picture).grid, vision.placeholders});
     }
   }
   const std::vector<std::string> answers(job.turns.size() - 1);
-  const auto prompt = inputs.codec.encode(job.turns.back().rendered, grids, answers).size();
+  const auto prompt = inputs.codec.encode(job.turns.back().rendered, places, answers).size();
   const auto earlier = static_cast<std::int64_t>(answers.size());
   return static_cast<std::int64_t>(prompt) + job.limits.new_tokens * (1 + 3 * earlier);
 }
@@ -67,6 +69,7 @@ class Measurement {
     load_ms += seconds_since(loading) * 1000;
     conversation_.emplace(*inputs_, *engine_);
     const ProcessMemory after_load = process_memory();
+    peaks_.end_phase("load");
     emit_({{"event", "loaded"}, {"load_ms", load_ms}});
     sense();
     const std::vector<Answer> cold = converse("cold");
@@ -103,10 +106,12 @@ class Measurement {
         {"sustained", sustained},
         {"sensors", sensors_},
         {"memory",
-         {{"counter", "VmHWM"},
+         {{"counter", kMemoryCounter},
           {"before_load_rss_bytes", or_null(before.rss_bytes)},
           {"after_load_rss_bytes", or_null(after_load.rss_bytes)},
-          {"peak_rss_bytes", or_null(after.peak_rss_bytes)},
+          {"peak_prefill_rss_bytes", or_null(peaks_.of("prefill"))},
+          {"peak_decode_rss_bytes", or_null(peaks_.of("decode"))},
+          {"peak_rss_bytes", or_null(peaks_.whole())},
           {"after_rss_bytes", or_null(after.rss_bytes)},
           {"before_load_pss_bytes", or_null(before.pss_bytes)},
           {"after_load_pss_bytes", or_null(after_load.pss_bytes)},
@@ -131,8 +136,9 @@ class Measurement {
     std::vector<Answer> answers;
     conversation_->reset();
     for (const Question& question : job_.turns) {
-      answers.push_back(
-          conversation_->ask(question, job_.limits, [](const std::string&) {}));
+      answers.push_back(conversation_->ask(
+          question, job_.limits, [](const std::string&) {}, [&] { peaks_.end_phase("prefill"); }));
+      peaks_.end_phase("decode");
       emit_({{"event", "answer"},
              {"kind", kind},
              {"turn", answers.size() - 1},
@@ -170,7 +176,7 @@ class Measurement {
 
   // The first turn's prompt in tokens; text is what stays when every picture's rows are left out.
   Json prompt(const Answer& first) const {
-    const std::vector<TileGrid> whole(job_.turns.front().pictures.size());
+    const std::vector<PicturePlace> whole(job_.turns.front().pictures.size(), {{}, 1});
     const TokenIds tokens = inputs_->codec.encode(job_.turns.front().rendered, whole, {});
     const auto text = std::count_if(tokens.begin(), tokens.end(), [&](std::int64_t token) {
       return token != inputs_->bundle.prompt.image_token_id;
@@ -186,8 +192,22 @@ class Measurement {
   std::optional<Inputs> inputs_;
   std::optional<Engine> engine_;
   std::optional<Conversation> conversation_;
+  PeakMemory peaks_;
   Json sensors_ = Json::array();
 };
+
+VisionChoice read_vision_choice(const Json& document) {
+  VisionChoice choice;
+  const auto vision = document.find("vision");
+  if (vision == document.end()) return choice;
+  if (const auto tokens = vision->find("visual_tokens"); tokens != vision->end() && !tokens->is_null()) {
+    choice.visual_tokens = tokens->get<std::int64_t>();
+  }
+  if (const auto size = vision->find("resolution"); size != vision->end() && !size->is_null()) {
+    choice.resolution = Size{size->at(0), size->at(1)};
+  }
+  return choice;
+}
 
 int counted(const Json& document, const char* name, int least, int otherwise) {
   const int count = document.value(name, otherwise);
@@ -203,20 +223,18 @@ int counted(const Json& document, const char* name, int least, int otherwise) {
 BlockJob read_block_job(const Json& document) {
   const std::string runtime = document.at("runtime");
   if (runtime != "onnx") throw Fault("job: runtime is " + runtime + "; this runner has onnx");
-  if (document.contains("visual_tokens") && !document["visual_tokens"].is_null()) {
-    throw Fault("job: visual_tokens chooses a vision graph; this runner has the first alone");
-  }
   BlockJob job;
   job.bundle = document.at("bundle");
   std::vector<Bytes> pictures;
   if (document.contains("pictures")) {
     for (const Json& picture : document["pictures"]) pictures.push_back(decode_base64(picture));
   }
+  const VisionChoice vision = read_vision_choice(document);
   for (const Json& turn : document.at("turns")) {
     if (!turn.contains("rendered") || turn["rendered"].is_null()) {
       throw Fault("job: a turn is not rendered, and this runner has no chat templates");
     }
-    Question question{turn["rendered"], {}};
+    Question question{turn["rendered"], {}, vision};
     if (turn.contains("pictures")) {
       for (const std::size_t index : turn["pictures"].get<std::vector<std::size_t>>()) {
         if (index >= pictures.size()) throw Fault("job: a turn shows a picture that is not there");

@@ -96,6 +96,36 @@ Cache read_cache(const Json& document) {
   return cache;
 }
 
+Vision read_vision(const Json& document, const std::string& name) {
+  Vision vision{name, document.at("visual_tokens"), document.at("visual_tokens_full"), {}};
+  if (vision.kept < 1 || vision.kept > vision.placeholders || vision.placeholders > kMostPositions) {
+    throw Fault("visual_tokens are " + std::to_string(vision.kept) + " of " +
+                std::to_string(vision.placeholders));
+  }
+  if (const auto grid = document.find("position_grid"); grid != document.end() && !grid->is_null()) {
+    vision.position_grid = PositionGrid{grid->at("rows"), grid->at("columns")};
+    if (vision.position_grid->columns < 1 || vision.position_grid->rows < 1) {
+      throw Fault("position_grid is empty");
+    }
+  }
+  return vision;
+}
+
+// Every vision graph, in order; without `variants`, the one that the manifest itself describes.
+std::vector<Vision> read_visions(const Json& document) {
+  const auto variants = document.find("variants");
+  if (variants == document.end() || variants->empty()) return {read_vision(document, "")};
+  std::vector<Vision> visions;
+  for (const Json& variant : *variants) {
+    visions.push_back(read_vision(variant, variant.at("name")));
+    if (visions.back().name.empty()) throw Fault("a vision graph of variants has no name");
+    if (visions.back().position_grid.has_value() != visions.front().position_grid.has_value()) {
+      throw Fault("variants number their rows along different axes");
+    }
+  }
+  return visions;
+}
+
 Bundle read_manifest(const std::filesystem::path& path, const Json& document) {
   if (document.value("schema", 0) != kSchema) {
     throw Fault("bundle schema " + document.value("schema", Json()).dump() + "; this runner reads " +
@@ -105,19 +135,12 @@ Bundle read_manifest(const std::filesystem::path& path, const Json& document) {
   bundle.path = path;
   bundle.model = document.at("model");
   bundle.family = document.at("family");
-  bundle.visual_tokens = document.at("visual_tokens");
-  bundle.visual_tokens_full = document.at("visual_tokens_full");
+  bundle.visions = read_visions(document);
   const std::string positions = document.at("positions");
   if (positions != "original" && positions != "consecutive") {
     throw Fault("positions are " + positions + "; known are original, consecutive");
   }
   bundle.keeps_positions = positions == "original";
-  if (const auto grid = document.find("position_grid"); grid != document.end() && !grid->is_null()) {
-    bundle.position_grid = PositionGrid{grid->at("rows"), grid->at("columns")};
-    if (bundle.position_grid->columns < 1 || bundle.position_grid->rows < 1) {
-      throw Fault("position_grid is empty");
-    }
-  }
   bundle.prompt = read_prompt(document.at("prompt"));
   const Json& generation = document.at("generation");
   generation.at("eos_token_ids").get_to(bundle.generation.eos_token_ids);
@@ -132,6 +155,7 @@ Bundle read_manifest(const std::filesystem::path& path, const Json& document) {
   for (const Json& component : document.at("components")) {
     if (component.at("target") != "onnx") continue;
     bundle.components.push_back({component.at("role"), component.at("file"),
+                                 optional<std::string>(component, "variant").value_or(""),
                                  signatures(component.at("inputs")),
                                  signatures(component.at("outputs"))});
     require_inside(bundle.components.back().file);
@@ -173,11 +197,12 @@ Bundle Bundle::open(const std::filesystem::path& path) {
   return reading(file, [&] { return read_manifest(path, document); });
 }
 
-const Component& Bundle::component(const std::string& role) const {
+const Component& Bundle::component(const std::string& role, const std::string& variant) const {
   for (const Component& component : components) {
-    if (component.role == role) return component;
+    if (component.role == role && component.variant == variant) return component;
   }
-  throw Fault(path.string() + ": no " + role + " graph for target onnx");
+  const std::string named = variant.empty() ? "" : " " + variant;
+  throw Fault(path.string() + ": no " + role + " graph" + named + " for target onnx");
 }
 
 }  // namespace pocketvlm

@@ -20,6 +20,7 @@ struct Signature {
 
 struct Component {
   std::string role, file;
+  std::string variant;  // which vision graph it is; empty where there is one alone
   std::vector<Signature> inputs, outputs;
 
   const Signature& input(const std::string& name) const;
@@ -65,12 +66,18 @@ struct PositionGrid {
   std::int64_t rows, columns;
 };
 
+// One vision graph; its component says how large its pictures are.
+struct Vision {
+  std::string name;                            // as its component's `variant`
+  std::int64_t kept = 0, placeholders = 0;     // visual tokens of a tile, and those of its prompt
+  std::optional<PositionGrid> position_grid;
+};
+
 struct Bundle {
   std::filesystem::path path;
   std::string model, family;
-  std::int64_t visual_tokens = 0, visual_tokens_full = 0;
+  std::vector<Vision> visions;  // one or more
   bool keeps_positions = true;
-  std::optional<PositionGrid> position_grid;
   PromptSettings prompt;
   Generation generation;
   Cache cache;
@@ -81,7 +88,10 @@ struct Bundle {
   // not compared: `pocketvlm verify` does that.
   static Bundle open(const std::filesystem::path& path);
 
-  const Component& component(const std::string& role) const;
+  const Component& component(const std::string& role, const std::string& variant = "") const;
+
+  // Axes along which rows are numbered.
+  std::size_t axes() const { return visions.front().position_grid ? 3 : 1; }
 };
 
 }  // namespace pocketvlm

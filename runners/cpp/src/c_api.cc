@@ -46,6 +46,7 @@ struct pocketvlm_conversation {
   Inputs inputs;
   Engine engine;
   Conversation conversation;
+  VisionChoice vision;
 };
 
 pocketvlm_conversation* pocketvlm_open(const char* bundle, const char* onnxruntime, int threads,
@@ -58,12 +59,24 @@ pocketvlm_conversation* pocketvlm_open(const char* bundle, const char* onnxrunti
   });
 }
 
+int pocketvlm_choose_vision(pocketvlm_conversation* conversation, int visual_tokens, int width,
+                            int height, char** reason) {
+  return guarded(-1, reason, [&] {
+    VisionChoice wanted;
+    if (visual_tokens > 0) wanted.visual_tokens = visual_tokens;
+    if (width > 0 || height > 0) wanted.resolution = Size{width, height};
+    conversation->inputs.choose({1, 1}, wanted);
+    conversation->vision = wanted;
+    return 0;
+  });
+}
+
 int pocketvlm_ask(pocketvlm_conversation* conversation, const char* rendered,
                   const pocketvlm_picture* pictures, size_t count, int max_new_tokens,
                   pocketvlm_piece on_piece, void* context, char** reason) {
   const int status = guarded(-1, reason, [&] {
     if (max_new_tokens < 1) throw Fault("max_new_tokens must be at least 1");
-    Question question{text_of(rendered), {}};
+    Question question{text_of(rendered), {}, conversation->vision};
     for (size_t i = 0; i < count; ++i) {
       question.pictures.emplace_back(pictures[i].bytes, pictures[i].bytes + pictures[i].size);
     }

@@ -42,10 +42,53 @@ class Conversation::Clock {
 Inputs Inputs::open(const std::filesystem::path& path) {
   Bundle bundle = Bundle::open(path);
   PromptCodec codec = PromptCodec::from_bundle(bundle);
-  const Signature& pixels = bundle.component("vision").input("pixel_values");
-  const Size size{static_cast<int>(pixels.fixed(3)), static_cast<int>(pixels.fixed(2))};
-  Preprocessor preprocessor = Preprocessor::from_bundle(path, bundle.family, size);
-  return {std::move(bundle), std::move(codec), std::move(preprocessor)};
+  std::vector<Sight> sights;
+  for (const Vision& vision : bundle.visions) {
+    const Signature& pixels = bundle.component("vision", vision.name).input("pixel_values");
+    const Size size{static_cast<int>(pixels.fixed(3)), static_cast<int>(pixels.fixed(2))};
+    sights.push_back({vision, Preprocessor::from_bundle(path, bundle.family, size)});
+  }
+  return {std::move(bundle), std::move(codec), std::move(sights)};
+}
+
+namespace {
+
+// A choice in words.
+std::string spell(const VisionChoice& choice) {
+  std::string text;
+  if (choice.visual_tokens) text = std::to_string(*choice.visual_tokens) + " visual tokens";
+  if (!choice.resolution) return text;
+  return text + (text.empty() ? "" : " of ") + std::to_string(choice.resolution->width) + " x " +
+         std::to_string(choice.resolution->height) + " pixels";
+}
+
+}  // namespace
+
+const Sight& Inputs::choose(Size picture, const VisionChoice& wanted) const {
+  const Sight* chosen = nullptr;
+  double least = 0;
+  std::string there;
+  for (const Sight& sight : sights) {
+    const Size size = sight.preprocessor.size();
+    there += (there.empty() ? "" : ", ") + spell({sight.vision.kept, size});
+    if (wanted.visual_tokens && *wanted.visual_tokens != sight.vision.kept) continue;
+    if (wanted.resolution && (wanted.resolution->width != size.width ||
+                              wanted.resolution->height != size.height)) {
+      continue;
+    }
+    // How much more the picture is stretched along one side than along the other.
+    const double across = double(size.width) * picture.height;
+    const double down = double(size.height) * picture.width;
+    const double stretch = std::max(across, down) / std::min(across, down);
+    if (chosen == nullptr || stretch < least) {
+      chosen = &sight;
+      least = stretch;
+    }
+  }
+  if (chosen == nullptr) {
+    throw Fault("no vision graph for " + spell(wanted) + "; this bundle has " + there);
+  }
+  return *chosen;
 }
 
 std::int64_t default_rows(const Bundle& bundle) {
@@ -68,9 +111,10 @@ void Conversation::reset() {
 }
 
 Answer Conversation::ask(const Question& question, const Limits& limits,
-                         const std::function<void(const std::string&)>& on_piece) {
+                         const std::function<void(const std::string&)>& on_piece,
+                         const std::function<void()>& on_first_token) {
   Clock clock;
-  look(question.pictures, clock);
+  look(question, clock);
   const Layout layout = lay_out_question(question.rendered);
   require_room(layout);
   clock.lap("tokenize");
@@ -91,7 +135,10 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
     const bool ends = !limits.ignores_end && is_end(token);
     const std::string piece = ends ? "" : stream.push(token);
     clock.lap("detokenize");
-    if (++answer.times.new_tokens == 1) answer.times.ttft_user_ms = clock.total();
+    if (++answer.times.new_tokens == 1) {
+      answer.times.ttft_user_ms = clock.total();
+      on_first_token();
+    }
     if (!piece.empty()) on_piece(piece);
     clock.skip();
     const std::int64_t position = layout.next_position + answer.times.new_tokens - 1;
@@ -136,22 +183,24 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
   return answer;
 }
 
-void Conversation::look(const std::vector<Bytes>& pictures, Clock& clock) {
-  for (const Bytes& content : pictures) {
+void Conversation::look(const Question& question, Clock& clock) {
+  for (const Bytes& content : question.pictures) {
     const Picture picture = read_picture(content, "the picture");
-    auto [grid, pixels] = preprocessor_.see(picture);
-    Shown shown{std::move(grid), {}};
+    const auto& [vision, preprocessor] =
+        inputs_.choose({picture.width, picture.height}, question.vision);
+    auto [grid, pixels] = preprocessor.see(picture);
+    Shown shown{{std::move(grid), vision.placeholders}, {}};
     clock.lap("preprocess");
-    const std::size_t numbers = preprocessor_.tile_numbers();
+    const std::size_t numbers = preprocessor.tile_numbers();
     std::size_t first = 0;
-    for (int number = 0; number < shown.grid.all_tiles(); ++number) {
+    for (int number = 0; number < shown.place.grid.all_tiles(); ++number) {
       TileRows rows;  // none of a tile that is left out
-      if (!shown.grid.leaves_out(number)) {
-        rows = engine_.encode_tile(pixels.data() + first, numbers);
+      if (!shown.place.grid.leaves_out(number)) {
+        rows = engine_.encode_tile(vision, pixels.data() + first, numbers);
         first += numbers;
       }
       shown.tiles.push_back({std::move(rows.embeds), std::move(rows.indices),
-                             bundle_.visual_tokens_full, serial_++});
+                             vision.placeholders, vision.position_grid, serial_++});
     }
     clock.lap("vision");
     shown_.push_back(std::move(shown));
@@ -159,13 +208,13 @@ void Conversation::look(const std::vector<Bytes>& pictures, Clock& clock) {
 }
 
 Layout Conversation::lay_out_question(const std::string& rendered) const {
-  std::vector<TileGrid> grids;
+  std::vector<PicturePlace> places;
   std::vector<const VisualRows*> tiles;
   for (const Shown& shown : shown_) {
-    grids.push_back(shown.grid);
+    places.push_back(shown.place);
     for (const VisualRows& tile : shown.tiles) tiles.push_back(&tile);
   }
-  return lay_out(codec_.encode(rendered, grids, answers_), tiles, bundle_);
+  return lay_out(codec_.encode(rendered, places, answers_), tiles, bundle_);
 }
 
 void Conversation::require_room(const Layout& layout) const {

@@ -24,11 +24,18 @@ struct AnswerTimes {
   std::int64_t prompt_tokens = 0, new_tokens = 0, reused_tokens = 0;
 };
 
+// What is asked of the vision graph that sees a picture, where a bundle has several.
+struct VisionChoice {
+  std::optional<std::int64_t> visual_tokens;  // of a tile; else the first number that there is
+  std::optional<Size> resolution;             // of a tile; else the closest to the picture's ratio
+};
+
 // One turn of the user: what the chat template makes of it and of all turns before it, with a mark
 // per picture and per earlier answer, and the encoded pictures that come with it.
 struct Question {
   std::string rendered;
   std::vector<Bytes> pictures;
+  VisionChoice vision;
 };
 
 struct Answer {
@@ -44,13 +51,22 @@ struct Limits {
   bool ignores_end = false;
 };
 
+// A vision graph with what stands before it.
+struct Sight {
+  Vision vision;
+  Preprocessor preprocessor;
+};
+
 // What stands between an app's text and pictures and the graphs.
 struct Inputs {
   Bundle bundle;
   PromptCodec codec;
-  Preprocessor preprocessor;
+  std::vector<Sight> sights;  // one or more
 
   static Inputs open(const std::filesystem::path& path);
+
+  // What sees a picture of this size; throws Fault where no vision graph is as asked for.
+  const Sight& choose(Size picture, const VisionChoice& wanted) const;
 };
 
 // Rows of the cache unless a caller knows better: 2048, or fewer where the model has fewer positions.
@@ -63,27 +79,26 @@ class Conversation {
  public:
   // Both must outlive it.
   Conversation(const Inputs& inputs, Engine& engine)
-      : bundle_(inputs.bundle),
-        codec_(inputs.codec),
-        preprocessor_(inputs.preprocessor),
-        engine_(engine) {}
+      : inputs_(inputs), bundle_(inputs.bundle), codec_(inputs.codec), engine_(engine) {}
 
   // Starts over with an empty cache.
   void reset();
 
-  // Asks; `on_piece` is called with each piece of text as soon as it is certain.
+  // Asks; `on_piece` is called with each piece of text as soon as it is certain, `on_first_token`
+  // once the first token is text. Neither is on the clock.
   Answer ask(const Question& question, const Limits& limits,
-             const std::function<void(const std::string&)>& on_piece);
+             const std::function<void(const std::string&)>& on_piece,
+             const std::function<void()>& on_first_token = [] {});
 
  private:
   struct Shown {
-    TileGrid grid;
+    PicturePlace place;
     std::vector<VisualRows> tiles;
   };
 
   class Clock;
 
-  void look(const std::vector<Bytes>& pictures, Clock& clock);
+  void look(const Question& question, Clock& clock);
   Layout lay_out_question(const std::string& rendered) const;
   void require_room(const Layout& layout) const;
   std::int64_t reusable_rows(const Layout& layout) const;
@@ -92,9 +107,9 @@ class Conversation {
                                     std::int64_t start);
   bool is_end(std::int64_t token) const;
 
+  const Inputs& inputs_;
   const Bundle& bundle_;
   const PromptCodec& codec_;
-  const Preprocessor& preprocessor_;
   Engine& engine_;
   std::vector<Shown> shown_;
   std::vector<std::string> answers_;

@@ -5,6 +5,9 @@
 #if defined(__ANDROID__)
 #include <dlfcn.h>
 #endif
+#if defined(__APPLE__)
+#include <mach/mach.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -151,12 +154,71 @@ double memory_read_bytes_s(int threads) {
   return best;
 }
 
+#if defined(__APPLE__)
+
+// What the system holds an app to; compressed pages are in it.
+std::optional<task_vm_info_data_t> footprint() {
+  task_vm_info_data_t info{};
+  mach_msg_type_number_t count = TASK_VM_INFO_COUNT;
+  auto* into = reinterpret_cast<task_info_t>(&info);
+  if (task_info(mach_task_self(), TASK_VM_INFO, into, &count) != KERN_SUCCESS) return {};
+  return info;
+}
+
+std::optional<std::int64_t> peak_bytes() {
+  const auto info = footprint();
+  if (!info) return {};
+  return info->ledger_phys_footprint_peak;
+}
+
+#else
+
+std::optional<std::int64_t> peak_bytes() { return stated_bytes("/proc/self/status", "VmHWM:"); }
+
+#endif
+
 }  // namespace
+
+#if defined(__APPLE__)
+
+const char* const kMemoryCounter = "phys_footprint";
+
+ProcessMemory process_memory() {
+  const auto info = footprint();
+  if (!info) return {};
+  return {static_cast<std::int64_t>(info->phys_footprint), {}};
+}
+
+#else
+
+const char* const kMemoryCounter = "VmHWM";
 
 ProcessMemory process_memory() {
   return {stated_bytes("/proc/self/status", "VmRSS:"),
-          stated_bytes("/proc/self/smaps_rollup", "Pss:"),
-          stated_bytes("/proc/self/status", "VmHWM:")};
+          stated_bytes("/proc/self/smaps_rollup", "Pss:")};
+}
+
+#endif
+
+void PeakMemory::end_phase(const std::string& phase) {
+  const auto peak = peak_bytes();
+  if (!peak) return;
+  std::int64_t& largest = peaks_[phase];
+  largest = std::max(largest, *peak);
+  std::ofstream reset("/proc/self/clear_refs");
+  begins_anew_ = begins_anew_ && reset << "5" && reset.flush();  // see proc(5)
+}
+
+std::optional<std::int64_t> PeakMemory::of(const std::string& phase) const {
+  const auto found = peaks_.find(phase);
+  if (!begins_anew_ || found == peaks_.end()) return {};
+  return found->second;
+}
+
+std::optional<std::int64_t> PeakMemory::whole() const {
+  std::optional<std::int64_t> largest;
+  for (const auto& [phase, peak] : peaks_) largest = std::max(largest.value_or(0), peak);
+  return largest;
 }
 
 Sensors read_sensors() {

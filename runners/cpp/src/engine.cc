@@ -89,6 +89,7 @@ CacheType cache_type(const std::string& dtype) {
 
 Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
     : bundle_(bundle),
+      threads_(threads),
       capacity_(capacity),
       memory_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU)) {
   if (bundle.cache.schedule) {
@@ -103,12 +104,12 @@ Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
   }
   const Component& decoder = bundle.component("decoder");
   require_known(decoder);
-  vision_ = load("vision", threads);
+  vision_ = load(bundle.component("vision", bundle.visions.front().name), threads);
   // The embedding is a lookup: threads of its own would only spin beside the decoder's.
-  embedding_ = load("embedding", 1);
-  decoder_ = load("decoder", threads);
+  embedding_ = load(bundle.component("embedding"), 1);
+  decoder_ = load(decoder, threads);
   width_ = bundle.component("embedding").output("embeds").fixed(2);
-  axes_ = bundle.position_grid ? 3 : 1;
+  axes_ = bundle.axes();
   embeds_.resize(static_cast<std::size_t>(width_));
   logits_.resize(static_cast<std::size_t>(decoder.output("logits").fixed(2)));
   position_.resize(axes_);
@@ -127,15 +128,14 @@ Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
   decode_rows_ = bind_decoder();
 }
 
-Engine::Graph Engine::load(const std::string& role, int threads) const {
-  const Component& component = bundle_.component(role);
-  Graph graph{(bundle_.path / component.file).string()};
+Engine::Graph Engine::load(const Component& component, int threads) const {
+  Graph graph{(bundle_.path / component.file).string(), component.variant};
   Ort::SessionOptions options;
   options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
   options.SetInterOpNumThreads(1);
   options.SetIntraOpNumThreads(threads);
   require_exact_sums(options);
-  if (role == "vision") {
+  if (component.role == "vision") {
     // It runs once per picture: its threads must not spin while the decoder's work, and keeping
     // its activations would cost memory and save nothing.
     options.AddConfigEntry("session.force_spinning_stop", "1");
@@ -187,9 +187,14 @@ Ort::IoBinding Engine::bind_decoder() {
   return binding;
 }
 
-TileRows Engine::encode_tile(float* pixels, std::size_t numbers) {
+TileRows Engine::encode_tile(const Vision& vision, float* pixels, std::size_t numbers) {
   std::vector<std::int64_t> shape;
-  const Signature& input = bundle_.component("vision").input("pixel_values");
+  const Component& component = bundle_.component("vision", vision.name);
+  if (vision_.variant != vision.name) {
+    vision_ = {};  // before another takes memory
+    vision_ = load(component, threads_);
+  }
+  const Signature& input = component.input("pixel_values");
   for (std::size_t at = 0; at < input.shape.size(); ++at) shape.push_back(input.fixed(at));
   const Ort::Value value =
       Ort::Value::CreateTensor<float>(memory_, pixels, numbers, shape.data(), shape.size());

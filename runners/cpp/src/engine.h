@@ -27,7 +27,8 @@ class Engine {
   std::int64_t length() const { return length_; }
   std::int64_t width() const { return width_; }
 
-  TileRows encode_tile(float* pixels, std::size_t numbers);
+  // One tile, by this vision graph; the one that was used last stays loaded.
+  TileRows encode_tile(const Vision& vision, float* pixels, std::size_t numbers);
 
   // Embeddings [count, width] of tokens.
   std::vector<float> embed(const TokenIds& tokens);
@@ -51,7 +52,7 @@ class Engine {
     void operator()(void* memory) const { std::free(memory); }
   };
   struct Graph {
-    std::string file;
+    std::string file, variant;
     Ort::Session session{nullptr};
   };
   struct Buffer {
@@ -60,7 +61,7 @@ class Engine {
     Ort::Value value{nullptr};
   };
 
-  Graph load(const std::string& role, int threads) const;
+  Graph load(const Component& component, int threads) const;
   void allocate_cache(const Component& decoder);
   Ort::IoBinding bind_decoder();
   void run(Graph& graph, Ort::IoBinding& binding);
@@ -71,6 +72,7 @@ class Engine {
   Ort::Value floats(std::vector<float>& numbers, std::vector<std::int64_t> shape);
 
   const Bundle& bundle_;
+  int threads_;
   std::int64_t capacity_, length_ = 0, width_ = 0;
   Ort::MemoryInfo memory_;
   Graph vision_, embedding_, decoder_;

@@ -23,15 +23,13 @@ std::int64_t add_picture(Layout& layout, const VisualRows& picture, std::int64_t
   for (std::int64_t slot = 0; slot < kept; ++slot) {
     const std::int64_t index = picture.indices[slot];
     std::vector<std::int64_t> position = {start + (bundle.keeps_positions ? index : slot)};
-    if (bundle.position_grid) {
-      const std::int64_t columns = bundle.position_grid->columns;
+    if (picture.grid) {
+      const std::int64_t columns = picture.grid->columns;
       position = {start, start + index / columns, start + index % columns};
     }
     add_row(layout, -1 - picture.serial, slot, position);
   }
-  if (bundle.position_grid) {
-    return start + std::max(bundle.position_grid->rows, bundle.position_grid->columns);
-  }
+  if (picture.grid) return start + std::max(picture.grid->rows, picture.grid->columns);
   return start + (bundle.keeps_positions ? picture.placeholders : kept);
 }
 
@@ -72,7 +70,7 @@ Layout Layout::extended(const TokenIds& tokens, std::int64_t rows) const {
 Layout lay_out(const TokenIds& tokens, const std::vector<const VisualRows*>& pictures,
                const Bundle& bundle) {
   Layout layout;
-  layout.positions.resize(bundle.position_grid ? 3 : 1);
+  layout.positions.resize(bundle.axes());
   const std::int64_t placeholder = bundle.prompt.image_token_id;
   std::int64_t position = 0;
   std::size_t next = 0;

@@ -16,6 +16,7 @@ struct VisualRows {
   std::vector<float> embeds;          // [kept, width]
   std::vector<std::int64_t> indices;  // [kept]: which of the unreduced tokens these are
   std::int64_t placeholders;          // length of the run
+  std::optional<PositionGrid> grid;   // of the unreduced tokens, where positions have three axes
   std::int64_t serial;                // tells this run from every other of the process
 };
 

@@ -23,7 +23,8 @@ constexpr const char* kUsage =
     R"(usage: pocketvlm-runner [--onnxruntime FILE] [--job FILE]
        pocketvlm-runner [--onnxruntime FILE] BUNDLE [--image FILE]... --rendered TEXT
                         [[--image FILE]... --rendered TEXT]... [--max-new-tokens N]
-                        [--threads N] [--json | --tokens | --pixels]
+                        [--visual-tokens N] [--resolution WIDTHxHEIGHT] [--threads N]
+                        [--json | --tokens | --pixels]
 
 Without a bundle, does one job of the line protocol, read from standard input or from a file.
 With one, answers: every --rendered is a turn of the conversation as the chat template writes it
@@ -33,6 +34,9 @@ stands for each earlier answer. docs/native_runners.md shows how to make such a 
   --onnxruntime FILE   ONNX Runtime's shared library; else the one beside this program, or the
                        system's
   --max-new-tokens N   tokens after which an answer is cut (64)
+  --visual-tokens N    the vision graph with this many tokens per tile, where a bundle has several
+  --resolution WxH     the one for pictures of this size; else the closest to a picture's ratio of
+                       sides
   --threads N          threads of the heavy graphs (one per physical core)
   --json               one JSON document per answer, with its tokens
   --tokens             the tokens of every --rendered by itself, one JSON array a line; no answer
@@ -46,6 +50,7 @@ struct Options {
   std::string library, job, bundle;
   std::vector<Question> turns;
   Limits limits;
+  VisionChoice vision;
   int threads = 0;
   Output output = Output::kText;
   bool wants_help = false;
@@ -61,6 +66,12 @@ int positive(const std::string& name, const std::string& text) {
   }
   if (used != text.size() || number < 1) throw Fault(name + " " + text + ": not a number above 0");
   return number;
+}
+
+Size resolution(const std::string& name, const std::string& text) {
+  const auto middle = text.find('x');
+  if (middle == std::string::npos) throw Fault(name + " " + text + ": not WIDTHxHEIGHT");
+  return {positive(name, text.substr(0, middle)), positive(name, text.substr(middle + 1))};
 }
 
 Options parse(const std::vector<std::string>& words) {
@@ -81,10 +92,14 @@ Options parse(const std::vector<std::string>& words) {
     } else if (word == "--image") {
       pictures.push_back(read_bytes(value()));
     } else if (word == "--rendered") {
-      options.turns.push_back({value(), std::move(pictures)});
+      options.turns.push_back({value(), std::move(pictures), {}});
       pictures.clear();
     } else if (word == "--max-new-tokens") {
       options.limits.new_tokens = positive(word, value());
+    } else if (word == "--visual-tokens") {
+      options.vision.visual_tokens = positive(word, value());
+    } else if (word == "--resolution") {
+      options.vision.resolution = resolution(word, value());
     } else if (word == "--threads") {
       options.threads = positive(word, value());
     } else if (word == "--json") {
@@ -99,6 +114,7 @@ Options parse(const std::vector<std::string>& words) {
       options.bundle = word;
     }
   }
+  for (Question& turn : options.turns) turn.vision = options.vision;
   if (!pictures.empty()) throw Fault("--image needs a --rendered after it");
   if (options.bundle.empty() != options.turns.empty()) {
     throw Fault("a bundle needs --rendered, and the other way round; --help shows how");
@@ -112,17 +128,19 @@ Options parse(const std::vector<std::string>& words) {
 // What an app that has its own loop compares itself with.
 void show_inputs(const Options& options, const Inputs& inputs) {
   for (const Question& question : options.turns) {
-    std::vector<TileGrid> grids;
+    std::vector<PicturePlace> places;
     for (const Bytes& content : question.pictures) {
       const Picture picture = read_picture(content, "the picture");
-      const auto [grid, pixels] = inputs.preprocessor.see(picture);
-      grids.push_back(grid);
+      const auto& [vision, preprocessor] =
+          inputs.choose({picture.width, picture.height}, question.vision);
+      const auto [grid, pixels] = preprocessor.see(picture);
+      places.push_back({grid, vision.placeholders});
       if (options.output != Output::kPixels) continue;
       std::cout.write(reinterpret_cast<const char*>(pixels.data()),
                       static_cast<std::streamsize>(pixels.size() * sizeof(float)));
     }
     if (options.output == Output::kTokens) {
-      std::cout << Json(inputs.codec.encode(question.rendered, grids, {})).dump() << "\n";
+      std::cout << Json(inputs.codec.encode(question.rendered, places, {})).dump() << "\n";
     }
   }
 }

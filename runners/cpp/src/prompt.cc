@@ -54,15 +54,15 @@ PromptCodec PromptCodec::from_bundle(const Bundle& bundle) {
   return codec;
 }
 
-TokenIds PromptCodec::encode(const std::string& rendered, const std::vector<TileGrid>& grids,
+TokenIds PromptCodec::encode(const std::string& rendered, const std::vector<PicturePlace>& pictures,
                              const std::vector<std::string>& answers) const {
-  std::size_t pictures = 0, said = 0;
+  std::size_t places = 0, said = 0;
   std::string text = replaced(rendered, prompt_.image_mark.value_or(prompt_.image_token), [&] {
-    return ++pictures <= grids.size() ? picture_text(grids[pictures - 1]) : std::string();
+    return ++places <= pictures.size() ? picture_text(pictures[places - 1]) : std::string();
   });
-  if (pictures != grids.size()) {
-    throw Fault("the rendered text has places for " + std::to_string(pictures) +
-                " pictures where " + std::to_string(grids.size()) + " are shown");
+  if (places != pictures.size()) {
+    throw Fault("the rendered text has places for " + std::to_string(places) +
+                " pictures where " + std::to_string(pictures.size()) + " are shown");
   }
   text = replaced(text, kAnswer, [&] {
     return ++said <= answers.size() ? marked(answers[said - 1]) : std::string();
@@ -85,9 +85,10 @@ TokenIds PromptCodec::encode(const std::string& rendered, const std::vector<Tile
   return ids;
 }
 
-std::string PromptCodec::picture_text(const TileGrid& grid) const {
+std::string PromptCodec::picture_text(const PicturePlace& picture) const {
+  const TileGrid& grid = picture.grid;
   std::string visual, tile;
-  for (std::int64_t i = 0; i < count_; ++i) tile += prompt_.image_token;
+  for (std::int64_t i = 0; i < picture.placeholders; ++i) tile += prompt_.image_token;
   if (!prompt_.tile_marker || !grid.is_split()) {
     for (int i = 0; i < grid.all_tiles(); ++i) visual += tile;
     return prompt_.image_prefix + visual + prompt_.image_suffix;

@@ -13,28 +13,33 @@
 
 namespace pocketvlm {
 
+// What a picture takes of a prompt: so many placeholders for each of its tiles.
+struct PicturePlace {
+  TileGrid grid;
+  std::int64_t placeholders;
+};
+
 class PromptCodec {
  public:
   static PromptCodec from_bundle(const Bundle& bundle);
 
   // Token ids of a conversation; throws Fault if pictures or answers and their marks do not match.
-  TokenIds encode(const std::string& rendered, const std::vector<TileGrid>& grids,
+  TokenIds encode(const std::string& rendered, const std::vector<PicturePlace>& pictures,
                   const std::vector<std::string>& answers) const;
 
   const Tokenizer& tokenizer() const { return tokenizer_; }
 
  private:
   PromptCodec(Tokenizer tokenizer, const Bundle& bundle)
-      : tokenizer_(std::move(tokenizer)), prompt_(bundle.prompt), count_(bundle.visual_tokens_full) {}
+      : tokenizer_(std::move(tokenizer)), prompt_(bundle.prompt) {}
 
-  std::string picture_text(const TileGrid& grid) const;
+  std::string picture_text(const PicturePlace& picture) const;
   std::string marked(const std::string& answer) const;
   TokenIds encode_marked(const std::string& text, bool adds_tokens) const;
   TokenIds encode_inside(const std::string& text, bool is_plain) const;
 
   Tokenizer tokenizer_;
   PromptSettings prompt_;
-  std::int64_t count_;
   std::string first_token_;  // the template's bos_token; empty if there is none
 };
 

@@ -10,7 +10,7 @@
 namespace pocketvlm {
 namespace {
 
-constexpr int kProtocol = 2;
+constexpr int kProtocol = 3;
 
 void write_line(const Json& document, std::FILE* out) {
   const std::string line = document.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";

@@ -72,6 +72,9 @@ class Preprocessor {
 
   SeenTiles see(const Picture& picture) const;
 
+  // Of one tile.
+  Size size() const { return size_; }
+
   // Numbers of one tile.
   std::size_t tile_numbers() const { return std::size_t{3} * size_.width * size_.height; }
 

@@ -58,6 +58,22 @@ def test_arms_grid_and_file(tiny_bundle, other, type_bench, tmp_path):
     assert "decode_tok_s" in said
 
 
+def test_vision_graphs_are_axes(graphs_bundle, type_bench):
+    axes = ("--visual-tokens", 4, "--resolution", "64x64", "--visual-tokens", 8)
+    code, document, said = type_bench(graphs_bundle, *SHAPE, *axes, "--json")
+    assert code == 0, said
+    cells = (document["bench"], *document["grid"])
+    assert [one["workload"]["name"] for one in cells] == [
+        "vlm, 4 visual tokens",
+        "vlm, 8 visual tokens",
+    ]
+    asked = [(one["workload"]["visual_tokens"], one["workload"]["resolution"]) for one in cells]
+    assert asked == [(4, [64, 64]), (8, [64, 64])]
+    code, _, said = type_bench(graphs_bundle, *SHAPE, "--resolution", "64x32", "--json")
+    assert code == 2
+    assert "no vision graph for 64 x 32 pixels; this bundle has 8 visual tokens of" in said
+
+
 def test_baseline_is_another_word_for_the_first(tiny_bundle, other, type_bench):
     _, first, _ = type_bench(tiny_bundle, *SHAPE, "--baseline", other, "--json")
     assert list(first["bench"]["arms"]) == ["base", "bundle"]
@@ -121,6 +137,13 @@ def test_an_interrupt_writes_what_was_measured(tiny_bundle, type_bench, tmp_path
         (["--profile", "toaster"], "'toaster' is not known"),
         (["--image", "nothing.png"], "nothing.png"),
         (["--image-size", "64", "--image-size", "64"], "names a value twice"),
+        (["--resolution", "wide"], "--resolution is 'wide'; write width and height"),
+        (
+            ["--resolution", "64x64", "--resolution", "64x64"],
+            "resolution: 64x64, 64x64 names",
+        ),
+        (["--visual-tokens", "5"], "no picture is shown to the vision graph for 5 visual tokens"),
+        (["--workload", "vlm", "--visual-tokens", "5"], "no vision graph for 5 visual tokens"),
         (["--prompt-tokens", "4"], "the chat template alone takes"),
         (["--max-thermal-status", "9"], "less than or equal to 6"),
         (["--new-tokens", "100000"], "positions"),

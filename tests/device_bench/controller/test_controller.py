@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -54,6 +55,14 @@ def test_the_transport_sees_the_turns_in_this_order(tiny_bundle, other, block):
     # Both bundles got the same picture.
     assert len({job.pictures for job in transport.jobs}) == 1
     json.dumps(encode(result), allow_nan=False)
+
+
+def test_the_digest_of_the_prompt_is_that_of_the_job_whichever_runner_did_it(tiny_bundle, block):
+    transport = ScriptedTransport([block() for _ in range(5)])
+    (arm,) = bench([tiny_bundle], transport=transport).arms.values()
+    text = transport.jobs[0].turns[0].text
+    assert arm.prompt.text_sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert arm.bundle.max_positions == 512
 
 
 def test_names_of_arms_differ(tiny_bundle, other, tmp_path):

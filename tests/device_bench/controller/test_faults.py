@@ -11,7 +11,7 @@ from pocketvlm.device_bench.controller.bench import BenchInterrupted, bench_bund
 from pocketvlm.device_bench.protocol import AnswerEvent, Failure, LoadedEvent
 from pocketvlm.device_bench.transports.simulated import SimulatedTransport
 from pocketvlm.device_bench.transports.simulation import Fault, Simulation
-from pocketvlm.reports.measurement import ProcessFailure
+from pocketvlm.reports.measurement import ProcessFailure, Prompt
 from tests.device_bench.rig import SCRIPTED, ScriptedTransport, bench
 
 
@@ -91,6 +91,12 @@ def test_a_runner_that_contradicts_itself_has_no_figures(tiny_bundle, block, cha
     arm = result.arms["bundle"]
     assert arm.latency.failed.startswith("the runner contradicts itself: ")
     assert message in arm.latency.failed
+
+
+def test_more_visual_rows_than_the_prompt_has_are_a_contradiction(tiny_bundle, block):
+    wrong = replace(block(), prompt=Prompt(text_tokens=32, visual_tokens=41, tokens=40))
+    arm = bench([tiny_bundle], transport=ScriptedTransport([wrong, wrong])).arms["bundle"]
+    assert "it counts 41 visual rows in a prompt of 40" in arm.latency.failed
 
 
 def test_a_clock_that_is_set_while_it_is_read_is_noticed(tiny_bundle, block):

@@ -104,6 +104,20 @@ def test_a_rate_is_worse_when_it_is_lower():
     assert "better by 900.0% (900.0% to 900.0%)" in row.line()
 
 
+def test_an_encoder_that_a_release_made_15_times_slower_fails_by_default():
+    """llama.cpp's log of MobileVLM on a Snapdragon 778G: 18.7 s, and 288 s a release later."""
+
+    def with_encoder(vision_ms):
+        first_token_ms = vision_ms + TIMED["ttft_engine_ms"]
+        return changed(INT4, arm({**TIMED, "vision_ms": vision_ms, "ttft_user_ms": first_token_ms}))
+
+    before, after = with_encoder(18_700.0), with_encoder(288_000.0)
+    assert failing(after, first=before) == {"ttft_user_ms": "regressed"}
+    bounds = parse_bounds(["vision_ms=5%"])
+    assert failing(after, first=before, bounds=bounds)["vision_ms"] == "regressed"
+    assert failing(before, first=before, bounds=bounds) == {}
+
+
 def test_a_bound_inside_the_interval_is_too_noisy_to_tell():
     scattered = [96.0, 99.0, 101.0, 108.0, 109.0, 112.0]
     noisy = changed((*INT4, "latency", "ttft_user_ms"), figure(scattered))

@@ -13,13 +13,8 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.tower.mergers import MergeImportant, MergeSimilar
 from pocketvlm.compress.tokens.tower.stage import MergeTokens
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.prediction.costs import (
-    ExportedModel,
-    Operator,
-    Product,
-    TowerAttention,
-    vision_operators,
-)
+from pocketvlm.device_bench.prediction.costs import ExportedModel, vision_operators
+from pocketvlm.device_bench.prediction.operators import Operator, Product, TowerAttention
 from pocketvlm.device_bench.prediction.rates import FLOAT_KERNEL
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import ModelSpec

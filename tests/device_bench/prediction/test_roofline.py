@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -12,14 +13,13 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
 from pocketvlm.context import RunContext
 from pocketvlm.device_bench.devices.derive import load_reference
-from pocketvlm.device_bench.prediction.costs import (
+from pocketvlm.device_bench.prediction.costs import ExportedModel, vision_operators
+from pocketvlm.device_bench.prediction.decoder_work import count_decoder, decoder_operators
+from pocketvlm.device_bench.prediction.operators import (
     CachedAttention,
     Elementwise,
-    ExportedModel,
     Product,
     TowerAttention,
-    decoder_operators,
-    vision_operators,
 )
 from pocketvlm.device_bench.prediction.predicted import beside_measured
 from pocketvlm.device_bench.prediction.rates import (
@@ -28,24 +28,31 @@ from pocketvlm.device_bench.prediction.rates import (
     kernel_bits,
     quantized_kernel,
 )
-from pocketvlm.device_bench.prediction.roofline import Question, predict_times
+from pocketvlm.device_bench.prediction.roofline import Question, _seconds, predict_times
+from pocketvlm.device_bench.prediction.work import ModelWork, count_work
 from pocketvlm.device_bench.workload import PRESETS
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.json_io import decode, encode
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.predict import exported_model, question_of
 from pocketvlm.reference.random_models import TINY_MODELS, tiny_config, write_random_model
 from pocketvlm.reference.shapes import list_shapes, load_shape
-from pocketvlm.reports.measurement import Figure, Latency, MeasuredArm
+from pocketvlm.reports.measurement import (
+    Figure,
+    Latency,
+    MeasuredArm,
+    Memory,
+    PlausibilityCheck,
+)
 from pocketvlm.weights.layout import AffineLayout
 
 RATES = load_reference().rates
 QUESTION = Question(
     text_rows=32,
     visual_rows=64,
-    tiles=1,
+    tiles_by_vision=(1,),
     picture_pixels=512**2,
-    tile_pixels=512**2,
     new_tokens=16,
 )
 PRODUCTS = ("MatMulNBits", "FusedMatMul", "MatMul")
@@ -58,6 +65,10 @@ def model_of(name: str, kernel: str = FLOAT_KERNEL) -> ExportedModel:
         kernels=dict.fromkeys(spec.linears(), kernel),
         visual_tokens=spec.visual_tokens,
     )
+
+
+def work_of(name: str, kernel: str = FLOAT_KERNEL) -> ModelWork:
+    return count_work(model_of(name, kernel))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +98,7 @@ def test_what_is_counted_is_what_the_exported_graphs_hold(tmp_path, name, is_qua
     model = ExportedModel(spec=spec, kernels=kernels, visual_tokens=spec.visual_tokens)
     for role, operators in (
         ("vision", vision_operators(model)),
-        ("decoder", decoder_operators(model, text_rows=7)),
+        ("decoder", decoder_operators(count_decoder(model), text_rows=7)),
     ):
         graph = onnx.load(bundle.file(f"onnx/{role}.onnx"), load_external_data=False).graph
         found = Counter(node.op_type for node in graph.node)
@@ -100,11 +111,14 @@ def test_what_is_counted_is_what_the_exported_graphs_hold(tmp_path, name, is_qua
         else:
             attentions = sum(isinstance(one, CachedAttention) for one in counted)
             assert found["GroupQueryAttention"] == attentions
-        assert sum(found[name] for name in PRODUCTS) == len(products) + _rotary(found, role)
-        norms = [one for one in counted if isinstance(one, Elementwise) and one.kind == "norm"]
+        multiplied = sum(one.nodes for one in products)
+        assert sum(found[name] for name in PRODUCTS) == multiplied + _rotary(found, role)
+        norms = sum(
+            one.nodes for one in counted if isinstance(one, Elementwise) and one.kind == "norm"
+        )
         # A tower that has no norm after its last block is counted one too many.
-        assert len(norms) - _norms(found) in ((0, 1) if role == "vision" else (0,))
-        quantized = sum(one.kernel != FLOAT_KERNEL for one in products)
+        assert norms - _norms(found) in ((0, 1) if role == "vision" else (0,))
+        quantized = sum(one.nodes for one in products if one.kernel != FLOAT_KERNEL)
         assert found["MatMulNBits"] == quantized
 
 
@@ -127,9 +141,8 @@ def _rotary(found: Counter[str], role: str) -> int:
 def test_a_prompt_multiplies_every_row_with_every_matrix_but_those_after_the_last_attention():
     model = model_of("smolvlm-256m")
     rows = 96
-    macs = sum(
-        one.macs for one in decoder_operators(model, text_rows=rows) if isinstance(one, Product)
-    )
+    operators = decoder_operators(count_decoder(model), text_rows=rows)
+    macs = sum(one.macs for one in operators if isinstance(one, Product))
     decoder = [linear for linear in model.kernels if linear.part == "decoder"]
     last = max(linear.block for linear in decoder)
     alone = [
@@ -146,7 +159,7 @@ def test_rows_that_end_early_are_not_counted_after_it():
     model = replace(model_of("smolvlm-256m"), visual_schedule=VisualSchedule.ending(10))
     rows = [
         one.rows
-        for one in decoder_operators(model, text_rows=32, visual_rows=64)
+        for one in decoder_operators(count_decoder(model), text_rows=32, visual_rows=64)
         if isinstance(one, CachedAttention)
     ]
     assert rows == [96] * 10 + [32] * 20
@@ -172,24 +185,50 @@ def test_a_kernel_that_was_not_calibrated_is_taken_for_the_most_similar_one():
 
 @pytest.mark.parametrize("name", list_shapes())
 def test_every_shape_is_predicted(name):
-    model = model_of(name, "int4 g32")
-    times = predict_times(model, QUESTION, RATES)
+    times = predict_times(work_of(name, "int4 g32"), QUESTION, RATES)
     assert all(math.isfinite(value) and value > 0 for value in vars(times).values())
     parts = times.preprocess_ms + times.vision_ms + times.ttft_engine_ms
     assert times.ttft_user_ms == pytest.approx(parts, rel=0.01)
 
 
 def test_fewer_bits_decode_faster_and_more_rows_take_longer():
-    dense = predict_times(model_of("smolvlm-256m"), QUESTION, RATES)
-    int4 = predict_times(model_of("smolvlm-256m", "int4 g64"), QUESTION, RATES)
+    float_work = work_of("smolvlm-256m")
+    dense = predict_times(float_work, QUESTION, RATES)
+    int4 = predict_times(work_of("smolvlm-256m", "int4 g64"), QUESTION, RATES)
     assert int4.decode_tok_s > 2 * dense.decode_tok_s
     longer = replace(QUESTION, text_rows=320)
-    assert predict_times(model_of("smolvlm-256m"), longer, RATES).prefill_ms > dense.prefill_ms
-    tiles = replace(QUESTION, tiles=5)
-    five = predict_times(model_of("smolvlm-256m"), tiles, RATES)
+    assert predict_times(float_work, longer, RATES).prefill_ms > dense.prefill_ms
+    five = predict_times(float_work, replace(QUESTION, tiles_by_vision=(5,)), RATES)
     assert five.vision_ms == pytest.approx(5 * dense.vision_ms)
-    text = replace(QUESTION, tiles=0, visual_rows=0)
-    assert predict_times(model_of("smolvlm-256m"), text, RATES).vision_ms == 0
+    text = replace(QUESTION, tiles_by_vision=(), visual_rows=0, picture_pixels=0)
+    assert predict_times(float_work, text, RATES).vision_ms == 0
+
+
+def test_every_vision_graph_takes_its_own_time_for_its_own_tiles():
+    model = model_of("qwen2-vl-2b")
+    small = replace(model, spec=model.spec.with_picture_size(112, 224), visual_tokens=16)
+    both = count_work(model, small)
+
+    def vision_ms(*tiles):
+        return predict_times(both, replace(QUESTION, tiles_by_vision=tiles), RATES).vision_ms
+
+    assert vision_ms(1, 0) == predict_times(count_work(model), QUESTION, RATES).vision_ms
+    assert vision_ms(0, 1) == predict_times(count_work(small), QUESTION, RATES).vision_ms
+    assert vision_ms(0, 1) < vision_ms(1, 0)
+    assert vision_ms(2, 3) == pytest.approx(2 * vision_ms(1, 0) + 3 * vision_ms(0, 1))
+
+
+@pytest.mark.parametrize("name", ["smolvlm-256m", "lfm2-vl-450m", "qwen3-vl-2b"])
+def test_counts_survive_a_file_and_add_up_to_the_same_times(name):
+    """Added up, operators take what each of them takes alone, as `Work` promises."""
+    model = replace(model_of(name), visual_schedule=None)
+    work = count_work(model)
+    assert decode(ModelWork, json.loads(json.dumps(encode(work)))) == work
+    alone = sum(_seconds(one, RATES, "float32") for one in vision_operators(model))
+    together = sum(_seconds(one, RATES, "float32") for one in work.visions[0].work.operators())
+    assert together == pytest.approx(alone)
+    assert work.decoder.depth == model.spec.decoder.depth
+    assert (len(work.decoder.runs) == 1) == (name != "lfm2-vl-450m")  # layers of two kinds
 
 
 def test_a_workload_becomes_the_rows_that_the_reduction_keeps():
@@ -216,10 +255,27 @@ def test_kernels_that_nobody_calibrated_are_named():
 
 
 def test_predicted_stands_beside_measured_where_both_are_known():
-    times = predict_times(model_of("smolvlm-256m"), QUESTION, RATES)
+    times = predict_times(work_of("smolvlm-256m"), QUESTION, RATES)
     latency = Latency(
         figures={"prefill_ms": Figure(median=2 * times.prefill_ms), "load_ms": Figure()}
     )
-    (row,) = beside_measured(times, MeasuredArm(latency=latency))
-    assert (row.name, row.ratio) == ("prefill_ms", pytest.approx(0.5))
-    assert beside_measured(times, MeasuredArm(latency=Latency(failed="it crashed"))) == ()
+    memory = Memory(before_load_rss_bytes=100, peak_rss_bytes=500)
+    arm = MeasuredArm(latency=latency, memory=memory)
+    prefill, ram = beside_measured(arm, times=times, ram_bytes=300)
+    assert (prefill.name, prefill.ratio) == ("prefill_ms", pytest.approx(0.5))
+    assert (ram.name, ram.measured, ram.ratio) == ("ram_bytes", 400, pytest.approx(0.75))
+    assert beside_measured(arm, times=None, ram_bytes=None) == ()
+    crashed = MeasuredArm(latency=Latency(failed="it crashed"))
+    assert beside_measured(crashed, times=times, ram_bytes=300) == ()
+
+
+def test_nothing_stands_beside_a_figure_that_is_not_published():
+    times = predict_times(work_of("smolvlm-256m"), QUESTION, RATES)
+    figures = ("prefill_ms", "peak_rss_bytes")
+    arm = MeasuredArm(
+        latency=Latency(figures={name: Figure(median=1.0) for name in ("prefill_ms", "vision_ms")}),
+        memory=Memory(before_load_rss_bytes=100, peak_rss_bytes=500),
+        plausibility=(PlausibilityCheck(check="nonsense", figures=figures, verdict="fail"),),
+    )
+    (row,) = beside_measured(arm, times=times, ram_bytes=300)
+    assert row.name == "vision_ms"

@@ -26,6 +26,7 @@ from pocketvlm.errors import InputError, UnsupportedError
 from pocketvlm.json_io import decode, encode
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.engines import open_engine
+from pocketvlm.runtime.vision import VisionChoice
 
 PICTURES = (draw_picture(64), draw_picture(96))
 QUESTIONS = ("What is it?", "And here?", "Why?")
@@ -54,6 +55,20 @@ def measured(tiny_bundle):
     events = []
     block = measure_block(conversation_job(tiny_bundle), 1, on_event=events.append)
     return block, events
+
+
+def test_the_vision_graph_of_the_job_sees_the_pictures(graphs_bundle):
+    def visual_tokens(**asked):
+        vision = VisionChoice(**asked)
+        job = conversation_job(
+            graphs_bundle, warm_ups=1, answers=1, sustained_s=None, vision=vision
+        )
+        return measure_block(job, 1).prompt.visual_tokens
+
+    assert visual_tokens() == 8
+    assert visual_tokens(visual_tokens=4) == 4
+    assert visual_tokens(visual_tokens=3) == 3
+    assert visual_tokens(resolution=(96, 32)) == 8
 
 
 def check_conversation(block, job):

@@ -111,7 +111,7 @@ def test_what_was_measured_is_kept_when_the_runner_dies():
 
 
 def test_jobs_of_another_protocol_are_refused():
-    with pytest.raises(ValueError, match="job schema 99; this runner speaks 2"):
+    with pytest.raises(ValueError, match=f"job schema 99; this runner speaks {PROTOCOL}"):
         parse_job('{"schema": 99}')
     with pytest.raises(ValueError, match="'dance'; this runner knows environment, sensors, block"):
         parse_job(json.dumps({"schema": PROTOCOL, "job": "dance"}))

@@ -25,7 +25,7 @@ def main():
 
 def fail(reason):
     """The last line of a job that could not be done, as the protocol has it."""
-    sys.stdout.write(json.dumps({"schema": 2, "status": "failed", "reason": reason}) + "\n")
+    sys.stdout.write(json.dumps({"schema": 3, "status": "failed", "reason": reason}) + "\n")
     return 2
 
 

@@ -27,6 +27,19 @@ public final class Conversation {
 
     deinit { pocketvlm_close(handle) }
 
+    /// Chooses the vision graph that sees the pictures of later questions, where a bundle has several.
+    ///
+    /// - Parameters:
+    ///   - visualTokens: Tokens of a tile; 0 for the first number that there is.
+    ///   - width: Of what the graph takes, with `height`; 0 for the size closest to a picture's
+    ///     ratio of sides.
+    public func chooseVision(visualTokens: Int32 = 0, width: Int32 = 0, height: Int32 = 0) throws {
+        var reason: UnsafeMutablePointer<CChar>?
+        guard pocketvlm_choose_vision(handle, visualTokens, width, height, &reason) == 0 else {
+            throw Self.fault(reason)
+        }
+    }
+
     /// Asks, and returns the answer; after a failure the conversation has started over.
     ///
     /// - Parameters:

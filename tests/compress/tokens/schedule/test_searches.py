@@ -24,12 +24,9 @@ from pocketvlm.compress.tokens.schedule.p_sigmoid import (
 from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
 from pocketvlm.compress.tokens.schedule.stage import DropTokens
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.prediction.costs import (
-    CachedAttention,
-    ExportedModel,
-    Product,
-    decoder_operators,
-)
+from pocketvlm.device_bench.prediction.costs import ExportedModel
+from pocketvlm.device_bench.prediction.decoder_work import count_decoder, decoder_operators
+from pocketvlm.device_bench.prediction.operators import CachedAttention, Product
 from pocketvlm.errors import RecipeError
 from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.sources import resolve_model
@@ -63,8 +60,9 @@ def test_multiplications_are_those_of_the_predicted_graph(schedule, rows):
         visual_tokens=TOKENS,
         visual_schedule=schedule,
     )
-    operators = list(decoder_operators(model, text_rows=text, visual_rows=visual))
-    head = operators[-1] if isinstance(operators[-1], Product) else operators[-2]
+    decoder = count_decoder(model)
+    operators = list(decoder_operators(decoder, text_rows=text, visual_rows=visual))
+    (head,) = decoder.head.products
     counted = sum(op.macs for op in operators if isinstance(op, Product | CachedAttention))
     assert PrefillMacs.of(SPEC, [rows]).mean(schedule) == counted - head.macs
 

@@ -58,6 +58,15 @@ JNIEXPORT jlong JNICALL Java_dev_pocketvlm_Native_open(JNIEnv* env, jclass, jbyt
   return reinterpret_cast<jlong>(opened);
 }
 
+JNIEXPORT void JNICALL Java_dev_pocketvlm_Native_chooseVision(JNIEnv* env, jclass, jlong handle,
+                                                              jint visual_tokens, jint width,
+                                                              jint height) {
+  char* reason = nullptr;
+  if (pocketvlm_choose_vision(conversation_of(handle), visual_tokens, width, height, &reason) != 0) {
+    raise(env, reason);
+  }
+}
+
 JNIEXPORT void JNICALL Java_dev_pocketvlm_Native_ask(JNIEnv* env, jclass, jlong handle,
                                                      jbyteArray rendered, jobjectArray pictures,
                                                      jint max_new_tokens, jobject listener) {

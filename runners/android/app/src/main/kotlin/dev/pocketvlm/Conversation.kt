@@ -17,6 +17,19 @@ class Conversation(bundle: File, library: File? = null, threads: Int = 0) : Clos
     )
 
     /**
+     * Chooses the vision graph that sees the pictures of later questions, where a bundle has several.
+     *
+     * @param visualTokens tokens of a tile; 0 for the first number that there is.
+     * @param width of what the graph takes, with `height`; 0 for the size closest to a picture's
+     *     ratio of sides.
+     * @throws IllegalStateException there is no such graph; the choice is what it was.
+     */
+    fun chooseVision(visualTokens: Int = 0, width: Int = 0, height: Int = 0) {
+        check(handle != 0L) { "the conversation is closed" }
+        Native.chooseVision(handle, visualTokens, width, height)
+    }
+
+    /**
      * Asks, and returns the answer.
      *
      * @param rendered the chat template's text of this turn and all before it, with a marker per

@@ -24,6 +24,9 @@ internal object Native {
     external fun open(bundle: ByteArray, library: ByteArray, threads: Int): Long
 
     @JvmStatic
+    external fun chooseVision(handle: Long, visualTokens: Int, width: Int, height: Int)
+
+    @JvmStatic
     external fun ask(
         handle: Long,
         rendered: ByteArray,
