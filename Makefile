@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
 LOCKER := .venv-lock
+ECOSYSTEM := .venv-ecosystem
 
 LOCK := requirements/lock.txt
 TORCH := requirements/torch.txt
 EXTRAS := dev,coreml,executorch
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint types contracts unit test-exhaustive lock test-newest test-oldest clean
+.PHONY: demo test lint types contracts unit test-exhaustive lock test-newest test-oldest test-ecosystem clean
 
 # Exact versions and digests of everything; torch by itself (see its file), and nothing is resolved.
 $(VENV)/.installed: pyproject.toml $(LOCK) $(TORCH)
@@ -72,5 +73,16 @@ test-oldest:
 		--editable '.[$(EXTRAS)]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
 
+# The doors to other tools, with these tools: what they cost to install is not for every checkout.
+test-ecosystem:
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --requirement $(TORCH)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --constraint $(TORCH) \
+		--editable '.[dev,ecosystem]'
+	$(ECOSYSTEM)/bin/python -m pip install --quiet ./plugins/optimum
+	$(ECOSYSTEM)/bin/python -m pip check
+	$(ECOSYSTEM)/bin/pocketvlm doctor
+	POCKETVLM_ECOSYSTEM=1 OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
+
 clean:
-	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(LOCKER) runs build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(LOCKER) $(ECOSYSTEM) runs build dist *.egg-info

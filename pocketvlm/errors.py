@@ -10,6 +10,7 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 ├── InputError                a picture or a prompt cannot be used
 ├── MissingExtraError         an optional toolkit is not installed
 ├── ExportError               a toolkit could not convert a graph
+├── HubError                  a hub refuses, cannot be reached, or holds something else
 ├── StorageError              a file cannot be written: a full disk, a quota, a read-only place
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
     ├── SourceMismatchError   the checkpoint is read differently than stock transformers reads it
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "ExpectationError",
     "ExportError",
+    "HubError",
     "InputError",
     "MissingExtraError",
     "ParityError",
@@ -81,6 +83,10 @@ class MissingExtraError(PocketVLMError):
 
 class ExportError(PocketVLMError):
     """A toolkit could not convert a graph; the message keeps its words and the operator."""
+
+
+class HubError(PocketVLMError):
+    """A hub refuses, cannot be reached, or holds something else than was looked for."""
 
 
 class StorageError(PocketVLMError):

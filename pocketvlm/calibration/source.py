@@ -1,4 +1,4 @@
-"""Where samples come from: a folder of pictures and conversations, generated scenes, or noise.
+"""Where samples come from: a folder of conversations, photographs, generated scenes, or noise.
 
 Evaluation reads its data through the same types. Everything is deterministic, and a set is
 identified by the digest of its pictures and texts, so that a report can say which set was used.
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pocketvlm.calibration.data.folder import read_folder
+from pocketvlm.calibration.data.photos import folder_photos, photo_samples, shipped_photos
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference import Pictures
@@ -107,6 +108,32 @@ class CalibrationSet:
             for index, example in enumerate(GENERATORS[pictures](seed, n, split=split))
         )
         return cls(name=f"{pictures}:{seed} ({split})", samples=samples)
+
+    @classmethod
+    def from_photos(
+        cls, n: int, seed: int = 0, *, folder: Path | str | None = None
+    ) -> CalibrationSet:
+        """Photographs that installed packages bring along, with true answers; or a folder's.
+
+        Of a folder's pictures nothing is said: their samples have questions and no answers, so
+        stages that need answers refuse them.
+
+        Args:
+            n: The number of samples; those beyond the pictures are parts of them.
+            seed: Seed of the parts.
+            folder: A folder of pictures; `None` for those of packages.
+
+        Raises:
+            CalibrationError: There are no pictures, or one cannot be decoded.
+        """
+        photos = shipped_photos() if folder is None else folder_photos(Path(folder))
+        used = photos[:n]
+        few = f"photos: {n} samples are {len(used)} photographs and parts of them"
+        return cls(
+            name="photos" if folder is None else f"photos:{Path(folder).name}",
+            samples=photo_samples(used, n, seed=seed),
+            notes=(few,) if len(used) < n else (),
+        )
 
     @classmethod
     def synthetic(cls, n: int, seed: int = 0) -> CalibrationSet:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.checkpoint.checkpoint import Checkpoint
+from pocketvlm.checkpoint.layouts import LAYOUTS, QUANTIZER, Layers, Layout
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.files.publish import replace_directory
-from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.codebook import CodebookWeight
 from pocketvlm.weights.dense import DenseWeight
-from pocketvlm.weights.formats import gptq_config, to_gptq, to_vptq, vptq_layer_config
 from pocketvlm.weights.modules import FormEmbedding, FormLinear
 
-__all__ = ["LAYOUTS", "SavedLayout", "save_layout"]
+__all__ = ["SavedLayout", "save_layout"]
 
-LAYOUTS = ("gptq", "gptq_v2", "vptq")
-_QUANTIZER = "pocketvlm"
 _WEIGHTS = "model.safetensors"
 
 
@@ -62,8 +57,8 @@ def save_layout(checkpoint: Checkpoint, path: Path | str, *, layout: str) -> Sav
     Args:
         checkpoint: A checkpoint with quantized linear layers.
         path: A folder that does not exist, is empty, or was written here before.
-        layout: One of `LAYOUTS`: `gptq` stores zero points minus one, `gptq_v2` as they are, `vptq`
-            codebooks.
+        layout: One of `LAYOUTS`: `gptq` stores zero points minus one, `gptq_v2` as they are,
+            `compressed-tensors` is its pack-quantized format, `vptq` holds codebooks.
 
     Raises:
         UnsupportedError: No layer is quantized, one has a form that the layout cannot hold, or
@@ -73,20 +68,20 @@ def save_layout(checkpoint: Checkpoint, path: Path | str, *, layout: str) -> Sav
     path = Path(path)
     if layout not in LAYOUTS:
         raise UnsupportedError(f"layout {layout!r} is not known; known are {', '.join(LAYOUTS)}")
+    chosen = LAYOUTS[layout]
     if checkpoint.spec.folds:
         raise UnsupportedError(
             f"a {checkpoint.spec.model_type} checkpoint cannot be written for other tools: tensors "
             "that they look for were folded into others when it was read"
         )
     _refuse_foreign(path)
-    linears = _linears(checkpoint)
-    quantized = _quantized(linears, layout)
-    tensors, dense = _tensors(checkpoint, linears, quantized, layout)
-    declared = _declare(checkpoint, linears, quantized, layout)
+    layers = Layers.of(checkpoint, chosen)
+    tensors, dense = _tensors(layers, chosen)
+    declared = chosen.declare(layers)
     with replace_directory(path) as folder:
         config = {**checkpoint.config, "quantization_config": declared}
         _write_json(folder / "config.json", config)
-        if layout != "vptq":
+        if chosen.has_own_file:
             _write_json(folder / "quantize_config.json", declared)
         checkpoint.processor.save(folder)
         try:
@@ -97,10 +92,10 @@ def save_layout(checkpoint: Checkpoint, path: Path | str, *, layout: str) -> Sav
         weight_bytes = (folder / _WEIGHTS).stat().st_size
     return SavedLayout(
         layout=layout,
-        quantized=tuple(quantized),
+        quantized=tuple(layers.quantized),
         dense=dense,
         weight_bytes=weight_bytes,
-        notes=_notes(checkpoint, quantized),
+        notes=(*_left_behind(checkpoint), *chosen.notes(layers, declared)),
     )
 
 
@@ -113,7 +108,7 @@ def _refuse_foreign(path: Path) -> None:
         return
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        ours = config["quantization_config"]["meta"]["quantizer"][0].startswith(f"{_QUANTIZER}:")
+        ours = config["quantization_config"]["meta"]["quantizer"][0].startswith(f"{QUANTIZER}:")
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         ours = False
     if not ours:
@@ -123,66 +118,25 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _linears(checkpoint: Checkpoint) -> dict[str, FormLinear]:
-    """Every linear layer that has its own weight, including blocks that are never run."""
-    decoder = checkpoint.spec.decoder
-    return {
-        name: module
-        for name, module in checkpoint.model.named_modules()
-        if isinstance(module, FormLinear) and not (decoder.tied_head and name == decoder.head)
-    }
-
-
-def _quantized(
-    linears: Mapping[str, FormLinear], layout: str
-) -> dict[str, AffineWeight | CodebookWeight]:
-    expected = CodebookWeight if layout == "vptq" else AffineWeight
-    quantized: dict[str, AffineWeight | CodebookWeight] = {}
-    for name, module in linears.items():
-        form = module.form
-        if isinstance(form, DenseWeight):
-            continue
-        if not isinstance(form, expected):
-            raise UnsupportedError(
-                f"{name}: has a weight of kind {form.kind!r}, and layout {layout} holds "
-                f"{expected.kind!r} and float weights alone"
-            )
-        quantized[name] = form
-    if not quantized:
-        raise UnsupportedError(
-            f"no linear layer is quantized; layout {layout} is for {expected.kind!r} weights, "
-            "which a quantizing stage makes"
-        )
-    return quantized
-
-
-def _tensors(
-    checkpoint: Checkpoint,
-    linears: Mapping[str, FormLinear],
-    quantized: Mapping[str, AffineWeight | CodebookWeight],
-    layout: str,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(layers: Layers, layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
+    checkpoint = layers.checkpoint
     tensors: dict[str, Tensor] = {}
     dense: dict[str, str] = {}
     embedding = checkpoint.spec.decoder.embedding
     matrices: dict[str, FormEmbedding | FormLinear] = {
         embedding: checkpoint.layer(embedding),
-        **linears,
+        **layers.linears,
     }
     for name, module in matrices.items():
-        form = quantized.get(name)
-        if isinstance(form, AffineWeight):
-            own = to_gptq(name, form, version=1 if layout == "gptq" else 2)
-        elif isinstance(form, CodebookWeight):
-            own = to_vptq(name, form)
+        if name in layers.quantized:
+            own = layout.tensors(name, layers.quantized[name])
         else:
             own = {"weight": _narrowed(module.form.dequantize(), torch.bfloat16)}
             dense[name] = str(own["weight"].dtype).removeprefix("torch.")
         tensors |= {f"{name}.{key}": value.contiguous().clone() for key, value in own.items()}
     for name, parameter in checkpoint.model.named_parameters():
-        # Readers of both layouts keep biases of quantized layers in float16.
-        is_bias = name.rpartition(".")[0] in quantized
-        first = torch.float16 if is_bias else torch.bfloat16
+        is_bias = name.rpartition(".")[0] in layers.quantized
+        first = layout.bias_type if is_bias else torch.bfloat16
         tensors[name] = _narrowed(parameter.detach(), first).contiguous()
     return {name: tensors[name] for name in sorted(tensors)}, dense
 
@@ -196,46 +150,8 @@ def _narrowed(values: Tensor, first: torch.dtype) -> Tensor:
     return values.clone()
 
 
-def _declare(
-    checkpoint: Checkpoint,
-    linears: Mapping[str, FormLinear],
-    quantized: Mapping[str, AffineWeight | CodebookWeight],
-    layout: str,
-) -> dict[str, Any]:
-    quantizer = f"{_QUANTIZER}:{metadata.version(_QUANTIZER)}"
-    spec = checkpoint.spec
-    affine = {name: form for name, form in quantized.items() if isinstance(form, AffineWeight)}
-    if layout != "vptq":
-        return gptq_config(
-            {name: affine.get(name) for name in linears},
-            (
-                spec.tower.prefix,
-                spec.projector.linears[0].rpartition(".")[0],
-                spec.decoder.prefix,
-            ),
-            version=1 if layout == "gptq" else 2,
-            head=spec.decoder.head,
-            quantizer=quantizer,
-        )
-    float_layers = [name for name in linears if name not in quantized]
-    if spec.decoder.tied_head:
-        float_layers.append(spec.decoder.head)
-    return {
-        "quant_method": "vptq",
-        "config_for_layers": {
-            name: vptq_layer_config(form, has_bias=linears[name].bias is not None)
-            for name, form in quantized.items()
-            if isinstance(form, CodebookWeight)
-        },
-        "shared_layer_config": {},
-        "modules_to_not_convert": float_layers,
-        "meta": {"quantizer": [quantizer]},
-    }
-
-
-def _notes(
-    checkpoint: Checkpoint, quantized: Mapping[str, AffineWeight | CodebookWeight]
-) -> tuple[str, ...]:
+def _left_behind(checkpoint: Checkpoint) -> list[str]:
+    """What no layout has a place for."""
     notes = []
     if checkpoint.reducer is not None:
         notes.append("visual-token reduction is not stored: readers of the layout see every token")
@@ -251,19 +167,7 @@ def _notes(
     embedding = checkpoint.spec.decoder.embedding
     if not isinstance(checkpoint.form(embedding), DenseWeight):
         notes.append(f"{embedding} is quantized here and dense there: the layout has no tables")
-    short = [
-        name
-        for name, form in quantized.items()
-        if isinstance(form, AffineWeight)
-        and form.groups > 1
-        and form.in_features % form.group_size != 0
-    ]
-    if short:
-        notes.append(
-            f"{len(short)} layers end in a short group, which g_idx tells and vLLM refuses: "
-            f"{short[0]} is the first"
-        )
-    return tuple(notes)
+    return notes
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

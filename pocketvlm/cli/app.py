@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pocketvlm import __version__
-from pocketvlm.cli import bench, compress, devices, evaluate, inspect, pack, report, verify
+from pocketvlm.cli import bench, compress, devices, evaluate, hub, inspect, pack, report, verify
 from pocketvlm.cli.failures import check_arguments, run_to_exit_code, take_traceback_flag
 
 __all__ = ["app", "run", "run_command"]
@@ -41,6 +41,8 @@ app.command()(devices.devices)
 app.command()(bench.doctor)
 app.command()(inspect.inspect)
 app.command(name="pack-runner")(pack.pack_runner)
+app.command()(hub.pull)
+app.command()(hub.push)
 app.command()(verify.verify)
 app.command(name="verify-coreml")(verify.verify_coreml)
 app.command()(compress.demo)

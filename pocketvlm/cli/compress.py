@@ -171,7 +171,7 @@ def convert(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint's folder.")
     ],
-    layout: Annotated[str, typer.Option(help="gptq (v1), gptq_v2 or vptq.")],
+    layout: Annotated[str, typer.Option(help="gptq (v1), gptq_v2, compressed-tensors or vptq.")],
     out: Annotated[Path, out_option("The new folder.")],
     as_json: JsonOption = False,
 ) -> None:

@@ -62,8 +62,8 @@ CalibrationOption = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="A folder of pictures and questions, `reference`, `mosaics` or `synthetic`. Default: "
-        "the recipe's.",
+        help="A folder of pictures and questions, `photos`, photos:FOLDER, `reference`, `mosaics` "
+        "or `synthetic`. Default: the recipe's.",
     ),
 ]
 DataOption = Annotated[

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _LONGEST_SEED = 18
+_PHOTOS = "photos"
 
 
 GENERATED_SOURCES = ("auto", "reference", "mosaics", "synthetic")
@@ -154,6 +155,13 @@ def resolve_calibration(
         )
     if source == "synthetic":
         return CalibrationSet.synthetic(n=options.samples, seed=options.seed)
+    if source == _PHOTOS or source.startswith(f"{_PHOTOS}:"):
+        _, colon, folder = source.partition(":")
+        if colon and not folder.strip():
+            raise CalibrationError(f"calibration.source: {source} names no folder of photographs")
+        return CalibrationSet.from_photos(
+            n=options.samples, seed=options.seed, folder=folder or None
+        )
     try:
         return CalibrationSet.from_folder(Path(source), limit=options.samples)
     except OSError as error:  # a name that no file system accepts

@@ -69,7 +69,8 @@ class CalibrationOptions:
 
     Attributes:
         source: `auto` takes reference scenes for a reference model and the declared synthetic
-            fallback otherwise; or `reference`, `synthetic`, or a folder's path.
+            fallback otherwise; or `reference`, `mosaics`, `photos`, `photos:FOLDER`, `synthetic`,
+            or a folder's path.
         samples: How many are used.
         seed: Seed of generated ones.
     """

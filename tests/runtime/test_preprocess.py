@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from pocketvlm.calibration.data.photos import shipped_photos
 from pocketvlm.errors import BundleError, InputError
+from pocketvlm.image_file import open_image
 from pocketvlm.json_io import write_json
 from pocketvlm.models.images.reading import parse_image_settings
 from pocketvlm.runtime.preprocess import ImagePreprocessor
@@ -159,6 +161,14 @@ def test_equal_at_uncommon_sizes(processors, name, size):
     image = picture("RGB", *size, seed=7)
     found = preprocessor(name).pixels(image)
     assert np.array_equal(found, reference(processors[name], image))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_equal_on_photographs(processors, name):
+    """Their spectrum is not that of noise: other pixels come out between two grey levels."""
+    for photo in shipped_photos()[:2]:
+        image = open_image(photo.path)
+        assert np.array_equal(preprocessor(name).pixels(image), reference(processors[name], image))
 
 
 def test_palette_with_a_transparent_entry_shows_white(processors):

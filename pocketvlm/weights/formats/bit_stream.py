@@ -1,4 +1,4 @@
-"""Little-endian bit streams in words of 32 bits: how both layouts store integers of a few bits."""
+"""Little-endian bit streams in words of 32 bits: how these layouts store integers of a few bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError
 from pocketvlm.weights.bitpack import pack_codes, unpack_codes
 
-__all__ = ["as_float16", "pack_words", "unpack_words"]
+__all__ = ["as_float16", "check_shape", "pack_words", "unpack_words"]
 
 _WORD_BYTES = 4
 
@@ -51,3 +51,15 @@ def as_float16(values: Tensor, what: str) -> Tensor:
             "and centroids are kept here"
         )
     return narrow
+
+
+def check_shape(name: str, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Refuses a stored tensor whose shape is not the one that its layer's settings say.
+
+    Raises:
+        CheckpointError: It has another one.
+    """
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(
+            f"{name}.{key} is {tuple(tensor.shape)}, and its bits and group size say {expected}"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.weights.form import WeightForm
+from pocketvlm.weights.formats.compressed_tensors_config import CompressedTensorsLayout
 from pocketvlm.weights.formats.gptq_config import GptqLayout
 from pocketvlm.weights.formats.vptq import VptqLayout
 
@@ -39,12 +40,15 @@ def read_stored_layout(config: Mapping[str, Any]) -> StoredLayout | None:
         return None
     if not isinstance(declared, Mapping):
         raise CheckpointError("config.json: quantization_config is not a JSON object")
-    method = declared.get("quant_method")
-    if method == "gptq":
-        return GptqLayout.from_config(declared)
-    if method == "vptq":
-        return VptqLayout.from_config(declared)
-    raise UnsupportedError(
-        f"config.json: quantization_config.quant_method {method!r} is not supported; supported "
-        "are gptq, vptq"
-    )
+    match declared.get("quant_method"):
+        case "gptq":
+            return GptqLayout.from_config(declared)
+        case "vptq":
+            return VptqLayout.from_config(declared)
+        case "compressed-tensors":
+            return CompressedTensorsLayout.from_config(declared)
+        case other:
+            raise UnsupportedError(
+                f"config.json: quantization_config.quant_method {other!r} is not supported; "
+                "supported are gptq, vptq, compressed-tensors"
+            )

@@ -15,7 +15,6 @@ words: 32 of them in three. Readers compute scales[g] * (code - zero[g]).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,34 +22,18 @@ from torch import Tensor
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.formats.bit_stream import as_float16, pack_words, unpack_words
+from pocketvlm.weights.formats.bit_stream import (
+    as_float16,
+    check_shape,
+    pack_words,
+    unpack_words,
+)
+from pocketvlm.weights.formats.settings import WHOLE_ROW, AffineSettings
 
-__all__ = ["GptqSettings", "from_gptq", "to_gptq"]
+__all__ = ["from_gptq", "to_gptq"]
 
 _WORD = 32
-_WHOLE_ROW = -1
 _TENSORS = ("qweight", "qzeros", "scales")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GptqSettings:
-    """What a GPTQ layout says of a layer beside its tensors.
-
-    Attributes:
-        bits: 2, 3, 4 or 8.
-        group_size: Columns that share a scale; -1 for the whole row.
-        symmetric: Whether the zero point is 2**(bits - 1) everywhere.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-
-    def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits}")
-        if self.group_size < 1 and self.group_size != _WHOLE_ROW:
-            raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")
 
 
 def to_gptq(name: str, form: AffineWeight, *, version: Literal[1, 2]) -> dict[str, Tensor]:
@@ -84,7 +67,7 @@ def to_gptq(name: str, form: AffineWeight, *, version: Literal[1, 2]) -> dict[st
 
 
 def from_gptq(
-    name: str, tensors: Mapping[str, Tensor], settings: GptqSettings, *, version: Literal[1, 2]
+    name: str, tensors: Mapping[str, Tensor], settings: AffineSettings, *, version: Literal[1, 2]
 ) -> AffineWeight:
     """The form of a layer that is stored in the GPTQ layout; undoes `to_gptq`.
 
@@ -110,11 +93,11 @@ def from_gptq(
         raise CheckpointError(f"{name}: packed words are {qweight.dtype}, not torch.int32")
     bits, rows = settings.bits, qweight.shape[1]
     columns = tensors["g_idx"].shape[0] if "g_idx" in tensors else qweight.shape[0] * _WORD // bits
-    group_size = columns if settings.group_size == _WHOLE_ROW else settings.group_size
+    group_size = columns if settings.group_size == WHOLE_ROW else settings.group_size
     groups = -(-columns // group_size)
-    _check(name, "qweight", qweight, (-(-columns * bits // _WORD), rows))
-    _check(name, "qzeros", qzeros, (groups, -(-rows * bits // _WORD)))
-    _check(name, "scales", tensors["scales"], (groups, rows))
+    check_shape(name, "qweight", qweight, (-(-columns * bits // _WORD), rows))
+    check_shape(name, "qzeros", qzeros, (groups, -(-rows * bits // _WORD)))
+    check_shape(name, "scales", tensors["scales"], (groups, rows))
     if "g_idx" in tensors and not torch.equal(
         tensors["g_idx"].to(torch.int32), _trivial_groups(columns, group_size)
     ):
@@ -163,10 +146,3 @@ def _integer_zeros(name: str, form: AffineWeight, version: Literal[1, 2]) -> Ten
 
 def _trivial_groups(columns: int, group_size: int) -> Tensor:
     return (torch.arange(columns) // group_size).to(torch.int32)
-
-
-def _check(name: str, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise CheckpointError(
-            f"{name}.{key} is {tuple(tensor.shape)}, and its bits and group size say {expected}"
-        )

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.models.patterns import compile_pattern, pattern_matches
 from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.formats.gptq import GptqSettings, from_gptq
+from pocketvlm.weights.formats.gptq import from_gptq
+from pocketvlm.weights.formats.settings import AffineSettings, affine_settings
 
 __all__ = ["GptqLayout", "gptq_config"]
 
@@ -37,6 +39,8 @@ def gptq_config(
 
     A part of the model that is float, or different, as a whole costs one rule. The rule names the
     last piece of the part's module name alone, because other tools mount the same part elsewhere.
+    transformers does not read rules, but lists of layers, which are written where one setting holds
+    for all of them.
 
     Args:
         forms: Every linear layer by name; `None` for one that stays float.
@@ -48,19 +52,13 @@ def gptq_config(
     Returns:
         JSON values.
     """
-    # One group per row everywhere is written as -1, whatever the widths; so is a group wider than a
-    # row, which readers would not divide by.
     quantized = {name: form for name, form in forms.items() if form is not None}
-    per_row = all(form.groups == 1 for form in quantized.values())
-    settings = {
-        name: GptqSettings(
-            bits=form.bits,
-            group_size=-1 if per_row or form.group_size > form.in_features else form.group_size,
-            symmetric=form.zeros is None,
-        )
-        for name, form in quantized.items()
-    }
+    settings = affine_settings(quantized)
     base = Counter(settings.values()).most_common(1)[0][0]
+    listed = {
+        "block_name_to_quantize": _common_module(list(quantized)),
+        "modules_in_block_to_quantize": [list(quantized)],
+    }
     return {
         "quant_method": "gptq",
         **_as_json(base),
@@ -69,6 +67,7 @@ def gptq_config(
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         "pack_dtype": "int32",
         "dynamic": _rules({name: settings.get(name) for name in forms}, base, parts),
+        **(listed if len(set(settings.values())) == 1 else {}),
         "meta": {"quantizer": [quantizer]},
     }
 
@@ -83,7 +82,7 @@ class GptqLayout:
         version: 1 where zero points are stored minus one.
     """
 
-    base: GptqSettings
+    base: AffineSettings
     rules: tuple[tuple[str, Mapping[str, Any]], ...]
     version: Literal[1, 2]
 
@@ -139,9 +138,9 @@ class GptqLayout:
         return from_gptq(name, tensors, settings, version=self.version)
 
 
-def _parse(config: Mapping[str, Any]) -> GptqSettings:
+def _parse(config: Mapping[str, Any]) -> AffineSettings:
     try:
-        return GptqSettings(
+        return AffineSettings(
             bits=config["bits"], group_size=config["group_size"], symmetric=config.get("sym", True)
         )
     except KeyError as error:
@@ -150,7 +149,14 @@ def _parse(config: Mapping[str, Any]) -> GptqSettings:
         raise CheckpointError(f"quantization_config: {error}") from error
 
 
-def _as_json(settings: GptqSettings) -> dict[str, Any]:
+def _common_module(names: Sequence[str]) -> str:
+    """The innermost module that all layers are in."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda pieces: len(set(pieces)) == 1, zip(*paths, strict=False))
+    return ".".join(pieces[0] for pieces in shared)
+
+
+def _as_json(settings: AffineSettings) -> dict[str, Any]:
     return {
         "bits": settings.bits,
         "group_size": settings.group_size,
@@ -159,7 +165,7 @@ def _as_json(settings: GptqSettings) -> dict[str, Any]:
 
 
 def _rules(
-    settings: Mapping[str, GptqSettings | None], base: GptqSettings, parts: Sequence[str]
+    settings: Mapping[str, AffineSettings | None], base: AffineSettings, parts: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     rules: dict[str, dict[str, Any]] = {}
     left = dict(settings)
@@ -176,7 +182,7 @@ def _rules(
 
 
 def _rule(
-    pattern: str, settings: GptqSettings | None, base: GptqSettings
+    pattern: str, settings: AffineSettings | None, base: AffineSettings
 ) -> dict[str, dict[str, Any]]:
     if settings is None:
         return {f"-:{pattern}": {}}

@@ -31,6 +31,29 @@ def read_gptq(tensors, bits, version):
     return dense
 
 
+def read_compressed_tensors(tensors, weights):
+    """The dense matrix [out, in] in float64, by the definition; `weights` is a group's."""
+    packed, bits = tensors["weight_packed"].numpy(), weights["num_bits"]
+    scales = tensors["weight_scale"].numpy().astype(np.float64)
+    rows, columns = tensors["weight_shape"].tolist()
+    dense = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            group = column // (weights["group_size"] or columns)
+            zero = 1 << (bits - 1)
+            if not weights["symmetric"]:
+                zero = number(tensors["weight_zero_point"].numpy()[:, group], row, bits)
+            dense[row, column] = scales[row, group] * (number(packed[row], column, bits) - zero)
+    return dense
+
+
+def group_of(config, name):
+    """A layer's group by `config_groups`; `None` where it stays float."""
+    found = [one for one in config["config_groups"].values() if name in one["targets"]]
+    assert len(found) + (name in config["ignore"]) == 1, name
+    return found[0]["weights"] if found else None
+
+
 def settings_of(config, name):
     """A layer's settings by the rules of `dynamic`; `None` where it stays float."""
     plain = {key: config[key] for key in ("bits", "group_size", "sym")}

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.formats import GptqLayout, GptqSettings, from_gptq, gptq_config, to_gptq
+from pocketvlm.weights.formats import (
+    AffineSettings,
+    GptqLayout,
+    from_gptq,
+    gptq_config,
+    to_gptq,
+)
 from tests.weights.formats.slow_readers import read_gptq, settings_of
 
 
@@ -44,8 +50,12 @@ def random_affine(
     )
 
 
-def settings_for(form: AffineWeight) -> GptqSettings:
-    return GptqSettings(bits=form.bits, group_size=form.group_size, symmetric=form.zeros is None)
+def told_settings(bits: int, group_size: int) -> AffineSettings:
+    return AffineSettings(bits=bits, group_size=group_size, symmetric=True)
+
+
+def settings_for(form: AffineWeight) -> AffineSettings:
+    return AffineSettings(bits=form.bits, group_size=form.group_size, symmetric=form.zeros is None)
 
 
 def assert_equal(found: AffineWeight, form: AffineWeight) -> None:
@@ -165,8 +175,8 @@ def test_stored_tensors_that_contradict_their_settings_are_refused():
         ({**good, "qzeros": last}, told, UnsupportedError, "gptq_v2"),
         ({**good, "lora_A": good["scales"]}, told, CheckpointError, "lora_A"),
         ({"qweight": good["qweight"]}, told, CheckpointError, "qzeros"),
-        (good, GptqSettings(bits=4, group_size=16, symmetric=True), CheckpointError, "group size"),
-        (good, GptqSettings(bits=2, group_size=32, symmetric=True), CheckpointError, "qweight"),
+        (good, told_settings(4, 16), CheckpointError, "group size"),
+        (good, told_settings(2, 32), CheckpointError, "qweight"),
         (
             {**good, "scales": good["scales"].to(torch.float32) + 1e-6},
             told,

@@ -12,13 +12,20 @@ from safetensors.torch import load_file
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.checkpoint.convert import save_layout
+from pocketvlm.checkpoint.layouts import LAYOUTS
 from pocketvlm.errors import CheckpointError, UnsupportedError
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.codebook import CodebookWeight, Lookup
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.kv_cache import KVCacheScales
-from tests.weights.formats.slow_readers import read_gptq, read_vptq, settings_of
+from tests.weights.formats.slow_readers import (
+    group_of,
+    read_compressed_tensors,
+    read_gptq,
+    read_vptq,
+    settings_of,
+)
 
 
 def affine(shape, seed, *, bits=4, group_size=16, symmetric=True) -> AffineWeight:
@@ -53,13 +60,13 @@ def codebook(shape, seed, codebooks) -> CodebookWeight:
     )
 
 
-def quantize_affine(checkpoint: Checkpoint) -> None:
-    """Every part: 4 bits in the decoder, 8 asymmetric ones in one tower layer, a 3-bit layer."""
+def quantize_affine(checkpoint: Checkpoint, *, symmetric: bool = False) -> None:
+    """Every part: 4 bits in the decoder, 8 (asymmetric) in one tower layer, a 3-bit layer."""
     for seed, (linear, form) in enumerate(checkpoint.forms().items()):
         if linear.part == "decoder":
             checkpoint.set_form(linear.name, affine(form.shape, seed))
         elif linear.part == "tower" and linear.role == "fc1":
-            made = affine(form.shape, seed, bits=8, group_size=32, symmetric=False)
+            made = affine(form.shape, seed, bits=8, group_size=32, symmetric=symmetric)
             checkpoint.set_form(linear.name, made)
         elif linear.part == "projector":
             checkpoint.set_form(linear.name, affine(form.shape, seed, bits=3, group_size=32))
@@ -76,7 +83,23 @@ def quantize_codebook(checkpoint: Checkpoint) -> None:
             checkpoint.set_form(linear.name, codebook(form.shape, seed, shared))
 
 
-QUANTIZE = {"gptq": quantize_affine, "gptq_v2": quantize_affine, "vptq": quantize_codebook}
+QUANTIZE = {
+    "gptq": quantize_affine,
+    "gptq_v2": quantize_affine,
+    "compressed-tensors": quantize_affine,
+    "vptq": quantize_codebook,
+}
+# How each layout's configuration speaks of a linear layer; `None` where it is float.
+TOLD = {
+    "gptq": settings_of,
+    "gptq_v2": settings_of,
+    "compressed-tensors": group_of,
+    "vptq": lambda config, name: config["config_for_layers"].get(name),
+}
+
+
+def test_every_layout_is_tried():
+    assert set(QUANTIZE) == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("layout", list(QUANTIZE))
@@ -115,16 +138,15 @@ def test_a_reader_of_the_definition_finds_the_same_weights(tiny_checkpoint, tmp_
     saved = save_layout(tiny_checkpoint, tmp_path / "out", layout=layout)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    if layout != "vptq":
+    if layout in ("gptq", "gptq_v2"):
         assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == config
         assert config["checkpoint_format"] == layout
     quantized = set(saved.quantized)
     for name, module in tiny_checkpoint.model.named_modules():
-        if layout != "vptq" and isinstance(module, torch.nn.Module) and hasattr(module, "form"):
-            is_table = name == tiny_checkpoint.spec.decoder.embedding
+        if hasattr(module, "form") and name != tiny_checkpoint.spec.decoder.embedding:
             is_tied = tiny_checkpoint.spec.decoder.tied_head and name == "lm_head"
-            if not is_table and not is_tied:
-                assert (settings_of(config, name) is not None) == (name in quantized), name
+            if not is_tied:
+                assert (TOLD[layout](config, name) is not None) == (name in quantized), name
     # The narrowest layers: the slow reader visits every bit.
     for name in sorted(quantized, key=lambda name: tiny_checkpoint.layer(name).form.shape)[:2]:
         form = tiny_checkpoint.form(name)
@@ -133,13 +155,16 @@ def test_a_reader_of_the_definition_finds_the_same_weights(tiny_checkpoint, tmp_
             for key, value in stored.items()
             if key.startswith(name + ".")
         }
+        told = TOLD[layout](config, name)
         if layout == "vptq":
-            dense = torch.from_numpy(read_vptq(tensors, config["config_for_layers"][name]))
+            dense = torch.from_numpy(read_vptq(tensors, told))
             assert torch.allclose(dense.float(), form.dequantize(), rtol=1e-4, atol=1e-5)
+            continue
+        if layout == "compressed-tensors":
+            dense = read_compressed_tensors(tensors, told)
         else:
-            told = settings_of(config, name)
             dense = read_gptq(tensors, told["bits"], version=1 if layout == "gptq" else 2)
-            assert torch.equal(torch.from_numpy(dense).float(), form.dequantize())
+        assert torch.equal(torch.from_numpy(dense).float(), form.dequantize())
 
 
 def test_every_float_layer_is_named_where_vptq_looks(tiny_checkpoint, tmp_path):
@@ -170,6 +195,45 @@ def test_what_stays_behind_is_told(tiny_checkpoint, tmp_path):
     assert any("KV cache" in note for note in saved.notes)
 
 
+def test_a_layout_that_transformers_reads_lists_its_layers(tiny_checkpoint, tmp_path):
+    """One setting for all quantized layers: listed. Several: told, with the layout that is read."""
+    quantize_affine(tiny_checkpoint)
+    mixed = save_layout(tiny_checkpoint, tmp_path / "mixed", layout="gptq_v2")
+    config = json.loads((tmp_path / "mixed" / "quantize_config.json").read_text())
+    assert "modules_in_block_to_quantize" not in config
+    assert any("compressed-tensors" in note for note in mixed.notes)
+    for linear, form in tiny_checkpoint.forms().items():
+        if linear.part in ("tower", "projector") and isinstance(form, AffineWeight):
+            checkpoint_float = DenseWeight(values=form.dequantize())
+            tiny_checkpoint.set_form(linear.name, checkpoint_float)
+        elif linear.part == "head":
+            tiny_checkpoint.set_form(linear.name, DenseWeight(values=form.dequantize()))
+    alike = save_layout(tiny_checkpoint, tmp_path / "alike", layout="gptq_v2")
+    config = json.loads((tmp_path / "alike" / "quantize_config.json").read_text())
+    assert sorted(config["modules_in_block_to_quantize"][0]) == sorted(alike.quantized)
+    block = config["block_name_to_quantize"]
+    assert block.endswith("layers")
+    assert all(name.startswith(block + ".") for name in alike.quantized)
+    assert not any("compressed-tensors" in note for note in alike.notes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_that_transformers_cannot_load_are_told(tiny_checkpoint, tmp_path, symmetric):
+    quantize_affine(tiny_checkpoint, symmetric=symmetric)
+    saved = save_layout(tiny_checkpoint, tmp_path / "out", layout="compressed-tensors")
+    assert any("asymmetric" in note and "fc1" in note for note in saved.notes) != symmetric
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_scales_that_bfloat16_would_round_are_told(tiny_checkpoint, tmp_path, key):
+    quantize_affine(tiny_checkpoint)
+    plain = {k: v for k, v in tiny_checkpoint.config.items() if k not in ("dtype", "torch_dtype")}
+    for dtype, is_told in (("bfloat16", True), ("float16", False)):
+        stored = replace(tiny_checkpoint, config={**plain, key: dtype})
+        saved = save_layout(stored, tmp_path / dtype, layout="compressed-tensors")
+        assert any("bfloat16" in note for note in saved.notes) == is_told
+
+
 def test_what_a_layout_cannot_hold_is_one_clear_line(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UnsupportedError, match="no linear layer is quantized"):
@@ -177,7 +241,7 @@ def test_what_a_layout_cannot_hold_is_one_clear_line(tiny_checkpoint, tmp_path):
     quantize_codebook(tiny_checkpoint)
     with pytest.raises(UnsupportedError, match="kind 'codebook', and layout gptq holds 'affine'"):
         save_layout(tiny_checkpoint, out, layout="gptq")
-    with pytest.raises(UnsupportedError, match="known are gptq, gptq_v2, vptq"):
+    with pytest.raises(UnsupportedError, match="known are gptq, gptq_v2, compressed-tensors, vptq"):
         save_layout(tiny_checkpoint, out, layout="awq")
     assert not out.exists()
 
@@ -209,7 +273,7 @@ def test_a_folder_of_other_things_is_left_alone(tiny_checkpoint, tiny_path, tmp_
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"quant_method": "awq"}, "'awq' is not supported; supported are gptq, vptq"),
+        ({"quant_method": "awq"}, "'awq' is not supported; supported are gptq, vptq, compr"),
         ({}, "quant_method None"),
         ("gptq", "not a JSON object"),
         ({"quant_method": "gptq", "group_size": 16}, "'bits' is missing"),

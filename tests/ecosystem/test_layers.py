@@ -1,7 +1,6 @@
-"""The readers of the other tools, where they are installed, find the very same weights.
+"""The readers of the other tools find the very same weights, layer by layer.
 
-`vptq` and `gptqmodel` are not dependencies: the first brings a demo server and CUDA, the second
-asks for a newer torch. Each is asked about every layer of a written directory.
+`make test-ecosystem` installs all but `vptq`, which brings a demo server and CUDA.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.checkpoint.convert import save_layout
+from tests.ecosystem.libraries import needed
 from tests.weights.formats.test_save_layout import quantize_affine, quantize_codebook
 
 # Both libraries, and what they import, warn of much that is not ours.
@@ -44,12 +44,35 @@ def test_vptq_finds_the_same_weights(tiny_checkpoint: Checkpoint, tmp_path):
         assert torch.equal(outputs.T, tiny_checkpoint.form(name).dequantize()), name
 
 
+def test_compressed_tensors_finds_the_same_weights(tiny_checkpoint: Checkpoint, tmp_path):
+    """By its own reading of the configuration, down to which layer is of which group."""
+    compressors = needed("compressed_tensors.compressors.pack_quantized.base")
+    configs = needed("compressed_tensors.quantization")
+    match = needed("compressed_tensors.utils.match")
+    quantize_affine(tiny_checkpoint)
+    saved = save_layout(tiny_checkpoint, tmp_path / "out", layout="compressed-tensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    told = configs.QuantizationConfig.model_validate(said)
+    for name in saved.dense:
+        assert not any(
+            match.match_name(name, t) for g in told.config_groups.values() for t in g.targets
+        )
+    for name in saved.quantized:
+        (group,) = [g for g in told.config_groups.values() if name in g.targets]
+        theirs = compressors.PackedQuantizationCompressor.decompress(
+            tensors_of(stored, name), group
+        )
+        own = tiny_checkpoint.form(name).dequantize()
+        # Scales are float16 there, and one product is rounded once.
+        assert torch.equal(theirs["weight"], own.half()), name
+
+
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_gptqmodel_finds_the_same_weights(tiny_checkpoint: Checkpoint, tmp_path, layout):
-    reason = "gptqmodel is not installed"
-    linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason=reason)
-    config = pytest.importorskip("gptqmodel.quantization.config", reason=reason)
-    models = pytest.importorskip("gptqmodel.utils.model", reason=reason)
+    linear = needed("gptqmodel.nn_modules.qlinear.torch")
+    config = needed("gptqmodel.quantization.config")
+    models = needed("gptqmodel.utils.model")
     quantize_affine(tiny_checkpoint)
     saved = save_layout(tiny_checkpoint, tmp_path / "out", layout=layout)
     stored = load_file(tmp_path / "out" / "model.safetensors")
