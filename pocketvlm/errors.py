@@ -12,6 +12,7 @@ PocketVLMError                exit code 2: the input was wrong, nothing was lost
 ├── ExportError               a toolkit could not convert a graph
 ├── HubError                  a hub refuses, cannot be reached, or holds something else
 ├── StorageError              a file cannot be written: a full disk, a quota, a read-only place
+├── RankError                 a process that shares a run has ended, or works on something else
 └── CheckFailedError          exit code 1: everything ran, and a bound was not met
     ├── SourceMismatchError   the checkpoint is read differently than stock transformers reads it
     ├── ParityError           the artifact does not answer like the model that was evaluated
@@ -37,6 +38,7 @@ __all__ = [
     "MissingExtraError",
     "ParityError",
     "PocketVLMError",
+    "RankError",
     "RecipeError",
     "SourceMismatchError",
     "StorageError",
@@ -91,6 +93,10 @@ class HubError(PocketVLMError):
 
 class StorageError(PocketVLMError):
     """A file cannot be written; what was there before is still there."""
+
+
+class RankError(PocketVLMError):
+    """A process that shares a run has ended, or works on something else."""
 
 
 class CheckFailedError(PocketVLMError):

@@ -63,6 +63,7 @@ def compress(
     """Compress a checkpoint, export it, prove it equal, score and time it. Resumable."""
     quiet_libraries()
     from pocketvlm.pipeline.job import Job
+    from pocketvlm.pipeline.torchrun import join_ranks
 
     job = Job(
         model=model,
@@ -79,8 +80,11 @@ def compress(
         threads=threads or os.cpu_count() or 1,
         command=command_line(),
     )
-    with show_progress() as on_progress:
-        result = job.run(out, on_progress=on_progress)
+    with show_progress() as on_progress, join_ranks() as ranks:
+        if not ranks.is_first:
+            job.help_run(ranks)
+            return
+        result = job.run(out, ranks=ranks, on_progress=on_progress)
     print_summary(result.report)
     say(f"report   {result.out / 'report.html'}")
     say(f"bundle   {result.out / 'bundle'}")

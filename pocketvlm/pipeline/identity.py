@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.tokens.imported import Imported
 from pocketvlm.compress.tokens.stage import ReduceTokens
@@ -52,6 +54,24 @@ class RunIdentity:
     recipe: str
     calibration: str
     seed: int
+
+    @classmethod
+    def of(
+        cls,
+        model: Path,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        calibration: CalibrationSet,
+        seed: int,
+    ) -> RunIdentity:
+        """The run of a model's folder, which was loaded as `checkpoint`."""
+        return cls(
+            model=model_sha256(model, checkpoint.source.sha256),
+            weights=checkpoint.source.sha256,
+            recipe=recipe.sha256(),
+            calibration=calibration.sha256,
+            seed=seed,
+        )
 
     @property
     def key(self) -> str:

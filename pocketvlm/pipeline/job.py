@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.context import ProgressCallback, RunContext, ignore_progress
+from pocketvlm.context import ALONE, ProgressCallback, Ranks, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.files.publish import replace_file
 from pocketvlm.pipeline.float_baseline import make_float_baseline
 from pocketvlm.pipeline.plan import Plan, plan
 from pocketvlm.pipeline.run import RunResult, run
+from pocketvlm.pipeline.shared_run import help_run
 from pocketvlm.pipeline.source_check import SourceCheckMode
 from pocketvlm.pipeline.sources import (
     GENERATED_SOURCES,
@@ -78,8 +79,19 @@ class Job:
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     command: str = ""
 
-    def run(self, out: Path, *, on_progress: ProgressCallback = ignore_progress) -> RunResult:
+    def run(
+        self,
+        out: Path,
+        *,
+        ranks: Ranks = ALONE,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> RunResult:
         """Plans, then runs.
+
+        Args:
+            out: The run folder.
+            ranks: The processes that share the run; the others call `help_run`.
+            on_progress: Told of every step.
 
         Raises:
             PocketVLMError: Something about the input is wrong; found before any compute if
@@ -90,7 +102,7 @@ class Job:
         plan(path, recipe).raise_if_refused()
         pictures = self._pictures()
         calibration = resolve_calibration(recipe.calibration, pictures=pictures)
-        ctx = RunContext(seed=self.seed, threads=self.threads, on_progress=on_progress)
+        ctx = RunContext(seed=self.seed, threads=self.threads, ranks=ranks, on_progress=on_progress)
         wants_baseline = self.bench and self.baseline and recipe.stages
         return run(
             path,
@@ -104,6 +116,18 @@ class Job:
             source_check=self.source_check,
             command=self.command,
         )
+
+    def help_run(self, ranks: Ranks) -> None:
+        """Does this process's part of a run that another one owns.
+
+        Raises:
+            RankError: Another process has ended, or the processes do not work on the same run.
+            PocketVLMError: Something about the input is wrong.
+        """
+        recipe = self._recipe()
+        calibration = resolve_calibration(recipe.calibration, pictures=self._pictures())
+        ctx = RunContext(seed=self.seed, threads=self.threads, ranks=ranks)
+        help_run(resolve_model(self.model), recipe, calibration=calibration, ctx=ctx)
 
     def plan(
         self, *, device: str | None = None, advises: bool = False, measured: Sequence[Path] = ()

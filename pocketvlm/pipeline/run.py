@@ -28,7 +28,6 @@ from pocketvlm.pipeline.assemble import build_bundle
 from pocketvlm.pipeline.identity import (
     RunIdentity,
     conditions,
-    model_sha256,
     stage_keys,
     stage_settings,
 )
@@ -36,6 +35,13 @@ from pocketvlm.pipeline.journal import Journal
 from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.run_report import assemble_report, weight_bytes_by_part
+from pocketvlm.pipeline.shared_run import (
+    count_shared,
+    note_sharing,
+    require_agreement,
+    shared_conditions,
+    stage_context,
+)
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Recipe
@@ -108,13 +114,8 @@ def run(
     mapped = MappedFiles.of(find_weight_files(model, read_config(model)).files)
     checkpoint = load_checkpoint(model)
     certified, checked = _ask_first(model, checkpoint, recipe, calibration, evaluation)
-    identity = RunIdentity(
-        model=model_sha256(model, checkpoint.source.sha256),
-        weights=checkpoint.source.sha256,
-        recipe=recipe.sha256(),
-        calibration=calibration.sha256,
-        seed=ctx.seed,
-    )
+    identity = RunIdentity.of(model, checkpoint, recipe, calibration, ctx.seed)
+    require_agreement(ctx.ranks, identity)
     what = f"{recipe.name} of {checkpoint.source.name}"
     with naming_faults(out), Journal.open(out, identity, what) as journal:
         return _run(
@@ -122,7 +123,7 @@ def run(
             checkpoint,
             recipe,
             calibration=calibration,
-            ctx=replace(ctx, source_dir=model, layer_bytes=layer_bytes_by_target(recipe.targets)),
+            ctx=stage_context(ctx, model, recipe),
             evaluation=evaluation,
             workload=workload,
             baseline=baseline,
@@ -154,7 +155,7 @@ def _run(
     source_parts = weight_bytes_by_part(checkpoint)
     identity = journal.identity
     keys = stage_keys(
-        *(identity.model, identity.calibration, identity.seed, conditions()),
+        *(identity.model, identity.calibration, identity.seed, shared_conditions(ctx.ranks)),
         stages=stage_settings(recipe),
     )
     _write(out / "recipe.yaml", yaml.safe_dump(recipe.to_document(), sort_keys=False))
@@ -182,7 +183,7 @@ def _run(
         source_parts=source_parts,
         scores=(quality_float, compressed) if quality_float and compressed else None,
         bench=bench,
-        notes=checked,
+        notes=(*checked, *note_sharing(recipe.stages, ctx.ranks)),
     )
     write_json(out / "report.json", report.document)
     html = render_html(report)
@@ -276,12 +277,17 @@ def _compress(
             checkpoint, first = load_checkpoint(finished), index + 1
             journal.log("resumed", stage=index)
             break
+    shared = count_shared(recipe.stages, ctx.ranks)
+    ctx.ranks.first(first)
     for index in range(first, len(keys)):
+        if 0 < index < shared:
+            ctx.ranks.spread_folder(journal.stage_dir(keys[index - 1]) / "checkpoint")
         folder = journal.stage_dir(keys[index])
         scratch = folder / "layers"
         scratch.mkdir(parents=True, exist_ok=True)
         stage = recipe.stages[index]
-        checkpoint = stage.apply(checkpoint, calibration, ctx.with_scratch(scratch))
+        own = ctx if stage.shares_work else ctx.alone()
+        checkpoint = stage.apply(checkpoint, calibration, own.with_scratch(scratch))
         checkpoint.save(folder / "checkpoint")
         if stage.holds_model:  # until here: the next one has its weights from the file
             checkpoint = load_checkpoint(folder / "checkpoint")

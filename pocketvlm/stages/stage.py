@@ -60,6 +60,11 @@ class Stage(ABC):
     def method(self) -> str:
         """The tag that names the stage in a recipe."""
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether processes that share a run divide this stage's work; else the first does it."""
+        return False
+
     def plan(self, state: PlanState) -> PlanState:
         """What the stage will make of a model, before any compute; by default nothing.
 

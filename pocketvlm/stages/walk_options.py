@@ -62,6 +62,7 @@ class WalkOptions:
             tower_tokens=self.tower_tokens,
             spill_folder=ctx.scratch_dir,
             carry_float=self.carries_float,
+            ranks=ctx.ranks,
         )
 
 

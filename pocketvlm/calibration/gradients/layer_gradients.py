@@ -42,6 +42,7 @@ from pocketvlm.calibration.gradients.block_graph import (
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import ALONE, Ranks
 from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import VisualTokens, embed_patches, project, tower_features
@@ -95,7 +96,11 @@ class _Region:
 
 
 def walk_gradients(
-    checkpoint: Checkpoint, samples: CalibrationSet, *, spill_folder: Path | None = None
+    checkpoint: Checkpoint,
+    samples: CalibrationSet,
+    *,
+    spill_folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[LayerGradient]:
     """Gradients of the answers' losses, from the decoder's last block back to the tower's first.
 
@@ -104,8 +109,9 @@ def walk_gradients(
 
     Args:
         checkpoint: The model; it must not change during the walk.
-        samples: Pictures, questions and answers.
+        samples: Pictures, questions and answers, of this rank.
         spill_folder: Where activations go that do not fit into memory.
+        ranks: The processes that walk at the same time; a layer needs a gradient on one of them.
 
     Yields:
         Every linear's gradients, batch by batch; embedding and head have none.
@@ -120,7 +126,7 @@ def walk_gradients(
     require_answers(prompts)
     images = _image_batches(checkpoint, samples)
     batches = batch_prompts(prompts, len(prompts), _BATCH_TOKENS)
-    watch = _Watch(samples)
+    watch = _Watch(samples, ranks)
     regions = _vision_regions(checkpoint)
     with ActivationStore(spill_folder) as entering, ActivationStore(spill_folder) as states:
         states.extend(_patches(checkpoint, samples, images))
@@ -157,7 +163,11 @@ def walk_gradients(
 
 
 def block_gradients(
-    checkpoint: Checkpoint, samples: CalibrationSet, *, spill_folder: Path | None = None
+    checkpoint: Checkpoint,
+    samples: CalibrationSet,
+    *,
+    spill_folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[LayerGradient]:
     """Gradients of the length of each block's own output, from the tower's first block forwards.
 
@@ -169,8 +179,9 @@ def block_gradients(
 
     Args:
         checkpoint: The model; it must not change during the walk.
-        samples: Pictures and text, with or without answers.
+        samples: Pictures and text, with or without answers, of this rank.
         spill_folder: Where activations go that do not fit into memory.
+        ranks: As `walk_gradients`.
 
     Yields:
         Every linear's gradients, batch by batch; embedding and head have none.
@@ -183,7 +194,7 @@ def block_gradients(
     model, spec = checkpoint.model, checkpoint.spec
     prompts = encode_samples(checkpoint.processor, samples)
     images = _image_batches(checkpoint, samples)
-    watch = _Watch(samples)
+    watch = _Watch(samples, ranks)
     *blocks, projector = _vision_regions(checkpoint)
     embeds: list[Tensor] = []
     with ActivationStore(spill_folder) as states:
@@ -235,8 +246,9 @@ def _regional(
 class _Watch:
     """Hands gradients on and refuses those that no score can be made of."""
 
-    def __init__(self, samples: CalibrationSet) -> None:
+    def __init__(self, samples: CalibrationSet, ranks: Ranks) -> None:
         self._samples = samples.samples
+        self._ranks = ranks
         self._moved: set[str] = set()
 
     def pass_on(
@@ -256,7 +268,7 @@ class _Watch:
                 raise CalibrationError(f"{where}: its gradient at {name} is not finite")
             if name not in self._moved and bool(gradient.any()):
                 self._moved.add(name)
-            if is_last and name not in self._moved:
+            if is_last and not any(self._ranks.documents(name in self._moved)):
                 raise CalibrationError(
                     f"{name}: its gradient is zero on all {len(self._samples)} samples, since "
                     "nothing after it reads what it gives; a gradient cannot score it"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketvlm.context import Ranks
 from pocketvlm.errors import CalibrationError
 
 __all__ = ["CrossMoment", "Int8Steps", "SecondMoment"]
@@ -113,6 +116,21 @@ class CrossMoment:
         if not all(bool(torch.isfinite(total.diagonal()).all()) for total in self._sums):
             raise CalibrationError("an input is not finite on the calibration data")
 
+    def join(self, ranks: Ranks) -> None:
+        """Adds what the other ranks have summed, rank by rank; all of them have the total then."""
+        counted = self._counted()
+        ranks.add_up(counted)
+        self._set_counted(counted)
+        for total in self._sums:
+            ranks.add_up(total.numpy())
+
+    def _counted(self) -> NDArray[np.float64]:
+        """Every sum beside the moment, as one array."""
+        return np.array([self.tokens, self.total_weight])
+
+    def _set_counted(self, values: NDArray[np.float64]) -> None:
+        self.tokens, self.total_weight = int(values[0]), float(values[1])
+
     def blocks(self) -> tuple[Tensor, ...]:
         """The diagonal blocks of the moment.
 
@@ -162,6 +180,15 @@ class SecondMoment(CrossMoment):
         spans = (high.clamp_min(0) - low.clamp_max(0)).repeat_interleave(len(flat) // len(tiles))
         self._tile_steps += float(shares @ (spans / 255).square())
         self._row_steps += float(shares @ (flat.abs().amax(dim=1) / 127).square())
+
+    def _counted(self) -> NDArray[np.float64]:
+        steps = [self._tile_steps, self._row_steps]
+        return np.concatenate([super()._counted(), steps, self._inputs.numpy()])
+
+    def _set_counted(self, values: NDArray[np.float64]) -> None:
+        super()._set_counted(values)
+        self._tile_steps, self._row_steps = float(values[2]), float(values[3])
+        self._inputs = torch.from_numpy(values[4:])
 
     def int8_steps(self) -> Int8Steps:
         """The steps to which int8 kernels would round the inputs.

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.data.prompts import PromptBatch
 from pocketvlm.calibration.walk.activations import ActivationStore
 from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
+from pocketvlm.calibration.walk.shared_batches import SharedBatches
 from pocketvlm.calibration.walk.steps import Drift, InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.reference_graph.sublayers import Sublayer, SublayerRows
@@ -90,42 +90,47 @@ def advance(
 @torch.no_grad()
 def measure_moments(
     path: PairedActivations,
-    batches: Sequence[PromptBatch | None],
+    batches: SharedBatches,
     inputs_of: Callable[[Tensor, int], Tensor],
     weights_of: Callable[[int], Tensor | None],
     block: int | None,
     *,
+    width: int,
     ideal_inputs: ActivationStore | None = None,
 ) -> InputMoments:
-    """Moments of a layer's inputs.
+    """Moments of a layer's inputs, over the batches of all ranks.
 
     Args:
-        path: States before the sublayer.
+        path: States before the sublayer, of this rank's batches.
         batches: Which samples a batch holds.
         inputs_of: From a batch of states and its index to the layer's input.
         weights_of: Weights of a batch's tokens; `None` for all alike.
         block: Width of diagonal blocks; `None` for the whole matrix.
+        width: Channels of the input.
         ideal_inputs: The float model's inputs, where `inputs_of` would need its weights.
     """
-    found: dict[bool, SecondMoment] = {}
+    found = {side: SecondMoment(width, block=block) for side in batches.sides}
     drifts: dict[bool, Drift] = {}
-    for index, batch in enumerate(batches):
+    if path.ideal is not None:
+        for side in batches.sides:
+            cross, own = CrossMoment(width, block=block), SecondMoment(width, block=block)
+            drifts[side] = Drift(cross=cross, own=own)
+    for index, batch in enumerate(batches.own):
         if batch is None:
             continue
         inputs, weights = inputs_of(path.now[index], index), weights_of(index)
-        width, side = inputs.shape[-1], batch.held_out
-        if side not in found:
-            found[side] = SecondMoment(width, block=block)
-        found[side].add(inputs, weights)
+        found[batch.held_out].add(inputs, weights)
         if path.ideal is None:
             continue
-        if side not in drifts:
-            cross, own = CrossMoment(width, block=block), SecondMoment(width, block=block)
-            drifts[side] = Drift(cross=cross, own=own)
         ideal = inputs_of(path.ideal[index], index) if ideal_inputs is None else ideal_inputs[index]
         difference = ideal - inputs
-        drifts[side].cross.add_pairs(difference, inputs, weights)
-        drifts[side].own.add(difference, weights)
+        drifts[batch.held_out].cross.add_pairs(difference, inputs, weights)
+        drifts[batch.held_out].own.add(difference, weights)
+    for side in batches.sides:
+        found[side].join(batches.ranks)
+        if path.ideal is not None:
+            drifts[side].cross.join(batches.ranks)
+            drifts[side].own.join(batches.ranks)
     return InputMoments(
         calibration=found[False],
         held_out=found.get(True),

@@ -7,7 +7,9 @@ order). Visual-token reduction is applied where the checkpoint has one, so the d
 are those of the sequence that the phone will run.
 
 Only the hidden state between two sublayers is kept, of all samples, in an `ActivationStore`; a
-layer's inputs are accumulated batch by batch and dropped.
+layer's inputs are accumulated batch by batch and dropped. Where several processes share a run, each
+keeps the states of its own batches; visual tokens are exchanged before the decoder, and sums over
+batches are added up.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from pocketvlm.calibration.walk.paired_activations import (
     forms_in_place,
     measure_moments,
 )
+from pocketvlm.calibration.walk.shared_batches import SharedBatches
 from pocketvlm.calibration.walk.steps import (
     Drift,
     FinishedSublayer,
@@ -51,6 +54,8 @@ from pocketvlm.calibration.walk.steps import (
     TokenWeights,
 )
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import ALONE, Ranks
+from pocketvlm.errors import CalibrationError
 from pocketvlm.graph.builders import merged_features
 from pocketvlm.graph.token_merging import TowerTokens, merge_tokens
 from pocketvlm.models.projector import ProjectorStep, run_steps, step_linears
@@ -107,6 +112,7 @@ class BlockWalk:
         carry_float: Whether the float model runs along, so that moments know the drift and
             finished sublayers their targets. Costs a second forward pass and the originals of one
             sublayer.
+        ranks: The processes that share the samples.
     """
 
     checkpoint: Checkpoint
@@ -116,6 +122,7 @@ class BlockWalk:
     tower_tokens: int = 32768
     spill_folder: Path | None = None
     carry_float: bool = False
+    ranks: Ranks = ALONE
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -153,7 +160,8 @@ class BlockWalk:
         """Yields every step in order of execution.
 
         Raises:
-            CalibrationError: A picture cannot be used, or an input is not finite.
+            CalibrationError: A picture cannot be used, an input is not finite, or there are fewer
+                batches than processes.
         """
         spec = self.checkpoint.spec
         # Encoded first: a bad sample should fail before an hour of work, not after it.
@@ -166,10 +174,28 @@ class BlockWalk:
             fitted=self.tower_samples,
             judging=max(1, math.ceil(self.tower_samples * self.held_out)),
         )
+        self._require_work_for_all(len(batches), len(self._decoder_batches))
         visual, ideal = yield from self._tower(batches)
         if not spec.decoder.tied_head:
             yield LinearGroup(names=(spec.decoder.embedding,), moments=None)
         yield from self._decoder(prompts, visual, ideal)
+
+    @cached_property
+    def _decoder_batches(self) -> tuple[PromptBatch, ...]:
+        return batch_prompts(self.prompts, self.first_held_out, _BATCH_TOKENS)
+
+    def _require_work_for_all(self, *batches: int) -> None:
+        most = min(batches)
+        if self.ranks.count > most:
+            raise CalibrationError(
+                f"{self.samples.name}: {len(self.samples)} samples make {most} batches, which "
+                f"{self.ranks.count} processes cannot share; start at most {most}, or give more "
+                "samples"
+            )
+
+    def _width(self, *names: str) -> int:
+        """Channels of the input that some linears share."""
+        return self.checkpoint.form(names[0]).shape[1]
 
     def _store(self) -> ActivationStore:
         return ActivationStore(self.spill_folder)
@@ -181,12 +207,14 @@ class BlockWalk:
         path = PairedActivations(
             now=self._store(), ideal=self._store() if self.carry_float else None
         )
-        for batch in batches:
+        for batch in self.ranks.own(batches):
             images = [self.samples.samples[index].open_image() for index in batch.samples]
             with torch.no_grad():
                 pixels = checkpoint.processor.pixels(images)
                 path.append(embed_patches(checkpoint.model, spec, pixels))
+        shared = SharedBatches(every=batches, ranks=self.ranks)
         used = [batch if batch.in_tower_moments else None for batch in batches]
+        measured = SharedBatches(every=used, ranks=self.ranks)
         entering: dict[int, _Entering] = {}
         tapped: list[PairedActivations] = []
         tokens: list[TowerTokens] = []
@@ -196,7 +224,7 @@ class BlockWalk:
             merge = spec.tower.merge_in(block)
             before = None if merge is None else path.copy()
             for sublayer in tower_sublayers(checkpoint.model, spec, block):
-                yield from self._sublayer(sublayer, path, used, _alike, tokens)
+                yield from self._sublayer(sublayer, path, measured, _alike, tokens)
                 if merge is not None and before is not None and sublayer.kind == "attention":
                     tokens = self._merge_tokens(merge, before, path, tokens)
                     before.close()
@@ -205,11 +233,11 @@ class BlockWalk:
         path.close()
         for read in entering.values():
             read.path.close()
-        visual, ideal = yield from self._project(batches, features, indices, spec.projector.steps)
+        visual, ideal = yield from self._project(shared, features, indices, spec.projector.steps)
         for tap, states in zip(spec.taps, tapped, strict=True):
             taken = self._take_features(states, indices)
             states.close()
-            rows, wanted = yield from self._project(batches, taken, indices, tap.steps)
+            rows, wanted = yield from self._project(shared, taken, indices, tap.steps)
             visual = self._beside(visual, rows)
             if ideal is not None and wanted is not None:
                 ideal = self._beside(ideal, wanted)
@@ -240,7 +268,7 @@ class BlockWalk:
         self,
         sublayer: Sublayer,
         path: PairedActivations,
-        batches: Sequence[PromptBatch | None],
+        batches: SharedBatches,
         weights_at: TokenWeights,
         rows: Sequence[SublayerRows] = (),
         drops_of: DropsOf = lambda _: None,
@@ -268,7 +296,8 @@ class BlockWalk:
                         cache_dense_weights(sublayer.linears),
                     ):
                         for index, batch in enumerate(path.ideal):
-                            ideal.append(inputs_of(batch, index) if batches[index] else _NOTHING)
+                            is_used = batches.own[index] is not None
+                            ideal.append(inputs_of(batch, index) if is_used else _NOTHING)
                 with cache_dense_weights(sublayer.linears):
                     return measure_moments(
                         path,
@@ -276,6 +305,7 @@ class BlockWalk:
                         inputs_of,
                         partial(weights_at, "last"),
                         block,
+                        width=self._width(sublayer.last),
                         ideal_inputs=ideal if path.ideal is not None else None,
                     )
 
@@ -287,6 +317,7 @@ class BlockWalk:
                 batches,
                 lambda states, _: sublayer.normed(states),
                 partial(weights_at, "first"),
+                width=self._width(*sublayer.first),
             ),
         )
         yield LinearGroup(names=(sublayer.last,), moments=moments_of_last)
@@ -298,7 +329,7 @@ class BlockWalk:
                 inputs=path.now,
                 targets=path.ideal,
                 rows=rows,
-                batches=batches,
+                batches=batches.own,
                 weights_of=partial(weights_at, "last"),
             )
         drops = [drops_of(index) for index in range(len(path.now))]
@@ -372,7 +403,7 @@ class BlockWalk:
 
     def _project(
         self,
-        batches: Sequence[PromptBatch],
+        batches: SharedBatches,
         features: PairedActivations,
         indices: Sequence[Tensor],
         steps: Sequence[ProjectorStep],
@@ -392,7 +423,12 @@ class BlockWalk:
             yield LinearGroup(
                 names=names,
                 moments=partial(
-                    measure_moments, path, batches, lambda states, _: states, lambda _: None
+                    measure_moments,
+                    path,
+                    batches,
+                    lambda states, _: states,
+                    lambda _: None,
+                    width=self._width(*names),
                 ),
             )
             layers = nn.ModuleList(checkpoint.model.get_submodule(name) for name in names)
@@ -406,11 +442,12 @@ class BlockWalk:
                         projected.ideal.extend(run(batch) for batch in path.ideal)
             path.close()
             path = projected
-        chosen = torch.cat(list(indices))
-        visual = VisualTokens(embeds=join_batches(path.now, self.spill_folder), indices=chosen)
-        ideal = None
+        chosen = torch.cat(list(batches.exchange(indices)))
+        embeds = join_batches(batches.exchange(path.now), self.spill_folder)
+        visual, ideal = VisualTokens(embeds=embeds, indices=chosen), None
         if path.ideal is not None:
-            ideal = VisualTokens(embeds=join_batches(path.ideal, self.spill_folder), indices=chosen)
+            embeds = join_batches(batches.exchange(path.ideal), self.spill_folder)
+            ideal = VisualTokens(embeds=embeds, indices=chosen)
         path.close()
         return visual, ideal
 
@@ -418,12 +455,13 @@ class BlockWalk:
         self, prompts: Sequence[Prompt], visual: VisualTokens, ideal: VisualTokens | None
     ) -> Iterator[Step]:
         checkpoint, spec = self.checkpoint, self.checkpoint.spec
-        batches = batch_prompts(prompts, self.first_held_out, _BATCH_TOKENS)
+        every = self._decoder_batches
+        batches, own = SharedBatches(every=every, ranks=self.ranks), self.ranks.own(every)
         left: list[RowsLeft] = []
         path = PairedActivations(
             now=self._store(), ideal=self._store() if ideal is not None else None
         )
-        for batch in batches:
+        for batch in own:
             inputs = self._splice(batch, prompts, visual)
             path.now.append(inputs.embeds)
             if path.ideal is not None and ideal is not None:
@@ -432,7 +470,7 @@ class BlockWalk:
             if rows.added is not None:
                 rows = replace(rows, added=join_batches([rows.added], self.spill_folder))
             left.append(RowsLeft.of(rows, inputs.is_visual, inputs.reader))
-        weights_of = self._decoder_weights(prompts, batches, visual)
+        weights_of = self._decoder_weights(prompts, own, visual)
         for block in range(spec.decoder.depth):
             attention, ffn = decoder_sublayers(checkpoint.model, spec, block)
             before = [
@@ -458,6 +496,7 @@ class BlockWalk:
                 lambda states, _: norm(states),
                 # No logits are ever read at the image's tokens.
                 lambda index: (~left[index].is_visual).to(torch.float32),
+                width=decoder.hidden_size,
             ),
         )
         path.close()
@@ -467,7 +506,7 @@ class BlockWalk:
         sublayer: Sublayer,
         block: int,
         path: PairedActivations,
-        batches: Sequence[PromptBatch],
+        batches: SharedBatches,
         left: list[RowsLeft],
         weights_of: DecoderWeights,
     ) -> Iterator[Step]:

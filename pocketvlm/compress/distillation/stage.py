@@ -110,6 +110,11 @@ class Distill(Stage):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie between 0 and {most}, not {getattr(self, name)}")
 
+    @property
+    def shares_work(self) -> bool:
+        """Gradients of a step are those of the samples of all processes."""
+        return True
+
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
     ) -> StageResult:
@@ -154,6 +159,7 @@ class Distill(Stage):
                 judging=range(first_held_out, len(prompts)),
                 folder=ctx.scratch_dir,
                 on_step=lambda step, note: ctx.report(self.method, step, self.steps, note),
+                ranks=ctx.ranks,
             )
         rows = student.merge() if training.best.step else []
         return StageResult(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from pocketvlm.compress.distillation.answers import shuffled_batches
 from pocketvlm.compress.distillation.objective import Figures, Objective
 from pocketvlm.compress.distillation.student import Student
 from pocketvlm.compress.layerwise.scratch import find_tensors, keep_tensors
+from pocketvlm.context import ALONE, Ranks
 from pocketvlm.errors import CalibrationError
 
 __all__ = ["Check", "Schedule", "Training", "rate_share", "train"]
@@ -101,6 +103,7 @@ def train(
     judging: Sequence[int],
     folder: Path | None,
     on_step: Callable[[int, str], None],
+    ranks: Ranks = ALONE,
 ) -> Training:
     """Trains a student and leaves it in the state that held-out samples liked best.
 
@@ -112,6 +115,8 @@ def train(
         judging: Samples that only judge.
         folder: Where a killed run finds its last check; `None` keeps nothing.
         on_step: Told the number of finished steps and a note.
+        ranks: The processes that share the samples of a step; every one of them trains the same
+            student with the gradients of all.
 
     Raises:
         CalibrationError: A loss or a gradient is not finite.
@@ -120,6 +125,8 @@ def train(
     checks: list[Check] = []
     best = student.snapshot()
     step = 0
+    if folder is not None and ranks.first((folder / _STATE).is_file()):
+        ranks.spread_file(folder / _STATE, 0)
     saved = _load(folder, student, optimizer)
     if saved is not None:
         checks, best = saved
@@ -132,7 +139,7 @@ def train(
             share = rate_share(step, schedule.steps, schedule.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            loss = _step(student, objective, optimizer, samples, schedule, step)
+            loss = _step(student, objective, optimizer, samples, schedule, step, ranks)
             step += 1
             note = f"loss {loss:.4f}"
             if step % schedule.check_every == 0 or step == schedule.steps:
@@ -157,16 +164,20 @@ def _step(
     samples: Sequence[int],
     schedule: Schedule,
     step: int,
+    ranks: Ranks,
 ) -> float:
     """One step of the optimizer; returns the loss before it."""
     optimizer.zero_grad()
     total = 0.0
-    for start in range(0, len(samples), schedule.pass_size):
-        chosen = samples[start : start + schedule.pass_size]
+    size = min(schedule.pass_size, -(-len(samples) // ranks.count))
+    for start in ranks.own(range(0, len(samples), size)):
+        chosen = samples[start : start + size]
         with torch.enable_grad(), student.updated_weights():
             loss = objective.loss(chosen) / len(samples)
         loss.backward()
         total += float(loss.detach())
+    if ranks.count > 1:
+        total = _add_up(total, student, ranks)
     student.keep_zeros()
     norm = float(torch.nn.utils.clip_grad_norm_(student.parameters().values(), schedule.clip_norm))
     if not math.isfinite(total) or not math.isfinite(norm):
@@ -177,6 +188,17 @@ def _step(
         )
     optimizer.step()
     return total
+
+
+def _add_up(loss: float, student: Student, ranks: Ranks) -> float:
+    """Makes gradients those of all ranks; returns the loss of all."""
+    losses = np.array([loss])
+    ranks.add_up(losses)
+    for parameter in student.parameters().values():
+        if parameter.grad is None:  # this rank had no sample
+            parameter.grad = torch.zeros_like(parameter)
+        ranks.add_up(parameter.grad.numpy())
+    return float(losses[0])
 
 
 def _check(student: Student, objective: Objective, judging: Sequence[int], step: int) -> Check:

@@ -3,6 +3,9 @@
 Layers are visited in order of execution, so that each is measured on what the compressed layers
 before it produce, with the visual tokens that the phone will see. A `LayerMethod` says what becomes
 of a layer; finished layers are stored, and an interrupted run resumes at the first that is missing.
+
+Processes that share a run measure their own samples and share what they have measured. Of the
+layers that read one input each compresses its own, and all are given every layer as its file.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pocketvlm.compress.layerwise.hessian import (
     diagonal_block_width,
 )
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer, LayerStore
-from pocketvlm.context import RunContext
+from pocketvlm.context import Ranks, RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.machine import return_free_memory
 from pocketvlm.models.layers import LinearSpec
@@ -129,8 +132,8 @@ def compress_layers(
         StorageError: The disk is full.
     """
     store = LayerStore(ctx.scratch_dir)
-    done = _load(store, run.tasks)
-    revised = _load(store, run.revised, _REVISED)
+    done = _load(store, run.tasks, ctx.ranks)
+    revised = _load(store, run.revised, ctx.ranks, _REVISED)
     rows: dict[str, Mapping[str, Any]] = {}
 
     def place(name: str, layer: FinishedLayer) -> None:
@@ -151,13 +154,19 @@ def compress_layers(
         hessian = None
         if group is not None and tasks.keys() - done.keys():
             hessian = measure_hessian(checkpoint, group, tasks.values(), method)
-        for name, task in tasks.items():
-            if name not in done:
-                made = method.compress(task, checkpoint.form(name), hessian)
+        order = list(tasks)
+        for start in range(0, len(order), ctx.ranks.count):
+            names = order[start : start + ctx.ranks.count]
+            missing = [name for name in names if name not in done]
+            for name in ctx.ranks.own(missing):
+                made = method.compress(tasks[name], checkpoint.form(name), hessian)
                 done[name] = store.save(name, made)
                 del made
                 return_free_memory()
-            place(name, done[name])
+            for owner, name in enumerate(missing if ctx.ranks.count > 1 else ()):
+                done[name] = store.share(name, ctx.ranks, owner)
+            for name in names:
+                place(name, done[name])
 
     if run.walk is None:
         compress_group(None, run.tasks)
@@ -240,7 +249,12 @@ def visit_groups(
             return
 
 
-def _load(store: LayerStore, names: Iterable[str], suffix: str = "") -> dict[str, FinishedLayer]:
-    """The layers that an earlier run finished."""
-    found = ((name, store.load(name + suffix)) for name in names)
-    return {name: layer for name, layer in found if layer is not None}
+def _load(
+    store: LayerStore, names: Iterable[str], ranks: Ranks, suffix: str = ""
+) -> dict[str, FinishedLayer]:
+    """The layers that an earlier run finished: those that the first rank has."""
+    loaded = ((name, store.load(name + suffix)) for name in names)
+    found = {name: layer for name, layer in loaded if layer is not None}
+    if ranks.count == 1:
+        return found
+    return {name: store.share(name + suffix, ranks, 0) for name in ranks.first(list(found))}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.compress.layerwise.scratch import find_tensors, keep_tensors
+from pocketvlm.context import Ranks
+from pocketvlm.errors import StorageError
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.forms import FORMS
 
@@ -63,6 +65,23 @@ class LayerStore:
         keep_tensors(self._path(self._folder, name), layer.form.to_tensors(), document)
         stored = self.load(name)
         return layer if stored is None else FinishedLayer(form=stored.form, row=layer.row)
+
+    def share(self, name: str, ranks: Ranks, owner: int) -> FinishedLayer:
+        """A layer that one rank has stored, in the store of every rank.
+
+        Raises:
+            RankError: Another process has ended.
+            StorageError: The disk is full, or what was written cannot be read.
+            ValueError: Nothing is kept here.
+        """
+        if self._folder is None:
+            raise ValueError("processes share finished layers by files; give a scratch folder")
+        path = self._path(self._folder, name)
+        ranks.spread_file(path, owner)
+        layer = self.load(name)
+        if layer is None:
+            raise StorageError(f"{path}: is damaged; run the command again")
+        return layer
 
     @staticmethod
     def _path(folder: Path, name: str) -> Path:

@@ -131,11 +131,14 @@ class Gblm(PruningScore):
         scratch = ctx.scratch_dir
         found = GradientNorms(None if scratch is None else scratch / "gradients")
         names = [task.linear.name for task in tasks]
-        if not found.holds(names):
+        if ctx.ranks.first(found.holds(names)):
+            found.share(names, ctx.ranks)
+        else:
             judged = BlockWalk(
                 checkpoint=checkpoint, samples=calibration, held_out=held_out
             ).first_held_out
-            samples = replace(calibration, samples=calibration.samples[:judged])
+            own = ctx.ranks.own(calibration.samples[:judged])
+            samples = replace(calibration, samples=tuple(own))
             walk = walk_gradients if self.gradient == "answer" else block_gradients
             done: list[str] = []
 
@@ -143,7 +146,8 @@ class Gblm(PruningScore):
                 done.append(name)
                 ctx.report("gradients", len(done), len(names), name)
 
-            found.collect(walk(checkpoint, samples, spill_folder=scratch), names, self.norm, report)
+            steps = walk(checkpoint, samples, spill_folder=scratch, ranks=ctx.ranks)
+            found.collect(steps, names, self.norm, report, ranks=ctx.ranks)
         return _MeasuredGblm(alpha=self.alpha, norms=found)
 
     def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pocketvlm.calibration.gradients.layer_gradients import LayerGradient
 from pocketvlm.compress.layerwise.scratch import find_tensors, keep_tensors
+from pocketvlm.context import ALONE, Ranks
 from pocketvlm.errors import StorageError
 
 __all__ = ["GradientNorm", "GradientNorms", "NormMean"]
@@ -51,6 +53,17 @@ class NormMean:
             size = gradient.abs_() if self._norm == "l1" else gradient.square_()
             self.samples += 1
             self._mean = size if self._mean is None else self._mean.lerp_(size, 1 / self.samples)
+
+    def join(self, ranks: Ranks) -> None:
+        """Makes it the norm over the samples of all ranks, added in order of rank."""
+        if self._mean is None or ranks.count == 1:
+            return
+        counted = np.array([self.samples])
+        total = self._mean.mul_(self.samples)
+        ranks.add_up(counted)
+        ranks.add_up(total.numpy())
+        self.samples = int(counted[0])
+        self._mean = total.div_(self.samples)
 
     def result(self) -> Tensor:
         """float32 [out_features, in_features]; nothing can be added after it.
@@ -96,12 +109,19 @@ class GradientNorms:
         found = (self._find(name) for name in names)
         return all(norms is not None and bool(torch.isfinite(norms).all()) for norms in found)
 
+    def share(self, names: Iterable[str], ranks: Ranks) -> None:
+        """Gives all ranks the files of the first."""
+        for name in names:
+            ranks.spread_file(self._path(name), 0)
+
     def collect(
         self,
         steps: Iterable[LayerGradient],
         names: Iterable[str],
         norm: GradientNorm,
         on_layer: Callable[[str], None] = lambda _: None,
+        *,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Takes the norms of some layers from a walk.
 
@@ -110,6 +130,7 @@ class GradientNorms:
             names: The layers; others pass by.
             norm: Which norm.
             on_layer: Called with a layer's name once it is written.
+            ranks: The processes that each walk over samples of their own.
         """
         wanted = set(names)
         open_means: dict[str, NormMean] = {}
@@ -118,7 +139,9 @@ class GradientNorms:
                 continue
             open_means.setdefault(step.name, NormMean(norm)).add(step)
             if step.is_last:
-                norms = open_means.pop(step.name).result()
+                mean = open_means.pop(step.name)
+                mean.join(ranks)
+                norms = mean.result()
                 keep_tensors(self._path(step.name), {_KEY: norms}, {})
                 on_layer(step.name)
 

@@ -21,7 +21,9 @@ What is different here, and why:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,14 +154,17 @@ def first_order_scores(
         return {name: scores[name] for name in names}
     sums = dict.fromkeys(names, 0.0)
     done = 0
-    for step in walk_gradients(checkpoint, samples, spill_folder=ctx.scratch_dir):
+    own = replace(samples, samples=tuple(ctx.ranks.own(samples.samples)))
+    for step in walk_gradients(checkpoint, own, spill_folder=ctx.scratch_dir, ranks=ctx.ranks):
         if step.name not in sums:
             continue
         sums[step.name] += first_order_sum(checkpoint.form(step.name).dequantize(), step)
         if step.is_last:
             done += 1
             ctx.report(_TASK, done, len(sums), step.name)
-    scores = {name: found / len(samples) for name, found in sums.items()}
+    totals = np.array(list(sums.values()))
+    ctx.ranks.add_up(totals)
+    scores = {name: float(total) / len(samples) for name, total in zip(sums, totals, strict=True)}
     _write(ctx, scores)
     return scores
 
@@ -167,7 +172,8 @@ def first_order_scores(
 def _read(ctx: RunContext) -> dict[str, float]:
     """What a run before this one scored; a scratch folder belongs to one stage of one run."""
     found = None if ctx.scratch_dir is None else find_document(ctx.scratch_dir / _SCORES)
-    return {} if found is None else dict(found["scores"])
+    scores: dict[str, float] = ctx.ranks.first({} if found is None else found["scores"])
+    return dict(scores)
 
 
 def _write(ctx: RunContext, scores: dict[str, float]) -> None:

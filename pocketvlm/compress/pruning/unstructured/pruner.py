@@ -83,6 +83,11 @@ class Prune(Stage, WalkOptions, SparsityOptions):
         """Whether the float model has to run along."""
         return self.update == "regression"
 
+    @property
+    def shares_work(self) -> bool:
+        """Moments are those of the samples of all processes; regression sees them together."""
+        return not self.carries_float
+
     def plan(self, state: PlanState) -> PlanState:
         """Masks layers, as if all kept the same share, and notes what sharing out will cost."""
         return self.sparsity.plan(state)

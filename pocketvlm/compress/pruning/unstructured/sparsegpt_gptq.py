@@ -199,6 +199,11 @@ class SparseGptGptq(CalibratedQuantizer, SparsityOptions):
         """How much of which layers is removed."""
         return self.sparsity_under(self.prune_rules)
 
+    @property
+    def shares_work(self) -> bool:
+        """Moments are those of the samples of all processes."""
+        return True
+
     def plan(self, state: PlanState) -> PlanState:
         """Masks layers, as if all kept the same share, and quantizes what they keep.
 

@@ -245,6 +245,11 @@ class Gptq(CalibratedQuantizer):
                 "to give rows to all"
             )
 
+    @property
+    def shares_work(self) -> bool:
+        """Moments are those of the samples of all processes."""
+        return True
+
     def plan(self, state: PlanState) -> PlanState:
         """Gives each layer the layout of its rule."""
         planned = plan_layouts(self.rules, state.spec.linears())

@@ -112,6 +112,11 @@ class RoundToNearest(Stage):
         require_rules(self.rules)
         check_grid(self.grid)
 
+    @property
+    def shares_work(self) -> bool:
+        """Every process rounds layers of its own."""
+        return True
+
     def plan(self, state: PlanState) -> PlanState:
         """Gives each layer the layout of its rule."""
         return state.with_layouts(plan_layouts(self.rules, state.spec.linears()))

@@ -60,6 +60,11 @@ class Codebook(CalibratedQuantizer):
         """Whether the float model has to run along."""
         return self.tune_steps > 0 or self.drift_share > 0
 
+    @property
+    def shares_work(self) -> bool:
+        """Moments are those of the samples of all processes; what is tuned sees them in turn."""
+        return self.tune_steps == 0
+
     def plan(self, state: PlanState) -> PlanState:
         """Gives each layer the layout of its rule; shared codebooks belong to their first layer."""
         return state.with_layouts(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pocketvlm.context.ranks import ALONE, Ranks
 from pocketvlm.weights.layout import LayerBytes
 
 __all__ = ["Progress", "ProgressCallback", "RunContext", "derive_seed", "ignore_progress"]
@@ -60,6 +61,7 @@ class RunContext:
             `None` if unknown.
         layer_bytes: What a layer takes in the files of each target, by the target's tag, for
             stages that solve under a budget of bytes.
+        ranks: The processes that share the run; a stage that shares nothing is given none.
         on_progress: Called from the working thread after each step.
     """
 
@@ -68,6 +70,7 @@ class RunContext:
     scratch_dir: Path | None = None
     source_dir: Path | None = None
     layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
+    ranks: Ranks = ALONE
     on_progress: ProgressCallback = ignore_progress
 
     def report(self, task: str, done: int, total: int, note: str = "") -> None:
@@ -77,3 +80,7 @@ class RunContext:
     def with_scratch(self, scratch_dir: Path | None) -> RunContext:
         """The same context with another scratch folder."""
         return replace(self, scratch_dir=scratch_dir)
+
+    def alone(self) -> RunContext:
+        """The same context for work that is not shared."""
+        return replace(self, ranks=ALONE)
