@@ -154,11 +154,19 @@ def measure(shape: str, recipe: str, options: argparse.Namespace, root: Path) ->
         "source_bytes": size["source_bytes"],
         "bundle_bytes": size["bundle_bytes"],
         "predicted_bytes": plan["bundle_bytes"],
+        "stage_seconds": {stage["method"]: stage["seconds"] for stage in report["stages"]},
+        "hours_per_billion": _hours_per_billion(report),
         "peak_to_source": finished.peak_rss_bytes / size["source_bytes"],
         "bundle_to_source": size["bundle_share"],
         "latency": report["latency"],
         "environment": report["environment"],
     }
+
+
+def _hours_per_billion(report: dict[str, Any]) -> float:
+    """What the stages took, for as many weights of 16 bits as the source has."""
+    weights = report["size"]["source_bytes"] / 2
+    return sum(stage["seconds"] for stage in report["stages"]) / 3600 / weights * 1e9
 
 
 def _digests(out: Path) -> dict[str, str]:
@@ -194,14 +202,15 @@ def main() -> None:
     if arguments.keep is None:
         shutil.rmtree(root)
     print(
-        f"{'model':<24} {'recipe':<16} {'s':>6} {'peak MB':>8} {'anon MB':>8} {'/plan':>7} "
-        f"{'/source':>8} {'bundle MB':>10} {'/source':>8} {'/plan':>7}"
+        f"{'model':<24} {'recipe':<16} {'s':>6} {'h/1e9':>6} {'peak MB':>8} {'anon MB':>8} "
+        f"{'/plan':>7} {'/source':>8} {'bundle MB':>10} {'/source':>8} {'/plan':>7}"
         + "".join(f" {name:>14}" for name in _FIGURES)
     )
     for row in rows:
         anonymous = row["peak_anonymous_bytes"]
         print(
             f"{row['model']:<24} {row['recipe']:<16} {row['seconds']:>6.0f} "
+            f"{row['hours_per_billion']:>6.2f} "
             f"{row['peak_rss_bytes'] / 1e6:>8.0f} {anonymous / 1e6:>8.0f} "
             f"{anonymous / row['planned_anonymous_bytes']:>7.3f} {row['peak_to_source']:>8.2f} "
             f"{row['bundle_bytes'] / 1e6:>10.1f} {row['bundle_to_source']:>8.3f} "

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fork_cli", "fork_snippet"]
+__all__ = ["FORKED", "fork_cli", "fork_snippet"]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
     [
         "pocketvlm.evaluation.score",
         "pocketvlm.export.onnx.target",
@@ -68,7 +68,7 @@ def fork_cli(
 def _run(target: Callable[..., None], *values: Any) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        process = _CONTEXT.Process(target=_begin, args=(files, dict(os.environ), target, values))
+        process = FORKED.Process(target=_begin, args=(files, dict(os.environ), target, values))
         process.start()
         process.join()
         out, err = (file.read_text() if file.exists() else "" for file in files)

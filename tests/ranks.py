@@ -1,11 +1,7 @@
-"""Runs one function in several processes that share a run, as `torchrun` starts them.
-
-The processes are forked from one that has imported what most of them import.
-"""
+"""Runs one function in several processes that share a run, as `torchrun` starts them."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -13,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forked import FORKED
+
 __all__ = ["Ended", "run_ranks"]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["pocketvlm.pipeline.job", "pocketvlm.pipeline.torchrun", "pocketvlm.cli.app", __name__]
-)
+_PATIENCE_S = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +42,16 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"rank-{rank}.log" for rank in range(count)]
     processes = [
-        _CONTEXT.Process(target=_run, args=(rank, count, port, log, target, arguments))
+        FORKED.Process(target=_run, args=(rank, count, port, log, target, arguments))
         for rank, log in enumerate(logs)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(_PATIENCE_S)
+        if process.is_alive():  # it waits for a message that nobody sends
+            process.kill()
+            process.join()
     return [
         Ended(exit_code=process.exitcode, printed=log.read_text())
         for process, log in zip(processes, logs, strict=True)

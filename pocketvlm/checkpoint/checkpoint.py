@@ -193,6 +193,18 @@ class Checkpoint:
         if decoder.tied_head and name == decoder.embedding:
             self.layer(decoder.head).form = form
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; its weight matrices stay in main memory or in their files."""
+        return next(self.model.parameters()).device
+
+    def move(self, device: torch.device) -> None:
+        """Has the model compute somewhere else, with everything that it computes with."""
+        self.model.to(device)
+        for reducer in (self.reducer, *(vision.reducer for vision in self.other_vision)):
+            if reducer is not None:
+                reducer.to(device)
+
     def forms(self) -> dict[LinearSpec, WeightForm]:
         """Every weight matrix with its stored form, in order of execution."""
         return {linear: self.form(linear.name) for linear in self.spec.linears()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "StoredTensor",
     "check_shape",
     "hold_equal",
+    "keep_in_file",
     "read_headers",
     "read_tensor",
     "tensors_equal",
@@ -120,6 +122,27 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     ):
         raise CheckpointError(f"{file}: tensor {key} holds values that are not finite")
     return value.to(torch.float32) if value.dtype == torch.float64 else value
+
+
+def keep_in_file(values: Tensor, folder: Path | None) -> Tensor:
+    """The same values, mapped from a file without a name, which goes when the tensor does.
+
+    Args:
+        values: What is kept; what is smaller than a page stays in memory.
+        folder: Where the file goes; `None` leaves everything in memory.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    if folder is None or values.nbytes < _PAGE:
+        return values
+    flat = values.detach().contiguous().reshape(-1)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        left = flat.view(torch.uint8).numpy().data
+        while left:
+            left = left[file.write(left) :]
+        content = _map(file.fileno())
+    return torch.frombuffer(content, dtype=flat.dtype).view(values.shape)
 
 
 def hold_equal(first: StoredTensor, second: StoredTensor) -> None:

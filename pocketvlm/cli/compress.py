@@ -56,6 +56,10 @@ def compress(
         bool,
         typer.Option("--allow-source-mismatch", help="Continue if that fails; the report says so."),
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(help="Where stages compute: cpu, cuda, cuda:N or mps; weights stay on disk."),
+    ] = "cpu",
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -77,6 +81,7 @@ def compress(
         baseline=baseline,
         source_check=_source_check_mode(verify=verify_source, allow=allow_source_mismatch),
         seed=seed,
+        device=device,
         threads=threads or os.cpu_count() or 1,
         command=command_line(),
     )

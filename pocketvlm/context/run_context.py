@@ -61,6 +61,8 @@ class RunContext:
             `None` if unknown.
         layer_bytes: What a layer takes in the files of each target, by the target's tag, for
             stages that solve under a budget of bytes.
+        device: Where stages compute, as torch names it; weights and states stay in main memory and
+            in files.
         ranks: The processes that share the run; a stage that shares nothing is given none.
         on_progress: Called from the working thread after each step.
     """
@@ -70,6 +72,7 @@ class RunContext:
     scratch_dir: Path | None = None
     source_dir: Path | None = None
     layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
+    device: str = "cpu"
     ranks: Ranks = ALONE
     on_progress: ProgressCallback = ignore_progress
 

@@ -34,9 +34,11 @@ def rotary_angles(rope: RopeSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
         positions: int64 [batch, length]; [axes, batch, length] where rows may have other positions
             on each axis.
     """
-    angles = positions[..., None].to(torch.float32) * inverse_frequencies(rope)
+    frequencies = inverse_frequencies(rope).to(positions.device)
+    angles = positions[..., None].to(torch.float32) * frequencies
     if positions.dim() == 3:  # noqa: PLR2004  (axes, batch, length)
-        angles = (angles * pair_selection(rope)[:, None, None]).sum(dim=0)
+        chosen = pair_selection(rope).to(positions.device)
+        angles = (angles * chosen[:, None, None]).sum(dim=0)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

@@ -159,7 +159,8 @@ class TensorOps(ABC):
         earlier: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[Tensor, Tensor]:
         if self._reducer is None:
-            return features, torch.arange(features.shape[1]).expand(features.shape[0], -1)
+            places = torch.arange(features.shape[1], device=features.device)
+            return features, places.expand(features.shape[0], -1)
         tower, last = self._spec.tower, self._block_rows(queries, keys)
         kept, indices = self._reducer(
             ReducerInputs(

@@ -66,7 +66,8 @@ def merge_tokens(
     Returns:
         [images, count, C], and what these stand for.
     """
-    one_hot = (target[:, None] == torch.arange(count)[None, :, None]).to(hidden.dtype)
+    places = torch.arange(count, device=hidden.device)
+    one_hot = (target[:, None] == places[None, :, None]).to(hidden.dtype)
     if before is None:
         sizes = one_hot.sum(dim=-1, keepdim=True)
         return one_hot @ hidden / sizes, TowerTokens(sizes=sizes, places=target)
@@ -94,7 +95,7 @@ def match_tokens(
     patches = hidden[:, 1:] if tower.has_cls else hidden
     if isinstance(merge, NeighbourTokens):
         target = join_neighbours(tower.rows, tower.columns, merge.rows, merge.columns)
-        target = target.expand(hidden.shape[0], -1)
+        target = target.to(hidden.device).expand(hidden.shape[0], -1)
     elif isinstance(merge, SimilarTokens):
         metric = rows.keys.mean(dim=1)
         worth = None
@@ -135,7 +136,7 @@ def join_similar(metric: Tensor, count: int, worth: Tensor | None = None) -> Ten
         apart = -best.values[..., 0]
         stays = top_indices(apart if worth is None else apart + worth[:, ::2], staying)
         target = _renumber(target, stays, first=total // 2)
-    own = torch.arange(total // 2).expand(metric.shape[0], -1)
+    own = torch.arange(total // 2, device=metric.device).expand(metric.shape[0], -1)
     pairs = torch.stack([target[:, : total // 2], own], dim=-1).flatten(1)
     return torch.cat([pairs, target[:, total // 2 :]], dim=1) if total % 2 else pairs
 
@@ -176,8 +177,9 @@ def join_important(score: Tensor, count: int) -> Tensor:
 def _renumber(target: Tensor, chosen: Tensor, *, first: int) -> Tensor:
     """Targets [B, n], where the tokens of `chosen`, [B, m], get those from `first` on instead."""
     count = target.shape[1]
-    is_chosen = (chosen[..., None] == torch.arange(count)).to(torch.int64)
-    numbers = torch.arange(first, first + chosen.shape[1])[:, None]
+    places = torch.arange(count, device=chosen.device)
+    is_chosen = (chosen[..., None] == places).to(torch.int64)
+    numbers = torch.arange(first, first + chosen.shape[1], device=chosen.device)[:, None]
     return target * (1 - is_chosen.sum(dim=1)) + (is_chosen * numbers).sum(dim=1)
 
 

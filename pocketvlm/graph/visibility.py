@@ -24,14 +24,14 @@ def visible_rows(
         mutual: int64 [batch, length]: a number for each row, -1 for rows that see the past alone.
             A call holds all rows of a number.
     """
-    columns = torch.arange(total)
+    columns = torch.arange(total, device=slots.device)
     behind = slots[:, None] - columns[None]
     visible = behind >= 0
     if window is not None:
         visible = visible & (behind < window)
     if mutual is None:
         return visible[None]
-    numbers = torch.full((mutual.shape[0], total), -1).index_copy(1, slots, mutual)
+    numbers = mutual.new_full((mutual.shape[0], total), -1).index_copy(1, slots, mutual)
     together = (mutual[:, :, None] == numbers[:, None]) & (mutual[:, :, None] >= 0)
     return visible[None] | together
 

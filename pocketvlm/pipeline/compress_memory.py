@@ -2,9 +2,8 @@
 
 Weights, finished layers and states of calibration lie in files whose pages the system takes back
 when memory is short. What is counted here has to stay: the libraries, one layer with the statistics
-of its input, and what the certificate holds of the artifact. A stage that makes new weights for the
-whole model keeps them until it is done; the source check takes a float copy of the model only where
-there is room for it.
+of its input, and what the certificate holds of the artifact. A stage that trains the whole model
+holds it; the source check takes a float copy of the model only where there is room for it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import ALONE, ProgressCallback, Ranks, RunContext, ignore_progress
 from pocketvlm.device_bench.workload import load_workload
 from pocketvlm.files.publish import replace_file
+from pocketvlm.pipeline.compute_device import resolve_device
 from pocketvlm.pipeline.float_baseline import make_float_baseline
 from pocketvlm.pipeline.plan import Plan, plan
 from pocketvlm.pipeline.run import RunResult, run
@@ -63,6 +64,7 @@ class Job:
         bench: Whether the bundle is timed.
         baseline: Whether it is timed together with the float32 export.
         source_check: Whether the checkpoint is first compared with the stock classes.
+        device: Where stages compute: `cpu`, `cuda`, `cuda:N` or `mps`.
     """
 
     model: str
@@ -76,6 +78,7 @@ class Job:
     baseline: bool = True
     source_check: SourceCheckMode = "require"
     seed: int = 0
+    device: str = "cpu"
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     command: str = ""
 
@@ -97,12 +100,12 @@ class Job:
             PocketVLMError: Something about the input is wrong; found before any compute if
                 possible.
         """
+        ctx = self._context(ranks, on_progress)
         recipe = self._recipe()
         path = resolve_model(self.model)
         plan(path, recipe).raise_if_refused()
         pictures = self._pictures()
         calibration = resolve_calibration(recipe.calibration, pictures=pictures)
-        ctx = RunContext(seed=self.seed, threads=self.threads, ranks=ranks, on_progress=on_progress)
         wants_baseline = self.bench and self.baseline and recipe.stages
         return run(
             path,
@@ -124,9 +127,9 @@ class Job:
             RankError: Another process has ended, or the processes do not work on the same run.
             PocketVLMError: Something about the input is wrong.
         """
+        ctx = self._context(ranks, ignore_progress)
         recipe = self._recipe()
         calibration = resolve_calibration(recipe.calibration, pictures=self._pictures())
-        ctx = RunContext(seed=self.seed, threads=self.threads, ranks=ranks)
         help_run(resolve_model(self.model), recipe, calibration=calibration, ctx=ctx)
 
     def plan(
@@ -153,6 +156,15 @@ class Job:
             evaluation=self._evaluation(None),
             advises=advises,
             measured=measured,
+        )
+
+    def _context(self, ranks: Ranks, on_progress: ProgressCallback) -> RunContext:
+        return RunContext(
+            seed=self.seed,
+            threads=self.threads,
+            device=resolve_device(self.device),
+            ranks=ranks,
+            on_progress=on_progress,
         )
 
     def _recipe(self) -> Recipe:

@@ -36,10 +36,10 @@ from pocketvlm.pipeline.plan import plan_stages
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.run_report import assemble_report, weight_bytes_by_part
 from pocketvlm.pipeline.shared_run import (
+    beside,
     count_shared,
     note_sharing,
     require_agreement,
-    shared_conditions,
     stage_context,
 )
 from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport, check_source
@@ -115,7 +115,7 @@ def run(
     checkpoint = load_checkpoint(model)
     certified, checked = _ask_first(model, checkpoint, recipe, calibration, evaluation)
     identity = RunIdentity.of(model, checkpoint, recipe, calibration, ctx.seed)
-    require_agreement(ctx.ranks, identity)
+    require_agreement(ctx, identity)
     what = f"{recipe.name} of {checkpoint.source.name}"
     with naming_faults(out), Journal.open(out, identity, what) as journal:
         return _run(
@@ -155,7 +155,7 @@ def _run(
     source_parts = weight_bytes_by_part(checkpoint)
     identity = journal.identity
     keys = stage_keys(
-        *(identity.model, identity.calibration, identity.seed, shared_conditions(ctx.ranks)),
+        *(identity.model, identity.calibration, identity.seed, conditions() | beside(ctx)),
         stages=stage_settings(recipe),
     )
     _write(out / "recipe.yaml", yaml.safe_dump(recipe.to_document(), sort_keys=False))
@@ -183,7 +183,7 @@ def _run(
         source_parts=source_parts,
         scores=(quality_float, compressed) if quality_float and compressed else None,
         bench=bench,
-        notes=(*checked, *note_sharing(recipe.stages, ctx.ranks)),
+        notes=(*checked, *note_sharing(recipe.stages, ctx)),
     )
     write_json(out / "report.json", report.document)
     html = render_html(report)

@@ -16,6 +16,7 @@ from typing import Any
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import Ranks, RunContext
 from pocketvlm.errors import RankError
+from pocketvlm.pipeline.compute_device import describe_device
 from pocketvlm.pipeline.identity import RunIdentity, conditions
 from pocketvlm.pipeline.sources import load_checkpoint
 from pocketvlm.recipes.load import Recipe
@@ -23,11 +24,11 @@ from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.stages import Stage
 
 __all__ = [
+    "beside",
     "count_shared",
     "help_run",
     "note_sharing",
     "require_agreement",
-    "shared_conditions",
     "stage_context",
 ]
 
@@ -46,7 +47,7 @@ def help_run(model: Path, recipe: Recipe, *, calibration: CalibrationSet, ctx: R
         PocketVLMError: The input is wrong, or the disk is full.
     """
     ranks, checkpoint = ctx.ranks, load_checkpoint(model)
-    require_agreement(ranks, RunIdentity.of(model, checkpoint, recipe, calibration, ctx.seed))
+    require_agreement(ctx, RunIdentity.of(model, checkpoint, recipe, calibration, ctx.seed))
     ctx = stage_context(ctx, model, recipe)
     first = ranks.first(None)
     with tempfile.TemporaryDirectory(prefix="pocketvlm-") as name:
@@ -56,6 +57,7 @@ def help_run(model: Path, recipe: Recipe, *, calibration: CalibrationSet, ctx: R
                 ranks.spread_folder(scratch / "checkpoint")
                 checkpoint = load_checkpoint(scratch / "checkpoint")
             if stage.shares_work:
+                (scratch / "layers").mkdir(parents=True)
                 stage.apply(checkpoint, calibration, ctx.with_scratch(scratch / "layers"))
 
 
@@ -71,36 +73,46 @@ def count_shared(stages: Sequence[Stage], ranks: Ranks) -> int:
     return max((index + 1 for index, stage in enumerate(stages) if stage.shares_work), default=0)
 
 
-def require_agreement(ranks: Ranks, identity: RunIdentity) -> None:
+def require_agreement(ctx: RunContext, identity: RunIdentity) -> None:
     """Checks that all processes work on the same run, under the same conditions.
 
     Raises:
         RankError: One of them does not.
     """
-    found = ranks.documents({**asdict(identity), **conditions()})
+    found = ctx.ranks.documents({**asdict(identity), **conditions(), **beside(ctx)})
     for rank, theirs in enumerate(found):
-        other = [name for name, value in theirs.items() if value != found[0][name]]
+        names = dict.fromkeys((*found[0], *theirs))
+        other = [name for name in names if theirs.get(name) != found[0].get(name)]
         if other:
             # Other weights are another model.
-            names = " and ".join(name for name in other if name != "weights")
+            what = " and ".join(name for name in other if name != "weights")
             raise RankError(
-                f"process {rank} has another {names} than process 0; all that share a run need "
+                f"process {rank} has another {what} than process 0; all that share a run need "
                 "the same model, recipe, calibration set, seed, versions, threads and processor"
             )
 
 
-def shared_conditions(ranks: Ranks) -> dict[str, Any]:
-    """What the results of stages depend on besides the run: sums are taken rank by rank."""
-    return conditions() if ranks.count == 1 else {**conditions(), "processes": ranks.count}
+def beside(ctx: RunContext) -> dict[str, Any]:
+    """Conditions of stages alone: sums are taken rank by rank, and by a device in its own way."""
+    found: dict[str, Any] = {}
+    if ctx.ranks.count > 1:
+        found["processes"] = ctx.ranks.count
+    if ctx.device != "cpu":
+        found["device"] = describe_device(ctx.device)
+    return found
 
 
-def note_sharing(stages: Sequence[Stage], ranks: Ranks) -> tuple[str, ...]:
-    """What the report says of a run of several processes."""
-    if ranks.count == 1:
-        return ()
+def note_sharing(stages: Sequence[Stage], ctx: RunContext) -> tuple[str, ...]:
+    """What the report says of a run of several processes, or on a device."""
+    notes = []
+    if ctx.device != "cpu":
+        notes.append(f"stages computed on {ctx.device}, {describe_device(ctx.device)}")
+    if ctx.ranks.count == 1:
+        return tuple(notes)
     shared = [stage.method for stage in stages if stage.shares_work]
     alone = [stage.method for stage in stages if not stage.shares_work]
-    notes = [f"{ranks.count} processes shared the work of {', '.join(shared) or 'no stage'}"]
+    count = ctx.ranks.count
+    notes.append(f"{count} processes shared the work of {', '.join(shared) or 'no stage'}")
     if alone:
-        notes.append(f"one of {ranks.count} processes did the work of {', '.join(alone)}")
+        notes.append(f"one of {count} processes did the work of {', '.join(alone)}")
     return tuple(notes)

@@ -24,7 +24,7 @@ from pocketvlm.errors import RankError
 __all__ = ["join_ranks"]
 
 _ENDED = "another process of this run has ended, and says why unless it was killed"
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PIECE = 1 << 22
 # One process may work alone for long; one that has ended is noticed by its closed connection.
 _PATIENCE = timedelta(days=30)

@@ -59,7 +59,8 @@ class DecoderRows:
         width = self.decoder.hidden_size
         if self.added is None or (block + 1) * width > self.added.shape[-1]:
             return inner
-        return inner + self.added[..., block * width : (block + 1) * width]
+        # They may lie in a file.
+        return inner + self.added[..., block * width : (block + 1) * width].to(inner.device)
 
     def take(self, columns: Tensor) -> DecoderRows:
         """The rows in the given columns, int64 [batch, m], to which the tower adds nothing."""
@@ -77,7 +78,7 @@ class DecoderRows:
     def numbered_from(self, first: int) -> DecoderRows:
         """The same rows at positions that count on from `first`."""
         (cosine, _), *_ = self.angles.values()
-        places = torch.arange(first, first + cosine.shape[1])[None]
+        places = torch.arange(first, first + cosine.shape[1], device=cosine.device)[None]
         return replace(self, angles={rope: rotary_angles(rope, places) for rope in self.angles})
 
     def held(self, block: int) -> int:
@@ -107,7 +108,7 @@ class DecoderRows:
         if self.decoder.has_masks:
             mask = self._visible(block, held, rows)
         elif rows > 1 and held > 0:
-            mask = torch.ones(rows, held + rows, dtype=torch.bool).tril(held)
+            mask = torch.ones(rows, held + rows, dtype=torch.bool, device=query.device).tril(held)
         return functional.scaled_dot_product_attention(
             query,
             key,
@@ -126,8 +127,9 @@ class DecoderRows:
     def _visible(self, block: int, held: int, rows: int) -> Tensor:
         """What these rows may see, bool [batch, 1, rows, held + rows]."""
         sliding = self.decoder.sliding_of(block)
+        (cosine, _), *_ = self.angles.values()
         return visible_rows(
-            torch.arange(held, held + rows),
+            torch.arange(held, held + rows, device=cosine.device),
             held + rows,
             window=None if sliding is None else sliding.window,
             mutual=self.mutual,

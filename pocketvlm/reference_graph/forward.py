@@ -7,7 +7,7 @@ graphs over the modules of a checkpoint, and stock transformers is the oracle th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Literal, cast
 
@@ -99,6 +99,23 @@ class DecoderInputs:
     added: Tensor | None = None
     reader: Tensor | None = None
 
+    def to(self, device: torch.device) -> DecoderInputs:
+        """The same batch where a model computes; token ids stay in main memory."""
+
+        def moved(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        return replace(
+            self,
+            embeds=self.embeds.to(device),
+            positions=self.positions.to(device),
+            is_visual=self.is_visual.to(device),
+            next_position=self.next_position.to(device),
+            mutual=moved(self.mutual),
+            added=moved(self.added),
+            reader=moved(self.reader),
+        )
+
     def rows(self, decoder: DecoderSpec, cache: KVCache | None = None) -> DecoderRows:
         """What attention takes beside the embeddings."""
         return DecoderRows.at(decoder, self.positions, cache, mutual=self.mutual, added=self.added)
@@ -116,7 +133,8 @@ class DecoderInputs:
 def embed_patches(model: nn.Module, spec: ModelSpec, pixels: Tensor) -> Tensor:
     """What enters the tower's first block: [images, tokens, hidden] from [images, C, S, S]."""
     ops = TorchOps(model, spec)
-    hidden = ops.embed_patches(pixels)
+    kernel = cast("nn.Conv2d", model.get_submodule(spec.tower.patch_embedding))
+    hidden = ops.embed_patches(pixels.to(kernel.weight.device))
     norm = spec.tower.pre_norm
     return hidden if norm is None else ops.norm(hidden, norm)
 
@@ -253,7 +271,7 @@ def embed_prompts(
     *,
     answer_starts: Sequence[int] | None = None,
 ) -> DecoderInputs:
-    """Splices visual tokens into prompts.
+    """Splices visual tokens into prompts; what counts columns is made in main memory.
 
     Args:
         checkpoint: The model.
@@ -269,6 +287,7 @@ def embed_prompts(
     """
     spec = checkpoint.spec
     embedding = checkpoint.model.get_submodule(spec.decoder.embedding)
+    device, token_ids = checkpoint.device, token_ids.cpu()
     batch, length = token_ids.shape
     ends = torch.tensor([length] * batch if answer_starts is None else answer_starts)[:, None]
     kind = spec.decoder.mutual_rows
@@ -282,12 +301,12 @@ def embed_prompts(
             next_position=torch.full((batch,), length),
             token_ids=token_ids,
             mutual=None if kind is None else _numbers(kind, positions, ends, None),
-        )
+        ).to(device)
     _, kept, width = visual.embeds.shape
     images = arrange_tiles(
         checkpoint,
-        visual.embeds.view(batch, -1, kept, width),
-        visual.indices.view(batch, -1, kept),
+        visual.embeds.to(device).view(batch, -1, kept, width),
+        visual.indices.cpu().view(batch, -1, kept),
         grids,
     )
     runs = _image_runs(token_ids, spec.image_token_id, [image.placeholders for image in images])
@@ -337,7 +356,7 @@ def embed_prompts(
         token_ids=token_ids,
         mutual=torch.cat(numbers, dim=1) if numbers else None,
         reader=reader,
-    )
+    ).to(device)
 
 
 def _numbers(
@@ -479,7 +498,7 @@ def greedy_generate(
             step = DecoderInputs(
                 embeds=embedding(chosen[:, None]),
                 positions=position[:, None],
-                is_visual=torch.zeros(batch, 1, dtype=torch.bool),
+                is_visual=torch.zeros(batch, 1, dtype=torch.bool, device=chosen.device),
                 next_position=position + 1,
             )
             position = position + 1

@@ -64,17 +64,18 @@ def arrange_tiles(
         order = grid.order(per_tile)
         if order is None:
             raise ValueError("a picture of this model has no order of rows")
-        kept = [order.kept(own.numpy(), per_tile) for own in indices[:, tiles]]
+        kept = [order.kept(own.cpu().numpy(), per_tile) for own in indices[:, tiles]]
         if len({len(own.offsets) for own in kept}) > 1:
             raise ValueError("prompts of one batch kept rows of different numbers")
         table = torch.cat([embeds[:, tiles].flatten(1, 2), last], dim=1)
         width = table.shape[-1]
         rows = torch.stack([torch.from_numpy(own.rows) for own in kept]) % table.shape[1]
+        rows = rows.to(table.device)
         places = rows.flatten(1)[..., None].expand(-1, -1, width)
         mixed = table.gather(1, places).view(*rows.shape, width)
         weights = [torch.from_numpy(own.weights) for own in kept if own.weights is not None]
         if weights:
-            mixed = mixed * torch.stack(weights)[..., None]
+            mixed = mixed * torch.stack(weights).to(table.device)[..., None]
         pictures.append(
             PictureRows(
                 embeds=mixed.sum(dim=2),

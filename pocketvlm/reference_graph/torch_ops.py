@@ -83,7 +83,7 @@ class TorchOps(TensorOps):
         tower = self._spec.tower
         heads = [split_heads(part, tower.heads, tower.head_dim) for part in (queries, keys, values)]
         if tower.rope_theta is not None:
-            angles = patch_angles(tower)
+            angles = tuple(angle.to(queries.device) for angle in patch_angles(tower))
             heads[:2] = [rotate_by_position(part, *angles) for part in heads[:2]]
         if window is not None:
             heads = [split_windows(part, tower, window) for part in heads]

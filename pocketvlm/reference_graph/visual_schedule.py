@@ -53,12 +53,13 @@ class RowsLeft:
             reader: int64 [batch]; `None` for the last row.
         """
         batch, length = is_visual.shape
+        last = torch.full((batch,), length - 1, device=is_visual.device)
         return cls(
             rows=rows,
-            columns=torch.arange(length).expand(batch, -1),
+            columns=torch.arange(length, device=is_visual.device).expand(batch, -1),
             is_visual=is_visual,
             is_filler=torch.zeros_like(is_visual),
-            reader=torch.full((batch,), length - 1) if reader is None else reader,
+            reader=last if reader is None else reader,
             entered=tuple(is_visual.sum(dim=1).tolist()),
         )
 
@@ -86,7 +87,7 @@ class DroppedRows:
 
     def is_left(self, length: int) -> Tensor:
         """Which of the rows before are left, bool [batch, length]."""
-        flags = torch.zeros(len(self.columns), length, dtype=torch.bool)
+        flags = self.left.is_filler.new_zeros(len(self.columns), length)
         return flags.scatter(1, self.columns, self.left.is_kept)
 
 
@@ -113,7 +114,8 @@ def drop_rows(
         order = scores.masked_fill(~left.is_visual, -1.0).argsort(
             dim=1, descending=True, stable=True
         )
-        counts = torch.tensor([schedule.kept(drop + 1, count) for count in left.entered])
+        kept = [schedule.kept(drop + 1, count) for count in left.entered]
+        counts = torch.tensor(kept, device=hidden.device)
         is_kept |= left.is_visual & (order.argsort(dim=1) < counts[:, None])
     columns = text_columns(~is_kept)
     is_filler = ~is_kept.gather(1, columns)
@@ -203,6 +205,6 @@ def reader_attention(checkpoint: Checkpoint, block: int, hidden: Tensor, left: R
         keys = torch.cat([past, keys], dim=2)
     held = keys.shape[2] - length
     scores = (query @ keys.transpose(-1, -2)) * decoder.head_dim**-0.5
-    hides = torch.arange(-held, length)[None] > left.reader[:, None]
+    hides = torch.arange(-held, length, device=hidden.device)[None] > left.reader[:, None]
     weights = scores.masked_fill(hides[:, None, None], float("-inf")).softmax(dim=-1)
     return weights.mean(dim=(1, 2))[:, held:]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
+
+import torch
 
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint, StageRecord
@@ -45,8 +48,8 @@ class Stage(ABC):
         forbids: Flags that must not hold.
         carries_taps: Whether it works on models whose tower adds rows to the decoder
             (`ModelSpec.taps`).
-        holds_model: Whether it keeps every weight in memory as float32, as one that makes new
-            weights for the whole model does; others keep a layer, and finished ones lie in files.
+        holds_model: Whether it keeps every weight in memory as float32, as one that trains the
+            whole model does; others keep a layer, and finished ones lie in files.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -59,6 +62,11 @@ class Stage(ABC):
     @abstractmethod
     def method(self) -> str:
         """The tag that names the stage in a recipe."""
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether the stage computes on the device of a run; else in main memory."""
+        return False
 
     @property
     def shares_work(self) -> bool:
@@ -99,7 +107,11 @@ def run_stage(
 ) -> Checkpoint:
     """Runs a stage, times it, measures its memory and appends its record to the history."""
     started = time.perf_counter()
-    result = stage.compress(checkpoint, calibration, ctx)
+    with _computing_on(ctx.device if stage.uses_device else "cpu", checkpoint):
+        result = stage.compress(checkpoint, calibration, ctx)
+    notes = result.notes
+    if ctx.device != "cpu" and not stage.uses_device:
+        notes = (*notes, f"{stage.method} ran in main memory: it does not compute on {ctx.device}")
     record = StageRecord(
         method=stage.method,
         parameters=asdict(stage),  # type: ignore[call-overload]  # every stage is a dataclass; an ABC cannot say so
@@ -107,8 +119,22 @@ def run_stage(
         calibration_sha256=calibration.sha256 if result.is_calibrated else None,
         layers=result.layers,
         metrics=result.metrics,
-        notes=result.notes,
+        notes=notes,
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
     return result.checkpoint.extend(record)
+
+
+@contextmanager
+def _computing_on(device: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Has a model compute on a device, in whole float32, and brings it back."""
+    if device == "cpu":
+        yield
+        return
+    checkpoint.move(torch.device(device))
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        checkpoint.move(torch.device("cpu"))

@@ -15,7 +15,37 @@ from pocketvlm.weights.form import WeightForm
 __all__ = ["FormEmbedding", "FormLinear", "cache_dense_weights"]
 
 
-class FormLinear(nn.Module):
+class _FormModule(nn.Module):
+    """A module with a weight form, which computes on the device that it was moved to.
+
+    The form stays in main memory, or in the file that it is mapped from: a device holds the dense
+    weight while it is used.
+    """
+
+    _place: Tensor
+
+    def __init__(self, form: WeightForm) -> None:
+        super().__init__()
+        self.form = form
+        self.cached: Tensor | None = None
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # moves with the module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._place.device
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in float32; computed on each access outside of the cache."""
+        return self.dense() if self.cached is None else self.cached
+
+    def dense(self) -> Tensor:
+        """The dense weight in float32, unpacked where the module computes."""
+        return self.form.dequantize().to(self.device)
+
+
+class FormLinear(_FormModule):
     """A linear layer whose weight is a `WeightForm`; computes in float32.
 
     Attributes:
@@ -28,18 +58,11 @@ class FormLinear(nn.Module):
     def __init__(
         self, form: WeightForm, bias: Tensor | None, *, softcap: float | None = None
     ) -> None:
-        super().__init__()
-        self.form = form
+        super().__init__(form)
         self.softcap = softcap
-        self.cached: Tensor | None = None
         self.bias: nn.Parameter | None = None
         if bias is not None:
             self.bias = nn.Parameter(bias.to(torch.float32), requires_grad=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in float32; computed on each access outside of the cache."""
-        return self.form.dequantize() if self.cached is None else self.cached
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Applies the layer to [..., in_features]."""
@@ -49,7 +72,7 @@ class FormLinear(nn.Module):
         return torch.tanh(outputs / self.softcap) * self.softcap
 
 
-class FormEmbedding(nn.Module):
+class FormEmbedding(_FormModule):
     """A token embedding whose table is a `WeightForm`; returns float32.
 
     Attributes:
@@ -58,19 +81,15 @@ class FormEmbedding(nn.Module):
     """
 
     def __init__(self, form: WeightForm, *, scale: float = 1.0) -> None:
-        super().__init__()
-        self.form = form
+        super().__init__(form)
         self.scale = scale
-        self.cached: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense table in float32; computed on each access outside of the cache."""
-        return self.form.dequantize() if self.cached is None else self.cached
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Looks up [...] ids, returns [..., width]."""
-        rows = self.form.take_rows(token_ids) if self.cached is None else self.cached[token_ids]
+        if self.cached is None:
+            rows = self.form.take_rows(token_ids.cpu()).to(self.device)
+        else:
+            rows = self.cached[token_ids.to(self.device)]
         return rows if self.scale == 1.0 else rows * self.scale
 
 
@@ -94,7 +113,7 @@ def cache_dense_weights(model: nn.Module, *, budget: int | None = None) -> Itera
             if budget is not None and size > budget:
                 continue
             budget = None if budget is None else budget - size
-            shared[key] = module.form.dequantize()
+            shared[key] = module.dense()
         module.cached = shared[key]
     try:
         yield

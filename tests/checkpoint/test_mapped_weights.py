@@ -17,6 +17,7 @@ from pocketvlm.compress.quantization.affine.gptq import Gptq
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CheckpointError
+from tests.contracts.promises import read
 
 needs_maps = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 
@@ -62,6 +63,41 @@ def test_finished_layers_lie_in_files_too(tiny_path, tmp_path):
     codes = large_tensors(done)
     assert codes
     assert {Path(file_of(tensor)).parent for tensor in codes.values()} == {tmp_path}
+
+
+@needs_maps
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("awq", {"rules": [{"bits": 4, "group_size": 16}], "grid_points": 3}),
+        ("rotate", {"untie_head": True}),
+        ("prune_width", {"ffn_ratio": 0.5, "tower_ffn_ratio": 0.5}),
+    ],
+)
+def test_new_weights_of_a_whole_model_lie_in_files_without_names(
+    tiny_paths, tmp_path, method, options
+):
+    path, samples = tiny_paths["smolvlm"], CalibrationSet.from_reference(0, 3)
+    stage = read("stages", method, options)
+    known = stage.apply(Checkpoint.load(path), samples, RunContext())
+    done = stage.apply(Checkpoint.load(path), samples, RunContext(scratch_dir=tmp_path))
+    places = [file_of(tensor) for tensor in large_tensors(done).values()]
+    new = [place for place in places if place != str(path / "model.safetensors")]
+    assert new
+    assert all(place and place.startswith(f"{tmp_path}/") for place in new)
+    assert all(place.endswith(" (deleted)") for place in new)
+    for linear, form in known.forms().items():
+        assert torch.equal(done.form(linear.name).dequantize(), form.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_in_a_file_is_the_same_tensor(tmp_path, dtype):
+    turned = WIDE.to(dtype).T
+    kept = tensors.keep_in_file(turned, tmp_path)
+    assert torch.equal(kept, turned)
+    assert kept.dtype == dtype
+    assert not list(tmp_path.iterdir())
+    assert tensors.keep_in_file(turned, None) is turned
 
 
 def test_what_is_mapped_and_what_is_copied_ends_in_the_same_bytes(tiny_path, tmp_path, monkeypatch):

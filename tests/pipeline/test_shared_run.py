@@ -19,11 +19,13 @@ from pocketvlm.cli.failures import run_to_exit_code
 from pocketvlm.compress.layerwise.layer_store import LayerStore
 from pocketvlm.context import ALONE, RunContext
 from pocketvlm.errors import CalibrationError
-from pocketvlm.pipeline.job import Job
+from pocketvlm.pipeline.journal import Journal
+from pocketvlm.pipeline.run import compress_checkpoint
+from pocketvlm.pipeline.sources import load_checkpoint, resolve_calibration
 from pocketvlm.pipeline.torchrun import join_ranks
+from pocketvlm.recipes.load import load_recipe
 from pocketvlm.weights.sparse import SparseWeight
 from tests.contracts.promises import read
-from tests.pipeline.test_resume import results
 from tests.ranks import run_ranks
 
 RECIPE = """
@@ -34,6 +36,7 @@ stages:
   - {method: reduce_tokens, keep: 0.5}
   - method: gptq
     drift_share: 0.5
+    modality_weights: gradient
     rules:
       - {part: tower, bits: 8, group_size: 32}
       - {match: '.*', bits: 4, group_size: 32}
@@ -42,14 +45,11 @@ targets:
 """
 RULES = [{"bits": 4, "group_size": 16}]
 SHARED = {
-    "gptq": {"rules": RULES, "modality_weights": "gradient"},
     "rtn": {"rules": RULES},
-    "sparsegpt_gptq": {"rules": RULES},
-    "codebook": {"rules": [{"index_bits": 3, "vector_length": 2}], "rounds": 1},
+    "awq": {"rules": RULES, "grid_points": 3},
     "prune": {
         "score": {"kind": "gblm"},
         "allocation": {"kind": "ecoflap", "order": "first"},
-        "compare": "layer",
     },
     "distill": {"steps": 3, "batch_size": 4, "check_every": 2, "held_out": 0.25},
 }
@@ -86,6 +86,12 @@ def compress(rank, job, seeds=(0, 0), dies_after=None):
     return run_to_exit_code(lambda: run_command([*job, "--seed", str(seeds[rank])]))
 
 
+def keep_work(rank, job):
+    """As `compress`, and what the run has kept to resume from stays to be looked at."""
+    Journal.clean = lambda _: None
+    return compress(rank, job)
+
+
 @pytest.fixture(scope="module")
 def command(model, recipe):
     options = ["--no-bench", "--data", "none", "--threads", "1", "--no-verify-source"]
@@ -93,40 +99,43 @@ def command(model, recipe):
 
 
 @pytest.fixture(scope="module")
-def of_two(command, tmp_path_factory) -> Path:
-    """The run folder of two processes."""
-    out = tmp_path_factory.mktemp("two")
-    first, second = run_ranks(2, compress, out / "logs", [*command, "--out", str(out / "run")])
-    assert (first.exit_code, second.exit_code) == (0, 0), first.printed + second.printed
-    assert not second.printed
-    return out / "run"
-
-
-def test_two_processes_end_with_the_codes_of_one(model, recipe, of_two, tmp_path, monkeypatch):
-    monkeypatch.setattr(walk_module, "_BATCH_TOKENS", SMALL_BATCHES)
-    job = Job(model=str(model), recipe=str(recipe), bench=False, data="none", source_check="skip")
-    job.run(tmp_path / "run")
-    alone, shared = (Checkpoint.load(run / "checkpoint") for run in (tmp_path / "run", of_two))
-    for linear, form in alone.forms().items():
-        for name, values in form.to_tensors().items():
-            assert torch.equal(shared.form(linear.name).to_tensors()[name], values), linear.name
-    notes = json.loads((of_two / "report.json").read_text())["notes"]
-    assert "2 processes shared the work of gptq" in notes
-    assert "one of 2 processes did the work of reduce_tokens" in notes
-
-
-def test_a_rank_that_dies_ends_the_run_in_one_line_and_it_resumes(command, of_two, tmp_path):
-    job = [*command, "--out", str(tmp_path / "run")]
-    first, second = run_ranks(2, compress, tmp_path / "logs", job, (0, 0), 3)
+def died(command, tmp_path_factory) -> Path:
+    """A folder whose run was ended by the death of one of two processes."""
+    folder = tmp_path_factory.mktemp("died")
+    job = [*command, "--out", str(folder / "run")]
+    first, second = run_ranks(2, compress, folder, job, (0, 0), 3)
     assert (first.exit_code, second.exit_code) == (2, 9)
     (line,) = first.printed.strip().splitlines()
     assert line.startswith("error: another process of this run has ended")
-    assert "resumes" in line
-    finished = len(list((tmp_path / "run").glob(".work/*/layers/*.safetensors")))
-    assert finished > 0
-    ended = run_ranks(2, compress, tmp_path / "again", job)
-    assert [each.exit_code for each in ended] == [0, 0]
-    assert results(tmp_path / "run") == results(of_two)
+    assert "the same command resumes" in line
+    return folder / "run"
+
+
+def test_after_a_death_two_processes_end_with_the_codes_of_one(
+    command, died, model, recipe, tmp_path, monkeypatch
+):
+    finished = list(died.glob(".work/*/layers/*.safetensors"))
+    times = {path: path.stat().st_mtime_ns for path in finished}
+    assert finished
+    first, second = run_ranks(2, keep_work, tmp_path, [*command, "--out", str(died)])
+    assert (first.exit_code, second.exit_code) == (0, 0), first.printed + second.printed
+    assert not second.printed
+    assert {path: path.stat().st_mtime_ns for path in finished} == times
+    monkeypatch.setattr(walk_module, "_BATCH_TOKENS", SMALL_BATCHES)
+    loaded = load_recipe(str(recipe))
+    alone = compress_checkpoint(
+        load_checkpoint(model),
+        loaded.stages,
+        resolve_calibration(loaded.calibration, pictures=None),
+        RunContext(),
+    )
+    shared = load_checkpoint(died / "checkpoint")
+    for linear, form in alone.forms().items():
+        for name, values in form.to_tensors().items():
+            assert torch.equal(shared.form(linear.name).to_tensors()[name], values), linear.name
+    notes = json.loads((died / "report.json").read_text())["notes"]
+    assert "2 processes shared the work of gptq" in notes
+    assert "one of 2 processes did the work of reduce_tokens" in notes
 
 
 def test_a_rank_that_works_on_something_else_is_refused(command, tmp_path):
@@ -223,14 +232,15 @@ def test_stages_that_are_shared_find_what_one_process_finds(
         else:
             assert torch.equal(first.dequantize(), form.dequantize())
     if method == "distill":
-        before = Checkpoint.load(model)
-        assert any(
-            not torch.equal(form.dequantize(), before.form(linear.name).dequantize())
-            for linear, form in ranks[0].forms().items()
+        own, others = (
+            [check["loss"] for check in done.history[-1].metrics["checks"]]
+            for done in (alone, ranks[0])
         )
+        assert own == pytest.approx(others, rel=1e-5)
+        assert len(set(own)) == len(own)
 
 
-def test_a_process_of_its_own_shares_nothing(monkeypatch):
+def test_a_single_process_shares_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join_ranks() as ranks:
         assert ranks is ALONE

@@ -64,7 +64,7 @@ def _losses(prompts: Sequence[Prompt], logits: Sequence[Tensor]) -> Tensor:
     return torch.stack(
         [
             functional.cross_entropy(
-                values.to(torch.float64),
+                values.cpu().to(torch.float64),
                 torch.tensor(prompt.token_ids[prompt.answer_start : prompt.answer_end]),
             )
             for prompt, values in zip(prompts, logits, strict=True)

@@ -134,9 +134,10 @@ def answer_loss(
     is_visual: list[Tensor] = []
     rows: list[BlockRows] = []
     with ExitStack() as stack:
-        entering = stack.enter_context(ActivationStore(spill_folder))
+        device = checkpoint.device
+        entering = stack.enter_context(ActivationStore(spill_folder, device=device))
         # Hidden states on the way forward, gradients from the loss on.
-        states = stack.enter_context(ActivationStore(spill_folder))
+        states = stack.enter_context(ActivationStore(spill_folder, device=device))
         with torch.no_grad():
             for batch in batches:
                 inputs, beside = enter_decoder(checkpoint, prompts, batch, visual)
@@ -157,7 +158,7 @@ def answer_loss(
         with torch.enable_grad(), cache_dense_weights(head):
             for index, batch in enumerate(batches):
                 leaf = states[index].detach().requires_grad_()
-                value = torch.zeros(())
+                value = leaf.new_zeros(())
                 for row, sample in enumerate(batch.samples):
                     columns = prompts[sample].predicting(leaf.shape[1])
                     logits = head(norm(leaf[row, columns]))
@@ -335,4 +336,4 @@ def _require_answer(prompt: Prompt) -> None:
 
 def _cross_entropy(logits: Tensor, prompt: Prompt) -> Tensor:
     answer = prompt.token_ids[prompt.answer_start : prompt.answer_end]
-    return functional.cross_entropy(logits, torch.tensor(answer))
+    return functional.cross_entropy(logits, torch.tensor(answer, device=logits.device))

@@ -128,7 +128,11 @@ def walk_gradients(
     batches = batch_prompts(prompts, len(prompts), _BATCH_TOKENS)
     watch = _Watch(samples, ranks)
     regions = _vision_regions(checkpoint)
-    with ActivationStore(spill_folder) as entering, ActivationStore(spill_folder) as states:
+    device = checkpoint.device
+    with (
+        ActivationStore(spill_folder, device=device) as entering,
+        ActivationStore(spill_folder, device=device) as states,
+    ):
         states.extend(_patches(checkpoint, samples, images))
         with torch.no_grad():
             for region in regions[:-1]:
@@ -197,7 +201,7 @@ def block_gradients(
     watch = _Watch(samples, ranks)
     *blocks, projector = _vision_regions(checkpoint)
     embeds: list[Tensor] = []
-    with ActivationStore(spill_folder) as states:
+    with ActivationStore(spill_folder, device=checkpoint.device) as states:
         states.extend(_patches(checkpoint, samples, images))
         for region in blocks:
             yield from _regional(region, states, images, (), states.__setitem__, watch)
@@ -207,7 +211,7 @@ def block_gradients(
     visual = _visual_tokens(embeds)
     batches = batch_prompts(prompts, len(prompts), _BATCH_TOKENS)
     beside: list[DecoderRows] = []
-    with ActivationStore(spill_folder) as states:
+    with ActivationStore(spill_folder, device=checkpoint.device) as states:
         for batch in batches:
             inputs, taken = enter_decoder(checkpoint, prompts, batch, visual)
             states.append(inputs.embeds)
@@ -321,7 +325,7 @@ def _patches(
 
 def _visual_tokens(embeds: Sequence[Tensor]) -> VisualTokens:
     joined = torch.cat(list(embeds))
-    indices = torch.arange(joined.shape[1]).expand(joined.shape[0], -1)
+    indices = torch.arange(joined.shape[1], device=joined.device).expand(joined.shape[0], -1)
     return VisualTokens(embeds=joined, indices=indices)
 
 

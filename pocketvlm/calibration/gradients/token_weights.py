@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import Prompt, PromptBatch
 from pocketvlm.calibration.gradients.backward import answer_loss, walk_back
+from pocketvlm.calibration.walk.activations import float64_device
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
 from pocketvlm.reference_graph.forward import VisualTokens
@@ -133,7 +134,8 @@ def gradient_weights(
             squares: dict[Place, Tensor] = {}
             for name, gradient in gradients.outputs.items():
                 place = places[name]
-                squares[place] = gradient.double().square().sum(-1) + squares.get(place, 0.0)
+                wide = gradient.to(float64_device(gradient.device), torch.float64)
+                squares[place] = wide.square().sum(-1) + squares.get(place, 0.0)
             for place, total in squares.items():
                 weights, unmoved = _normalize(total.sqrt())
                 if not bool(torch.isfinite(weights).all()):
@@ -142,7 +144,8 @@ def gradient_weights(
                         "data"
                     )
                 rows = loss.rows_at(gradients.block, gradients.batch, place[1])
-                whole = torch.full(loss.is_visual[gradients.batch].shape, math.nan)
+                weights = weights.to(rows.columns.device)
+                whole = weights.new_full(loss.is_visual[gradients.batch].shape, math.nan)
                 found.setdefault(place, []).append(whole.scatter(1, rows.columns, weights))
                 still[place] = still.get(place, 0) + unmoved
         return TokenImportance(

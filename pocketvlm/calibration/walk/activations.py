@@ -15,10 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MEMORY_BUDGET", "ActivationStore", "join_batches"]
+__all__ = ["MAIN_MEMORY", "MEMORY_BUDGET", "ActivationStore", "float64_device", "join_batches"]
+
+MAIN_MEMORY = torch.device("cpu")
 
 MEMORY_BUDGET = 32 * 1024 * 1024
 """Bytes of activations that are held in memory; beyond it, batches go to an unnamed file."""
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for a device: Metal has none, and leaves it to the processor."""
+    return MAIN_MEMORY if device.type == "mps" else device
 
 
 class ActivationStore:
@@ -30,9 +37,20 @@ class ActivationStore:
     Args:
         folder: Where to spill; `None` for the system's temporary folder.
         budget: Bytes that may stay in memory.
+        device: Where batches are computed with; they are kept in main memory and in the file.
+
+    Attributes:
+        device: The same.
     """
 
-    def __init__(self, folder: Path | None = None, budget: int = MEMORY_BUDGET) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        budget: int = MEMORY_BUDGET,
+        *,
+        device: torch.device = MAIN_MEMORY,
+    ) -> None:
+        self.device = device
         self._folder = folder
         self._free = budget
         self._held: list[Tensor | None] = []
@@ -44,6 +62,9 @@ class ActivationStore:
         return len(self._held)
 
     def __getitem__(self, index: int) -> Tensor:
+        return self._stored(index).to(self.device)
+
+    def _stored(self, index: int) -> Tensor:
         held = self._held[index]
         if held is not None:
             return held
@@ -61,7 +82,7 @@ class ActivationStore:
 
     def __setitem__(self, index: int, batch: Tensor) -> None:
         if self._held[index] is not None:
-            self._held[index] = batch
+            self._held[index] = batch.cpu()
         else:
             self._write(self._places[index][0], batch)
 
@@ -84,7 +105,7 @@ class ActivationStore:
         size = batch.numel() * 4
         if size <= self._free:
             self._free -= size
-            self._held.append(batch)
+            self._held.append(batch.cpu())
             self._places.append((0, tuple(batch.shape)))
             return
         self._held.append(None)
@@ -99,9 +120,9 @@ class ActivationStore:
 
     def copy(self) -> ActivationStore:
         """The same batches in another store."""
-        other = ActivationStore(self._folder, self._free)
-        for batch in self:
-            other.append(batch)
+        other = ActivationStore(self._folder, self._free, device=self.device)
+        for index in range(len(self)):
+            other.append(self._stored(index))
         return other
 
     def close(self) -> None:
@@ -138,6 +159,6 @@ def join_batches(batches: Iterable[Tensor], folder: Path | None) -> Tensor:
 
 
 def _write(file: io.RawIOBase, batch: Tensor) -> None:
-    left = batch.contiguous().numpy().reshape(-1).view(np.uint8).data
+    left = batch.cpu().contiguous().numpy().reshape(-1).view(np.uint8).data
     while left:
         left = left[file.write(left) :]

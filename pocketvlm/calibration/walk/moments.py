@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketvlm.calibration.walk.activations import MAIN_MEMORY, float64_device
 from pocketvlm.context import Ranks
 from pocketvlm.errors import CalibrationError
 
@@ -44,6 +45,7 @@ class CrossMoment:
         width: Channels of the inputs.
         block: Width of diagonal blocks that are kept instead of the full matrix, for inputs whose
             full matrix would not fit; the last block may be narrower.
+        device: Where inputs are; sums are where float64 is (`float64_device`).
 
     Attributes:
         width: Channels of the inputs.
@@ -53,8 +55,11 @@ class CrossMoment:
 
     _is_symmetric = False
 
-    def __init__(self, width: int, *, block: int | None = None) -> None:
+    def __init__(
+        self, width: int, *, block: int | None = None, device: torch.device = MAIN_MEMORY
+    ) -> None:
         self.width = width
+        self.device = float64_device(device)
         self.tokens = 0
         self.total_weight = 0.0
         self._is_mean = False
@@ -64,7 +69,9 @@ class CrossMoment:
         )
         dtype = torch.float64 if width <= _WIDE else torch.float32
         self._sums = [
-            torch.zeros(part.stop - part.start, part.stop - part.start, dtype=dtype)
+            torch.zeros(
+                part.stop - part.start, part.stop - part.start, dtype=dtype, device=self.device
+            )
             for part in self._slices
         ]
 
@@ -98,7 +105,7 @@ class CrossMoment:
                 self.total_weight += rows.shape[0]
             else:
                 chosen = shares[start : start + _CHUNK]
-                self.total_weight += float(chosen.sum(dtype=torch.float64))
+                self.total_weight += float(chosen.to(self.device).sum(dtype=torch.float64))
                 # The root on either side keeps the second moment symmetric to the last bit.
                 roots = chosen.sqrt()[:, None]
                 rows = rows * roots
@@ -108,21 +115,30 @@ class CrossMoment:
                     target = total[panel, panel.start if self._is_symmetric else 0 :]
                     first = rows[:, part][:, panel]
                     second = pairs[:, part][:, -target.shape[1] :]
-                    if total.dtype == rows.dtype:
+                    if total.dtype == rows.dtype and total.device == rows.device:
                         target.addmm_(first.T, second)
                     else:
-                        target.add_(first.T @ second)
+                        target.add_((first.T @ second).to(self.device))
         self.tokens += flat.shape[0]
         if not all(bool(torch.isfinite(total.diagonal()).all()) for total in self._sums):
             raise CalibrationError("an input is not finite on the calibration data")
 
     def join(self, ranks: Ranks) -> None:
         """Adds what the other ranks have summed, rank by rank; all of them have the total then."""
+        if ranks.count == 1:
+            return
         counted = self._counted()
         ranks.add_up(counted)
         self._set_counted(counted)
-        for total in self._sums:
-            ranks.add_up(total.numpy())
+        for number, total in enumerate(self._sums):
+            values = total.cpu()
+            ranks.add_up(values.numpy())
+            self._sums[number] = values.to(self.device)
+
+    def move(self, device: torch.device) -> None:
+        """Moves the sums to another device."""
+        self.device = float64_device(device)
+        self._sums = [total.to(self.device) for total in self._sums]
 
     def _counted(self) -> NDArray[np.float64]:
         """Every sum beside the moment, as one array."""
@@ -163,32 +179,39 @@ class SecondMoment(CrossMoment):
 
     _is_symmetric = True
 
-    def __init__(self, width: int, *, block: int | None = None) -> None:
-        super().__init__(width, block=block)
-        self._inputs = torch.zeros(width, dtype=torch.float64)
+    def __init__(
+        self, width: int, *, block: int | None = None, device: torch.device = MAIN_MEMORY
+    ) -> None:
+        super().__init__(width, block=block, device=device)
+        self._inputs = torch.zeros(width, dtype=torch.float64, device=self.device)
         self._tile_steps = self._row_steps = 0.0
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch of inputs [..., width]; see `add_pairs`."""
         self.add_pairs(inputs, inputs, weights)
         flat = inputs.reshape(-1, self.width).to(torch.float32)
-        shares = torch.ones(flat.shape[0]) if weights is None else weights.reshape(-1)
+        shares = flat.new_ones(flat.shape[0]) if weights is None else weights.reshape(-1)
         shares = shares.to(torch.float32)
-        self._inputs += shares @ flat
+        self._inputs += (shares @ flat).to(self.device)
         tiles = flat.reshape(inputs.shape[0] if inputs.dim() > 2 else 1, -1)  # noqa: PLR2004  (axes)
         low, high = torch.aminmax(tiles, dim=1)
         spans = (high.clamp_min(0) - low.clamp_max(0)).repeat_interleave(len(flat) // len(tiles))
         self._tile_steps += float(shares @ (spans / 255).square())
         self._row_steps += float(shares @ (flat.abs().amax(dim=1) / 127).square())
 
+    def move(self, device: torch.device) -> None:
+        """Moves the sums to another device."""
+        super().move(device)
+        self._inputs = self._inputs.to(self.device)
+
     def _counted(self) -> NDArray[np.float64]:
         steps = [self._tile_steps, self._row_steps]
-        return np.concatenate([super()._counted(), steps, self._inputs.numpy()])
+        return np.concatenate([super()._counted(), steps, self._inputs.cpu().numpy()])
 
     def _set_counted(self, values: NDArray[np.float64]) -> None:
         super()._set_counted(values)
         self._tile_steps, self._row_steps = float(values[2]), float(values[3])
-        self._inputs = torch.from_numpy(values[4:])
+        self._inputs = torch.from_numpy(values[4:]).to(self.device)
 
     def int8_steps(self) -> Int8Steps:
         """The steps to which int8 kernels would round the inputs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from pocketvlm.reference_graph.sublayers import Sublayer, SublayerRows
 from pocketvlm.reference_graph.visual_schedule import DroppedRows
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
+
+MomentT = TypeVar("MomentT", bound=CrossMoment)
 
 __all__ = ["PairedActivations", "advance", "forms_in_place", "measure_moments"]
 
@@ -109,12 +111,15 @@ def measure_moments(
         width: Channels of the input.
         ideal_inputs: The float model's inputs, where `inputs_of` would need its weights.
     """
-    found = {side: SecondMoment(width, block=block) for side in batches.sides}
+
+    def moment(kind: type[MomentT]) -> MomentT:
+        return kind(width, block=block, device=path.now.device)
+
+    found = {side: moment(SecondMoment) for side in batches.sides}
     drifts: dict[bool, Drift] = {}
     if path.ideal is not None:
         for side in batches.sides:
-            cross, own = CrossMoment(width, block=block), SecondMoment(width, block=block)
-            drifts[side] = Drift(cross=cross, own=own)
+            drifts[side] = Drift(cross=moment(CrossMoment), own=moment(SecondMoment))
     for index, batch in enumerate(batches.own):
         if batch is None:
             continue

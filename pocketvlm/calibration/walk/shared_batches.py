@@ -46,5 +46,5 @@ class SharedBatches:
         if self.ranks.count == 1:
             yield from own
             return
-        arrays = (values.contiguous().numpy() for values in own)
+        arrays = (values.cpu().contiguous().numpy() for values in own)
         yield from map(torch.from_numpy, self.ranks.in_order(arrays, len(self.every)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pocketvlm.calibration.data.prompts import PromptBatch
@@ -51,6 +52,17 @@ class InputMoments:
     held_out: SecondMoment | None
     drift: Drift | None = None
     held_out_drift: Drift | None = None
+
+    def to(self, device: torch.device) -> InputMoments:
+        """The same statistics on a device, which are moved there."""
+        for drift in (self.drift, self.held_out_drift):
+            if drift is not None:
+                drift.cross.move(device)
+                drift.own.move(device)
+        self.calibration.move(device)
+        if self.held_out is not None:
+            self.held_out.move(device)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -198,7 +198,7 @@ class BlockWalk:
         return self.checkpoint.form(names[0]).shape[1]
 
     def _store(self) -> ActivationStore:
-        return ActivationStore(self.spill_folder)
+        return ActivationStore(self.spill_folder, device=self.checkpoint.device)
 
     def _tower(
         self, batches: Sequence[PromptBatch]

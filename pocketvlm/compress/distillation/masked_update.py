@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from pocketvlm.calibration.walk.activations import MAIN_MEMORY
 from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import is_float, keeps_of, with_values
 from pocketvlm.weights.form import WeightForm
@@ -43,6 +44,7 @@ class MaskedUpdate:
             gradients and moments as three further copies of the weight.
         generator: Where a low-rank update's first factor is drawn from. The second is zero, so
             that training starts at the weight itself.
+        device: Where it is trained.
 
     Attributes:
         form: The weight as it was.
@@ -50,15 +52,22 @@ class MaskedUpdate:
         factors: What is trained, by name.
     """
 
-    def __init__(self, form: WeightForm, rank: int | None, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        form: WeightForm,
+        rank: int | None,
+        generator: torch.Generator,
+        device: torch.device = MAIN_MEMORY,
+    ) -> None:
         if not is_float(form):
             raise TypeError(f"a weight of kind {form.kind!r} is not stored as floats")
         self.form = form
-        self._keeps = keeps_of(form)
+        keeps = keeps_of(form)
+        self._keeps = None if keeps is None else keeps.to(device)
         # A mask is unpacked once; its floats stay in 16 bits and are widened where they are used.
         self._values = (
             form.values if isinstance(form, DenseWeight) else form.dequantize().to(torch.float16)
-        )
+        ).to(device)
         rows, columns = form.shape
         if rank is not None and rank * (rows + columns) >= rows * columns:
             rank = None
@@ -68,8 +77,9 @@ class MaskedUpdate:
         else:
             drawn = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
             self.factors = {"down": drawn, "up": torch.zeros(rows, rank)}
-        for factor in self.factors.values():
-            factor.requires_grad_()
+        self.factors = {
+            name: factor.to(device).requires_grad_() for name, factor in self.factors.items()
+        }
 
     def weight(self) -> Tensor:
         """The updated weight in float32, [rows, columns]; autograd may record it."""
@@ -89,4 +99,4 @@ class MaskedUpdate:
         Raises:
             UnsupportedError: A value is too large for a masked weight's float16.
         """
-        return with_values(self.form, self.weight())
+        return with_values(self.form, self.weight().cpu())

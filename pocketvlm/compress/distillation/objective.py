@@ -167,26 +167,27 @@ class Objective:
         found = answer_states(self.checkpoint, batch, seen)
         head = self.checkpoint.layer(self.checkpoint.spec.decoder.head)
         logits = head(found)
+        shares, labels = batch.shares.to(logits.device), batch.labels.to(logits.device)
         wanted = targets.states_of(batch.samples)
         with torch.no_grad():
             wanted_logits = targets.head(wanted)
-            agreement = (wanted_logits.argmax(-1) == logits.argmax(-1)) * batch.shares
-        divergence = logit_divergence(wanted_logits, logits, batch.shares, weights.temperature)
-        answers = answer_cross_entropy(logits, batch.labels, batch.shares)
+            agreement = (wanted_logits.argmax(-1) == logits.argmax(-1)) * shares
+        divergence = logit_divergence(wanted_logits, logits, shares, weights.temperature)
+        answers = answer_cross_entropy(logits, labels, shares)
         loss = (1 - weights.answers) * divergence + weights.answers * answers
         states = visual = None
         if targets.compares_states:
-            states = feature_distance(wanted, found, batch.shares)
+            states = feature_distance(wanted, found, shares)
             loss = loss + weights.features * states
         if targets.compares_visual:
             tokens = targets.visual_of(batch.samples)
             own = tokens.shape[0] * tokens.shape[1] // len(batch.samples)
-            share = torch.full(tokens.shape[:2], 1 / own)
+            share = tokens.new_full(tokens.shape[:2], 1 / own)
             visual = feature_distance(tokens, seen.embeds, share)
             loss = loss + weights.features * visual
         if weights.temperature != 1:
             with torch.no_grad():
-                divergence = logit_divergence(wanted_logits, logits, batch.shares)
+                divergence = logit_divergence(wanted_logits, logits, shares)
         return _Parts(
             loss=loss,
             divergence=divergence,

@@ -111,6 +111,11 @@ class Distill(Stage):
                 raise ValueError(f"{name} must lie between 0 and {most}, not {getattr(self, name)}")
 
     @property
+    def uses_device(self) -> bool:
+        """All of it; the device holds both models, one after the other, and what is trained."""
+        return True
+
+    @property
     def shares_work(self) -> bool:
         """Gradients of a step are those of the samples of all processes."""
         return True
@@ -139,7 +144,9 @@ class Distill(Stage):
             stack.enter_context(cache_dense_weights(targets.head))
             visual = fresh_visual(checkpoint, calibration)
             if self.parts == ("decoder",):
-                store = stack.enter_context(ActivationStore(ctx.scratch_dir))
+                store = stack.enter_context(
+                    ActivationStore(ctx.scratch_dir, device=checkpoint.device)
+                )
                 on_step = partial(ctx.report, f"{self.method}: visual tokens")
                 visual = stored_visual(visual, prompts, store, on_step)
             objective = Objective(

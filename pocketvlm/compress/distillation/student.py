@@ -56,6 +56,7 @@ class Student:
                 _float_form(checkpoint, linear),
                 rank,
                 torch.Generator().manual_seed(derive_seed(seed, f"distill {linear.name}")),
+                checkpoint.device,
             )
             for linear in self._linears
         }
@@ -100,7 +101,10 @@ class Student:
     @contextmanager
     def stored_weights(self) -> Iterator[None]:
         """The layers compute with what `merge` would store, rounded as it would be."""
-        merged = {name: update.merged().dequantize() for name, update in self.updates.items()}
+        device = self.checkpoint.device
+        merged = {
+            name: update.merged().dequantize().to(device) for name, update in self.updates.items()
+        }
         with self._weights(merged):
             yield
 
@@ -193,6 +197,7 @@ def _part_of(name: str, spec: ModelSpec) -> Part:
 
 
 def _distance(now: Tensor, before: Tensor) -> float:
-    size = float(before.double().norm())
-    moved = float((now.double() - before.double()).norm())
+    now, before = now.cpu().double(), before.cpu().double()
+    size = float(before.norm())
+    moved = float((now - before).norm())
     return moved / size if size else moved

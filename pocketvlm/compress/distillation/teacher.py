@@ -86,7 +86,7 @@ def record_targets(
     """Runs the teacher on every sample.
 
     Args:
-        teacher: The float model; it may be freed afterwards.
+        teacher: The float model, which is moved to where the student computes.
         student: The model that will learn, to see what of the two can be compared.
         prompts: The samples as the student's processor encodes them.
         samples: The samples.
@@ -99,7 +99,10 @@ def record_targets(
     """
     _check_same_language(teacher, student)
     compares_states, compares_visual, reasons = _comparable(teacher, student)
-    states, visual = ActivationStore(spill_folder), ActivationStore(spill_folder)
+    device = student.device
+    teacher.move(device)
+    states = ActivationStore(spill_folder, device=device)
+    visual = ActivationStore(spill_folder, device=device)
     places: dict[int, int] = {}
     with cache_dense_weights(teacher.model):
         for chosen in ordered_batches(prompts, range(len(prompts)), _BATCH):

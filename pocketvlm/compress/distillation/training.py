@@ -197,7 +197,9 @@ def _add_up(loss: float, student: Student, ranks: Ranks) -> float:
     for parameter in student.parameters().values():
         if parameter.grad is None:  # this rank had no sample
             parameter.grad = torch.zeros_like(parameter)
-        ranks.add_up(parameter.grad.numpy())
+        total = parameter.grad.cpu()
+        ranks.add_up(total.numpy())
+        parameter.grad.copy_(total)
     return float(losses[0])
 
 
@@ -242,11 +244,11 @@ def _save(
     """Keeps everything that later steps depend on."""
     if folder is None:
         return
-    tensors = {f"best/{name}": values for name, values in best.items()}
+    tensors = {f"best/{name}": values.cpu() for name, values in best.items()}
     for name, parameter in student.parameters().items():
-        tensors[f"now/{name}"] = parameter.detach()
+        tensors[f"now/{name}"] = parameter.detach().cpu()
         for moment in _MOMENTS if parameter in optimizer.state else ():
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu()
     keep_tensors(folder / _STATE, tensors, {"checks": [asdict(check) for check in checks]})
 
 
@@ -267,6 +269,6 @@ def _load(
         if f"{_MOMENTS[0]}/{name}" in tensors:
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(checks[-1].step)),
-                **{moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS},
+                **{moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in _MOMENTS},
             }
     return checks, {name: tensors[f"best/{name}"] for name in names}

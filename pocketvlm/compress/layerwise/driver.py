@@ -13,8 +13,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from pocketvlm.calibration.walk.activations import MAIN_MEMORY
 from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import (
@@ -62,9 +63,12 @@ class LayerMethod(ABC, Generic[TaskT]):
 
     Attributes:
         feedback: How Hessians are factorized.
+        on_device: Whether it works where the model computes; else it is given Hessians in main
+            memory.
     """
 
     feedback: ErrorFeedback = NO_FEEDBACK
+    on_device: ClassVar[bool] = False
 
     @abstractmethod
     def compress(
@@ -219,8 +223,11 @@ def measure_hessian(
         task.linear.part == "embedding" for task in tasks
     )
     try:
+        moments = group.moments(block)
         return InputHessian.from_moments(
-            group.moments(block), method.feedback, lookup_share=_LOOKUP_SHARE if is_tied else 0.0
+            moments if method.on_device else moments.to(MAIN_MEMORY),
+            method.feedback,
+            lookup_share=_LOOKUP_SHARE if is_tied else 0.0,
         )
     except CalibrationError as error:
         raise CalibrationError(f"{group.names[0]}: {error}") from error

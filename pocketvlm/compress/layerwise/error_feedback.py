@@ -99,7 +99,7 @@ def order_columns(diagonal: Tensor, group_size: int, order: Order) -> ColumnOrde
     columns, borders = [], [0]
     for group in groups:
         piece = pieces[group]
-        within = torch.arange(piece.shape[0])
+        within = torch.arange(piece.shape[0], device=piece.device)
         if order == "group_aware":
             within = torch.argsort(piece, descending=True, stable=True)
         columns.append(group * group_size + within)
@@ -201,7 +201,7 @@ def quantize_with_feedback(
     codes: list[Tensor] = []
     for start, end in _blocks(order.borders):
         U = factor.upper[start:end, start:end]
-        errors = torch.empty(end - start, W.shape[1], dtype=W.dtype)
+        errors = W.new_empty(end - start, W.shape[1])
         for column in range(start, end):
             if column in ends:
                 group = slice(column, ends[column])
@@ -228,7 +228,7 @@ def quantize_with_feedback(
 
 def _ordered(hessian: Tensor, columns: Tensor) -> Tensor:
     """Rows and columns of a matrix in another order, in float64."""
-    ordered = torch.empty(hessian.shape, dtype=torch.float64)
+    ordered = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
     for piece, rows in zip(ordered.split(_PIECE), columns.split(_PIECE), strict=True):
         piece.copy_(hessian[rows][:, columns])
     return ordered
@@ -262,7 +262,7 @@ def _invert_in_place(upper: Tensor) -> None:
     """Overwrites an upper triangular matrix by its inverse; whatever lies below becomes zero."""
     for start in range(0, upper.shape[0], _PIECE):
         end = min(start + _PIECE, upper.shape[0])
-        unit = torch.eye(end - start, dtype=upper.dtype)
+        unit = torch.eye(end - start, dtype=upper.dtype, device=upper.device)
         corner = torch.linalg.solve_triangular(upper[start:end, start:end], unit, upper=True)
         above = upper[:start, start:end] @ corner
         upper[:start, start:end] = -(upper[:start, :start] @ above)

@@ -121,6 +121,11 @@ class InputHessian:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where it is, and where layers are compressed against it."""
+        return self.hessians[0].device
+
+    @property
     def importance(self) -> Tensor:
         """Diagonal of the Hessian: how much an error in each column counts, float64 [columns]."""
         return torch.cat([H.diagonal().to(torch.float64) for H in self.hessians])
@@ -204,7 +209,8 @@ def _add_lookups(blocks: tuple[Tensor, ...], share: float) -> tuple[Tensor, ...]
         return blocks
     mean = float(torch.cat([block.diagonal() for block in blocks]).mean())
     return tuple(
-        block + share * mean * torch.eye(block.shape[0], dtype=block.dtype) for block in blocks
+        block + share * mean * torch.eye(len(block), dtype=block.dtype, device=block.device)
+        for block in blocks
     )
 
 

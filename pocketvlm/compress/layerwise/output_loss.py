@@ -35,11 +35,11 @@ def compare_outputs(
     has moved from the float model's by d, it is tr(D H D^T) - 2 tr(W C D^T) + tr(W E[d d^T] W^T).
     """
     losses = OutputLosses()
-    for chosen, rows in row_chunks(weight):
+    for chosen, rows in row_chunks(weight, hessian.device):
         places = torch.arange(chosen.start, chosen.stop)
         losses.weight += float(rows.square().sum())
         narrow = rows.to(torch.float32)
-        changes = [form.take_rows(places) - narrow for form in (fitted, plain)]
+        changes = [form.take_rows(places).to(rows.device) - narrow for form in (fitted, plain)]
         losses.fitted_weight_error += float(changes[0].square().sum(dtype=torch.float64))
         losses.plain_weight_error += float(changes[1].square().sum(dtype=torch.float64))
         for number, part in enumerate(hessian.slices):

@@ -59,7 +59,7 @@ class NormMean:
         if self._mean is None or ranks.count == 1:
             return
         counted = np.array([self.samples])
-        total = self._mean.mul_(self.samples)
+        total = self._mean.mul_(self.samples).cpu()
         ranks.add_up(counted)
         ranks.add_up(total.numpy())
         self.samples = int(counted[0])
@@ -130,7 +130,7 @@ class GradientNorms:
             names: The layers; others pass by.
             norm: Which norm.
             on_layer: Called with a layer's name once it is written.
-            ranks: The processes that each walk over samples of their own.
+            ranks: The processes, each of which walks over other samples.
         """
         wanted = set(names)
         open_means: dict[str, NormMean] = {}
@@ -141,7 +141,7 @@ class GradientNorms:
             if step.is_last:
                 mean = open_means.pop(step.name)
                 mean.join(ranks)
-                norms = mean.result()
+                norms = mean.result().cpu()
                 keep_tensors(self._path(step.name), {_KEY: norms}, {})
                 on_layer(step.name)
 

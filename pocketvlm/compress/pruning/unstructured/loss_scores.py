@@ -30,6 +30,7 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.gradients.answer_losses import AnswerLosses
 from pocketvlm.calibration.gradients.layer_gradients import LayerGradient, walk_gradients
+from pocketvlm.calibration.walk.activations import float64_device
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.scratch import find_document, keep_document
 from pocketvlm.context import RunContext, derive_seed
@@ -75,9 +76,9 @@ def zeroth_order_score(
 
 def first_order_sum(weight: Tensor, step: LayerGradient) -> float:
     """Sum over a batch's samples and all elements of |W| |g|, in float64."""
-    magnitude = weight.abs()
+    magnitude, place = weight.abs(), float64_device(weight.device)
     return sum(
-        float((magnitude * (outputs.T @ inputs).abs()).sum(dtype=torch.float64))
+        float((magnitude * (outputs.T @ inputs).abs()).to(place).sum(dtype=torch.float64))
         for inputs, outputs in zip(step.inputs, step.outputs, strict=True)
     )
 
@@ -158,7 +159,8 @@ def first_order_scores(
     for step in walk_gradients(checkpoint, own, spill_folder=ctx.scratch_dir, ranks=ctx.ranks):
         if step.name not in sums:
             continue
-        sums[step.name] += first_order_sum(checkpoint.form(step.name).dequantize(), step)
+        weight = checkpoint.form(step.name).dequantize().to(checkpoint.device)
+        sums[step.name] += first_order_sum(weight, step)
         if step.is_last:
             done += 1
             ctx.report(_TASK, done, len(sums), step.name)

@@ -84,6 +84,11 @@ class Prune(Stage, WalkOptions, SparsityOptions):
         return self.update == "regression"
 
     @property
+    def uses_device(self) -> bool:
+        """Forward and backward passes and moments; masks are chosen in main memory."""
+        return not self.carries_float
+
+    @property
     def shares_work(self) -> bool:
         """Moments are those of the samples of all processes; regression sees them together."""
         return not self.carries_float

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ def prune_and_quantize(
             grid,
             rows=len(weights),
             groups=len(factor.order.groups),
+            device=weights.device,
             importance=factor.order.split(diagonal),
         )
         rounding = MaskedRounding(
@@ -126,6 +127,8 @@ class _PruningQuantizer(AffineQuantizer):
         tasks: What layers keep, by their names.
         compare: Within an output row, or over the whole layer.
     """
+
+    on_device: ClassVar[bool] = False
 
     tasks: Mapping[str, PruningTask]
     compare: Compare
@@ -198,6 +201,11 @@ class SparseGptGptq(CalibratedQuantizer, SparsityOptions):
     def sparsity(self) -> Sparsity:
         """How much of which layers is removed."""
         return self.sparsity_under(self.prune_rules)
+
+    @property
+    def uses_device(self) -> bool:
+        """Forward passes and moments; masks are chosen in main memory."""
+        return True
 
     @property
     def shares_work(self) -> bool:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.checkpoint.tensors import keep_in_file
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.layers import Part
 from pocketvlm.models.spec import ModelSpec
@@ -203,7 +205,9 @@ def narrow_config(
     return {**config, "text_config": text, "vision_config": vision}
 
 
-def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Checkpoint:
+def remove_units(
+    checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor], folder: Path | None = None
+) -> Checkpoint:
     """Cuts every unit that is not kept out of its linears.
 
     Biases that the stock class lacks, such as one that a compensation put after `down`, stay: the
@@ -213,6 +217,7 @@ def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Ch
         checkpoint: The model; its weights are dense.
         kept: Units that stay, ascending, of every block of every kind that is cut; equally many
             in each block.
+        folder: Where the new weights lie, in files without names; `None` for memory.
 
     Raises:
         ValueError: Blocks of one kind would differ in width.
@@ -230,10 +235,11 @@ def remove_units(checkpoint: Checkpoint, kept: Mapping[UnitGroup, Tensor]) -> Ch
     for group, units in kept.items():
         for name in group.rows:
             places = group.rows_of(name, units)
-            forms[name] = _take(forms[name], rows=places)
+            forms[name] = _take(forms[name], folder, rows=places)
             if f"{name}.bias" in vectors:
                 vectors[f"{name}.bias"] = vectors[f"{name}.bias"][places].clone()
-        forms[group.last] = _take(forms[group.last], columns=group.columns_of(units))
+        columns = group.columns_of(units)
+        forms[group.last] = _take(forms[group.last], folder, columns=columns)
     for linear in narrow_spec(spec, widths, biases).linears():
         if linear.part == "decoder" and linear.has_bias:
             vectors.setdefault(f"{linear.name}.bias", torch.zeros(linear.out_features))
@@ -324,12 +330,17 @@ def _all_forms(checkpoint: Checkpoint) -> dict[str, WeightForm]:
 
 
 def _take(
-    form: WeightForm, *, rows: Tensor | None = None, columns: Tensor | None = None
+    form: WeightForm,
+    folder: Path | None,
+    *,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> WeightForm:
     if not isinstance(form, DenseWeight):
         raise TypeError(f"a weight of kind {form.kind!r} cannot be cut")
     values = form.values if rows is None else form.values[rows]
-    return DenseWeight(values=values if columns is None else values[:, columns].contiguous())
+    taken = values if columns is None else values[:, columns].contiguous()
+    return DenseWeight(values=keep_in_file(taken, folder))
 
 
 def kept_units(scores: Sequence[float] | Tensor, count: int) -> Tensor:

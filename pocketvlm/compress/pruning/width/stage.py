@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.walk.steps import InputMoments
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.checkpoint.tensors import keep_in_file
 from pocketvlm.compress.layerwise.driver import visit_groups
 from pocketvlm.compress.layerwise.hessian import diagonal_block_width
 from pocketvlm.compress.pruning.uniform import require_uniform_decoder
@@ -52,6 +54,7 @@ from pocketvlm.errors import CalibrationError, RecipeError
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.stages.walk_options import WalkOptions, note_synthetic
+from pocketvlm.weights.dense import DenseWeight
 from pocketvlm.weights.float_weights import with_values
 from pocketvlm.weights.modules import FormLinear
 
@@ -83,8 +86,6 @@ class PruneWidth(Stage, WalkOptions):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
-
-    holds_model: ClassVar[bool] = True
 
     method: Literal["prune_width"] = "prune_width"
     decoder_parameters: float | None = None
@@ -187,7 +188,7 @@ class PruneWidth(Stage, WalkOptions):
             kept[group] = units
             rows.append(row)
             ctx.report(self.method, len(rows), len(counts), f"{group.name}: {_note(row)}")
-        narrow = remove_units(checkpoint, kept) if kept else checkpoint
+        narrow = remove_units(checkpoint, kept, ctx.scratch_dir) if kept else checkpoint
         # Folds are of files that stock wrote, and have their sizes.
         if replace(narrow.spec, folds=()) != replace(expected, folds=()):
             raise AssertionError("the model that was built is not the one that was planned")
@@ -226,7 +227,9 @@ class PruneWidth(Stage, WalkOptions):
                 raise AssertionError(f"{name} is a linear, and has no inputs")
             try:
                 moments = step.moments(diagonal_block_width(group.count * group.columns, ()))
-                units, row = self._cut(checkpoint, group, counts[group], moments, scorer)
+                units, row = self._cut(
+                    checkpoint, group, counts[group], moments, scorer, ctx.scratch_dir
+                )
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from error
             yield group, units, row
@@ -238,6 +241,7 @@ class PruneWidth(Stage, WalkOptions):
         count: int,
         moments: InputMoments,
         scorer: UnitScorer,
+        folder: Path | None,
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """Puts what a sublayer keeps in place: other units are read with zeros from here on."""
         layer = checkpoint.layer(group.last)
@@ -277,6 +281,8 @@ class PruneWidth(Stage, WalkOptions):
             reason="" if bool(scores.any()) else "all units score zero: the first ones are kept",
         )
         layer.form = form
+        if isinstance(form, DenseWeight):
+            layer.form = DenseWeight(values=keep_in_file(form.values, folder))
         if shift is not None or (has_bias and layer.bias is None):
             added = torch.zeros(len(dense)) if shift is None else shift
             present = 0.0 if layer.bias is None else layer.bias.detach().double()

@@ -16,12 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.walk.activations import MAIN_MEMORY
 from pocketvlm.calibration.walk.walk import LinearGroup
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.driver import visit_groups
@@ -66,8 +66,6 @@ class Awq(Stage, WalkOptions):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
 
-    holds_model: ClassVar[bool] = True
-
     method: Literal["awq"] = "awq"
     rules: tuple[WeightRule, ...]
     grid_points: int = 20
@@ -77,6 +75,16 @@ class Awq(Stage, WalkOptions):
         if self.grid_points < 2:  # noqa: PLR2004  (one point would only be the layer as it is)
             raise ValueError(f"grid_points must be at least 2, not {self.grid_points}")
         self.check_walk_options()
+
+    @property
+    def shares_work(self) -> bool:
+        """Moments are those of the samples of all processes."""
+        return True
+
+    @property
+    def uses_device(self) -> bool:
+        """Forward passes and moments; scales are searched in main memory."""
+        return True
 
     def plan(self, state: PlanState) -> PlanState:
         """Checks the rules against a model; every layer stays float."""
@@ -99,7 +107,7 @@ class Awq(Stage, WalkOptions):
         rows: dict[str, Mapping[str, Any]] = {}
         for group, names in visit_groups(walk, assignments):
             items = [assignments[name] for name in names]
-            for row in self._scale_group(checkpoint, group, items, ctx.scratch_dir):
+            for row in self._scale_group(checkpoint, group, items, ctx):
                 rows[row["name"]] = row
                 ctx.report("awq", len(rows), len(assignments), f"{row['name']}: {_note(row)}")
         ordered = [_row_of_today(rows[name], checkpoint.form(name)) for name in assignments]
@@ -119,25 +127,26 @@ class Awq(Stage, WalkOptions):
         checkpoint: Checkpoint,
         group: LinearGroup,
         items: Sequence[Assignment[WeightRule]],
-        folder: Path | None,
+        ctx: RunContext,
     ) -> list[dict[str, Any]]:
         """Finds the scale of one shared input, or reads it where a run before this one found it.
 
         Returns:
             The rows of its layers, whose weights are scaled.
         """
-        fold = find_fold(checkpoint, items[0].linear)
+        fold, folder = find_fold(checkpoint, items[0].linear), ctx.scratch_dir
         path = None if folder is None else folder / f"{_digest(group.names)}.json"
-        found = None if path is None else find_document(path)
+        found = ctx.ranks.first(None if path is None else find_document(path))
         if found is None:
-            found = self._search(checkpoint, group, items, fold)
+            # All processes measure; what the first one finds counts.
+            found = ctx.ranks.first(self._search(checkpoint, group, items, fold))
             if path is not None:
                 keep_document(path, found)
         if found["scale"] is not None and isinstance(fold, Fold):
             scale = torch.tensor(found["scale"], dtype=torch.float64)
             for name in group.names:
-                multiply_inputs(checkpoint, name, scale[fold.channels])
-            divide_outputs(checkpoint, fold.producer, scale)
+                multiply_inputs(checkpoint, name, scale[fold.channels], folder)
+            divide_outputs(checkpoint, fold.producer, scale, folder)
         return list(found["rows"])
 
     def _search(
@@ -165,7 +174,9 @@ class Awq(Stage, WalkOptions):
         try:
             choice = choose_scale(
                 rounded,
-                group.moments(diagonal_block_width(items[0].linear.in_features, ())),
+                group.moments(diagonal_block_width(items[0].linear.in_features, ())).to(
+                    MAIN_MEMORY
+                ),
                 fold.channels,
                 self.grid_points,
             )

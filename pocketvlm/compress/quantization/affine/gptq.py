@@ -92,6 +92,7 @@ def quantize_affine(
         grid,
         rows=weights.shape[0],
         groups=len(factor.order.groups),
+        device=weights.device,
         fixed=fixed,
         importance=None if diagonal is None else factor.order.split(diagonal),
     )
@@ -114,6 +115,8 @@ class AffineQuantizer(LayerQuantizer[WeightRule]):
         outlier_group_size: Columns of a group of layers that are to have int8 rows and whose inputs
             have outliers; `None` gives rows to all.
     """
+
+    on_device: ClassVar[bool] = True
 
     grid: GridKind = "min_max"
     static_groups: bool = False
@@ -169,9 +172,9 @@ class AffineQuantizer(LayerQuantizer[WeightRule]):
         factors = hessian.factors(group_size)
         is_split = group_size > hessian.slices[0].stop
         codes, scales, zeros = [], [], []
-        for span, rows in row_chunks(weight):
+        for span, rows in row_chunks(weight, hessian.device):
             targets = hessian.targets(rows, group_size)
-            keeps = keeps_in(weight, span)
+            keeps = keeps_in(weight, span, hessian.device)
             fixed = None
             if is_split:
                 importance = hessian.importance[None, None]
@@ -244,6 +247,11 @@ class Gptq(CalibratedQuantizer):
                 f"outlier_group_size is {self.outlier_group_size}; allowed are {allowed}, or null "
                 "to give rows to all"
             )
+
+    @property
+    def uses_device(self) -> bool:
+        """Forward passes, moments and error feedback."""
+        return True
 
     @property
     def shares_work(self) -> bool:

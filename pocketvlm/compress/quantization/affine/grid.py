@@ -198,19 +198,22 @@ def group_columns(weights: Tensor, group_size: int) -> Tensor:
 
 
 def affine_form(codes: Tensor, grid: Grid, *, group_size: int, in_features: int) -> AffineWeight:
-    """The stored form of codes [rows, groups * group_size] and a grid [rows, groups]."""
+    """The stored form of codes [rows, groups * group_size] and a grid [rows, groups].
+
+    It lies in main memory, wherever they were computed.
+    """
     scheme = grid.scheme
     zeros: Tensor | None = None
     if not scheme.symmetric:
-        zeros = grid.zero.to(torch.float16 if scheme.float_zeros else torch.uint8)
+        zeros = grid.zero.to(torch.float16 if scheme.float_zeros else torch.uint8).cpu()
     # Row by row in pieces: packing odd widths needs room for every single bit.
     packed = [
-        torch.from_numpy(pack_codes(piece.to(torch.uint8).numpy(), scheme.bits))
+        torch.from_numpy(pack_codes(piece.to(torch.uint8).cpu().numpy(), scheme.bits))
         for piece in codes.split(4096)
     ]
     return AffineWeight(
         packed=torch.cat(packed),
-        scales=grid.scale.to(torch.float16),
+        scales=grid.scale.to(torch.float16).cpu(),
         zeros=zeros,
         bits=scheme.bits,
         group_size=group_size,

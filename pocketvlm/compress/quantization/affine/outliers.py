@@ -40,7 +40,7 @@ def input_loss(weight: WeightForm, hessian: InputHessian, part: Part) -> float:
     steps = hessian.steps
     step = steps.tile if part in ("tower", "projector") else steps.row
     squares = output = 0.0
-    for _, chunk in row_chunks(weight):
+    for _, chunk in row_chunks(weight, hessian.device):
         rows = chunk.to(torch.float32)
         squares += float(rows.square().sum(dtype=torch.float64))
         for columns, H in zip(hessian.slices, hessian.judge, strict=True):

@@ -20,6 +20,7 @@ class AffineRounding:
         kind: How a group's grid is found.
         rows: Rows of the weight.
         groups: Groups of its columns.
+        device: Where they are.
         fixed: Grids [rows, groups] that were made beforehand; `None` makes each from weights that
             carry the errors of the columns before.
         importance: How much an error counts, a group's columns in processing order, for grids
@@ -33,13 +34,14 @@ class AffineRounding:
         *,
         rows: int,
         groups: int,
+        device: torch.device,
         fixed: Grid | None = None,
         importance: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._scheme, self._find = scheme, GRIDS[kind]
         self._is_fixed = fixed is not None
         self._importance = importance
-        self._scale = torch.empty(groups, rows, dtype=torch.float64)
+        self._scale = torch.empty(groups, rows, dtype=torch.float64, device=device)
         self._zero = torch.empty_like(self._scale)
         if fixed is not None:
             self._scale.copy_(fixed.scale.T)

@@ -114,7 +114,7 @@ class RoundToNearest(Stage):
 
     @property
     def shares_work(self) -> bool:
-        """Every process rounds layers of its own."""
+        """Every process rounds some of the layers."""
         return True
 
     def plan(self, state: PlanState) -> PlanState:

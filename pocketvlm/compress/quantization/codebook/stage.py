@@ -61,6 +61,11 @@ class Codebook(CalibratedQuantizer):
         return self.tune_steps > 0 or self.drift_share > 0
 
     @property
+    def uses_device(self) -> bool:
+        """Forward passes and moments; tables are fitted, and tuned, in main memory."""
+        return self.tune_steps == 0
+
+    @property
     def shares_work(self) -> bool:
         """Moments are those of the samples of all processes; what is tuned sees them in turn."""
         return self.tune_steps == 0

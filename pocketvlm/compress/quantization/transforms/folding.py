@@ -2,17 +2,20 @@
 
 The stock classes of the model then still compute the same function. Products are formed in
 float64 and stored in float32: bf16 would round the function itself. A masked weight keeps its mask,
-whose zeros any scale leaves alone, and its float16.
+whose zeros any scale leaves alone, and its float16. Where a folder is given, new dense weights lie
+there in files without names, and memory holds one at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.checkpoint.tensors import keep_in_file
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.blocks import BlockSpec, ConvBlockSpec, DecoderBlock
 from pocketvlm.models.decoder import DecoderSpec
@@ -72,34 +75,38 @@ def check_transformable(checkpoint: Checkpoint, method: str) -> None:
 
 
 def read_vector(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter of a norm or the bias of a linear in float64; `None` where there is none."""
+    """A parameter of a norm or the bias of a linear in float64, in main memory; `None` for none."""
     parameter = getattr(module, name, None)
-    return None if parameter is None else parameter.detach().to(torch.float64)
+    return None if parameter is None else parameter.detach().cpu().to(torch.float64)
 
 
 def write_vector(module: nn.Module, name: str, values: Tensor) -> None:
-    """Replaces a parameter, in float32."""
-    setattr(module, name, nn.Parameter(values.to(torch.float32), requires_grad=False))
+    """Replaces a parameter, in float32, where the module computes."""
+    values = values.to(getattr(module, name).device, torch.float32)
+    setattr(module, name, nn.Parameter(values, requires_grad=False))
 
 
-def multiply_inputs(checkpoint: Checkpoint, name: str, scale: Tensor) -> None:
+def multiply_inputs(checkpoint: Checkpoint, name: str, scale: Tensor, folder: Path | None) -> None:
     """Multiplies the columns of a layer's weight by `scale`, [in_features]."""
-    _write_weight(checkpoint, name, _read_weight(checkpoint, name) * scale.to(torch.float64))
+    weight = _read_weight(checkpoint, name) * scale.to(torch.float64)
+    _write_weight(checkpoint, name, weight, folder)
 
 
-def divide_outputs(checkpoint: Checkpoint, name: str, scale: Tensor) -> None:
+def divide_outputs(checkpoint: Checkpoint, name: str, scale: Tensor, folder: Path | None) -> None:
     """Divides what a linear or a norm puts out, channel by channel, by `scale`, [channels]."""
     module, divisor = checkpoint.model.get_submodule(name), scale.to(torch.float64)
     if isinstance(module, FormLinear):
         weight = _read_weight(checkpoint, name)
-        _write_weight(checkpoint, name, weight / divisor[:, None])
+        _write_weight(checkpoint, name, weight / divisor[:, None], folder)
     for parameter in ("bias",) if isinstance(module, FormLinear) else ("weight", "bias"):
         values = read_vector(module, parameter)
         if values is not None:
             write_vector(module, parameter, values / divisor)
 
 
-def fold_norm(checkpoint: Checkpoint, norm: str, linears: tuple[str, ...]) -> None:
+def fold_norm(
+    checkpoint: Checkpoint, norm: str, linears: tuple[str, ...], folder: Path | None
+) -> None:
     """Moves the weight and the bias of a norm into the linears, which are all that read it.
 
     The norm is left with weight one and bias zero. Where it has a bias, the linears need one too.
@@ -115,36 +122,41 @@ def fold_norm(checkpoint: Checkpoint, norm: str, linears: tuple[str, ...]) -> No
             if bias is None:
                 raise ValueError(f"{name} has no bias that could take up that of {norm}")
             write_vector(layer, "bias", bias + _read_weight(checkpoint, name) @ shift)
-        multiply_inputs(checkpoint, name, scale)
+        multiply_inputs(checkpoint, name, scale, folder)
     write_vector(module, "weight", torch.ones_like(scale))
     if shift is not None:
         write_vector(module, "bias", torch.zeros_like(shift))
 
 
-def rotate_inputs(checkpoint: Checkpoint, name: str, rotation: Tensor) -> None:
+def rotate_inputs(checkpoint: Checkpoint, name: str, rotation: Tensor, folder: Path | None) -> None:
     """W -> W R, for a layer or a table: its inputs, or its rows, x^T become x^T R.
 
     Args:
         checkpoint: The model.
         name: The layer.
         rotation: R [d, d] for every run of d columns, or one each, [in_features / d, d, d].
+        folder: Where the new weight lies.
     """
     weight, width = _read_weight(checkpoint, name), rotation.shape[-1]
     runs = weight.reshape(weight.shape[0], -1, width).transpose(0, 1)
-    _write_weight(checkpoint, name, (runs @ rotation).transpose(0, 1).reshape(weight.shape))
+    turned = (runs @ rotation).transpose(0, 1).reshape(weight.shape)
+    _write_weight(checkpoint, name, turned, folder)
 
 
-def rotate_outputs(checkpoint: Checkpoint, name: str, rotation: Tensor) -> None:
+def rotate_outputs(
+    checkpoint: Checkpoint, name: str, rotation: Tensor, folder: Path | None
+) -> None:
     """W -> R^T W and b -> R^T b: the outputs y^T of a layer become y^T R.
 
     Args:
         checkpoint: The model.
         name: The layer.
         rotation: R [d, d] for every run of d rows, or one each, [out_features / d, d, d].
+        folder: Where the new weight lies.
     """
     weight, width = _read_weight(checkpoint, name), rotation.shape[-1]
     runs = weight.reshape(-1, width, weight.shape[1])
-    _write_weight(checkpoint, name, (rotation.mT @ runs).reshape(weight.shape))
+    _write_weight(checkpoint, name, (rotation.mT @ runs).reshape(weight.shape), folder)
     layer = checkpoint.layer(name)
     bias = read_vector(layer, "bias")
     if bias is not None:
@@ -221,10 +233,12 @@ def _read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
     return checkpoint.form(name).dequantize().to(torch.float64)
 
 
-def _write_weight(checkpoint: Checkpoint, name: str, weight: Tensor) -> None:
+def _write_weight(checkpoint: Checkpoint, name: str, weight: Tensor, folder: Path | None) -> None:
     values = weight.to(torch.float32).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: the changed weight is not finite")
     form = checkpoint.form(name)
-    masked = isinstance(form, SparseWeight)
-    checkpoint.set_form(name, with_values(form, values) if masked else DenseWeight(values=values))
+    if isinstance(form, SparseWeight):
+        checkpoint.set_form(name, with_values(form, values))
+    else:
+        checkpoint.set_form(name, DenseWeight(values=keep_in_file(values, folder)))

@@ -8,10 +8,12 @@ multiplies by a rotation. Which weights those are is said in `rotator`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.checkpoint.tensors import keep_in_file
 from pocketvlm.compress.quantization.transforms.folding import check_transformable
 from pocketvlm.compress.quantization.transforms.rotator import Rotator
 from pocketvlm.context import RunContext
@@ -42,8 +44,6 @@ class Rotate(Stage):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
-
-    holds_model: ClassVar[bool] = True
 
     method: Literal["rotate"] = "rotate"
     seed: int = 0
@@ -106,13 +106,13 @@ class Rotate(Stage):
         notes = []
         untied_bytes = 0
         if spec != checkpoint.spec:
-            checkpoint = _untie(checkpoint, spec)
+            checkpoint = _untie(checkpoint, spec, ctx.scratch_dir)
             untied_bytes = checkpoint.form(spec.decoder.head).stored_bytes
             notes.append(
                 f"the head became a separate matrix: {untied_bytes:,} bytes more in float32, "
                 "before a quantizer"
             )
-        work = Rotator(checkpoint, self.seed)
+        work = Rotator(checkpoint, self.seed, ctx.scratch_dir)
         if self.residual:
             work.rotate_residual()
         if self.heads:
@@ -148,11 +148,12 @@ def _masked(linear: LinearSpec) -> RecipeError:
     )
 
 
-def _untie(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
+def _untie(checkpoint: Checkpoint, spec: ModelSpec, folder: Path | None) -> Checkpoint:
     """Gives the head a separate weight, equal to the embedding's."""
     form = checkpoint.form(spec.decoder.embedding)
     text = {**checkpoint.config["text_config"], "tie_word_embeddings": False}
     config = {**checkpoint.config, "tie_word_embeddings": False, "text_config": text}
     untied = replace(checkpoint, spec=spec, config=config)
-    untied.set_form(spec.decoder.head, DenseWeight(values=form.dequantize()))
+    table = keep_in_file(form.dequantize(), folder)
+    untied.set_form(spec.decoder.head, DenseWeight(values=table))
     return untied

@@ -14,6 +14,7 @@ inverse may be inserted. Three places allow that:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ class Rotator:
         checkpoint: The model, changed in place; every weight is float, the head is not tied where
             the residual stream is to be rotated.
         seed: Seed of all rotations.
+        folder: Where the new weights lie; `None` for memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, seed: int, folder: Path | None) -> None:
         self._checkpoint = checkpoint
+        self._folder = folder
         self._seed = seed
         self._sides: dict[str, dict[str, str]] = {}
 
@@ -60,7 +63,7 @@ class Rotator:
         decoder = spec.decoder
         rotation = random_rotation(decoder.hidden_size, self._generator("residual"))
         # A table's rows are what it puts out.
-        rotate_inputs(self._checkpoint, decoder.embedding, rotation)
+        rotate_inputs(self._checkpoint, decoder.embedding, rotation, self._folder)
         self._note(decoder.embedding, "outputs", "residual")
         self._outputs(spec.projector.linears[-1], rotation, "residual")
         if spec.line_break is not None:
@@ -173,7 +176,8 @@ class Rotator:
             raise TypeError("the tower's last norm has no weight")
         width = spec.tower.hidden_size
         copies = spec.projector.merged_width(width) // width
-        multiply_inputs(self._checkpoint, spec.projector.linears[0], weight.repeat(copies))
+        first = spec.projector.linears[0]
+        multiply_inputs(self._checkpoint, first, weight.repeat(copies), self._folder)
         write_vector(norm, "weight", torch.ones_like(weight))
         if spec.tower.has_norm_bias:
             write_vector(norm, "bias", shift @ rotation)
@@ -181,16 +185,16 @@ class Rotator:
     def _read_stream(
         self, norm: str, linears: tuple[str, ...], rotation: Tensor, stream: str
     ) -> None:
-        fold_norm(self._checkpoint, norm, linears)
+        fold_norm(self._checkpoint, norm, linears, self._folder)
         for name in linears:
             self._inputs(name, rotation, stream)
 
     def _inputs(self, name: str, rotation: Tensor, which: str) -> None:
-        rotate_inputs(self._checkpoint, name, rotation)
+        rotate_inputs(self._checkpoint, name, rotation, self._folder)
         self._note(name, "inputs", which)
 
     def _outputs(self, name: str, rotation: Tensor, which: str) -> None:
-        rotate_outputs(self._checkpoint, name, rotation)
+        rotate_outputs(self._checkpoint, name, rotation, self._folder)
         self._note(name, "outputs", which)
 
     def _note(self, name: str, side: str, which: str) -> None:

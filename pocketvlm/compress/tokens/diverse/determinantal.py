@@ -60,11 +60,11 @@ def likeliest_tokens(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     likeness = cosine_similarity(features, features)
     # A product is not symmetric to the last bit, nor is a cosine with itself 1: rounding must not
     # decide between tokens that are equal.
-    itself = torch.eye(count, dtype=features.dtype)
+    itself = torch.eye(count, dtype=features.dtype, device=features.device)
     likeness = (likeness + likeness.transpose(1, 2)) / 2 * (1 - itself) + itself
     kernel = relevance[:, :, None] * likeness * relevance[:, None]
     left = relevance.square()
-    places = torch.arange(count)
+    places = torch.arange(count, device=features.device)
     chosen: list[Tensor] = []
     factor: Tensor | None = None
     for step in range(keep):

@@ -46,11 +46,11 @@ def farthest_tokens(features: Tensor, keep: int) -> Tensor:
     # equals; a product is not symmetric to the last bit, and rounding must not decide.
     distance = 1 - (similarity + similarity.transpose(1, 2)) / 2
     # A token's distance from itself must not count: one that cannot be replaces it.
-    alone = distance + 4 * torch.eye(count, dtype=features.dtype)
+    alone = distance + 4 * torch.eye(count, dtype=features.dtype, device=features.device)
     latest = top_indices(-(-alone).topk(1, dim=-1).values[..., 0], 1)
     chosen = [latest]
     nearest = distance.gather(1, latest[..., None].expand(-1, -1, count))[:, 0]
-    places = torch.arange(count)
+    places = torch.arange(count, device=features.device)
     for _ in range(keep - 1):
         taken = (places == latest).to(features.dtype)
         nearest = nearest * (1 - taken) + _CHOSEN * taken

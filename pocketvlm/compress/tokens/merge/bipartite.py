@@ -39,10 +39,10 @@ class MergedTokens:
     def unmerged(cls, features: Tensor, worth: Tensor | None = None) -> MergedTokens:
         """Every token alone."""
         batch, count, _ = features.shape
-        ones = torch.ones(batch, count, 1, dtype=features.dtype)
+        ones = features.new_ones(batch, count, 1)
         return cls(
             features=features,
-            indices=torch.arange(count).expand(batch, -1),
+            indices=torch.arange(count, device=features.device).expand(batch, -1),
             sizes=ones,
             worth=torch.zeros_like(ones) if worth is None else worth[..., None],
         )
@@ -65,7 +65,8 @@ def merge_similar(tokens: MergedTokens, keep: int) -> MergedTokens:
     even, odd = _part(tokens, 0), _part(tokens, 1)
     best = cosine_similarity(even.features, odd.features).topk(1, dim=-1)
     # int64 [B, evens, 1] against the places of the odd ones: a row of zeros and a single one.
-    one_hot = (best.indices == torch.arange(odd.features.shape[1])).to(odd.features.dtype)
+    places = torch.arange(odd.features.shape[1], device=odd.features.device)
+    one_hot = (best.indices == places).to(odd.features.dtype)
     staying = keep - odd.features.shape[1]
     if staying:
         apart = even.worth[..., 0] - best.values[..., 0]

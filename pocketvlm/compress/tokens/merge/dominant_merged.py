@@ -58,7 +58,8 @@ class DominantMergedReducer(TokenReducer):
         likeness = cosine_similarity(keys, gather_tokens(keys, places))
         best = likeness.topk(1, dim=-1).indices
         # A target belongs to itself: its cosine with itself is the largest there is.
-        one_hot = (best == torch.arange(self.targets.shape[0])).to(features.dtype).transpose(1, 2)
+        numbers = torch.arange(self.targets.shape[0], device=features.device)
+        one_hot = (best == numbers).to(features.dtype).transpose(1, 2)
         merged = one_hot @ others / one_hot.sum(dim=-1, keepdim=True).clamp_min(1.0)
         return order_tokens(
             torch.cat([gather_tokens(features, indices), merged], dim=1),
