@@ -181,6 +181,12 @@ def _compressed_tensors_notes(layers: Layers, _: Mapping[str, Any]) -> list[str]
             "compressed-tensors 0.20), which builds their zero points in another shape; symmetric: "
             f"true quantizes for both: {name_some(asymmetric)}"
         )
+    decoder = layers.checkpoint.spec.decoder
+    if any(not name.startswith((decoder.prefix, decoder.head)) for name in affine):
+        notes.append(
+            "transformers unpacks weights at the model's first call, and its generate runs the "
+            "tower before that: call the model with one token first"
+        )
     if any(form.bits == 3 for form in affine.values()):  # noqa: PLR2004  (three bits)
         notes.append("3-bit codes are read by compressed-tensors 0.18 and newer")
     return notes

@@ -93,6 +93,7 @@ def test_a_reference_model_answers_as_it_does_here(tmp_path, layout):
     save_layout(checkpoint, tmp_path / "out", layout=layout)
     processor = needed("transformers").AutoProcessor.from_pretrained(tmp_path / "out")
     stock, own = load_stock(tmp_path / "out"), stock_of(checkpoint)
+    stock(**text_inputs(checkpoint))  # `generate` would run the tower before it is unpacked
     same = 0
     for sample in CalibrationSet.from_reference(seed=1, n=8, split="evaluation"):
         text = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)

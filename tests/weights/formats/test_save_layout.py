@@ -222,6 +222,7 @@ def test_zero_points_that_transformers_cannot_load_are_told(tiny_checkpoint, tmp
     quantize_affine(tiny_checkpoint, symmetric=symmetric)
     saved = save_layout(tiny_checkpoint, tmp_path / "out", layout="compressed-tensors")
     assert any("asymmetric" in note and "fc1" in note for note in saved.notes) != symmetric
+    assert any("generate" in note for note in saved.notes)  # its tower is quantized
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
