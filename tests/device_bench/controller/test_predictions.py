@@ -12,7 +12,8 @@ from PIL import Image
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.block import Block
 from pocketvlm.device_bench.controller.bench import BenchOptions
-from pocketvlm.device_bench.controller.shown import show_pictures
+from pocketvlm.device_bench.controller.predictions import Predictable, _question_of
+from pocketvlm.device_bench.controller.shown import ShownPicture, show_pictures
 from pocketvlm.device_bench.devices import load_device
 from pocketvlm.device_bench.devices.derive import load_reference
 from pocketvlm.device_bench.prediction.calibration import host
@@ -22,9 +23,11 @@ from pocketvlm.device_bench.transports.host import HostTransport
 from pocketvlm.device_bench.workload import draw_picture
 from pocketvlm.errors import InputError
 from pocketvlm.export.onnx.target import ToOnnx
+from pocketvlm.models.images.tilings import TileGrid
+from pocketvlm.pipeline.plan_memory import predict_memory
 from pocketvlm.pipeline.predict import model_work, question_of
 from pocketvlm.pipeline.sources import inspect_model
-from pocketvlm.reports.measurement import Memory, Prompt
+from pocketvlm.reports.measurement import MeasuredWorkload, Memory, Prompt
 from pocketvlm.runtime.vision import ANY_VISION, VisionChoice
 from pocketvlm.stages import PlanState
 from tests.device_bench.rig import SCRIPTED, ScriptedTransport, bench, make_block
@@ -81,6 +84,10 @@ def test_bench_predicts_of_the_bundle_what_plan_predicts_of_the_model(
     (arm,) = bench([tiny_bundle], transport=transport).arms.values()
     found = {row.name: row.predicted for row in arm.predicted or ()}
     assert {name: found[name] for name in (*TIMES, *RATIOS)} == vars(times)
+    decoder, memory = state.spec.decoder, predict_memory(state, (ToOnnx(),))
+    row_bytes = 2 * 4 * decoder.depth * decoder.kv_heads * decoder.head_dim
+    cache_bytes = row_bytes * (question.rows + SCRIPTED.new_tokens)
+    assert found["ram_bytes"] == memory.weight_bytes + memory.activation_bytes + cache_bytes
 
 
 def test_predictions_follow_the_rates(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +178,22 @@ def test_a_picture_is_shown_to_the_graph_that_the_runtime_takes(graphs_bundle: P
     assert seen(square, vision=VisionChoice(resolution=(96, 32))) == ["k8_96x32"]
     with pytest.raises(InputError, match="no vision graph for 5 visual tokens"):
         seen(square, vision=VisionChoice(visual_tokens=5))
+
+
+def test_every_tile_is_counted_for_the_graph_that_sees_it(graphs_bundle: Path) -> None:
+    manifest = Bundle.open(graphs_bundle).manifest
+    shown = [
+        ShownPicture(vision=vision, grid=grid, placeholders=12, kept=3, pixels=100)
+        for vision, grid in ((3, TileGrid(rows=2, columns=2)), (1, TileGrid()), (3, TileGrid()))
+    ]
+    known = Predictable(manifest=manifest, work="not asked for", shown=shown)
+    workload = MeasuredWorkload(new_tokens=4)
+    found = _question_of(Prompt(tokens=40), workload, known)
+    assert found.tiles_by_vision == (0, 1, 0, 6)
+    assert (found.text_rows, found.visual_rows) == (40 - 7 * 3, 7 * 3)
+    assert (found.picture_pixels, found.new_tokens) == (300, 4)
+    counted = _question_of(Prompt(tokens=40, visual_tokens=8), workload, known)
+    assert (counted.text_rows, counted.visual_rows) == (32, 8)
 
 
 def wide_picture() -> bytes:
