@@ -18,6 +18,7 @@ _OPPOSITES = {
     "reduced_tokens": "all_tokens",
     "ended_tokens": "all_tokens",
 }
+_FEWER_TOKENS = frozenset({"reduced_tokens", "ended_tokens", "merged_tokens"})
 
 
 def check_order(stages: Sequence[Stage], flags: frozenset[str] = INITIAL_FLAGS) -> None:
@@ -42,6 +43,13 @@ def check_order(stages: Sequence[Stage], flags: frozenset[str] = INITIAL_FLAGS) 
             raise RecipeError(
                 f"stages.{index} ({stage.method}): cannot follow a stage that leaves "
                 f"{', '.join(clash)}"
+            )
+        fewer = sorted(_FEWER_TOKENS & flags)
+        if fewer and stage.takes_gradients:
+            raise RecipeError(
+                f"stages.{index} ({stage.method}): takes gradients of the whole model, which has "
+                f"to have all its tokens then; move it before the stage that leaves "
+                f"{', '.join(fewer)}"
             )
         lost = {_OPPOSITES[flag] for flag in stage.provides if flag in _OPPOSITES}
         flags = (flags - lost) | stage.provides

@@ -73,6 +73,11 @@ class Stage(ABC):
         """Whether processes that share a run divide this stage's work; else the first does it."""
         return False
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether it takes gradients of the whole model, from the answers back to the pictures."""
+        return False
+
     def plan(self, state: PlanState) -> PlanState:
         """What the stage will make of a model, before any compute; by default nothing.
 

@@ -36,6 +36,10 @@ class Budget:
 class Allocation(Protocol):
     """A way to share out: a frozen dataclass that is its own configuration."""
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether it takes gradients of the whole model."""
+
     def check(self, ratio: float, pattern: Pattern) -> None:
         """Refuses what leaves nothing to share out, or no room; a `ValueError` says why."""
 
@@ -70,6 +74,11 @@ class Uniform:
     """Every layer loses the same share."""
 
     kind: Literal["uniform"] = "uniform"
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Never."""
+        return False
 
     def check(self, ratio: float, pattern: Pattern) -> None:
         """Every ratio and pattern will do."""

@@ -78,6 +78,11 @@ class Ecoflap:
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, not {self.samples}")
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether scores are of first order; those of zeroth order take losses alone."""
+        return self.order == "first"
+
     def check(self, ratio: float, pattern: Pattern) -> None:
         """Refuses what leaves nothing to share out, or no room.
 

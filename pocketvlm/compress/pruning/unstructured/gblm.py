@@ -112,6 +112,11 @@ class Gblm(PruningScore):
         if not math.isfinite(self.alpha) or self.alpha < 0:
             raise ValueError(f"alpha must be at least 0 and finite, not {self.alpha}")
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether they have a part in the score."""
+        return self.alpha > 0
+
     def begin(
         self,
         checkpoint: Checkpoint,
@@ -126,7 +131,7 @@ class Gblm(PruningScore):
             CalibrationError: A sample has no answer, a loss or a gradient is not finite, or a layer
                 has no gradient at all.
         """
-        if self.alpha == 0:
+        if not self.takes_gradients:
             return self
         scratch = ctx.scratch_dir
         found = GradientNorms(None if scratch is None else scratch / "gradients")

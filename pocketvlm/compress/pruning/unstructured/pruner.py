@@ -93,6 +93,12 @@ class Prune(Stage, WalkOptions, SparsityOptions):
         """Moments are those of the samples of all processes; regression sees them together."""
         return not self.carries_float
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the score or the allocation does."""
+        score: PruningScore = self.score
+        return score.takes_gradients or self.allocation.takes_gradients
+
     def plan(self, state: PlanState) -> PlanState:
         """Masks layers, as if all kept the same share, and notes what sharing out will cost."""
         return self.sparsity.plan(state)

@@ -90,6 +90,11 @@ class PruningScore(LayerPruner):
     def kind(self) -> str:
         """The tag that names it in a recipe."""
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether it takes gradients of the whole model."""
+        return False
+
     def begin(
         self,
         checkpoint: Checkpoint,

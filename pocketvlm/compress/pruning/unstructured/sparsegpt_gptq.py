@@ -212,6 +212,11 @@ class SparseGptGptq(CalibratedQuantizer, SparsityOptions):
         """Moments are those of the samples of all processes."""
         return True
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the allocation does."""
+        return self.allocation.takes_gradients
+
     def plan(self, state: PlanState) -> PlanState:
         """Masks layers, as if all kept the same share, and quantizes what they keep.
 

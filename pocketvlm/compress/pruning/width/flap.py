@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ def fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Flap:
     """Fluctuation of the units' outputs, by forward passes alone."""
+
+    takes_gradients: ClassVar[bool] = False
 
     kind: Literal["flap"] = "flap"
 

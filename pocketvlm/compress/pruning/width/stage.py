@@ -154,6 +154,11 @@ class PruneWidth(Stage, WalkOptions):
         _require_place(spec, had, biases)
         return narrow_spec(spec, widths, biases)
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the importance does."""
+        return self.importance.takes_gradients
+
     def plan(self, state: PlanState) -> PlanState:
         """Leaves narrower blocks."""
         state = state.with_spec(self.spec_after(state.spec))

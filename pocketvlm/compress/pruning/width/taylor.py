@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class Taylor:
     Attributes:
         order: `first`, `second` or `mix`.
     """
+
+    takes_gradients: ClassVar[bool] = True
 
     kind: Literal["taylor"] = "taylor"
     order: Order = "first"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,13 @@ class UnitScorer(Protocol):
 
 
 class UnitImportance(Protocol):
-    """A way to score units: a frozen dataclass that is its own configuration."""
+    """A way to score units: a frozen dataclass that is its own configuration.
+
+    Attributes:
+        takes_gradients: Whether it takes gradients of the whole model.
+    """
+
+    takes_gradients: ClassVar[bool]
 
     @property
     def kind(self) -> str:
@@ -54,6 +60,8 @@ class UnitImportance(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class UnitMagnitude:
     """The sum of squares of all weights that a unit owns; no data."""
+
+    takes_gradients: ClassVar[bool] = False
 
     kind: Literal["magnitude"] = "magnitude"
 
