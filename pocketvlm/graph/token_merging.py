@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from pocketvlm.graph.selection import cosine_similarity, top_indices
-from pocketvlm.graph.token_scores import cls_attention, distinctness, received_attention
+from pocketvlm.graph.token_scores import (
+    cls_attention,
+    distinctness,
+    received_attention,
+    semantic_value,
+)
 from pocketvlm.models.reducer import BlockRows
 from pocketvlm.models.token_merging import ImportantTokens, NeighbourTokens, SimilarTokens
 from pocketvlm.models.tower import TowerSpec
@@ -100,8 +105,7 @@ def match_tokens(
         metric = rows.keys.mean(dim=1)
         worth = None
         if merge.semantic_weight:
-            attention = _attention(rows, tower)
-            worth = attention / attention.mean(dim=-1, keepdim=True) * merge.semantic_weight
+            worth = semantic_value(_attention(rows, tower), merge.semantic_weight)
         metric = metric[:, 1:] if tower.has_cls else metric
         target = join_similar(metric, merge.patches, worth)
     elif merge.score == "distinct":

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["QUERY_CHUNK", "cls_attention", "distinctness", "received_attention"]
+__all__ = [
+    "QUERY_CHUNK",
+    "cls_attention",
+    "distinctness",
+    "received_attention",
+    "semantic_value",
+]
 
 QUERY_CHUNK = 256
 """Queries whose attention rows exist at the same time."""
@@ -49,6 +55,22 @@ def received_attention(queries: Tensor, keys: Tensor, *, chunk: int = QUERY_CHUN
     if total is None:
         raise ValueError("there are no queries")
     return total.mean(dim=1) / tokens
+
+
+def semantic_value(attention: Tensor, weight: float) -> Tensor:
+    """What speaks against merging a token: the attention that it gets, `weight` for a mean one.
+
+    Turbo (arXiv 2407.11717, eq. 3), whose constants depend on the number of tokens and whose weight
+    on the block; attention is taken as a multiple of its mean instead.
+
+    Args:
+        attention: Of each token, [B, N].
+        weight: In units of cosine, as likeness is.
+
+    Returns:
+        [B, N].
+    """
+    return attention / attention.mean(dim=-1, keepdim=True) * weight
 
 
 def distinctness(features: Tensor) -> Tensor:

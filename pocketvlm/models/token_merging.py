@@ -7,10 +7,28 @@ that the projector sees as many visual tokens as before, where they were.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ImportantTokens", "NeighbourTokens", "SimilarTokens", "TokenMerge", "merge_fault"]
+__all__ = [
+    "ImportantTokens",
+    "NeighbourTokens",
+    "SimilarTokens",
+    "TokenMerge",
+    "check_semantic_weight",
+    "merge_fault",
+]
+
+
+def check_semantic_weight(weight: float) -> None:
+    """Checks how much attention speaks against merging a token.
+
+    Raises:
+        ValueError: It is not a number of at least 0.
+    """
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"semantic_weight is {weight}; allowed are numbers of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +46,9 @@ class SimilarTokens:
     block: int
     patches: int
     semantic_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_semantic_weight(self.semantic_weight)
 
     @property
     def reads_attention(self) -> bool:

@@ -10,7 +10,6 @@ attention that the tower pays to it. Turbo does so in every block of the tower; 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +18,10 @@ from torch import Tensor
 from pocketvlm.compress.tokens.merge.bipartite import MergedTokens, merge_to
 from pocketvlm.compress.tokens.rank.tower_attention import tower_attention
 from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.graph.token_scores import semantic_value
 from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.models.token_merging import check_semantic_weight
 
 __all__ = ["Similar", "SimilarReducer"]
 
@@ -36,10 +37,7 @@ class SimilarReducer(TokenReducer):
         """Returns the merged features [B, k, C] and their indices [B, k] (int64, ascending)."""
         worth = None
         if self._semantic_weight:
-            attention = tower_attention(inputs)
-            # A mean of 1, whatever the number of tokens.
-            mean = attention.mean(dim=-1, keepdim=True)
-            worth = attention / mean * self._semantic_weight
+            worth = semantic_value(tower_attention(inputs), self._semantic_weight)
         merged = merge_to(MergedTokens.unmerged(inputs.features, worth), self.keep)
         return merged.features, merged.indices
 
@@ -57,10 +55,7 @@ class Similar(Reducer):
     semantic_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.semantic_weight) and self.semantic_weight >= 0):
-            raise ValueError(
-                f"semantic_weight is {self.semantic_weight}; allowed are numbers of at least 0"
-            )
+        check_semantic_weight(self.semantic_weight)
 
     def build(self, spec: ModelSpec, *, keep: int, positions: PositionPolicy) -> TokenReducer:
         """The module of one model."""

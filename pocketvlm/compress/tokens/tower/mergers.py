@@ -15,6 +15,7 @@ from pocketvlm.models.token_merging import (
     NeighbourTokens,
     SimilarTokens,
     TokenMerge,
+    check_semantic_weight,
 )
 from pocketvlm.models.tower import TowerSpec
 
@@ -51,10 +52,7 @@ class MergeSimilar(Merger):
     semantic_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.semantic_weight) and self.semantic_weight >= 0):
-            raise ValueError(
-                f"semantic_weight is {self.semantic_weight}; allowed are numbers of at least 0"
-            )
+        check_semantic_weight(self.semantic_weight)
 
     def merge(self, tower: TowerSpec, block: int, patches: int) -> TokenMerge:
         """The merge of one block."""
