@@ -9,7 +9,7 @@ correctness, and `Answer.rewound_rows` says how much.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -35,7 +35,15 @@ from pocketvlm.runtime.vision import (
     open_vision,
 )
 
-__all__ = ["Conversation", "PictureInput", "open_picture", "question_turn", "require_room"]
+__all__ = [
+    "Conversation",
+    "EncodedPicture",
+    "PictureInput",
+    "Shown",
+    "open_picture",
+    "question_turn",
+    "require_room",
+]
 
 _POLICIES = ("original", "consecutive")
 
@@ -44,8 +52,8 @@ PictureInput = Image | Path | str | bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Picture:
-    """A picture of the conversation.
+class EncodedPicture:
+    """A picture that a vision graph has seen.
 
     Attributes:
         source: What was given.
@@ -64,22 +72,44 @@ class _Picture:
     rows: list[VisualFeatures]
 
 
-def open_picture(source: PictureInput) -> Image:
+Shown = PictureInput | EncodedPicture
+"""What a turn may show: a picture, or one that was encoded ahead."""
+
+
+def open_picture(shown: Shown) -> Image:
     """The picture, decoded.
 
     Raises:
         InputError: It cannot be read.
     """
-    if isinstance(source, Image):
-        return source
-    if isinstance(source, bytes):
-        return read_image(source, "the picture")
-    return open_image(Path(source))
+    if isinstance(shown, EncodedPicture):
+        return open_picture(shown.source)
+    if isinstance(shown, Image):
+        return shown
+    if isinstance(shown, bytes):
+        return read_image(shown, "the picture")
+    return open_image(Path(shown))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _OpenedPicture:
+    """A picture that no vision graph has seen yet."""
+
+    source: PictureInput
+    image: Image
+
+    @classmethod
+    def of(cls, source: PictureInput) -> _OpenedPicture:
+        return cls(source=source, image=open_picture(source))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.size
 
 
 def question_turn(
-    prompt: str | Turn, image: PictureInput | Sequence[PictureInput] | None
-) -> tuple[Turn, list[PictureInput]]:
+    prompt: str | Turn, image: Shown | Sequence[Shown] | None
+) -> tuple[Turn, list[Shown]]:
     """A user's turn with the place of every picture, and the pictures.
 
     Text that a user types is never a place, whatever it says.
@@ -87,11 +117,13 @@ def question_turn(
     Raises:
         InputError: Nothing is asked, or pictures and places do not match.
     """
-    images: list[PictureInput]
+    images: list[Shown]
     if image is None:
         images = []
+    elif isinstance(image, Image | Path | str | bytes | EncodedPicture):
+        images = [image]
     else:
-        images = [image] if isinstance(image, Image | Path | str | bytes) else list(image)
+        images = list(image)
     turn = user_turn(prompt, len(images)) if isinstance(prompt, str) else prompt
     if turn.role != "user":
         raise InputError(f"a question is the user's, not the {turn.role}'s")
@@ -163,7 +195,7 @@ class Conversation:
         self._vision = open_vision(bundle)
         self._runner = open_engine(bundle) if runner is None else runner
         self._runner.reset()
-        self._pictures: list[_Picture] = []
+        self._pictures: list[EncodedPicture] = []
         self._serial = 0
         # What the runner's cache holds, whatever became of the turn that put it there: the first
         # `runner.length` rows of the layout with the tokens after it.
@@ -179,10 +211,31 @@ class Conversation:
         self._cached_ids = []
         self._runner.reset()
 
+    def encode_ahead(
+        self, image: PictureInput, *, vision: VisionChoice = ANY_VISION
+    ) -> EncodedPicture:
+        """Shows a picture to its vision graph before anybody has asked about it.
+
+        An app calls this while its user types: a turn that is given the result waits neither for
+        preprocessing nor for the tower. A picture that is cut otherwise beside others of its turn
+        is encoded again then.
+
+        Args:
+            image: The picture.
+            vision: Which vision graph sees it, where the bundle has several.
+
+        Raises:
+            InputError: The picture cannot be used, or no vision graph is the one that is asked for.
+        """
+        opened = _OpenedPicture.of(image)
+        graph = choose_vision(self._vision, opened.size, vision)
+        cut = self._cuts([*self._pictures, opened])[-1]
+        return self._encode(opened, graph, cut, StageClock())
+
     def ask(
         self,
         prompt: str | Turn,
-        image: PictureInput | Sequence[PictureInput] | None = None,
+        image: Shown | Sequence[Shown] | None = None,
         *,
         vision: VisionChoice = ANY_VISION,
         max_new_tokens: int = 64,
@@ -194,8 +247,8 @@ class Conversation:
         Args:
             prompt: The question; may be empty beside a picture. A `Turn` says where among its
                 words the pictures stand; else they stand before the text.
-            image: The picture of this turn, or several; `None` for text alone, or for another
-                question about earlier pictures.
+            image: The picture of this turn, or several, each given or encoded ahead; `None` for
+                text alone, or for another question about earlier pictures.
             vision: Which vision graph sees the pictures of this turn, where the bundle has several;
                 earlier ones keep theirs.
             max_new_tokens: Tokens after which the answer is cut.
@@ -220,7 +273,7 @@ class Conversation:
     def stream(
         self,
         prompt: str | Turn,
-        image: PictureInput | Sequence[PictureInput] | None = None,
+        image: Shown | Sequence[Shown] | None = None,
         *,
         vision: VisionChoice = ANY_VISION,
         max_new_tokens: int = 64,
@@ -323,43 +376,60 @@ class Conversation:
         return answer
 
     def _look(
-        self, images: Sequence[PictureInput], vision: VisionChoice, clock: StageClock
-    ) -> list[_Picture]:
-        """All pictures so far and new ones; an earlier one again if it is now cut otherwise."""
-        opened = [open_picture(image) for image in images]
-        known = len(self._pictures)
-        sizes = [picture.size for picture in self._pictures] + [image.size for image in opened]
-        # Graphs differ in how many pixels a tile has, never in how a picture is cut.
-        cuts = self._vision[0].preprocessor.grids_by_size(sizes)
-        graphs = [picture.graph for picture in self._pictures]
-        graphs += [choose_vision(self._vision, image.size, vision) for image in opened]
+        self, images: Sequence[Shown], vision: VisionChoice, clock: StageClock
+    ) -> list[EncodedPicture]:
+        """All pictures so far and new ones; a known one again if it is now cut otherwise."""
+        shown = [*self._pictures, *(self._taken(image, vision) for image in images)]
+        cuts = self._cuts(shown)
         clock.lap("preprocess")
-        pictures: list[_Picture] = []
-        for number, (graph, cut) in enumerate(zip(graphs, cuts, strict=True)):
-            if number < known and self._pictures[number].cut == cut:
-                pictures.append(self._pictures[number])
-                continue
-            source = self._pictures[number].source if number < known else images[number - known]
-            image = opened[number - known] if number >= known else open_picture(source)
-            pictures.append(self._encode(source, image, graph, cut, clock))
+        pictures: list[EncodedPicture] = []
+        for one, cut in zip(shown, cuts, strict=True):
+            if isinstance(one, _OpenedPicture):
+                graph = choose_vision(self._vision, one.size, vision)
+                pictures.append(self._encode(one, graph, cut, clock))
+            elif one.cut == cut:
+                pictures.append(one)
+            else:
+                again = _OpenedPicture.of(one.source)
+                pictures.append(self._encode(again, one.graph, cut, clock))
         return pictures
 
+    def _cuts(self, pictures: Sequence[EncodedPicture | _OpenedPicture]) -> Sequence[TileGrid]:
+        """How pictures are cut; graphs differ in how many pixels a tile has, never in that."""
+        return self._vision[0].preprocessor.grids_by_size([one.size for one in pictures])
+
+    def _taken(self, shown: Shown, vision: VisionChoice) -> EncodedPicture | _OpenedPicture:
+        """A new picture, decoded unless it was encoded ahead."""
+        if not isinstance(shown, EncodedPicture):
+            return _OpenedPicture.of(shown)
+        if shown.graph not in self._vision:
+            raise InputError("the picture was encoded ahead by another conversation")
+        if not shown.graph.has(vision):
+            raise InputError(f"the picture was encoded ahead by another graph than for {vision}")
+        return self._renumbered(shown)
+
+    def _renumbered(self, picture: EncodedPicture) -> EncodedPicture:
+        """A picture with serials of its own: it may be shown in several turns."""
+        rows = [
+            replace(row, serial=serial)
+            for serial, row in enumerate(picture.rows, start=self._serial + 1)
+        ]
+        self._serial += len(rows)
+        return replace(picture, rows=rows)
+
     def _encode(
-        self,
-        source: PictureInput,
-        image: Image,
-        graph: VisionGraph,
-        cut: TileGrid,
-        clock: StageClock,
-    ) -> _Picture:
-        grid, pixels = graph.preprocessor.cut(image, cut)
+        self, picture: _OpenedPicture, graph: VisionGraph, cut: TileGrid, clock: StageClock
+    ) -> EncodedPicture:
+        grid, pixels = graph.preprocessor.cut(picture.image, cut)
         clock.lap("preprocess")
         # Never reused, so that rows of an abandoned turn's picture match no other one.
         serial = self._serial + 1
         rows = graph.rows.encode(self._runner, pixels, grid, serial=serial, variant=graph.name)
         self._serial += len(rows)
         clock.lap("vision")
-        return _Picture(source=source, size=image.size, graph=graph, cut=cut, grid=grid, rows=rows)
+        return EncodedPicture(
+            source=picture.source, size=picture.size, graph=graph, cut=cut, grid=grid, rows=rows
+        )
 
     def _lay_out(self, prompt_ids: list[int], tiles: list[VisualFeatures]) -> PromptLayout:
         return lay_out_prompt(

@@ -41,8 +41,11 @@ def library(runner: Runner) -> ctypes.CDLL:
     """The shared library beside the runner."""
     found = ctypes.CDLL(str(Path(runner[0]).parent / "libpocketvlm.so"))
     found.pocketvlm_open.restype = ctypes.c_void_p
-    for name in ("ask", "choose_vision", "reset", "close"):
+    for name in ("choose_vision", "reset", "close"):
         getattr(found, f"pocketvlm_{name}").argtypes = [ctypes.c_void_p]
+    found.pocketvlm_encode_ahead.argtypes = [
+        *(ctypes.c_void_p, ctypes.POINTER(_Picture), ctypes.POINTER(ctypes.c_char_p)),
+    ]
     found.pocketvlm_ask.argtypes = [
         *(ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_Picture), ctypes.c_size_t),
         *(ctypes.c_int, PIECE, ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p)),
@@ -107,6 +110,32 @@ def test_the_c_api_answers_as_the_python_runtime(
     _, reason = ask(library, handle, rendered[1], [])  # of a third turn, one answer is missing
     assert "places for 1 earlier answers where there are 2" in reason
     assert ask(library, handle, rendered[0], pictures[:1]) == (first, "")
+    library.pocketvlm_close(handle)
+
+
+def test_the_c_api_encodes_pictures_ahead(
+    library: ctypes.CDLL, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    bundle = make_bundle("pocket-llava")
+    (turn,) = render_turns(
+        TextCodec.from_bundle(bundle), [Turn(text="what is left?", pictures=(0, 1))]
+    )
+    handle, reason = opened(library, bundle.path)
+    assert handle, reason
+    expected = Conversation(bundle).ask("what is left?", pictures[:2]).text
+
+    def encode_ahead(content: bytes) -> tuple[int, str]:
+        reason = ctypes.c_char_p()
+        picture = _Picture(content, len(content))
+        status = library.pocketvlm_encode_ahead(handle, ctypes.byref(picture), ctypes.byref(reason))
+        return status, (reason.value or b"").decode()
+
+    status, reason = encode_ahead(b"no picture")
+    assert status == -1
+    assert reason.startswith("the picture")
+    assert "\n" not in reason
+    assert encode_ahead(pictures[0].read_bytes()) == (0, "")
+    assert ask(library, handle, turn.rendered or "", pictures[1:2]) == (expected, "")
     library.pocketvlm_close(handle)
 
 

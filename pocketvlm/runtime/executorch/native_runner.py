@@ -18,7 +18,12 @@ import numpy.typing as npt
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import InputError
 from pocketvlm.prompt.messages import Turn
-from pocketvlm.runtime.conversation import PictureInput, open_picture, question_turn
+from pocketvlm.runtime.conversation import (
+    PictureInput,
+    Shown,
+    open_picture,
+    question_turn,
+)
 from pocketvlm.runtime.executorch.process import ProgramProcess, UnspeakablePieceError
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.splice import image_runs
@@ -86,7 +91,7 @@ def answer_with_multimodal_runner(
 
 
 def prompt_parts(
-    bundle: Bundle, codec: TextCodec, turn: Turn, images: Sequence[PictureInput]
+    bundle: Bundle, codec: TextCodec, turn: Turn, images: Sequence[Shown]
 ) -> list[Sequence[int] | npt.NDArray[np.float32]]:
     """The prompt around its pictures, whose own rows replace their placeholders.
 

@@ -34,6 +34,12 @@ pocketvlm_conversation* pocketvlm_open(const char* bundle, const char* onnxrunti
 int pocketvlm_choose_vision(pocketvlm_conversation* conversation, int visual_tokens, int width,
                             int height, char** reason);
 
+/* Encodes a picture of the next question before it is asked, as while a user types. The question's
+ * text has its marker, before those of the pictures that come with pocketvlm_ask. 0, or -1 with a
+ * reason; a picture that cannot be read changes nothing. */
+int pocketvlm_encode_ahead(pocketvlm_conversation* conversation, const pocketvlm_picture* picture,
+                           char** reason);
+
 /* Asks. `rendered` is the chat template's text of this turn and all before it, with a marker per
  * picture and U+F0002 for every earlier answer. 0, or -1 with a reason; after a failure the
  * conversation starts over. */

@@ -34,6 +34,10 @@ Result guarded(Result failed, char** reason, Function function) {
 
 std::string text_of(const char* text) { return text == nullptr ? "" : text; }
 
+Bytes bytes_of(const pocketvlm_picture& picture) {
+  return Bytes(picture.bytes, picture.bytes + picture.size);
+}
+
 }  // namespace
 
 // Members refer to those before them, so that it never moves.
@@ -71,6 +75,14 @@ int pocketvlm_choose_vision(pocketvlm_conversation* conversation, int visual_tok
   });
 }
 
+int pocketvlm_encode_ahead(pocketvlm_conversation* conversation, const pocketvlm_picture* picture,
+                           char** reason) {
+  return guarded(-1, reason, [&] {
+    conversation->conversation.encode_ahead(bytes_of(*picture), conversation->vision);
+    return 0;
+  });
+}
+
 int pocketvlm_ask(pocketvlm_conversation* conversation, const char* rendered,
                   const pocketvlm_picture* pictures, size_t count, int max_new_tokens,
                   pocketvlm_piece on_piece, void* context, char** reason) {
@@ -78,7 +90,7 @@ int pocketvlm_ask(pocketvlm_conversation* conversation, const char* rendered,
     if (max_new_tokens < 1) throw Fault("max_new_tokens must be at least 1");
     Question question{text_of(rendered), {}, conversation->vision};
     for (size_t i = 0; i < count; ++i) {
-      question.pictures.emplace_back(pictures[i].bytes, pictures[i].bytes + pictures[i].size);
+      question.pictures.push_back(bytes_of(pictures[i]));
     }
     conversation->conversation.ask(question, {max_new_tokens, false}, [&](const std::string& piece) {
       if (on_piece != nullptr) on_piece(piece.c_str(), context);

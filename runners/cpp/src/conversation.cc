@@ -110,6 +110,11 @@ void Conversation::reset() {
   engine_.truncate(0);
 }
 
+void Conversation::encode_ahead(const Bytes& picture, const VisionChoice& vision) {
+  Clock clock;
+  look({"", {picture}, vision}, clock);
+}
+
 Answer Conversation::ask(const Question& question, const Limits& limits,
                          const std::function<void(const std::string&)>& on_piece,
                          const std::function<void()>& on_first_token) {

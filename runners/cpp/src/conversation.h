@@ -84,6 +84,10 @@ class Conversation {
   // Starts over with an empty cache.
   void reset();
 
+  // Encodes a picture of the next question before it is asked; pictures that come with the question
+  // stand after it.
+  void encode_ahead(const Bytes& picture, const VisionChoice& vision);
+
   // Asks; `on_piece` is called with each piece of text as soon as it is certain, `on_first_token`
   // once the first token is text. Neither is on the clock.
   Answer ask(const Question& question, const Limits& limits,
