@@ -20,11 +20,13 @@ from pocketvlm.bundle import VisualSchedule
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.gradients.schedule_trials import GivenAnswers, ScheduleTrials
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.tokens.schedule.budget import Macs
 from pocketvlm.compress.tokens.schedule.fast_v import FastV
 from pocketvlm.compress.tokens.schedule.g_search import GSearch
 from pocketvlm.compress.tokens.schedule.kind import ScheduleKind
 from pocketvlm.compress.tokens.schedule.p_sigmoid import PSigmoid
 from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
+from pocketvlm.context import RunContext
 from pocketvlm.evaluation.intervals import compare_paired
 from pocketvlm.pipeline.sources import resolve_model
 
@@ -82,7 +84,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def search(name: str, kind: ScheduleKind) -> None:
         start = time.perf_counter()
-        found = kind.find(checkpoint, calibration, lambda _done, _total: None)
+        found = kind.find(checkpoint, calibration, RunContext())
         seconds = time.perf_counter() - start
         macs = share(found.schedule)
         for layers in (1, 2):
@@ -97,7 +99,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         search("G-Search", GSearch())
         search("G-Search by answers alone", GSearch(loss_tolerance=None))
     for macs in options.macs:
-        search(f"P-Sigmoid, macs {macs:g}", PSigmoid(macs=macs, trials=options.trials))
+        search(
+            f"P-Sigmoid, macs {macs:g}", PSigmoid(budget=Macs(share=macs), trials=options.trials)
+        )
     return rows
 
 

@@ -127,13 +127,13 @@ class VisualSchedule:
         return None
 
     def describe(self) -> str:
-        """The schedule in words, such as `all in 2 layers, 16 of 64 in the next 4, then none`."""
+        """In words, such as `all in the first layer, 16 of 64 in the next 4 layers, then none`."""
         parts, before = [], 0
         for stage, drop in enumerate(self.drops):
             kept = "all" if stage == 0 else f"{self.drops[stage - 1].keep} of {self.tokens}"
-            parts.append(
-                f"{kept} in the {'first' if stage == 0 else 'next'} {drop.layers - before}"
-            )
+            layers = drop.layers - before
+            count = "layer" if layers == 1 else f"{layers} layers"
+            parts.append(f"{kept} in the {'first' if stage == 0 else 'next'} {count}")
             before = drop.layers
         last = self.drops[-1].keep
-        return f"{', '.join(parts)} layers, then {f'{last} of {self.tokens}' if last else 'none'}"
+        return f"{', '.join(parts)}, then {f'{last} of {self.tokens}' if last else 'none'}"

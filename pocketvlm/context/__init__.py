@@ -2,6 +2,7 @@
 
 from pocketvlm.context.ranks import ALONE, Ranks
 from pocketvlm.context.run_context import (
+    PrefillTimes,
     Progress,
     ProgressCallback,
     RunContext,
@@ -11,6 +12,7 @@ from pocketvlm.context.run_context import (
 
 __all__ = [
     "ALONE",
+    "PrefillTimes",
     "Progress",
     "ProgressCallback",
     "Ranks",

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pocketvlm.bundle import VisualSchedule
 from pocketvlm.context.ranks import ALONE, Ranks
 from pocketvlm.weights.layout import LayerBytes
 
-__all__ = ["Progress", "ProgressCallback", "RunContext", "derive_seed", "ignore_progress"]
+__all__ = [
+    "PrefillTimes",
+    "Progress",
+    "ProgressCallback",
+    "RunContext",
+    "derive_seed",
+    "ignore_progress",
+]
+
+PrefillTimes = Callable[[str, Sequence[tuple[int, int]], VisualSchedule | None], float]
+"""Predicted mean milliseconds of prefill: of a device, for prompts of some rows of text and some
+visual rows, under a schedule. Raises `InputError` where the device is not known, and `RecipeError`
+where its speed is not."""
 
 
 def derive_seed(seed: int, label: str) -> int:
@@ -64,6 +77,8 @@ class RunContext:
         device: Where stages compute, as torch names it; weights and states stay in main memory and
             in files.
         ranks: The processes that share the run; a stage that shares nothing is given none.
+        prefill_times: What prefill takes, for stages that solve under a budget of time; `None`
+            where what will be exported is not known.
         on_progress: Called from the working thread after each step.
     """
 
@@ -74,6 +89,7 @@ class RunContext:
     layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
     device: str = "cpu"
     ranks: Ranks = ALONE
+    prefill_times: PrefillTimes | None = None
     on_progress: ProgressCallback = ignore_progress
 
     def report(self, task: str, done: int, total: int, note: str = "") -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketvlm.calibration.source import CalibrationSet
+from pocketvlm.compress.tokens.schedule.stage import DropTokens
+from pocketvlm.context import PrefillTimes
 from pocketvlm.device_bench.devices import Device, load_device
 from pocketvlm.errors import CheckpointError, RecipeError, UnsupportedError, join_problems
 from pocketvlm.models.layers import PARTS
@@ -20,14 +22,12 @@ from pocketvlm.pipeline.advice.advice import Advice, advise
 from pocketvlm.pipeline.compress_memory import predict_compress_bytes
 from pocketvlm.pipeline.plan_memory import (
     FLOAT32_BYTES,
-    PHOTO,
     TURN_TOKENS,
-    photo_grid,
-    photo_tokens,
     predict_memory,
 )
 from pocketvlm.pipeline.planned_graphs import PlannedGraph, planned_graphs
 from pocketvlm.pipeline.predict import DevicePrediction, predict_on
+from pocketvlm.pipeline.prefill_times import prefill_times
 from pocketvlm.pipeline.preflight import Findings, Readers, check_data, check_model
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.processor import PROCESSOR_FILES
@@ -35,9 +35,10 @@ from pocketvlm.recipes.load import Recipe
 from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.reference.shapes import Shape
 from pocketvlm.stages import PlanState, Stage, Target, check_order
+from pocketvlm.stages.photo import PHOTO, photo_grid, photo_tokens
 from pocketvlm.stages.walk_options import WalkOptions
 
-__all__ = ["Plan", "plan", "plan_stages"]
+__all__ = ["Plan", "plan", "plan_stages", "recipe_prefill_times"]
 
 _SOURCE_BYTES_A_WEIGHT = 2  # checkpoints are published in bf16
 
@@ -292,7 +293,8 @@ def plan_stages(
         UnsupportedError: The model lacks what a stage needs.
     """
     check_order(stages)
-    state = PlanState.of(spec, layer_bytes_by_target(targets))
+    times = recipe_prefill_times(stages, spec, targets)
+    state = PlanState.of(spec, layer_bytes_by_target(targets), times)
     for stage in stages:
         if spec.taps and not stage.carries_taps:
             raise RecipeError(
@@ -313,6 +315,19 @@ def plan_stages(
                 raise
             raise RecipeError(f"{stage.method}: {error}") from error
     return state
+
+
+def recipe_prefill_times(
+    stages: Sequence[Stage], spec: ModelSpec, targets: Sequence[Target]
+) -> PrefillTimes | None:
+    """What prefill of a recipe's model takes, of which no visual row is dropped by the recipe.
+
+    `None` without targets: what is exported says which kernels run.
+    """
+    if not targets:
+        return None
+    others = tuple(stage for stage in stages if not isinstance(stage, DropTokens))
+    return prefill_times(lambda: plan_stages(others, spec, targets), targets)
 
 
 def _context_warnings(target: Target, state: PlanState) -> list[str]:

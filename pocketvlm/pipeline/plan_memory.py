@@ -12,24 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocketvlm.bundle import CacheLayout
-from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Target
+from pocketvlm.stages.photo import photo_tokens
 from pocketvlm.stages.plan_state import FLOAT_CACHE_BITS
 from pocketvlm.weights.layout import AffineLayout, without_mask
 
 __all__ = [
     "FLOAT32_BYTES",
-    "PHOTO",
     "TURN_TOKENS",
     "PlannedMemory",
-    "photo_grid",
-    "photo_tokens",
     "predict_memory",
 ]
-
-PHOTO = (640, 480)
-"""Width and height of the picture that memory is predicted for."""
 
 TURN_TOKENS = 256
 """The text of a short chat, in addition to the picture."""
@@ -67,16 +61,6 @@ def predict_memory(state: PlanState, targets: Sequence[Target]) -> PlannedMemory
         activation_bytes=_activation_bytes(spec)
         + max((_state_bytes(target, spec) for target in targets), default=0),
     )
-
-
-def photo_grid(spec: ModelSpec) -> TileGrid:
-    """Tiles of the photo."""
-    return ONE_TILE if spec.tiling is None else spec.tiling.grid(*PHOTO)
-
-
-def photo_tokens(state: PlanState) -> int:
-    """Visual tokens of the photo that enter the decoder."""
-    return photo_grid(state.spec).most_rows(state.spec.visual_tokens, state.visual_tokens)
 
 
 def _held_bytes(target: Target, state: PlanState) -> int:

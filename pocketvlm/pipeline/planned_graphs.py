@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocketvlm.device_bench.devices import Device
-from pocketvlm.pipeline.plan_memory import photo_tokens, predict_memory
+from pocketvlm.pipeline.plan_memory import predict_memory
 from pocketvlm.pipeline.predict import DevicePrediction, predict_on
 from pocketvlm.stages import PlanState, Target
+from pocketvlm.stages.photo import photo_tokens
 
 __all__ = ["PlannedGraph", "planned_graphs"]
 

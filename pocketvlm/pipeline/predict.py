@@ -13,7 +13,7 @@ from pocketvlm.device_bench.prediction.rates import (
     FLOAT_KERNEL,
     quantized_kernel,
 )
-from pocketvlm.device_bench.prediction.roofline import Question, Times, predict_times
+from pocketvlm.device_bench.prediction.roofline import CacheType, Question, Times, predict_times
 from pocketvlm.device_bench.prediction.work import BundleWork, ModelWork, count_work
 from pocketvlm.device_bench.workload import PRESETS, Workload
 from pocketvlm.export.onnx.limits import container_bits
@@ -28,6 +28,7 @@ from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 __all__ = [
     "PREDICTED_WORKLOAD",
     "DevicePrediction",
+    "cache_type",
     "exported_model",
     "model_work",
     "predict_on",
@@ -127,7 +128,7 @@ def question_of(state: PlanState, workload: Workload) -> Question:
         tiles_by_vision=(pictures * grid.tiles,),
         picture_pixels=pictures * (side or 0) ** 2,
         new_tokens=workload.new_tokens,
-        cache="float32" if state.cache_bits == _FLOAT_CACHE_BITS else "int8",
+        cache=cache_type(state),
     )
 
 
@@ -155,6 +156,11 @@ def model_work(state: PlanState, targets: Sequence[Target]) -> ModelWork | str:
     models = [exported_model(vision, targets) for vision in state.each_vision()]
     known = [model for model in models if not isinstance(model, str)]
     return count_work(*known) if len(known) == len(models) else str(models[0])
+
+
+def cache_type(state: PlanState) -> CacheType:
+    """Type of a model's KV cache."""
+    return "float32" if state.cache_bits == _FLOAT_CACHE_BITS else "int8"
 
 
 def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel | str:

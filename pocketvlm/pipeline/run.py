@@ -32,7 +32,7 @@ from pocketvlm.pipeline.identity import (
     stage_settings,
 )
 from pocketvlm.pipeline.journal import Journal
-from pocketvlm.pipeline.plan import plan_stages
+from pocketvlm.pipeline.plan import plan_stages, recipe_prefill_times
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
 from pocketvlm.pipeline.run_report import assemble_report, weight_bytes_by_part
 from pocketvlm.pipeline.shared_run import (
@@ -123,7 +123,10 @@ def run(
             checkpoint,
             recipe,
             calibration=calibration,
-            ctx=stage_context(ctx, model, recipe),
+            ctx=replace(
+                stage_context(ctx, model, recipe),
+                prefill_times=recipe_prefill_times(recipe.stages, checkpoint.spec, recipe.targets),
+            ),
             evaluation=evaluation,
             workload=workload,
             baseline=baseline,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pocketvlm.bundle import VisionVariant, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import PrefillTimes
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.spec import ModelSpec
@@ -45,6 +46,7 @@ class PlanState:
         cache_bits: Bits of a number in the KV cache.
         notes: What a reader of the plan should know.
         layer_bytes: What a layer takes in the files of each target, by the target's tag.
+        prefill_times: What prefill takes; `None` where what will be exported is not known.
     """
 
     spec: ModelSpec
@@ -55,15 +57,22 @@ class PlanState:
     cache_bits: int = FLOAT_CACHE_BITS
     notes: tuple[str, ...] = ()
     layer_bytes: Mapping[str, LayerBytes] = field(default_factory=dict)
+    prefill_times: PrefillTimes | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, spec: ModelSpec, layer_bytes: Mapping[str, LayerBytes] | None = None) -> PlanState:
-        """The model before the first stage, and what its layers would take in files."""
+    def of(
+        cls,
+        spec: ModelSpec,
+        layer_bytes: Mapping[str, LayerBytes] | None = None,
+        prefill_times: PrefillTimes | None = None,
+    ) -> PlanState:
+        """The model before the first stage, and what it would take in files and in time."""
         return cls(
             spec=spec,
             layouts=dict.fromkeys(spec.linears()),
             visual_tokens=spec.visual_tokens,
             layer_bytes=layer_bytes or {},
+            prefill_times=prefill_times,
         )
 
     @classmethod

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pocketvlm.device_bench.prediction.decoder_work import decoder_operators
+from pocketvlm.device_bench.prediction.decoder_work import DecoderWork, decoder_operators
 from pocketvlm.device_bench.prediction.operators import (
     CachedAttention,
     Operator,
@@ -23,7 +23,7 @@ from pocketvlm.device_bench.prediction.operators import (
 from pocketvlm.device_bench.prediction.rates import Rates
 from pocketvlm.device_bench.prediction.work import ModelWork
 
-__all__ = ["Question", "Times", "predict_times"]
+__all__ = ["CacheType", "Question", "Times", "predict_prefill_ms", "predict_times"]
 
 CacheType = Literal["float32", "int8"]
 
@@ -88,10 +88,9 @@ def predict_times(model: ModelWork, question: Question, rates: Rates) -> Times:
     for tiles, vision in zip(question.tiles_by_vision, model.visions, strict=False):
         preprocess_ms += tiles * vision.tile_pixels / rates.resized_pixels_s * 1e3
         vision_ms += tiles * (_graph_ms(vision.work.operators(), rates, cache) + call_ms)
-    prompt = decoder_operators(
-        model.decoder, text_rows=question.text_rows, visual_rows=question.visual_rows
+    prefill_ms = predict_prefill_ms(
+        model.decoder, rates, question.text_rows, question.visual_rows, cache=cache
     )
-    prefill_ms = _graph_ms(prompt, rates, cache) + call_ms
     halfway = question.rows + question.new_tokens // 2
     step = decoder_operators(
         model.decoder, text_rows=1, past=halfway, past_visual=question.visual_rows
@@ -109,6 +108,27 @@ def predict_times(model: ModelWork, question: Question, rates: Rates) -> Times:
         prefill_tok_s=question.rows / prefill_ms * 1e3,
         decode_tok_s=1e3 / (decode_ms + sample_ms),
     )
+
+
+def predict_prefill_ms(
+    decoder: DecoderWork,
+    rates: Rates,
+    text_rows: int,
+    visual_rows: int,
+    *,
+    cache: CacheType = "float32",
+) -> float:
+    """Milliseconds of the decoder's call with a whole prompt.
+
+    Args:
+        decoder: The decoder.
+        rates: What the device reaches.
+        text_rows: Rows of the prompt that are text.
+        visual_rows: Rows that are of pictures.
+        cache: Type of the KV cache.
+    """
+    prompt = decoder_operators(decoder, text_rows=text_rows, visual_rows=visual_rows)
+    return _graph_ms(prompt, rates, cache) + rates.call_us / 1e3
 
 
 def _graph_ms(operators: Iterable[Operator], rates: Rates, cache: CacheType) -> float:

@@ -23,11 +23,11 @@ from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.schedule.kind import (
     FoundSchedule,
-    Report,
     ScheduleKind,
     check_share,
     share_of,
 )
+from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 
 __all__ = ["Exit", "InactiveGroups", "LowDivergence"]
@@ -146,12 +146,16 @@ class Exit(ScheduleKind):
         return VisualSchedule.ending(share_of(given, depth))
 
     def find(
-        self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
+        self, checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext
     ) -> FoundSchedule:
         """The exit that the rule finds, if there is one."""
         if self.rule is None:
-            return super().find(checkpoint, samples, report)
-        uses = measure_visual_use(checkpoint, samples, report)
+            return super().find(checkpoint, samples, ctx)
+        uses = measure_visual_use(
+            checkpoint,
+            samples,
+            lambda done, total: ctx.report("drop_tokens", done, total, "steps of the search"),
+        )
         layers = self.rule.choose(uses)
         return FoundSchedule(
             schedule=VisualSchedule.ending(layers),

@@ -21,8 +21,9 @@ from pocketvlm.bundle import VisualDrop, VisualSchedule
 from pocketvlm.calibration.gradients.schedule_trials import GivenAnswers, ScheduleTrials
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.tokens.schedule.kind import FoundSchedule, Report, SearchedSchedule
+from pocketvlm.compress.tokens.schedule.kind import FoundSchedule, SearchedSchedule
 from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
+from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 
 __all__ = ["GSearch", "fewest"]
@@ -72,7 +73,7 @@ class GSearch(SearchedSchedule):
         return self.loss_tolerance is None or answers.loss <= plain.loss + self.loss_tolerance
 
     def find(
-        self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
+        self, checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext
     ) -> FoundSchedule:
         """Settles one layer after another.
 
@@ -104,7 +105,7 @@ class GSearch(SearchedSchedule):
             if keep < left:
                 drops, left = with_drop(layer, keep).drops, keep
             rows.append({"name": f"decoder layer {layer}", "block": layer, "visual_tokens": left})
-            report(layer, depth - 1)
+            ctx.report("drop_tokens", layer, depth - 1, "layers of the search")
             if not left:
                 break
         if not drops:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pocketvlm.bundle import VisualDrop, VisualSchedule
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.context import RunContext
+from pocketvlm.stages import PlanState
 
 __all__ = [
+    "FOUND_LATER",
     "FoundSchedule",
     "ScheduleKind",
     "SearchedSchedule",
@@ -20,7 +23,7 @@ __all__ = [
     "stepwise",
 ]
 
-Report = Callable[[int, int], None]
+FOUND_LATER = "drop_tokens: where visual tokens leave the decoder is found on calibration samples"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,28 +66,39 @@ class ScheduleKind(ABC):
             ValueError: It does not fit.
         """
 
+    def planned(self, state: PlanState) -> tuple[VisualSchedule, tuple[str, ...]]:
+        """The schedule that a plan counts with, and what its reader should know.
+
+        Raises:
+            RecipeError: No schedule of this kind can be found for the model.
+            ValueError: It does not fit.
+        """
+        note = f"{FOUND_LATER}; the KV cache is planned for all of them in every layer"
+        notes = (note,) if self.is_searched else ()
+        return self.plan(state.spec.decoder.depth, state.visual_tokens), notes
+
     def find(
-        self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
+        self, checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext
     ) -> FoundSchedule:
         """The schedule that a model gets.
 
         Args:
             checkpoint: The model; no row is dropped inside its decoder.
             samples: Calibration samples.
-            report: Called with the steps of a search that are done, and their number.
+            ctx: Told about the steps of a search.
 
         Raises:
             RecipeError: A search finds none that is good enough.
             CalibrationError: A search needs samples with answers, and one cannot be used.
             ValueError: It does not fit.
         """
-        del samples, report
+        del samples, ctx
         depth = checkpoint.spec.decoder.depth
         return FoundSchedule(schedule=self.plan(depth, checkpoint.visual_tokens))
 
 
 class SearchedSchedule(ScheduleKind):
-    """A schedule that calibration samples decide; a plan counts all tokens in all layers."""
+    """A schedule that calibration samples decide."""
 
     @property
     def is_searched(self) -> bool:

@@ -19,30 +19,41 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Literal
 
 from pocketvlm.bundle import VisualSchedule
 from pocketvlm.calibration.gradients.schedule_trials import GivenAnswers, ScheduleTrials
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.tokens.schedule.budget import (
+    Cost,
+    Macs,
+    PrefillTime,
+    require_affordable,
+)
 from pocketvlm.compress.tokens.schedule.kind import (
+    FOUND_LATER,
     FoundSchedule,
-    Report,
     SearchedSchedule,
     stepwise,
 )
 from pocketvlm.compress.tokens.schedule.prefill_macs import PrefillMacs
+from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
+from pocketvlm.stages import PlanState
+from pocketvlm.stages.photo import photo_tokens
 
 __all__ = ["Curve", "PSigmoid", "constant_curve", "curve_within", "within_budget"]
 
 _RANDOM_TRIALS = 8
 _BISECTIONS = 24
+_TEXT_ROWS = 32  # of the prompt that a plan speaks of
 _STEEPEST = 60.0
 _LEVEL_AFTER = 12.0  # steepness times distance from the middle where a curve is level
 
-Cost = Callable[[VisualSchedule | None], float]
+_HALF = Macs()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,48 +164,76 @@ class PSigmoid(SearchedSchedule):
     """Searches the best sigmoid of depth for a budget.
 
     Attributes:
-        macs: The budget: share of the multiplications of the decoder's prefill that are left, rows
-            of text included, on the prompts of the calibration samples.
+        budget: What the prefill may cost.
         trials: Curves that are tried, the constant share not counted.
         seed: Of the search.
     """
 
     kind: Literal["p_sigmoid"] = "p_sigmoid"
-    macs: float = 0.5
+    budget: Macs | PrefillTime = _HALF
     trials: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.macs < 1:
-            raise ValueError(f"macs is {self.macs!r}; allowed is a share in (0, 1)")
         if self.trials < 1:
             raise ValueError(f"trials is {self.trials}; allowed are 1 and more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; allowed are 0 to {2**32 - 1}")
 
+    def planned(self, state: PlanState) -> tuple[VisualSchedule, tuple[str, ...]]:
+        """The constant share that costs what the budget allows, as every curve that is tried.
+
+        Raises:
+            InputError: There is no such device.
+            RecipeError: No schedule keeps the budget.
+        """
+        spec, tokens, budget = state.spec, state.visual_tokens, self.budget
+        times = state.prefill_times
+        budget.require_possible(spec, tokens, times)
+        rows = photo_tokens(state)
+        cost = cache(budget.cost(spec, [(_TEXT_ROWS, rows)], times))
+        layers = spec.decoder.depth
+        if layers < 2 or cost(None) <= budget.limit:  # noqa: PLR2004  (the first layer drops none)
+            return super().planned(state)
+        constant = constant_curve(cost, budget.limit, layers, tokens)
+        schedule = constant.schedule(layers, tokens)
+        if not constant.high or schedule is None:
+            return super().planned(state)
+        return schedule, (
+            f"{FOUND_LATER}; planned is what costs as much: {schedule.describe()}. Prefill of "
+            f"{rows} visual tokens and {_TEXT_ROWS} of text takes {budget.spell(cost(schedule))} "
+            f"then, {budget.spell(cost(None))} without a drop",
+        )
+
     def find(
-        self, checkpoint: Checkpoint, samples: CalibrationSet, report: Report
+        self, checkpoint: Checkpoint, samples: CalibrationSet, ctx: RunContext
     ) -> FoundSchedule:
         """Tries curves of one cost.
 
         Raises:
-            RecipeError: A single visual token in each layer costs more than the budget.
+            RecipeError: A single visual token in each layer costs more than the budget, or all of
+                them cost no more.
         """
-        spec = checkpoint.spec
+        spec, budget = checkpoint.spec, self.budget
         layers = spec.decoder.depth
         tokens = checkpoint.visual_tokens
         trials = ScheduleTrials(checkpoint, samples)
-        cost = PrefillMacs.of(spec, trials.prompt_rows).share
-        _require_affordable(cost, self.macs, layers, tokens)
+        cost = cache(budget.cost(spec, trials.prompt_rows, ctx.prefill_times))
+        require_affordable(budget, cost, layers, tokens)
+        if cost(None) <= budget.limit:
+            raise RecipeError(
+                f"drop_tokens: prefill takes {budget.spell(cost(None))} without a drop, which the "
+                f"budget of {budget.spell(budget.limit)} allows; leave drop_tokens out"
+            )
         search = _Search(trials=trials, layers=layers, tokens=tokens)
-        constant = constant_curve(cost, self.macs, layers, tokens)
+        constant = constant_curve(cost, budget.limit, layers, tokens)
         plain = search.loss(constant)
 
         def objective(high: float, low: float, steepness: float) -> float:
             share = constant.high
             curve = curve_within(
                 cost,
-                self.macs,
+                budget.limit,
                 layers,
                 tokens,
                 high=share + (1 - share) * high,
@@ -204,19 +243,22 @@ class PSigmoid(SearchedSchedule):
             return -search.loss(curve)
 
         for number, _ in enumerate(_bayesian_points(objective, self.trials, self.seed), start=1):
-            report(number, self.trials)
+            ctx.report("drop_tokens", number, self.trials, "curves")
         curve = search.best
         found = curve.schedule(layers, tokens)
         if found is None:
             raise RecipeError(
-                f"drop_tokens: macs {self.macs:g} is spent by no curve; a larger share than "
-                f"{cost(constant.schedule(layers, tokens)):.3f} drops nothing"
+                f"drop_tokens: a budget of {budget.spell(budget.limit)} is spent by no curve; more "
+                f"than {budget.spell(cost(constant.schedule(layers, tokens)))} drops nothing"
             )
         answers = search.tried[found]
         return FoundSchedule(
             schedule=found,
             metrics={
-                "prefill_macs_share": cost(found),
+                "prefill_macs_share": PrefillMacs.of(spec, trials.prompt_rows).share(found),
+                "budget": asdict(budget),
+                "cost": cost(found),
+                "cost_before": cost(None),
                 "curve": {
                     "high": curve.high,
                     "low": curve.low,
@@ -257,14 +299,3 @@ class _Search:
     def best(self) -> Curve:
         """The curve of least loss."""
         return self.curves[min(self.tried, key=lambda schedule: self.tried[schedule].loss)]
-
-
-def _require_affordable(cost: Cost, budget: float, layers: int, tokens: int) -> None:
-    least = cost(
-        stepwise([(1, 0.5 / tokens)], tokens, ranked_in="layer_before", positions="original")
-    )
-    if layers < 2 or budget < least:  # noqa: PLR2004  (a layer that ranks, and one to save in)
-        raise RecipeError(
-            f"drop_tokens: macs {budget:g} is below {least:.3f}, the share that text, the first "
-            "layer and a single visual token take; the schedule exit ends all tokens earlier"
-        )

@@ -59,16 +59,12 @@ class DropTokens(Stage):
         """
         _require_plain_decoder(state.spec)
         try:
-            schedule = self.schedule.plan(state.spec.decoder.depth, state.visual_tokens)
+            schedule, notes = self.schedule.planned(state)
         except ValueError as error:
             raise RecipeError(f"drop_tokens: {error}") from error
-        if self.schedule.is_searched:
-            return replace(state, visual_schedule=schedule).with_notes(
-                "drop_tokens: where visual tokens leave the decoder is found on calibration "
-                "samples; the KV cache is planned for all of them in every layer"
-            )
-        _require_fit(schedule, state.spec)
-        return replace(state, visual_schedule=schedule)
+        if not self.schedule.is_searched:
+            _require_fit(schedule, state.spec)
+        return replace(state, visual_schedule=schedule).with_notes(*notes)
 
     def compress(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, ctx: RunContext
@@ -88,11 +84,7 @@ class DropTokens(Stage):
         spec = checkpoint.spec
         _require_plain_decoder(spec)
         try:
-            found = self.schedule.find(
-                checkpoint,
-                calibration,
-                lambda done, total: ctx.report(self.method, done, total, "steps of the search"),
-            )
+            found = self.schedule.find(checkpoint, calibration, ctx)
         except ValueError as error:
             raise RecipeError(f"drop_tokens: {error}") from error
         schedule, depth = found.schedule, spec.decoder.depth

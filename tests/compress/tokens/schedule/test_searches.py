@@ -15,6 +15,7 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.gradients.schedule_trials import ScheduleTrials
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.schedule import p_sigmoid
+from pocketvlm.compress.tokens.schedule.budget import Macs, PrefillTime
 from pocketvlm.compress.tokens.schedule.g_search import GSearch, fewest
 from pocketvlm.compress.tokens.schedule.p_sigmoid import (
     PSigmoid,
@@ -137,8 +138,11 @@ def samples():
 @pytest.fixture(scope="module")
 def strict(reference, samples):
     steps = []
-    found = GSearch().find(reference, samples, lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (len(found.layers), reference.spec.decoder.depth - 1)
+    found = GSearch().find(reference, samples, RunContext(on_progress=steps.append))
+    assert (steps[-1].done, steps[-1].total) == (
+        len(found.layers),
+        reference.spec.decoder.depth - 1,
+    )
     return found
 
 
@@ -167,14 +171,14 @@ def test_g_search_loses_no_answer_and_no_layer_could_do_with_a_token_less(
 
 def test_g_search_with_a_tolerance_may_lose_that_many(reference, samples, strict):
     search = GSearch(tolerance=0.25, loss_tolerance=None)
-    found = search.find(reference, samples, lambda *_: None)
+    found = search.find(reference, samples, RunContext())
     assert found.metrics["right"] >= found.metrics["right_before"] - 6
     assert found.metrics["prefill_macs_share"] < strict.metrics["prefill_macs_share"]
 
 
 def test_p_sigmoid_is_no_worse_than_a_constant_share_of_the_same_cost(reference, samples):
-    search = PSigmoid(macs=0.6, trials=10)
-    found = search.find(reference, samples, lambda *_: None)
+    search = PSigmoid(budget=Macs(share=0.6), trials=10)
+    found = search.find(reference, samples, RunContext())
     trials = ScheduleTrials(reference, samples)
     loss = trials.answers(found.schedule).loss
     assert loss == pytest.approx(found.metrics["answer_loss"])
@@ -183,7 +187,7 @@ def test_p_sigmoid_is_no_worse_than_a_constant_share_of_the_same_cost(reference,
 
 
 def test_a_stage_gives_the_checkpoint_what_was_found(reference, samples):
-    stage = DropTokens(schedule=PSigmoid(macs=0.6, trials=2))
+    stage = DropTokens(schedule=PSigmoid(budget=Macs(share=0.6), trials=2))
     done = stage.apply(reference, samples, RunContext(threads=1))
     assert stage.apply(reference, samples, RunContext()).visual_schedule == done.visual_schedule
     record = done.history[-1]
@@ -195,8 +199,10 @@ def test_a_stage_gives_the_checkpoint_what_was_found(reference, samples):
 
 
 def test_a_budget_below_the_text_is_refused(reference, samples):
-    with pytest.raises(RecipeError, match=r"macs 0.05 is below 0\.\d+, the share that text"):
-        PSigmoid(macs=0.05).find(reference, samples, lambda *_: None)
+    with pytest.raises(
+        RecipeError, match=r"budget of 0\.050 of .* is below 0\.\d+ of .*which text"
+    ):
+        PSigmoid(budget=Macs(share=0.05)).find(reference, samples, RunContext())
 
 
 @pytest.mark.parametrize(
@@ -205,8 +211,11 @@ def test_a_budget_below_the_text_is_refused(reference, samples):
         (lambda: GSearch(tolerance=1.0), "tolerance is 1.0"),
         (lambda: GSearch(tolerance=math.nan), "tolerance is nan"),
         (lambda: GSearch(loss_tolerance=-0.1), "loss_tolerance is -0.1"),
-        (lambda: PSigmoid(macs=0.0), "macs is 0.0"),
-        (lambda: PSigmoid(macs=1.0), "macs is 1.0"),
+        (lambda: Macs(share=0.0), "share is 0.0"),
+        (lambda: Macs(share=1.0), "share is 1.0"),
+        (lambda: PrefillTime(most=0.0, device="galaxy-s25"), "most is 0.0"),
+        (lambda: PrefillTime(most=math.inf, device="galaxy-s25"), "most is inf"),
+        (lambda: PrefillTime(most=10.0, device="host"), "measured anew"),
         (lambda: PSigmoid(trials=0), "trials is 0"),
         (lambda: PSigmoid(seed=-1), "seed is -1"),
     ],
