@@ -32,7 +32,7 @@ def prefill_times(planned: Callable[[], PlanState], targets: Sequence[Target]) -
     @cache
     def known(device: str) -> tuple[DecoderWork, Rates, CacheType]:
         if device not in device_names():
-            load_device(device)  # which says what there is; files of one's own are not in a recipe
+            load_device(device)  # which says what there is
             raise RecipeError(f"device {device!r} is a file; allowed is the name of a profile")
         state = planned()
         model, (rates, basis) = exported_model(state, targets), rates_of(load_device(device))

@@ -409,7 +409,7 @@ class Conversation:
         return self._renumbered(shown)
 
     def _renumbered(self, picture: EncodedPicture) -> EncodedPicture:
-        """A picture with serials of its own: it may be shown in several turns."""
+        """A picture with new serials: it may be shown in several turns."""
         rows = [
             replace(row, serial=serial)
             for serial, row in enumerate(picture.rows, start=self._serial + 1)

@@ -126,7 +126,7 @@ def reference() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def samples() -> CalibrationSet:
-    return CalibrationSet.from_reference(0, 12)
+    return CalibrationSet.from_reference(0, 6)
 
 
 def test_a_search_keeps_its_milliseconds(reference: Checkpoint, samples: CalibrationSet) -> None:

@@ -104,7 +104,7 @@ class PrefillTime(Budget):
 
     Attributes:
         most: Milliseconds, the mean over the prompts of the calibration samples.
-        device: Name of a device profile; not `host`, whose rates are measured anew now and then.
+        device: Name of a device profile; not `host`, whose rates are measured again now and then.
     """
 
     kind: Literal["prefill_ms"] = "prefill_ms"
@@ -116,7 +116,7 @@ class PrefillTime(Budget):
             raise ValueError(f"most is {self.most!r}; allowed are milliseconds above 0")
         if self.device == "host":
             raise ValueError(
-                "device is 'host', whose rates are measured anew now and then; allowed is the "
+                "device is 'host', whose rates are measured again now and then; allowed is the "
                 "profile of another device, which always says the same"
             )
 

@@ -215,7 +215,7 @@ def test_a_budget_below_the_text_is_refused(reference, samples):
         (lambda: Macs(share=1.0), "share is 1.0"),
         (lambda: PrefillTime(most=0.0, device="galaxy-s25"), "most is 0.0"),
         (lambda: PrefillTime(most=math.inf, device="galaxy-s25"), "most is inf"),
-        (lambda: PrefillTime(most=10.0, device="host"), "measured anew"),
+        (lambda: PrefillTime(most=10.0, device="host"), "measured again"),
         (lambda: PSigmoid(trials=0), "trials is 0"),
         (lambda: PSigmoid(seed=-1), "seed is -1"),
     ],
