@@ -54,8 +54,8 @@ def test_answers_are_the_same_without_the_tower(pair: Pair) -> None:
     assert second.timings.reused_tokens == plain.answers[-1].timings.reused_tokens > 0
 
 
-def test_a_turn_that_does_not_use_it_is_not_changed(pair: Pair) -> None:
-    plain, (talk, _) = Conversation(pair.bundle), talk_of(pair.bundle)
+def test_a_turn_that_does_not_use_it_is_not_changed(llava: Pair) -> None:
+    plain, (talk, _) = Conversation(llava.bundle), talk_of(llava.bundle)
     for prompt, picture in (("One", noise(1)), ("Two", None)):
         talk.encode_ahead(noise(3))
         found = talk.ask(prompt, picture, max_new_tokens=6)
