@@ -40,7 +40,7 @@ from pocketvlm.device_bench.prediction.roofline import Times, predict_times
 from pocketvlm.device_bench.workload import Workload
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.plan import plan_stages
-from pocketvlm.pipeline.predict import exported_model, question_of
+from pocketvlm.pipeline.predict import model_work, question_of
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape
 from pocketvlm.reference.shapes import Shape, load_shape
@@ -104,7 +104,7 @@ def predicted(
     loaded = load_recipe(recipe)
     grids = tuple(stage for stage in loaded.stages if hasattr(stage, "rules"))
     state = plan_stages((*stages, *grids), spec, loaded.targets)
-    model = exported_model(state, loaded.targets)
+    model = model_work(state, loaded.targets)
     if isinstance(model, str):
         raise SystemExit(model)
     asked = Workload(name="asked", prompt_tokens=text_rows, new_tokens=_NEW, image_size=_SIDE)
