@@ -57,7 +57,7 @@ def fork_cli(
     Args:
         *arguments: Its words.
         check: The exit code that it must have.
-        largest_file: Bytes that it may write to a file, as on a disk that is full behind them.
+        largest_file: Bytes that it may write to a file, as on a disk that is full after them.
     """
     done = _run(_run_module, tuple(map(str, arguments)), largest_file)
     if check is not None:
