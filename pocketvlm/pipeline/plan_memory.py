@@ -90,7 +90,7 @@ def _cache_bytes(state: PlanState) -> int:
         kv_heads=decoder.kv_heads,
         head_dim=decoder.head_dim,
         dtype="float32" if state.cache_bits == FLOAT_CACHE_BITS else "int8",
-        visual_schedule=state.visual_schedule,
+        visual_schedule=state.counted_schedule,
     )
     return cache.stored_bytes(TURN_TOKENS, photo_tokens(state))
 

@@ -181,7 +181,7 @@ def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel
         spec=state.spec,
         kernels=kernels,
         visual_tokens=state.visual_tokens,
-        visual_schedule=state.visual_schedule,
+        visual_schedule=state.counted_schedule,
     )
 
 

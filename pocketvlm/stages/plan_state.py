@@ -94,6 +94,14 @@ class PlanState:
         )
 
     @property
+    def counted_schedule(self) -> VisualSchedule | None:
+        """The schedule that is counted with; `None` where every layer may run all rows."""
+        schedule = self.visual_schedule
+        if schedule is None or schedule.drops[-1].layers >= self.spec.decoder.depth:
+            return None
+        return schedule
+
+    @property
     def vision_variant(self) -> VisionVariant:
         """The vision graph for `spec` and `visual_tokens`, as a manifest describes it."""
         return self.spec.vision_variant(self.visual_tokens)
