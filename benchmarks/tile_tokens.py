@@ -1,12 +1,16 @@
 """What fewer tokens of a cut picture cost, by where they are saved: in every tile, or in some.
 
     python benchmarks/tile_tokens.py --n 960
+    python benchmarks/tile_tokens.py --n 960 --reducer distinct_features --budgets
 
 `pocket-tiles` answers the same held-out questions about mosaics with the float model in torch, so
 that differences are paired. Arms are lists of stages; `tokens` is the share of the visual rows that
 enter the decoder, all questions together, and `tiles` the share of the runs of the tower. With
-`--seconds N` a bundle of each arm answers one question after another, interleaved, for the medians
-of preprocessing, tower and time to first token. Prints a table and one JSON line.
+`--budgets` tiles of one picture have different numbers of tokens, at the same number in all: the
+whole picture half of them (as HiRED does) or as many as a tile, and its tiles as many each, or by
+what they show. With `--seconds N` a bundle of each arm answers one question after another,
+interleaved, for the medians of preprocessing, tower and time to first token. Prints a table and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -28,12 +32,17 @@ from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens import REDUCERS, ReduceTokens
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.compress.tokens.skip_empty_tiles import SkipEmptyTiles
+from pocketvlm.compress.tokens.tile_budgets.detail import Detail
+from pocketvlm.compress.tokens.tile_budgets.hired import Hired
+from pocketvlm.compress.tokens.tile_budgets.whole_finer import WholeFiner
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import compare_scores, score_checkpoint
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.machine import describe_processor
+from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
+from pocketvlm.reference_graph.tile_budget import encode_tiles
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.stages import Stage
 
@@ -57,12 +66,56 @@ def arms(kinds: Sequence[str], shares: Sequence[float]) -> Iterator[tuple[str, l
             yield f"skip_empty_tiles, {kind} {share}", stages
 
 
+def budget_arms(
+    kinds: Sequence[str], shares: Sequence[float], spec: ModelSpec, tiles: float
+) -> Iterator[tuple[str, list[Stage]]]:
+    """The same with a number of tokens for every tile.
+
+    Args:
+        kinds: Reducers.
+        shares: Of all tokens, how many are kept.
+        spec: The model.
+        tiles: Tiles of a picture beside the whole, on average.
+    """
+    full = spec.visual_tokens
+    for kind in kinds:
+        reducer: Any = REDUCERS[kind]()
+        for share in shares:
+            even = max(1, round(share * full))
+            half = min(full - 1, round((1 + tiles) * even / 2))
+            rest = max(1, round(((1 + tiles) * even - half) / tiles))
+            budgets: dict[str, WholeFiner | Detail | Hired] = {
+                "whole_finer": WholeFiner(whole=half, tile=rest),
+                "detail": Detail(whole=even, tile=even),
+                "detail, whole half": Detail(whole=half, tile=rest),
+            }
+            if reducer.looks_at_pictures:
+                budgets["hired"] = Hired(whole=even, tile=even)
+                budgets["hired, whole half"] = Hired(whole=half, tile=rest)
+            for name, budget in budgets.items():
+                wanted = [budget.tile * factor for factor in (1, 0.25, 0.5, 1.5, 2, 3)]
+                counts = [max(1, min(round(count), full - 1)) for count in (*wanted, budget.whole)]
+                stage = ReduceTokens(
+                    reducer=reducer, keep=tuple(dict.fromkeys(counts)), tile_budget=budget
+                )
+                yield f"{kind} {share}, {name}", [stage]
+
+
 def count(checkpoint: Checkpoint, samples: CalibrationSet) -> tuple[int, int]:
     """Visual rows and tiles of all questions."""
-    grids = [grid for sample in samples for grid in sample.grids(checkpoint.processor)]
-    full, reducer = checkpoint.spec.visual_tokens, checkpoint.reducer
-    kept = full if reducer is None else reducer.keep
-    return sum(grid.most_rows(full, kept) for grid in grids), sum(grid.tiles for grid in grids)
+    rows = tiles = 0
+    full, processor = checkpoint.spec.visual_tokens, checkpoint.processor
+    for sample in samples:
+        grids = sample.grids(processor)
+        tiles += sum(grid.tiles for grid in grids)
+        if checkpoint.tile_budget is None:
+            rows += sum(grid.most_rows(full, checkpoint.visual_tokens) for grid in grids)
+            continue
+        with torch.inference_mode():
+            pixels = processor.pixels([sample.open_image()], grids)
+            (seen,) = encode_tiles(checkpoint, pixels, grids)
+        rows += sum(tile.indices.shape[1] for tile in seen)
+    return rows, tiles
 
 
 def time_bundles(
@@ -100,6 +153,8 @@ def main() -> None:
     parser.add_argument("--reducer", action="append", choices=REDUCERS)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4, 0.2, 0.1])
     parser.add_argument("--n", type=int, default=960)
+    parser.add_argument("--budgets", action="store_true", help="Tiles with different numbers.")
+    parser.add_argument("--only", nargs="+", help="Names of arms beside all tokens.")
     parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
     parser.add_argument("--seconds", type=float, default=0.0, help="Time for bundles to answer.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -110,9 +165,17 @@ def main() -> None:
     )
     calibration = CalibrationSet.synthetic(1)
     kinds = arguments.reducer or ["distinct_features", "average_pool", "uniform_stride"]
+    start = Checkpoint.load(reference_model_path(_MODEL))
     rows: list[dict[str, Any]] = []
     baseline, checkpoints = None, dict[str, Checkpoint]()
-    for name, stages in arms(kinds, arguments.keep):
+    chosen = [*arms(kinds, arguments.keep)]
+    if arguments.budgets:
+        sizes = [grid for sample in samples for grid in sample.grids(start.processor)]
+        mean = sum(len(grid.parts) for grid in sizes) / len(sizes)
+        chosen += budget_arms(kinds, arguments.keep, start.spec, mean)
+    if arguments.only:
+        chosen = [arm for arm in chosen if arm[0] in ("all tokens", *arguments.only)]
+    for name, stages in chosen:
         checkpoint = Checkpoint.load(reference_model_path(_MODEL))
         for stage in stages:
             checkpoint = stage.apply(checkpoint, calibration, _CONTEXT)

@@ -13,6 +13,7 @@ from pocketvlm.bundle.manifest import (
     TensorSignature,
 )
 from pocketvlm.bundle.positions import PositionGrid
+from pocketvlm.bundle.tile_budget import TileBudget, share_out
 from pocketvlm.bundle.variants import MOST_VARIANTS, VisionVariant
 from pocketvlm.bundle.visual_schedule import VisualDrop, VisualSchedule
 
@@ -29,9 +30,11 @@ __all__ = [
     "PromptLayout",
     "RuntimeNeeds",
     "TensorSignature",
+    "TileBudget",
     "VisionVariant",
     "VisualDrop",
     "VisualSchedule",
+    "share_out",
     "sign_bundle",
     "write_manifest",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketvlm.bundle.positions import PositionGrid
+from pocketvlm.bundle.tile_budget import TileBudget
 from pocketvlm.bundle.variants import MOST_VARIANTS, VisionVariant
 from pocketvlm.bundle.visual_schedule import VisualSchedule
 from pocketvlm.errors import BundleError
@@ -208,6 +209,8 @@ class Manifest:
         position_grid: The N tokens of a picture, where positions have three axes; `None` where
             they have one.
         variants: The vision graphs where there are several; what is said above is the first's.
+        tile_budget: Which of them sees which tile of a picture, unless an app names one; `None`
+            where one sees all.
         prompt: How a picture is written in a prompt.
         generation: How answers are generated.
         kv_cache: The decoder's cache.
@@ -233,6 +236,7 @@ class Manifest:
     runtimes: Mapping[str, RuntimeNeeds] = field(default_factory=dict)
     position_grid: PositionGrid | None = None
     variants: tuple[VisionVariant, ...] = ()
+    tile_budget: TileBudget | None = None
     schema: int = BUNDLE_SCHEMA
 
     def __post_init__(self) -> None:
@@ -247,6 +251,14 @@ class Manifest:
             if self.positions != "original":
                 raise ValueError("positions must be original where there is a position_grid")
         self._check_variants()
+        if self.tile_budget is not None:
+            own = {variant.visual_tokens for variant in self.variants}
+            missing = [count for count in self.tile_budget.counts if count not in own]
+            if missing:
+                raise ValueError(
+                    f"tile_budget gives a tile {', '.join(map(str, missing))} visual tokens, and "
+                    "no vision graph returns as many"
+                )
 
     def _check_variants(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -277,6 +289,16 @@ class Manifest:
         """Axes along which rows are numbered."""
         return 1 if self.position_grid is None else 3
 
+    @property
+    def tile_tokens(self) -> tuple[int, int | None]:
+        """Tokens of a tile, on average at most, and of the whole picture, `None` for as many."""
+        budget = self.tile_budget
+        return (self.visual_tokens, None) if budget is None else (budget.tile, budget.whole)
+
+    def variant_of(self, visual_tokens: int) -> VisionVariant:
+        """The first of `variants` that returns this number of tokens; there must be one."""
+        return next(each for each in self.variants if each.visual_tokens == visual_tokens)
+
     def only(self, variant: VisionVariant) -> Manifest:
         """The manifest as if one of its `variants` were the only vision graph."""
         return replace(
@@ -285,6 +307,7 @@ class Manifest:
             visual_tokens_full=variant.visual_tokens_full,
             position_grid=variant.position_grid,
             variants=(variant,),
+            tile_budget=None,
             components=tuple(
                 each
                 for each in self.components
@@ -298,8 +321,9 @@ class Manifest:
         for name in ("tile_marker", "whole_marker", "image_mark", "is_prefix", "line_break"):
             if document["prompt"][name] in (None, False):
                 del document["prompt"][name]
-        if document["position_grid"] is None:
-            del document["position_grid"]
+        for name in ("position_grid", "tile_budget"):
+            if document[name] is None:
+                del document[name]
         for name in ("visual_schedule", "mutual_rows"):
             if document["kv_cache"][name] is None:
                 del document["kv_cache"][name]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.bundle import VisionVariant, VisualSchedule
+from pocketvlm.bundle import TileBudget, VisionVariant, VisualSchedule
 from pocketvlm.checkpoint.build import build_model
 from pocketvlm.checkpoint.config import read_spec
 from pocketvlm.checkpoint.folder import read_model_folder
@@ -24,6 +24,7 @@ from pocketvlm.checkpoint.load import install_weights, load_cache_grid, load_wei
 from pocketvlm.checkpoint.manifest import (
     ReducerBuilder,
     read_schedule,
+    read_tile_budget,
     restore_vision,
     with_token_merges,
 )
@@ -63,6 +64,8 @@ class Checkpoint:
         source: Where the weights came from.
         reducer: The visual-token reduction, or `None` for all tokens.
         other_vision: Vision graphs that are exported beside the one for `spec` and `reducer`.
+        tile_budget: Which of them sees which tile of a picture where answers are generated; `None`
+            where the first sees all, as it does in calibration.
         cache_grid: Scales that the KV cache is rounded to, or `None` if it stays float32.
         visual_schedule: Where visual rows leave the decoder
             (`pocketvlm.reference_graph.visual_schedule`), or `None` where all run through it.
@@ -76,6 +79,7 @@ class Checkpoint:
     source: Source
     reducer: TokenReducer | None = None
     other_vision: tuple[Vision, ...] = ()
+    tile_budget: TileBudget | None = None
     cache_grid: KVCacheScales | None = None
     visual_schedule: VisualSchedule | None = None
     history: tuple[StageRecord, ...] = ()
@@ -127,6 +131,7 @@ class Checkpoint:
             source=manifest.source,
             reducer=vision.reducer,
             other_vision=tuple(others),
+            tile_budget=read_tile_budget(manifest, (vision, *others), folder.path),
             cache_grid=load_cache_grid(folder),
             visual_schedule=read_schedule(manifest, spec, folder.path),
             history=manifest.history,
@@ -158,7 +163,8 @@ class Checkpoint:
 
     def each_vision(self) -> tuple[Checkpoint, ...]:
         """The checkpoint with each of its vision graphs alone, all around the same model."""
-        return (replace(self, other_vision=()), *map(self._seeing, self.other_vision))
+        first = replace(self, other_vision=(), tile_budget=None)
+        return (first, *map(self._seeing, self.other_vision))
 
     def _seeing(self, vision: Vision) -> Checkpoint:
         tower, size, processor = self.spec.tower, vision.size, self.processor
@@ -170,6 +176,7 @@ class Checkpoint:
             processor=processor,
             reducer=vision.reducer,
             other_vision=(),
+            tile_budget=None,
         )
 
     def form(self, name: str) -> WeightForm:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pocketvlm.bundle import VisualSchedule
+from pocketvlm.bundle import TileBudget, VisualSchedule
 from pocketvlm.checkpoint.records import Source, StageRecord, timeless
 from pocketvlm.checkpoint.vision import Vision, combine_vision
 from pocketvlm.errors import CheckpointError
@@ -37,6 +37,7 @@ __all__ = [
     "StoredReducer",
     "read_manifest",
     "read_schedule",
+    "read_tile_budget",
     "restore_vision",
     "with_token_merges",
     "write_manifest",
@@ -69,6 +70,7 @@ class CheckpointManifest:
         visual_schedule: Where visual rows leave the decoder, or `None` where they do not.
         other_sizes: Sizes of pictures beside the processor's, for which there are vision graphs.
         token_merges: Where tokens are merged within the tower.
+        tile_budget: Which vision graph sees which tile of a picture, where they differ.
         history: One record per stage, in order.
         files: sha256 of every other file of the directory.
         schema: Version of this description.
@@ -82,6 +84,7 @@ class CheckpointManifest:
     files: Mapping[str, str]
     other_sizes: tuple[PictureSize, ...] = ()
     token_merges: tuple[TokenMerge, ...] = ()
+    tile_budget: TileBudget | None = None
     schema: int = CHECKPOINT_SCHEMA
 
 
@@ -121,6 +124,7 @@ def write_manifest(
     other_sizes: tuple[PictureSize, ...],
     visual_schedule: VisualSchedule | None,
     token_merges: tuple[TokenMerge, ...],
+    tile_budget: TileBudget | None,
     history: tuple[StageRecord, ...],
 ) -> None:
     """Signs every file of a folder; timings are left out of its history."""
@@ -131,6 +135,7 @@ def write_manifest(
         other_sizes=other_sizes,
         visual_schedule=visual_schedule,
         token_merges=token_merges,
+        tile_budget=tile_budget,
         history=(),
         files=sign_files(folder, (_MANIFEST, *_UNSIGNED)),
     )
@@ -165,6 +170,26 @@ def restore_vision(
         raise CheckpointError(
             f"{path / _MANIFEST}: reducer.parameters do not fit {stored.method}: {error}"
         ) from error
+
+
+def read_tile_budget(
+    manifest: CheckpointManifest, visions: Sequence[Vision], path: Path
+) -> TileBudget | None:
+    """Which vision graph of a saved checkpoint sees which tile.
+
+    Raises:
+        CheckpointError: There is none that keeps one of its numbers of tokens.
+    """
+    budget = manifest.tile_budget
+    if budget is not None:
+        kept = {vision.reducer.keep for vision in visions if vision.reducer is not None}
+        missing = [count for count in budget.counts if count not in kept]
+        if missing:
+            raise CheckpointError(
+                f"{path / _MANIFEST}: tile_budget: no vision graph keeps "
+                f"{', '.join(map(str, missing))} visual tokens"
+            )
+    return budget
 
 
 def with_token_merges(spec: ModelSpec, manifest: CheckpointManifest, path: Path) -> ModelSpec:

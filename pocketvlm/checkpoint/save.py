@@ -58,6 +58,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, path: Path) -> None:
         other_sizes=checkpoint.other_sizes,
         visual_schedule=checkpoint.visual_schedule,
         token_merges=checkpoint.spec.tower.merges,
+        tile_budget=checkpoint.tile_budget,
         history=checkpoint.history,
     )
 

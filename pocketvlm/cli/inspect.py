@@ -95,6 +95,8 @@ def inspect(
             f"               {variant.name}: {variant.visual_tokens} of "
             f"{variant.visual_tokens_full} for pictures of {variant.width} x {variant.height}"
         )
+    if manifest.tile_budget is not None:
+        say(f"               per tile: {manifest.tile_budget.describe()}")
     if manifest.prompt.tile_marker is not None or manifest.prompt.line_break is not None:
         say("               per tile: large pictures are cut into several, and shown whole as well")
     cache = manifest.kv_cache

@@ -135,6 +135,7 @@ def bundle_limits(bundle: Bundle, codec: TextCodec) -> PromptLimits:
         BundleError: The manifest lacks one of them.
     """
     manifest = bundle.manifest
+    kept, of_whole = manifest.tile_tokens
     vocabulary = next(
         (
             output.shape[-1]
@@ -150,7 +151,8 @@ def bundle_limits(bundle: Bundle, codec: TextCodec) -> PromptLimits:
     return PromptLimits(
         image_token_id=codec.image_token_id,
         placeholders=manifest.visual_tokens_full,
-        kept=manifest.visual_tokens,
+        kept=kept,
+        kept_of_whole=of_whole,
         keeps_positions=manifest.positions == "original",
         vocabulary=vocabulary,
         positions=manifest.generation.max_positions,

@@ -50,11 +50,12 @@ class PromptLimits:
     Attributes:
         image_token_id: The placeholder.
         placeholders: Placeholders of one tile, N.
-        kept: Rows of one tile, k.
+        kept: Rows of one tile, k, or of a tile on average where they differ.
         keeps_positions: Whether a tile takes N positions; k of them otherwise.
         vocabulary: Rows of the token table.
         positions: Positions that the model may use.
         rows: Rows of KV cache; `None` if they are not a separate limit.
+        kept_of_whole: Rows of the whole picture beside its tiles; `None` for as many as of a tile.
     """
 
     image_token_id: int
@@ -64,11 +65,13 @@ class PromptLimits:
     vocabulary: int
     positions: int
     rows: int | None = None
+    kept_of_whole: int | None = None
 
     def rows_of(self, question: Question) -> int:
         """Rows of KV cache that a question takes, at most."""
         dropped = sum(
-            grid.placeholders(self.placeholders) - grid.most_rows(self.placeholders, self.kept)
+            grid.placeholders(self.placeholders)
+            - grid.most_rows(self.placeholders, self.kept, self.kept_of_whole)
             for grid in question.grids
         )
         return len(question.token_ids) - dropped

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
@@ -19,9 +18,9 @@ from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_a
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_prompts,
-    encode_images,
     greedy_generate,
 )
+from pocketvlm.reference_graph.tile_budget import encode_tiles
 from pocketvlm.weights.modules import cache_dense_weights
 
 if TYPE_CHECKING:
@@ -31,6 +30,9 @@ __all__ = ["answer_with_checkpoint", "checkpoint_limits"]
 
 _CHUNK = 8
 """Batches per chunk; all pictures of a chunk are encoded before its first answer."""
+_Key = tuple[Path | int, TileGrid]
+_Features = dict[_Key, list[VisualTokens]]
+"""What tiles of pictures became, [1, k] a tile."""
 
 
 def answer_with_checkpoint(
@@ -79,8 +81,9 @@ def answer_with_checkpoint(
             every = [picture for own in shown.values() for picture in own]
             features = _encode(checkpoint, every, batch_size)
             asked = {index: questions[index] for index in chunk}
-            for batch in _equal_batches(asked, limits, batch_size):
-                visual = _stack(features, [one for index in batch for one in shown[index]])
+            kept = {index: _counts(features, shown[index]) for index in chunk}
+            for batch in _equal_batches(asked, kept, limits, batch_size):
+                visual = _stack(features, [shown[index] for index in batch])
                 together = torch.tensor([asked[index].token_ids for index in batch])
                 generated = greedy_generate(
                     checkpoint,
@@ -97,11 +100,12 @@ def answer_with_checkpoint(
 
 def checkpoint_limits(checkpoint: Checkpoint) -> PromptLimits:
     """The limits of prompts of a checkpoint, the same as those of its bundle."""
-    spec, reducer = checkpoint.spec, checkpoint.reducer
+    spec, reducer, budget = checkpoint.spec, checkpoint.reducer, checkpoint.tile_budget
     return PromptLimits(
         image_token_id=spec.image_token_id,
         placeholders=spec.visual_tokens,
-        kept=checkpoint.visual_tokens,
+        kept=checkpoint.visual_tokens if budget is None else budget.tile,
+        kept_of_whole=None if budget is None else budget.whole,
         keeps_positions=reducer is None or reducer.positions == "original",
         vocabulary=spec.decoder.vocab_size,
         positions=spec.decoder.context_length,
@@ -123,7 +127,7 @@ class _Picture:
     grid: TileGrid
 
     @property
-    def key(self) -> tuple[Path | int, TileGrid]:
+    def key(self) -> _Key:
         """What equal pictures share: path or object, and the tiles."""
         image = self.sample.images[self.number]
         return image if isinstance(image, Path) else id(image), self.grid
@@ -136,47 +140,60 @@ def _pictures(sample: Sample, question: Question) -> list[_Picture]:
     ]
 
 
-def _encode(
-    checkpoint: Checkpoint, pictures: Sequence[_Picture], batch_size: int
-) -> dict[tuple[Path | int, TileGrid], tuple[Tensor, Tensor]]:
+def _encode(checkpoint: Checkpoint, pictures: Sequence[_Picture], batch_size: int) -> _Features:
     unique = list({picture.key: picture for picture in pictures}.values())
-    features: dict[tuple[Path | int, TileGrid], tuple[Tensor, Tensor]] = {}
+    features: _Features = {}
     for start in range(0, len(unique), batch_size):
         batch = unique[start : start + batch_size]
         images = [picture.sample.open_image(picture.number) for picture in batch]
         grids = [picture.grid for picture in batch]
-        visual = encode_images(checkpoint, checkpoint.processor.pixels(images, grids))
-        tiles = [grid.tiles for grid in grids]
-        parts = zip(visual.embeds.split(tiles), visual.indices.split(tiles), strict=True)
-        features |= dict(zip((picture.key for picture in batch), parts, strict=True))
+        tiles = encode_tiles(checkpoint, checkpoint.processor.pixels(images, grids), grids)
+        features |= dict(zip((picture.key for picture in batch), tiles, strict=True))
     return features
 
 
-def _stack(
-    features: dict[tuple[Path | int, TileGrid], tuple[Tensor, Tensor]],
-    pictures: Sequence[_Picture],
-) -> VisualTokens | None:
-    """Visual tokens of all pictures, sample by sample."""
-    rows = [features[picture.key] for picture in pictures]
-    if not rows:
+def _stack(features: _Features, prompts: Sequence[Sequence[_Picture]]) -> list[VisualTokens] | None:
+    """Visual tokens of each tile of a prompt, for prompts with equally many of each."""
+    rows = [[tile for picture in own for tile in features[picture.key]] for own in prompts]
+    if not rows[0]:
         return None
-    return VisualTokens(
-        embeds=torch.cat([embeds for embeds, _ in rows]),
-        indices=torch.cat([indices for _, indices in rows]),
-    )
+    return [
+        VisualTokens(
+            embeds=torch.cat([tile.embeds for tile in tiles]),
+            indices=torch.cat([tile.indices for tile in tiles]),
+        )
+        for tiles in zip(*rows, strict=True)
+    ]
+
+
+def _counts(features: _Features, pictures: Sequence[_Picture]) -> tuple[int, ...]:
+    """Visual tokens of every tile of a prompt."""
+    tiles = (tile for picture in pictures for tile in features[picture.key])
+    return tuple(tile.indices.shape[1] for tile in tiles)
 
 
 def _equal_batches(
-    questions: dict[int, Question], limits: PromptLimits, batch_size: int
+    questions: dict[int, Question],
+    kept: dict[int, tuple[int, ...]],
+    limits: PromptLimits,
+    batch_size: int,
 ) -> Iterator[list[int]]:
-    """Batches of question numbers with equal length, tiles, and columns of placeholders."""
+    """Batches of question numbers with equal length, tiles, and columns of placeholders.
+
+    Args:
+        questions: The questions, by their numbers.
+        kept: Visual tokens of every tile of each question, which are equal in a batch too.
+        limits: Which token is the placeholder.
+        batch_size: Questions of a batch, at most.
+    """
     groups: dict[Hashable, list[int]] = {}
     for number, asked in questions.items():
         ids = asked.token_ids
         columns = tuple(at for at, token in enumerate(ids) if token == limits.image_token_id)
         # Rows of a map are left out picture by picture.
         alone = number if any(grid.is_map for grid in asked.grids) else None
-        groups.setdefault((len(ids), columns, tuple(asked.grids), alone), []).append(number)
+        alike = (len(ids), columns, tuple(asked.grids), kept[number], alone)
+        groups.setdefault(alike, []).append(number)
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]

@@ -249,6 +249,7 @@ def _write_rest(
             if checkpoint.other_vision
             else ()
         ),
+        tile_budget=checkpoint.tile_budget,
         components=components,
         runtimes={
             target.method: target.runtime_needs(folder, own)

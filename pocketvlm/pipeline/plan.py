@@ -69,7 +69,9 @@ class Plan:
         warnings: What is allowed, but should be known.
         prediction: Times on the device that was asked for; `None` without one.
         advice: What pays for the model; `None` unless it was asked for.
-        vision_graphs: The vision graphs where there are several; other figures are the first's.
+        vision_graphs: The vision graphs where there are several; other figures are the first's, or
+            those of the tile budget.
+        tile_budget: Which of them sees which tile, in words; empty where the first sees all.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Plan:
     prediction: DevicePrediction | None = None
     advice: Advice | None = None
     vision_graphs: tuple[PlannedGraph, ...] = ()
+    tile_budget: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -107,6 +110,7 @@ class Plan:
             f"recipe         {self.recipe} -> {', '.join(self.targets)}",
             f"visual tokens  {self.visual_tokens} of {self.visual_tokens_full}{self._tiles()}",
             *(graph.line() for graph in self.vision_graphs),
+            *([f"tile budget    {self.tile_budget}"] if self.tile_budget else ()),
             *self._tower(),
             *(
                 f"  {part:<12} {count / 1e6:10.2f} MB predicted"
@@ -200,7 +204,7 @@ def plan(
             part_bytes = dict(prediction.part_bytes)
     weight_bytes = sum(part_bytes.values())
     row_bytes = 0 if spec.line_break is None else FLOAT32_BYTES * spec.decoder.hidden_size
-    memories = [predict_memory(vision, recipe.targets) for vision in visions]
+    memories = [predict_memory(vision, recipe.targets) for vision in (state, *visions)]
     ram_bytes = max(memory.total_bytes for memory in memories)
     if profile is not None:
         refused += (
@@ -245,6 +249,7 @@ def plan(
         if advises
         else None,
         vision_graphs=planned_graphs(state, profile, recipe.targets),
+        tile_budget="" if state.tile_budget is None else state.tile_budget.describe(),
     )
 
 

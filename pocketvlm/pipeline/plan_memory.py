@@ -9,7 +9,7 @@ and 1121 measured at the peak, int8 470 and 497.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pocketvlm.bundle import CacheLayout
 from pocketvlm.models.spec import ModelSpec
@@ -56,7 +56,8 @@ def predict_memory(state: PlanState, targets: Sequence[Target]) -> PlannedMemory
     """What a model takes as its stages leave it."""
     spec = state.spec
     return PlannedMemory(
-        weight_bytes=max((_held_bytes(target, state) for target in targets), default=0),
+        weight_bytes=max((_held_bytes(target, state) for target in targets), default=0)
+        + max((_other_towers_bytes(target, state) for target in targets), default=0),
         cache_bytes=_cache_bytes(state),
         activation_bytes=_activation_bytes(spec)
         + max((_state_bytes(target, spec) for target in targets), default=0),
@@ -80,6 +81,19 @@ def _held_bytes(target: Target, state: PlanState) -> int:
         elif state.spec.decoder.tied_head:  # the head is float32, beside the table that is stored
             held += rows * columns * FLOAT32_BYTES
     return held
+
+
+def _other_towers_bytes(target: Target, state: PlanState) -> int:
+    """Bytes of the towers beside the first that ONNX Runtime unpacks, where tiles have several."""
+    if state.tile_budget is None or target.method != "onnx":
+        return 0
+    rest = {
+        linear: layout
+        for linear, layout in state.layouts.items()
+        if linear.part not in ("tower", "projector")
+    }
+    one = _held_bytes(target, state) - _held_bytes(target, replace(state, layouts=rest))
+    return (len(state.tile_budget.counts) - 1) * one
 
 
 def _cache_bytes(state: PlanState) -> int:

@@ -124,7 +124,7 @@ def question_of(state: PlanState, workload: Workload) -> Question:
     grid = _grid(spec, side)
     return Question(
         text_rows=workload.prompt_tokens,
-        visual_rows=pictures * grid.most_rows(spec.visual_tokens, state.visual_tokens),
+        visual_rows=pictures * state.most_rows(grid),
         tiles_by_vision=(pictures * grid.tiles,),
         picture_pixels=pictures * (side or 0) ** 2,
         new_tokens=workload.new_tokens,

@@ -173,10 +173,14 @@ def _notes(checkpoint: Checkpoint, calibration: CalibrationSet, bundle: Bundle) 
             "calibrated on the synthetic fallback, not on pictures of your task: pass --calibration"
         )
     if checkpoint.other_vision:
-        notes.append(
-            f"the bundle has {len(checkpoint.other_vision) + 1} vision graphs; stages after them, "
-            f"scores and times are those of the first, {checkpoint.vision_variant.name}"
+        first, budget = checkpoint.vision_variant.name, checkpoint.tile_budget
+        answered = (
+            f"stages after them, scores and times are those of the first, {first}"
+            if budget is None
+            else f"scores and times are those of its tile budget ({budget.describe()}); stages "
+            f"after them were calibrated with the first, {first}, for all tiles"
         )
+        notes.append(f"the bundle has {len(checkpoint.other_vision) + 1} vision graphs; {answered}")
     engine = choose_engine(bundle)
     if engine in EMULATED:
         notes.append(

@@ -23,7 +23,7 @@ from pocketvlm.models.images.got_ocr2 import GotOcr2Geometry
 from pocketvlm.models.images.lfm2_vl import Lfm2VlGeometry
 from pocketvlm.models.images.reading import read_image_settings
 from pocketvlm.models.images.settings import ImageSettings
-from pocketvlm.models.images.tilings import Anyres, SplitGrid, TileGrid
+from pocketvlm.models.images.tilings import Anyres, AspectGrid, SplitGrid, TileGrid
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.processor.patches import fit_picture, join_patches
@@ -162,9 +162,17 @@ class ImageProcessor:
             is_alone: Whether each is cut as the only one of its conversation.
             settings: Those of the call alone.
         """
+        tiling = self.settings.tiling
+        if isinstance(tiling, AspectGrid) and "min_patches" not in settings:  # likewise
+            numbers = tiling.grid_numbers(*images[0].size)
+            parts = [
+                self._stock_tiles(images, **settings, min_patches=low, max_patches=high)
+                for low, high in numbers
+            ]
+            # Each grid has the whole picture after its tiles.
+            return torch.cat([*(tiles[:-1] for tiles in parts[:-1]), parts[-1]])
         # What a class does with a picture among others, it does with one twice.
         times = 1 if is_alone else 2
-        tiling = self.settings.tiling
         if isinstance(tiling, SplitGrid | Anyres):  # one picture at a time
             settings |= tiling.picture_settings(*images[0].size)
         pictures = [[image] * times for image in images]

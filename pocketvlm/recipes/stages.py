@@ -22,6 +22,7 @@ from pocketvlm.compress.quantization.codebook.stage import Codebook
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
+from pocketvlm.compress.tokens.add_grid import AddGrid
 from pocketvlm.compress.tokens.choose_grid import ChooseGrid
 from pocketvlm.compress.tokens.limit_tiles import LimitTiles
 from pocketvlm.compress.tokens.schedule.stage import DropTokens
@@ -45,6 +46,7 @@ STAGES: tuple[type[Stage], ...] = (
     SetResolution,
     LimitTiles,
     ChooseGrid,
+    AddGrid,
     SkipEmptyTiles,
     MergeTokens,
     ReduceTokens,

@@ -45,6 +45,7 @@ __all__ = [
     "embed_patches",
     "embed_prompts",
     "embed_text",
+    "encode_by_each",
     "encode_features",
     "encode_images",
     "greedy_generate",
@@ -68,6 +69,19 @@ class VisualTokens:
 
     embeds: Tensor
     indices: Tensor
+
+    def by_tile(self, prompts: int) -> list[VisualTokens]:
+        """Those of each tile of a prompt, [prompts, k], of prompts that have equally many tiles."""
+        pairs = (tokens.unflatten(0, (prompts, -1)).unbind(1) for tokens in self.pair)
+        return [
+            VisualTokens(embeds=embeds, indices=indices)
+            for embeds, indices in zip(*pairs, strict=True)
+        ]
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Embeds and indices."""
+        return self.embeds, self.indices
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,16 +191,22 @@ def encode_images(checkpoint: Checkpoint, pixels: Tensor) -> VisualTokens:
     Tokens are dropped after the merge and before the projector: what is not kept is never
     projected.
     """
-    model, spec = checkpoint.model, checkpoint.spec
+    return encode_by_each((checkpoint,), pixels)[0]
+
+
+def encode_by_each(visions: Sequence[Checkpoint], pixels: Tensor) -> list[VisualTokens]:
+    """The same by checkpoints that differ in their token reduction alone: the tower runs once."""
+    model, spec = visions[0].model, visions[0].spec
     state = TowerState(hidden=embed_patches(model, spec, pixels))
+    read = {block for seen in visions for block in read_blocks(seen)}
     entering: dict[int, TowerState] = {}
     tapped: list[Tensor] = []
     for block in range(spec.tower.feature_block + 1):
-        if block in read_blocks(checkpoint):
+        if block in read:
             entering[block] = state
         state = run_tower_block(model, spec, block, state)
         tapped += [state.hidden for tap in spec.taps if tap.block == block]
-    return encode_features(checkpoint, state, entering, tapped)
+    return [encode_features(seen, state, entering, tapped) for seen in visions]
 
 
 def encode_features(
@@ -266,7 +286,7 @@ def split_rows(spec: ModelSpec, wide: Tensor) -> tuple[Tensor, Tensor | None]:
 def embed_prompts(
     checkpoint: Checkpoint,
     token_ids: Tensor,
-    visual: VisualTokens | None,
+    visual: VisualTokens | Sequence[VisualTokens] | None,
     grids: Sequence[TileGrid] | None = None,
     *,
     answer_starts: Sequence[int] | None = None,
@@ -277,7 +297,8 @@ def embed_prompts(
         checkpoint: The model.
         token_ids: int64 [batch, length]; every image is a run of all its placeholders, or each of
             its tiles is one, and the runs lie in the same columns in every row.
-        visual: Tokens of all tiles, row by row; `None` for text alone.
+        visual: Tokens of all tiles, row by row, or, where tiles keep different numbers, of each
+            tile of a row, [batch, k]; `None` for text alone.
         grids: How the images of a row are cut; may be `None` where tile follows tile.
         answer_starts: Where in each row of `token_ids` an answer follows the prompt; `None` where
             none does.
@@ -302,12 +323,9 @@ def embed_prompts(
             token_ids=token_ids,
             mutual=None if kind is None else _numbers(kind, positions, ends, None),
         ).to(device)
-    _, kept, width = visual.embeds.shape
+    tiles = visual.by_tile(batch) if isinstance(visual, VisualTokens) else visual
     images = arrange_tiles(
-        checkpoint,
-        visual.embeds.to(device).view(batch, -1, kept, width),
-        visual.indices.cpu().view(batch, -1, kept),
-        grids,
+        checkpoint, [(tile.embeds.to(device), tile.indices.cpu()) for tile in tiles], grids
     )
     runs = _image_runs(token_ids, spec.image_token_id, [image.placeholders for image in images])
     keeps_positions = checkpoint.reducer is None or checkpoint.reducer.positions == "original"

@@ -30,14 +30,16 @@ class PictureRows:
 
 
 def arrange_tiles(
-    checkpoint: Checkpoint, embeds: Tensor, indices: Tensor, grids: Sequence[TileGrid] | None
+    checkpoint: Checkpoint,
+    tiles: Sequence[tuple[Tensor, Tensor]],
+    grids: Sequence[TileGrid] | None,
 ) -> list[PictureRows]:
     """The rows of a prompt's pictures, one entry per tile, or per picture where tiles make a map.
 
     Args:
         checkpoint: The model.
-        embeds: float32 [batch, tiles, k, width]: what the vision graph returned for every tile.
-        indices: int64 [batch, tiles, k]: which of its tokens each tile kept.
+        tiles: What vision graphs returned for each tile of a prompt: embeds, float32
+            [batch, k, width], and which of its tokens it kept, int64 [batch, k].
         grids: How the pictures are cut, the same in every prompt; may be `None` where tile follows
             tile.
 
@@ -49,37 +51,41 @@ def arrange_tiles(
     per_tile = spec.visual_tokens
     if spec.line_break is None:
         seen = [
-            PictureRows(embeds=embeds[:, tile], indices=indices[:, tile], placeholders=per_tile)
-            for tile in range(embeds.shape[1])
+            PictureRows(embeds=embeds, indices=indices, placeholders=per_tile)
+            for embeds, indices in tiles
         ]
         return seen if grids is None else _with_left_out(seen, grids)
-    if grids is None or sum(grid.tiles for grid in grids) != embeds.shape[1]:
-        raise ValueError(f"{embeds.shape[1]} tiles make up maps, and their grids are not given")
-    last = checkpoint.model.get_parameter(spec.line_break).expand(len(embeds), 1, -1)
+    if grids is None or sum(grid.tiles for grid in grids) != len(tiles):
+        raise ValueError(f"{len(tiles)} tiles make up maps, and their grids are not given")
+    batch = len(tiles[0][0])
+    last = checkpoint.model.get_parameter(spec.line_break).expand(batch, 1, -1)
     pictures: list[PictureRows] = []
     first = 0
     for grid in grids:
-        tiles = slice(first, first + grid.tiles)
+        own = tiles[first : first + grid.tiles]
         first += grid.tiles
         order = grid.order(per_tile)
         if order is None:
             raise ValueError("a picture of this model has no order of rows")
-        kept = [order.kept(own.cpu().numpy(), per_tile) for own in indices[:, tiles]]
-        if len({len(own.offsets) for own in kept}) > 1:
+        kept = [
+            order.kept([indices[prompt].cpu().numpy() for _, indices in own], per_tile)
+            for prompt in range(batch)
+        ]
+        if len({len(each.offsets) for each in kept}) > 1:
             raise ValueError("prompts of one batch kept rows of different numbers")
-        table = torch.cat([embeds[:, tiles].flatten(1, 2), last], dim=1)
+        table = torch.cat([*(embeds for embeds, _ in own), last], dim=1)
         width = table.shape[-1]
-        rows = torch.stack([torch.from_numpy(own.rows) for own in kept]) % table.shape[1]
+        rows = torch.stack([torch.from_numpy(each.rows) for each in kept]) % table.shape[1]
         rows = rows.to(table.device)
         places = rows.flatten(1)[..., None].expand(-1, -1, width)
         mixed = table.gather(1, places).view(*rows.shape, width)
-        weights = [torch.from_numpy(own.weights) for own in kept if own.weights is not None]
+        weights = [torch.from_numpy(each.weights) for each in kept if each.weights is not None]
         if weights:
             mixed = mixed * torch.stack(weights).to(table.device)[..., None]
         pictures.append(
             PictureRows(
                 embeds=mixed.sum(dim=2),
-                indices=torch.stack([torch.from_numpy(own.offsets) for own in kept]),
+                indices=torch.stack([torch.from_numpy(each.offsets) for each in kept]),
                 placeholders=len(order.sources),
             )
         )

@@ -61,11 +61,14 @@ def _cropped(
 def _resized(
     image: Image.Image, geometry: _Resized, resample: Image.Resampling
 ) -> list[Image.Image]:
-    """Resizes and cuts; where tiles are several, the whole picture may follow them."""
+    """Resizes and cuts, maybe by two grids; where tiles are several, the whole may follow them."""
     (height, width), tiling, tiled = geometry.picture_size, geometry.tiling, image
     for size in geometry.resizes(*image.size):
         tiled = tiled.resize(size, resample)
     parts = _cut(tiled, height, width)
+    again = geometry.second_size(*image.size) if isinstance(geometry, GotOcr2Geometry) else None
+    if again is not None:
+        parts = [*_cut(image.resize(again, resample), height, width), *parts]
     if tiling is not None and tiling.grid(*image.size).tiles > len(parts):
         whole = tiled if tiling.shrinks_tiled else image
         parts.append(whole.resize((width, height), resample))

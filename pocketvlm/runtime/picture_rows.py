@@ -7,25 +7,28 @@ then sees one picture and no tiles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketvlm.bundle import Bundle, PositionGrid
+from pocketvlm.bundle import Bundle, PositionGrid, TileBudget
 from pocketvlm.errors import BundleError
 from pocketvlm.files.reader import read_bytes
+from pocketvlm.models.images.tile_tokens import tile_tokens
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import VisualFeatures
 
-__all__ = ["PictureRows", "TileFeatures"]
+__all__ = ["PictureRows", "See", "TileFeatures"]
 
 _FLOAT = np.dtype("<f4")
 
 TileFeatures = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 """What the vision graph returns for one tile: embeds [1, k, width] and indices [1, k]."""
+See = Callable[[int, str | None], TileFeatures]
+"""Shows a tile, by its place among those that are seen, to the vision graph of a name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,11 +39,15 @@ class PictureRows:
         per_tile: Placeholders of one tile, N.
         line_break: float32 [width]: the row after each line; `None` where there are no lines.
         grid: The N placeholders where positions have three axes; `None` where they have one.
+        budget: Which vision graph sees which tile; `None` where one sees all.
+        variants: Names of the graphs that it chooses among, by their numbers of tokens.
     """
 
     per_tile: int
     line_break: npt.NDArray[np.float32] | None
     grid: PositionGrid | None = None
+    budget: TileBudget | None = None
+    variants: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> PictureRows:
@@ -61,7 +68,11 @@ class PictureRows:
             if not np.isfinite(row).all():
                 raise BundleError(f"{path}: holds a number that is not finite")
         return cls(
-            per_tile=manifest.visual_tokens_full, grid=manifest.position_grid, line_break=row
+            per_tile=manifest.visual_tokens_full,
+            grid=manifest.position_grid,
+            line_break=row,
+            budget=manifest.tile_budget,
+            variants={variant.visual_tokens: variant.name for variant in manifest.variants},
         )
 
     def encode(
@@ -80,10 +91,42 @@ class PictureRows:
             pixels: float32 [tiles, C, S, S].
             grid: The tiles.
             serial: Number of the first entry; the others count on.
-            variant: The vision graph, where the bundle has several; `None` for the first.
+            variant: The vision graph, where the bundle has several; `None` for the first, or for
+                those that the budget chooses.
         """
-        tiles = [runner.encode_image(tile[None], variant) for tile in pixels]
-        return self.arrange(tiles, grid, serial=serial)
+
+        def see(place: int, name: str | None) -> TileFeatures:
+            return runner.encode_image(pixels[place : place + 1], name)
+
+        return self.arrange(self.look(see, pixels, grid, variant=variant), grid, serial=serial)
+
+    def look(
+        self,
+        see: See,
+        pixels: npt.NDArray[np.float32],
+        grid: TileGrid,
+        *,
+        variant: str | None = None,
+    ) -> list[TileFeatures]:
+        """What vision graphs return for the tiles of a picture: those that the budget chooses.
+
+        Args:
+            see: Runs a graph.
+            pixels: float32 [tiles, C, S, S].
+            grid: The tiles.
+            variant: As `encode` takes it.
+        """
+        if self.budget is None:
+            return [see(place, variant) for place in range(grid.tiles)]
+        whole = grid.seen.index(grid.whole)
+        seen = {whole: see(whole, self.variants[self.budget.whole])}
+        kept = seen[whole][1][0]
+        counts = tile_tokens(self.budget, grid, self.per_tile, pixels=pixels, kept=kept)
+        # Graph by graph, since a runner may hold only some of them in memory.
+        for place in sorted(range(grid.tiles), key=lambda place: counts[place]):
+            if place != whole:
+                seen[place] = see(place, self.variants[counts[place]])
+        return [seen[place] for place in range(grid.tiles)]
 
     def arrange(
         self, tiles: Sequence[TileFeatures], grid: TileGrid, *, serial: int = 0
@@ -115,8 +158,7 @@ class PictureRows:
                 f"pictures of this model need a row of {width} numbers after each line, and the "
                 "bundle has none"
             )
-        indices = np.concatenate([indices for _, indices in tiles])
-        kept = order.kept(indices, self.per_tile)
+        kept = order.kept([indices[0] for _, indices in tiles], self.per_tile)
         table = np.concatenate([*(embeds[0] for embeds, _ in tiles), self.line_break[None]])
         embeds = table[kept.rows]
         if kept.weights is not None:

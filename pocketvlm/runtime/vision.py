@@ -2,13 +2,14 @@
 
 Where a bundle has graphs for several sizes of pictures, a picture is fitted to the one whose ratio
 of sides is closest to its own, unless the app names a size. Of graphs that keep several numbers of
-visual tokens, the first is taken, unless the app names a number.
+visual tokens, the first is taken, or for each tile that which a budget chooses, unless the app
+names a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from pocketvlm.bundle import Bundle
@@ -31,7 +32,8 @@ class VisionChoice:
     """What an app asks of the graph that sees a picture.
 
     Attributes:
-        visual_tokens: Visual tokens of a tile; `None` for the first number of the bundle.
+        visual_tokens: Visual tokens of every tile; `None` for what the bundle's tile budget says,
+            or its first number.
         resolution: Width and height of what the graph takes, in pixels; `None` for those that are
             closest to the picture's ratio of sides.
     """
@@ -51,17 +53,17 @@ ANY_VISION = VisionChoice()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VisionGraph:
-    """One vision graph, with what stands before and after it.
+    """One vision graph, or those that a tile budget chooses among, with what is before and after.
 
     Attributes:
-        name: Its name for a runner; `None` where it is the only one.
-        visual_tokens: Embeddings that it returns for one tile.
+        name: Its name for a runner; `None` where it is the only one, or a budget chooses.
+        visual_tokens: Embeddings that it returns for one tile; `None` where a budget chooses.
         preprocessor: Pictures to its pixels.
         rows: Its tiles to rows.
     """
 
     name: str | None
-    visual_tokens: int
+    visual_tokens: int | None
     preprocessor: ImagePreprocessor
     rows: PictureRows
 
@@ -86,12 +88,12 @@ class VisionGraph:
 
 
 def open_vision(bundle: Bundle) -> tuple[VisionGraph, ...]:
-    """The vision graphs of a bundle, in the order of its manifest.
+    """The vision graphs of a bundle, in the order of its manifest, a tile budget's choice first.
 
     Raises:
         BundleError: A file is missing, or does not fit them.
     """
-    return tuple(
+    graphs = tuple(
         VisionGraph(
             name=own.manifest.variants[0].name if own.manifest.variants else None,
             visual_tokens=own.manifest.visual_tokens,
@@ -100,10 +102,16 @@ def open_vision(bundle: Bundle) -> tuple[VisionGraph, ...]:
         )
         for own in bundle.each_vision()
     )
+    if bundle.manifest.tile_budget is None:
+        return graphs
+    rows = PictureRows.from_bundle(bundle)
+    return (replace(graphs[0], name=None, visual_tokens=None, rows=rows), *graphs)
 
 
 def only_vision(bundle: Bundle, wanted: VisionChoice) -> Bundle:
     """The bundle with the first vision graph alone that is what is asked for.
+
+    Where no number of tokens is, and the bundle has a tile budget, it keeps all that this chooses.
 
     Raises:
         InputError: There is no such graph.
@@ -111,9 +119,10 @@ def only_vision(bundle: Bundle, wanted: VisionChoice) -> Bundle:
     """
     graphs = open_vision(bundle)
     _require(graphs, wanted)
-    return next(
-        own for graph, own in zip(graphs, bundle.each_vision(), strict=True) if graph.has(wanted)
-    )
+    visions = bundle.each_vision()
+    if bundle.manifest.tile_budget is not None:
+        visions = (bundle, *visions)
+    return next(own for graph, own in zip(graphs, visions, strict=True) if graph.has(wanted))
 
 
 def choose_vision(
@@ -140,6 +149,7 @@ def _require(graphs: Sequence[VisionGraph], wanted: VisionChoice) -> None:
         there = [
             VisionChoice(visual_tokens=graph.visual_tokens, resolution=graph.resolution)
             for graph in graphs
+            if graph.visual_tokens is not None
         ]
         raise InputError(
             f"no vision graph for {wanted}; this bundle has {', '.join(map(str, there))}"

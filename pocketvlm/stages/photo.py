@@ -19,4 +19,4 @@ def photo_grid(spec: ModelSpec) -> TileGrid:
 
 def photo_tokens(state: PlanState) -> int:
     """Visual tokens of the photo that enter the decoder."""
-    return photo_grid(state.spec).most_rows(state.spec.visual_tokens, state.visual_tokens)
+    return state.most_rows(photo_grid(state.spec))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pocketvlm.bundle import VisionVariant, VisualSchedule
+from pocketvlm.bundle import TileBudget, VisionVariant, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import PrefillTimes
+from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.spec import ModelSpec
@@ -41,6 +42,7 @@ class PlanState:
         layouts: How each weight matrix will be stored; `None` for those that stay float.
         visual_tokens: Tokens of an image that enter the decoder.
         other_vision: Vision graphs beside the one for `spec` and `visual_tokens`.
+        tile_budget: Which of them sees which tile of a picture; `None` where the first sees all.
         visual_schedule: Where visual rows leave the decoder; `None` where no stage drops them.
             Where only calibration will tell, the longest that it may be.
         cache_bits: Bits of a number in the KV cache.
@@ -53,6 +55,7 @@ class PlanState:
     layouts: Mapping[LinearSpec, WeightLayout | None]
     visual_tokens: int
     other_vision: tuple[PlannedVision, ...] = ()
+    tile_budget: TileBudget | None = None
     visual_schedule: VisualSchedule | None = None
     cache_bits: int = FLOAT_CACHE_BITS
     notes: tuple[str, ...] = ()
@@ -89,6 +92,7 @@ class PlanState:
                     checkpoint.other_vision, checkpoint.each_vision()[1:], strict=True
                 )
             ),
+            tile_budget=checkpoint.tile_budget,
             visual_schedule=checkpoint.visual_schedule,
             cache_bits=FLOAT_CACHE_BITS if grid is None else grid.bits,
         )
@@ -114,10 +118,18 @@ class PlanState:
                 spec=self.spec.with_picture_size(vision.size.height, vision.size.width),
                 visual_tokens=vision.visual_tokens,
                 other_vision=(),
+                tile_budget=None,
             )
             for vision in self.other_vision
         )
-        return (replace(self, other_vision=()), *others)
+        return (replace(self, other_vision=(), tile_budget=None), *others)
+
+    def most_rows(self, grid: TileGrid) -> int:
+        """Rows of the decoder that a picture takes, at most."""
+        full, budget = self.spec.visual_tokens, self.tile_budget
+        if budget is None:
+            return grid.most_rows(full, self.visual_tokens)
+        return grid.most_rows(full, budget.tile, budget.whole)
 
     def with_spec(self, spec: ModelSpec) -> PlanState:
         """The same with other layers; a layer that changes its shape is float again."""

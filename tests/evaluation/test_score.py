@@ -164,7 +164,7 @@ def test_rows_that_cannot_be_asked_end_an_evaluation_before_it_begins(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr("pocketvlm.evaluation.torch_answers.encode_images", never)
+    monkeypatch.setattr("pocketvlm.evaluation.torch_answers.encode_tiles", never)
     rows = [
         Sample(image=picture(1), question="word " * count, answer="?", where=f"data.jsonl:{count}")
         for count in (1, 600, 700, 800, 900)

@@ -131,6 +131,7 @@ def assert_refused(runner: Runner, bundle: Path, picture: Path, reason: str) -> 
         ("manifest.json", {"visual_tokens": "many"}, "type must be number"),
         ("manifest.json", {"visual_tokens": 0}, "visual_tokens are 0 of"),
         ("manifest.json", {"variants": [{"name": "a"}]}, "visual_tokens"),
+        ("manifest.json", {"tile_budget": {}}, "tile_budget is not followed"),
         ("processor_config.json", {"image_processor": {"image_processor_type": "X"}}, "X is not"),
     ],
 )

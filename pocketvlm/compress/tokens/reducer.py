@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from pocketvlm.models.reducer import PositionPolicy, TokenReducer
 from pocketvlm.models.spec import ModelSpec
@@ -11,7 +12,13 @@ __all__ = ["Reducer"]
 
 
 class Reducer(ABC):
-    """A way to reduce visual tokens: a frozen dataclass that is its own configuration."""
+    """A way to reduce visual tokens: a frozen dataclass that is its own configuration.
+
+    Attributes:
+        looks_at_pictures: Whether which tokens it keeps depends on what a picture shows.
+    """
+
+    looks_at_pictures: ClassVar[bool] = True
 
     @property
     @abstractmethod

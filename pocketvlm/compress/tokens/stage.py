@@ -6,10 +6,12 @@ all shrink with it. A new reducer is one module beside these and one line in `An
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from pocketvlm.bundle import TileBudget
 from pocketvlm.checkpoint import Checkpoint, combine_vision
 from pocketvlm.compress.tokens.auto import Auto
 from pocketvlm.compress.tokens.baseline.random_tokens import RandomTokens
@@ -18,6 +20,7 @@ from pocketvlm.compress.tokens.diverse.determinantal import Determinantal
 from pocketvlm.compress.tokens.diverse.important_diverse import ImportantDiverse
 from pocketvlm.compress.tokens.diverse.max_min import MaxMinDistance
 from pocketvlm.compress.tokens.imported import Imported
+from pocketvlm.compress.tokens.keep import require_keep
 from pocketvlm.compress.tokens.merge.dominant_merged import DominantMerged
 from pocketvlm.compress.tokens.merge.similar import Similar
 from pocketvlm.compress.tokens.pool.average_pool import AveragePool
@@ -29,8 +32,12 @@ from pocketvlm.compress.tokens.rank.distinct_features import DistinctFeatures
 from pocketvlm.compress.tokens.rank.feature_norm import FeatureNorm
 from pocketvlm.compress.tokens.rank.received_attention import ReceivedAttention
 from pocketvlm.compress.tokens.reducer import Reducer
+from pocketvlm.compress.tokens.tile_budgets.detail import Detail
+from pocketvlm.compress.tokens.tile_budgets.hired import Hired
+from pocketvlm.compress.tokens.tile_budgets.whole_finer import WholeFiner
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
+from pocketvlm.models.picture_size import PictureSize
 from pocketvlm.models.reducer import POSITION_POLICIES, PositionPolicy, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlannedVision, PlanState, Stage, StageResult
@@ -38,7 +45,7 @@ from pocketvlm.stages import PlannedVision, PlanState, Stage, StageResult
 if TYPE_CHECKING:
     from pocketvlm.calibration.source import CalibrationSet
 
-__all__ = ["REDUCERS", "AnyReducer", "ReduceTokens"]
+__all__ = ["REDUCERS", "AnyReducer", "AnyTileBudget", "ReduceTokens"]
 
 AnyReducer = (
     Auto
@@ -63,6 +70,9 @@ AnyReducer = (
 REDUCERS: Mapping[str, type[Reducer]] = {kind.kind: kind for kind in get_args(AnyReducer)}
 """The same by name."""
 
+AnyTileBudget = WholeFiner | Detail | Hired
+"""Everything that a recipe may name as `tile_budget`."""
+
 _AUTO = Auto()
 
 
@@ -74,10 +84,12 @@ class ReduceTokens(Stage):
         reducer: What becomes of the tokens.
         keep: A share of the tokens (a float in (0, 1], rounded to the nearest number that the
             reducer can leave), or their number (an integer). Several make a vision graph each,
-            over the same weights, of which an app chooses question by question; what follows is
-            calibrated with the first.
+            over the same weights, of which an app chooses question by question, or `tile_budget`
+            tile by tile; what follows is calibrated with the first.
         positions: Whether kept tokens keep their rotary positions among all N (`original`), or
             are recounted (`consecutive`).
+        tile_budget: How many tokens each tile of a cut picture has, of the numbers in `keep`;
+            `None` for as many of each.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"all_tokens"})
@@ -93,6 +105,7 @@ class ReduceTokens(Stage):
     reducer: AnyReducer = _AUTO
     keep: float | int | tuple[float | int, ...] = 0.5
     positions: PositionPolicy = "original"
+    tile_budget: AnyTileBudget | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in POSITION_POLICIES:
@@ -102,7 +115,7 @@ class ReduceTokens(Stage):
         if not self.keeps:
             raise ValueError("keep is an empty list; at least one number or share is needed")
         for keep in self.keeps:
-            _require_keep(keep)
+            require_keep("keep", keep)
 
     @property
     def keeps(self) -> tuple[float | int, ...]:
@@ -157,6 +170,35 @@ class ReduceTokens(Stage):
             for keep in self.resolved_keeps(spec)
         )
 
+    def budget(self, spec: ModelSpec, sizes: Sequence[PictureSize] = ()) -> TileBudget | None:
+        """How many tokens each tile of this model has; `None` for as many of each.
+
+        Args:
+            spec: The model.
+            sizes: Sizes of pictures beside the model's, for which there are vision graphs.
+
+        Raises:
+            RecipeError: `tile_budget` does not suit the model, or `keep`.
+        """
+        if self.tile_budget is None:
+            return None
+        if sizes:
+            raise RecipeError(
+                "reduce_tokens: tile_budget is for tiles of one size, and set_resolution names "
+                f"{len(sizes) + 1}"
+            )
+        try:
+            return self.tile_budget.plan(
+                spec,
+                self.resolved_keeps(spec),
+                self.reducer.choose(spec),
+                partial(self._resolved_keep, spec),
+            )
+        except RecipeError as error:
+            raise RecipeError(
+                f"reduce_tokens: {str(error).removeprefix('reduce_tokens: ')}"
+            ) from error
+
     def plan(self, state: PlanState) -> PlanState:
         """Leaves fewer visual tokens."""
         sizes = [vision.size for vision in state.other_vision]
@@ -165,7 +207,12 @@ class ReduceTokens(Stage):
             for vision in combine_vision(state.spec, sizes, self.build_each)
             if vision.reducer is not None
         )
-        return replace(state, visual_tokens=first.visual_tokens, other_vision=tuple(others))
+        return replace(
+            state,
+            visual_tokens=first.visual_tokens,
+            other_vision=tuple(others),
+            tile_budget=self.budget(state.spec, sizes),
+        )
 
     @classmethod
     def build_reducers(
@@ -190,6 +237,7 @@ class ReduceTokens(Stage):
             given["reducer"] = {"kind": kind, **({"seed": seed} if kind == "random_tokens" else {})}
         if isinstance(given["keep"], list):
             given["keep"] = tuple(given["keep"])
+        given.pop("tile_budget", None)  # the checkpoint's manifest has what it became
         options = dict(given.pop("reducer"))
         reducer: Any = REDUCERS[options["kind"]](**options)
         if isinstance(reducer, Imported):
@@ -212,7 +260,13 @@ class ReduceTokens(Stage):
             )
         spec = checkpoint.spec
         first, *others = combine_vision(spec, checkpoint.other_sizes, self.build_each)
-        checkpoint = replace(checkpoint, reducer=first.reducer, other_vision=tuple(others))
+        budget = self.budget(spec, checkpoint.other_sizes)
+        checkpoint = replace(
+            checkpoint,
+            reducer=first.reducer,
+            other_vision=tuple(others),
+            tile_budget=budget,
+        )
         kept = [each.visual_tokens for each in checkpoint.each_vision()]
         ctx.report(
             self.method, 1, 1, f"{' or '.join(map(str, kept))} of {spec.visual_tokens} tokens"
@@ -226,15 +280,6 @@ class ReduceTokens(Stage):
                 "of": spec.visual_tokens,
                 "kept_share": kept[0] / spec.visual_tokens,
                 **({"each": kept} if others else {}),
+                **({} if budget is None else {"tile_budget": budget.describe()}),
             },
-        )
-
-
-def _require_keep(keep: float) -> None:
-    is_count = isinstance(keep, int) and not isinstance(keep, bool)
-    if is_count and keep < 1:
-        raise ValueError(f"keep is {keep}; a count is at least 1")
-    if not is_count and not (isinstance(keep, float) and 0 < keep <= 1):
-        raise ValueError(
-            f"keep is {keep!r}; allowed are a share in (0, 1] or a whole number of tokens"
         )

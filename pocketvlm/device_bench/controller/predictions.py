@@ -93,7 +93,7 @@ def _question_of(prompt: Prompt, workload: MeasuredWorkload, known: Predictable)
         tiles[picture.vision] += picture.grid.tiles
     visual_rows = prompt.visual_tokens
     if visual_rows is None:
-        visual_rows = sum(one.grid.most_rows(one.placeholders, one.kept) for one in known.shown)
+        visual_rows = sum(one.most_rows for one in known.shown)
     return Question(
         text_rows=max(0, (prompt.tokens or 0) - visual_rows),
         visual_rows=visual_rows,

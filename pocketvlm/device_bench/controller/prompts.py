@@ -96,10 +96,7 @@ def _require_positions(
     )
     prompt = len(ids) + (workload.turns - 1) * workload.prompt_tokens
     if manifest.positions != "original":
-        prompt -= sum(
-            one.grid.placeholders(one.placeholders) - one.grid.most_rows(one.placeholders, one.kept)
-            for one in pictures
-        )
+        prompt -= sum(one.grid.placeholders(one.placeholders) - one.most_rows for one in pictures)
     new = workload.turns * workload.new_tokens
     needed, limit = prompt + new, manifest.generation.max_positions
     if needed > limit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from pocketvlm.bundle import Bundle
 from pocketvlm.export.parity.metrics import Floats, cosine, relative_error
 from pocketvlm.export.parity.questions import Prompt
 from pocketvlm.runtime.generate import Rows, StopRules, generate, prompt_rows
-from pocketvlm.runtime.picture_rows import PictureRows
+from pocketvlm.runtime.picture_rows import PictureRows, TileFeatures
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.splice import VisualFeatures, lay_out_prompt
 
@@ -48,17 +49,21 @@ class ArtifactSide:
         self.runner = runner
         self._manifest = bundle.manifest
         self._rows = PictureRows.from_bundle(bundle)
+        self._pictures = pictures
+        self._seen: dict[tuple[int, str | None], TileFeatures] = {}
         self.features: list[Features] = []
-        for pixels in pictures:
-            embeds, indices = runner.encode_image(pixels)
+        for picture in range(len(pictures)):
+            embeds, indices = self._see((picture,), 0, None)
             self.features.append(Features(embeds=embeds, indices=indices))
 
     def rows(self, prompt: Prompt) -> Rows:
         """The rows of a prompt."""
-        remaining = iter(self.features[picture] for picture in prompt.pictures)
+        remaining = iter(prompt.pictures)
         pictures: list[VisualFeatures] = []
         for grid in prompt.grids:
-            tiles = [(tile.embeds, tile.indices) for tile in islice(remaining, grid.tiles)]
+            own = list(islice(remaining, grid.tiles))
+            pixels = np.concatenate([self._pictures[picture] for picture in own])
+            tiles = self._rows.look(partial(self._see, own), pixels, grid)
             pictures += self._rows.arrange(tiles, grid, serial=len(pictures))
         layout = lay_out_prompt(
             prompt.token_ids,
@@ -69,6 +74,13 @@ class ArtifactSide:
         )
         kind = self._manifest.kv_cache.mutual_rows
         return prompt_rows(layout, pictures, self.runner, mutual_rows=kind)
+
+    def _see(self, pictures: Sequence[int], place: int, variant: str | None) -> TileFeatures:
+        """What a vision graph returns for one of some pictures, run once."""
+        key = pictures[place], variant
+        if key not in self._seen:
+            self._seen[key] = self.runner.encode_image(self._pictures[key[0]], variant)
+        return self._seen[key]
 
     def answer(self, rows: Rows) -> Floats:
         """Logits [vocabulary] after rows without any before them."""

@@ -42,7 +42,8 @@ def certify(
 ) -> ParityReport:
     """Runs every target of a bundle beside the checkpoint and judges what it finds.
 
-    Where there are several vision graphs, each of them is asked all questions.
+    Where there are several vision graphs, each of them is asked all questions; in place of the
+    first, those that a tile budget chooses.
 
     Args:
         checkpoint: What was evaluated.
@@ -63,12 +64,14 @@ def certify(
     if not pictured:
         raise CalibrationError("the parity certificate needs a question about a picture")
     names = list(dict.fromkeys(component.target for component in bundle.manifest.components))
-    visions = checkpoint.each_vision(), bundle.each_vision()
+    visions = [*checkpoint.each_vision()], [*bundle.each_vision()]
     if len(visions[0]) != len(visions[1]):
         raise BundleError(
             f"{bundle.path}: has {len(visions[1])} vision graphs, and the checkpoint "
             f"{len(visions[0])}: it was made of another one"
         )
+    if checkpoint.tile_budget is not None:
+        visions[0][0], visions[1][0] = checkpoint, bundle
     reached = [
         parity
         for number, (seen, own) in enumerate(zip(*visions, strict=True))

@@ -7,6 +7,7 @@ differs between the two is found as well as what differs inside a graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,13 +18,12 @@ from pocketvlm.export.parity.metrics import Floats
 from pocketvlm.export.parity.questions import Prompt
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
-    VisualTokens,
     decode_logits,
     embed_prompts,
     embed_text,
-    encode_images,
     split_rows,
 )
+from pocketvlm.reference_graph.tile_budget import TokensByCount, choose_tokens, encode_with_all
 from pocketvlm.runtime.generate import Rows
 
 __all__ = ["CheckpointSide"]
@@ -42,15 +42,16 @@ class CheckpointSide:
 
     def __init__(self, checkpoint: Checkpoint, pictures: Sequence[Floats]) -> None:
         self._checkpoint = checkpoint
-        self.features: list[Features] = []
+        self._pixels = torch.from_numpy(np.concatenate(pictures))
+        self._seen: TokensByCount = {}
         with torch.inference_mode():
-            for start in range(0, len(pictures), _TOGETHER):
-                pixels = torch.from_numpy(np.concatenate(pictures[start : start + _TOGETHER]))
-                visual = encode_images(checkpoint, pixels)
-                self.features += [
-                    Features(embeds=embeds[None].numpy(), indices=indices[None].numpy())
-                    for embeds, indices in zip(visual.embeds, visual.indices, strict=True)
-                ]
+            for together in self._pixels.split(_TOGETHER):
+                for count, tiles in encode_with_all(checkpoint, together).items():
+                    self._seen.setdefault(count, []).extend(tiles)
+        self.features = [
+            Features(embeds=tile.embeds.cpu().numpy(), indices=tile.indices.cpu().numpy())
+            for tile in self._seen[checkpoint.visual_tokens]
+        ]
 
     def embed(self, token_ids: Sequence[int]) -> Floats:
         """Embeddings of tokens, [1, L, width]."""
@@ -61,11 +62,18 @@ class CheckpointSide:
 
     def rows(self, prompt: Prompt) -> Rows:
         """The rows of a prompt."""
-        seen = [self.features[picture] for picture in prompt.pictures]
-        visual = VisualTokens(
-            embeds=torch.from_numpy(np.concatenate([part.embeds for part in seen])),
-            indices=torch.from_numpy(np.concatenate([part.indices for part in seen])),
-        )
+        remaining = iter(prompt.pictures)
+        visual = [
+            tile
+            for grid in prompt.grids
+            for tile in choose_tokens(
+                self._checkpoint,
+                self._seen,
+                list(islice(remaining, grid.tiles)),
+                self._pixels,
+                grid,
+            )
+        ]
         with torch.inference_mode():
             token_ids = torch.tensor([prompt.token_ids])
             inputs = embed_prompts(self._checkpoint, token_ids, visual, prompt.grids)

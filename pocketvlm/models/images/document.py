@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pocketvlm.image_file import MAX_PIXELS
 from pocketvlm.json_io import DecodeError
 from pocketvlm.models.images.empty_tiles import MOST_CONTRAST, EmptyTiles
+from pocketvlm.models.images.tilings.aspect_grid import SecondGrid
 from pocketvlm.models.images.tilings.grid_rules import GridRule
 
 __all__ = [
@@ -59,6 +60,7 @@ class ImageDocument:
     input_data_format: str | None = None
     empty_tile_contrast: int | None = None
     grid_rule: GridRule | None = None
+    second_grid: SecondGrid | None = None
 
     @property
     def needed(self) -> frozenset[str]:

@@ -25,7 +25,7 @@ __all__ = ["GotOcr2Document", "GotOcr2Geometry"]
 
 @dataclass(frozen=True, kw_only=True)
 class GotOcr2Geometry:
-    """Resized once, cut, and once more as a whole.
+    """Resized once and cut, by another grid as well where there is one, and once more as a whole.
 
     Attributes:
         tiling: Which tiles.
@@ -45,6 +45,10 @@ class GotOcr2Geometry:
     def resizes(self, width: int, height: int) -> tuple[tuple[int, int], ...]:
         """Widths and heights that a picture is resized to, one after the other, to be cut."""
         return self.tiling.resizes(width, height)
+
+    def second_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that it is resized to, to be cut by another grid; or `None`."""
+        return self.tiling.second_size(width, height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ class GotOcr2Document(ImageDocument):
         size = read_size("size", self.size, is_square=self.default_to_square)
         side = square_side(resize_target(size) if self.do_resize else None)
         hold_tiles("patches", self.min_patches, self.max_patches)
-        tiling = AspectGrid(side=side, fewest=self.min_patches, most=self.max_patches)
+        tiling = AspectGrid(
+            side=side, fewest=self.min_patches, most=self.max_patches, second=self.second_grid
+        )
         hold_pixels(side, tiling.most_tiles - 1)
         return GotOcr2Geometry(tiling=tiling)

@@ -33,7 +33,7 @@ from pocketvlm.models.images.qwen2_vl import (
     Qwen2VlDocument,
 )
 from pocketvlm.models.images.settings import Geometry, ImageSettings
-from pocketvlm.models.images.tilings import Anyres, SplitGrid
+from pocketvlm.models.images.tilings import Anyres, AspectGrid, SplitGrid
 
 __all__ = ["parse_image_settings", "read_image_settings"]
 
@@ -192,11 +192,16 @@ def _check_others(kind: type[_Document], config: Mapping[str, Any]) -> None:
 
 
 def _check_rule(document: _Document, geometry: Geometry) -> None:
-    """Refuses a rule where the library's class cannot be told the grid of one picture."""
+    """Refuses rules and grids where the library's class cannot be told them of one picture."""
     if document.grid_rule is not None and not isinstance(geometry.tiling, SplitGrid | Anyres):
         raise DecodeError(
             "grid_rule is followed where pictures are cut as Idefics3 or LLaVA-NeXT cut them, and "
             "these are not"
+        )
+    if document.second_grid is not None and not isinstance(geometry.tiling, AspectGrid):
+        raise DecodeError(
+            "second_grid is followed where pictures are cut as InternVL cuts them, and these are "
+            "not"
         )
 
 

@@ -13,7 +13,14 @@ from pocketvlm.models.images.idefics3 import Idefics3Geometry
 from pocketvlm.models.images.lfm2_vl import Lfm2VlGeometry
 from pocketvlm.models.images.llava_next import LlavaNextGeometry
 from pocketvlm.models.images.qwen2_vl import Qwen2VlGeometry
-from pocketvlm.models.images.tilings import ONE_TILE, Anyres, SplitGrid, TileGrid, Tiling
+from pocketvlm.models.images.tilings import (
+    ONE_TILE,
+    Anyres,
+    AspectGrid,
+    SplitGrid,
+    TileGrid,
+    Tiling,
+)
 
 __all__ = ["Geometry", "ImageSettings"]
 
@@ -111,6 +118,11 @@ class ImageSettings:
         if isinstance(self.tiling, SplitGrid | Anyres) and self.tiling.rule is not None:
             notes.append(
                 f"pictures are cut as {self.tiling.rule.kind} says, and not in the model's own way"
+            )
+        if isinstance(self.tiling, AspectGrid) and self.tiling.second is not None:
+            notes.append(
+                "pictures are cut by a second grid as well, which the model's own processor does "
+                "not do"
             )
         if not self.do_convert_rgb:
             notes.append(

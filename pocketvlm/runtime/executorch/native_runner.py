@@ -98,6 +98,11 @@ def prompt_parts(
     Returns:
         Token ids, and between them the pixels of each tile, float32 [1, C, S, S].
     """
+    if bundle.manifest.tile_budget is not None:
+        raise InputError(
+            f"{bundle.path}: MultimodalRunner runs one vision graph, and tiles of this bundle's "
+            "pictures are seen by several"
+        )
     preprocessor = ImagePreprocessor.from_bundle(bundle)
     pictures = [open_picture(image) for image in images]
     grids = preprocessor.grids(pictures)

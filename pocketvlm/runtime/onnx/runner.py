@@ -54,7 +54,7 @@ class OnnxRunner(Runner):
         *,
         threads: int | None = None,
         capacity: int | None = None,
-        keep_vision: int = 1,
+        keep_vision: int | None = None,
     ) -> None:
         """Loads the graphs and allocates the cache.
 
@@ -63,9 +63,9 @@ class OnnxRunner(Runner):
             threads: Threads for the heavy graphs; `None` for one a physical core.
             capacity: Rows of KV cache; `None` for `DEFAULT_CAPACITY`, or fewer where the model
                 has fewer positions.
-            keep_vision: Vision graphs that stay in memory, those that were used last. With 0, one
-                is loaded for each picture and freed after it: slower, and smaller while an answer
-                is generated.
+            keep_vision: Vision graphs that stay in memory, those that were used last; `None` for
+                one, or for all that a tile budget chooses among. With 0, one is loaded for each
+                picture and freed after it: slower, and smaller while an answer is generated.
 
         Raises:
             BundleError: The bundle has no ONNX graphs, or one does not load or does not match.
@@ -81,9 +81,12 @@ class OnnxRunner(Runner):
         )
         self.threads = threads or 0
         self._bundle = bundle
-        self._keep_vision = keep_vision
-        first = bundle.component("onnx", "vision")
-        self._vision = {first.file: self._load(first)} if keep_vision else {}
+        budget = bundle.manifest.tile_budget
+        chosen = 1 if budget is None else len(budget.counts)
+        self._keep_vision = chosen if keep_vision is None else keep_vision
+        whole = None if budget is None else bundle.manifest.variant_of(budget.whole).name
+        first = bundle.component("onnx", "vision", variant=whole)
+        self._vision = {first.file: self._load(first)} if self._keep_vision else {}
         self._embedding = self._load(bundle.component("onnx", "embedding"))
         self._decoder = self._load(bundle.component("onnx", "decoder"))
         shape = (1, cache.kv_heads, self.capacity, cache.head_dim)

@@ -135,6 +135,9 @@ Bundle read_manifest(const std::filesystem::path& path, const Json& document) {
   bundle.path = path;
   bundle.model = document.at("model");
   bundle.family = document.at("family");
+  if (document.contains("tile_budget")) {
+    throw Fault("tile_budget is not followed: this runner shows all tiles to one vision graph");
+  }
   bundle.visions = read_visions(document);
   const std::string positions = document.at("positions");
   if (positions != "original" && positions != "consecutive") {

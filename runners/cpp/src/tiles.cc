@@ -232,7 +232,7 @@ Preprocessor Preprocessor::from_bundle(const std::filesystem::path& bundle,
     }
     const Json defaults = defaults_of(kind->second, name);
     const Settings settings(config, defaults);
-    for (const char* unknown : {"pad_size", "grid_rule"}) {
+    for (const char* unknown : {"pad_size", "grid_rule", "second_grid"}) {
       if (settings.has(unknown)) settings.refuse(std::string(unknown) + " is not followed");
     }
     for (const char* layout : {"data_format", "input_data_format"}) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class FixedReducer(TokenReducer):
 
 class Fixed(Reducer):
     """A reducer that looks at no feature; a subclass says which tokens it keeps."""
+
+    looks_at_pictures: ClassVar[bool] = False
 
     @abstractmethod
     def indices(self, count: int, keep: int) -> Sequence[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -119,6 +119,8 @@ class AveragePool(Reducer):
 
     A share is rounded to the nearest number of tokens that a grid has.
     """
+
+    looks_at_pictures: ClassVar[bool] = False
 
     kind: Literal["average_pool"] = "average_pool"
 

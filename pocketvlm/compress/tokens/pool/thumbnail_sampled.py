@@ -13,7 +13,7 @@ trained on them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pocketvlm.compress.tokens.baseline.uniform_stride import uniform_indices
 from pocketvlm.compress.tokens.pool.average_pool import (
@@ -52,6 +52,8 @@ class ThumbnailSampled(Reducer):
         pooled_share: The share of the k tokens that make up the thumbnail, rounded to the nearest
             number that a grid has.
     """
+
+    looks_at_pictures: ClassVar[bool] = False
 
     kind: Literal["thumbnail_sampled"] = "thumbnail_sampled"
     pooled_share: float = 0.5

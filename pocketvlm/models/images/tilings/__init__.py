@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pocketvlm.models.images.tilings.anyres import Anyres
-from pocketvlm.models.images.tilings.aspect_grid import AspectGrid
+from pocketvlm.models.images.tilings.aspect_grid import AspectGrid, SecondGrid, TwoGrids
 from pocketvlm.models.images.tilings.large_grid import LargeGrid
 from pocketvlm.models.images.tilings.split_grid import SplitGrid
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
@@ -19,9 +19,11 @@ __all__ = [
     "Anyres",
     "AspectGrid",
     "LargeGrid",
+    "SecondGrid",
     "SplitGrid",
     "TileGrid",
     "Tiling",
+    "TwoGrids",
     "grids_of",
 ]
 

@@ -60,10 +60,19 @@ class MapGrid(TileGrid):
         height, width = self._lines(isqrt(per_tile))
         return per_tile + height * (width + 1) if self.rows else per_tile + 1
 
-    def most_rows(self, per_tile: int, kept: int) -> int:
+    def most_rows(self, per_tile: int, kept: int, whole: int | None = None) -> int:
         """Rows of the decoder, at most: a reduction may keep what the border takes away, or not."""
         height, _ = self._lines(isqrt(per_tile))
-        return min(self.placeholders(per_tile), self.tiles * kept + max(height, 1))
+        return min(self.placeholders(per_tile), self._kept_rows(kept, whole) + max(height, 1))
+
+    def shown_by_whole(self, side: int) -> npt.NDArray[np.int64]:
+        """Number of the tile that shows the middle of each token of the whole, borders left out."""
+        middles = 2 * np.arange(side) + 1
+        lines, places = (
+            (middles * (count * side - 2 * before) + 2 * side * before) // (2 * side**2)
+            for count, before in zip((self.rows, self.columns), self.border(side), strict=True)
+        )
+        return (1 + lines[:, None] * self.columns + places).reshape(1, -1)
 
     def order(self, per_tile: int) -> RowOrder:
         """The whole picture row by row, then the map line by line, each with a break after it."""

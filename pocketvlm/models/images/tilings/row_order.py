@@ -55,17 +55,18 @@ class RowOrder:
     seen: Sequence[int]
     weights: npt.NDArray[np.float32] | None = None
 
-    def kept(self, indices: npt.NDArray[np.int64], per_tile: int) -> KeptRows:
+    def kept(self, indices: Sequence[npt.NDArray[np.int64]], per_tile: int) -> KeptRows:
         """What is left where tiles were left out or reduced.
 
         A mixed row stays with the token that has the largest share of it, and is mixed of those
         that are left; a break stays with any row of its line.
 
         Args:
-            indices: int64 [tiles, k]: which of its tokens each tile that is seen kept, ascending.
+            indices: int64 [k] of each tile that is seen: which of its tokens it kept, ascending.
             per_tile: Tokens of a tile before.
         """
-        own = (per_tile * np.asarray(self.seen)[:, None] + indices).ravel()
+        tiles = zip(self.seen, indices, strict=True)
+        own = np.concatenate([per_tile * number + kept for number, kept in tiles])
         # One more than any source: the last is what `LINE_BREAK` reads.
         places = np.full(max(own.max(), self.sources.max()) + 2, LINE_BREAK)
         places[own] = np.arange(own.size)

@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
+
 from pocketvlm.models.images.tilings.row_order import RowOrder
 
-__all__ = ["ONE_TILE", "TileGrid"]
+__all__ = ["ONE_TILE", "TileGrid", "tiles_of_middles"]
+
+
+def tiles_of_middles(rows: int, columns: int, side: int) -> npt.NDArray[np.int64]:
+    """Tiles of a grid, row by row from 0, that the middles of `side` x `side` tokens lie in."""
+    middles = 2 * np.arange(side) + 1
+    lines, places = (middles * count // (2 * side) for count in (rows, columns))
+    return (lines[:, None] * columns + places).ravel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,11 @@ class TileGrid:
         return self.rows * self.columns + int(self.is_split and self.has_whole)
 
     @property
+    def whole(self) -> int:
+        """Number of the tile that shows the whole picture, where one does."""
+        return next(number for number in range(self.all_tiles) if number not in self.parts)
+
+    @property
     def complete(self) -> Self:
         """The same with every tile."""
         return replace(self, left_out=())
@@ -69,10 +84,31 @@ class TileGrid:
         """
         return self.all_tiles * per_tile
 
-    def most_rows(self, per_tile: int, kept: int) -> int:
-        """Rows of the decoder, at most, where `kept` of a tile's `per_tile` tokens are left."""
+    def most_rows(self, per_tile: int, kept: int, whole: int | None = None) -> int:
+        """Rows of the decoder, at most, where `kept` of a tile's `per_tile` tokens are left.
+
+        Args:
+            per_tile: Tokens of a tile before reduction.
+            kept: Tokens of a tile after it, on average.
+            whole: Tokens of the whole picture after it; `None` for as many as of a tile.
+        """
         del per_tile
-        return self.tiles * kept
+        return self._kept_rows(kept, whole)
+
+    def shown_by_whole(self, side: int) -> npt.NDArray[np.int64]:
+        """Number of the tile that shows the middle of each token of the whole picture.
+
+        Args:
+            side: Tokens along an edge of the whole picture.
+
+        Returns:
+            int64 [grids, side * side]: a tile for each of the grids that the picture is cut into.
+        """
+        return tiles_of_middles(self.rows, self.columns, side)[None]
+
+    def _kept_rows(self, kept: int, whole: int | None) -> int:
+        wholes = self.all_tiles - len(self.parts)
+        return (self.tiles - wholes) * kept + wholes * (kept if whole is None else whole)
 
     def order(self, per_tile: int) -> RowOrder | None:
         """How rows of the tiles follow each other; `None` where tile follows tile."""

@@ -1,0 +1,1 @@
+"""Ways to give the tiles of a picture different numbers of visual tokens."""
