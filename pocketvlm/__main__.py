@@ -1,5 +1,5 @@
 """`python -m pocketvlm`: the command line if the script is not on the path."""
 
-from pocketvlm.cli import main
+from pocketvlm.cli import process
 
-main()
+process()

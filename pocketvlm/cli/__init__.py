@@ -5,11 +5,25 @@ Importing it imports no library, so that an interrupt is handled from the first 
 
 from __future__ import annotations
 
-__all__ = ["main"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+__all__ = ["main", "process"]
 
 
-def main() -> None:
-    """Entry point: every failure is one line and an exit code."""
+def process() -> NoReturn:
+    """Entry point of the process: `main`, and an end that does not wait for Python's."""
+    try:
+        main()
+    except SystemExit as end:
+        from pocketvlm.child_process import end_process
+
+        end_process(end.code if isinstance(end.code, int) else 0)
+
+
+def main() -> NoReturn:
+    """Runs the command line; every failure is one line and an exit code, of `SystemExit`."""
     from pocketvlm.cli.interrupts import install
 
     install()

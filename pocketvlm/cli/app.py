@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -48,7 +48,7 @@ app.command(name="verify-coreml")(verify.verify_coreml)
 app.command()(compress.demo)
 
 
-def run() -> None:
+def run() -> NoReturn:
     """Runs the process's own command line, and ends the process."""
     arguments, shows_traceback = take_traceback_flag(sys.argv[1:])
     sys.exit(run_to_exit_code(lambda: run_command(arguments), shows_traceback=shows_traceback))

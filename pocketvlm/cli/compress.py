@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocketvlm.cli.console import command_line, print_json, print_summary, quiet_libraries, say
+from pocketvlm.cli.console import (
+    command_line,
+    print_json,
+    print_summary,
+    quiet_libraries,
+    say,
+    uncollected,
+)
 from pocketvlm.cli.interrupts import unwound_interrupts
 from pocketvlm.cli.options import (
     MAX_QUESTIONS,
@@ -28,7 +35,7 @@ from pocketvlm.cli.progress import show_progress
 from pocketvlm.errors import CheckFailedError, InputError
 
 if TYPE_CHECKING:
-    from pocketvlm.pipeline.source_check import SourceCheckMode
+    from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport
 
 __all__ = ["compress", "convert", "demo", "plan", "recipes"]
 
@@ -145,35 +152,42 @@ def plan(
 
     Rows of the folders given as --calibration and --data are checked one by one.
     """
-    quiet_libraries()
-    from pocketvlm.pipeline.job import Job
-    from pocketvlm.pipeline.source_check import verify_folder
-    from pocketvlm.pipeline.sources import resolve_model
-
-    job = Job(
-        model=model,
-        recipe=recipe,
-        targets=tuple(target or ()),
-        settings=tuple(settings or ()),
-        calibration=calibration,
-        data=data,
-        n=n,
-    )
     if measured and not advise:
         raise InputError("--measured: is for the advice; add --advise")
-    made = job.plan(device=device, advises=advise, measured=measured or ())
+    quiet_libraries()
+    with uncollected():
+        from pocketvlm.pipeline.job import Job
+
+        job = Job(
+            model=model,
+            recipe=recipe,
+            targets=tuple(target or ()),
+            settings=tuple(settings or ()),
+            calibration=calibration,
+            data=data,
+            n=n,
+        )
+        made = job.plan(device=device, advises=advise, measured=measured or ())
     for line in made.lines():
         say(line)
-    checked = verify_folder(resolve_model(model)) if verify_source else None
-    if checked is not None:
-        for line in checked.lines():
-            say(line)
+    checked = _check_source(model) if verify_source else None
     if as_json:
         found = {"source_check": checked.to_json()} if checked is not None else {}
         print_json({**made.to_json(), **found})
     made.raise_if_refused()
     if checked is not None:
         checked.raise_if_failed()
+
+
+def _check_source(model: str) -> SourceReport:
+    """Compares a checkpoint with transformers' own classes, and says what was found."""
+    from pocketvlm.pipeline.source_check import verify_folder
+    from pocketvlm.pipeline.sources import resolve_model
+
+    checked = verify_folder(resolve_model(model))
+    for line in checked.lines():
+        say(line)
+    return checked
 
 
 def convert(

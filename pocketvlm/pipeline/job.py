@@ -1,4 +1,7 @@
-"""Job: the main job as given on the command line, with names resolved and defaults filled in."""
+"""Job: the main job as given on the command line, with names resolved and defaults filled in.
+
+What runs a job is imported by the methods that do, so that a plan does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pocketvlm.bundle import Bundle
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.context import ALONE, ProgressCallback, Ranks, RunContext, ignore_progress
-from pocketvlm.device_bench.workload import load_workload
-from pocketvlm.files.publish import replace_file
 from pocketvlm.pipeline.compute_device import resolve_device
-from pocketvlm.pipeline.float_baseline import make_float_baseline
 from pocketvlm.pipeline.plan import Plan, plan
-from pocketvlm.pipeline.run import RunResult, run
-from pocketvlm.pipeline.shared_run import help_run
-from pocketvlm.pipeline.source_check import SourceCheckMode
 from pocketvlm.pipeline.sources import (
     GENERATED_SOURCES,
     find_model,
@@ -28,8 +25,10 @@ from pocketvlm.pipeline.sources import (
 )
 from pocketvlm.recipes.load import Recipe, load_recipe
 from pocketvlm.reference import REFERENCE_MODELS, Pictures
-from pocketvlm.reference.mosaics import GENERATORS
-from pocketvlm.runtime.conversation import Conversation
+
+if TYPE_CHECKING:
+    from pocketvlm.pipeline.run import RunResult
+    from pocketvlm.pipeline.source_check import SourceCheckMode
 
 __all__ = ["Job", "SceneAnswer"]
 
@@ -100,6 +99,10 @@ class Job:
             PocketVLMError: Something about the input is wrong; found before any compute if
                 possible.
         """
+        from pocketvlm.device_bench.workload import load_workload
+        from pocketvlm.pipeline.float_baseline import make_float_baseline
+        from pocketvlm.pipeline.run import run
+
         ctx = self._context(ranks, on_progress)
         recipe = self._recipe()
         path = resolve_model(self.model)
@@ -127,6 +130,8 @@ class Job:
             RankError: Another process has ended, or the processes do not work on the same run.
             PocketVLMError: Something about the input is wrong.
         """
+        from pocketvlm.pipeline.shared_run import help_run
+
         ctx = self._context(ranks, ignore_progress)
         recipe = self._recipe()
         calibration = resolve_calibration(recipe.calibration, pictures=self._pictures())
@@ -176,6 +181,11 @@ class Job:
 
     def ask_about_a_scene(self, result: RunResult) -> SceneAnswer:
         """Asks the finished bundle about one held-out scene, whose picture is stored next to it."""
+        from pocketvlm.bundle import Bundle
+        from pocketvlm.files.publish import replace_file
+        from pocketvlm.reference.mosaics import GENERATORS
+        from pocketvlm.runtime.conversation import Conversation
+
         generate = GENERATORS[self._pictures() or "reference"]
         example = next(generate(7, 1, split="evaluation"))
         picture = result.out / "scene.png"

@@ -3,6 +3,8 @@
 A bundle may hold several targets. ONNX Runtime comes first: it needs nothing that the package does
 not bring. Core ML packages come last: what computes them here is the reference evaluator, which
 gives their answers and tells nothing of their speed.
+
+An engine is imported when it is opened: what plans or runs another one does not wait for it.
 """
 
 from __future__ import annotations
@@ -11,9 +13,6 @@ from collections.abc import Callable, Mapping
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.runtime.coreml.runner import CoremlRunner
-from pocketvlm.runtime.executorch.runner import ExecutorchRunner
-from pocketvlm.runtime.onnx.runner import DEFAULT_CAPACITY, OnnxRunner
 from pocketvlm.runtime.runner import Runner
 
 __all__ = ["EMULATED", "ENGINES", "Engine", "choose_engine", "open_engine"]
@@ -23,14 +22,20 @@ Engine = Callable[[Bundle, int | None, int], Runner]
 
 
 def _open_onnx(bundle: Bundle, threads: int | None, rows: int) -> Runner:
+    from pocketvlm.runtime.onnx.runner import DEFAULT_CAPACITY, OnnxRunner
+
     return OnnxRunner(bundle, threads=threads, capacity=rows if rows > DEFAULT_CAPACITY else None)
 
 
 def _open_executorch(bundle: Bundle, threads: int | None, _rows: int) -> Runner:
+    from pocketvlm.runtime.executorch.runner import ExecutorchRunner
+
     return ExecutorchRunner(bundle, threads=threads)
 
 
 def _open_coreml(bundle: Bundle, _threads: int | None, _rows: int) -> Runner:
+    from pocketvlm.runtime.coreml.runner import CoremlRunner
+
     return CoremlRunner(bundle)
 
 

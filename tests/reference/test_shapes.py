@@ -134,7 +134,8 @@ def test_the_command_writes_nothing_and_does_not_wait_for_the_library(tmp_path):
     assert not list(tmp_path.iterdir())
     imported = [line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()]
     assert "torch" in imported
-    assert "transformers" not in imported
+    # What runs a model is not waited for: with it, the answer takes a third longer.
+    assert not {"transformers", "onnxruntime", "pocketvlm.pipeline.run"} & set(imported)
 
 
 COMMAND = "plan shape:smolvlm-2.2b --device iphone-17-pro --recipe int4-small --json"

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import nn
 
-from pocketvlm.child_process import end_with_parent
+from pocketvlm.child_process import end_process, end_with_parent
 from pocketvlm.errors import ExportError, PocketVLMError
 from pocketvlm.export.executorch.schema import VisionPart, blank_picture
 from pocketvlm.files.full_disk import describe_fault
@@ -167,4 +167,4 @@ def _require_that_it_runs(file: Path, job: ConversionJob) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    end_process(main(Path(sys.argv[1])))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from pocketvlm.child_process import end_with_parent
+from pocketvlm.child_process import end_process, end_with_parent
 from pocketvlm.errors import BundleError, PocketVLMError
 from pocketvlm.runtime.executorch.frames import array_types, read_arrays, read_header, write_frame
 from pocketvlm.runtime.executorch.program import load_program, set_threads
@@ -146,4 +145,4 @@ def _write_no_core() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
