@@ -126,6 +126,19 @@ class StockModel:
             fitting=fitting,
         )
 
+    def prompt(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image]
+    ) -> tuple[list[int], Floats]:
+        """Token ids and pixels float32 [tiles, channels, height, width] of a conversation.
+
+        Raises:
+            StockUnavailable: The library cannot.
+        """
+        with _refusing():
+            inputs = self._prepare(turns, images)
+        pixels = self._pixels(inputs["pixel_values"].to(torch.float32))
+        return inputs["input_ids"][0].tolist(), pixels.numpy()
+
     def answer(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], *, max_new_tokens: int
     ) -> StockAnswer:
@@ -134,29 +147,17 @@ class StockModel:
         Raises:
             StockUnavailable: The library cannot.
         """
-        if self.fitting is not None:
-            images = [fit_picture(image, self.fitting) for image in images]
-        with _quiet(), bounded_templates(), torch.inference_mode():
-            try:
-                inputs = self.processor.apply_chat_template(
-                    _messages(turns, images),
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                )
-                inputs = {name: inputs[name] for name in self._inputs() if name in inputs}
-                logits = self.model(**inputs).logits[0]
-                out = self.model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    output_scores=True,
-                    return_dict_in_generate=True,
-                )
-            except Exception as error:  # the library may raise anything
-                raise StockUnavailable(f"transformers cannot run it: {_line(error)}") from error
+        with _refusing(), torch.inference_mode():
+            inputs = self._prepare(turns, images)
+            logits = self.model(**inputs).logits[0]
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
         token_ids = inputs["input_ids"][0].tolist()
         pixels = self._pixels(inputs["pixel_values"].to(torch.float32))
         return StockAnswer(
@@ -166,6 +167,19 @@ class StockModel:
             generated=out.sequences[0, len(token_ids) :].tolist(),
             scores=np.stack([score[0].to(torch.float32).numpy() for score in out.scores]),
         )
+
+    def _prepare(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the library's processor hands its model."""
+        if self.fitting is not None:
+            images = [fit_picture(image, self.fitting) for image in images]
+        inputs = self.processor.apply_chat_template(
+            _messages(turns, images),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        return {name: inputs[name] for name in self._inputs() if name in inputs}
 
     def _pixels(self, values: Tensor) -> Tensor:
         """Pixels as a picture has them, from what the library hands its model."""
@@ -255,6 +269,16 @@ def _hold_memory(folder: ModelFolder) -> None:
             f"a second copy of the model in float32 needs {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free"
         )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns whatever the library raises into one line."""
+    with _quiet(), bounded_templates():
+        try:
+            yield
+        except Exception as error:  # the library may raise anything
+            raise StockUnavailable(f"transformers cannot run it: {_line(error)}") from error
 
 
 @contextmanager

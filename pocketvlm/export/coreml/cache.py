@@ -1,8 +1,10 @@
 """The decoder's cache in Core ML: kept by the runtime (iOS 18), or passed in and out (iOS 17).
 
-Either way there are two tensors, [layers, kv_heads, capacity, width], of the layers that have
-attention. The width is the head's,
-rounded up to a multiple of 32: states of other widths fail on the Neural Engine.
+Either way there are two tensors, float16 [layers, kv_heads, capacity, width], of the layers that
+have attention. The width is the head's, rounded up to a multiple of 32: states of other widths
+fail on the Neural Engine. States hold nothing wider than float16, so where graphs compute in
+float32, a row is held twice as wide: the nearest float16 of every number, and then what that
+leaves, scaled so that it has as many digits. Together they have 22 bits of a number, float32 24.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ CACHE_DTYPE = "float16"
 _NAMES = ("key_cache", "value_cache")
 _PASSED = ("key_cache_out", "value_cache_out")
 _MULTIPLE = 32
+_REST_SCALE = 2.0**11
+"""A float16 is off by 2**-11 of a number at most: what it leaves is at most as large, scaled."""
 
 
 def round_up(count: int, multiple: int = _MULTIPLE) -> int:
@@ -37,11 +41,23 @@ def round_up(count: int, multiple: int = _MULTIPLE) -> int:
 
 
 def cache_signatures(
-    spec: ModelSpec, capacity: int, *, is_output: bool = False
+    spec: ModelSpec,
+    capacity: int,
+    float_type: type[np.floating[Any]],
+    *,
+    is_output: bool = False,
 ) -> tuple[TensorSignature, ...]:
-    """Keys and values: states of iOS 18, inputs or outputs of iOS 17."""
+    """Keys and values: states of iOS 18, inputs or outputs of iOS 17.
+
+    Args:
+        spec: The model.
+        capacity: Rows of the cache.
+        float_type: What the graphs compute in.
+        is_output: Whether these are the extended ones.
+    """
     decoder = spec.decoder
-    shape = (len(decoder.attention_blocks), decoder.kv_heads, capacity, round_up(decoder.head_dim))
+    width = _held_width(decoder, float_type)
+    shape = (len(decoder.attention_blocks), decoder.kv_heads, capacity, width)
     return tuple(
         TensorSignature(name=name, dtype=CACHE_DTYPE, shape=shape)
         for name in (_PASSED if is_output else _NAMES)
@@ -88,7 +104,8 @@ class StatefulCache:
         """Writes new rows of a block, returns all of its rows."""
         from coremltools.converters.mil.mil import Builder
 
-        heads, width = self._decoder.kv_heads, round_up(self._decoder.head_dim)
+        heads = self._decoder.kv_heads
+        width = _held_width(self._decoder, self._function.package.float_type)
         layer = self._decoder.attention_blocks.index(block)
         bounds = [
             Builder.concat(
@@ -109,7 +126,7 @@ class StatefulCache:
         for name, new in zip(_NAMES, (keys, values), strict=True):
             label = f"{name}_{block}"
             update = Builder.expand_dims(
-                x=_stored(new, self._decoder.head_dim, label), axes=[0], name=f"{label}_new"
+                x=_stored(self._function, new, label), axes=[0], name=f"{label}_new"
             )
             written = Builder.slice_update(
                 x=self._current[name],
@@ -121,8 +138,11 @@ class StatefulCache:
             self._current[name] = Builder.coreml_update_state(
                 state=self._function.inputs[name], value=written, name=label
             )
-            row = _block_of(self._current[name], block, self._capacity, self._decoder, label)
-            rows.append(_computed(self._function, row, label))
+            rows.append(
+                _computed(
+                    self._function, self._current[name], block, self._capacity, self._decoder, label
+                )
+            )
         return rows[0], rows[1]
 
 
@@ -165,19 +185,16 @@ class PassedCache:
             label = f"{name}_{block}"
             before = _computed(
                 self._function,
-                _block_of(
-                    self._function.inputs[name],
-                    block,
-                    self._capacity,
-                    self._decoder,
-                    f"{label}_before",
-                ),
+                self._function.inputs[name],
+                block,
+                self._capacity,
+                self._decoder,
                 f"{label}_before",
             )
             placed = Builder.matmul(x=self._places, y=new, name=f"{label}_placed")
             kept = Builder.mul(x=before, y=self._kept, name=f"{label}_kept")
             row = Builder.add(x=kept, y=placed, name=label)
-            self._new[name].append(_stored(row, self._decoder.head_dim, f"{label}_stored"))
+            self._new[name].append(_stored(self._function, row, f"{label}_stored"))
             rows.append(row)
         return rows[0], rows[1]
 
@@ -190,42 +207,69 @@ class PassedCache:
             self._function.output(joined, output, CACHE_DTYPE)
 
 
-def _block_of(cache: Any, block: int, capacity: int, decoder: DecoderSpec, label: str) -> Any:
+def _held_width(decoder: DecoderSpec, float_type: type[np.floating[Any]]) -> int:
+    """Numbers of a row of the cache."""
+    return round_up(decoder.head_dim) * (1 if float_type is np.float16 else 2)
+
+
+def _stored(function: FunctionWriter, rows: Any, label: str) -> Any:
+    """Rows [..., head_dim] as the cache holds them, each part filled up with zeros."""
+    from coremltools.converters.mil.mil import Builder
+
+    parts = {label: Builder.cast(x=rows, dtype="fp16", name=f"{label}_float16")}
+    if function.package.float_type is not np.float16:
+        nearest = Builder.cast(x=parts[label], dtype="fp32", name=f"{label}_nearest")
+        rest = Builder.sub(x=rows, y=nearest, name=f"{label}_difference")
+        rest = Builder.mul(x=rest, y=np.float32(_REST_SCALE), name=f"{label}_scaled")
+        parts[f"{label}_rest"] = Builder.cast(x=rest, dtype="fp16", name=f"{label}_rest_float16")
+    missing = round_up(rows.shape[-1]) - rows.shape[-1]
+    if missing:
+        parts = {
+            name: Builder.pad(
+                x=part,
+                pad=[0, missing],
+                mode="constant",
+                constant_val=np.float16(0),
+                name=f"{name}_padded",
+            )
+            for name, part in parts.items()
+        }
+    if len(parts) == 1:
+        return parts[label]
+    return Builder.concat(values=list(parts.values()), axis=-1, name=f"{label}_parts")
+
+
+def _computed(
+    function: FunctionWriter,
+    cache: Any,
+    block: int,
+    capacity: int,
+    decoder: DecoderSpec,
+    label: str,
+) -> Any:
+    """All rows of a block as graphs compute with them, [kv_heads, capacity, head_dim]."""
     from coremltools.converters.mil.mil import Builder
 
     layer = decoder.attention_blocks.index(block)
 
-    return Builder.slice_by_index(
-        x=cache,
-        begin=[layer, 0, 0, 0],
-        end=[layer + 1, decoder.kv_heads, capacity, decoder.head_dim],
-        squeeze_mask=[True, False, False, False],
-        name=f"{label}_rows",
-    )
+    def part(start: int, name: str) -> Any:
+        return Builder.slice_by_index(
+            x=cache,
+            begin=[layer, 0, 0, start],
+            end=[layer + 1, decoder.kv_heads, capacity, start + decoder.head_dim],
+            squeeze_mask=[True, False, False, False],
+            name=f"{label}_{name}",
+        )
 
-
-def _stored(rows: Any, width: int, label: str) -> Any:
-    """Rows as the cache holds them: float16, filled up with zeros."""
-    from coremltools.converters.mil.mil import Builder
-
-    rows = Builder.cast(x=rows, dtype="fp16", name=f"{label}_float16")
-    missing = round_up(width) - width
-    if not missing:
+    rows = part(0, "rows")
+    if function.package.float_type is np.float16:
         return rows
-    return Builder.pad(
-        x=rows,
-        pad=[0, missing],
-        mode="constant",
-        constant_val=np.float16(0),
-        name=f"{label}_padded",
+    wide = Builder.cast(x=rows, dtype="fp32", name=f"{label}_wide")
+    rest = Builder.cast(
+        x=part(round_up(decoder.head_dim), "rest_rows"), dtype="fp32", name=f"{label}_rest_wide"
     )
-
-
-def _computed(function: FunctionWriter, rows: Any, label: str) -> Any:
-    from coremltools.converters.mil.mil import Builder
-
-    kind = _short(function.package.float_type)
-    return rows if kind == "fp16" else Builder.cast(x=rows, dtype=kind, name=f"{label}_{kind}")
+    rest = Builder.mul(x=rest, y=np.float32(1 / _REST_SCALE), name=f"{label}_rest_unscaled")
+    return Builder.add(x=wide, y=rest, name=f"{label}_whole")
 
 
 def _short(float_type: type[np.floating]) -> str:

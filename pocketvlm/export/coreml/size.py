@@ -16,10 +16,12 @@ __all__ = ["graph_bytes", "layer_bytes", "vision_bytes"]
 _RECORD = 64  # each array of the weight file has a record of this size and starts at a multiple
 _BYTE = 8
 _NIBBLE = 4
+_HALF_BYTES = 2
 
 # An operator takes 200 bytes with its names and types: measured, not derived.
 _TOWER_BLOCK_BYTES = 12_000
 _DECODER_BLOCK_BYTES = 19_700
+_WIDE_CACHE_BYTES = 5_000  # of a block whose cache is put together from two numbers
 _VISION_BYTES = 8_000
 _FUNCTION_BYTES = 12_000
 _CONSTEXPR_BYTES = 180
@@ -46,12 +48,15 @@ def graph_bytes(
         capacity: Rows of the cache.
     """
     functions = 2 if deployment == "iOS18" else 1
+    wide = (
+        _WIDE_CACHE_BYTES * len(spec.decoder.attention_blocks) if float_bytes > _HALF_BYTES else 0
+    )
     return {
         "other": _float_bytes(spec, float_bytes, capacity)
         + _VISION_BYTES
         + _TOWER_BLOCK_BYTES * (spec.tower.feature_block + 1)
         + _FUNCTION_BYTES * functions
-        + _DECODER_BLOCK_BYTES * functions * spec.decoder.depth
+        + functions * (_DECODER_BLOCK_BYTES * spec.decoder.depth + wide)
         + sum(
             _operator_bytes(layout) * (functions if linear.part == "decoder" else 1)
             for linear, layout in layouts.items()

@@ -222,7 +222,7 @@ class ToCoreml(Target):
         file = f"{_FOLDER}/decoder.mlpackage"
         package = self._package()
         capacity = self.capacity(spec)
-        states = cache_signatures(spec, capacity)
+        states = cache_signatures(spec, capacity, package.float_type)
         components = [self._write_embedding(package, checkpoint, file, "embedding")]
         for name, length in (("prefill", self._prefill_rows(checkpoint)), ("decode", 1)):
             inputs, outputs = _decoder_signatures(spec, length, is_padded=length > 1)
@@ -262,8 +262,11 @@ class ToCoreml(Target):
         capacity = self.capacity(spec)
         rows = self._prefill_rows(checkpoint)
         inputs, outputs = _decoder_signatures(spec, rows, is_padded=True)
-        inputs = (*inputs, *cache_signatures(spec, capacity))
-        outputs = (*outputs, *cache_signatures(spec, capacity, is_output=True))
+        inputs = (*inputs, *cache_signatures(spec, capacity, package.float_type))
+        outputs = (
+            *outputs,
+            *cache_signatures(spec, capacity, package.float_type, is_output=True),
+        )
         with package.function(_MAIN, inputs) as function:
             positions = DecoderPositions(function, spec, capacity, rows)
             cache = PassedCache(function, spec, capacity, positions.slots)
