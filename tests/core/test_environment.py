@@ -60,7 +60,7 @@ def run_fresh(script, *arguments, **environment):
     "code",
     [
         "from pocketvlm.runtime.onnx.engine import onnxruntime; import huggingface_hub",
-        "from pocketvlm import Conversation; import huggingface_hub",
+        "from pocketvlm.runtime.onnx.runner import OnnxRunner; import huggingface_hub",
         # What a library does behind the package's back.
         "import pocketvlm; import onnxruntime, huggingface_hub",
     ],
