@@ -23,7 +23,7 @@ from pocketvlm.reference.shapes import load_shape
 __all__ = ["bundle_of", "write_bundle"]
 
 
-def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
+def write_bundle(shape: str, recipe: str, folder: Path, target: ToOnnx | None = None) -> Bundle:
     """Rounds a random model to the grids of a recipe, unless `folder` holds the bundle already.
 
     The recipe's token reduction is left out: it changes neither bytes nor the decoder's speed.
@@ -32,6 +32,7 @@ def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
         shape: The name of a shape.
         recipe: Name of a shipped recipe, of whose quantizing stage the rules are taken.
         folder: The bundle; the model is written to a folder beside it.
+        target: How it is exported; `None` for as the recipe says.
     """
     return bundle_of(
         lambda: Checkpoint.load(
@@ -39,14 +40,19 @@ def write_bundle(shape: str, recipe: str, folder: Path) -> Bundle:
         ),
         recipe,
         folder,
+        target,
     )
 
 
-def bundle_of(make: Callable[[], Checkpoint], recipe: str, folder: Path) -> Bundle:
+def bundle_of(
+    make: Callable[[], Checkpoint], recipe: str, folder: Path, target: ToOnnx | None = None
+) -> Bundle:
     """The same of any float checkpoint, which is made only where the bundle is missing."""
     if (folder / "manifest.json").is_file():
         return Bundle.open(folder, verify=False)
     checkpoint = make()
+    stated = (each for each in load_recipe(recipe).targets if isinstance(each, ToOnnx))
+    target = next(stated, ToOnnx()) if target is None else target
     rules = [rule for stage in load_recipe(recipe).stages for rule in getattr(stage, "rules", ())]
     for linear, rule in assign_rules(rules, checkpoint.spec.linears()).items():
         if rule is not None and rule.bits is not None:
@@ -58,6 +64,6 @@ def bundle_of(make: Callable[[], Checkpoint], recipe: str, folder: Path) -> Bund
             checkpoint.set_form(linear.name, codes)
     with replace_directory(folder) as aside:
         manifest = write_graphs(
-            checkpoint, (ToOnnx(),), aside, load_recipe(recipe).sha256(), RunContext()
+            checkpoint, (target,), aside, load_recipe(recipe).sha256(), RunContext()
         )
     return Bundle(path=folder, manifest=manifest)

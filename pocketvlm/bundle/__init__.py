@@ -9,6 +9,7 @@ from pocketvlm.bundle.manifest import (
     Manifest,
     MutualRows,
     PromptLayout,
+    Role,
     RuntimeNeeds,
     TensorSignature,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "MutualRows",
     "PositionGrid",
     "PromptLayout",
+    "Role",
     "RuntimeNeeds",
     "TensorSignature",
     "TileBudget",

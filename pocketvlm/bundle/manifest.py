@@ -23,11 +23,14 @@ __all__ = [
     "Manifest",
     "MutualRows",
     "PromptLayout",
+    "Role",
     "RuntimeNeeds",
     "TensorSignature",
 ]
 
 BUNDLE_SCHEMA = 1
+Role = Literal["vision", "embedding", "decoder", "prefill", "unpack"]
+"""What a graph does; `prefill` and `unpack` are beside a decoder that could do without them."""
 MutualRows = Literal["tile", "prompt"]
 """Rows of a prompt that see each other, the later ones too: a tile's, or all of them."""
 _MAX_CACHE_ROW = 2**24
@@ -50,25 +53,34 @@ class Component:
 
     Attributes:
         target: `onnx`, `executorch` or `coreml`.
-        role: `vision`, `embedding` or `decoder`.
+        role: `vision`, `embedding` or `decoder`; `prefill` fills the decoder's cache, with
+            weights that `unpack` makes of the decoder's.
         file: Path of the graph inside the bundle.
         precision: How its weights are stored, by part, such as `{"decoder": "int4 g32"}`.
         function: Its function in the file, if the file holds several that share weights.
         variant: Which of `Manifest.variants` a vision graph is; `None` where there is one alone.
+        least_rows: Rows of a call from which a `prefill` graph runs all of them but the last.
         states: Tensors that the runtime keeps from call to call, such as the decoder's cache.
         notes: Warnings of the toolkit that converted the graph, and what costs time or accuracy.
     """
 
     target: str
-    role: Literal["vision", "embedding", "decoder"]
+    role: Role
     file: str
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
     precision: Mapping[str, str] = field(default_factory=dict)
     function: str | None = None
     variant: str | None = None
+    least_rows: int | None = None
     states: tuple[TensorSignature, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.role == "prefill") != (self.least_rows is not None):
+            raise ValueError("least_rows is what a prefill graph has, and no other one")
+        if self.least_rows is not None and self.least_rows < 2:  # noqa: PLR2004  (one is the last)
+            raise ValueError(f"least_rows is {self.least_rows}; it must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +311,10 @@ class Manifest:
         """The first of `variants` that returns this number of tokens; there must be one."""
         return next(each for each in self.variants if each.visual_tokens == visual_tokens)
 
+    def has(self, target: str, role: Role) -> bool:
+        """Whether a target has a graph of a role."""
+        return any((each.target, each.role) == (target, role) for each in self.components)
+
     def only(self, variant: VisionVariant) -> Manifest:
         """The manifest as if one of its `variants` were the only vision graph."""
         return replace(
@@ -331,8 +347,9 @@ class Manifest:
             if not document[name]:
                 del document[name]
         for component in document["components"]:
-            if component["variant"] is None:
-                del component["variant"]
+            for name in ("variant", "least_rows"):
+                if component[name] is None:
+                    del component[name]
         return document
 
     @classmethod

@@ -106,6 +106,12 @@ def inspect(
     for target, needs in manifest.runtimes.items():
         operators = f", operators {', '.join(needs.operators)}" if needs.operators else ""
         say(f"{target:<14} needs {needs.runtime} {needs.lowest_version} or newer{operators}")
+    made = {
+        (component.target, output.name)
+        for component in manifest.components
+        if component.role == "unpack"
+        for output in component.outputs
+    }
     for component in manifest.components:
         precision = ", ".join(f"{part} {form}" for part, form in component.precision.items())
         place = (
@@ -114,8 +120,12 @@ def inspect(
             else (f"{component.file} ({component.variant})")
         )
         say(f"{component.target:<8} {component.role:<10} {place}  {precision}")
-        for signature in (*component.inputs, *component.outputs):
+        signatures = (*component.inputs, *component.outputs)
+        shown = [each for each in signatures if (component.target, each.name) not in made]
+        for signature in shown:
             say(f"    {signature.name:<16} {signature.dtype:<8} {list(signature.shape)}")
+        if len(shown) < len(signatures):
+            say(f"    and {len(signatures) - len(shown)} weights that a runner makes")
     for name in manifest.files:
         say(f"{(opened.path / name).stat().st_size:>12,}  {name}")
     if as_json:

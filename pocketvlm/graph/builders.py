@@ -8,10 +8,12 @@ truth, `pocketvlm.reference_graph`, runs the same sublayers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from pocketvlm.graph.operators import GraphOps
 from pocketvlm.graph.sublayers import decoder_mixer, feed_forward, mixer_output, tower_attention
+from pocketvlm.models.decoder import DecoderSpec
 from pocketvlm.models.projector import ProjectorSpec, TapSpec, run_steps
 from pocketvlm.models.spec import ModelSpec
 
@@ -19,6 +21,7 @@ __all__ = [
     "RowDrops",
     "build_decoder",
     "build_embedding",
+    "build_prefill",
     "build_vision",
     "merged_features",
     "tap_rows",
@@ -148,9 +151,8 @@ def build_decoder(
             adds may follow a place where they do.
     """
     decoder = spec.decoder
-    hidden, *added = ops.split_channels(embeds, decoder.hidden_size) if spec.taps else (embeds,)
+    hidden, *added = _decoder_inputs(ops, spec, embeds)
     normed = ops.norm(hidden, decoder.blocks[0].mixer.norm)
-    following = (*(block.mixer.norm for block in decoder.blocks[1:]), decoder.norm)
     for index, block in enumerate(decoder.blocks):
         joined = ops.linear(normed, *block.mixer.inputs)
         if drops is not None:
@@ -160,10 +162,43 @@ def build_decoder(
             mixed, hidden = ops.last(mixed), ops.last(hidden)
         elif drops is not None:
             mixed, hidden = drops.after_attention(index, joined, mixed, hidden)
-        mixed = mixer_output(ops, block.mixer, mixed)
-        normed, hidden = ops.add_norm(mixed, hidden, block.ffn.norm)
-        inner = feed_forward(ops, block.ffn, normed, decoder.activation)
-        if index < len(added):
-            inner = ops.add(inner, added[index])
-        normed, hidden = ops.add_norm(inner, hidden, following[index])
+        normed, hidden = _after_mixer(ops, decoder, index, mixed, hidden, added)
     return ops.head(normed)
+
+
+def build_prefill(ops: GraphOps[ValueT], spec: ModelSpec, embeds: ValueT) -> None:
+    """Extends every cache by rows whose logits nobody reads.
+
+    So there is no head, and nothing that follows the last block's attention.
+    """
+    decoder = spec.decoder
+    hidden, *added = _decoder_inputs(ops, spec, embeds)
+    normed = ops.norm(hidden, decoder.blocks[0].mixer.norm)
+    for index, block in enumerate(decoder.blocks):
+        mixed = decoder_mixer(ops, block.mixer, index, ops.linear(normed, *block.mixer.inputs))
+        if index < decoder.depth - 1:
+            normed, hidden = _after_mixer(ops, decoder, index, mixed, hidden, added)
+
+
+def _decoder_inputs(ops: GraphOps[ValueT], spec: ModelSpec, embeds: ValueT) -> tuple[ValueT, ...]:
+    """The hidden state that rows begin with, and what is added to it after the first blocks."""
+    return ops.split_channels(embeds, spec.decoder.hidden_size) if spec.taps else (embeds,)
+
+
+def _after_mixer(
+    ops: GraphOps[ValueT],
+    decoder: DecoderSpec,
+    index: int,
+    mixed: ValueT,
+    hidden: ValueT,
+    added: Sequence[ValueT],
+) -> tuple[ValueT, ValueT]:
+    """The rest of a block, and the norm before the next one or the head; the hidden state too."""
+    block = decoder.blocks[index]
+    following = decoder.norm if index == decoder.depth - 1 else decoder.blocks[index + 1].mixer.norm
+    mixed = mixer_output(ops, block.mixer, mixed)
+    normed, hidden = ops.add_norm(mixed, hidden, block.ffn.norm)
+    inner = feed_forward(ops, block.ffn, normed, decoder.activation)
+    if index < len(added):
+        inner = ops.add(inner, added[index])
+    return ops.add_norm(inner, hidden, following)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pocketvlm.bundle import CacheLayout
+from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Target
 from pocketvlm.stages.photo import photo_tokens
@@ -67,8 +68,9 @@ def predict_memory(state: PlanState, targets: Sequence[Target]) -> PlannedMemory
 def _held_bytes(target: Target, state: PlanState) -> int:
     """Bytes of the weights once they are loaded."""
     held = sum(target.predict(state.spec, state.layouts).part_bytes.values())
-    if target.method != "onnx":
+    if not isinstance(target, ToOnnx):
         return held
+    held += target.prefill_bytes(state.spec, state.layouts)
     for linear, layout in state.layouts.items():
         rows, columns = linear.shape
         plain = without_mask(layout)

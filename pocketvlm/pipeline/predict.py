@@ -168,8 +168,8 @@ def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel
     if not any(target.method in _CPU_TARGETS for target in targets):
         names = ", ".join(target.method for target in targets)
         return f"nothing is known of the speed of {names}; onnx and executorch run on the CPU"
-    level = next((target.accuracy_level for target in targets if isinstance(target, ToOnnx)), 4)
-    if level == 0:
+    onnx = next((target for target in targets if isinstance(target, ToOnnx)), ToOnnx())
+    if onnx.accuracy_level == 0:
         return "accuracy_level 0 was not calibrated; level 4 was"
     kernels: dict[LinearSpec, str] = {}
     for linear, layout in state.layouts.items():
@@ -182,6 +182,7 @@ def exported_model(state: PlanState, targets: Sequence[Target]) -> ExportedModel
         kernels=kernels,
         visual_tokens=state.visual_tokens,
         visual_schedule=state.counted_schedule,
+        least_prefill_rows=onnx.prefill_rows(state.spec),
     )
 
 

@@ -143,6 +143,12 @@ def test_an_unsigned_file_that_would_be_looked_for_first_is_refused(bundle_path)
         (lambda d: d["components"][0].update(file="README.md"), "is used and not signed"),
         (lambda d: d["components"][0].update(file=3), "components.0.file: must be text"),
         (lambda d: d["components"][0].update(role="x"), "components.0.role: is"),
+        (lambda d: d["components"][0].update(role="prefill"), "is what a prefill graph has"),
+        (lambda d: d["components"][0].update(least_rows=8), "is what a prefill graph has"),
+        (
+            lambda d: d["components"][0].update(role="prefill", least_rows=1),
+            "least_rows is 1; it must be at least 2",
+        ),
         (lambda d: d.update(extra=1), "extra: unknown key"),
         (lambda d: d.update(positions="odd"), "positions: is"),
         (lambda d: d.update(visual_tokens=True), "visual_tokens: must be a whole number"),

@@ -124,7 +124,9 @@ def _write_bundle(name: str, folder: Path) -> None:
         write_tiny_model(family, folder / "model")
         checkpoint = Checkpoint.load(folder / "model")
     context = RunContext(threads=1)
-    if name == "pocket-smol":  # 4-bit codes and an int8 cache
+    target = ToOnnx()
+    if name == "pocket-smol":  # 4-bit codes, a graph for long calls, and an int8 cache
+        target = ToOnnx(int8_prefill_rows=24)
         samples = CalibrationSet.from_reference(0, 9)
         rules = (WeightRule(bits=4),)
         checkpoint = RoundToNearest(rules=rules).apply(checkpoint, samples, context)
@@ -140,7 +142,7 @@ def _write_bundle(name: str, folder: Path) -> None:
         checkpoint = replace(checkpoint, visual_schedule=schedule)
     path = folder / "bundle"
     path.mkdir()
-    write_graphs(checkpoint, (ToOnnx(),), path, "", context)
+    write_graphs(checkpoint, (target,), path, "", context)
 
 
 @pytest.fixture(scope="session")

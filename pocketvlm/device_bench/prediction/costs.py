@@ -7,7 +7,7 @@ An answer is three sequences of operators: the vision graph once per tile, the d
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pocketvlm.bundle import VisualSchedule
@@ -45,12 +45,15 @@ class ExportedModel:
         kernels: What multiplies with each weight matrix.
         visual_tokens: Tokens of a tile that enter the decoder.
         visual_schedule: Where they leave the decoder; `None` where they do not.
+        least_prefill_rows: Rows of a call from which a graph of int8 rows runs all but the last;
+            `None` where there is no such graph.
     """
 
     spec: ModelSpec
     kernels: Mapping[LinearSpec, str]
     visual_tokens: int
     visual_schedule: VisualSchedule | None = None
+    least_prefill_rows: int | None = None
 
     def kernel(self, name: str) -> str:
         """What multiplies with the matrix of this module."""
@@ -59,6 +62,16 @@ class ExportedModel:
     def linear(self, name: str) -> LinearSpec:
         """The matrix of this module."""
         return self._linears[name]
+
+    def in_prefill(self) -> ExportedModel:
+        """The same with the products of the graph for long calls."""
+        kernels = {
+            linear: BYTE_ROWS_KERNEL
+            if linear.part == "decoder" and kernel != FLOAT_KERNEL
+            else kernel
+            for linear, kernel in self.kernels.items()
+        }
+        return replace(self, kernels=kernels, least_prefill_rows=None)
 
     @cached_property
     def _linears(self) -> Mapping[str, LinearSpec]:

@@ -6,7 +6,7 @@ wherever the bundle is, without the specification that they were counted from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from pocketvlm.bundle import VisualSchedule
@@ -21,7 +21,7 @@ from pocketvlm.device_bench.prediction.operators import (
 from pocketvlm.json_io import OPTIONAL
 from pocketvlm.models.blocks import BlockSpec, DecoderBlock
 
-__all__ = ["DecoderWork", "LayerWork", "count_decoder", "decoder_operators"]
+__all__ = ["DecoderWork", "LayerWork", "PrefillWork", "count_decoder", "decoder_operators"]
 
 _MOST_LAYERS = 4096
 _WIDEST = 2**24
@@ -55,6 +55,25 @@ class LayerWork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrefillWork:
+    """A graph that runs all rows of long calls but the last, up to the last layer's attention.
+
+    Attributes:
+        least_rows: Rows of a call from which it is used.
+        runs: Its layers in order.
+    """
+
+    least_rows: int
+    runs: tuple[LayerWork, ...]
+
+    def __post_init__(self) -> None:
+        if self.least_rows < 2:  # noqa: PLR2004  (one is the last)
+            raise ValueError(f"least_rows is {self.least_rows}; it must be at least 2")
+        if not 1 <= sum(run.layers for run in self.runs) <= _MOST_LAYERS:
+            raise ValueError(f"a prefill graph has 1 to {_MOST_LAYERS:,} layers")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderWork:
     """A decoder.
 
@@ -64,6 +83,7 @@ class DecoderWork:
         hidden_size: Channels of a row.
         vocab_size: Logits.
         visual_schedule: Where visual rows leave it; `None` where they do not.
+        prefill: Its graph for long calls; `None` where it runs them itself.
     """
 
     runs: tuple[LayerWork, ...]
@@ -71,6 +91,7 @@ class DecoderWork:
     hidden_size: int
     vocab_size: int
     visual_schedule: VisualSchedule | None = field(default=None, metadata=OPTIONAL)
+    prefill: PrefillWork | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= _MOST_LAYERS:
@@ -87,27 +108,34 @@ class DecoderWork:
 
     def each_layer(self) -> Iterator[LayerWork]:
         """Every layer alone."""
-        for run in self.runs:
-            yield from (replace(run, layers=1) for _ in range(run.layers))
+        return _each_layer(self.runs)
 
 
 def count_decoder(model: ExportedModel) -> DecoderWork:
     """Counts what a model's decoder runs of one row."""
-    decoder = model.spec.decoder
-    runs: list[LayerWork] = []
-    for block in decoder.blocks:
-        layer = _count_layer(model, block)
-        if runs and replace(runs[-1], layers=1) == layer:
-            layer = replace(layer, layers=runs.pop().layers + 1)
-        runs.append(layer)
+    decoder, least = model.spec.decoder, model.least_prefill_rows
+    prefill = None
+    if least is not None and model.visual_schedule is None:
+        prefill = PrefillWork(least_rows=least, runs=_count_layers(model.in_prefill()))
     head = decoder.embedding if decoder.tied_head else decoder.head
     return DecoderWork(
-        runs=tuple(runs),
+        runs=_count_layers(model),
         head=add_up([_norm(decoder.hidden_size), *products(model, (head,), 1)]),
         hidden_size=decoder.hidden_size,
         vocab_size=decoder.vocab_size,
         visual_schedule=model.visual_schedule,
+        prefill=prefill,
     )
+
+
+def _count_layers(model: ExportedModel) -> tuple[LayerWork, ...]:
+    runs: list[LayerWork] = []
+    for block in model.spec.decoder.blocks:
+        layer = _count_layer(model, block)
+        if runs and replace(runs[-1], layers=1) == layer:
+            layer = replace(layer, layers=runs.pop().layers + 1)
+        runs.append(layer)
+    return tuple(runs)
 
 
 def _count_layer(model: ExportedModel, block: DecoderBlock) -> LayerWork:
@@ -152,7 +180,7 @@ def decoder_operators(
     past: int = 0,
     past_visual: int = 0,
 ) -> Iterator[Operator]:
-    """The decoder's graph, once.
+    """A call of the decoder, by one graph or two.
 
     Args:
         decoder: The decoder.
@@ -163,6 +191,9 @@ def decoder_operators(
     """
     schedule, last = decoder.visual_schedule, decoder.depth - 1
     rows, seen = text_rows + visual_rows, past
+    if decoder.prefill is not None and rows >= decoder.prefill.least_rows:
+        yield from _prefill_operators(decoder.prefill, rows - 1, past)
+        text_rows, visual_rows, rows, seen = 1, 0, 1, past + rows - 1
     for index, layer in enumerate(decoder.each_layer()):
         entering = before = after = rows
         if schedule is not None:
@@ -186,6 +217,22 @@ def decoder_operators(
             yield CachedAttention(rows=before, macs=macs)
         yield from layer.leaving.of_rows(after)
     yield from decoder.head.of_rows(1)
+
+
+def _each_layer(runs: Iterable[LayerWork]) -> Iterator[LayerWork]:
+    for run in runs:
+        yield from (replace(run, layers=1) for _ in range(run.layers))
+
+
+def _prefill_operators(prefill: PrefillWork, rows: int, past: int) -> Iterator[Operator]:
+    *before, last = _each_layer(prefill.runs)
+    for layer in (*before, last):
+        yield from layer.entering.of_rows(rows)
+        yield from layer.mixing.of_rows(rows)
+        if layer.query_width:
+            yield CachedAttention(rows=rows, macs=2 * rows * (rows + past) * layer.query_width)
+        if layer is not last:
+            yield from layer.leaving.of_rows(rows)
 
 
 def _ranks(schedule: VisualSchedule, layer: int) -> bool:

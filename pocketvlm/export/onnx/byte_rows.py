@@ -22,7 +22,15 @@ import torch
 from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
 from pocketvlm.weights.affine import AffineWeight
 
-__all__ = ["RoundedOver", "byte_codes", "float_product", "integer_product", "table_rows"]
+__all__ = [
+    "RoundedOver",
+    "byte_codes",
+    "float_product",
+    "integer_product",
+    "narrow_rows",
+    "row_product",
+    "table_rows",
+]
 
 RoundedOver = Literal["tile", "row"]
 """Over what of its input a product rounds with one scale."""
@@ -66,21 +74,53 @@ def integer_product(
             name=name,
             domain=CONTRIB,
         )
-    largest = _largest_magnitudes(graph, name, inputs)
-    levels = graph.constant("int8.levels", np.array(_LEVELS, np.float32))
-    inverse = graph.node("Div", [levels, largest], name=f"{name}.inverse")
-    spread = graph.node("Mul", [inputs, inverse], name=f"{name}.spread")
+    return row_product(graph, name, (inputs, turned, scales), bias)
+
+
+def row_product(
+    graph: GraphWriter, name: str, operands: tuple[str, str, str], bias: str | None
+) -> str:
+    """A product that rounds each row of its input by itself.
+
+    Args:
+        graph: Where the nodes go.
+        name: The layer.
+        operands: Inputs, float32 [1, n, columns]; codes on their side, int8 [columns, rows];
+            scales, float32 [rows].
+        bias: float32 [rows], if there is one.
+    """
+    inputs, turned, scales = operands
+    spread, largest = _spread(graph, name, inputs)
     one, zero = graph.constant("int8.unit", np.array(1, np.float32)), _zero(graph)
     rounded = graph.node("QuantizeLinear", [spread, one, zero], name=f"{name}.rounded")
-    step = graph.constant("int8.level", np.array(1 / _LEVELS, np.float32))
     product = graph.node(
         "MatMulIntegerToFloat",
-        [rounded, turned, step, scales, zero],
+        [rounded, turned, _step(graph), scales, zero],
         name=f"{name}.product",
         domain=CONTRIB,
     )
     product = graph.node("Mul", [product, largest], name=f"{name}.scaled" if bias else name)
     return product if bias is None else graph.node("Add", [product, bias], name=name)
+
+
+def narrow_rows(graph: GraphWriter, name: str, dense: str, outputs: tuple[str, str]) -> None:
+    """Rounds a matrix to int8 with one scale per row, as `row_product` takes it.
+
+    Args:
+        graph: Where the nodes go.
+        name: The layer.
+        dense: The matrix, float32 [rows, columns].
+        outputs: Names of the codes on their side, int8 [columns, rows], and of the scales, float32
+            [rows].
+    """
+    spread, largest = _spread(graph, name, dense)
+    one = graph.constant("int8.unit", np.array(1, np.float32))
+    middle = graph.constant("int8.middle", np.array(0, np.int8))
+    codes = graph.node("QuantizeLinear", [spread, one, middle], name=f"{name}.narrow")
+    graph.node("Transpose", [codes], name=f"{name}.turned", output=outputs[0], perm=[1, 0])
+    scales = graph.node("Mul", [largest, _step(graph)], name=f"{name}.steps")
+    flat = graph.constant("flat", np.array([-1], np.int64))
+    graph.node("Reshape", [scales, flat], name=f"{name}.scales", output=outputs[1])
 
 
 def float_product(graph: GraphWriter, name: str, operands: tuple[str, str, str]) -> str:
@@ -108,13 +148,21 @@ def table_rows(graph: GraphWriter, name: str, codes: str, scales: str, ids: str)
     return graph.node("Mul", [taken, steps], name=name)
 
 
-def _largest_magnitudes(graph: GraphWriter, name: str, inputs: str) -> str:
-    """Of each row, [1, n, 1]; of a row of zeros a number that divides them."""
-    magnitudes = graph.node("Abs", [inputs], name=f"{name}.magnitudes")
+def _spread(graph: GraphWriter, name: str, rows: str) -> tuple[str, str]:
+    """Rows between -127 and 127, and the largest magnitude of each, [..., 1]."""
+    magnitudes = graph.node("Abs", [rows], name=f"{name}.magnitudes")
     last = graph.constant("int8.last_axis", np.array([-1], np.int64))
     largest = graph.node("ReduceMax", [magnitudes, last], name=f"{name}.largest", keepdims=1)
+    # A row of zeros has a number that divides it.
     least = graph.constant("int8.least", np.array(_LEAST, np.float32))
-    return graph.node("Max", [largest, least], name=f"{name}.positive")
+    largest = graph.node("Max", [largest, least], name=f"{name}.positive")
+    levels = graph.constant("int8.levels", np.array(_LEVELS, np.float32))
+    inverse = graph.node("Div", [levels, largest], name=f"{name}.inverse")
+    return graph.node("Mul", [rows, inverse], name=f"{name}.spread"), largest
+
+
+def _step(graph: GraphWriter) -> str:
+    return graph.constant("int8.level", np.array(1 / _LEVELS, np.float32))
 
 
 def _zero(graph: GraphWriter) -> str:

@@ -130,7 +130,7 @@ class OnnxOps:
         name = self._spec.decoder.embedding
         form = self._checkpoint.form(name).without_mask()
         if isinstance(form, AffineWeight):
-            return self._embed_quantized(token_ids, name, form)
+            return self.quantized_rows(token_ids, name, [form])
         if isinstance(form, CodebookWeight):
             return codebook_rows(self._graph, name, form, token_ids)
         table, data_type = narrowest_float(_dense(name, form))
@@ -170,22 +170,9 @@ class OnnxOps:
         )
 
     def add_norm(self, inputs: str, residual: str, name: str) -> tuple[str, str]:
-        module = self._norm_module(name)
-        if _is_layer_norm(module):
-            # One node would do both, and take three times as long as the two.
-            total = self._graph.node("Add", [inputs, residual], name=f"{name}.sum")
-            return self.norm(total, name), total
-        operands = [inputs, residual, self._float(f"{name}.weight", module.weight, narrow=False)]
-        label = self._graph.unique(name)
-        normed, _, _, total = self._graph.nodes(
-            "SkipSimplifiedLayerNormalization",
-            operands,
-            [label, "", "", f"{label}.sum"],
-            name=label,
-            domain=CONTRIB,
-            epsilon=self._epsilon(module),
-        )
-        return normed, total
+        # One node would do both, and take three times as long as the two where rows are many.
+        total = self._graph.node("Add", [inputs, residual], name=f"{name}.sum")
+        return self.norm(total, name), total
 
     def add(self, left: str, right: str) -> str:
         return self._graph.node("Add", [left, right], name="add")
@@ -371,6 +358,21 @@ class OnnxOps:
             return part
         return self._head_norm(part, norm, self._spec.decoder.head_dim, self._widths[name])
 
+    def turn(
+        self, joined: str, angles: Sequence[str], heads: int, rope: RopeSpec, name: str
+    ) -> str:
+        """Queries or keys [1, rows, channels] by the cosines and sines of their rows."""
+        first = self._graph.constant("slice.0", np.array([0], dtype=np.int64))
+        is_partial = rope.width < self._spec.decoder.head_dim
+        return self._graph.node(
+            "RotaryEmbedding",
+            [joined, first, *angles],
+            name=name,
+            domain=CONTRIB,
+            num_heads=heads if is_partial else None,
+            rotary_embedding_dim=rope.width if is_partial else None,
+        )
+
     def norm_heads(self, joined: str, name: str) -> str:
         tower = self._spec.tower
         return self._head_norm(joined, name, tower.head_dim, tower.hidden_size)
@@ -490,7 +492,7 @@ class OnnxOps:
         bias = self._bias(names)
         if all(isinstance(form, AffineWeight) for form in forms):
             affine = cast("list[AffineWeight]", forms)
-            return self._linear_quantized(inputs, name, affine, bias)
+            return self.quantized_linear(inputs, name, affine, bias)
         if isinstance(forms[0], CodebookWeight):
             expanded = codebook_matrix(self._graph, name, forms[0])
             product = self._graph.node("MatMul", [inputs, expanded], name=name)
@@ -514,9 +516,10 @@ class OnnxOps:
         codes = self._graph.constant(f"{name}.codes", byte_codes(forms))
         return codes, self._scales(name, torch.cat([form.scales[:, 0] for form in forms]).numpy())
 
-    def _linear_quantized(
+    def quantized_linear(
         self, inputs: str, name: str, forms: list[AffineWeight], bias: str | None
     ) -> str:
+        """A product with integers of one layout, whose rows are joined."""
         if forms[0].layout.has_byte_rows(forms[0].in_features):
             rows = (inputs, *self._byte_rows(name, forms))
             if self._accuracy_level:
@@ -546,16 +549,18 @@ class OnnxOps:
             accuracy_level=self._accuracy_level,
         )
 
-    def _embed_quantized(self, token_ids: str, name: str, form: AffineWeight) -> str:
+    def quantized_rows(self, ids: str, name: str, forms: list[AffineWeight]) -> str:
+        """Rows of a table of integers, float32 [1, L, width], by their numbers [1, L]."""
+        (form, *_) = forms
         if form.layout.has_byte_rows(form.in_features):
-            return table_rows(self._graph, name, *self._byte_rows(name, [form]), token_ids)
-        packed = pack_weight([form])
+            return table_rows(self._graph, name, *self._byte_rows(name, forms), ids)
+        packed = pack_weight(forms)
         if not gathers_blocks(packed):
-            return affine_rows(self._graph, name, packed, token_ids)
+            return affine_rows(self._graph, name, packed, ids)
         codes = packed.codes.reshape(packed.out_features, -1)
         operands = [
             self._graph.constant(f"{name}.codes", codes),
-            token_ids,
+            ids,
             self._scales(name, packed.scales),
         ]
         if packed.zeros is not None:

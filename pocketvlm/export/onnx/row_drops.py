@@ -14,7 +14,7 @@ import onnx
 from pocketvlm.bundle import VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.export.onnx.ops import OnnxOps
-from pocketvlm.export.onnx.writer import CONTRIB, GraphWriter
+from pocketvlm.export.onnx.writer import GraphWriter
 
 __all__ = ["OnnxRowDrops"]
 
@@ -161,11 +161,12 @@ class OnnxRowDrops:
         ]
         attention, joined_last = decoder.attention(block), self._ops.last(joined)
         query = self._ops.head_part(joined_last, attention, attention.q, attention.q_norm)
-        query = self._turn(query, last, heads, f"{name}.query")
+        rope = decoder.rope_of(block)
+        query = self._ops.turn(query, last, heads, rope, f"{name}.query")
         query = self._times(query, width**-0.5, f"{name}.scaled")
         query = self._reshape(query, [groups, heads // groups, width], f"{name}.queries")
         keys = self._ops.head_part(joined, attention, attention.k, attention.k_norm)
-        keys = self._turn(keys, angles, groups, f"{name}.keys")
+        keys = self._ops.turn(keys, angles, groups, rope, f"{name}.keys")
         keys = self._reshape(keys, [-1, groups, width], f"{name}.keys_by_row")
         keys = graph.node("Transpose", [keys], name=f"{name}.keys_by_head", perm=[1, 2, 0])
         past = self._ops.past_of(self._schedule.stage_of(block))
@@ -199,18 +200,6 @@ class OnnxRowDrops:
             keys, [self._decoder.kv_heads, -1, self._decoder.head_dim], f"{name}.past_by_head"
         )
         return graph.node("Transpose", [keys], name=f"{name}.past_keys", perm=[0, 2, 1])
-
-    def _turn(self, joined: str, angles: list[str], heads: int, name: str) -> str:
-        first = self._graph.constant("slice.0", np.array([0], dtype=np.int64))
-        rope, partial = self._decoder.rope, self._decoder.rope.width < self._decoder.head_dim
-        return self._graph.node(
-            "RotaryEmbedding",
-            [joined, first, *angles],
-            name=name,
-            domain=CONTRIB,
-            num_heads=heads if partial else None,
-            rotary_embedding_dim=rope.width if partial else None,
-        )
 
     def _times(self, inputs: str, factor: float, name: str) -> str:
         constant = self._graph.constant(f"{name}.factor", np.array(factor, dtype=np.float32))

@@ -26,6 +26,7 @@ _POWER_OF_TWO = 0.5
 # longer names, and constants: measured, not derived.
 _TOWER_BLOCK_BYTES = 7_900
 _DECODER_BLOCK_BYTES = 6_400
+_PREFILL_BLOCK_BYTES = 21_000  # both graphs
 _GRAPH_BYTES = 4_000
 _NODE_BYTES = 310
 
@@ -46,10 +47,16 @@ def layer_bytes(layout: WeightLayout | None, shape: tuple[int, int]) -> int:
 
 
 def graph_bytes(
-    spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None]
+    spec: ModelSpec,
+    layouts: Mapping[LinearSpec, WeightLayout | None],
+    *,
+    has_prefill: bool = False,
 ) -> dict[str, int]:
     """Bytes of the graphs and of all that is not a weight matrix, within 3 % of all files."""
     parts = Counter({"other": _other_bytes(spec)})
+    if has_prefill:
+        # Of the last block, both graphs have what comes before its attention.
+        parts["other"] += 2 * _GRAPH_BYTES + _PREFILL_BLOCK_BYTES * (spec.decoder.depth - 1)
     # What a fold multiplied is not bf16 any more, and stays float32.
     products = {
         fold.target

@@ -4,30 +4,32 @@ Every layer's key and value buffer is bound both as `past` and as `present` of t
 GroupQueryAttention writes new rows in place. A step of generation touches only buffers that were
 bound when the runner was made: token id, embedding, position, length, logits. The cache is
 allocated without being touched, so that its pages cost memory as rows are written.
+
+Where a bundle has a graph for long calls, it runs all of their rows but the last, and the decoder
+runs that one, which is asked for logits.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketvlm.bundle import Bundle, Component
 from pocketvlm.errors import BundleError
-from pocketvlm.runtime.onnx.engine import (
-    LOAD_ERRORS,
-    first_line,
-    naming_graph,
-    require_exact_sums,
-)
+from pocketvlm.runtime.onnx.engine import naming_graph
 from pocketvlm.runtime.onnx.engine import onnxruntime as ort
-from pocketvlm.runtime.onnx.external_data import require_signed_data
+from pocketvlm.runtime.onnx.made_weights import make_weights
+from pocketvlm.runtime.onnx.sessions import (
+    bind_input,
+    bind_output,
+    load_graph,
+    return_freed_memory,
+)
 from pocketvlm.runtime.runner import Runner, States
 from pocketvlm.runtime.versions import require_runtime
 
@@ -36,6 +38,8 @@ __all__ = ["DEFAULT_CAPACITY", "OnnxRunner"]
 DEFAULT_CAPACITY = 2048
 """Rows of KV cache unless the caller asks for another number, or the model has fewer positions."""
 
+PREFILL_PIECE_ROWS = 128
+"""Rows of a long call that are run at once; the C++ runner has the same number."""
 
 _PAST = "past."
 _MAX_STATE = 2**24
@@ -115,16 +119,19 @@ class OnnxRunner(Runner):
         self._alone = np.full((1, 1), -1, np.int64)
         self._logits = np.zeros((1, 1, vocabulary), np.float32)
         self._embed_step = self._embedding.io_binding()
-        _bind_input(self._embed_step, "input_ids", self._token)
-        _bind_output(self._embed_step, "embeds", self._embeds)
+        bind_input(self._embed_step, "input_ids", self._token)
+        bind_output(self._embed_step, "embeds", self._embeds)
         self._decode_step = self._bind_decoder()
-        _bind_input(self._decode_step, "embeds", self._embeds)
-        _bind_input(self._decode_step, "position_ids", self._position)
+        bind_input(self._decode_step, "embeds", self._embeds)
+        bind_input(self._decode_step, "position_ids", self._position)
         if self._schedule is not None:
-            _bind_input(self._decode_step, "text_rows", self._single_row)
+            bind_input(self._decode_step, "text_rows", self._single_row)
         if self._has_mutual:
-            _bind_input(self._decode_step, "mutual", self._alone)
-        self._decode_rows = self._bind_decoder()
+            bind_input(self._decode_step, "mutual", self._alone)
+        self._sessions = {"decoder": (self._decoder, self._bind_decoder())}
+        self._least_prefill_rows = 0
+        if bundle.manifest.has("onnx", "prefill"):
+            self._prepare_prefill(bundle.component("onnx", "prefill"))
 
     @property
     def cache_bytes(self) -> int:
@@ -163,7 +170,7 @@ class OnnxRunner(Runner):
             return
         while len(self._vision) > max(left, 0):
             del self._vision[next(iter(self._vision))]
-        _return_freed_memory()
+        return_freed_memory()
 
     def embed(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids to embeddings [1, L, width]; of a single token, the decoder's own buffer."""
@@ -192,104 +199,108 @@ class OnnxRunner(Runner):
         if self._schedule is not None:
             self._past_stage_lengths[:] = self.stage_lengths
             text_rows = self._text_rows(rows, is_visual)
-        if rows == 1:
+        if self._is_long(rows, mutual):
+            self._prefill(embeds[:, :-1], position_ids[:, :-1], mutual)
+            embeds, position_ids = embeds[:, -1:], position_ids[:, -1:]
+        if embeds.shape[1] > 1:
+            self._run_rows("decoder", embeds, position_ids, text_rows, mutual)
+        else:
             if embeds is not self._embeds:
                 np.copyto(self._embeds, embeds)
             np.copyto(self._position, position_ids)
             with self._naming("decoder"):
                 self._decoder.run_with_iobinding(self._decode_step)
-        else:
-            # The binding keeps pointers, not arrays: both must live until the run is over.
-            embeds = np.ascontiguousarray(embeds, np.float32)
-            position_ids = np.ascontiguousarray(position_ids, np.int64)
-            _bind_input(self._decode_rows, "embeds", embeds)
-            _bind_input(self._decode_rows, "position_ids", position_ids)
-            if text_rows is not None:
-                _bind_input(self._decode_rows, "text_rows", text_rows)
-            numbers = np.full((1, rows), -1) if mutual is None else mutual[None]
-            if self._has_mutual:
-                numbers = np.ascontiguousarray(numbers, np.int64)
-                _bind_input(self._decode_rows, "mutual", numbers)
-            with self._naming("decoder"):
-                self._decoder.run_with_iobinding(self._decode_rows)
-        for name, state in self._past.items():
-            np.copyto(state, self._present[name])
+            self._keep_states()
         self._advance(rows)
         return self._logits[0, 0]
+
+    def _is_long(self, rows: int, mutual: npt.NDArray[np.int64] | None) -> bool:
+        """Whether the graph for long calls runs all rows but the last, which others do not see."""
+        least = self._least_prefill_rows
+        return 0 < least <= rows and (mutual is None or mutual[-1] < 0)
+
+    def _prefill(
+        self,
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        mutual: npt.NDArray[np.int64] | None,
+    ) -> None:
+        """Fills the cache in pieces, as no row of a piece looks at those of later ones."""
+        rows = embeds.shape[1]
+        # All rows that see each other are in one call.
+        piece = rows if self._has_mutual else PREFILL_PIECE_ROWS
+        for start in range(0, rows, piece):
+            part = slice(start, min(start + piece, rows))
+            numbers = None if mutual is None else mutual[part]
+            self._run_rows("prefill", embeds[:, part], position_ids[:, part], None, numbers)
+            self._past_length[0] += part.stop - part.start
+
+    def _run_rows(
+        self,
+        role: Literal["decoder", "prefill"],
+        embeds: npt.NDArray[np.float32],
+        position_ids: npt.NDArray[np.int64],
+        text_rows: npt.NDArray[np.int64] | None,
+        mutual: npt.NDArray[np.int64] | None,
+    ) -> None:
+        rows = embeds.shape[1]
+        session, binding = self._sessions[role]
+        # The binding keeps pointers, not arrays: they must live until the run is over.
+        embeds = np.ascontiguousarray(embeds, np.float32)
+        position_ids = np.ascontiguousarray(position_ids, np.int64)
+        bind_input(binding, "embeds", embeds)
+        bind_input(binding, "position_ids", position_ids)
+        if text_rows is not None:
+            bind_input(binding, "text_rows", text_rows)
+        numbers = np.full((1, rows), -1) if mutual is None else mutual[None]
+        if self._has_mutual:
+            numbers = np.ascontiguousarray(numbers, np.int64)
+            bind_input(binding, "mutual", numbers)
+        with self._naming(role):
+            session.run_with_iobinding(binding)
+        self._keep_states()
+
+    def _keep_states(self) -> None:
+        for name, state in self._past.items():
+            np.copyto(state, self._present[name])
 
     def _states(self) -> States:
         return self._past
 
+    def _prepare_prefill(self, component: Component) -> None:
+        self._made = make_weights(self._bundle, self.threads)
+        session = self._load(component)
+        binding = self._bind_cache(session)
+        for name, weights in self._made.items():
+            bind_input(binding, name, weights)
+        self._sessions["prefill"] = (session, binding)
+        self._least_prefill_rows = component.least_rows or 0
+
     def _bind_decoder(self) -> ort.IOBinding:
         """A binding of everything that never moves: cache, length and logits."""
-        binding = self._decoder.io_binding()
-        _bind_input(binding, "past_length", self._past_length)
+        binding = self._bind_cache(self._decoder)
         if self._schedule is not None:
-            _bind_input(binding, "past_stage_lengths", self._past_stage_lengths)
-        _bind_output(binding, "logits", self._logits)
+            bind_input(binding, "past_stage_lengths", self._past_stage_lengths)
+        bind_output(binding, "logits", self._logits)
+        return binding
+
+    def _bind_cache(self, session: ort.InferenceSession) -> ort.IOBinding:
+        binding = session.io_binding()
+        bind_input(binding, "past_length", self._past_length)
         for name, buffer in self._cache.items():
             value = ort.OrtValue.ortvalue_from_numpy(buffer)
             binding.bind_ortvalue_input(f"past.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         for name, state in self._past.items():
-            _bind_input(binding, f"past.{name}", state)
-            _bind_output(binding, f"present.{name}", self._present[name])
+            bind_input(binding, f"past.{name}", state)
+            bind_output(binding, f"present.{name}", self._present[name])
         return binding
 
     def _naming(self, role: str) -> AbstractContextManager[None]:
         return naming_graph(self._bundle.path / self._bundle.component("onnx", role).file)
 
     def _load(self, component: Component) -> ort.InferenceSession:
-        role = component.role
-        require_signed_data(self._bundle, component.file)
-        file = self._bundle.file(component.file)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.inter_op_num_threads = 1
-        require_exact_sums(options)
-        # The embedding is a lookup: its own pool would only spin beside the decoder's.
-        options.intra_op_num_threads = 1 if role == "embedding" else self.threads
-        if role == "vision":
-            # Its threads must not spin while the decoder's work.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            # It runs once per picture: keeping its activations would cost memory, and save nothing.
-            options.enable_cpu_mem_arena = False
-            options.enable_mem_pattern = False
-        try:
-            session = ort.InferenceSession(
-                str(file), sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except (*LOAD_ERRORS, UnicodeDecodeError) as error:
-            raise BundleError(
-                f"{file}: ONNX Runtime cannot load it: {first_line(error)}"
-            ) from error
-        _require_signature(component, session, file)
-        # Weights that are expanded in steps leave several times their size to be freed.
-        _return_freed_memory()
-        return session
-
-
-def _return_freed_memory() -> None:
-    """Has glibc give back what was freed; it keeps 180 MB of a SmolVLM-256M tower otherwise."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
-
-
-def _require_signature(component: Component, session: ort.InferenceSession, file: Any) -> None:
-    """Refuses a graph whose inputs or outputs are not those that the manifest names."""
-    for kind, said, found in (
-        ("inputs", component.inputs, session.get_inputs()),
-        ("outputs", component.outputs, session.get_outputs()),
-    ):
-        names = {signature.name for signature in said}
-        there = {value.name for value in found}
-        if names != there:
-            raise BundleError(
-                f"{file}: has the {kind} {', '.join(sorted(there ^ names))} that only one of graph "
-                f"and manifest knows"
-            )
+        return load_graph(self._bundle, component, self.threads)
 
 
 def _past_shapes(session: ort.InferenceSession, bundle: Bundle) -> dict[str, tuple[int, ...]]:
@@ -319,11 +330,3 @@ def _last_dim(session: ort.InferenceSession, bundle: Bundle) -> int:
 def _position_axes(decoder: ort.InferenceSession) -> int:
     (axes,) = (value.shape[0] for value in decoder.get_inputs() if value.name == "position_ids")
     return int(axes)
-
-
-def _bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:
-    binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-
-
-def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:
-    binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))

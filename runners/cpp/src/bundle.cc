@@ -47,6 +47,14 @@ void require_inside(const std::string& file) {
   }
 }
 
+// A graph that this runner would leave out may be one that decides what is answered.
+void require_known_role(const Component& component) {
+  for (const char* known : {"vision", "embedding", "decoder", "prefill", "unpack"}) {
+    if (component.role == known) return;
+  }
+  throw Fault(component.file + ": its role " + component.role + " is not known to this runner");
+}
+
 PromptSettings read_prompt(const Json& document) {
   PromptSettings prompt;
   prompt.image_token = document.at("image_token");
@@ -160,8 +168,10 @@ Bundle read_manifest(const std::filesystem::path& path, const Json& document) {
     bundle.components.push_back({component.at("role"), component.at("file"),
                                  optional<std::string>(component, "variant").value_or(""),
                                  signatures(component.at("inputs")),
-                                 signatures(component.at("outputs"))});
+                                 signatures(component.at("outputs")),
+                                 component.value("least_rows", std::int64_t{0})});
     require_inside(bundle.components.back().file);
+    require_known_role(bundle.components.back());
   }
   if (bundle.components.empty()) throw Fault("the bundle has no ONNX graphs");
   if (const auto runtimes = document.find("runtimes"); runtimes != document.end()) {
@@ -198,6 +208,13 @@ Bundle Bundle::open(const std::filesystem::path& path) {
   }
   const Json document = read_json(file);
   return reading(file, [&] { return read_manifest(path, document); });
+}
+
+bool Bundle::has(const std::string& role) const {
+  for (const Component& component : components) {
+    if (component.role == role) return true;
+  }
+  return false;
 }
 
 const Component& Bundle::component(const std::string& role, const std::string& variant) const {

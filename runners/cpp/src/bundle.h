@@ -22,6 +22,7 @@ struct Component {
   std::string role, file;
   std::string variant;  // which vision graph it is; empty where there is one alone
   std::vector<Signature> inputs, outputs;
+  std::int64_t least_rows = 0;  // of a call from which a prefill graph is used
 
   const Signature& input(const std::string& name) const;
   const Signature& output(const std::string& name) const;
@@ -92,6 +93,7 @@ struct Bundle {
 
   // Axes along which rows are numbered.
   std::size_t axes() const { return visions.front().position_grid ? 3 : 1; }
+  bool has(const std::string& role) const;
 };
 
 }  // namespace pocketvlm

@@ -16,6 +16,9 @@ namespace {
 
 const std::string kPast = "past.", kPresent = "present.";
 
+// Rows of a long call that are run at once; the Python runner has the same number.
+constexpr std::int64_t kPrefillPieceRows = 128;
+
 bool ends_with(const std::string& text, const std::string& ending) {
   return text.size() >= ending.size() &&
          text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
@@ -74,12 +77,12 @@ void require_known(const Component& decoder) {
   }
 }
 
-struct CacheType {
+struct ElementType {
   ONNXTensorElementDataType type;
   std::size_t bytes;
 };
 
-CacheType cache_type(const std::string& dtype) {
+ElementType element_type(const std::string& dtype) {
   if (dtype == "int8") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, 1};
   if (dtype == "float16") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, 2};
   return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 4};
@@ -126,6 +129,7 @@ Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
   }
   if (bundle.cache.mutual_rows) decode_step_.BindInput("mutual", whole_numbers(alone_, {1, 1}));
   decode_rows_ = bind_decoder();
+  if (bundle.has("prefill")) prepare_prefill(threads);
 }
 
 Engine::Graph Engine::load(const Component& component, int threads) const {
@@ -135,13 +139,18 @@ Engine::Graph Engine::load(const Component& component, int threads) const {
   options.SetInterOpNumThreads(1);
   options.SetIntraOpNumThreads(threads);
   require_exact_sums(options);
-  if (component.role == "vision") {
-    // It runs once per picture: its threads must not spin while the decoder's work, and keeping
-    // its activations would cost memory and save nothing.
+  const std::string& role = component.role;
+  // Their threads must not spin while the decoder's work.
+  if (role == "vision" || role == "prefill" || role == "unpack") {
     options.AddConfigEntry("session.force_spinning_stop", "1");
+  }
+  // They run once per picture, or once: keeping their activations would cost memory for nothing.
+  if (role == "vision" || role == "unpack") {
     options.DisableCpuMemArena();
     options.DisableMemPattern();
   }
+  // All of its inputs are constant. Folded, every step of every layer would be held at once.
+  if (role == "unpack") options.SetGraphOptimizationLevel(ORT_DISABLE_ALL);
   try {
     graph.session = Ort::Session(onnx_environment(), graph.file.c_str(), options);
   } catch (const Ort::Exception& error) {
@@ -153,32 +162,63 @@ Engine::Graph Engine::load(const Component& component, int threads) const {
 }
 
 void Engine::allocate_cache(const Component& decoder) {
-  const auto [type, bytes] = cache_type(bundle_.cache.dtype);
   for (const Signature& input : decoder.inputs) {
     if (!is_cache(input.name)) continue;
-    const std::vector<std::int64_t> shape = {1, input.fixed(1), capacity_, input.fixed(3)};
-    const auto count = static_cast<std::size_t>(shape[1] * shape[2] * shape[3]);
-    // calloc leaves fresh pages to the system, so that unused capacity costs no memory.
-    Buffer buffer{input.name.substr(kPast.size()),
-                  std::unique_ptr<void, Freed>(std::calloc(count, bytes))};
-    if (!buffer.memory) {
-      throw Fault("the KV cache of " + std::to_string(capacity_) + " rows does not fit into memory");
-    }
-    buffer.value = Ort::Value::CreateTensor(memory_, buffer.memory.get(), count * bytes,
-                                            shape.data(), shape.size(), type);
-    cache_.push_back(std::move(buffer));
+    cache_.push_back(allocate(input.name.substr(kPast.size()),
+                              {1, input.fixed(1), capacity_, input.fixed(3)},
+                              bundle_.cache.dtype));
   }
 }
 
+Engine::Buffer Engine::allocate(const std::string& name, const std::vector<std::int64_t>& shape,
+                                const std::string& dtype) const {
+  const auto [type, bytes] = element_type(dtype);
+  std::size_t count = 1;
+  for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
+  // calloc leaves fresh pages to the system, so that unused capacity costs no memory.
+  Buffer buffer{name, std::unique_ptr<void, Freed>(std::calloc(count, bytes))};
+  if (!buffer.memory) {
+    throw Fault(name + ": " + std::to_string(count * bytes) + " bytes do not fit into memory");
+  }
+  buffer.value = Ort::Value::CreateTensor(memory_, buffer.memory.get(), count * bytes,
+                                          shape.data(), shape.size(), type);
+  return buffer;
+}
+
+// Makes the weights of the graph for long calls out of the decoder's, once.
+void Engine::prepare_prefill(int threads) {
+  Graph unpack = load(bundle_.component("unpack"), threads);
+  Ort::IoBinding binding(unpack.session);
+  for (const Signature& output : bundle_.component("unpack").outputs) {
+    std::vector<std::int64_t> shape;
+    for (std::size_t at = 0; at < output.shape.size(); ++at) shape.push_back(output.fixed(at));
+    made_.push_back(allocate(output.name, shape, output.dtype));
+    binding.BindOutput(output.name.c_str(), made_.back().value);
+  }
+  run(unpack, binding);
+  binding = Ort::IoBinding(nullptr);
+  unpack.session = Ort::Session(nullptr);
+  return_freed_memory();
+  prefill_ = load(bundle_.component("prefill"), threads);
+  prefill_rows_ = bind_cache(prefill_);
+  for (const Buffer& made : made_) prefill_rows_.BindInput(made.name.c_str(), made.value);
+  least_prefill_rows_ = bundle_.component("prefill").least_rows;
+}
+
 Ort::IoBinding Engine::bind_decoder() {
-  Ort::IoBinding binding(decoder_.session);
-  binding.BindInput("past_length", whole_numbers(past_length_, {1}));
+  Ort::IoBinding binding = bind_cache(decoder_);
   if (bundle_.cache.schedule) {
     const auto drops = static_cast<std::int64_t>(past_stage_lengths_.size());
     binding.BindInput("past_stage_lengths", whole_numbers(past_stage_lengths_, {drops}));
   }
   const auto vocabulary = static_cast<std::int64_t>(logits_.size());
   binding.BindOutput("logits", floats(logits_, {1, 1, vocabulary}));
+  return binding;
+}
+
+Ort::IoBinding Engine::bind_cache(Graph& graph) {
+  Ort::IoBinding binding(graph.session);
+  binding.BindInput("past_length", whole_numbers(past_length_, {1}));
   for (const Buffer& buffer : cache_) {
     // The same memory is read and written: attention appends rows in place.
     binding.BindInput((kPast + buffer.name).c_str(), buffer.value);
@@ -226,32 +266,55 @@ const std::vector<float>& Engine::decode(const std::vector<float>& embeds,
                                          const std::vector<std::vector<std::int64_t>>& positions,
                                          const std::vector<bool>& is_visual,
                                          const std::vector<std::int64_t>& mutual) {
-  const auto rows = static_cast<std::int64_t>(is_visual.size());
-  require_room(rows);
-  std::vector<float> given = embeds;
-  std::vector<std::int64_t> places, text_rows, numbers = mutual;
-  for (const auto& axis : positions) places.insert(places.end(), axis.begin(), axis.end());
-  for (std::int64_t row = 0; row < rows; ++row) {
-    if (!is_visual[row]) text_rows.push_back(row);
-  }
+  const auto count = static_cast<std::int64_t>(is_visual.size());
+  require_room(count);
   if (bundle_.cache.schedule && is_visual.back()) {
     throw Fault("the prompt ends with a picture, and visual rows are dropped before the decoder's "
                 "last layer: text must follow it");
   }
+  const auto part = [&](std::int64_t from, std::int64_t end) {
+    Rows rows;
+    rows.count = end - from;
+    rows.embeds.assign(embeds.begin() + from * width_, embeds.begin() + end * width_);
+    for (const auto& axis : positions) {
+      rows.places.insert(rows.places.end(), axis.begin() + from, axis.begin() + end);
+    }
+    for (std::int64_t row = from; row < end; ++row) {
+      if (!is_visual[row]) rows.text.push_back(row - from);
+    }
+    if (!mutual.empty()) rows.mutual.assign(mutual.begin() + from, mutual.begin() + end);
+    return rows;
+  };
   tell_past();
-  decode_rows_.BindInput("embeds", floats(given, {1, rows, width_}));
-  decode_rows_.BindInput("position_ids",
-                         whole_numbers(places, {static_cast<std::int64_t>(axes_), rows}));
-  if (bundle_.cache.schedule) {
-    const auto count = static_cast<std::int64_t>(text_rows.size());
-    decode_rows_.BindInput("text_rows", whole_numbers(text_rows, {count}));
+  // The graph for long calls leaves the last row, whose logits are wanted, to the decoder, and
+  // takes the others in pieces, as no row of a piece looks at later ones, or all that see each other.
+  const bool is_seen = !mutual.empty() && mutual.back() >= 0;
+  const bool is_long = least_prefill_rows_ > 0 && count >= least_prefill_rows_ && !is_seen;
+  const std::int64_t filled = is_long ? count - 1 : 0;
+  const std::int64_t piece = bundle_.cache.mutual_rows ? count : kPrefillPieceRows;
+  for (std::int64_t start = 0; start < filled; start += piece) {
+    Rows before = part(start, std::min(start + piece, filled));
+    run_rows(prefill_, prefill_rows_, before);
+    past_length_[0] += before.count;
   }
-  if (bundle_.cache.mutual_rows) {
-    decode_rows_.BindInput("mutual", whole_numbers(numbers, {1, rows}));
-  }
-  run(decoder_, decode_rows_);
+  Rows rest = part(filled, count);
+  run_rows(decoder_, decode_rows_, rest);
   count_rows(is_visual);
   return logits_;
+}
+
+void Engine::run_rows(Graph& graph, Ort::IoBinding& binding, Rows& rows) {
+  binding.BindInput("embeds", floats(rows.embeds, {1, rows.count, width_}));
+  binding.BindInput("position_ids", whole_numbers(rows.places, {static_cast<std::int64_t>(axes_),
+                                                                rows.count}));
+  if (bundle_.cache.schedule) {
+    const auto text = static_cast<std::int64_t>(rows.text.size());
+    binding.BindInput("text_rows", whole_numbers(rows.text, {text}));
+  }
+  if (bundle_.cache.mutual_rows) {
+    binding.BindInput("mutual", whole_numbers(rows.mutual, {1, rows.count}));
+  }
+  run(graph, binding);
 }
 
 const std::vector<float>& Engine::step(std::int64_t token, std::int64_t position) {

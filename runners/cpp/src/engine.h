@@ -1,4 +1,4 @@
-// A bundle's three graphs, with a KV cache that is allocated once and never copied.
+// A bundle's graphs, with a KV cache that is allocated once and never copied.
 #pragma once
 
 #include <cstdlib>
@@ -60,10 +60,21 @@ class Engine {
     std::unique_ptr<void, Freed> memory;
     Ort::Value value{nullptr};
   };
+  // Rows of a call on their way through a graph, which reads them where they lie.
+  struct Rows {
+    std::vector<float> embeds;                        // [count, width]
+    std::vector<std::int64_t> places, text, mutual;  // by axis and row; numbers of rows; by row
+    std::int64_t count = 0;
+  };
 
   Graph load(const Component& component, int threads) const;
   void allocate_cache(const Component& decoder);
+  Buffer allocate(const std::string& name, const std::vector<std::int64_t>& shape,
+                  const std::string& dtype) const;
+  void prepare_prefill(int threads);
   Ort::IoBinding bind_decoder();
+  Ort::IoBinding bind_cache(Graph& graph);
+  void run_rows(Graph& graph, Ort::IoBinding& binding, Rows& rows);
   void run(Graph& graph, Ort::IoBinding& binding);
   void require_room(std::int64_t rows) const;
   void tell_past();
@@ -75,8 +86,9 @@ class Engine {
   int threads_;
   std::int64_t capacity_, length_ = 0, width_ = 0;
   Ort::MemoryInfo memory_;
-  Graph vision_, embedding_, decoder_;
-  std::vector<Buffer> cache_;
+  Graph vision_, embedding_, decoder_, prefill_;
+  std::vector<Buffer> cache_, made_;
+  std::int64_t least_prefill_rows_ = 0;  // 0 where there is no such graph
   std::vector<std::vector<bool>> counts_;  // by drop and row of the cache: whether it is left
   std::vector<std::pair<std::int64_t, std::int64_t>> ranked_;  // from a visual row to its call's end
   std::size_t axes_ = 1;
@@ -84,7 +96,8 @@ class Engine {
   std::vector<std::int64_t> token_{0}, past_length_{0}, past_stage_lengths_, single_row_{0},
       alone_{-1}, position_;
   std::vector<float> embeds_, logits_;
-  Ort::IoBinding embed_step_{nullptr}, decode_step_{nullptr}, decode_rows_{nullptr};
+  Ort::IoBinding embed_step_{nullptr}, decode_step_{nullptr}, decode_rows_{nullptr},
+      prefill_rows_{nullptr};
 };
 
 }  // namespace pocketvlm

@@ -23,6 +23,7 @@ from pocketvlm.device_bench.prediction.operators import (
 )
 from pocketvlm.device_bench.prediction.predicted import beside_measured
 from pocketvlm.device_bench.prediction.rates import (
+    BYTE_ROWS_KERNEL,
     FLOAT_KERNEL,
     ProductRates,
     kernel_bits,
@@ -45,6 +46,7 @@ from pocketvlm.reports.measurement import (
     Memory,
     PlausibilityCheck,
 )
+from pocketvlm.stages import PlanState
 from pocketvlm.weights.layout import AffineLayout
 
 RATES = load_reference().rates
@@ -120,6 +122,43 @@ def test_what_is_counted_is_what_the_exported_graphs_hold(tmp_path, name, is_qua
         assert norms - _norms(found) in ((0, 1) if role == "vision" else (0,))
         quantized = sum(one.nodes for one in products if one.kernel != FLOAT_KERNEL)
         assert found["MatMulNBits"] == quantized
+
+
+def test_a_long_call_is_counted_as_two_graphs_hold_it(tmp_path):
+    write_random_model(tiny_config("llava"), tmp_path / "model")
+    checkpoint = Checkpoint.load(tmp_path / "model")
+    for linear in checkpoint.spec.linears():
+        if linear.part == "decoder":
+            codes, _ = round_to_nearest(
+                checkpoint.form(linear.name), scheme=_scheme(), group_size=16
+            )
+            checkpoint.set_form(linear.name, codes)
+    (tmp_path / "bundle").mkdir()
+    target = ToOnnx(int8_prefill_rows=4)
+    write_graphs(checkpoint, (target,), tmp_path / "bundle", "", RunContext(threads=1))
+    found: Counter[str] = Counter()
+    for role in ("prefill", "decoder"):
+        file = tmp_path / "bundle" / "onnx" / f"{role}.onnx"
+        found.update(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
+    model = exported_model(PlanState.of_checkpoint(checkpoint), (target,))
+    long = list(decoder_operators(count_decoder(model), text_rows=7, past=5))
+    products = [one for one in long if isinstance(one, Product)]
+    of_rows = [one for one in products if one.kernel == BYTE_ROWS_KERNEL]
+    assert sum(one.nodes for one in of_rows) == found["MatMulIntegerToFloat"]
+    assert {one.rows for one in of_rows} == {6}
+    assert {one.rows for one in products if one.kernel != BYTE_ROWS_KERNEL} == {1}
+    others = sum(one.nodes for one in products) - sum(one.nodes for one in of_rows)
+    assert others == found["MatMulNBits"] + found["FusedMatMul"]
+    attentions = [one for one in long if isinstance(one, CachedAttention)]
+    assert len(attentions) == found["GroupQueryAttention"]
+    width = checkpoint.spec.decoder.heads * checkpoint.spec.decoder.head_dim
+    assert {one.macs for one in attentions} == {2 * 6 * 11 * width, 2 * 1 * 12 * width}
+    short = [
+        one
+        for one in decoder_operators(count_decoder(model), text_rows=3)
+        if isinstance(one, Product)
+    ]
+    assert not any(one.kernel == BYTE_ROWS_KERNEL for one in short)
 
 
 def _scheme():

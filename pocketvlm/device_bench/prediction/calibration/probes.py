@@ -227,9 +227,8 @@ def norm_probe(rows: int, width: int, threads: int) -> Probe:
     graph = OperatorGraph()
     value = graph.input("rows", [1, rows, width])
     scale = graph.constant(np.ones(width, np.float32))
-    normed, _, _, total = graph.nodes(
-        "SkipSimplifiedLayerNormalization", [value, value, scale], 4, domain=CONTRIB, epsilon=1e-6
-    )
+    total = graph.node("Add", [value, value])
+    normed = graph.node("RMSNormalization", [total, scale], epsilon=1e-6)
     graph.output(normed, [1, rows, width])
     graph.output(total, [1, rows, width])
     return _probe(graph, threads, 1, rows=_noise(1, rows, width))
