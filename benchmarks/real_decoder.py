@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
+from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.weights.form import total_stored_bytes
 from pocketvlm.weights.sparse import SparseWeight
 
@@ -49,7 +50,7 @@ def run(work: Path, names: Sequence[str], seeds: Sequence[int], size: Size) -> N
         shutil.rmtree(aside, ignore_errors=True)
         build_checkpoint(aside)
         aside.rename(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, **STOCK_ONLY)
     others = size.pieces // _OTHERS
     text = judging_set(
         tokenizer, tokens=_PIECE, reference=size.pieces - others, descriptions=others

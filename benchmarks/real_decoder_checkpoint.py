@@ -23,6 +23,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.reference import reference_model_path
 
 __all__ = ["build_checkpoint"]
@@ -54,12 +55,14 @@ def build_checkpoint(folder: Path) -> None:
             f"{_PACKAGE} is not installed; install requirements/real_decoder.txt with --no-deps"
         )
     source = str(Path(found.origin).parent)
-    words = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
+    words = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_FILE, dtype=torch.float32, **STOCK_ONLY
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE, **STOCK_ONLY)
     tokenizer.add_special_tokens({"additional_special_tokens": list(_PLACEHOLDERS)})
     tokenizer.chat_template = _TEMPLATE
     tower = reference_model_path("pocket-smol")
-    pictures = AutoModelForImageTextToText.from_pretrained(tower, dtype=torch.float32)
+    pictures = AutoModelForImageTextToText.from_pretrained(tower, dtype=torch.float32, **STOCK_ONLY)
     ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     text = {
         **words.config.to_dict(),
@@ -71,7 +74,7 @@ def build_checkpoint(folder: Path) -> None:
     model = SmolVLMForConditionalGeneration(
         SmolVLMConfig(
             text_config=AutoConfig.for_model(**text).to_dict(),
-            vision_config=AutoConfig.from_pretrained(tower).vision_config.to_dict(),
+            vision_config=AutoConfig.from_pretrained(tower, **STOCK_ONLY).vision_config.to_dict(),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             scale_factor=_SCALE_FACTOR,
             tie_word_embeddings=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.reference_graph.decoder_rows import text_columns
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
+    VisualTokens,
     decode_logits,
     embed_prompts,
     greedy_generate,
@@ -54,7 +54,7 @@ def prompt(checkpoint, *, images=1, batch=1, seed=0):
     token_ids = torch.tensor([ids] * batch)
     token_ids[:, 0] = torch.arange(batch) + 3
     with torch.inference_mode():
-        return embed_prompts(checkpoint, token_ids, SimpleNamespace(embeds=embeds, indices=indices))
+        return embed_prompts(checkpoint, token_ids, VisualTokens(embeds=embeds, indices=indices))
 
 
 def masked_logits(checkpoint, inputs, visual_layers):

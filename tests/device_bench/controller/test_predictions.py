@@ -183,7 +183,9 @@ def test_a_picture_is_shown_to_the_graph_that_the_runtime_takes(graphs_bundle: P
 def test_every_tile_is_counted_for_the_graph_that_sees_it(graphs_bundle: Path) -> None:
     manifest = Bundle.open(graphs_bundle).manifest
     shown = [
-        ShownPicture(vision=vision, grid=grid, placeholders=12, kept=3, pixels=100)
+        ShownPicture(
+            vision=vision, grid=grid, placeholders=12, kept=3, kept_of_whole=None, pixels=100
+        )
         for vision, grid in ((3, TileGrid(rows=2, columns=2)), (1, TileGrid()), (3, TileGrid()))
     ]
     known = Predictable(manifest=manifest, work="not asked for", shown=shown)

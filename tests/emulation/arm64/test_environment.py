@@ -28,7 +28,7 @@ IMPORT_NAMES = {"pillow": "PIL"}
 
 LIST_IMPORTS = """
 import json, sys
-import pocketvlm.export.parity.recorder
+import pocketvlm.export.parity.recorder, pocketvlm.runtime.onnx.runner
 found = {name.partition(".")[0] for name in sys.modules}
 print(json.dumps(sorted(found - set(sys.stdlib_module_names) - {"pocketvlm", "__main__"})))
 """

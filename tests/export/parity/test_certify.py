@@ -120,8 +120,8 @@ def test_the_checkpoint_itself_passes(
 
 
 class IgnoresImages(TorchRunner):
-    def encode_image(self, pixels: Any) -> Any:
-        return super().encode_image(np.zeros_like(pixels))
+    def encode_image(self, pixels: Any, variant: Any = None) -> Any:
+        return super().encode_image(np.zeros_like(pixels), variant)
 
 
 class CountsPositionsAnew(TorchRunner):
@@ -149,8 +149,8 @@ class ForgetsItsCache(TorchRunner):
 
 
 class KeepsOtherTokens(TorchRunner):
-    def encode_image(self, pixels: Any) -> Any:
-        _, indices = super().encode_image(pixels)
+    def encode_image(self, pixels: Any, variant: Any = None) -> Any:
+        _, indices = super().encode_image(pixels, variant)
         count = self.checkpoint.spec.visual_tokens
         others = np.setdiff1d(np.arange(count), indices[0])[: indices.shape[1]]
         whole = replace(self.checkpoint, reducer=None)
@@ -158,8 +158,8 @@ class KeepsOtherTokens(TorchRunner):
 
 
 class ConfusesChannels(TorchRunner):
-    def encode_image(self, pixels: Any) -> Any:
-        return super().encode_image(np.ascontiguousarray(pixels[:, ::-1]))
+    def encode_image(self, pixels: Any, variant: Any = None) -> Any:
+        return super().encode_image(np.ascontiguousarray(pixels[:, ::-1]), variant)
 
 
 class ReturnsNothing(TorchRunner):

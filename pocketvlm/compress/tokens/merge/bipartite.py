@@ -39,7 +39,7 @@ class MergedTokens:
     def unmerged(cls, features: Tensor, worth: Tensor | None = None) -> MergedTokens:
         """Every token alone."""
         batch, count, _ = features.shape
-        ones = features.new_ones(batch, count, 1)
+        ones = torch.ones(batch, count, 1, dtype=features.dtype, device=features.device)
         return cls(
             features=features,
             indices=torch.arange(count, device=features.device).expand(batch, -1),
