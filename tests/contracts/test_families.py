@@ -280,7 +280,7 @@ def test_an_int4_bundle_passes_its_certificate(path, tmp_path):
         checkpoint, [TARGETS[name] for name in CERTIFIED], tmp_path / "bundle", "", context
     )
     bundle = Bundle.open(tmp_path / "bundle")
-    report = certify(checkpoint, bundle, samples, tokens=8, ctx=context)
+    report = certify(checkpoint, bundle, samples, tokens=4, ctx=context)
     assert report.failures() == []
     assert {parity.target for parity in report.targets} == set(CERTIFIED)
 
