@@ -6,49 +6,19 @@ import pytest
 
 from pocketvlm.bundle import (
     Bundle,
-    CacheLayout,
-    Component,
-    Generation,
     Manifest,
-    PromptLayout,
-    TensorSignature,
-    sign_bundle,
 )
 from pocketvlm.errors import BundleError
 from pocketvlm.files.signed_folder import sign_document
 from pocketvlm.json_io import parse_json
+from tests.bundle.rig import write_signed_bundle
 
 
 @pytest.fixture
 def bundle_path(tmp_path):
     path = tmp_path / "bundle"
-    (path / "onnx").mkdir(parents=True)
-    (path / "onnx" / "decoder.onnx").write_bytes(b"graph")
-    (path / "tokenizer.json").write_text("{}")
+    write_signed_bundle(path, b"graph")
     (path / "README.md").write_text("a card, not signed")
-    manifest = Manifest(
-        model="m",
-        family="llava",
-        source_sha256="0",
-        recipe_sha256="1",
-        visual_tokens=8,
-        visual_tokens_full=16,
-        positions="original",
-        prompt=PromptLayout(image_token="<image>", image_token_id=3),  # noqa: S106  (no password)
-        generation=Generation(eos_token_ids=(2,), max_positions=64),
-        kv_cache=CacheLayout(layers=2, kv_heads=1, head_dim=4, dtype="float32"),
-        components=(
-            Component(
-                target="onnx",
-                role="decoder",
-                file="onnx/decoder.onnx",
-                inputs=(TensorSignature(name="embeds", dtype="float32", shape=(1, "length", 8)),),
-                outputs=(),
-                precision={"decoder": "int4 g32"},
-            ),
-        ),
-    )
-    sign_bundle(path, manifest)
     return path
 
 

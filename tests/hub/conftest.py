@@ -6,16 +6,8 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, constants
 
-from pocketvlm.bundle import (
-    CacheLayout,
-    Component,
-    Generation,
-    Manifest,
-    PromptLayout,
-    TensorSignature,
-    sign_bundle,
-)
 from pocketvlm.json_io import write_json
+from tests.bundle.rig import write_signed_bundle
 from tests.hub.stand_in import TOKEN, running_hub
 
 
@@ -36,33 +28,8 @@ def api(hub):
 
 
 def write_bundle(path, content=b"graph"):
-    """A signed bundle; `content` is that of its graph."""
-    (path / "onnx").mkdir(parents=True)
-    (path / "onnx" / "decoder.onnx").write_bytes(content)
-    (path / "tokenizer.json").write_text("{}")
-    manifest = Manifest(
-        model="m",
-        family="llava",
-        source_sha256="0",
-        recipe_sha256="1",
-        visual_tokens=8,
-        visual_tokens_full=16,
-        positions="original",
-        prompt=PromptLayout(image_token="<image>", image_token_id=3),  # noqa: S106  (no password)
-        generation=Generation(eos_token_ids=(2,), max_positions=64),
-        kv_cache=CacheLayout(layers=2, kv_heads=1, head_dim=4, dtype="float32"),
-        components=(
-            Component(
-                target="onnx",
-                role="decoder",
-                file="onnx/decoder.onnx",
-                inputs=(TensorSignature(name="embeds", dtype="float32", shape=(1, "length", 8)),),
-                outputs=(),
-                precision={"decoder": "int4 g32"},
-            ),
-        ),
-    )
-    sign_bundle(path, manifest)
+    """A signed bundle with its card; `content` is that of its graph."""
+    write_signed_bundle(path, content)
     (path / "README.md").write_text("# A measured card\n")
     (path / "report.html").write_text("<html></html>")
     return path

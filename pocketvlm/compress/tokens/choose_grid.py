@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pocketvlm.checkpoint import Checkpoint
+from pocketvlm.compress.tokens.tiling_change import change_tiling
 from pocketvlm.context import RunContext
 from pocketvlm.errors import RecipeError
 from pocketvlm.models.images.tilings import Anyres, SplitGrid, Tiling
@@ -74,16 +75,5 @@ class ChooseGrid(Stage):
             CalibrationError: A picture cannot be read.
         """
         tiling = self.ruled(checkpoint.spec.tiling)
-        processor = checkpoint.processor.with_tiling(tiling)
-        before, after = (
-            sum(grid.tiles for sample in calibration.samples for grid in sample.grids(cutter))
-            for cutter in (checkpoint.processor, processor)
-        )
-        ctx.report(self.method, 1, 1, f"{after} for {before} tiles of the calibration set")
-        return StageResult(
-            checkpoint=replace(
-                checkpoint, processor=processor, spec=replace(checkpoint.spec, tiling=tiling)
-            ),
-            is_calibrated=False,
-            metrics={"rule": self.rule.kind, "tiles": after, "before": before},
-        )
+        done = change_tiling(self.method, tiling, checkpoint, calibration, ctx)
+        return replace(done, metrics={"rule": self.rule.kind, **done.metrics})
