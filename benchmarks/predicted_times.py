@@ -20,11 +20,11 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
+from answer_clock import add_clock, set_clock
 from shape_bundles import write_bundle
 
 from pocketvlm.bundle import Bundle
@@ -36,7 +36,6 @@ from pocketvlm.device_bench.prediction.work import read_work
 from pocketvlm.device_bench.protocol import BlockJob, Turn
 from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.device_bench.workload import draw_picture
-from pocketvlm.runtime import answer as answer_clock
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
 _FIGURES = ("vision_ms", "prefill_ms", "decode_tok_s", "ttft_engine_ms", "ttft_user_ms")
@@ -54,13 +53,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["float", "int8-safe", "int4-balanced"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    add_clock(parser)
     options = parser.parse_args()
-    if options.clock == "cpu":
-        if options.threads != 1:
-            parser.error("--clock cpu adds up threads; it needs --threads 1")
-        time.perf_counter = time.process_time
-        answer_clock.perf_counter = time.process_time  # type: ignore[attr-defined]  # not its own
+    set_clock(parser, options)
     pairs = [(shape, recipe) for shape in options.shapes for recipe in options.recipes]
     bundles = {pair: unsplit_bundle(*pair, options.work) for pair in pairs}
     calibration = calibrate_host(options.threads)

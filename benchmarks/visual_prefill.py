@@ -16,13 +16,13 @@ import argparse
 import json
 import os
 import sys
-import time
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from answer_clock import add_clock, set_clock
 from predicted_times import answers, of
 from shape_bundles import bundle_of
 
@@ -44,7 +44,6 @@ from pocketvlm.pipeline.predict import model_work, question_of
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.random_models import write_shape
 from pocketvlm.reference.shapes import Shape, load_shape
-from pocketvlm.runtime import answer as answer_clock
 from pocketvlm.stages import Stage
 
 _FIGURES = ("vision_ms", "prefill_ms", "ttft_user_ms")
@@ -119,13 +118,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    add_clock(parser)
     options = parser.parse_args()
-    if options.clock == "cpu":
-        if options.threads != 1:
-            parser.error("--clock cpu adds up threads; it needs --threads 1")
-        time.perf_counter = time.process_time
-        answer_clock.perf_counter = time.process_time  # type: ignore[attr-defined]  # not its own
+    set_clock(parser, options)
     of_shape = shape()
     spec = of_shape.spec
     model = write_shape(of_shape, options.work / of_shape.name)
