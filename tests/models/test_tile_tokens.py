@@ -78,6 +78,11 @@ def test_equal_tiles_share_alike_and_the_first_takes_what_is_left():
     assert share_out([], (4, 8), 6) == []
 
 
+def test_a_step_counts_half_way_up_it():
+    """By the tokens above a step, which favours the many, it would be three and one."""
+    assert share_out([20, 13], (1, 2, 3, 4), 2) == [2, 2]
+
+
 BUDGET = TileBudget(whole=6, tile=4, levels=(2, 4, 8), by="whole_tokens")
 
 
