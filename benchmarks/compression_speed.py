@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration.walk.moments import SecondMoment
-from pocketvlm.calibration.walk.walk import InputMoments
+from pocketvlm.calibration.walk.steps import InputMoments
 from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian
 from pocketvlm.compress.quantization.affine.gptq import AffineQuantizer
 from pocketvlm.compress.quantization.affine.rules import WeightRule

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
+from pocketvlm.calibration.walk.steps import LinearGroup
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import Factor, quantize_with_feedback
 from pocketvlm.compress.layerwise.hessian import (

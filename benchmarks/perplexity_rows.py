@@ -15,16 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from pocketvlm.calibration.data.prompts import batch_grids, batch_prompts, encode_samples
+from pocketvlm.calibration.data.decoder_inputs import embed_samples
+from pocketvlm.calibration.data.prompts import (
+    BATCH_TOKENS,
+    batch_prompts,
+    encode_samples,
+)
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.reference_graph.activation_rounding import Arithmetic, simulate_activations
-from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
+from pocketvlm.reference_graph.forward import decode_logits, encode_images
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["Interval", "Judged", "compare", "judge", "perplexity"]
-
-_BATCH_TOKENS = 1024
 _DRAWS = 10_000
 
 Interval = tuple[float, float, float]
@@ -52,13 +55,13 @@ def judge(
     prompts = encode_samples(checkpoint.processor, samples)
     losses, tokens = [0.0] * len(prompts), [0] * len(prompts)
     with cache_dense_weights(checkpoint.model), simulate_activations(checkpoint, arithmetic):
-        for batch in batch_prompts(prompts, len(prompts), _BATCH_TOKENS):
+        for batch in batch_prompts(prompts, len(prompts), BATCH_TOKENS):
             chosen = [prompts[index] for index in batch.samples]
             first, last = chosen[0].answer_start, chosen[0].answer_end - 1
-            images = [samples.samples[index].open_image() for index in batch.samples]
-            visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
+            pixels = samples.pixels(checkpoint.processor, batch.samples)
+            visual = encode_images(checkpoint, pixels)
             ids = torch.tensor([prompt.token_ids for prompt in chosen])
-            inputs = embed_prompts(checkpoint, ids, visual, batch_grids(prompts, batch.samples))
+            inputs = embed_samples(checkpoint, prompts, batch.samples, visual)
             columns = torch.arange(first - 1, last - 1).expand(len(chosen), -1)
             logits = decode_logits(checkpoint, inputs, columns=columns)
             found = functional.cross_entropy(

@@ -7,7 +7,7 @@ identified by the digest of its pictures and texts, so that a report can say whi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from pocketvlm.calibration.data.folder import read_folder
 from pocketvlm.calibration.data.photos import folder_photos, photo_samples, shipped_photos
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.errors import CalibrationError
+from pocketvlm.processor import Processor
 from pocketvlm.reference import Pictures
 
 __all__ = ["CalibrationSet", "Sample", "Split"]
@@ -54,6 +56,18 @@ class CalibrationSet:
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
+
+    def pixels(self, processor: Processor, chosen: Sequence[int]) -> Tensor:
+        """Pixels of the pictures of some samples, float32 [tiles, channels, height, width].
+
+        Args:
+            processor: Cuts and normalizes them.
+            chosen: Which samples, by their numbers.
+
+        Raises:
+            CalibrationError: A picture cannot be read.
+        """
+        return processor.pixels([self.samples[index].open_image() for index in chosen])
 
     @classmethod
     def from_folder(

@@ -72,7 +72,7 @@ def recipe(tmp_path_factory) -> Path:
 
 def compress(rank, job, seeds=(0, 0), dies_after=None):
     """The command line in one rank."""
-    walk_module._BATCH_TOKENS = SMALL_BATCHES
+    walk_module.BATCH_TOKENS = SMALL_BATCHES
     if rank == 1 and dies_after is not None:
         save, saved = LayerStore.save, []
 
@@ -121,7 +121,7 @@ def test_after_a_death_two_processes_end_with_the_codes_of_one(
     assert (first.exit_code, second.exit_code) == (0, 0), first.printed + second.printed
     assert not second.printed
     assert {path: path.stat().st_mtime_ns for path in finished} == times
-    monkeypatch.setattr(walk_module, "_BATCH_TOKENS", SMALL_BATCHES)
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", SMALL_BATCHES)
     loaded = load_recipe(str(recipe))
     alone = compress_checkpoint(
         load_checkpoint(model),
@@ -164,7 +164,7 @@ def test_more_processes_than_batches_are_refused(model):
 
 def apply_shared(rank, model, folder):
     """Every stage that shares samples, by one rank."""
-    walk_module._BATCH_TOKENS = SMALL_BATCHES
+    walk_module.BATCH_TOKENS = SMALL_BATCHES
     with join_ranks() as ranks:
         for method, options in SHARED.items():
             scratch = folder / f"{method}-{ranks.rank}"
@@ -217,7 +217,7 @@ def both(model, tmp_path_factory) -> Path:
 def test_stages_that_are_shared_find_what_one_process_finds(
     model, both, tmp_path, monkeypatch, method
 ):
-    monkeypatch.setattr(walk_module, "_BATCH_TOKENS", SMALL_BATCHES)
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", SMALL_BATCHES)
     ctx = RunContext(scratch_dir=tmp_path / "scratch", source_dir=model)
     alone = apply(method, SHARED[method], model, ctx)
     ranks = [Checkpoint.load(both / f"{method}-{rank}" / "checkpoint") for rank in range(2)]

@@ -12,6 +12,7 @@ from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.processor import Processor
 
 __all__ = [
+    "BATCH_TOKENS",
     "Prompt",
     "PromptBatch",
     "batch_grids",
@@ -21,6 +22,9 @@ __all__ = [
     "encode_samples",
     "tile_rows",
 ]
+
+BATCH_TOKENS = 1024
+"""Tokens that run through a layer at once: enough for full speed, little enough memory."""
 
 _MAX_TOKENS = 2048
 

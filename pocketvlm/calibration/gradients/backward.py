@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pocketvlm.calibration.data.decoder_inputs import embed_samples, tokens_of
 from pocketvlm.calibration.data.prompts import (
     Prompt,
     PromptBatch,
-    batch_grids,
     batch_prompts,
     encode_samples,
-    tile_rows,
 )
 from pocketvlm.calibration.gradients.block_graph import (
     dense_weights,
@@ -38,7 +37,6 @@ from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import (
     DecoderInputs,
     VisualTokens,
-    embed_prompts,
     encode_images,
 )
 from pocketvlm.reference_graph.sublayers import SublayerKind, decoder_sublayers
@@ -225,7 +223,8 @@ def enter_decoder(
     checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens
 ) -> tuple[DecoderInputs, DecoderRows]:
     """A batch of prompts before the first block, and what attention takes beside them."""
-    inputs = _splice(checkpoint, prompts, batch, _tiles_of(prompts, batch, visual))
+    own = tokens_of(prompts, batch.samples, visual)
+    inputs = embed_samples(checkpoint, prompts, batch.samples, own)
     return inputs, inputs.rows(checkpoint.spec.decoder)
 
 
@@ -237,29 +236,13 @@ def visual_gradients(
     gradient: Tensor,
 ) -> Tensor:
     """Gradients of a batch's visual tokens, [tiles, k, width], from those of its embeddings."""
-    tiles = _tiles_of(prompts, batch, visual)
-    leaf = tiles.embeds.detach().requires_grad_()
+    own = tokens_of(prompts, batch.samples, visual)
+    leaf = own.embeds.detach().requires_grad_()
     with torch.enable_grad():
-        entering = _splice(checkpoint, prompts, batch, replace(tiles, embeds=leaf)).embeds
+        seen = replace(own, embeds=leaf)
+        entering = embed_samples(checkpoint, prompts, batch.samples, seen).embeds
         (found,) = torch.autograd.grad(entering, [leaf], gradient)
     return found
-
-
-def _tiles_of(prompts: Sequence[Prompt], batch: PromptBatch, visual: VisualTokens) -> VisualTokens:
-    tiles = tile_rows(prompts, batch.samples)
-    return VisualTokens(embeds=visual.embeds[tiles], indices=visual.indices[tiles])
-
-
-def _splice(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], batch: PromptBatch, tiles: VisualTokens
-) -> DecoderInputs:
-    return embed_prompts(
-        checkpoint,
-        torch.tensor([prompts[index].token_ids for index in batch.samples]),
-        tiles,
-        batch_grids(prompts, batch.samples),
-        answer_starts=[prompts[index].answer_start for index in batch.samples],
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -301,9 +284,8 @@ def enter_samples(
                 "sample needs one"
             )
     for together in batch_prompts(prompts, len(prompts), batch_tokens):
-        images = [samples.samples[index].open_image() for index in together.samples]
         own = tuple(prompts[index] for index in together.samples)
-        visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
+        visual = encode_images(checkpoint, samples.pixels(checkpoint.processor, together.samples))
         # Renumbered: prompts and visual tokens are this batch's own.
         alone = PromptBatch(samples=tuple(range(len(own))), held_out=False)
         inputs, rows = enter_decoder(checkpoint, own, alone, visual)

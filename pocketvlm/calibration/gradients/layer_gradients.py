@@ -317,8 +317,7 @@ def _patches(
 ) -> Iterator[Tensor]:
     """What enters the tower, batch by batch."""
     for batch in images:
-        pictures = [samples.samples[index].open_image() for index in batch.samples]
-        pixels = checkpoint.processor.pixels(pictures)
+        pixels = samples.pixels(checkpoint.processor, batch.samples)
         # In the layout that comes back from a file too: products round by layout.
         yield embed_patches(checkpoint.model, checkpoint.spec, pixels).contiguous()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.bundle import VisualSchedule
-from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.data.prompts import BATCH_TOKENS, Prompt
 from pocketvlm.calibration.gradients.backward import enter_samples
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
@@ -20,8 +20,6 @@ from pocketvlm.reference_graph.visual_schedule import BlockRows, RowsLeft
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["GivenAnswers", "ScheduleTrials"]
-
-_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +85,7 @@ class ScheduleTrials:
         entered = enter_samples(
             checkpoint,
             samples,
-            batch_tokens=_BATCH_TOKENS,
+            batch_tokens=BATCH_TOKENS,
             reason="schedules are judged by answers",
         )
         for batch in entered:

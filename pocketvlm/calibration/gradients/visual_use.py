@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.data.prompts import Prompt
+from pocketvlm.calibration.data.prompts import BATCH_TOKENS, Prompt
 from pocketvlm.calibration.gradients.backward import enter_samples
 from pocketvlm.calibration.gradients.divergence import mean_divergence
 from pocketvlm.calibration.source import CalibrationSet
@@ -22,7 +22,6 @@ from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["LayerUse", "attention_ratios", "measure_visual_use"]
 
-_BATCH_TOKENS = 1024
 
 Report = Callable[[int, int], None]
 
@@ -72,7 +71,7 @@ def measure_visual_use(
     entered = enter_samples(
         checkpoint,
         samples,
-        batch_tokens=_BATCH_TOKENS,
+        batch_tokens=BATCH_TOKENS,
         reason="what an answer loses is measured at its tokens",
     )
     for one in entered:

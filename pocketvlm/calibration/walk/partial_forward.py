@@ -14,7 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pocketvlm.calibration.data.prompts import Prompt, batch_grids, batch_prompts, encode_samples
+from pocketvlm.calibration.data.decoder_inputs import embed_samples
+from pocketvlm.calibration.data.prompts import (
+    BATCH_TOKENS,
+    Prompt,
+    batch_prompts,
+    encode_samples,
+)
 from pocketvlm.calibration.source import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.errors import CalibrationError
@@ -24,7 +30,6 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_patches,
-    embed_prompts,
     encode_features,
     read_blocks,
 )
@@ -39,8 +44,6 @@ from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.modules import cache_dense_weights
 
 __all__ = ["PartialForward", "suffix_shares"]
-
-_BATCH_TOKENS = 1024
 
 
 def suffix_shares(spec: ModelSpec) -> dict[str, float]:
@@ -127,7 +130,7 @@ class PartialForward:
         for prompt in self.prompts:
             _require_answer(prompt)
         # The share of held-out samples is the caller's affair: here all are alike.
-        batches = batch_prompts(self.prompts, len(self.prompts), _BATCH_TOKENS)
+        batches = batch_prompts(self.prompts, len(self.prompts), BATCH_TOKENS)
         self._rows = tuple(batch.samples for batch in batches)
         spec = checkpoint.spec
         self._segments = self._build()
@@ -246,8 +249,7 @@ class PartialForward:
         return _Segment(modules=sublayer.linears, run=run)
 
     def _embed(self, rows: Sequence[int], samples: CalibrationSet) -> _State:
-        images = [samples.samples[row].open_image() for row in rows]
-        pixels = self._checkpoint.processor.pixels(images)
+        pixels = samples.pixels(self._checkpoint.processor, rows)
         return _State(hidden=embed_patches(self._checkpoint.model, self._checkpoint.spec, pixels))
 
     def _encode(self, _: int, state: _State) -> _State:
@@ -263,11 +265,8 @@ class PartialForward:
 
     def _embed_prompt(self, number: int, state: _State) -> _State:
         spec = self._checkpoint.spec
-        token_ids = torch.tensor([self.prompts[row].token_ids for row in self._rows[number]])
         visual = VisualTokens(embeds=state.hidden, indices=cast("Tensor", state.indices))
-        grids = batch_grids(self.prompts, self._rows[number])
-        starts = [self.prompts[row].answer_start for row in self._rows[number]]
-        inputs = embed_prompts(self._checkpoint, token_ids, visual, grids, answer_starts=starts)
+        inputs = embed_samples(self._checkpoint, self.prompts, self._rows[number], visual)
         left = RowsLeft.of(inputs.rows(spec.decoder), inputs.is_visual, inputs.reader)
         return _State(hidden=inputs.embeds, left=left)
 

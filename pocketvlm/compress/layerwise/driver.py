@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pocketvlm.calibration.walk.activations import MAIN_MEMORY
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
+from pocketvlm.calibration.walk.steps import FinishedSublayer, LinearGroup
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import (
     NO_FEEDBACK,

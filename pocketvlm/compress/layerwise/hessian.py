@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration.walk.moments import Int8Steps
-from pocketvlm.calibration.walk.walk import Drift, InputMoments
+from pocketvlm.calibration.walk.steps import Drift, InputMoments
 from pocketvlm.compress.layerwise.error_feedback import Factor, Order, factorize
 from pocketvlm.errors import CalibrationError
 

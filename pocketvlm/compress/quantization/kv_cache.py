@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.data.decoder_inputs import embed_samples
 from pocketvlm.calibration.data.prompts import (
+    BATCH_TOKENS,
     Prompt,
     PromptBatch,
-    batch_grids,
     batch_prompts,
     encode_samples,
 )
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, RecipeError
-from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images, new_cache
+from pocketvlm.reference_graph.forward import decode_logits, encode_images, new_cache
 from pocketvlm.stages import PlanState, Stage, StageResult
 from pocketvlm.weights.kv_cache import KVCacheScales
 
 __all__ = ["QuantizeCache"]
-
-_BATCH_TOKENS = 1024
 _HELD_OUT = 8  # every eighth sample only judges
 _FLOAT_BYTES = 4
 
@@ -74,7 +73,7 @@ class QuantizeCache(Stage):
             raise RecipeError(f"{self.method}: the KV cache is quantized already")
         prompts = encode_samples(checkpoint.processor, calibration)
         first_held_out = len(prompts) - len(prompts) // _HELD_OUT
-        batches = batch_prompts(prompts, first_held_out, _BATCH_TOKENS)
+        batches = batch_prompts(prompts, first_held_out, BATCH_TOKENS)
         ordered = sorted(batches, key=lambda batch: batch.held_out)
         ranges = _Ranges()
         judge: _Errors | None = None
@@ -168,13 +167,9 @@ def _cached_states(
     batch: PromptBatch,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values [batch, kv_heads, rows, head_dim] of each layer."""
-    images = [samples.samples[index].open_image() for index in batch.samples]
-    visual = encode_images(checkpoint, checkpoint.processor.pixels(images))
-    token_ids = torch.tensor([prompts[index].token_ids for index in batch.samples])
-    grids = batch_grids(prompts, batch.samples)
+    visual = encode_images(checkpoint, samples.pixels(checkpoint.processor, batch.samples))
+    inputs = embed_samples(checkpoint, prompts, batch.samples, visual)
     cache = new_cache(checkpoint)
-    starts = [prompts[index].answer_start for index in batch.samples]
-    inputs = embed_prompts(checkpoint, token_ids, visual, grids, answer_starts=starts)
     decode_logits(checkpoint, inputs, cache, last_only=True)
     return (cache.rows(block) for block in checkpoint.spec.decoder.attention_blocks)
 

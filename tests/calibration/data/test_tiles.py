@@ -8,7 +8,6 @@ import torch
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.calibration.data.prompts import PromptBatch, encode_samples, tile_rows
 from pocketvlm.calibration.gradients.backward import enter_decoder
-from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference_graph.forward import VisualTokens, embed_prompts, encode_images
@@ -44,11 +43,9 @@ def test_a_prompt_takes_the_tiles_of_its_picture(checkpoint):
         embeds=torch.cat([part.embeds for part in parts]),
         indices=torch.cat([part.indices for part in parts]),
     )
-    walk = BlockWalk(checkpoint=checkpoint, samples=samples)
     for index, (prompt, own) in enumerate(zip(prompts, parts, strict=True)):
         expected = embed_prompts(checkpoint, torch.tensor([prompt.token_ids]), own)
         batch = PromptBatch(samples=(index,), held_out=False)
         inputs, _ = enter_decoder(checkpoint, prompts, batch, visual)
-        for entering in (inputs, walk._splice(batch, prompts, visual)):
-            assert torch.equal(entering.embeds, expected.embeds)
-            assert torch.equal(entering.positions, expected.positions)
+        assert torch.equal(inputs.embeds, expected.embeds)
+        assert torch.equal(inputs.positions, expected.positions)

@@ -12,7 +12,8 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.gradients.token_weights import FLOOR, gradient_weights
 from pocketvlm.calibration.walk.partial_forward import PartialForward
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer
+from pocketvlm.calibration.walk.steps import FinishedSublayer
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
 from tests.calibration.gradients.test_token_weights import encode, hold_to_the_whole_graph
 

@@ -9,7 +9,8 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet, Sample
 from pocketvlm.calibration.data.prompts import encode_samples
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer
+from pocketvlm.calibration.walk.steps import FinishedSublayer
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.errors import CalibrationError
 from pocketvlm.models.reducer import TokenReducer
 from pocketvlm.prompt.messages import Turn, user_turn

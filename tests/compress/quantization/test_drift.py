@@ -7,7 +7,7 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.walk.moments import CrossMoment, SecondMoment
-from pocketvlm.calibration.walk.walk import Drift, InputMoments
+from pocketvlm.calibration.walk.steps import Drift, InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.error_feedback import factorize
 from pocketvlm.compress.layerwise.hessian import ErrorFeedback, InputHessian, align_to_float

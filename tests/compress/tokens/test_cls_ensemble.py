@@ -13,7 +13,8 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.walk.partial_forward import PartialForward
-from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
+from pocketvlm.calibration.walk.steps import LinearGroup
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.rank.cls_ensemble import ClsEnsemble
 from pocketvlm.errors import RecipeError, UnsupportedError

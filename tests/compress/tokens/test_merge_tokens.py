@@ -15,7 +15,8 @@ from torch import Tensor
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.walk.partial_forward import PartialForward
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
+from pocketvlm.calibration.walk.steps import FinishedSublayer, LinearGroup
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.tokens.rank.cls_ensemble import ClsEnsemble
 from pocketvlm.compress.tokens.tower.mergers import (

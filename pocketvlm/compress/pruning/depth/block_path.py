@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.data.prompts import Prompt, batch_grids, batch_prompts
+from pocketvlm.calibration.data.decoder_inputs import embed_samples
+from pocketvlm.calibration.data.prompts import BATCH_TOKENS, Prompt, batch_prompts
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.blocks import Block, all_blocks
 from pocketvlm.errors import CalibrationError
@@ -23,7 +24,6 @@ from pocketvlm.reference_graph.decoder_rows import DecoderRows
 from pocketvlm.reference_graph.forward import (
     VisualTokens,
     embed_patches,
-    embed_prompts,
     project,
     tower_features,
 )
@@ -34,8 +34,6 @@ from pocketvlm.reference_graph.sublayers import (
 )
 
 __all__ = ["BlockPath", "PathState"]
-
-_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +78,7 @@ class BlockPath:
         prompts = self._prompts[rows.start : rows.stop]
         return tuple(
             tuple(rows.start + index for index in batch.samples)
-            for batch in batch_prompts(prompts, len(prompts), _BATCH_TOKENS)
+            for batch in batch_prompts(prompts, len(prompts), BATCH_TOKENS)
         )
 
     @torch.no_grad()
@@ -91,8 +89,7 @@ class BlockPath:
             CalibrationError: A picture cannot be used.
         """
         model, spec = self._checkpoint.model, self._checkpoint.spec
-        images = [self._samples.samples[row].open_image() for row in rows]
-        pixels = self._checkpoint.processor.pixels(images)
+        pixels = self._samples.pixels(self._checkpoint.processor, rows)
         return PathState(rows=rows, hidden=embed_patches(model, spec, pixels))
 
     @torch.no_grad()
@@ -103,13 +100,8 @@ class BlockPath:
         model, spec = self._checkpoint.model, self._checkpoint.spec
         visual = project(model, spec, tower_features(model, spec, state.hidden))
         indices = torch.arange(visual.shape[1]).expand(visual.shape[0], -1)
-        inputs = embed_prompts(
-            self._checkpoint,
-            torch.tensor([self._prompts[row].token_ids for row in state.rows]),
-            VisualTokens(embeds=visual, indices=indices),
-            batch_grids(self._prompts, state.rows),
-            answer_starts=[self._prompts[row].answer_start for row in state.rows],
-        )
+        tokens = VisualTokens(embeds=visual, indices=indices)
+        inputs = embed_samples(self._checkpoint, self._prompts, state.rows, tokens)
         return PathState(
             rows=state.rows,
             hidden=inputs.embeds,

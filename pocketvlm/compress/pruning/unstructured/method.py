@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.walk.walk import FinishedSublayer
+from pocketvlm.calibration.walk.steps import FinishedSublayer
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.driver import LayerMethod
 from pocketvlm.compress.layerwise.hessian import InputHessian

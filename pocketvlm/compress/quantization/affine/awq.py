@@ -22,7 +22,7 @@ import torch
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.walk.activations import MAIN_MEMORY
-from pocketvlm.calibration.walk.walk import LinearGroup
+from pocketvlm.calibration.walk.steps import LinearGroup
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.driver import visit_groups
 from pocketvlm.compress.layerwise.hessian import diagonal_block_width

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration.walk.moments import SecondMoment
-from pocketvlm.calibration.walk.walk import InputMoments
+from pocketvlm.calibration.walk.steps import InputMoments
 from pocketvlm.compress.layerwise.row_chunks import keeps_in, row_chunks
 from pocketvlm.compress.quantization.affine.grid import decode, encode, group_columns, min_max_grid
 from pocketvlm.compress.quantization.affine.rules import WeightRule

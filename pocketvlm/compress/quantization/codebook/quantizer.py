@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.walk.walk import FinishedSublayer
+from pocketvlm.calibration.walk.steps import FinishedSublayer
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import InputHessian
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer

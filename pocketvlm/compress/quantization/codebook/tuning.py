@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pocketvlm.calibration.walk.walk import FinishedSublayer
+from pocketvlm.calibration.walk.steps import FinishedSublayer
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.layer_store import FinishedLayer
 from pocketvlm.weights.codebook import CodebookWeight, Lookup

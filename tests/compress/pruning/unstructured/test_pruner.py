@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pocketvlm.calibration import CalibrationSet
-from pocketvlm.calibration.walk.walk import BlockWalk, LinearGroup
+from pocketvlm.calibration.walk.steps import LinearGroup
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import Blocked, SemiStructured

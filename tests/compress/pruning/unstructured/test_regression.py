@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketvlm.calibration.source import CalibrationSet
-from pocketvlm.calibration.walk.walk import BlockWalk, FinishedSublayer, LinearGroup
+from pocketvlm.calibration.walk.steps import FinishedSublayer, LinearGroup
+from pocketvlm.calibration.walk.walk import BlockWalk
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import InputHessian
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.walk.moments import SecondMoment
-from pocketvlm.calibration.walk.walk import InputMoments
+from pocketvlm.calibration.walk.steps import InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.awq import Awq
 from pocketvlm.compress.quantization.affine.rtn import RoundToNearest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.walk.moments import SecondMoment
-from pocketvlm.calibration.walk.walk import InputMoments
+from pocketvlm.calibration.walk.steps import InputMoments
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.layerwise.hessian import InputHessian
 from pocketvlm.compress.quantization.affine.gptq import Gptq
