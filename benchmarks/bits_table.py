@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from answer_options import answer_parser, calibration_sets, held_out_questions, model_folders
 from answer_rows import COLUMNS, RULE, Row
 from torch import Tensor
 
@@ -42,7 +43,6 @@ from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 from pocketvlm.stages import PlanState, Stage
 from pocketvlm.weights.form import total_stored_bytes
 
@@ -120,11 +120,8 @@ METHODS: dict[str, Callable[[ModelSpec, float], tuple[Stage, ...]]] = {
 
 def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """One row a method and size of one model, the float model first."""
-    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
-    sets = [
-        CalibrationSet.from_reference(seed, arguments.samples)
-        for seed in arguments.calibration_seed
-    ]
+    samples = held_out_questions(arguments)
+    sets = calibration_sets(arguments)
     ctx = RunContext(threads=arguments.threads)
     whole = Checkpoint.load(path)
     baseline = score_checkpoint(whole, samples, ctx=ctx)
@@ -183,23 +180,16 @@ def _effective_bits(checkpoint: Checkpoint) -> float:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
-    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
-    parser.add_argument("--calibration-seed", type=int, nargs="+", default=[0])
+    parser = answer_parser(__doc__, sets=1)
     parser.add_argument("--bits", type=float, nargs="+", default=sorted(SCALAR), choices=SCALAR)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, help="Measured sensitivity is kept and found here.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
     with TemporaryDirectory() as folder:
         scratch = arguments.work or Path(folder)
-        for name in arguments.model or REFERENCE_MODELS:
-            path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+        for path in model_folders(arguments):
             rows += measure(path, arguments, scratch)
     print(json.dumps({**vars(arguments), "work": str(arguments.work), "rows": rows}))
 

@@ -18,27 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answer_options import answer_parser, calibration_sets, held_out_questions, model_folders
 from answer_rows import COLUMNS, RULE, Row
 
-from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.block_influence import BlockInfluence
 from pocketvlm.compress.pruning.depth.greedy_blocks import Greedy
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, score_checkpoint
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 IMPORTANCES = (BlockInfluence(), Greedy())
 
 
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a count of blocks and an importance of one model, the float model first."""
-    questions = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
-    sets = [
-        CalibrationSet.from_reference(seed, arguments.samples)
-        for seed in arguments.calibration_seed
-    ]
+    questions = held_out_questions(arguments)
+    sets = calibration_sets(arguments)
     ctx = RunContext(threads=arguments.threads)
     floats = score_checkpoint(Checkpoint.load(path), questions, ctx=ctx)
     print(f"\n{path.name}: n={floats.n}, blind {floats.blind:.1%}\n", flush=True)
@@ -80,19 +76,12 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
-    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
-    parser.add_argument("--calibration-seed", type=int, nargs="+", default=[0, 1, 2])
+    parser = answer_parser(__doc__, sets=1)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2], help="How many go.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for name in arguments.model or REFERENCE_MODELS:
-        path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+    for path in model_folders(arguments):
         rows += measure(path, arguments)
     print(json.dumps({**vars(arguments), "rows": rows}))
 

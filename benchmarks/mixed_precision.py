@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answer_options import answer_parser, held_out_questions, model_folders
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
@@ -27,7 +28,6 @@ from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import compare_scores, score_checkpoint
 from pocketvlm.json_io import write_json
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 MENU = tuple(
     WeightRule(bits=bits, group_size=group_size) for bits in (2, 3, 4, 8) for group_size in (64, 32)
@@ -36,7 +36,7 @@ MENU = tuple(
 
 def measure(path: Path, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One row a configuration of one model, the float model first."""
-    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
+    samples = held_out_questions(arguments)
     calibration = CalibrationSet.from_reference(0, arguments.samples)
     ctx = RunContext(threads=arguments.threads)
     whole = Checkpoint.load(path)
@@ -95,23 +95,17 @@ def measure(path: Path, arguments: argparse.Namespace, folder: Path) -> list[dic
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
-    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
+    parser = answer_parser(__doc__, sets=None)
     parser.add_argument("--sensitivity-samples", type=int, default=24)
     parser.add_argument("--average", type=float, nargs="*", default=[2.5, 3.0])
     parser.add_argument(
         "--uniform", nargs="*", default=["2x64", "2x32", "3x64", "3x32"], help="Bits x group."
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.model or REFERENCE_MODELS:
-            path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+        for path in model_folders(arguments):
             rows += measure(path, arguments, Path(folder))
     print(json.dumps({"seed": arguments.seed, "rows": rows}))
 

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from answer_options import answer_parser, calibration_sets, held_out_questions, model_folders
 from answer_rows import COLUMNS, RULE, Row
 
 from pocketvlm.calibration import CalibrationSet
@@ -36,7 +37,6 @@ from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.models.layers import LinearSpec
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 SCORES: dict[str, Score] = {
     "Wanda": Wanda(),
@@ -83,11 +83,8 @@ class Remembered:
 
 def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """One row a sparsity, allocation and score of one model, the float model first."""
-    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
-    sets = [
-        CalibrationSet.from_reference(seed, arguments.samples)
-        for seed in arguments.calibration_seed
-    ]
+    samples = held_out_questions(arguments)
+    sets = calibration_sets(arguments)
     ctx = RunContext(threads=arguments.threads)
     floats = score_checkpoint(Checkpoint.load(path), samples, ctx=ctx)
     first = Row.of(
@@ -144,24 +141,17 @@ def _by_part(checkpoint: Checkpoint) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
-    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
-    parser.add_argument("--calibration-seed", type=int, nargs="+", default=[0, 1, 2])
+    parser = answer_parser(__doc__, sets=1)
     parser.add_argument("--removed", nargs="+", default=["30", "50", "60", "70", _TWO_OF_FOUR])
     parser.add_argument("--score", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument(
         "--allocation", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS)
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
     with TemporaryDirectory() as scratch:
-        for name in arguments.model or REFERENCE_MODELS:
-            path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+        for path in model_folders(arguments):
             rows += measure(path, arguments, Path(scratch))
     print(json.dumps({**vars(arguments), "rows": rows}))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from answer_options import answer_parser, held_out_questions, model_folders
 
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
@@ -30,7 +31,6 @@ from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.reference import REFERENCE_MODELS, reference_model_path
 
 Stage = Awq | Gptq | Rotate | RoundToNearest
 ROTATIONS = {
@@ -104,7 +104,7 @@ def quantizers_for(
 
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a configuration of one model, the float model first."""
-    samples = CalibrationSet.from_reference(arguments.seed, arguments.n, split="evaluation")
+    samples = held_out_questions(arguments)
     calibration = CalibrationSet.from_reference(0, arguments.samples)
     ctx = RunContext(threads=arguments.threads)
     whole = Checkpoint.load(path)
@@ -172,11 +172,7 @@ def _weights(text: str) -> str | float:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="A reference model's name, or a folder.")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="Seed of the held-out questions.")
-    parser.add_argument("--samples", type=int, default=128, help="Calibration samples.")
+    parser = answer_parser(__doc__, sets=None)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, nargs="+", default=[16, 32, 64, 128, 0])
     parser.add_argument("--quantizer", nargs="+", default=["rtn", "gptq"])
@@ -192,14 +188,12 @@ def main() -> None:
     parser.add_argument(
         "--part", nargs="+", default=["tower", "projector", "decoder", "embedding", "head"]
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     arguments.static = [bool(value) for value in arguments.static]
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
     rows = []
-    for name in arguments.model or REFERENCE_MODELS:
-        path = reference_model_path(name) if name in REFERENCE_MODELS else Path(name)
+    for path in model_folders(arguments):
         rows += measure(path, arguments)
     document = {"seed": arguments.seed, "seconds": time.perf_counter() - started, "rows": rows}
     print(json.dumps(document))
