@@ -132,7 +132,10 @@ def bench(
     out: Annotated[Path | None, out_option("Write the document to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time bundles in turns: stages, two times to first token, rates, memory; samples kept."""
+    """Time bundles in turns, on this host or on a device.
+
+    Every stage, both times to first token, rates, memory and heat; all samples are kept.
+    """
     if calibrate_host:
         calibrate(threads=threads, as_json=as_json)
         return
@@ -254,7 +257,10 @@ def _show(results: Sequence[Measurement], out: Path | None, *, as_json: bool) ->
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Check whether the installed versions fit together, and what each target lacks."""
+    """Check whether the installed versions fit together.
+
+    Says what each target lacks.
+    """
     from pocketvlm.pipeline.doctor import examine
 
     findings = examine()

@@ -71,7 +71,10 @@ def compress(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress a checkpoint, export it, prove it equal, score and time it. Resumable."""
+    """Compress a checkpoint, export it and prove it equal.
+
+    The result is scored and timed as well. An interrupted run resumes.
+    """
     quiet_libraries()
     from pocketvlm.pipeline.job import Job
     from pocketvlm.pipeline.torchrun import join_ranks
@@ -148,7 +151,9 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate a recipe, refuse what a target cannot run, predict sizes. Loads no weights.
+    """Check a recipe against a model; predict sizes and times.
+
+    Loads no weights, and refuses what a target cannot run.
 
     Rows of the folders given as --calibration and --data are checked one by one.
     """
@@ -198,7 +203,10 @@ def convert(
     out: Annotated[Path, out_option("The new folder.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Write a quantized checkpoint in a layout that other tools read, with the same codes."""
+    """Write a quantized checkpoint in the layout of another tool.
+
+    The codes stay the same.
+    """
     quiet_libraries()
     from pocketvlm.checkpoint.convert import save_layout
     from pocketvlm.pipeline.sources import load_checkpoint, resolve_model
@@ -240,7 +248,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A reference model.")] = "reference:pocket-llava",
     as_json: JsonOption = False,
 ) -> None:
-    """Run the main job on a shipped reference model and ask the result about a picture."""
+    """Compress a shipped model, and ask it about a picture."""
     quiet_libraries()
     from pocketvlm.pipeline.job import Job
 

@@ -21,7 +21,10 @@ def devices(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List device profiles, or show one with its sources and what was published of it."""
+    """List device profiles, or show one with its sources.
+
+    Predictions stand beside what others published of the device.
+    """
     from pocketvlm.device_bench.devices import list_devices, load_device
     from pocketvlm.json_io import encode
     from pocketvlm.pipeline.published import published_factors

@@ -39,7 +39,7 @@ def ask(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about pictures from the bundle alone, streamed.
+    """Answer a question about pictures from the bundle alone.
 
     Pictures stand before the text, in the order in which they are named.
     """
@@ -97,7 +97,7 @@ def evaluate(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score generated answers, with a 95 % interval and the blind floor."""
+    """Score generated answers, beside a blind floor."""
     quiet_libraries()
     from pocketvlm.context import RunContext
     from pocketvlm.pipeline.sources import load_evaluation, score_subject

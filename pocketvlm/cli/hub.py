@@ -36,7 +36,10 @@ def push(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a run, bundle or checkpoint with its card, as one commit of a hub's repository."""
+    """Publish a run, bundle or checkpoint with its card on a hub.
+
+    All of it is one commit of the repository.
+    """
     quiet_libraries()
     from pocketvlm.hub import push as push_folder
 
@@ -57,7 +60,10 @@ def pull(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch what `push` published, and check every signature before it stands in its folder."""
+    """Fetch what `push` published, and check every signature.
+
+    Nothing stands in its folder before that.
+    """
     quiet_libraries()
     from pocketvlm.hub import pull as pull_repository
 

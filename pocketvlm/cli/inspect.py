@@ -47,7 +47,7 @@ def inspect(
     tokens: ComparedTokensOption = 16,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a bundle holds, after checking the digest of every file."""
+    """Check every digest of a bundle, and show what it holds."""
     from pocketvlm.bundle import Bundle
 
     opened = Bundle.open(bundle)

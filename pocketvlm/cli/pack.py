@@ -25,7 +25,10 @@ def pack_runner(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Pack the torch-free runner as a folder that runs where Python runs."""
+    """Pack the torch-free runner as a self-contained folder.
+
+    It runs where Python runs.
+    """
     from pocketvlm.device_bench.pack.folder import pack_runner as pack
 
     packed = pack(out, runtime=runtime, wheels=wheels)

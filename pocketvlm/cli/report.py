@@ -34,7 +34,10 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Exit with 1 if B is worse than A beyond the bound, with 3 if noise hides whether it is."""
+    """Exit with 1 if B is worse than A beyond the bound.
+
+    With 3 if noise hides whether it is.
+    """
     from pocketvlm.device_bench.gate.bounds import parse_bounds
     from pocketvlm.device_bench.gate.compare import compare_files
     from pocketvlm.device_bench.gate.table import tabulate
@@ -70,7 +73,10 @@ def report(
         bool, typer.Option("--markdown", help="A short summary for a pull request, on stdout.")
     ] = False,
 ) -> None:
-    """Write one self-contained HTML page about one or several reports, or a Markdown summary."""
+    """Write one HTML page, or Markdown, about several reports.
+
+    The page needs no other file and no network.
+    """
     from pocketvlm.reports.by_device import file_stem, split_by_device
     from pocketvlm.reports.html import render_html, render_markdown
     from pocketvlm.reports.report_file import read_report

@@ -50,7 +50,10 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a bundle's own runtime again, here or on emulated ARM64, and compare its answers."""
+    """Run a bundle's own runtime again, here or emulated.
+
+    On emulated ARM64 its answers are compared with this host's.
+    """
     if arch not in _ARCHITECTURES:
         raise InputError(f"--arch is {arch!r}; allowed are {', '.join(_ARCHITECTURES)}")
     if arch == "host" and (cpu is not None or prepare):
