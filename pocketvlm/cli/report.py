@@ -73,9 +73,9 @@ def report(
         bool, typer.Option("--markdown", help="A short summary for a pull request, on stdout.")
     ] = False,
 ) -> None:
-    """Write one HTML page, or Markdown, about several reports.
+    """Write one HTML page about one or more reports, or Markdown.
 
-    The page needs no other file and no network.
+    The page needs no other file, and no network.
     """
     from pocketvlm.reports.by_device import file_stem, split_by_device
     from pocketvlm.reports.html import render_html, render_markdown
