@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 from answer_options import answer_parser, calibration_sets, held_out_questions, model_folders
 from answer_rows import COLUMNS, RULE, Row
+from shared_scores import SharedEcoflap
 
-from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
-from pocketvlm.compress.pruning.unstructured.allocation import Budget, Uniform
+from pocketvlm.compress.pruning.unstructured.allocation import Uniform
 from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.unstructured.gblm import Gblm
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
@@ -36,7 +35,6 @@ from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import score_checkpoint
-from pocketvlm.models.layers import LinearSpec
 
 SCORES: dict[str, Score] = {
     "Wanda": Wanda(),
@@ -50,35 +48,6 @@ ALLOCATIONS: dict[str, Uniform | Ecoflap] = {
     "ECoFLaP, first order": Ecoflap(order="first"),
 }
 _TWO_OF_FOUR = "2:4"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Remembered:
-    """An allocation whose scores, which no ratio changes, are measured once a calibration set."""
-
-    allocation: Uniform | Ecoflap
-    folder: Path
-
-    def check(self, ratio: float, pattern: Pattern) -> None:
-        """What the allocation refuses."""
-        self.allocation.check(ratio, pattern)
-
-    def allocate(
-        self,
-        checkpoint: Checkpoint,
-        layers: Sequence[LinearSpec],
-        ratio: float,
-        pattern: Pattern,
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> Budget:
-        """What the allocation says."""
-        label = f"{checkpoint.source.name}-{calibration.sha256[:12]}-{hash(self.allocation)}"
-        folder = self.folder / label
-        folder.mkdir(exist_ok=True)
-        return self.allocation.allocate(
-            checkpoint, layers, ratio, pattern, calibration, ctx.with_scratch(folder)
-        )
 
 
 def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
@@ -102,13 +71,15 @@ def measure(path: Path, arguments: argparse.Namespace, scratch: Path) -> list[di
         for allocation in arguments.allocation:
             if removed == _TWO_OF_FOUR and allocation != "uniform":
                 continue  # 2 of 4 leaves nothing to share out
+            chosen = ALLOCATIONS[allocation]
+            if isinstance(chosen, Ecoflap):
+                chosen = SharedEcoflap(**asdict(chosen), folder=scratch)
             for score in arguments.score:
-                shared = Remembered(allocation=ALLOCATIONS[allocation], folder=scratch)
                 stage = Prune(
                     score=SCORES[score],
                     ratio=ratio,
                     pattern=pattern,
-                    allocation=shared,  # type: ignore[arg-type]  # no option of a recipe
+                    allocation=chosen,
                 )
                 scores, seconds = [], 0.0
                 for calibration in sets:

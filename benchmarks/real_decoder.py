@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch
 from perplexity_rows import judge, perplexity
 from real_decoder_rows import Row, Setup, Size, read_row, row_path, spell_tables, write_row
 from real_decoder_text import calibration_set, judging_set
-from real_decoder_variants import VARIANTS
+from real_decoder_variants import VARIANTS, Shared
 from transformers import AutoTokenizer
 
 from pocketvlm.calibration import CalibrationSet
@@ -37,6 +38,7 @@ from pocketvlm.weights.form import total_stored_bytes
 from pocketvlm.weights.sparse import SparseWeight
 
 _PIECE = 160  # tokens of a piece of text that models are judged on
+_FURTHER = 3  # times the calibration set: text of which gradients are taken alone
 _OTHERS = 4  # one piece of this many is of scikit-learn, the others of Python
 
 
@@ -62,8 +64,12 @@ def run(work: Path, names: Sequence[str], seeds: Sequence[int], size: Size) -> N
         versions=f"Python {platform.python_version()}, torch {version('torch')}",
     )
     for seed in seeds:
-        calibration = calibration_set(
-            tokenizer, tokens=size.tokens, samples=size.samples, seed=seed
+        text_of = partial(
+            calibration_set, tokenizer, tokens=size.tokens, samples=size.samples, seed=seed
+        )
+        calibration = text_of()
+        shared = Shared(
+            folder=work / "shared", more_text=partial(text_of, further=_FURTHER * size.samples)
         )
         for name in names:
             path = row_path(work, name, seed, setup)
@@ -71,7 +77,7 @@ def run(work: Path, names: Sequence[str], seeds: Sequence[int], size: Size) -> N
             if seed != seeds[0] and not VARIANTS[name].is_calibrated:
                 continue
             if found is None or found.setup != setup:
-                row = measure(work, name, seed, setup, calibration, text)
+                row = measure(work, name, seed, setup, calibration, text, shared)
                 write_row(path, row)
                 value, low, high = perplexity([row.judged])
                 print(
@@ -88,11 +94,11 @@ def measure(
     setup: Setup,
     calibration: CalibrationSet,
     text: CalibrationSet,
+    shared: Shared,
 ) -> Row:
     """Compresses the model and judges it."""
     variant, model = VARIANTS[name], work / "model"
     checkpoint = Checkpoint.load(model)
-    shared = work / "shared" / f"{setup.size.samples} x {setup.size.tokens}, set {seed}"
     path = row_path(work, name, seed, setup)
     scratch = work / "scratch" / path.parent.name / path.stem
     started = time.process_time()

@@ -52,7 +52,7 @@ def judging_set(
 
 
 def calibration_set(
-    tokenizer: PreTrainedTokenizerBase, *, tokens: int, samples: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, *, tokens: int, samples: int, seed: int, further: int = 0
 ) -> CalibrationSet:
     """Text to calibrate on; sets of different seeds share nothing.
 
@@ -61,17 +61,19 @@ def calibration_set(
         tokens: Of a piece.
         samples: Pieces.
         seed: Which ones.
+        further: Pieces after them; they are taken from the other end of all pieces.
     """
     judged = {*_reference(), *_descriptions()}
     texts = [text for text in _docstrings() if text not in judged]
     found = list(_pieces(texts, tokenizer, tokens))
     Random(0).shuffle(found)
-    chosen = found[seed * samples : (seed + 1) * samples]
-    if len(chosen) < samples:
+    if len(found) < (seed + 1) * (samples + further):
         raise SystemExit(
             f"seed {seed}: docstrings have {len(found)} pieces of {tokens} tokens, which are "
-            f"{len(found) // samples} sets of {samples}"
+            f"{len(found) // (samples + further)} sets of {samples + further}"
         )
+    chosen = found[seed * samples : (seed + 1) * samples]
+    chosen += found[::-1][seed * further : (seed + 1) * further]
     return _samples(f"docstrings:{seed}", [(_DOCUMENTED, text) for text in chosen], seed)
 
 

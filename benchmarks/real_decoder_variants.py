@@ -7,28 +7,25 @@ every recipe. Statistics count every token alike, since a picture means nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from shared_scores import SharedEcoflap, SharedGblm
+
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.modality import ModalityWeighting
-from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.distillation.stage import Distill
 from pocketvlm.compress.pruning.depth.block_influence import BlockInfluence
 from pocketvlm.compress.pruning.depth.greedy_blocks import Greedy
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
-from pocketvlm.compress.pruning.unstructured.allocation import Budget, Uniform
+from pocketvlm.compress.pruning.unstructured.allocation import Uniform
 from pocketvlm.compress.pruning.unstructured.ecoflap import Ecoflap
 from pocketvlm.compress.pruning.unstructured.gblm import Gblm
 from pocketvlm.compress.pruning.unstructured.magnitude import Magnitude
 from pocketvlm.compress.pruning.unstructured.patterns import Pattern, SemiStructured, Unstructured
 from pocketvlm.compress.pruning.unstructured.pruner import Prune, Score
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
-from pocketvlm.compress.pruning.unstructured.score import (
-    LayerPruner,
-    PruningTask,
-)
 from pocketvlm.compress.pruning.unstructured.sparsegpt import SparseGpt
 from pocketvlm.compress.pruning.unstructured.wanda import Wanda
 from pocketvlm.compress.pruning.width.stage import PruneWidth
@@ -42,16 +39,27 @@ from pocketvlm.compress.quantization.codebook.stage import Codebook, CodebookRul
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
-from pocketvlm.context import RunContext
-from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import Stage
 
-__all__ = ["VARIANTS", "Variant"]
+__all__ = ["VARIANTS", "Shared", "Variant"]
 
-Stages = Callable[[ModelSpec, Path], tuple[Stage, ...]]
-"""From the model and a folder that belongs to one calibration set: what several variants need of
-it, gradients and scores, is measured once and kept there."""
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What variants share.
+
+    Attributes:
+        folder: Where gradients and scores are kept that several of them need.
+        more_text: Makes the calibration set with other text beside it.
+    """
+
+    folder: Path
+    more_text: Callable[[], CalibrationSet]
+
+
+Stages = Callable[[ModelSpec, Shared], tuple[Stage, ...]]
+"""From the model and what variants share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,47 +82,6 @@ class Variant:
     baseline: str | None = None
     is_calibrated: bool = True
     int8_inputs: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SharedGblm(Gblm):
-    """Takes gradients, which no ratio and no alpha changes, once per calibration set."""
-
-    folder: Path
-
-    def begin(
-        self,
-        checkpoint: Checkpoint,
-        tasks: Sequence[PruningTask],
-        calibration: CalibrationSet,
-        held_out: float,
-        ctx: RunContext,
-    ) -> LayerPruner:
-        """What the score says, from the shared folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shared = ctx.with_scratch(self.folder)
-        return super().begin(checkpoint, tasks, calibration, held_out, shared)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SharedEcoflap(Ecoflap):
-    """Measures scores, which no ratio changes, once per calibration set."""
-
-    folder: Path
-
-    def allocate(
-        self,
-        checkpoint: Checkpoint,
-        layers: Sequence[LinearSpec],
-        ratio: float,
-        pattern: Pattern,
-        calibration: CalibrationSet,
-        ctx: RunContext,
-    ) -> Budget:
-        """What the allocation says, from the shared folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shared = ctx.with_scratch(self.folder)
-        return super().allocate(checkpoint, layers, ratio, pattern, calibration, shared)
 
 
 _ALIKE: ModalityWeighting = "uniform"
@@ -149,7 +116,7 @@ def _codebook(index_bits: int, length: int) -> Codebook:
 
 
 def _fixed(*stages: Stage) -> Stages:
-    return lambda _spec, _folder: stages
+    return lambda _spec, _shared: stages
 
 
 def _affine(bits: int, group: int | None, section: str) -> dict[str, Variant]:
@@ -182,7 +149,7 @@ def _affine(bits: int, group: int | None, section: str) -> dict[str, Variant]:
 def _mixed(bits: float) -> Stages:
     """An average over the decoder; everything else stays float."""
 
-    def stages(spec: ModelSpec, _folder: Path) -> tuple[Stage, ...]:
+    def stages(spec: ModelSpec, _shared: Shared) -> tuple[Stage, ...]:
         sizes = {"decoder": 0, "rest": 0}
         for linear in spec.linears():
             part = "decoder" if linear.part == "decoder" else "rest"
@@ -214,6 +181,7 @@ _SCORES: dict[str, Score] = {
     "GBLM l1": Gblm(norm="l1"),
     "GBLM l2": Gblm(norm="l2"),
     "GBLM l1, alpha 0.1": Gblm(norm="l1", alpha=0.1),
+    "GBLM l1, alpha 0.3": Gblm(norm="l1", alpha=0.3),
     "GBLM l1, alpha 10": Gblm(norm="l1", alpha=10),
     "GBLM block": Gblm(gradient="block"),
     "SparseGPT": SparseGpt(),
@@ -227,15 +195,16 @@ def _prune(
     *,
     budget: Ecoflap | None = None,
     weights: ModalityWeighting = _ALIKE,
+    widened: bool = False,
 ) -> Stages:
-    def stages(_spec: ModelSpec, folder: Path) -> tuple[Stage, ...]:
-        score = _SCORES[label]
+    def stages(_spec: ModelSpec, shared: Shared) -> tuple[Stage, ...]:
+        score, folder = _SCORES[label], shared.folder
         if isinstance(score, Gblm):
-            name = f"gblm {score.gradient} {score.norm}"
-            score = _SharedGblm(**asdict(score), folder=folder / name)
+            samples = shared.more_text() if widened else None
+            score = SharedGblm(**asdict(score), folder=folder, samples=samples)
         allocation: Uniform | Ecoflap = Uniform()
         if budget is not None:
-            allocation = _SharedEcoflap(**asdict(budget), folder=folder / f"ecoflap {budget.order}")
+            allocation = SharedEcoflap(**asdict(budget), folder=folder)
         return (
             Prune(
                 score=score,
@@ -269,6 +238,13 @@ def _pruned(percent: int) -> dict[str, Variant]:
             label=f"{label}, tokens by gradient",
             stages=_prune(label, ratio, weights="gradient"),
             baseline=f"{percent}%/{_slug(label)}",
+        )
+    for label in ("GBLM l1", "GBLM l1, alpha 0.1"):
+        found[f"{percent}%/{_slug(label)}-more-gradients"] = Variant(
+            section=section,
+            label=f"{label}, gradients of four times the text",
+            stages=_prune(label, ratio, widened=True),
+            baseline=f"{percent}%/wanda",
         )
     for grouping in ("block", "layer"):
         budget = Ecoflap(order="first", group=grouping)
@@ -380,13 +356,13 @@ VARIANTS: dict[str, Variant] = {
     "50%/magnitude+distill": Variant(
         section="50 % removed",
         label="magnitude, distilled (rank 16, 40 steps)",
-        stages=lambda spec, folder: (*_prune("magnitude", 0.5)(spec, folder), _DISTILL),
+        stages=lambda spec, shared: (*_prune("magnitude", 0.5)(spec, shared), _DISTILL),
         baseline="50%/magnitude",
     ),
     "50%/wanda+distill": Variant(
         section="50 % removed",
         label="Wanda, distilled (rank 16, 40 steps)",
-        stages=lambda spec, folder: (*_prune("Wanda", 0.5)(spec, folder), _DISTILL),
+        stages=lambda spec, shared: (*_prune("Wanda", 0.5)(spec, shared), _DISTILL),
         baseline="50%/wanda",
     ),
 }
