@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -29,6 +30,27 @@ Runner = tuple[str, ...]
 Maker = Callable[[str], Bundle]
 RUNNERS = ROOT / "runners"
 SAMPLES = sorted(file for file in RUNNERS.rglob("*") if file.suffix in (".swift", ".kt", ".kts"))
+AHEAD = """
+package dev.pocketvlm
+
+import java.io.File
+
+fun main(words: Array<String>) {
+    val (libraries, runtime, bundle, rendered, first) = words.map { File(it) }
+    Native.load(libraries)
+    Conversation(bundle, runtime, 1).use {
+        try {
+            it.encodeAhead("no picture".toByteArray())
+        } catch (error: IllegalStateException) {
+            println(error.message)
+        }
+        it.encodeAhead(first.readBytes())
+        val answer = it.ask(rendered.readText(), listOf(File(words[5]).readBytes()), 32)
+        System.out.write(answer.toByteArray())
+        System.out.flush()
+    }
+}
+"""
 PIECE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -145,25 +167,73 @@ def test_the_c_api_says_why_a_bundle_cannot_be_opened(library: ctypes.CDLL, tmp_
     assert reason == f"{tmp_path}: no bundle here: manifest.json is missing"
 
 
-def test_the_kotlin_runner_does_a_job(
-    runner: Runner, make_bundle: Maker, pictures: Sequence[Path], tmp_path: Path
-) -> None:
-    folder = Path(runner[0]).parent
+@pytest.fixture(scope="module")
+def java(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The command that starts a class of the Kotlin sample, or of `AHEAD`, in a desktop's JVM."""
     for program in ("kotlinc", "java"):
         require_program(program)
-    if not (folder / "libpocketvlm-jni.so").exists():
+    if not (Path(runner[0]).parent / "libpocketvlm-jni.so").exists():
         give_up("the bridge was not built: there are no headers of JNI")
+    folder = tmp_path_factory.mktemp("kotlin")
+    ahead, jar = folder / "Ahead.kt", folder / "runner.jar"
+    ahead.write_text(AHEAD)
     sources = RUNNERS / "android/app/src/main/kotlin/dev/pocketvlm"
     files = [file for file in sources.glob("*.kt") if file.name != "MainActivity.kt"]
-    jar = tmp_path / "runner.jar"
-    subprocess.run(["kotlinc", *files, "-include-runtime", "-d", jar], check=True)
-    options = ("--libraries", str(folder), "--onnxruntime", str(LIBRARY))
-    command = ("java", "-cp", str(jar), "dev.pocketvlm.RunnerKt", *options)
+    subprocess.run(["kotlinc", *files, ahead, "-include-runtime", "-d", jar], check=True)
+    return "java", "-cp", str(jar)
+
+
+def test_the_kotlin_runner_does_a_job(
+    java: tuple[str, ...], runner: Runner, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    options = ("--libraries", str(Path(runner[0]).parent), "--onnxruntime", str(LIBRARY))
+    command = (*java, "dev.pocketvlm.RunnerKt", *options)
     job = make_job(make_bundle("pocket-llava"), [Turn(text="what?", pictures=(0,))], pictures[:1])
     with HostTransport(command=command).connect() as connection:
         result = connection.run(job, timeout_s=120)
     assert not isinstance(result, Failure), result.reason
     assert decode(Block, result).token_ids == measure_block(job, threads=1).token_ids
+
+
+def test_an_app_in_kotlin_encodes_pictures_ahead(
+    java: tuple[str, ...],
+    runner: Runner,
+    make_bundle: Maker,
+    pictures: Sequence[Path],
+    tmp_path: Path,
+) -> None:
+    bundle = make_bundle("pocket-llava")
+    turn = Turn(text="what is left?", pictures=(0, 1))
+    (rendered,) = render_turns(TextCodec.from_bundle(bundle), [turn])
+    text = tmp_path / "rendered.txt"
+    text.write_text(rendered.rendered or "", encoding="utf-8")
+    words = (Path(runner[0]).parent, LIBRARY, bundle.path, text, *pictures[:2])
+    ended = subprocess.run(
+        (*java, "dev.pocketvlm.AheadKt", *map(str, words)), capture_output=True, check=True
+    )
+    refused, answer = ended.stdout.decode().split("\n", 1)
+    assert refused.startswith("the picture")
+    assert answer == Conversation(bundle).ask("what is left?", pictures[:2]).text
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["android/app/src/main/cpp/jni.cc", "ios/Sources/PocketVLM/Conversation.swift"],
+)
+def test_the_samples_reach_the_whole_c_api(wrapper: str) -> None:
+    called = re.compile(r"\b(pocketvlm_\w+)\(")
+    header = (RUNNERS / "cpp/include/pocketvlm.h").read_text()
+    found = set(called.findall((RUNNERS / wrapper).read_text()))
+    assert found >= set(called.findall(header)), wrapper
+
+
+def test_kotlin_declares_what_the_bridge_defines() -> None:
+    android = RUNNERS / "android/app/src/main"
+    declared = re.findall(
+        r"external fun (\w+)", (android / "kotlin/dev/pocketvlm/Native.kt").read_text()
+    )
+    defined = re.findall(r"Java_dev_pocketvlm_Native_(\w+)\(", (android / "cpp/jni.cc").read_text())
+    assert sorted(declared) == sorted(defined)
 
 
 @pytest.mark.parametrize("file", SAMPLES, ids=lambda file: str(file.relative_to(RUNNERS)))

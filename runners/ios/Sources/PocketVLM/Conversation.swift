@@ -40,6 +40,21 @@ public final class Conversation {
         }
     }
 
+    /// Encodes a picture of the next question before it is asked, as while a user types.
+    ///
+    /// The question's text has its marker, before those of the pictures that come with `ask`. A
+    /// picture that cannot be read changes nothing.
+    ///
+    /// - Parameter picture: A JPEG or PNG file.
+    public func encodeAhead(_ picture: Data) throws {
+        var reason: UnsafeMutablePointer<CChar>?
+        let status = [UInt8](picture).withUnsafeBufferPointer { memory -> Int32 in
+            var shown = pocketvlm_picture(bytes: memory.baseAddress, size: picture.count)
+            return pocketvlm_encode_ahead(handle, &shown, &reason)
+        }
+        guard status == 0 else { throw Self.fault(reason) }
+    }
+
     /// Asks, and returns the answer; after a failure the conversation has started over.
     ///
     /// - Parameters:

@@ -27,6 +27,11 @@ pocketvlm_conversation* conversation_of(jlong handle) {
   return reinterpret_cast<pocketvlm_conversation*>(handle);
 }
 
+// The view is good for as long as the content.
+pocketvlm_picture picture_of(const std::string& content) {
+  return {reinterpret_cast<const uint8_t*>(content.data()), content.size()};
+}
+
 struct Listener {
   JNIEnv* env;
   jobject listener;
@@ -67,6 +72,14 @@ JNIEXPORT void JNICALL Java_dev_pocketvlm_Native_chooseVision(JNIEnv* env, jclas
   }
 }
 
+JNIEXPORT void JNICALL Java_dev_pocketvlm_Native_encodeAhead(JNIEnv* env, jclass, jlong handle,
+                                                             jbyteArray picture) {
+  const std::string content = text_of(env, picture);
+  const pocketvlm_picture shown = picture_of(content);
+  char* reason = nullptr;
+  if (pocketvlm_encode_ahead(conversation_of(handle), &shown, &reason) != 0) raise(env, reason);
+}
+
 JNIEXPORT void JNICALL Java_dev_pocketvlm_Native_ask(JNIEnv* env, jclass, jlong handle,
                                                      jbyteArray rendered, jobjectArray pictures,
                                                      jint max_new_tokens, jobject listener) {
@@ -77,9 +90,7 @@ JNIEXPORT void JNICALL Java_dev_pocketvlm_Native_ask(JNIEnv* env, jclass, jlong 
     env->DeleteLocalRef(bytes);
   }
   std::vector<pocketvlm_picture> shown;
-  for (const std::string& content : contents) {
-    shown.push_back({reinterpret_cast<const uint8_t*>(content.data()), content.size()});
-  }
+  for (const std::string& content : contents) shown.push_back(picture_of(content));
   const jclass kind = env->GetObjectClass(listener);
   Listener to{env, listener, env->GetMethodID(kind, "onPiece", "([B)V")};
   if (to.on_piece == nullptr) return;

@@ -30,6 +30,19 @@ class Conversation(bundle: File, library: File? = null, threads: Int = 0) : Clos
     }
 
     /**
+     * Encodes a picture of the next question before it is asked, as while a user types.
+     *
+     * The question's text has its marker, before those of the pictures that come with [ask].
+     *
+     * @param picture a JPEG or PNG file.
+     * @throws IllegalStateException it cannot be read; nothing has changed then.
+     */
+    fun encodeAhead(picture: ByteArray) {
+        check(handle != 0L) { "the conversation is closed" }
+        Native.encodeAhead(handle, picture)
+    }
+
+    /**
      * Asks, and returns the answer.
      *
      * @param rendered the chat template's text of this turn and all before it, with a marker per

@@ -27,6 +27,9 @@ internal object Native {
     external fun chooseVision(handle: Long, visualTokens: Int, width: Int, height: Int)
 
     @JvmStatic
+    external fun encodeAhead(handle: Long, picture: ByteArray)
+
+    @JvmStatic
     external fun ask(
         handle: Long,
         rendered: ByteArray,
