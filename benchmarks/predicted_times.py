@@ -5,7 +5,8 @@
 Calibrates the host, then times bundles of random weights at published shapes, one after another
 and several times over, and holds the medians against what `plan` predicts from the calibration.
 Pictures are not split, because 17 tiles take 17 times as long as one. Prints the table with the
-load of the machine, and one JSON line; exits with 1 where a prediction is off by more than 25 %.
+load of the machine, and one JSON line with what every probe of the calibration took; exits with 1
+where a prediction is off by more than 25 %.
 
 `--clock cpu` counts the processor time of this process in place of seconds, in calibration and
 measurement alike. With one thread it is what the clock on the wall would show on a quiet machine,
@@ -36,6 +37,7 @@ from pocketvlm.device_bench.prediction.work import read_work
 from pocketvlm.device_bench.protocol import BlockJob, Turn
 from pocketvlm.device_bench.runner.measure import measure_block
 from pocketvlm.device_bench.workload import draw_picture
+from pocketvlm.json_io import encode
 
 _WORK = Path(tempfile.gettempdir()) / "pocketvlm-shapes"
 _FIGURES = ("vision_ms", "prefill_ms", "decode_tok_s", "ttft_engine_ms", "ttft_user_ms")
@@ -85,7 +87,8 @@ def main() -> None:
             )
     worst = max(abs(row[-1] - 1) for row in rows)
     print(f"\nwithin {_BOUND:.0%}: {'yes' if worst <= _BOUND else 'NO'}, the worst is {worst:.0%}")
-    print(json.dumps({"benchmark": "predicted_times", "rows": rows, "loads": loads}))
+    facts = {"rows": rows, "loads": loads, "calibration": encode(calibration)}
+    print(json.dumps({"benchmark": "predicted_times", **facts}))
     sys.exit(worst > _BOUND)
 
 

@@ -17,6 +17,7 @@ from pocketvlm.device_bench.devices import list_devices, load_device
 from pocketvlm.device_bench.devices import load as profiles
 from pocketvlm.device_bench.devices.derive import load_reference
 from pocketvlm.device_bench.prediction.calibration import host, host_file
+from pocketvlm.device_bench.prediction.calibration.measure import MeasuredRates
 from pocketvlm.device_bench.prediction.roofline import Question, predict_times
 from pocketvlm.device_bench.prediction.work import read_work
 from pocketvlm.errors import BundleError
@@ -39,7 +40,8 @@ INT4 = load_recipe("int4-balanced")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(host, "measure_rates", lambda *_: load_reference().rates)
+    measured = MeasuredRates(rates=load_reference().rates, probes={})
+    monkeypatch.setattr(host, "measure_rates", lambda *_: measured)
 
 
 def test_a_plan_without_a_device_predicts_no_time():

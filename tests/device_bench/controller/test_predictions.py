@@ -17,6 +17,7 @@ from pocketvlm.device_bench.controller.shown import ShownPicture, show_pictures
 from pocketvlm.device_bench.devices import load_device
 from pocketvlm.device_bench.devices.derive import load_reference
 from pocketvlm.device_bench.prediction.calibration import host
+from pocketvlm.device_bench.prediction.calibration.measure import MeasuredRates
 from pocketvlm.device_bench.prediction.rates import Rates
 from pocketvlm.device_bench.prediction.roofline import predict_times
 from pocketvlm.device_bench.transports.host import HostTransport
@@ -42,7 +43,7 @@ RATIOS = ("prefill_tok_s", "decode_tok_s")
 def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A separate cache folder, where the reference's rates pass for this host's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(host, "measure_rates", lambda *_: RATES)
+    monkeypatch.setattr(host, "measure_rates", lambda *_: MeasuredRates(rates=RATES, probes={}))
 
 
 def grown(block: Block, by: int) -> Block:
@@ -92,7 +93,8 @@ def test_bench_predicts_of_the_bundle_what_plan_predicts_of_the_model(
 
 def test_predictions_follow_the_rates(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def predicted(rates: Rates) -> dict[str, float]:
-        monkeypatch.setattr(host, "measure_rates", lambda *_: rates)
+        measured = MeasuredRates(rates=rates, probes={})
+        monkeypatch.setattr(host, "measure_rates", lambda *_: measured)
         host.calibrate_host(rates.threads)
         blocks = [make_block() for _ in range(5)]
         transport = HostLike(blocks, environment={"threads": rates.threads})

@@ -14,12 +14,16 @@ from pocketvlm.device_bench.prediction.calibration.host_file import (
     calibration_path,
     read_calibration,
 )
+from pocketvlm.device_bench.prediction.calibration.host_stages import HostStages
 from pocketvlm.device_bench.prediction.calibration.measure import (
     Effort,
+    MeasuredRates,
     fit_attention,
     fit_product,
+    fit_rates,
     measure_rates,
 )
+from pocketvlm.device_bench.prediction.calibration.probe_times import ProbeTimes
 from pocketvlm.errors import StorageError
 from pocketvlm.json_io import decode, encode
 
@@ -37,14 +41,17 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def measured(monkeypatch) -> None:
     """Measuring takes no time: what is kept is tested, not what is measured."""
-    monkeypatch.setattr(host, "measure_rates", lambda *_: RATES)
+    probes = {"norm": ProbeTimes.of([3e-6, 1e-6, 2e-6])}
+    found = MeasuredRates(rates=RATES, probes=probes)
+    monkeypatch.setattr(host, "measure_rates", lambda *_: found)
 
 
 def test_every_kernel_of_the_runtime_is_measured_for_real():
     seen = []
     effort = Effort(runs=1, probe_s=0.0, rounds=1, streamed_bytes=2**20)
     ctx = RunContext(on_progress=seen.append)
-    rates = measure_rates(1, ctx, effort=effort)
+    measured = measure_rates(1, ctx, effort=effort)
+    rates = measured.rates
     assert rates.threads == 1
     assert set(rates.products) >= {"float32", "int8 g32", "int4 g32", "int4 g64", "int4 g128"}
     assert set(rates.attention) == {"float32", "int8"}
@@ -56,6 +63,16 @@ def test_every_kernel_of_the_runtime_is_measured_for_real():
     assert 0 < rates.node_us < 1e4  # the least there is where noise hides what a node costs
     assert {step.note for step in seen} >= {"float32, small", "tower attention", "norm"}
     assert decode(type(rates), json.loads(json.dumps(encode(rates)))) == rates
+    # What is kept of the probes is all that the rates were fitted to.
+    assert set(measured.probes) == {step.note for step in seen}
+    seconds = {name: taken.median_s for name, taken in measured.probes.items()}
+    stages = HostStages(
+        decoded_pixels_s=rates.decoded_pixels_s,
+        resized_pixels_s=rates.resized_pixels_s,
+        sampled_logits_s=rates.sampled_logits_s,
+        token_us=rates.token_us,
+    )
+    assert fit_rates(1, seconds, stages, rates.memory_read_bytes_s) == rates
 
 
 def test_a_minute_is_the_most_that_is_begun():
@@ -102,6 +119,7 @@ def test_a_calibration_is_kept_and_read_again(cache, measured):
     assert calibration_path() == cache / "pocketvlm" / "host-calibration.json"
     assert read_calibration() == kept
     assert kept.rates == RATES
+    assert kept.probes == {"norm": ProbeTimes(runs=3, fastest_s=1e-6, median_s=2e-6)}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +128,7 @@ def test_a_calibration_is_kept_and_read_again(cache, measured):
         ("processor", "another", "is of another processor (another, and now "),
         ("cores", 4096, "is of another cores (4096, and now "),
         ("onnxruntime", "0.1", "is of another ONNX Runtime (0.1, and now "),
-        ("schema", 7, "schema 7, and this version reads 2"),
+        ("schema", 7, "schema 7, and this version reads 3"),
         ("rates", {}, "not a calibration of this version (rates.threads: is missing)"),
         ("extra", 1, "not a calibration of this version (extra: unknown key"),
     ],

@@ -29,7 +29,7 @@ def calibrate_host(threads: int, ctx: RunContext | None = None) -> HostCalibrati
         StorageError: The result cannot be written.
     """
     before, start = _load(), time.perf_counter()
-    rates = measure_rates(threads, ctx)
+    measured = measure_rates(threads, ctx)
     after = _load()
     processor, cores, runtime = machine_identity()
     found = HostCalibration(
@@ -40,7 +40,8 @@ def calibrate_host(threads: int, ctx: RunContext | None = None) -> HostCalibrati
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - start, 1),
         load_average_1m=None if before is None or after is None else (before, after),
-        rates=rates,
+        rates=measured.rates,
+        probes=measured.probes,
     )
     keep_calibration(found)
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocketvlm.device_bench.prediction.calibration.probe_times import ProbeTimes
 from pocketvlm.device_bench.prediction.rates import Rates
 from pocketvlm.errors import InputError, StorageError
 from pocketvlm.json_io import DecodeError, decode, encode, read_json, write_json
@@ -21,7 +23,7 @@ __all__ = [
     "read_calibration",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of the file that this package writes and reads."""
 
 
@@ -38,6 +40,7 @@ class HostCalibration:
         seconds: How long it took.
         load_average_1m: What else ran, before and after; `None` where the system does not say.
         rates: What was reached.
+        probes: What the rates of graphs were fitted to, by the name of the probe.
     """
 
     schema: int
@@ -48,6 +51,7 @@ class HostCalibration:
     seconds: float
     load_average_1m: tuple[float, float] | None
     rates: Rates
+    probes: Mapping[str, ProbeTimes]
 
 
 def calibration_path() -> Path:

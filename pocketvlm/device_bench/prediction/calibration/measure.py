@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 from pocketvlm.context import RunContext
-from pocketvlm.device_bench.prediction.calibration.host_stages import host_stage_seconds
+from pocketvlm.device_bench.prediction.calibration.host_stages import (
+    HostStages,
+    host_stage_seconds,
+)
+from pocketvlm.device_bench.prediction.calibration.probe_times import ProbeTimes
 from pocketvlm.device_bench.prediction.calibration.probes import (
     ACTIVATIONS,
     Probe,
@@ -31,7 +34,14 @@ from pocketvlm.device_bench.prediction.rates import (
 )
 from pocketvlm.device_bench.runner.bandwidth import memory_read_bytes_s
 
-__all__ = ["Effort", "fit_attention", "fit_product", "measure_rates"]
+__all__ = [
+    "Effort",
+    "MeasuredRates",
+    "fit_attention",
+    "fit_product",
+    "fit_rates",
+    "measure_rates",
+]
 
 _KERNELS: Mapping[str, tuple[int | None, int]] = {
     FLOAT_KERNEL: (None, 0),
@@ -74,9 +84,22 @@ class Effort:
 _A_MINUTE = Effort()
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRates:
+    """Rates, and what they were fitted to.
+
+    Attributes:
+        rates: What the machine reaches.
+        probes: What each probe took, by its name.
+    """
+
+    rates: Rates
+    probes: Mapping[str, ProbeTimes]
+
+
 def measure_rates(
     threads: int, ctx: RunContext | None = None, *, effort: Effort = _A_MINUTE
-) -> Rates:
+) -> MeasuredRates:
     """Measures what this machine reaches, in less than a minute.
 
     Everything is measured once, and again in a second and a third round for as long as time is
@@ -88,7 +111,7 @@ def measure_rates(
         effort: How much is measured.
 
     Returns:
-        The rates, from the median over all runs.
+        The rates, from the median over all runs, and those medians.
     """
     ctx = ctx or RunContext()
     steps = list(_steps(threads, effort.streamed_bytes))
@@ -100,8 +123,27 @@ def measure_rates(
         name, make = steps[done % len(steps)]
         ctx.report("calibrate", done, effort.rounds * len(steps), name)
         samples[name] += _run(make(), effort)
-    seconds = {name: median(taken) for name, taken in samples.items()}
-    stages = host_stage_seconds()
+    probes = {name: ProbeTimes.of(taken) for name, taken in samples.items()}
+    rates = fit_rates(
+        threads,
+        {name: taken.median_s for name, taken in probes.items()},
+        host_stage_seconds(),
+        memory_read_bytes_s(threads),
+    )
+    return MeasuredRates(rates=rates, probes=probes)
+
+
+def fit_rates(
+    threads: int, seconds: Mapping[str, float], stages: HostStages, memory_bytes_s: float
+) -> Rates:
+    """The rates of a machine.
+
+    Args:
+        threads: Threads of the sessions.
+        seconds: What a node of each probe took, by the probe's name.
+        stages: What was reached outside of graphs.
+        memory_bytes_s: Bytes per second that a plain reduction reads from memory.
+    """
     node_s = max(seconds["products and norms"] - seconds[f"{_PAIRED}, small"], 1e-8)
     elements = _ELEMENTS[0] * _ELEMENTS[1]
     return Rates(
@@ -116,7 +158,7 @@ def measure_rates(
         copy_elements_s=elements / seconds["copy"],
         node_us=node_s * 1e6,
         call_us=seconds["call"] * 1e6,
-        memory_read_bytes_s=memory_read_bytes_s(threads),
+        memory_read_bytes_s=memory_bytes_s,
         decoded_pixels_s=stages.decoded_pixels_s,
         resized_pixels_s=stages.resized_pixels_s,
         sampled_logits_s=stages.sampled_logits_s,
