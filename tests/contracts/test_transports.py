@@ -147,8 +147,10 @@ def test_a_job_that_cannot_be_done_is_a_failure(device, tmp_path):
         ("simulated:", r"simulated:SCRIPT\.yaml"),
         ("simulated:no\nsuch.yaml", "such.yaml"),
         ("usb:1", "'usb' is none of the ways to a device: host, ssh, adb, ios, simulated"),
-        ("nokia-3310", "'nokia-3310' is not known"),
+        ("nokia-3310", "'nokia-3310': is none of the ways to a device: host, ssh, adb, ios, sim"),
+        ("no-such/profile.yaml", r"no-such/profile\.yaml"),
         ("galaxy-s25", "does not say how it is reached; measure by --device adb:SERIAL"),
+        ("iphone-14", "measure by --device ios:UDID, with --profile iphone-14"),
     ],
 )
 def test_an_address_that_is_none_is_refused(address: str, reason: str):

@@ -7,7 +7,20 @@ models, runtimes and protocols differ.
 
 from __future__ import annotations
 
-from pocketvlm.device_bench.devices.load import device_names, list_devices, load_device
+from pocketvlm.device_bench.devices.load import (
+    device_names,
+    list_devices,
+    load_device,
+    names_profile,
+)
 from pocketvlm.device_bench.devices.profile import Device, Fact, PublishedFigure
 
-__all__ = ["Device", "Fact", "PublishedFigure", "device_names", "list_devices", "load_device"]
+__all__ = [
+    "Device",
+    "Fact",
+    "PublishedFigure",
+    "device_names",
+    "list_devices",
+    "load_device",
+    "names_profile",
+]

@@ -9,7 +9,7 @@ from pocketvlm.errors import InputError
 from pocketvlm.files.yaml_document import read_yaml
 from pocketvlm.json_io import DecodeError, decode
 
-__all__ = ["TEMPLATE", "device_names", "list_devices", "load_device"]
+__all__ = ["TEMPLATE", "device_names", "list_devices", "load_device", "names_profile"]
 
 TEMPLATE = "template"
 """A profile to copy, which says what belongs where; it stands for nothing that exists."""
@@ -40,7 +40,7 @@ def load_device(name: str) -> Device:
     Raises:
         InputError: There is none, or it is not valid; the line names file and key.
     """
-    if name.endswith(_ENDINGS) or "/" in name or "\\" in name:
+    if _names_file(name):
         return _read(Path(name))
     if name not in device_names():
         raise InputError(
@@ -48,6 +48,15 @@ def load_device(name: str) -> Device:
             "profile of your own is a path that ends in .yaml"
         )
     return _read(_FOLDER / f"{name}.yaml")
+
+
+def names_profile(name: str) -> bool:
+    """Whether a name is that of a shipped profile, or a file's."""
+    return _names_file(name) or name in device_names()
+
+
+def _names_file(name: str) -> bool:
+    return name.endswith(_ENDINGS) or "/" in name or "\\" in name
 
 
 def _read(file: Path) -> Device:

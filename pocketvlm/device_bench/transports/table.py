@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pocketvlm.device_bench.devices import load_device
+from pocketvlm.device_bench.devices import load_device, names_profile
 from pocketvlm.device_bench.transports.adb import AdbTransport
 from pocketvlm.device_bench.transports.base import Transport
 from pocketvlm.device_bench.transports.host import HostTransport
@@ -42,13 +42,17 @@ def transport_to(device: str, runner: Path | None = None) -> Transport:
     kind, _, address = device.partition(":")
     if kind in TRANSPORTS:
         return TRANSPORTS[kind](address, runner)
-    if kind != device:
-        kinds = ", ".join(TRANSPORTS)
-        raise InputError(f"device {device!r}: {kind!r} is none of the ways to a device: {kinds}")
+    if kind != device or not names_profile(device):
+        word = "" if kind == device else f" {kind!r}"
+        raise InputError(
+            f"device {device!r}:{word} is none of the ways to a device: {', '.join(TRANSPORTS)}"
+        )
     profile = load_device(device)
     if profile.transport is None:
+        on_apple = any(runtime.name == "coreml" for runtime in profile.runtimes)
+        ways = "--device ios:UDID" if on_apple else "--device adb:SERIAL or --device ssh:user@host"
         raise UnsupportedError(
-            f"device {device!r}: its profile does not say how it is reached; measure by "
-            f"--device adb:SERIAL or --device ssh:user@host, with --profile {device}"
+            f"device {device!r}: its profile does not say how it is reached; measure by {ways}, "
+            f"with --profile {device}"
         )
     return TRANSPORTS[profile.transport]("", runner)
