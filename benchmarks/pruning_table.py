@@ -40,6 +40,7 @@ SCORES: dict[str, Score] = {
     "Wanda": Wanda(),
     "magnitude": Magnitude(),
     "GBLM": Gblm(),
+    "GBLM, shrunk": Gblm(shrink=True),
     "SparseGPT": SparseGpt(),
 }
 ALLOCATIONS: dict[str, Uniform | Ecoflap] = {

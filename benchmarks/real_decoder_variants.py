@@ -182,6 +182,7 @@ _SCORES: dict[str, Score] = {
     "GBLM l2": Gblm(norm="l2"),
     "GBLM l1, alpha 0.1": Gblm(norm="l1", alpha=0.1),
     "GBLM l1, alpha 0.3": Gblm(norm="l1", alpha=0.3),
+    "GBLM l1, shrunk": Gblm(norm="l1", shrink=True),
     "GBLM l1, alpha 10": Gblm(norm="l1", alpha=10),
     "GBLM block": Gblm(gradient="block"),
     "SparseGPT": SparseGpt(),

@@ -45,7 +45,8 @@ class SharedGblm(Gblm):
     ) -> LayerPruner:
         """What the score says, from the shared folder."""
         samples = calibration if self.samples is None else self.samples
-        shared = _share(self.folder, f"gblm {self.gradient} {self.norm}", checkpoint, samples, ctx)
+        label = f"gblm {self.gradient} {self.norm}{' shrunk' if self.shrink else ''}"
+        shared = _share(self.folder, label, checkpoint, samples, ctx)
         return super().begin(checkpoint, tasks, samples, held_out, shared)
 
 

@@ -13,6 +13,7 @@ from the published code, and why:
   layer's outputs into the weights after it, changes no mask.
 - The loss is that of the answer to a question about a picture, carried through projector and
   tower, instead of that of every token of a text.
+- `shrink` takes off what is noise of a norm of few samples (`gradient_norms.shrink_scatter`).
 - `gradient: block` takes the gradient of the length of each block's own output instead, as
   Wanda++ does (arXiv 2503.04992): one forward walk, no answers needed.
 """
@@ -95,12 +96,15 @@ class Gblm(PruningScore):
         gradient: Whose gradient. `answer` needs calibration samples with answers.
         norm: How single samples' gradients become one number per weight.
         alpha: Weight of gradients beside inputs; 0 is Wanda, and takes no gradients.
+        shrink: Whether norms lose the part of their scatter within a layer that is noise of few
+            samples.
     """
 
     kind: Literal["gblm"] = "gblm"
     gradient: Loss = "answer"
     norm: GradientNorm = "l1"
     alpha: float = 1.0
+    shrink: bool = False
 
     def __post_init__(self) -> None:
         for field, allowed in (("gradient", Loss), ("norm", GradientNorm)):
@@ -152,7 +156,7 @@ class Gblm(PruningScore):
                 ctx.report("gradients", len(done), len(names), name)
 
             steps = walk(checkpoint, samples, spill_folder=scratch, ranks=ctx.ranks)
-            found.collect(steps, names, self.norm, report, ranks=ctx.ranks)
+            found.collect(steps, names, self.norm, report, shrink=self.shrink, ranks=ctx.ranks)
         return _MeasuredGblm(alpha=self.alpha, norms=found)
 
     def prune(self, task: PruningTask, weight: WeightForm, hessian: InputHessian | None) -> Pruned:
@@ -172,7 +176,8 @@ class _MeasuredGblm(LayerPruner):
         if hessian is None:
             raise TypeError("GBLM needs its layers' inputs")
         weights, squares = weight.dequantize(), hessian.importance
-        norms = self.norms[task.linear.name]
+        norms, signal = self.norms.read(task.linear.name)
         scores = score_gblm(weights, squares, norms, self.alpha)
-        figures = {"gradient_scale": gradient_scale(weights, squares, norms)}
+        scale = gradient_scale(weights, squares, norms)
+        figures = {"gradient_scale": scale, "gradient_signal": signal}
         return prune_by_score(task, weight, scores, figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 import weakref
@@ -19,12 +20,36 @@ from pocketvlm.compress.layerwise.scratch import find_tensors, keep_tensors
 from pocketvlm.context import ALONE, Ranks
 from pocketvlm.errors import StorageError
 
-__all__ = ["GradientNorm", "GradientNorms", "NormMean"]
+__all__ = ["GradientNorm", "GradientNorms", "NormMean", "shrink_scatter"]
 
 GradientNorm = Literal["l1", "l2"]
 """Over samples n: `l1` is mean |g_n|, `l2` is sqrt(mean g_n^2)."""
 
 _KEY = "norms"
+_SIGNAL = "signal"
+
+
+def shrink_scatter(means: Tensor, noise: float) -> tuple[Tensor, float]:
+    """Means over few samples, without the part of their scatter that the samples' own explains.
+
+    A layer's means lie around the product of their rows' and columns' means, each of which is
+    taken over hundreds of elements. How far they lie from it is partly noise, whose power the
+    samples' variances tell; the distance is shortened by its share (James and Stein, 1961).
+
+    Args:
+        means: Not negative, [rows, columns].
+        noise: Variance of the means, summed over elements.
+
+    Returns:
+        The means, and the share of the squared distance that is not noise, from 0 to 1.
+    """
+    overall = float(means.mean(dtype=torch.float64))
+    if overall == 0:
+        return means, 0.0
+    typical = torch.outer(means.mean(dim=1), means.mean(dim=0) / overall)
+    scatter = float((means - typical).square().sum(dtype=torch.float64))
+    signal = max(0.0, 1 - noise / scatter) if scatter > 0 else 0.0
+    return typical.lerp_(means, signal), signal
 
 
 class NormMean:
@@ -45,6 +70,7 @@ class NormMean:
         self.samples = 0
         self._norm = norm
         self._mean: Tensor | None = None
+        self._power = 0.0
 
     def add(self, step: LayerGradient) -> None:
         """Adds a batch, sample by sample: each has its own gradient."""
@@ -52,28 +78,47 @@ class NormMean:
             gradient = outputs.T @ inputs
             size = gradient.abs_() if self._norm == "l1" else gradient.square_()
             self.samples += 1
+            power = float(size.square().sum(dtype=torch.float64))
+            self._power += (power - self._power) / self.samples
             self._mean = size if self._mean is None else self._mean.lerp_(size, 1 / self.samples)
 
     def join(self, ranks: Ranks) -> None:
         """Makes it the norm over the samples of all ranks, added in order of rank."""
         if self._mean is None or ranks.count == 1:
             return
-        counted = np.array([self.samples])
+        counted = np.array([self.samples, self.samples * self._power])
         total = self._mean.mul_(self.samples).cpu()
         ranks.add_up(counted)
         ranks.add_up(total.numpy())
         self.samples = int(counted[0])
         self._mean = total.div_(self.samples)
+        self._power = float(counted[1]) / self.samples
 
-    def result(self) -> Tensor:
-        """float32 [out_features, in_features]; nothing can be added after it.
+    @property
+    def noise(self) -> float:
+        """Variance of the mean of |g|, or of g^2, summed over elements; that of one is unknown."""
+        if self._mean is None or self.samples < 2:  # noqa: PLR2004  (a variance needs two)
+            return math.inf
+        own = float(self._mean.square().sum(dtype=torch.float64))
+        return max(0.0, self._power - own) / (self.samples - 1)
+
+    def result(self, *, shrink: bool = False) -> tuple[Tensor, float]:
+        """The norms; nothing can be added after it.
+
+        Args:
+            shrink: Whether what `shrink_scatter` finds to be noise is taken off.
+
+        Returns:
+            float32 [out_features, in_features], and the share of scatter that is not noise.
 
         Raises:
             ValueError: No sample was added.
         """
         if self._mean is None:
             raise ValueError("a norm needs at least one sample")
-        return self._mean if self._norm == "l1" else self._mean.sqrt_()
+        shrunk, signal = shrink_scatter(self._mean, self.noise)
+        mean = shrunk if shrink else self._mean
+        return (mean if self._norm == "l1" else mean.sqrt_()), signal
 
 
 class GradientNorms:
@@ -99,15 +144,23 @@ class GradientNorms:
         Raises:
             StorageError: It was there, and is damaged now.
         """
-        norms = self._find(name)
-        if norms is None:
+        return self.read(name)[0]
+
+    def read(self, name: str) -> tuple[Tensor, float]:
+        """The norm of a layer's gradient, and the share of its scatter that is not noise.
+
+        Raises:
+            StorageError: It was there, and is damaged now.
+        """
+        found = self._find(name)
+        if found is None:
             raise StorageError(f"{self._path(name)}: is missing or damaged; run the command again")
-        return norms
+        return found
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether all of these layers are there and whole."""
         found = (self._find(name) for name in names)
-        return all(norms is not None and bool(torch.isfinite(norms).all()) for norms in found)
+        return all(each is not None and bool(torch.isfinite(each[0]).all()) for each in found)
 
     def share(self, names: Iterable[str], ranks: Ranks) -> None:
         """Gives all ranks the files of the first."""
@@ -121,6 +174,7 @@ class GradientNorms:
         norm: GradientNorm,
         on_layer: Callable[[str], None] = lambda _: None,
         *,
+        shrink: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         """Takes the norms of some layers from a walk.
@@ -130,6 +184,7 @@ class GradientNorms:
             names: The layers; others pass by.
             norm: Which norm.
             on_layer: Called with a layer's name once it is written.
+            shrink: Whether scatter that is noise is taken off.
             ranks: The processes, each of which walks over other samples.
         """
         wanted = set(names)
@@ -141,13 +196,13 @@ class GradientNorms:
             if step.is_last:
                 mean = open_means.pop(step.name)
                 mean.join(ranks)
-                norms = mean.result().cpu()
-                keep_tensors(self._path(step.name), {_KEY: norms}, {})
+                norms, signal = mean.result(shrink=shrink)
+                keep_tensors(self._path(step.name), {_KEY: norms.cpu()}, {_SIGNAL: signal})
                 on_layer(step.name)
 
-    def _find(self, name: str) -> Tensor | None:
+    def _find(self, name: str) -> tuple[Tensor, float] | None:
         found = find_tensors(self._path(name))
-        return None if found is None else found[0][_KEY]
+        return None if found is None else (found[0][_KEY], float(found[1][_SIGNAL]))
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]

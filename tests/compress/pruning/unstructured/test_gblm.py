@@ -17,9 +17,14 @@ from pocketvlm.calibration import CalibrationSet
 from pocketvlm.calibration.data.prompts import encode_samples
 from pocketvlm.calibration.gradients import layer_gradients
 from pocketvlm.calibration.gradients.layer_gradients import LayerGradient
+from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.unstructured import gblm, gradient_norms
 from pocketvlm.compress.pruning.unstructured.gblm import Gblm, gradient_scale, score_gblm
-from pocketvlm.compress.pruning.unstructured.gradient_norms import GradientNorms, NormMean
+from pocketvlm.compress.pruning.unstructured.gradient_norms import (
+    GradientNorms,
+    NormMean,
+    shrink_scatter,
+)
 from pocketvlm.compress.pruning.unstructured.patterns import Unstructured, select
 from pocketvlm.compress.pruning.unstructured.pruner import Prune
 from pocketvlm.compress.pruning.unstructured.rules import PruneRule
@@ -55,7 +60,7 @@ def norms_of(step, norm, sizes=None):
         mean.add(replace(step, inputs=step.inputs[part], outputs=step.outputs[part]))
         start += size
     assert mean.samples == start
-    return mean.result()
+    return mean.result()[0]
 
 
 def naive_norms(step, norm):
@@ -116,7 +121,62 @@ def test_a_long_sum_of_small_gradients_keeps_growing():
     for _ in range(5000):
         mean.add(step)
     expected = (step.outputs[0].T @ step.inputs[0]).abs()
-    torch.testing.assert_close(mean.result(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean.result()[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def few_gradients(norm, count=6, seed=0):
+    """A norm of few samples, and what many of the same kind would say."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.rand(size, 1, generator=generator) + 0.2 for size in (40, 60))
+    own = torch.rand(40, 60, generator=generator) * 0.3 + 0.85
+    means = []
+    for samples in (count, 4000):
+        mean = NormMean(norm)
+        for _ in range(samples):
+            # One token a row keeps what a gradient is made of free to choose.
+            gradient = rows * columns.T * own * torch.randn(40, 60, generator=generator)
+            mean.add(replace(steps(), inputs=gradient[None], outputs=torch.eye(40)[None]))
+        means.append(mean)
+    return means
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_shrunk_norms_are_nearer_to_those_of_many_samples(norm):
+    few, many = few_gradients(norm)
+    (plain, signal), (truth, certain) = few.result(), many.result()
+    few, _ = few_gradients(norm)
+    shrunk, same = few.result(shrink=True)
+    assert signal == same
+    assert signal < 0.2
+    assert certain > 0.7
+    assert float((shrunk - truth).norm()) < 0.5 * float((plain - truth).norm())
+
+
+def test_noise_is_the_variance_of_the_mean():
+    step = steps(4, 9)
+    pairs = zip(step.outputs, step.inputs, strict=True)
+    sizes = torch.stack([(out.T @ seen).abs() for out, seen in pairs])
+    mean = NormMean("l1")
+    mean.add(step)
+    assert mean.noise == pytest.approx(float(sizes.var(dim=0).sum()) / 9, rel=1e-4)
+    single = NormMean("l1")
+    single.add(steps(4, 1))
+    assert single.noise == float("inf")
+
+
+def test_means_without_noise_stay_and_means_of_noise_become_a_product():
+    means = torch.rand(5, 8) + 0.1
+    kept, signal = shrink_scatter(means, 0.0)
+    assert signal == 1
+    torch.testing.assert_close(kept, means)
+    smooth, signal = shrink_scatter(means, float("inf"))
+    assert signal == 0
+    assert int(torch.linalg.matrix_rank(smooth, rtol=1e-4)) == 1
+    torch.testing.assert_close(smooth.sum(dim=1), means.sum(dim=1))
+    torch.testing.assert_close(smooth.sum(dim=0), means.sum(dim=0))
+    zeros, signal = shrink_scatter(torch.zeros(2, 3), 0.0)
+    assert signal == 0
+    assert not bool(zeros.any())
 
 
 def test_the_score_is_that_of_a_loop():
@@ -183,7 +243,7 @@ def test_what_gradients_see_keeps_the_loss_lower_than_size_alone():
     )
     squares = inputs.square().mean(dim=0)
     kept = weights.numel() // 2
-    scores = score_gblm(weights, squares, mean.result(), 1.0)
+    scores = score_gblm(weights, squares, mean.result()[0], 1.0)
     ours = float(loss(weights * select(scores, Unstructured(), kept)))
     magnitude = float(loss(weights * select(weights.abs(), Unstructured(), kept)))
     assert ours < 0.7 * magnitude
@@ -218,7 +278,7 @@ def test_a_row_is_judged_by_the_tokens_on_which_it_matters():
     )
     squares = inputs.square().mean(dim=0)
     scores = {
-        "gblm": score_gblm(weights, squares, mean.result(), 1.0),
+        "gblm": score_gblm(weights, squares, mean.result()[0], 1.0),
         "wanda": score_wanda(weights, squares),
         "magnitude": weights.abs(),
     }
@@ -293,6 +353,7 @@ def test_a_pruned_model_keeps_what_the_naive_score_keeps(tiny_checkpoint, tiny_p
         assert torch.equal(values[mask], dense.dequantize()[mask])
         row = next(row for row in pruned.history[-1].layers if row["name"] == name)
         assert row["gradient_scale"] > 0
+        assert 0 <= row["gradient_signal"] <= 1
         tiny_checkpoint.set_form(name, dense)
 
 
@@ -366,6 +427,24 @@ def test_a_killed_run_finds_its_gradients(tiny_checkpoint, samples, tmp_path, mo
     assert not files.holds(names)
     Gblm().begin(tiny_checkpoint, tasks, samples, 0.125, ctx)
     assert all(torch.equal(files[name], norms) for name, norms in expected.items())
+
+
+def test_a_stage_shrinks_what_it_is_told_to(tiny_paths, samples, tmp_path):
+    found = {}
+    for shrink in (False, True):
+        checkpoint = Checkpoint.load(tiny_paths["llava"])
+        linears = {linear.name: linear for linear in checkpoint.spec.linears()}
+        name = chosen_layers(checkpoint.spec)[0]
+        task = PruningTask(linear=linears[name], pattern=Unstructured(), kept=64)
+        ctx = RunContext(scratch_dir=tmp_path / str(shrink))
+        Gblm(shrink=shrink).begin(checkpoint, [task], samples, 0.125, ctx)
+        found[shrink] = GradientNorms(tmp_path / str(shrink) / "gradients").read(name)
+    (plain, signal), (shrunk, same) = found[False], found[True]
+    assert signal == same
+    assert signal < 1
+    typical, _ = shrink_scatter(plain, float("inf"))
+    torch.testing.assert_close(shrunk, typical.lerp(plain, signal))
+    assert not bool((shrunk == plain).all())
 
 
 def test_without_a_scratch_folder_nothing_stays_behind(tmp_path, monkeypatch):
