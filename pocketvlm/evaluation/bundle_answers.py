@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from pocketvlm.errors import BundleError
 from pocketvlm.evaluation.prompts import PromptLimits, encode_questions, require_fitting
 from pocketvlm.models.images.tilings.tile_grid import TileGrid
 from pocketvlm.prompt.generation_settings import GenerationSettings
-from pocketvlm.runtime.engines import open_engine
+from pocketvlm.runtime.engines import ENGINES, Engine, open_engine
 from pocketvlm.runtime.generate import Rows, StopRules, generate, prompt_rows
 from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
@@ -103,6 +103,7 @@ def open_for_questions(
     max_new_tokens: int,
     runtime: str | None = None,
     threads: int | None = None,
+    engines: Mapping[str, Engine] = ENGINES,
 ) -> Runner:
     """Loads an engine with room for the longest question.
 
@@ -112,6 +113,7 @@ def open_for_questions(
         max_new_tokens: Longest answer.
         runtime: Name of the engine; `None` for the first that the bundle has graphs for.
         threads: Threads of the engine.
+        engines: How each is opened.
 
     Raises:
         BundleError: The bundle cannot be run.
@@ -125,7 +127,7 @@ def open_for_questions(
         codec.encode, preprocessor, samples, limits, max_new_tokens=max_new_tokens
     )
     rows = max(map(limits.rows_of, questions), default=0) + max_new_tokens
-    return open_engine(bundle, runtime, threads=threads, rows=rows)
+    return open_engine(bundle, runtime, threads=threads, rows=rows, engines=engines)
 
 
 def bundle_limits(bundle: Bundle, codec: TextCodec) -> PromptLimits:

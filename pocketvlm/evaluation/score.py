@@ -17,6 +17,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError
 from pocketvlm.evaluation.answers import METRIC_NAMES, METRICS, MetricName
 from pocketvlm.evaluation.intervals import PairedDifference, compare_paired, wilson_interval
+from pocketvlm.runtime.engines import ENGINES, Engine
 
 if TYPE_CHECKING:
     from pocketvlm.bundle import Bundle
@@ -143,6 +144,7 @@ def score_bundle(
     blind: bool = True,
     max_new_tokens: int = MAX_NEW_TOKENS,
     runtime: str | None = None,
+    engines: Mapping[str, Engine] = ENGINES,
     ctx: RunContext | None = None,
 ) -> Score:
     """Scores greedy answers of a bundle, one question at a time as in an app.
@@ -154,6 +156,7 @@ def score_bundle(
         blind: Whether the blind floor is measured too, which doubles the time.
         max_new_tokens: Longest answer.
         runtime: The engine; `None` for the first that the bundle has graphs for.
+        engines: How each is opened.
         ctx: Seed of the noise, threads, and progress.
 
     Raises:
@@ -170,6 +173,7 @@ def score_bundle(
         max_new_tokens=max_new_tokens,
         runtime=runtime,
         threads=context.threads,
+        engines=engines,
     )
 
     def answer(questions: Sequence[Sample], task: str) -> list[str]:

@@ -35,6 +35,7 @@ from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.predict import predict_work
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import Recipe
+from pocketvlm.runtime.engines import spilling_engines
 from pocketvlm.stages import PlanState, Target
 
 __all__ = [
@@ -95,7 +96,13 @@ def build_bundle(
         if not components:
             raise next(iter(failed.values()))
         manifest = _write_rest(checkpoint, targets, components, folder, recipe.sha256())
-        report = certify(checkpoint, Bundle(path=folder, manifest=manifest), samples, ctx=ctx)
+        report = certify(
+            checkpoint,
+            Bundle(path=folder, manifest=manifest),
+            samples,
+            engines=spilling_engines(path.parent),
+            ctx=ctx,
+        )
         write_json(folder / PARITY_FILE, report.to_json())
         manifest = sign_bundle(folder, manifest)
     return BuiltBundle(

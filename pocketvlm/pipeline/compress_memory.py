@@ -1,9 +1,10 @@
 """Predicts the memory that `compress` itself takes, which a large model must leave room for.
 
-Weights, finished layers and states of calibration lie in files whose pages the system takes back
-when memory is short. What is counted here has to stay: the libraries, one layer with the statistics
-of its input, and what the certificate holds of the artifact. A stage that trains the whole model
-holds it; the source check takes a float copy of the model only where there is room for it.
+Weights, finished layers, states of calibration and what a runner makes for long calls lie in files
+whose pages the system takes back when memory is short. What is counted here has to stay: the
+libraries, one layer with the statistics of its input, and what the certificate holds of the
+artifact. A stage that trains the whole model holds it; the source check takes a float copy of the
+model only where there is room for it.
 """
 
 from __future__ import annotations
@@ -66,5 +67,5 @@ def _certificate_bytes(state: PlanState, targets: Sequence[Target]) -> int:
     """The artifact as its runtime holds it, and the head in torch, which answers beside it."""
     decoder = state.spec.decoder
     head = _UNPACKED_BYTES * decoder.vocab_size * decoder.hidden_size
-    memory = predict_memory(state, targets)
+    memory = predict_memory(state, targets, spills_made=True)
     return memory.weight_bytes + memory.activation_bytes + head

@@ -57,11 +57,19 @@ class PlannedMemory:
         return held + self.session_bytes
 
 
-def predict_memory(state: PlanState, targets: Sequence[Target]) -> PlannedMemory:
-    """What a model takes as its stages leave it."""
+def predict_memory(
+    state: PlanState, targets: Sequence[Target], *, spills_made: bool = False
+) -> PlannedMemory:
+    """What a model takes as its stages leave it.
+
+    Args:
+        state: The model.
+        targets: The targets.
+        spills_made: Whether weights that a runner makes when it starts lie in a file.
+    """
     spec = state.spec
     return PlannedMemory(
-        weight_bytes=max((_held_bytes(target, state) for target in targets), default=0)
+        weight_bytes=max((_held_bytes(target, state, spills_made) for target in targets), default=0)
         + max((_other_towers_bytes(target, state) for target in targets), default=0),
         cache_bytes=_cache_bytes(state),
         activation_bytes=_activation_bytes(spec)
@@ -72,12 +80,14 @@ def predict_memory(state: PlanState, targets: Sequence[Target]) -> PlannedMemory
     )
 
 
-def _held_bytes(target: Target, state: PlanState) -> int:
+def _held_bytes(target: Target, state: PlanState, spills_made: bool = False) -> int:
     """Bytes of the weights once they are loaded."""
     held = sum(target.predict(state.spec, state.layouts).part_bytes.values())
     if not isinstance(target, ToOnnx):
         return held
     held += target.prefill_bytes(state.spec, state.layouts)
+    if spills_made:
+        held -= target.made_bytes(state.spec, state.layouts)
     for linear, layout in state.layouts.items():
         rows, columns = linear.shape
         plain = without_mask(layout)

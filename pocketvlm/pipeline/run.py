@@ -49,7 +49,7 @@ from pocketvlm.recipes.stages import layer_bytes_by_target
 from pocketvlm.reports.html import render_card, render_html
 from pocketvlm.reports.measurement import Measurement
 from pocketvlm.reports.report import Report
-from pocketvlm.runtime.engines import EMULATED, ENGINES
+from pocketvlm.runtime.engines import EMULATED, ENGINES, spilling_engines
 from pocketvlm.stages import Stage, check_order
 
 __all__ = ["RunResult", "compress_checkpoint", "run"]
@@ -172,7 +172,11 @@ def _run(
     built = build_bundle(checkpoint, recipe, recipe.targets, out / "bundle", certified, ctx)
     mapped.hold_unchanged()
     bundle = built.bundle
-    compressed = score_bundle(bundle, evaluation, ctx=ctx) if evaluation else None
+    compressed = (
+        score_bundle(bundle, evaluation, engines=spilling_engines(out), ctx=ctx)
+        if evaluation
+        else None
+    )
     bench = _bench(bundle, workload, baseline, ctx) if workload else None
     report = assemble_report(
         checkpoint,

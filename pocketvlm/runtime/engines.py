@@ -10,21 +10,37 @@ An engine is imported when it is opened: what plans or runs another one does not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
 from pocketvlm.runtime.runner import Runner
 
-__all__ = ["EMULATED", "ENGINES", "Engine", "choose_engine", "open_engine"]
+__all__ = [
+    "EMULATED",
+    "ENGINES",
+    "Engine",
+    "choose_engine",
+    "open_engine",
+    "spilling_engines",
+]
 
 Engine = Callable[[Bundle, int | None, int], Runner]
 """Opens a bundle, given threads (`None`: the engine's own choice) and rows of KV cache needed."""
 
 
-def _open_onnx(bundle: Bundle, threads: int | None, rows: int) -> Runner:
+def _open_onnx(
+    bundle: Bundle, threads: int | None, rows: int, *, spill_folder: Path | None = None
+) -> Runner:
     from pocketvlm.runtime.onnx.runner import DEFAULT_CAPACITY, OnnxRunner
 
-    return OnnxRunner(bundle, threads=threads, capacity=rows if rows > DEFAULT_CAPACITY else None)
+    return OnnxRunner(
+        bundle,
+        threads=threads,
+        capacity=rows if rows > DEFAULT_CAPACITY else None,
+        spill_folder=spill_folder,
+    )
 
 
 def _open_executorch(bundle: Bundle, threads: int | None, _rows: int) -> Runner:
@@ -50,6 +66,14 @@ EMULATED = frozenset({"coreml"})
 """Targets that something else than their own engine computes here: never to be timed."""
 
 
+def spilling_engines(folder: Path) -> Mapping[str, Engine]:
+    """The same engines, with weights that they make when they start in a file below a folder.
+
+    For work beside which a model may not fit into memory. Nothing is left in the folder.
+    """
+    return {**ENGINES, "onnx": partial(_open_onnx, spill_folder=folder)}
+
+
 def choose_engine(bundle: Bundle, name: str | None = None) -> str:
     """The engine that was asked for, or the first that the bundle has graphs for.
 
@@ -73,7 +97,12 @@ def choose_engine(bundle: Bundle, name: str | None = None) -> str:
 
 
 def open_engine(
-    bundle: Bundle, name: str | None = None, *, threads: int | None = None, rows: int = 0
+    bundle: Bundle,
+    name: str | None = None,
+    *,
+    threads: int | None = None,
+    rows: int = 0,
+    engines: Mapping[str, Engine] = ENGINES,
 ) -> Runner:
     """Loads a bundle into an engine.
 
@@ -83,10 +112,11 @@ def open_engine(
         threads: Threads for the heavy graphs; `None` leaves that to the engine.
         rows: Rows of KV cache that are needed, where they are more than the engine has by itself;
             a program whose cache was fixed when it was exported cannot give them.
+        engines: How each is opened.
 
     Raises:
         InputError: There is no such engine.
         MissingExtraError: It is not installed.
         BundleError: The bundle cannot be run by it.
     """
-    return ENGINES[choose_engine(bundle, name)](bundle, threads, rows)
+    return engines[choose_engine(bundle, name)](bundle, threads, rows)

@@ -28,6 +28,17 @@ def test_a_large_model_takes_less_than_its_source():
     assert planned("llava-1.5-7b") < 0.5 * plan(load_shape("llava-1.5-7b"), INT4).source_bytes
 
 
+def test_what_a_runner_makes_for_long_calls_is_the_devices_alone():
+    """`compress` keeps it in a file: it takes one byte for each weight of the decoder."""
+    shape = load_shape("llava-1.5-7b")
+    short, long = (
+        plan(shape, load_recipe("int4-balanced", [f"targets.0.int8_prefill_rows={rows}"]))
+        for rows in ("null", 32)
+    )
+    assert long.ram_bytes - short.ram_bytes > 6e9
+    assert 0 <= long.compress_bytes - short.compress_bytes < 2e6  # bytes of the graphs
+
+
 def test_a_stage_that_holds_the_model_is_counted():
     shape = load_shape("smolvlm-500m")
     weights = plan(shape, INT4).source_bytes / 2

@@ -14,7 +14,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.onnx.limits import explain
 from pocketvlm.export.onnx.needs import read_needs
 from pocketvlm.export.onnx.ops import OnnxOps
-from pocketvlm.export.onnx.prefill import held_bytes, refuse_prefill, write_prefill
+from pocketvlm.export.onnx.prefill import held_bytes, made_bytes, refuse_prefill, write_prefill
 from pocketvlm.export.onnx.row_drops import OnnxRowDrops
 from pocketvlm.export.onnx.size import graph_bytes, layer_bytes, vision_bytes
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
@@ -131,6 +131,10 @@ class ToOnnx(Target):
     ) -> int:
         """Bytes of memory that the graph for long calls takes."""
         return 0 if self.prefill_rows(spec) is None else held_bytes(spec, layouts)
+
+    def made_bytes(self, spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None]) -> int:
+        """Bytes of these that a runner makes when it starts, and may keep in a file."""
+        return 0 if self.prefill_rows(spec) is None else made_bytes(spec, layouts)
 
     def prefill_rows(self, spec: ModelSpec) -> int | None:
         """Rows of a call from which a model has another graph; `None` where it has none.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ class OnnxRunner(Runner):
         threads: int | None = None,
         capacity: int | None = None,
         keep_vision: int | None = None,
+        spill_folder: Path | None = None,
     ) -> None:
         """Loads the graphs and allocates the cache.
 
@@ -70,6 +72,8 @@ class OnnxRunner(Runner):
             keep_vision: Vision graphs that stay in memory, those that were used last; `None` for
                 one, or for all that a tile budget chooses among. With 0, one is loaded for each
                 picture and freed after it: slower, and smaller while an answer is generated.
+            spill_folder: Where the weights that are made for long calls lie in a file, whose pages
+                the system takes back when memory is short; `None` for memory.
 
         Raises:
             BundleError: The bundle has no ONNX graphs, or one does not load or does not match.
@@ -85,6 +89,9 @@ class OnnxRunner(Runner):
         )
         self.threads = threads or 0
         self._bundle = bundle
+        # Before anything else takes memory: a layer is several times its size while it is made.
+        has_prefill = bundle.manifest.has("onnx", "prefill")
+        self._made = make_weights(bundle, self.threads, spill_folder) if has_prefill else {}
         budget = bundle.manifest.tile_budget
         chosen = 1 if budget is None else len(budget.counts)
         self._keep_vision = chosen if keep_vision is None else keep_vision
@@ -130,7 +137,7 @@ class OnnxRunner(Runner):
             bind_input(self._decode_step, "mutual", self._alone)
         self._sessions = {"decoder": (self._decoder, self._bind_decoder())}
         self._least_prefill_rows = 0
-        if bundle.manifest.has("onnx", "prefill"):
+        if has_prefill:
             self._prepare_prefill(bundle.component("onnx", "prefill"))
 
     @property
@@ -268,7 +275,6 @@ class OnnxRunner(Runner):
         return self._past
 
     def _prepare_prefill(self, component: Component) -> None:
-        self._made = make_weights(self._bundle, self.threads)
         session = self._load(component)
         binding = self._bind_cache(session)
         for name, weights in self._made.items():

@@ -107,6 +107,8 @@ Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
   }
   const Component& decoder = bundle.component("decoder");
   require_known(decoder);
+  // Before anything else takes memory: a layer is several times its size while it is made.
+  if (bundle.has("prefill")) make_weights(threads);
   vision_ = load(bundle.component("vision", bundle.visions.front().name), threads);
   // The embedding is a lookup: threads of its own would only spin beside the decoder's.
   embedding_ = load(bundle.component("embedding"), 1);
@@ -129,7 +131,12 @@ Engine::Engine(const Bundle& bundle, int threads, std::int64_t capacity)
   }
   if (bundle.cache.mutual_rows) decode_step_.BindInput("mutual", whole_numbers(alone_, {1, 1}));
   decode_rows_ = bind_decoder();
-  if (bundle.has("prefill")) prepare_prefill(threads);
+  if (bundle.has("prefill")) {
+    prefill_ = load(bundle.component("prefill"), threads);
+    prefill_rows_ = bind_cache(prefill_);
+    for (const Buffer& made : made_) prefill_rows_.BindInput(made.name.c_str(), made.value);
+    least_prefill_rows_ = bundle.component("prefill").least_rows;
+  }
 }
 
 Engine::Graph Engine::load(const Component& component, int threads) const {
@@ -186,7 +193,7 @@ Engine::Buffer Engine::allocate(const std::string& name, const std::vector<std::
 }
 
 // Makes the weights of the graph for long calls out of the decoder's, once.
-void Engine::prepare_prefill(int threads) {
+void Engine::make_weights(int threads) {
   Graph unpack = load(bundle_.component("unpack"), threads);
   Ort::IoBinding binding(unpack.session);
   for (const Signature& output : bundle_.component("unpack").outputs) {
@@ -199,10 +206,6 @@ void Engine::prepare_prefill(int threads) {
   binding = Ort::IoBinding(nullptr);
   unpack.session = Ort::Session(nullptr);
   return_freed_memory();
-  prefill_ = load(bundle_.component("prefill"), threads);
-  prefill_rows_ = bind_cache(prefill_);
-  for (const Buffer& made : made_) prefill_rows_.BindInput(made.name.c_str(), made.value);
-  least_prefill_rows_ = bundle_.component("prefill").least_rows;
 }
 
 Ort::IoBinding Engine::bind_decoder() {

@@ -71,7 +71,7 @@ class Engine {
   void allocate_cache(const Component& decoder);
   Buffer allocate(const std::string& name, const std::vector<std::int64_t>& shape,
                   const std::string& dtype) const;
-  void prepare_prefill(int threads);
+  void make_weights(int threads);
   Ort::IoBinding bind_decoder();
   Ort::IoBinding bind_cache(Graph& graph);
   void run_rows(Graph& graph, Ort::IoBinding& binding, Rows& rows);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +17,13 @@ import torch
 from pocketvlm.bundle import Bundle, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import UnsupportedError
+from pocketvlm.errors import StorageError, UnsupportedError
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference_graph.activation_rounding import round_per_block
 from pocketvlm.reference_graph.forward import decode_logits, new_cache
+from pocketvlm.runtime.engines import spilling_engines
 from pocketvlm.runtime.onnx.made_weights import make_weights
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.stages import PlanState
@@ -88,6 +92,40 @@ def test_rows_are_made_of_the_codes_of_the_decoder(
     state = PlanState.of_checkpoint(checkpoint)
     held = sum(values.nbytes for values in made.values())
     assert held == LONG.prefill_bytes(state.spec, state.layouts)
+
+
+def test_what_is_made_may_lie_in_a_file(
+    tiny_paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = quantize_checkpoint(Checkpoint.load(tiny_paths["llava"]), 4)
+    bundle = write_bundle(checkpoint, tmp_path / "bundle")
+    spilled, held = tmp_path / "spilled", OnnxRunner(bundle, threads=1, capacity=32)
+    spilled.mkdir()
+    engine = spilling_engines(spilled)["onnx"](bundle, 1, 0)
+    assert isinstance(engine, OnnxRunner)
+    ids = list(range(3, 3 + LEAST))
+    logits = [
+        each.decode(each.embed(ids), np.arange(LEAST)[None]).copy() for each in (engine, held)
+    ]
+    np.testing.assert_array_equal(*logits)
+    assert not any(spilled.iterdir())
+    for runner, is_mapped in ((engine, True), (held, False)):
+        assert {_base(values) is mmap.mmap for values in runner._made.values()} == {is_mapped}
+
+    def fill(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pocketvlm.runtime.onnx.made_weights.tempfile.TemporaryFile", fill)
+    with pytest.raises(StorageError, match="spilled: No space left on device"):
+        spilling_engines(spilled)["onnx"](bundle, 1, 0)
+
+
+def _base(values: np.ndarray) -> type[object]:
+    """The type of what owns the memory of an array."""
+    owner: object = values
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    return type(owner)
 
 
 def whole_cache(checkpoint: Checkpoint) -> Checkpoint:
