@@ -68,7 +68,6 @@ def open_vision(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     require_exact_sums(options)
     if profile is not None:

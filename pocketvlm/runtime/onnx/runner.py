@@ -30,6 +30,7 @@ from pocketvlm.runtime.onnx.sessions import (
     bind_output,
     load_graph,
     return_freed_memory,
+    shrinking_run,
 )
 from pocketvlm.runtime.runner import Runner, States
 from pocketvlm.runtime.versions import require_runtime
@@ -165,7 +166,10 @@ class OnnxRunner(Runner):
             self._forget_vision(self._keep_vision - 1)  # before another takes memory
             session = self._load(component)
         with naming_graph(self._bundle.path / component.file):
-            embeds, indices = session.run(["embeds", "indices"], {"pixel_values": pixels})
+            embeds, indices = session.run(
+                ["embeds", "indices"], {"pixel_values": pixels}, shrinking_run()
+            )
+        return_freed_memory()
         self._vision[component.file] = session
         del session
         self._forget_vision(self._keep_vision)

@@ -15,7 +15,7 @@ from pocketvlm.runtime.onnx.engine import LOAD_ERRORS, first_line, require_exact
 from pocketvlm.runtime.onnx.engine import onnxruntime as ort
 from pocketvlm.runtime.onnx.external_data import require_signed_data
 
-__all__ = ["bind_input", "bind_output", "load_graph", "return_freed_memory"]
+__all__ = ["bind_input", "bind_output", "load_graph", "return_freed_memory", "shrinking_run"]
 
 
 def load_graph(bundle: Bundle, component: Component, threads: int) -> ort.InferenceSession:
@@ -42,10 +42,10 @@ def load_graph(bundle: Bundle, component: Component, threads: int) -> ort.Infere
         # Its threads must not spin while the decoder's work.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if role in ("vision", "unpack"):
-        # It runs once per picture: keeping its activations would cost memory, and save nothing.
-        options.enable_cpu_mem_arena = False
+        # It runs once per picture, which then gives back its activations: nothing is kept for them.
         options.enable_mem_pattern = False
     if role == "unpack":
+        options.enable_cpu_mem_arena = False
         # All of its inputs are constant. Folded, every step of every layer would be held at once.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -58,6 +58,17 @@ def load_graph(bundle: Bundle, component: Component, threads: int) -> ort.Infere
     # Weights that are expanded in steps leave several times their size to be freed.
     return_freed_memory()
     return session
+
+
+def shrinking_run() -> ort.RunOptions:
+    """Options of a run that gives back what it took for activations.
+
+    Without an arena glibc keeps pieces between them: of a tower with 1,025 tokens the peak was
+    179 MB in place of 100.
+    """
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def return_freed_memory() -> None:
