@@ -9,20 +9,25 @@ correctness, and `Answer.rewound_rows` says how much.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-from PIL.Image import Image
-
-from pocketvlm.bundle import Bundle, Manifest
+from pocketvlm.bundle import Bundle
 from pocketvlm.errors import BundleError, InputError
-from pocketvlm.image_file import open_image, read_image
 from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.prompt.messages import Turn, place_pictures, user_turn
 from pocketvlm.runtime.answer import Answer, StageClock, StopReason
 from pocketvlm.runtime.detokenize import TextStream
 from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.generate import StopRules, generate, prompt_rows
+from pocketvlm.runtime.pictures import (
+    EncodedPicture,
+    KnownPicture,
+    OpenedPicture,
+    PictureInput,
+    Shown,
+    UnseenPicture,
+)
+from pocketvlm.runtime.room import Room, least_room
 from pocketvlm.runtime.runner import Runner
 from pocketvlm.runtime.sampling import GREEDY, Sampling
 from pocketvlm.runtime.splice import PromptLayout, VisualFeatures, lay_out_prompt
@@ -30,81 +35,13 @@ from pocketvlm.runtime.text import Message, TextCodec, assistant_message
 from pocketvlm.runtime.vision import (
     ANY_VISION,
     VisionChoice,
-    VisionGraph,
     choose_vision,
     open_vision,
 )
 
-__all__ = [
-    "Conversation",
-    "EncodedPicture",
-    "PictureInput",
-    "Shown",
-    "open_picture",
-    "question_turn",
-    "require_room",
-]
+__all__ = ["Conversation", "question_turn"]
 
 _POLICIES = ("original", "consecutive")
-
-PictureInput = Image | Path | str | bytes
-"""A picture, the path of its file, or what a file holds."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedPicture:
-    """A picture that a vision graph has seen.
-
-    Attributes:
-        source: What was given.
-        size: Its width and height, upright.
-        graph: The vision graph that saw it.
-        cut: How it is cut, by its size.
-        grid: The tiles of these that are seen.
-        rows: What stands for it in prompts.
-    """
-
-    source: PictureInput
-    size: tuple[int, int]
-    graph: VisionGraph
-    cut: TileGrid
-    grid: TileGrid
-    rows: list[VisualFeatures]
-
-
-Shown = PictureInput | EncodedPicture
-"""What a turn may show: a picture, or one that was encoded ahead."""
-
-
-def open_picture(shown: Shown) -> Image:
-    """The picture, decoded.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    if isinstance(shown, EncodedPicture):
-        return open_picture(shown.source)
-    if isinstance(shown, Image):
-        return shown
-    if isinstance(shown, bytes):
-        return read_image(shown, "the picture")
-    return open_image(Path(shown))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _OpenedPicture:
-    """A picture that no vision graph has seen yet."""
-
-    source: PictureInput
-    image: Image
-
-    @classmethod
-    def of(cls, source: PictureInput) -> _OpenedPicture:
-        return cls(source=source, image=open_picture(source))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.size
 
 
 def question_turn(
@@ -120,7 +57,7 @@ def question_turn(
     images: list[Shown]
     if image is None:
         images = []
-    elif isinstance(image, Image | Path | str | bytes | EncodedPicture):
+    elif not isinstance(image, Sequence) or isinstance(image, str | bytes):
         images = [image]
     else:
         images = list(image)
@@ -134,30 +71,6 @@ def question_turn(
     except ValueError as error:
         raise InputError(str(error)) from error
     return placed, images
-
-
-def require_room(manifest: Manifest, *, rows: int, positions: int, capacity: int) -> None:
-    """Checks that a conversation fits.
-
-    Args:
-        manifest: The bundle's.
-        rows: Rows of KV cache that it takes.
-        positions: Rotary positions that it takes.
-        capacity: Rows that the runner has.
-
-    Raises:
-        InputError: It does not.
-    """
-    if rows > capacity:
-        raise InputError(
-            f"the conversation takes {rows} rows of KV cache; allowed are {capacity} (the runner's "
-            "capacity): start a new one, or give the runner more"
-        )
-    limit = manifest.generation.max_positions
-    if positions > limit:
-        raise InputError(
-            f"the conversation takes {positions} positions; the model has {limit}: start a new one"
-        )
 
 
 class Conversation:
@@ -225,12 +138,15 @@ class Conversation:
             vision: Which vision graph sees it, where the bundle has several.
 
         Raises:
-            InputError: The picture cannot be used, or no vision graph is the one that is asked for.
+            InputError: The picture cannot be used, no vision graph is the one that is asked for, or
+                it has no room beside the pictures so far.
         """
-        opened = _OpenedPicture.of(image)
+        opened = OpenedPicture.of(image)
         graph = choose_vision(self._vision, opened.size, vision)
         cut = self._cuts([*self._pictures, opened])[-1]
-        return self._encode(opened, graph, cut, StageClock())
+        unseen = opened.cut(graph, cut)
+        self._require_least([*self._pictures, unseen])
+        return self._encode(unseen, StageClock())
 
     def ask(
         self,
@@ -301,22 +217,31 @@ class Conversation:
         turn, images = question_turn(prompt, image)
         clock = StageClock() if clock is None else clock
         ends = () if ignore_end else self._codec.eos_token_ids
-        pictures = self._look(images, vision, clock)
-        tiles = [tile for picture in pictures for tile in picture.rows]
+        shown = self._cut(images, vision)
+        clock.lap("preprocess")
         messages = [*self.messages, turn.to_message()]
         prompt_ids = self._codec.encode(
             messages,
-            [picture.grid for picture in pictures],
-            counts=[picture.graph.rows.per_tile for picture in pictures],
+            [picture.cut for picture in shown],
+            counts=[picture.graph.rows.per_tile for picture in shown],
         )
-        layout = self._lay_out(prompt_ids, tiles)
+        self._require_least(shown, prompt_ids)
         clock.lap("tokenize")
-        require_room(
-            self._manifest,
-            rows=len(layout.codes),
-            positions=layout.next_position,
-            capacity=self._runner.capacity,
+        pictures = [
+            self._encode(picture, clock) if isinstance(picture, UnseenPicture) else picture
+            for picture in shown
+        ]
+        tiles = [tile for picture in pictures for tile in picture.rows]
+        layout = self._lay_out(prompt_ids, tiles)
+        self._require(
+            Room(
+                rows=len(layout.codes),
+                positions=layout.next_position,
+                pictures=len(pictures),
+                visual_rows=int(layout.is_visual.sum()),
+            )
         )
+        clock.lap("tokenize")
         held = self._runner.length
         shared = self._shared_rows(layout)
         # The last row is always run: its logits are what the first token is chosen from.
@@ -375,33 +300,59 @@ class Conversation:
         self.answers.append(answer)
         return answer
 
-    def _look(
-        self, images: Sequence[Shown], vision: VisionChoice, clock: StageClock
-    ) -> list[EncodedPicture]:
-        """All pictures so far and new ones; a known one again if it is now cut otherwise."""
+    def _cut(self, images: Sequence[Shown], vision: VisionChoice) -> list[KnownPicture]:
+        """All pictures so far and new ones; a known one is to be seen again if cut otherwise."""
         shown = [*self._pictures, *(self._taken(image, vision) for image in images)]
-        cuts = self._cuts(shown)
-        clock.lap("preprocess")
-        pictures: list[EncodedPicture] = []
-        for one, cut in zip(shown, cuts, strict=True):
-            if isinstance(one, _OpenedPicture):
+        pictures: list[KnownPicture] = []
+        for one, cut in zip(shown, self._cuts(shown), strict=True):
+            if isinstance(one, OpenedPicture):
                 graph = choose_vision(self._vision, one.size, vision)
-                pictures.append(self._encode(one, graph, cut, clock))
+                pictures.append(one.cut(graph, cut))
             elif one.cut == cut:
                 pictures.append(one)
             else:
-                again = _OpenedPicture.of(one.source)
-                pictures.append(self._encode(again, one.graph, cut, clock))
+                pictures.append(OpenedPicture.of(one.source).cut(one.graph, cut))
         return pictures
 
-    def _cuts(self, pictures: Sequence[EncodedPicture | _OpenedPicture]) -> Sequence[TileGrid]:
+    def _require_least(
+        self, pictures: Sequence[KnownPicture], prompt_ids: Sequence[int] = ()
+    ) -> None:
+        """Refuses what has no room whatever the pictures show, before a vision graph runs.
+
+        Args:
+            pictures: Those of the conversation.
+            prompt_ids: Its prompt; none while nothing was asked about a picture.
+        """
+        text = sum(token != self._codec.image_token_id for token in prompt_ids)
+        room = least_room(pictures, text, keeps_positions=self._keeps_positions)
+        if self._problem(room):
+            # Which tiles show nothing is known by their pixels alone.
+            seen = [
+                one.without_empty() if isinstance(one, UnseenPicture) else one for one in pictures
+            ]
+            self._require(least_room(seen, text, keeps_positions=self._keeps_positions))
+
+    def _problem(self, room: Room) -> str | None:
+        return room.problem(
+            capacity=self._runner.capacity, max_positions=self._manifest.generation.max_positions
+        )
+
+    def _require(self, room: Room) -> None:
+        if problem := self._problem(room):
+            raise InputError(problem)
+
+    @property
+    def _keeps_positions(self) -> bool:
+        return self._manifest.positions == "original"
+
+    def _cuts(self, pictures: Sequence[EncodedPicture | OpenedPicture]) -> Sequence[TileGrid]:
         """How pictures are cut; graphs differ in how many pixels a tile has, never in that."""
         return self._vision[0].preprocessor.grids_by_size([one.size for one in pictures])
 
-    def _taken(self, shown: Shown, vision: VisionChoice) -> EncodedPicture | _OpenedPicture:
+    def _taken(self, shown: Shown, vision: VisionChoice) -> EncodedPicture | OpenedPicture:
         """A new picture, decoded unless it was encoded ahead."""
         if not isinstance(shown, EncodedPicture):
-            return _OpenedPicture.of(shown)
+            return OpenedPicture.of(shown)
         if shown.graph not in self._vision:
             raise InputError("the picture was encoded ahead by another conversation")
         if not shown.graph.has(vision):
@@ -417,10 +368,9 @@ class Conversation:
         self._serial += len(rows)
         return replace(picture, rows=rows)
 
-    def _encode(
-        self, picture: _OpenedPicture, graph: VisionGraph, cut: TileGrid, clock: StageClock
-    ) -> EncodedPicture:
-        grid, pixels = graph.preprocessor.cut(picture.image, cut)
+    def _encode(self, picture: UnseenPicture, clock: StageClock) -> EncodedPicture:
+        graph = picture.graph
+        grid, pixels = graph.preprocessor.cut(picture.image, picture.cut)
         clock.lap("preprocess")
         # Never reused, so that rows of an abandoned turn's picture match no other one.
         serial = self._serial + 1
@@ -428,7 +378,12 @@ class Conversation:
         self._serial += len(rows)
         clock.lap("vision")
         return EncodedPicture(
-            source=picture.source, size=picture.size, graph=graph, cut=cut, grid=grid, rows=rows
+            source=picture.source,
+            size=picture.image.size,
+            graph=graph,
+            cut=picture.cut,
+            grid=grid,
+            rows=rows,
         )
 
     def _lay_out(self, prompt_ids: list[int], tiles: list[VisualFeatures]) -> PromptLayout:
@@ -436,7 +391,7 @@ class Conversation:
             prompt_ids,
             tiles,
             image_token_id=self._codec.image_token_id,
-            keeps_positions=self._manifest.positions == "original",
+            keeps_positions=self._keeps_positions,
             axes=self._manifest.position_axes,
         )
 

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import InputError
+from pocketvlm.models.images.tilings import TileGrid
 from pocketvlm.runtime.picture_rows import PictureRows
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 
@@ -79,6 +80,18 @@ class VisionGraph:
             None,
             self.resolution,
         )
+
+    def least_rows(self, grid: TileGrid) -> int:
+        """Rows of the decoder that a picture takes, whatever it shows.
+
+        It takes no others but where tiles of one picture may differ in their tokens, or where
+        reduced tiles make up one map: there it may take more.
+        """
+        kept, whole, budget = self.visual_tokens, None, self.rows.budget
+        if budget is not None:
+            kept, whole = budget.levels[0], budget.whole
+        per_tile = self.rows.per_tile
+        return grid.least_rows(per_tile, per_tile if kept is None else kept, whole)
 
     def distortion(self, size: tuple[int, int]) -> Fraction:
         """How much more a picture is stretched along one side than along the other, at least 1."""

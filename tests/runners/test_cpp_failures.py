@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from pocketvlm.bundle import Bundle
-from pocketvlm.device_bench.protocol import PROTOCOL
+from pocketvlm.device_bench.controller.prompts import render_turns
+from pocketvlm.device_bench.protocol import PROTOCOL, Turn
+from pocketvlm.runtime.conversation import Conversation
+from pocketvlm.runtime.text import TextCodec
 from tests.runners.test_tokenizer import copied, edit
 
 Runner = tuple[str, ...]
@@ -170,3 +174,57 @@ def test_pictures_and_their_marks_must_match(
     done = subprocess.run([*runner, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "places for 0 pictures where 1 are shown" in done.stderr
+
+
+def write_graph_that_fails(file: Path) -> None:
+    """A vision graph that loads, and fails as soon as it is run."""
+    helper, number = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Reshape", ["pixel_values", "shape"], ["embeds"]),
+        helper.make_node("Shape", ["embeds"], ["indices"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "fails",
+        [helper.make_tensor_value_info("pixel_values", number.FLOAT, [1, 3, None, None])],
+        [
+            helper.make_tensor_value_info("embeds", number.FLOAT, [7]),
+            helper.make_tensor_value_info("indices", number.INT64, [1]),
+        ],
+        [helper.make_tensor("shape", number.INT64, [1], [7])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    file.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["pocket-tiles", "smolvlm-tiles-empty", "qwen2.5-vl"])
+def test_too_many_pictures_are_refused_before_one_is_encoded(
+    name: str, runner: Runner, make_bundle: Maker, pictures: list[Path], tmp_path: Path
+) -> None:
+    bundle = make_bundle(name)
+    shown = pictures[:2]
+    answer = Conversation(bundle).ask("what?", shown, max_new_tokens=1)
+    (turn,) = render_turns(TextCodec.from_bundle(bundle), [Turn(text="what?", pictures=(0, 1))])
+    rows, visual = answer.timings.prompt_tokens, answer.timings.visual_tokens
+    words = [word for file in shown for word in ("--image", file)]
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.path, folder)
+    write_graph_that_fails(folder / "onnx" / "vision.onnx")
+    for limit, reason in (
+        (2048, "vision.onnx: ONNX Runtime cannot run it"),
+        (rows - 1, f"needs {rows} rows of KV cache, {visual} of them for pictures; allowed are"),
+    ):
+        edit(
+            folder,
+            "manifest.json",
+            lambda document, limit=limit: document["generation"].update(max_positions=limit),
+        )
+        done = subprocess.run(
+            [*runner, folder, *words, "--rendered", turn.rendered],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert reason in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == 1

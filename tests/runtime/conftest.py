@@ -16,6 +16,7 @@ from pocketvlm.context import RunContext
 from pocketvlm.export.executorch.target import ToExecutorch
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
+from pocketvlm.runtime.onnx.runner import OnnxRunner
 from tests.shared import make_once
 
 CAPACITY = 96
@@ -30,6 +31,16 @@ class Pair:
 
     checkpoint: Checkpoint
     bundle: Bundle
+
+
+class CountingRunner(OnnxRunner):
+    """Counts the tiles that the tower sees."""
+
+    tiles = 0
+
+    def encode_image(self, *arguments, **options):
+        self.tiles += 1
+        return super().encode_image(*arguments, **options)
 
 
 def write_bundle(checkpoint: Checkpoint, path: Path) -> Bundle:

@@ -14,20 +14,9 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.runtime.conversation import Conversation
-from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.runtime.vision import VisionChoice
 
-from .conftest import Pair, noise
-
-
-class CountingRunner(OnnxRunner):
-    """Counts the tiles that the tower sees."""
-
-    tiles = 0
-
-    def encode_image(self, *arguments, **options):
-        self.tiles += 1
-        return super().encode_image(*arguments, **options)
+from .conftest import CountingRunner, Pair, noise
 
 
 def talk_of(bundle: Bundle) -> tuple[Conversation, CountingRunner]:

@@ -18,13 +18,9 @@ import numpy.typing as npt
 from pocketvlm.bundle import Bundle
 from pocketvlm.errors import InputError
 from pocketvlm.prompt.messages import Turn
-from pocketvlm.runtime.conversation import (
-    PictureInput,
-    Shown,
-    open_picture,
-    question_turn,
-)
+from pocketvlm.runtime.conversation import question_turn
 from pocketvlm.runtime.executorch.process import ProgramProcess, UnspeakablePieceError
+from pocketvlm.runtime.pictures import PictureInput, Shown, open_picture
 from pocketvlm.runtime.preprocess import ImagePreprocessor
 from pocketvlm.runtime.splice import image_runs
 from pocketvlm.runtime.text import TextCodec

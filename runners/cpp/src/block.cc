@@ -43,7 +43,7 @@ std::int64_t needed_rows(const BlockJob& job, const Inputs& inputs) {
       const Picture picture = read_picture(content, "the picture");
       const auto& [vision, preprocessor] =
           inputs.choose({picture.width, picture.height}, turn.vision);
-      places.push_back({preprocessor.see(picture).grid, vision.placeholders});
+      places.push_back({preprocessor.cut(picture), vision.placeholders});
     }
   }
   const std::vector<std::string> answers(job.turns.size() - 1);

@@ -112,16 +112,26 @@ void Conversation::reset() {
 
 void Conversation::encode_ahead(const Bytes& picture, const VisionChoice& vision) {
   Clock clock;
-  look({"", {picture}, vision}, clock);
+  const std::vector<Picked> picked = pick({"", {picture}, vision});
+  std::int64_t placeholders = 0;
+  for (const PicturePlace& place : places(picked)) {
+    placeholders += place.grid.all_tiles() * place.placeholders;
+  }
+  require_least(TokenIds(placeholders, bundle_.prompt.image_token_id), picked);
+  look(picked, clock);
 }
 
 Answer Conversation::ask(const Question& question, const Limits& limits,
                          const std::function<void(const std::string&)>& on_piece,
                          const std::function<void()>& on_first_token) {
   Clock clock;
-  look(question, clock);
-  const Layout layout = lay_out_question(question.rendered);
-  require_room(layout);
+  const std::vector<Picked> picked = pick(question);
+  clock.lap("preprocess");
+  const TokenIds tokens = codec_.encode(question.rendered, places(picked), answers_);
+  require_least(tokens, picked);
+  clock.lap("tokenize");
+  look(picked, clock);
+  const Layout layout = lay_out(tokens, tiles(shown_), bundle_);
   clock.lap("tokenize");
   const std::int64_t reused = engine_.truncate(reusable_rows(layout));
   const std::vector<float> embeds = embed_rows(layout, reused);
@@ -188,11 +198,20 @@ Answer Conversation::ask(const Question& question, const Limits& limits,
   return answer;
 }
 
-void Conversation::look(const Question& question, Clock& clock) {
+std::vector<Conversation::Picked> Conversation::pick(const Question& question) const {
+  std::vector<Picked> picked;
   for (const Bytes& content : question.pictures) {
-    const Picture picture = read_picture(content, "the picture");
-    const auto& [vision, preprocessor] =
-        inputs_.choose({picture.width, picture.height}, question.vision);
+    Picture picture = read_picture(content, "the picture");
+    const Sight& sight = inputs_.choose({picture.width, picture.height}, question.vision);
+    TileGrid grid = sight.preprocessor.cut(picture);
+    picked.push_back({std::move(picture), sight, std::move(grid)});
+  }
+  return picked;
+}
+
+void Conversation::look(const std::vector<Picked>& pictures, Clock& clock) {
+  for (const auto& [picture, sight, cut] : pictures) {
+    const auto& [vision, preprocessor] = sight;
     auto [grid, pixels] = preprocessor.see(picture);
     Shown shown{{std::move(grid), vision.placeholders}, {}};
     clock.lap("preprocess");
@@ -212,25 +231,65 @@ void Conversation::look(const Question& question, Clock& clock) {
   }
 }
 
-Layout Conversation::lay_out_question(const std::string& rendered) const {
-  std::vector<PicturePlace> places;
-  std::vector<const VisualRows*> tiles;
-  for (const Shown& shown : shown_) {
-    places.push_back(shown.place);
-    for (const VisualRows& tile : shown.tiles) tiles.push_back(&tile);
+std::vector<PicturePlace> Conversation::places(const std::vector<Picked>& next) const {
+  std::vector<PicturePlace> found;
+  for (const Shown& shown : shown_) found.push_back(shown.place);
+  for (const Picked& one : next) found.push_back({one.grid, one.sight.vision.placeholders});
+  return found;
+}
+
+std::vector<const VisualRows*> Conversation::tiles(const std::vector<Shown>& pictures) {
+  std::vector<const VisualRows*> found;
+  for (const Shown& shown : pictures) {
+    for (const VisualRows& tile : shown.tiles) found.push_back(&tile);
   }
-  return lay_out(codec_.encode(rendered, places, answers_), tiles, bundle_);
+  return found;
+}
+
+Conversation::Shown Conversation::stand_in(const Vision& vision, const TileGrid& grid) {
+  Shown shown{{grid, vision.placeholders}, {}};
+  for (int number = 0; number < grid.all_tiles(); ++number) {
+    std::vector<std::int64_t> indices(grid.leaves_out(number) ? 0 : vision.kept);
+    std::iota(indices.begin(), indices.end(), 0);
+    shown.tiles.push_back({{}, std::move(indices), vision.placeholders, vision.position_grid, 0});
+  }
+  return shown;
+}
+
+void Conversation::require_least(const TokenIds& tokens, const std::vector<Picked>& next) const {
+  // Which tiles show nothing is known by their pixels, and asked only where it decides.
+  for (const bool looks : {false, true}) {
+    std::vector<Shown> coming;
+    for (const auto& [picture, sight, cut] : next) {
+      coming.push_back(
+          stand_in(sight.vision, looks ? sight.preprocessor.without_empty(picture) : cut));
+    }
+    std::vector<const VisualRows*> all = tiles(shown_);
+    for (const VisualRows* tile : tiles(coming)) all.push_back(tile);
+    const Layout layout = lay_out(tokens, all, bundle_);
+    if (looks) return require_room(layout);
+    if (has_room(layout)) return;
+  }
+}
+
+bool Conversation::has_room(const Layout& layout) const {
+  return layout.rows() <= engine_.capacity() &&
+         layout.next_position <= bundle_.generation.max_positions;
 }
 
 void Conversation::require_room(const Layout& layout) const {
+  if (has_room(layout)) return;
+  const auto visual = std::count_if(layout.codes.begin(), layout.codes.end(),
+                                    [](std::int64_t code) { return code < 0; });
+  const std::string rows = std::to_string(layout.rows()) + " rows of KV cache, " +
+                           std::to_string(visual) + " of them for pictures";
   if (layout.rows() > engine_.capacity()) {
-    throw Fault("the conversation takes " + std::to_string(layout.rows()) +
-                " rows of KV cache; allowed are " + std::to_string(engine_.capacity()));
+    throw Fault("the conversation needs " + rows + "; allowed are " +
+                std::to_string(engine_.capacity()));
   }
-  if (layout.next_position > bundle_.generation.max_positions) {
-    throw Fault("the conversation takes " + std::to_string(layout.next_position) +
-                " positions; the model has " + std::to_string(bundle_.generation.max_positions));
-  }
+  throw Fault("the conversation needs " + std::to_string(layout.next_position) +
+              " positions for " + rows + "; the model has " +
+              std::to_string(bundle_.generation.max_positions));
 }
 
 // Rows of the cache that the layout begins with. The last row is always run, for its logits, and

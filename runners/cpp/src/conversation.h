@@ -100,10 +100,28 @@ class Conversation {
     std::vector<VisualRows> tiles;
   };
 
+  // A picture that no vision graph has seen yet, with the tiles that its size has.
+  struct Picked {
+    Picture picture;
+    const Sight& sight;
+    TileGrid grid;
+  };
+
   class Clock;
 
-  void look(const Question& question, Clock& clock);
-  Layout lay_out_question(const std::string& rendered) const;
+  std::vector<Picked> pick(const Question& question) const;
+  void look(const std::vector<Picked>& pictures, Clock& clock);
+
+  // Of all pictures so far and these.
+  std::vector<PicturePlace> places(const std::vector<Picked>& next) const;
+  static std::vector<const VisualRows*> tiles(const std::vector<Shown>& pictures);
+
+  // As many rows as a picture will have, without numbers.
+  static Shown stand_in(const Vision& vision, const TileGrid& grid);
+
+  // Refuses a prompt that has no room with its next pictures, before a vision graph runs.
+  void require_least(const TokenIds& tokens, const std::vector<Picked>& next) const;
+  bool has_room(const Layout& layout) const;
   void require_room(const Layout& layout) const;
   std::int64_t reusable_rows(const Layout& layout) const;
   std::vector<float> embed_rows(const Layout& layout, std::int64_t start);

@@ -288,13 +288,28 @@ bool TileGrid::leaves_out(int number) const {
   return std::find(left_out.begin(), left_out.end(), number) != left_out.end();
 }
 
-SeenTiles Preprocessor::see(const Picture& picture) const {
-  const std::vector<Picture> tiles = fit_tiles(picture, geometry_, filter_);
-  TileGrid grid = grid_of(geometry_, picture.width, picture.height);
+TileGrid Preprocessor::cut(const Picture& picture) const {
+  return grid_of(geometry_, picture.width, picture.height);
+}
+
+TileGrid Preprocessor::without_empty(const Picture& picture) const {
+  if (!empty_contrast_) return cut(picture);
+  return without_empty(picture, fit_tiles(picture, geometry_, filter_));
+}
+
+TileGrid Preprocessor::without_empty(const Picture& picture,
+                                     const std::vector<Picture>& tiles) const {
+  TileGrid grid = cut(picture);
   for (int number = 0; empty_contrast_ && grid.is_split() && number < grid.rows * grid.columns;
        ++number) {
     if (is_below_contrast(tiles[number], *empty_contrast_)) grid.left_out.push_back(number);
   }
+  return grid;
+}
+
+SeenTiles Preprocessor::see(const Picture& picture) const {
+  const std::vector<Picture> tiles = fit_tiles(picture, geometry_, filter_);
+  TileGrid grid = without_empty(picture, tiles);
   const std::size_t plane = std::size_t(size_.width) * size_.height;
   std::vector<float> numbers(std::size_t(grid.tiles()) * 3 * plane);
   float* next = numbers.data();

@@ -70,6 +70,12 @@ class Preprocessor {
   static Preprocessor from_bundle(const std::filesystem::path& bundle, const std::string& family,
                                   Size size);
 
+  // The tiles of a picture of this size; those that show nothing among them.
+  TileGrid cut(const Picture& picture) const;
+
+  // The same without those, where the bundle leaves them out.
+  TileGrid without_empty(const Picture& picture) const;
+
   SeenTiles see(const Picture& picture) const;
 
   // Of one tile.
@@ -79,6 +85,8 @@ class Preprocessor {
   std::size_t tile_numbers() const { return std::size_t{3} * size_.width * size_.height; }
 
  private:
+  TileGrid without_empty(const Picture& picture, const std::vector<Picture>& tiles) const;
+
   Geometry geometry_;
   Filter filter_ = Filter::kBicubic;
   std::optional<int> empty_contrast_;  // tiles of less show nothing and are left out

@@ -65,6 +65,14 @@ class MapGrid(TileGrid):
         height, _ = self._lines(isqrt(per_tile))
         return min(self.placeholders(per_tile), self._kept_rows(kept, whole) + max(height, 1))
 
+    def least_rows(self, per_tile: int, kept: int, whole: int | None = None) -> int:
+        """Rows of the decoder, at least: as if a reduction took nothing of the border away."""
+        height, width = self._lines(isqrt(per_tile))
+        of_whole = kept if whole is None else whole
+        seen = self.tiles - 1
+        left = max(height * width - per_tile * len(self.parts) + kept * seen, 0)
+        return of_whole + (left + -(-left // width) if self.rows else 1)
+
     def shown_by_whole(self, side: int) -> npt.NDArray[np.int64]:
         """Number of the tile that shows the middle of each token of the whole, borders left out."""
         middles = 2 * np.arange(side) + 1

@@ -95,6 +95,10 @@ class TileGrid:
         del per_tile
         return self._kept_rows(kept, whole)
 
+    def least_rows(self, per_tile: int, kept: int, whole: int | None = None) -> int:
+        """Rows of the decoder, at least; arguments are those of `most_rows`."""
+        return self.most_rows(per_tile, kept, whole)
+
     def shown_by_whole(self, side: int) -> npt.NDArray[np.int64]:
         """Number of the tile that shows the middle of each token of the whole picture.
 
