@@ -36,10 +36,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _advise_stock(config: Mapping[str, Any]) -> str | None:
-    """What to do with the code of a model that was published before its stock class."""
+def _advise_stock(config: Mapping[str, Any]) -> str:
+    """What to do with the code of a model of which no converted repository is known."""
     if config.get("model_type") not in supported_families():
-        return None
+        return (
+            f"no conversion of model_type {config.get('model_type')!r} to a supported class is "
+            f"known; supported are {', '.join(supported_families())}"
+        )
     return (
         f"transformers itself has a class for model_type {config['model_type']!r}: what that "
         "loads and saves needs no code"

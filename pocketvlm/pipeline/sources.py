@@ -14,6 +14,7 @@ from pocketvlm.checkpoint import Checkpoint, read_config, read_model_folder, rea
 from pocketvlm.context import RunContext
 from pocketvlm.errors import CalibrationError, CheckpointError, InputError, RecipeError
 from pocketvlm.evaluation.score import Score, score_bundle, score_checkpoint
+from pocketvlm.models.images.reading import IMAGE_SETTINGS_FILES, read_image_settings
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.processor import Processor
 from pocketvlm.recipes.load import CalibrationOptions, Recipe, default_target
@@ -92,7 +93,8 @@ def inspect_model(model: Path | Shape) -> tuple[ModelSpec, tuple[str, ...]]:
     """The specification of a checkpoint directory or shape, and notes about it.
 
     Only configuration and the headers of the weight files are read. A directory with a config.json
-    and without weights is enough for a plan; a note says so.
+    and without weights is enough for a plan, and so is one without an image processor's settings;
+    notes say so.
 
     Raises:
         CheckpointError: The directory is missing or damaged, or lacks a weight.
@@ -102,11 +104,26 @@ def inspect_model(model: Path | Shape) -> tuple[ModelSpec, tuple[str, ...]]:
         note = f"the shape of {model.source}, without its weights; compressing it takes random ones"
         return model.spec, (note,)
     if model.is_dir() and not any(model.glob("*.safetensors*")) and not any(model.glob("*.bin*")):
-        note = "no weights are here: what is missing, ignored or tied could not be checked"
-        return read_spec(read_config(model)), (note,)
+        return _inspect_configuration(model)
     folder = read_model_folder(model)
     processor = Processor.load(model, folder.spec)
     return processor.spec, (*folder.notes, *processor.notes)
+
+
+def _inspect_configuration(folder: Path) -> tuple[ModelSpec, tuple[str, ...]]:
+    spec = read_spec(read_config(folder))
+    notes = ["no weights are here: what is missing, ignored or tied could not be checked"]
+    if not any((folder / name).exists() for name in IMAGE_SETTINGS_FILES):
+        notes.append(
+            f"no {' or '.join(IMAGE_SETTINGS_FILES)} is here: how pictures are cut and how large "
+            "they become is not known, and tokens are those of config.json"
+        )
+        return spec, tuple(notes)
+    settings = read_image_settings(folder, spec.family, error=CheckpointError)
+    if settings.takes_any_size:
+        spec = spec.with_picture_size(*settings.picture_size)
+    leaves_out = settings.empty_tiles is not None
+    return replace(spec, tiling=settings.tiling, leaves_tiles_out=leaves_out), tuple(notes)
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:

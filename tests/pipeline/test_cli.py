@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pocketvlm.cli import interrupts
+from pocketvlm.reference.random_models import write_tiny_model
 
 from .conftest import RECIPE
 
@@ -120,6 +122,27 @@ def test_planning_loads_no_weights(run_cli, tiny_paths, tmp_path):
     planned = json.loads(out)
     assert planned["visual_tokens"] == 8
     assert planned["bundle_bytes"] > 0
+    assert any("processor_config.json is here" in note for note in planned["warnings"])
+
+
+@pytest.mark.parametrize("name", ["smolvlm-tiles", "qwen2.5-vl", "llava-next"])
+def test_without_weights_pictures_are_planned_as_with_them(run_cli, tmp_path, name):
+    write_tiny_model(name, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*.safetensors"):
+        file.unlink()
+    plans = []
+    for folder in ("whole", "bare"):
+        code, out, _ = run_cli("plan", tmp_path / folder, "--recipe", "int4-small", "--json")
+        assert code == 0
+        plans.append(json.loads(out))
+    whole, bare = plans
+    for key in ("visual_tokens", "visual_tokens_full", "photo_tokens", "weight_bytes"):
+        assert bare[key] == whole[key]
+    (bare_processor,) = (tmp_path / "bare").glob("preprocessor_config.json")
+    bare_processor.write_text('{"image_mean": [0.5]}')
+    refused = run_cli("plan", tmp_path / "bare", "--recipe", "int4-small")
+    assert_one_line(refused, "image_mean must have 3 numbers")
 
 
 def test_the_plan_foresees_the_size_of_the_bundle(run_cli, tiny_paths, finished_runs, tmp_path):

@@ -35,7 +35,10 @@ from pocketvlm.models.images.qwen2_vl import (
 from pocketvlm.models.images.settings import Geometry, ImageSettings
 from pocketvlm.models.images.tilings import Anyres, AspectGrid, SplitGrid
 
-__all__ = ["parse_image_settings", "read_image_settings"]
+__all__ = ["IMAGE_SETTINGS_FILES", "parse_image_settings", "read_image_settings"]
+
+IMAGE_SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files of a folder that may hold them."""
 
 _Document = (
     ClipDocument  # and what is derived of it

@@ -168,7 +168,7 @@ def test_ask_prints_the_answer_and_nothing_else(
     long = "word " * CAPACITY
     for options in ([], ["--json"]):
         assert run([*command, *options, "--prompt", long]) == 2
-        assert "rows of KV cache; allowed are" in capfd.readouterr().err
+        assert "of them for 1 picture; allowed are" in capfd.readouterr().err
 
 
 def test_limits_are_told(bundle: Bundle, runner: ExecutorchRunner) -> None:
