@@ -24,12 +24,10 @@ from pocketvlm.reports.html import render_html
 from pocketvlm.reports.report_file import read_report
 
 _ONNX = ("float", "int8-safe", "int4-balanced", "int4-small", "vq-2bit")
-_EXECUTORCH = ("int8-safe", "int4-balanced")
-_RUNS = tuple(
-    (model, recipe, target)
-    for model in ("pocket-smol", "pocket-llava")
-    for target, recipes in (("onnx", _ONNX), ("executorch", _EXECUTORCH))
-    for recipe in recipes
+_RUNS = (
+    *((model, recipe, "onnx") for model in ("pocket-smol", "pocket-llava") for recipe in _ONNX),
+    ("pocket-smol", "int8-safe", "executorch"),
+    ("pocket-llava", "int4-balanced", "executorch"),
 )
 
 # A picture of the models' own size, and a question as people ask it.
