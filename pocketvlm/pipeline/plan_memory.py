@@ -2,7 +2,7 @@
 
 What is said of ONNX Runtime was measured: whatever is stored as floats becomes float32, and
 products of integers keep float32 scales and a float32 sum for each group, in place of float16
-scales; its sessions take some memory of their own. At SmolVLM-256M's shape, above a process that
+scales; its sessions take some memory as well. At SmolVLM-256M's shape, above a process that
 has loaded nothing: float 1133 MB predicted and 1121 measured at the peak, int8 492 and 473.
 """
 
