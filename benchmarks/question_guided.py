@@ -115,7 +115,7 @@ def batches(checkpoint: Checkpoint, samples: CalibrationSet) -> Iterator[Batch]:
             yield Batch(
                 samples=own,
                 prompts=tuple(prompts[index] for index in own),
-                pixels=processor.pixels([samples.samples[index].open_image() for index in own]),
+                pixels=samples.pixels(processor, own),
                 words=embed_text(checkpoint, torch.tensor([asked[index] for index in own])),
             )
 

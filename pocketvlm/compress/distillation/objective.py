@@ -75,8 +75,7 @@ def fresh_visual(checkpoint: Checkpoint, samples: CalibrationSet) -> VisualSourc
     """Runs the tower; what a student needs whose tower or projector is trained."""
 
     def look(chosen: Sequence[int]) -> VisualTokens:
-        images = [samples.samples[index].open_image() for index in chosen]
-        return encode_images(checkpoint, checkpoint.processor.pixels(images))
+        return encode_images(checkpoint, samples.pixels(checkpoint.processor, chosen))
 
     return look
 

@@ -107,9 +107,8 @@ def record_targets(
     with cache_dense_weights(teacher.model):
         for chosen in ordered_batches(prompts, range(len(prompts)), _BATCH):
             batch = make_batch(prompts, chosen)
-            images = [samples.samples[index].open_image() for index in chosen]
             # As the student cuts them, which may be into fewer tiles.
-            seen = encode_images(teacher, student.processor.pixels(images))
+            seen = encode_images(teacher, samples.pixels(student.processor, chosen))
             found = answer_states(teacher, batch, seen)
             if not bool(torch.isfinite(found).all()):
                 raise CalibrationError(
