@@ -202,7 +202,9 @@ class GradientNorms:
 
     def _find(self, name: str) -> tuple[Tensor, float] | None:
         found = find_tensors(self._path(name))
-        return None if found is None else (found[0][_KEY], float(found[1][_SIGNAL]))
+        if found is None or _SIGNAL not in found[1]:
+            return None
+        return found[0][_KEY], float(found[1][_SIGNAL])
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
