@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pocketvlm.calibration.gradients.layer_gradients import LayerGradient
+from pocketvlm.calibration.walk.activations import float64_device
 from pocketvlm.compress.layerwise.scratch import find_tensors, keep_tensors
 from pocketvlm.context import ALONE, Ranks
 from pocketvlm.errors import StorageError
@@ -47,7 +48,7 @@ def shrink_scatter(means: Tensor, noise: float) -> tuple[Tensor, float]:
     if overall == 0:
         return means, 0.0
     typical = torch.outer(means.mean(dim=1), means.mean(dim=0) / overall)
-    scatter = float((means - typical).square().sum(dtype=torch.float64))
+    scatter = _squared_length(means - typical)
     signal = max(0.0, 1 - noise / scatter) if scatter > 0 else 0.0
     return typical.lerp_(means, signal), signal
 
@@ -78,8 +79,7 @@ class NormMean:
             gradient = outputs.T @ inputs
             size = gradient.abs_() if self._norm == "l1" else gradient.square_()
             self.samples += 1
-            power = float(size.square().sum(dtype=torch.float64))
-            self._power += (power - self._power) / self.samples
+            self._power += (_squared_length(size) - self._power) / self.samples
             self._mean = size if self._mean is None else self._mean.lerp_(size, 1 / self.samples)
 
     def join(self, ranks: Ranks) -> None:
@@ -99,8 +99,7 @@ class NormMean:
         """Variance of the mean of |g|, or of g^2, summed over elements; that of one is unknown."""
         if self._mean is None or self.samples < 2:  # noqa: PLR2004  (a variance needs two)
             return math.inf
-        own = float(self._mean.square().sum(dtype=torch.float64))
-        return max(0.0, self._power - own) / (self.samples - 1)
+        return max(0.0, self._power - _squared_length(self._mean)) / (self.samples - 1)
 
     def result(self, *, shrink: bool = False) -> tuple[Tensor, float]:
         """The norms; nothing can be added after it.
@@ -116,9 +115,16 @@ class NormMean:
         """
         if self._mean is None:
             raise ValueError("a norm needs at least one sample")
-        shrunk, signal = shrink_scatter(self._mean, self.noise)
-        mean = shrunk if shrink else self._mean
+        mean = self._mean.to(float64_device(self._mean.device))
+        shrunk, signal = shrink_scatter(mean, self.noise)
+        mean = shrunk if shrink else mean
         return (mean if self._norm == "l1" else mean.sqrt_()), signal
+
+
+def _squared_length(values: Tensor) -> float:
+    """Sum of squares, where there is float64."""
+    values = values.to(float64_device(values.device))
+    return float(values.square().sum(dtype=torch.float64))
 
 
 class GradientNorms:
