@@ -133,7 +133,7 @@ def test_an_interrupt_writes_what_was_measured(tiny_bundle, type_bench, tmp_path
     ("arguments", "message"),
     [
         (["--runtime", "executorch"], "has no graphs for executorch"),
-        (["--device", "toaster"], "'toaster' is not known"),
+        (["--device", "toaster"], "'toaster': is none of the ways to a device"),
         (["--profile", "toaster"], "'toaster' is not known"),
         (["--image", "nothing.png"], "nothing.png"),
         (["--image-size", "64", "--image-size", "64"], "names a value twice"),
