@@ -11,18 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from pocketvlm.calibration.data.folder import read_folder
 from pocketvlm.calibration.data.photos import folder_photos, photo_samples, shipped_photos
 from pocketvlm.calibration.data.sample import Sample
 from pocketvlm.errors import CalibrationError
-from pocketvlm.processor import Processor
 from pocketvlm.reference import Pictures
+
+if TYPE_CHECKING:  # reading samples needs no torch
+    from torch import Tensor
+
+    from pocketvlm.processor import Processor
 
 __all__ = ["CalibrationSet", "Sample", "Split"]
 

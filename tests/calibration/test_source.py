@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -167,3 +169,11 @@ def test_the_synthetic_fallback_declares_itself():
     assert noise.sha256 != CalibrationSet.synthetic(4, seed=2).sha256
     low, high = noise.samples[0].open_image().convert("L").getextrema()
     assert high - low > 100
+
+
+def test_reading_samples_needs_no_torch():
+    script = "import sys, pocketvlm.calibration.source; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
