@@ -17,6 +17,7 @@ from pocketvlm.errors import CheckpointError
 from pocketvlm.models.blocks import BlockSpec
 from pocketvlm.models.decoder import DecoderSpec
 from pocketvlm.models.folds import Fold
+from pocketvlm.models.images.settings import ImageSettings
 from pocketvlm.models.images.tilings import Tiling
 from pocketvlm.models.layers import (
     LinearSpec,
@@ -233,6 +234,14 @@ class ModelSpec:
         spec = replace(self, tower=tower)
         spec.check()
         return spec
+
+    def sized_by(self, settings: ImageSettings) -> ModelSpec:
+        """The same for the pictures that an image processor makes, of whatever size it says.
+
+        Raises:
+            CheckpointError: The sizes do not fit the model.
+        """
+        return self.with_picture_size(*settings.picture_size) if settings.takes_any_size else self
 
     def with_token_merges(self, merges: tuple[TokenMerge, ...]) -> ModelSpec:
         """The same with tokens that are merged within the tower.

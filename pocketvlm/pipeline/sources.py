@@ -120,10 +120,9 @@ def _inspect_configuration(folder: Path) -> tuple[ModelSpec, tuple[str, ...]]:
         )
         return spec, tuple(notes)
     settings = read_image_settings(folder, spec.family, error=CheckpointError)
-    if settings.takes_any_size:
-        spec = spec.with_picture_size(*settings.picture_size)
     leaves_out = settings.empty_tiles is not None
-    return replace(spec, tiling=settings.tiling, leaves_tiles_out=leaves_out), tuple(notes)
+    spec = replace(spec.sized_by(settings), tiling=settings.tiling, leaves_tiles_out=leaves_out)
+    return spec, tuple(notes)
 
 
 def select_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:

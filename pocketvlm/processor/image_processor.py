@@ -99,10 +99,7 @@ class ImageProcessor:
             changes: What differs, as the library's image processor is told.
         """
         stock = type(self.stock).from_dict({**self.stock.to_dict(), **changes})
-        spec = self.spec
-        if settings.takes_any_size:
-            spec = spec.with_picture_size(*settings.picture_size)
-        return replace(self, stock=stock, settings=settings, spec=spec)
+        return replace(self, stock=stock, settings=settings, spec=self.spec.sized_by(settings))
 
     def pixels(self, images: Sequence[Image], grids: Sequence[TileGrid] | None = None) -> Tensor:
         """Pixels of all tiles, float32 [tiles, channels, height, width], picture by picture.

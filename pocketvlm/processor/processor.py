@@ -89,9 +89,7 @@ class Processor:
         """
         refuse_foreign_code(path)
         settings = read_image_settings(path, spec.family, error=CheckpointError)
-        if settings.takes_any_size:
-            spec = spec.with_picture_size(*settings.picture_size)
-        text = read_stock_tokenizer(path, spec)
+        text = read_stock_tokenizer(path, spec.sized_by(settings))
         image_processor = ImageProcessor.load(path, text.spec)
         files = {
             name: (path / name).read_bytes() for name in PROCESSOR_FILES if (path / name).is_file()
