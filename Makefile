@@ -82,7 +82,7 @@ test-ecosystem:
 	$(ECOSYSTEM)/bin/python -m pip install --quiet ./plugins/optimum
 	$(ECOSYSTEM)/bin/python -m pip check
 	$(ECOSYSTEM)/bin/pocketvlm doctor
-	POCKETVLM_ECOSYSTEM=1 OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
+	POCKETVLM_ECOSYSTEM=1 OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem tests/hub
 
 clean:
 	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(LOCKER) $(ECOSYSTEM) runs build dist *.egg-info

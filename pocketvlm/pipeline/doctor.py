@@ -17,6 +17,7 @@ from pocketvlm.runtime.versions import is_older
 
 __all__ = ["Finding", "examine"]
 
+_PLUGIN = "pocketvlm-optimum"
 _MIN_FREE_BYTES = 2_000_000_000
 
 
@@ -42,10 +43,11 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Checks Python, every requirement of the package and its extras, memory and disk."""
+    """Checks Python, every requirement of package and extras, the plugin, memory and disk."""
     return (
         Finding(name="python", verdict="ok", detail=platform.python_version()),
         *(_check_requirement(text) for text in metadata.requires("pocketvlm") or ()),
+        _check_plugin(),
         _check_memory(),
         _check_disk(),
     )
@@ -73,6 +75,16 @@ def _check_requirement(text: str) -> Finding:
     return Finding(
         name=requirement.name, verdict="broken", detail=f"{found} is installed; needs {wanted}"
     )
+
+
+def _check_plugin() -> Finding:
+    """The command that optimum finds; a distribution of its own, which no extra can name."""
+    try:
+        found = metadata.version(_PLUGIN)
+    except metadata.PackageNotFoundError:
+        detail = "pip install ./plugins/optimum adds optimum-cli export pocketvlm"
+        return Finding(name=_PLUGIN, verdict="missing", detail=detail)
+    return Finding(name=_PLUGIN, verdict="ok", detail=f"{found}; optimum-cli export pocketvlm")
 
 
 def _told(name: str, found: str) -> str:

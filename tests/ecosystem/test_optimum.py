@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.cli.app import app
+from pocketvlm.pipeline.doctor import examine
 from tests.ecosystem.libraries import needed
 
 
@@ -58,3 +60,9 @@ def test_a_wrong_word_is_told(arguments, code, message):
     assert asked.returncode == code
     assert message in asked.stderr
     assert "Traceback" not in asked.stderr
+
+
+def test_doctor_tells_the_plugins_version():
+    needed("optimum.commands.optimum_cli")
+    (found,) = (one for one in examine() if one.name == "pocketvlm-optimum")
+    assert (found.verdict, found.detail.partition(";")[0]) == ("ok", version("pocketvlm-optimum"))

@@ -172,7 +172,7 @@ def test_lists_and_doctor(run_cli):
     code, out, _ = run_cli("doctor", "--json")
     assert code == 0
     names = {finding["name"] for finding in json.loads(out)["findings"]}
-    assert {"torch", "onnxruntime", "coremltools", "memory"} <= names
+    assert {"torch", "onnxruntime", "coremltools", "pocketvlm-optimum", "memory"} <= names
     assert run_cli("--version")[1].strip()
 
 
