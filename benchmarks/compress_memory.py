@@ -156,6 +156,7 @@ def measure(shape: str, recipe: str, options: argparse.Namespace, root: Path) ->
         "predicted_bytes": plan["bundle_bytes"],
         "stage_seconds": {stage["method"]: stage["seconds"] for stage in report["stages"]},
         "hours_per_billion": _hours_per_billion(report),
+        "predicted_stage_seconds": (plan["compress_time"] or {}).get("seconds", {}),
         "peak_to_source": finished.peak_rss_bytes / size["source_bytes"],
         "bundle_to_source": size["bundle_share"],
         "latency": report["latency"],
@@ -164,8 +165,8 @@ def measure(shape: str, recipe: str, options: argparse.Namespace, root: Path) ->
 
 
 def _hours_per_billion(report: dict[str, Any]) -> float:
-    """What the stages took, for as many weights of 16 bits as the source has."""
-    weights = report["size"]["source_bytes"] / 2
+    """What the stages took, for as many weights as the source has."""
+    weights = report["size"]["source_weights"]
     return sum(stage["seconds"] for stage in report["stages"]) / 3600 / weights * 1e9
 
 

@@ -36,6 +36,7 @@ from pocketvlm.errors import CheckFailedError, InputError
 
 if TYPE_CHECKING:
     from pocketvlm.pipeline.source_check import SourceCheckMode, SourceReport
+    from pocketvlm.reports.report import Report
 
 __all__ = ["compress", "convert", "demo", "plan", "recipes"]
 
@@ -101,12 +102,21 @@ def compress(
             return
         result = job.run(out, ranks=ranks, on_progress=on_progress)
     print_summary(result.report)
+    _print_stage_time(result.report)
     say(f"report   {result.out / 'report.html'}")
     say(f"bundle   {result.out / 'bundle'}")
     if as_json:
         print_json(result.report.document)
     if result.failures:
         raise CheckFailedError("; ".join(result.failures))
+
+
+def _print_stage_time(report: Report) -> None:
+    """Says how long the stages took, as `plan` predicts it."""
+    seconds = sum(stage.seconds or 0.0 for stage in report.stages)
+    if seconds and report.size.source_weights:
+        each = seconds / 3600 / report.size.source_weights * 1e9
+        say(f"stages   {seconds / 3600:.2f} h, {each:.2f} h a billion weights")
 
 
 def _source_check_mode(*, verify: bool, allow: bool) -> SourceCheckMode:

@@ -56,9 +56,14 @@ def calibrate(*, threads: int | None, as_json: bool) -> None:
     from pocketvlm.device_bench.prediction.calibration.host import calibrate_host
     from pocketvlm.device_bench.prediction.calibration.host_file import calibration_path
     from pocketvlm.json_io import encode
+    from pocketvlm.pipeline.compress_time.measure import calibrate_compress
+    from pocketvlm.pipeline.compress_time.rates import compress_calibration_path
 
+    count = threads or _physical_cores()
     with show_progress() as on_progress:
-        found = calibrate_host(threads or _physical_cores(), RunContext(on_progress=on_progress))
+        ctx = RunContext(on_progress=on_progress)
+        found = calibrate_host(count, ctx)
+        compressing = calibrate_compress(count, ctx)
     rates = found.rates
     say(f"calibrated     {found.processor}, {rates.threads} threads, in {found.seconds:.0f} s")
     if found.load_average_1m is not None:
@@ -70,9 +75,16 @@ def calibrate(*, threads: int | None, as_json: bool) -> None:
             f"  {kernel:<12} {product.macs_s / 1e9:8.1f} G multiplications/s of many rows, "
             f"{product.weights_s / 1e9:6.1f} G weights/s of one"
         )
+    for reached in compressing.rates:
+        say(
+            f"  compress     {reached.product_macs_s / 1e9:8.1f} G multiplications/s in float32, "
+            f"{reached.threads} threads"
+        )
     say(f"kept in        {calibration_path()}")
+    say(f"               {compress_calibration_path()}")
     if as_json:
-        print_json({"path": str(calibration_path()), **encode(found)})
+        own = {"path": str(compress_calibration_path()), **encode(compressing)}
+        print_json({"path": str(calibration_path()), **encode(found), "compress": own})
 
 
 def _physical_cores() -> int:

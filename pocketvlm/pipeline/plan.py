@@ -20,6 +20,7 @@ from pocketvlm.models.layers import PARTS
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.pipeline.advice.advice import Advice, advise
 from pocketvlm.pipeline.compress_memory import predict_compress_bytes
+from pocketvlm.pipeline.compress_time.predict import CompressTime, predict_compress_time
 from pocketvlm.pipeline.plan_memory import (
     FLOAT32_BYTES,
     TURN_TOKENS,
@@ -65,6 +66,7 @@ class Plan:
             the vision graph that needs most.
         compress_bytes: Predicted memory of `compress` itself, at the least, without the toolkits
             that targets other than ONNX convert with.
+        compress_time: How long the stages take on this host; `None` where none computes.
         refused: What a target or the device cannot run, and what would work.
         warnings: What is allowed, but should be known.
         prediction: Times on the device that was asked for; `None` without one.
@@ -92,6 +94,7 @@ class Plan:
     kv_cache_bytes: int
     ram_bytes: int
     compress_bytes: int
+    compress_time: CompressTime | None
     refused: tuple[str, ...]
     warnings: tuple[str, ...]
     prediction: DevicePrediction | None = None
@@ -123,6 +126,7 @@ class Plan:
             f"{TURN_TOKENS} tokens of text",
             f"memory         {self.ram_bytes / 1e6:.0f} MB on the device, predicted; at least "
             f"{self.compress_bytes / 1e6:.0f} MB to compress{self._toolkits()}",
+            *(() if self.compress_time is None else self.compress_time.lines()),
             *(() if self.prediction is None else self.prediction.lines()),
             *(() if self.advice is None else self.advice.lines()),
             *(f"warning        {warning}" for warning in self.warnings),
@@ -242,6 +246,9 @@ def plan(
         kv_cache_bytes=memories[0].cache_bytes,
         ram_bytes=ram_bytes,
         compress_bytes=predict_compress_bytes(spec, state, recipe.stages, recipe.targets),
+        compress_time=predict_compress_time(
+            state, recipe.stages, samples=recipe.calibration.samples
+        ),
         refused=tuple(refused),
         warnings=tuple(warnings),
         prediction=None if profile is None else predict_on(profile, state, recipe.targets),

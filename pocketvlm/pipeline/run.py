@@ -34,7 +34,7 @@ from pocketvlm.pipeline.identity import (
 from pocketvlm.pipeline.journal import Journal
 from pocketvlm.pipeline.plan import plan_stages, recipe_prefill_times
 from pocketvlm.pipeline.preflight import Readers, certificate_samples, check_data, check_model
-from pocketvlm.pipeline.run_report import assemble_report, weight_bytes_by_part
+from pocketvlm.pipeline.run_report import StoredWeights, assemble_report
 from pocketvlm.pipeline.shared_run import (
     beside,
     count_shared,
@@ -155,7 +155,7 @@ def _run(
     command: str,
 ) -> RunResult:
     out = journal.out
-    source_parts = weight_bytes_by_part(checkpoint)
+    before = StoredWeights.of(checkpoint)
     identity = journal.identity
     keys = stage_keys(
         *(identity.model, identity.calibration, identity.seed, conditions() | beside(ctx)),
@@ -187,7 +187,7 @@ def _run(
         threads=ctx.threads,
         stages=_stage_rows(journal, keys, checkpoint.history),
         source=source,
-        source_parts=source_parts,
+        before=before,
         scores=(quality_float, compressed) if quality_float and compressed else None,
         bench=bench,
         notes=(*checked, *note_sharing(recipe.stages, ctx)),

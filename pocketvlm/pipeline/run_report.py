@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pocketvlm.bundle import Bundle
@@ -21,10 +21,33 @@ from pocketvlm.reports.report import Report, Size
 from pocketvlm.reports.report_file import parse_report
 from pocketvlm.runtime.engines import EMULATED, choose_engine
 
-__all__ = ["assemble_report", "weight_bytes_by_part"]
+__all__ = ["StoredWeights", "assemble_report"]
 
 _BESIDE = "processor"
 """The report's name for files of a bundle that belong to no target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """Weight matrices of a checkpoint.
+
+    Attributes:
+        count: Their elements.
+        part_bytes: Stored bytes by part of the model.
+    """
+
+    count: int
+    part_bytes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> StoredWeights:
+        """Those that a checkpoint has now."""
+        part_bytes: dict[str, int] = {}
+        count = 0
+        for linear, form in checkpoint.forms().items():
+            part_bytes[linear.part] = part_bytes.get(linear.part, 0) + form.stored_bytes
+            count += linear.out_features * linear.in_features
+        return cls(count=count, part_bytes=part_bytes)
 
 
 def assemble_report(
@@ -37,7 +60,7 @@ def assemble_report(
     threads: int,
     stages: Sequence[Mapping[str, Any]],
     source: SourceReport,
-    source_parts: Mapping[str, int],
+    before: StoredWeights,
     scores: tuple[Score, Score] | None,
     bench: Measurement | None,
     notes: Sequence[str],
@@ -53,7 +76,7 @@ def assemble_report(
         threads: Threads of the run.
         stages: The records of the stages.
         source: What the source check found.
-        source_parts: Bytes of the source's weight matrices, by part.
+        before: The source's weight matrices.
         scores: Of the checkpoint in float and of the bundle; `None` where none was measured.
         bench: What was timed; `None` where nothing was.
         notes: What was noted of the data before anything ran.
@@ -77,7 +100,7 @@ def assemble_report(
         "calibration": calibration.describe(),
         "environment": describe_environment(threads),
         "stages": list(stages),
-        "size": encode(_size(checkpoint, built.bundle, source_parts)),
+        "size": encode(_size(checkpoint, built.bundle, before)),
         "quality": None if scores is None else _quality(*scores),
         "source_check": source.to_json(),
         "parity": built.parity.to_json(),
@@ -123,15 +146,7 @@ def _arms_of(bundle: Bundle, bench: Measurement) -> tuple[MeasuredArm, ...]:
     return tuple(arm for arm in bench.arms.values() if arm.bundle.manifest_sha256 == digest)
 
 
-def weight_bytes_by_part(checkpoint: Checkpoint) -> dict[str, int]:
-    """Stored bytes of the weight matrices, by part of the model."""
-    weights: dict[str, int] = {}
-    for linear, form in checkpoint.forms().items():
-        weights[linear.part] = weights.get(linear.part, 0) + form.stored_bytes
-    return weights
-
-
-def _size(checkpoint: Checkpoint, bundle: Bundle, source_parts: Mapping[str, int]) -> Size:
+def _size(checkpoint: Checkpoint, bundle: Bundle, before: StoredWeights) -> Size:
     parts: dict[str, int] = {}
     for name in bundle.manifest.files:
         part = name.partition("/")[0] if "/" in name else _BESIDE
@@ -144,8 +159,9 @@ def _size(checkpoint: Checkpoint, bundle: Bundle, source_parts: Mapping[str, int
         bundle_bytes=bundle.stored_bytes(),
         bundle_share=largest / checkpoint.source.weight_bytes,
         parts=parts,
-        weight_bytes=weight_bytes_by_part(checkpoint),
-        source_weight_bytes=source_parts,
+        weight_bytes=StoredWeights.of(checkpoint).part_bytes,
+        source_weight_bytes=before.part_bytes,
+        source_weights=before.count,
     )
 
 

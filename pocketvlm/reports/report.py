@@ -108,6 +108,7 @@ class Size:
         parts: Bytes of the bundle, by folder.
         weight_bytes: Bytes of the compressed weight matrices, by part of the model.
         source_weight_bytes: Bytes of the source's weight matrices, by part of the model.
+        source_weights: Elements of these.
     """
 
     source_bytes: int | None = None
@@ -116,6 +117,7 @@ class Size:
     parts: Mapping[str, int] = field(default_factory=dict)
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
     source_weight_bytes: Mapping[str, int] = field(default_factory=dict)
+    source_weights: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

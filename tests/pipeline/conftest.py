@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pocketvlm.cli import interrupts, main
+from pocketvlm.pipeline.compress_time import measure
 from tests.forked import fork_cli
 from tests.shared import make_once
 
@@ -81,3 +82,15 @@ def finished_runs(tiny_paths, recipe_path, tmp_path_factory):
 
     root = make_once(tmp_path_factory, "finished-runs", make)
     return {family: root / family for family in tiny_paths}
+
+
+@pytest.fixture
+def quick_compress_rates(monkeypatch):
+    """Has the speed of compression measured on layers that a test can wait for."""
+    for name, sizes in {
+        "_TOKENS": 32,
+        "_WIDTH": 64,
+        "_FACTORED": (32, 96),
+        "_LAYERS": ((32, 64), (256, 64), (32, 128)),
+    }.items():
+        monkeypatch.setattr(measure, name, sizes)

@@ -239,6 +239,7 @@ def test_all_devices_are_listed(run_cli):
     assert len(json.loads(out)["devices"]) == len(list_devices())
 
 
+@pytest.mark.usefixtures("quick_compress_rates")
 def test_the_host_is_calibrated_by_bench_which_then_needs_no_bundle(run_cli):
     code, out, err = run_cli("bench", "--calibrate-host", "--threads", "1", "--json")
     assert code == 0, err
@@ -246,6 +247,8 @@ def test_the_host_is_calibrated_by_bench_which_then_needs_no_bundle(run_cli):
     assert document["path"] == str(host_file.calibration_path())
     assert document["path"] in err
     assert host_file.calibration_path().is_file()
+    assert document["compress"]["path"] in err
+    assert plan(SHAPE, load_recipe("int4-small")).compress_time.seconds.keys() == {"1"}
     code, _, err = run_cli("bench")
     assert code == 2
     assert "BUNDLE is missing" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from pocketvlm.calibration.walk.activations import MAIN_MEMORY
 from pocketvlm.weights.form import WeightForm
 from pocketvlm.weights.sparse import SparseWeight
 
-__all__ = ["keeps_in", "row_chunks"]
+__all__ = ["count_chunks", "keeps_in", "row_chunks"]
 
 _CHUNK_ELEMENTS = 1024 * 1024
 
@@ -21,11 +22,20 @@ def row_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a weight in float64 on a device, as many at a time as working memory should hold."""
     rows, columns = form.shape
-    step = max(1, _CHUNK_ELEMENTS // columns)
+    step = _chunk_rows(columns)
     for start in range(0, rows, step):
         chosen = slice(start, min(start + step, rows))
         dense = form.take_rows(torch.arange(chosen.start, chosen.stop))
         yield chosen, dense.to(device, torch.float64)
+
+
+def count_chunks(rows: int, columns: int) -> int:
+    """How many chunks `row_chunks` makes of a weight."""
+    return math.ceil(rows / _chunk_rows(columns))
+
+
+def _chunk_rows(columns: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // columns)
 
 
 def keeps_in(form: WeightForm, rows: slice, device: torch.device = MAIN_MEMORY) -> Tensor | None:
