@@ -9,10 +9,10 @@ from pathlib import Path
 from pocketvlm.compress.quantization.affine.grid import GridKind
 from pocketvlm.device_bench.prediction.calibration.host_file import (
     calibration_path,
+    keep_measured,
     machine_identity,
+    read_measured,
 )
-from pocketvlm.errors import InputError, StorageError
-from pocketvlm.json_io import DecodeError, decode, encode, read_json, write_json
 from pocketvlm.machine import toolchain_versions
 
 __all__ = [
@@ -131,34 +131,22 @@ def keep_compress_calibration(found: CompressCalibration) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    path = compress_calibration_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, encode(found))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+    keep_measured(compress_calibration_path(), found)
 
 
 def read_compress_calibration() -> CompressCalibration | str:
     """The calibration of this host, or why there is none that holds."""
-    path, again = compress_calibration_path(), "run pocketvlm bench --calibrate-host"
-    if not path.exists():
-        return f"this machine is not calibrated; {again}"
-    try:
-        found = decode(CompressCalibration, read_json(path, error=InputError))
-    except (DecodeError, InputError) as error:
-        return f"{path}: not a calibration of this version ({error}); {again}"
-    if found.schema != SCHEMA:
-        return f"{path}: schema {found.schema}, and this version reads {SCHEMA}; {again}"
     processor, cores, _ = machine_identity()
-    for what, was, now in (
-        ("processor", found.processor, processor),
-        ("number of cores", found.cores, cores),
-        ("version of torch", found.torch, torch_version()),
-    ):
-        if was != now:
-            return f"{path}: is of another {what} ({was}, and now {now}); {again}"
-    return found
+    return read_measured(
+        CompressCalibration,
+        compress_calibration_path(),
+        SCHEMA,
+        lambda found: (
+            ("processor", found.processor, processor),
+            ("number of cores", found.cores, cores),
+            ("version of torch", found.torch, torch_version()),
+        ),
+    )
 
 
 def torch_version() -> str:

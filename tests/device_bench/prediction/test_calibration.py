@@ -126,7 +126,7 @@ def test_a_calibration_is_kept_and_read_again(cache, measured):
     ("key", "value", "complaint"),
     [
         ("processor", "another", "is of another processor (another, and now "),
-        ("cores", 4096, "is of another cores (4096, and now "),
+        ("cores", 4096, "is of another number of cores (4096, and now "),
         ("onnxruntime", "0.1", "is of another ONNX Runtime (0.1, and now "),
         ("schema", 7, "schema 7, and this version reads 3"),
         ("rates", {}, "not a calibration of this version (rates.threads: is missing)"),

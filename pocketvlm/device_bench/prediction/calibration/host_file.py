@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from pocketvlm.device_bench.prediction.calibration.probe_times import ProbeTimes
 from pocketvlm.device_bench.prediction.rates import Rates
@@ -19,12 +20,28 @@ __all__ = [
     "HostCalibration",
     "calibration_path",
     "keep_calibration",
+    "keep_measured",
     "machine_identity",
     "read_calibration",
+    "read_measured",
 ]
 
 SCHEMA = 3
 """The version of the file that this package writes and reads."""
+
+Condition = tuple[str, object, object]
+"""What a measurement belongs to, as it was then, and as it is now."""
+
+
+class Measured(Protocol):
+    """What is kept of a measurement of this machine."""
+
+    @property
+    def schema(self) -> int:
+        """Version of its file."""
+
+
+MeasuredT = TypeVar("MeasuredT", bound=Measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +88,30 @@ def keep_calibration(found: HostCalibration) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    path = calibration_path()
+    keep_measured(calibration_path(), found)
+
+
+def read_calibration() -> HostCalibration | str:
+    """The calibration of this machine, or why there is none that holds."""
+    processor, cores, runtime = machine_identity()
+    return read_measured(
+        HostCalibration,
+        calibration_path(),
+        SCHEMA,
+        lambda found: (
+            ("processor", found.processor, processor),
+            ("number of cores", found.cores, cores),
+            ("ONNX Runtime", found.onnxruntime, runtime),
+        ),
+    )
+
+
+def keep_measured(path: Path, found: Measured) -> None:
+    """Keeps what was measured on this machine for `read_measured`.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, encode(found))
@@ -79,23 +119,30 @@ def keep_calibration(found: HostCalibration) -> None:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def read_calibration() -> HostCalibration | str:
-    """The calibration of this machine, or why there is none that holds."""
-    path, again = calibration_path(), "run pocketvlm bench --calibrate-host"
+def read_measured(
+    kind: type[MeasuredT],
+    path: Path,
+    schema: int,
+    conditions: Callable[[MeasuredT], Iterable[Condition]],
+) -> MeasuredT | str:
+    """What was measured on this machine, or why nothing that holds is kept.
+
+    Args:
+        kind: The class of the file.
+        path: The file.
+        schema: The version that is read.
+        conditions: Under which it was measured, beside those of now.
+    """
+    again = "run pocketvlm bench --calibrate-host"
     if not path.exists():
         return f"this machine is not calibrated; {again}"
     try:
-        found = decode(HostCalibration, read_json(path, error=InputError))
+        found = decode(kind, read_json(path, error=InputError))
     except (DecodeError, InputError) as error:
         return f"{path}: not a calibration of this version ({error}); {again}"
-    processor, cores, runtime = machine_identity()
-    if found.schema != SCHEMA:
-        return f"{path}: schema {found.schema}, and this version reads {SCHEMA}; {again}"
-    for what, was, now in (
-        ("processor", found.processor, processor),
-        ("cores", found.cores, cores),
-        ("ONNX Runtime", found.onnxruntime, runtime),
-    ):
+    if found.schema != schema:
+        return f"{path}: schema {found.schema}, and this version reads {schema}; {again}"
+    for what, was, now in conditions(found):
         if was != now:
             return f"{path}: is of another {what} ({was}, and now {now}); {again}"
     return found
