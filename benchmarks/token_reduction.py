@@ -4,10 +4,11 @@
     python benchmarks/token_table.py --rows rows
 
 For each model, every method at every share of the tokens becomes a bundle, which answers the same
-held-out questions, and is timed in turns with the bundle of all tokens. Each finished row is
-appended to a file of ROWS at once: a stopped run continues where it was. `token_table.py`
-makes tables and plots of the rows. `--engine torch` asks the float model in torch instead, in
-batches and without times, which is several times faster.
+held-out questions, and is timed in turns with the bundle of all tokens. What the two vision graphs
+have in common runs once per tile for all methods (`shared_tower.py`), except where times are taken.
+Each finished row is appended to a file of ROWS at once: a stopped run continues where it was.
+`token_table.py` makes tables and plots of the rows. `--engine torch` asks the float model in torch
+instead, in batches and without times, which is several times faster.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared_tower import SharedTower
 from token_rows import ENGINES, Row, append_row, read_rows, rows_file
 
 from pocketvlm.bundle import Bundle
@@ -107,6 +109,7 @@ def measure(model: str, options: argparse.Namespace, work: Path) -> None:
         if row.n >= options.n  # the first n questions of a seed are always the same
     }
     whole = _export(_compressed(source, ()), work / "whole")
+    tower = SharedTower(whole, work)
     picture, question = work / "picture.jpg", next(iter(samples)).question
     next(iter(samples)).open_image().save(picture, quality=95)
     spec = Checkpoint.load(source).spec
@@ -124,7 +127,7 @@ def measure(model: str, options: argparse.Namespace, work: Path) -> None:
         else:
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 bundle = _export(checkpoint, Path(folder))
-                score = score_bundle(bundle, samples, **asks)
+                score = score_bundle(bundle, samples, engines={"onnx": tower.open}, **asks)
                 times = time_beside(whole, bundle, picture, question, options)
         row = Row(
             model=model,
