@@ -262,12 +262,12 @@ def test_a_saved_checkpoint_merges_again(
         ({"first_block": 2, "blocks": 1}, "merged in blocks 2; allowed are .*, 0 to 1$"),
         ({"blocks": 3}, "merged in blocks 0, 1, 2; allowed are"),
         (
-            {"merger": MergeNeighbours(), "keep": 6, "blocks": 1},
-            "6 patches are not the number of its rectangles",
+            {"merger": MergeNeighbours(), "keep": 6, "first_block": 0, "blocks": 1},
+            "block 0: 6 of 16 patches are to remain; neighbours leaves 8 or 4 or 2 or 1, ",
         ),
         (
             {"merger": MergeNeighbours(), "first_block": 0, "blocks": 2, "keep": 4},
-            "not the number|have no neighbours",
+            "block 0: 10 of 16 patches are to remain; neighbours leaves .*, all in one block",
         ),
     ],
 )

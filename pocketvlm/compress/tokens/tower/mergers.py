@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+from pocketvlm.errors import RecipeError
 from pocketvlm.models.token_merging import (
     ImportantTokens,
     NeighbourTokens,
@@ -36,7 +37,11 @@ class Merger(ABC):
 
     @abstractmethod
     def merge(self, tower: TowerSpec, block: int, patches: int) -> TokenMerge:
-        """The merge after the attention of a block that leaves `patches`."""
+        """The merge after the attention of a block that leaves `patches`.
+
+        Raises:
+            RecipeError: The rule cannot leave as many.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +79,17 @@ class MergeNeighbours(Merger):
         return min(found, key=lambda each: abs(math.log(each / count)), default=count)
 
     def merge(self, tower: TowerSpec, block: int, patches: int) -> TokenMerge:
-        """The merge of one block."""
+        """The merge of one block.
+
+        Raises:
+            RecipeError: No rectangle leaves as many patches.
+        """
         shapes = {tower.patches // (high * wide): (high, wide) for high, wide in _rectangles(tower)}
+        if shapes and patches not in shapes:
+            raise RecipeError(
+                f"merge_tokens: block {block}: {patches} of {tower.patches} patches are to remain; "
+                f"neighbours leaves {' or '.join(map(str, shapes))}, all in one block"
+            )
         rows, columns = shapes.get(patches, _RECTANGLES[0])
         return NeighbourTokens(block=block, patches=patches, rows=rows, columns=columns)
 
