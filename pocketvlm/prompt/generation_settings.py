@@ -124,7 +124,12 @@ class GenerationSettings:
     @property
     def is_plain(self) -> bool:
         """Whether the next token is simply the likeliest."""
-        return not self.to_json()
+        # Asked for every token of an answer, so without the copies that `to_json` makes.
+        return all(
+            getattr(self, item.name) == item.default
+            for item in fields(self)
+            if item.name != "eos_token_ids"
+        )
 
     def adjust(self, logits: Logits, prompt: Sequence[int], answer: Sequence[int]) -> Logits:
         """The logits after every setting.
