@@ -152,10 +152,18 @@ def test_a_step_removes_the_even_tokens_that_are_most_like_an_odd_one(
         similarity = cosines(features[left])
         even, odd = range(0, len(left), 2), range(1, len(left), 2)
         closest = {place: max(similarity[place, other] for other in odd) for place in even}
-        goes = sorted(even, key=lambda place: -closest[place])[: len(left) - keep]
+        most = min(len(left) - keep, max(1, len(left) // 4))
+        goes = sorted(even, key=lambda place: -closest[place])[:most]
         left = [name for place, name in enumerate(left) if place not in goes]
     found = drop_duplicates(torch.from_numpy(features)[None], torch.arange(count)[None], keep)
     assert found[0].tolist() == left
+
+
+@pytest.mark.parametrize("place", [0, 6, 17])
+def test_a_token_that_is_like_no_other_stays_among_many_alike(place: int) -> None:
+    features = torch.tensor([1.0, 0.0]).repeat(1, 40, 1)
+    features[0, place] = torch.tensor([0.0, 1.0])
+    assert place in drop_duplicates(features, torch.arange(40)[None], 4)[0].tolist()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

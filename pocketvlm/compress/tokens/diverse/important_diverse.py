@@ -6,7 +6,8 @@ the rest, tokens that are most like another one are removed until as many remain
 Tokens are split into even and odd ones, and an even one goes if an odd one is like it.
 
 The authors' code removes at most 8 tokens per step, which is about 70 products in a graph. Here a
-step removes up to half of what is left, so that a handful of steps does.
+step removes up to a quarter of what is left, of which half could go: a step of a half would take
+every even token, whatever it is like.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["ImportantDiverse", "ImportantDiverseReducer", "drop_duplicates"]
 
+_STEP = 4
+"""One token of so many goes in a step."""
+
 
 def drop_duplicates(features: Tensor, indices: Tensor, keep: int) -> Tensor:
     """The indices that remain after tokens most like another one are removed.
@@ -43,10 +47,10 @@ def drop_duplicates(features: Tensor, indices: Tensor, keep: int) -> Tensor:
     Returns:
         int64 [B, keep], ascending.
     """
-    while indices.shape[1] > keep:
+    while (count := indices.shape[1]) > keep:
         even, odd = features[:, ::2], features[:, 1::2]
         closest = cosine_similarity(even, odd).topk(1, dim=-1).values[..., 0]
-        left = max(keep, odd.shape[1]) - odd.shape[1]
+        left = even.shape[1] - min(count - keep, max(1, count // _STEP))
         names = indices[:, 1::2]
         if left:
             stay = top_indices(-closest, left)
