@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,10 +215,9 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
         tokenizer = AutoTokenizer.from_pretrained(path, **STOCK_ONLY)
         count = folder.spec.processor.count_setting
         counted = {} if count is None else {count: folder.spec.visual_tokens}
-        processor = _without_videos(getattr(transformers, stand_in))(
-            image_processor=pictures, tokenizer=tokenizer, **counted
-        )
-        processor.chat_template = _own_template(folder.path, tokenizer)
+        kind = _without_videos(getattr(transformers, stand_in))
+        processor = kind(image_processor=pictures, tokenizer=tokenizer, **counted)
+        processor.chat_template = kind.get_processor_dict(path)[0].get("chat_template")
         first = folder.spec.processor.classes[0]
         notes.append(
             f"{first} cannot be loaded without packages that a picture does not need; "
@@ -230,6 +228,9 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
             )
         )
     processor.image_processor = pictures
+    if processor.chat_template is None and processor.tokenizer.chat_template is not None:
+        processor.chat_template = processor.tokenizer.chat_template
+        notes.append("the chat template is the tokenizer's: the library's processor has none here")
     if processor.chat_template is None:
         processor.chat_template = folder.spec.chat_template
     return processor, tuple(notes)
@@ -238,11 +239,6 @@ def _load_processor(folder: ModelFolder) -> tuple[Any, tuple[str, ...]]:
 def _without_videos(kind: Any) -> Any:
     """A stock class whose constructor asks nothing of the parts that it is not given."""
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
-
-
-def _own_template(path: Path, tokenizer: Any) -> str | None:
-    file = path / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.is_file() else tokenizer.chat_template
 
 
 def _messages(turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pocketvlm.pipeline import run as run_module
 from pocketvlm.pipeline.run import run
 from pocketvlm.pipeline.source_check import BOUNDS, SourceReport, check_source, verify_folder
 from pocketvlm.recipes.load import load_recipe
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.weights.dense import DenseWeight
 from tests.forked import fork_cli
 
@@ -113,6 +114,26 @@ def test_smolvlm_is_verified_without_the_packages_for_videos(tiny_paths, tmp_pat
     (path / "processor_config.json").write_text(json.dumps(combined))
     report = verify_folder(path)
     assert report.verdict == "passed", report.lines()
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm-tiles", "internvl3"])
+@pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json"])
+def test_templates_are_verified_wherever_a_folder_has_them(family, place, tmp_path):
+    """Also where another class stands in, or the library gives its processor no template."""
+    write_tiny_model(family, tmp_path)
+    settings = tmp_path / "processor_config.json"
+    combined = json.loads(settings.read_text())
+    if family == "smolvlm-tiles":
+        settings.write_text(json.dumps({**combined, "processor_class": "SmolVLMProcessor"}))
+    template = tmp_path / "chat_template.jinja"
+    file = tmp_path / place
+    document = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**document, "chat_template": template.read_text()}))
+    template.unlink()
+    report = verify_folder(tmp_path)
+    assert report.verdict == "passed", report.lines()
+    is_borrowed = place == "tokenizer_config.json"
+    assert any("template is the tokenizer's" in note for note in report.notes) == is_borrowed
 
 
 def test_pictures_are_split_as_stock_splits_them(tiny_paths, tmp_path):
