@@ -144,6 +144,11 @@ class TapSpec:
     block: int
     steps: tuple[ProjectorStep, ...]
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Module names of the linear layers, in order of use."""
+        return tuple(name for step in self.steps for name in step_linears(step))
+
 
 class StepOps(Protocol[ValueT]):
     """What a projector needs of a graph's operators, `GraphOps` among others."""

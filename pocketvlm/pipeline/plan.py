@@ -308,18 +308,8 @@ def plan_stages(
     times = recipe_prefill_times(stages, spec, targets)
     state = PlanState.of(spec, layer_bytes_by_target(targets), times)
     for stage in stages:
-        if spec.taps and not stage.carries_taps:
-            raise RecipeError(
-                f"{stage.method}: {len(spec.taps)} blocks of the tower add rows to the decoder, "
-                f"which {stage.method} does not carry; rtn, gptq, reduce_tokens and set_resolution "
-                "do"
-            )
-        if spec.taps and isinstance(stage, WalkOptions) and stage.modality_weights == "gradient":
-            raise RecipeError(
-                f"{stage.method}: modality_weights 'gradient' does not carry the rows that "
-                f"{len(spec.taps)} blocks of the tower add to the decoder; allowed are uniform, "
-                "balanced and a number"
-            )
+        if spec.taps:
+            _require_taps(stage, len(spec.taps))
         try:
             state = stage.plan(state)
         except RecipeError as error:
@@ -327,6 +317,38 @@ def plan_stages(
                 raise
             raise RecipeError(f"{stage.method}: {error}") from error
     return state
+
+
+def _require_taps(stage: Stage, taps: int) -> None:
+    """Refuses a stage that leaves out rows which blocks of the tower add to the decoder.
+
+    Raises:
+        RecipeError: It, or an option of it, does.
+    """
+    if not stage.carries_taps:
+        raise RecipeError(
+            f"{stage.method}: {taps} blocks of the tower add rows to the decoder, which "
+            f"{stage.method} does not carry; rtn, gptq, codebook, mixed, sparsegpt_gptq, awq, "
+            "prune, prune_width, reduce_tokens and set_resolution do"
+        )
+    if stage.takes_gradients:
+        raise RecipeError(
+            f"{stage.method}: {taps} blocks of the tower add rows to the decoder, which gradients "
+            "of the whole model do not carry; scores and orders without gradients do"
+        )
+    if not isinstance(stage, WalkOptions):
+        return
+    if stage.modality_weights == "gradient":
+        raise RecipeError(
+            f"{stage.method}: modality_weights 'gradient' does not carry the rows that {taps} "
+            "blocks of the tower add to the decoder; allowed are uniform, balanced and a number"
+        )
+    if stage.carries_float:
+        raise RecipeError(
+            f"{stage.method}: {taps} blocks of the tower add rows to the decoder, which the float "
+            "model that runs along does not have; allowed is what needs none, drift_share: 0 or "
+            "update: none"
+        )
 
 
 def recipe_prefill_times(

@@ -12,6 +12,8 @@ from PIL import Image
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.calibration import CalibrationSet
+from pocketvlm.calibration.data.decoder_inputs import embed_samples
+from pocketvlm.calibration.walk.partial_forward import PartialForward
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.pruning.depth.stage import PruneDepth
 from pocketvlm.compress.pruning.width.stage import PruneWidth
@@ -33,6 +35,7 @@ from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference_graph.forward import decode_logits, embed_prompts, encode_images
 from pocketvlm.runtime.onnx.runner import OnnxRunner
 from pocketvlm.stages import PlanState
+from pocketvlm.weights.form import total_stored_bytes
 
 CONTEXT = RunContext(threads=1)
 
@@ -180,18 +183,78 @@ def test_rows_that_the_tower_adds_are_calibrated_and_taken_by_the_same_indices(t
     np.testing.assert_array_equal(logits(load_checkpoint(tmp_path / "saved")), logits(done))
 
 
-def test_stages_that_do_not_carry_these_rows_are_refused_by_a_plan(tapped):
-    spec = load_checkpoint(tapped).spec
-    for options in (
+EIGHT_BITS = {"bits": 8, "group_size": 16}
+CARRYING = {
+    "awq": {"rules": [EIGHT_BITS], "grid_points": 3},
+    "codebook": {"rules": [{"match": ".*", "index_bits": 8, "vector_length": 1}], "rounds": 2},
+    "mixed": {"options": [EIGHT_BITS], "average_bits": 12.0, "samples": 2},
+    "prune": {"score": {"kind": "wanda"}, "ratio": 0.02},
+    "sparsegpt_gptq": {"rules": [EIGHT_BITS], "ratio": 0.02},
+}
+"""Stages with options that leave answers nearly as they were."""
+
+
+@pytest.mark.parametrize("method", CARRYING)
+def test_stages_that_carry_these_rows_change_little_where_little_is_taken(tapped, tmp_path, method):
+    """Weights of another model's inputs would change more, and so would rows that are left out."""
+    source = load_checkpoint(tapped)
+    before = logits(source)
+    document = {"schema": 1, "name": "one", "stages": [{"method": method, **CARRYING[method]}]}
+    stages = recipe_from_document(document, where="one").stages
+    planned = plan_stages(stages, source.spec)
+    done = stages[0].apply(source, CalibrationSet.from_reference(0, 4), CONTEXT)
+    found = logits(done)
+    assert 0 < relative_error(found, before) < 0.08
+    if method != "mixed":  # planned only to the same budget
+        made = {key: layout for key, layout in planned.layouts.items() if layout is not None}
+        assert total_stored_bytes(done.forms()[linear] for linear in made) == sum(
+            layout.stored_bytes(*done.forms()[linear].shape) for linear, layout in made.items()
+        )
+    done.save(tmp_path / "saved")
+    np.testing.assert_array_equal(logits(load_checkpoint(tmp_path / "saved")), found)
+
+
+def test_channels_are_removed_beside_these_rows(tapped, tmp_path):
+    source = load_checkpoint(tapped)
+    stage = PruneWidth(ffn_ratio=0.3, biases=False)
+    planned = plan_stages((stage,), source.spec)
+    done = stage.apply(source, CalibrationSet.from_reference(0, 2), CONTEXT)
+    assert [x.shape for x in done.spec.linears()] == [x.shape for x in planned.layouts]
+    assert done.spec.decoder.ffn_size == 64
+    done.save(tmp_path / "saved")
+    np.testing.assert_array_equal(logits(load_checkpoint(tmp_path / "saved")), logits(done))
+
+
+def test_sensitivity_is_measured_with_these_rows(tapped):
+    """What the model runs piece by piece is what it runs at once."""
+    checkpoint, samples = load_checkpoint(tapped), CalibrationSet.from_reference(0, 2)
+    runner = PartialForward(checkpoint, samples)
+    for row, prompt in enumerate(runner.prompts):
+        visual = encode_images(checkpoint, samples.pixels(checkpoint.processor, [row]))
+        inputs = embed_samples(checkpoint, runner.prompts, [row], visual)
+        answer = slice(prompt.answer_start - 1, prompt.answer_end - 1)
+        whole = decode_logits(checkpoint, inputs)[0, answer]
+        torch.testing.assert_close(runner.logits[row], whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         {"method": "rotate"},
         {"method": "distill"},
         {"method": "prune_depth", "decoder_blocks": 1},
-    ):
-        document = {"schema": 1, "name": "one", "stages": [options]}
-        stages = recipe_from_document(document, where="one").stages
-        with pytest.raises(RecipeError, match="2 blocks of the tower add rows") as caught:
-            plan_stages(stages, spec)
-        assert "\n" not in str(caught.value)
+        {"method": "prune", "score": {"kind": "gblm"}},
+        {"method": "prune", "score": {"kind": "wanda"}, "update": "regression"},
+        {"method": "gptq", "rules": [EIGHT_BITS], "drift_share": 0.5},
+    ],
+)
+def test_stages_that_do_not_carry_these_rows_are_refused_by_a_plan(tapped, options):
+    spec = load_checkpoint(tapped).spec
+    document = {"schema": 1, "name": "one", "stages": [options]}
+    stages = recipe_from_document(document, where="one").stages
+    with pytest.raises(RecipeError, match="2 blocks of the tower add rows") as caught:
+        plan_stages(stages, spec)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_by_gradient_of_rows_that_are_not_carried_are_refused_by_a_plan(tapped, path):

@@ -81,6 +81,7 @@ class _State:
         hidden: Hidden states, or visual tokens before the splice.
         tokens: What tokens stand for, in a tower that has merged some.
         entering: What entered the blocks of the tower that the token reduction reads.
+        tapped: What left the blocks of the tower that add rows to the decoder.
         indices: Which visual tokens these are, before the splice.
         left: What these rows are, in the decoder.
     """
@@ -88,6 +89,7 @@ class _State:
     hidden: Tensor
     tokens: TowerTokens | None = None
     entering: Mapping[int, TowerState] = field(default_factory=dict)
+    tapped: tuple[Tensor, ...] = ()
     indices: Tensor | None = None
     left: RowsLeft | None = None
 
@@ -193,13 +195,14 @@ class PartialForward:
         segments = [
             self._tower_attention(block, sublayer)
             if sublayer.kind == "attention"
-            else self._tower_ffn(sublayer)
+            else self._tower_ffn(block, sublayer)
             for block in range(spec.tower.feature_block)
             for sublayer in tower_sublayers(model, spec, block)
         ]
         last = tower_sublayers(model, spec, spec.tower.feature_block)
         encoder: list[nn.Module] = [sublayer.linears for sublayer in last]
-        encoder += [model.get_submodule(name) for name in spec.projector.linears]
+        names = [*spec.projector.linears, *(name for tap in spec.taps for name in tap.linears)]
+        encoder += [model.get_submodule(name) for name in names]
         # One segment, because the reducer reads what enters the block as well as what leaves it.
         segments.append(_Segment(modules=nn.ModuleList(encoder), run=self._encode))
         segments.append(_Segment(modules=None, run=self._embed_prompt))
@@ -225,12 +228,13 @@ class PartialForward:
 
         return _Segment(modules=sublayer.linears, run=run)
 
-    @staticmethod
-    def _tower_ffn(sublayer: Sublayer) -> _Segment:
-        """The feed-forward network of a block of the tower."""
+    def _tower_ffn(self, block: int, sublayer: Sublayer) -> _Segment:
+        """The feed-forward network of a block of the tower, whose output the decoder may read."""
+        taps = sum(tap.block == block for tap in self._checkpoint.spec.taps)
 
         def run(_: int, state: _State) -> _State:
-            return replace(state, hidden=sublayer.run(state.hidden, state.tokens))
+            hidden = sublayer.run(state.hidden, state.tokens)
+            return replace(state, hidden=hidden, tapped=(*state.tapped, *[hidden] * taps))
 
         return _Segment(modules=sublayer.linears, run=run)
 
@@ -260,6 +264,7 @@ class PartialForward:
             self._checkpoint,
             run_tower_block(model, spec, last, before),
             {**state.entering, last: before},
+            state.tapped,
         )
         return _State(hidden=visual.embeds, indices=visual.indices)
 

@@ -46,6 +46,7 @@ class CalibratedQuantizer(Stage, WalkOptions):
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
+    carries_taps: ClassVar[bool] = True
 
     damping: float = 0.01
     order: Order = "group_aware"

@@ -58,6 +58,7 @@ class Prune(Stage, WalkOptions, SparsityOptions):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_cache"})
+    carries_taps: ClassVar[bool] = True
 
     method: Literal["prune"] = "prune"
     score: Score

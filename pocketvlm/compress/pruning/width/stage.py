@@ -86,6 +86,7 @@ class PruneWidth(Stage, WalkOptions):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights", "all_tokens"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
+    carries_taps: ClassVar[bool] = True
 
     method: Literal["prune_width"] = "prune_width"
     decoder_parameters: float | None = None

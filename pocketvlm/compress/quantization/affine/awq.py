@@ -65,6 +65,7 @@ class Awq(Stage, WalkOptions):
 
     requires: ClassVar[frozenset[str]] = frozenset({"float_weights"})
     forbids: ClassVar[frozenset[str]] = frozenset({"quantized_weights", "quantized_cache"})
+    carries_taps: ClassVar[bool] = True
 
     method: Literal["awq"] = "awq"
     rules: tuple[WeightRule, ...]

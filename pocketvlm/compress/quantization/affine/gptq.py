@@ -229,8 +229,6 @@ class Gptq(CalibratedQuantizer):
             inputs have outliers takes groups of that many columns; `None` gives it rows anyway.
     """
 
-    carries_taps: ClassVar[bool] = True
-
     method: Literal["gptq"] = "gptq"
     rules: tuple[WeightRule, ...]
     grid: GridKind = "min_max"

@@ -208,9 +208,14 @@ def _norm_before(block: DecoderBlock, name: str) -> str:
 
 
 def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tensor) -> Fold | str:
-    tower, projector = checkpoint.spec.tower, checkpoint.spec.projector
-    steps = projector.steps
-    place = next(index for index, step in enumerate(steps) if linear.name in step_linears(step))
+    spec = checkpoint.spec
+    tower, projector = spec.tower, spec.projector
+    steps, place = next(
+        (steps, index)
+        for steps in (projector.steps, *(tap.steps for tap in spec.taps))
+        for index, step in enumerate(steps)
+        if linear.name in step_linears(step)
+    )
     before = steps[place - 1] if place else None
     if isinstance(before, NormStep):
         return Fold(producer=before.name, channels=columns)
@@ -221,7 +226,7 @@ def _find_in_projector(checkpoint: Checkpoint, linear: LinearSpec, columns: Tens
     if before is not None:
         return "another linear layer stands before it"
     norm = tower.feature_norm if projector.patch_norm is None else projector.patch_norm.name
-    if norm is None:
+    if norm is None or steps is not projector.steps:
         return "it reads the tower's residual stream, which no norm scales"
     if checkpoint.reducer is not None:
         return "the token reducer reads the same features, and would choose other tokens"
