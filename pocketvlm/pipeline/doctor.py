@@ -78,7 +78,7 @@ def _check_requirement(text: str) -> Finding:
 
 
 def _check_plugin() -> Finding:
-    """The command that optimum finds; a distribution of its own, which no extra can name."""
+    """The command that optimum finds; a separate distribution, which no extra can name."""
     try:
         found = metadata.version(_PLUGIN)
     except metadata.PackageNotFoundError:
