@@ -1,9 +1,12 @@
-"""What quantization costs: accuracy of answers by method, bits and group size.
+r"""What quantization costs: accuracy of answers by method, bits and group size.
 
     python benchmarks/quantization_quality.py --n 500 --bits 4 3 2 --group-size 16 32 64 128 0
     python benchmarks/quantization_quality.py --n 300 --before none awq rotate --bits 3 2
+    python benchmarks/quantization_quality.py --part tower --bits 8 3 --group-size 0 \
+        --quantizer gptq --pictures reference photos synthetic --arithmetic onnx
 
-Every weight matrix is quantized: tower, projector, decoder, tables and head. Every row answers the
+Every weight matrix is quantized: tower, projector, decoder, tables and head, or the parts that
+`--part` names. `--pictures` compares what GPTQ is fitted to. Every row answers the
 same held-out questions in torch, so differences are paired; a group size of 0 is one scale per row,
 and a layer narrower than a group has one scale per row too. Prints a table for each model, and one
 JSON line at the end.
@@ -15,8 +18,10 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from answer_options import answer_parser, held_out_questions, model_folders
@@ -31,8 +36,14 @@ from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.context import RunContext
 from pocketvlm.evaluation.score import Score, compare_scores, score_checkpoint
 from pocketvlm.models.spec import ModelSpec
+from pocketvlm.reference_graph.activation_rounding import Arithmetic
 
 Stage = Awq | Gptq | Rotate | RoundToNearest
+_PICTURES: dict[str, Callable[[int], CalibrationSet]] = {
+    "reference": lambda samples: CalibrationSet.from_reference(0, samples),
+    "photos": CalibrationSet.from_photos,
+    "synthetic": CalibrationSet.synthetic,
+}
 ROTATIONS = {
     "rotate": Rotate(untie_head=True),
     "rotate_tied": Rotate(residual=False),  # what costs no separate table
@@ -105,7 +116,7 @@ def quantizers_for(
 def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a configuration of one model, the float model first."""
     samples = held_out_questions(arguments)
-    calibration = CalibrationSet.from_reference(0, arguments.samples)
+    calibrations = {name: _PICTURES[name](arguments.samples) for name in arguments.pictures}
     ctx = RunContext(threads=arguments.threads)
     whole = Checkpoint.load(path)
     baseline = score_checkpoint(whole, samples, ctx=ctx)
@@ -115,11 +126,16 @@ def measure(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for bits in arguments.bits:
         for group_size in arguments.group_size:
             pipelines = pipelines_for(whole.spec, bits, group_size, arguments)
-            for label, stages in pipelines.items():
+            for (method, stages), (pictures, calibration) in product(
+                pipelines.items(), calibrations.items()
+            ):
+                label = method if len(calibrations) == 1 else f"{method}, {pictures}"
                 done = Checkpoint.load(path)
                 for stage in stages:
                     done = stage.apply(done, calibration, ctx)
-                score = score_checkpoint(done, samples, blind=False, ctx=ctx)
+                score = score_checkpoint(
+                    done, samples, blind=False, arithmetic=arguments.arithmetic, ctx=ctx
+                )
                 row = _row(path.name, label, bits, group_size, score, baseline)
                 forms = [done.form(linear.name) for linear in done.spec.linears()]
                 stored = sum(form.stored_bytes for form in forms)
@@ -185,6 +201,8 @@ def main() -> None:
     parser.add_argument("--modality", type=_weights, nargs="+", default=["balanced"])
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--pictures", nargs="+", default=["reference"], choices=_PICTURES)
+    parser.add_argument("--arithmetic", default="float32", choices=get_args(Arithmetic))
     parser.add_argument(
         "--part", nargs="+", default=["tower", "projector", "decoder", "embedding", "head"]
     )

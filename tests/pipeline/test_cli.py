@@ -80,6 +80,14 @@ def test_calibration_folders_that_hold_nothing(run_cli, tiny_paths, tmp_path):
     assert_one_line(run_cli(*arguments), "a.png")
 
 
+def test_photographs_are_looked_at_like_rows_of_a_folder(run_cli, tiny_paths, tmp_path):
+    plan = ("plan", tiny_paths["llava"], "--set", "calibration.samples=3", "--calibration")
+    code, _, err = run_cli(*plan, "photos")
+    assert code == 0, err
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    assert_one_line(run_cli(*plan, f"photos:{tmp_path}"), "a.jpg")
+
+
 def test_words_that_the_command_line_does_not_know(run_cli, tiny_paths):
     assert run_cli("compress")[0] == 2
     assert run_cli("conquer")[0] == 2
