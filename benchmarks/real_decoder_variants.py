@@ -37,6 +37,7 @@ from pocketvlm.compress.quantization.affine.rtn import RoundToNearest
 from pocketvlm.compress.quantization.affine.rules import WeightRule
 from pocketvlm.compress.quantization.codebook.stage import Codebook, CodebookRule
 from pocketvlm.compress.quantization.kv_cache import QuantizeCache
+from pocketvlm.compress.quantization.mixed.search_space import Option
 from pocketvlm.compress.quantization.mixed.stage import MixedPrecision
 from pocketvlm.compress.quantization.transforms.rotation import Rotate
 from pocketvlm.models.spec import ModelSpec
@@ -146,7 +147,18 @@ def _affine(bits: int, group: int | None, section: str) -> dict[str, Variant]:
     }
 
 
-def _mixed(bits: float) -> Stages:
+_AFFINE_MENU: tuple[Option, ...] = tuple(
+    WeightRule(bits=width, group_size=group)
+    for width, group in ((2, 64), (2, 32), (3, None), (3, 64), (4, 64))
+)
+_CODEBOOK_MENU: tuple[Option, ...] = (
+    *(CodebookRule(index_bits=bits, vector_length=4) for bits in (6, 8, 9)),
+    CodebookRule(index_bits=6, vector_length=2),
+    WeightRule(bits=4, group_size=64),
+)
+
+
+def _mixed(bits: float, options: tuple[Option, ...] = _AFFINE_MENU) -> Stages:
     """An average over the decoder; everything else stays float."""
 
     def stages(spec: ModelSpec, _shared: Shared) -> tuple[Stage, ...]:
@@ -156,10 +168,7 @@ def _mixed(bits: float) -> Stages:
             sizes[part] += linear.out_features * linear.in_features
         return (
             MixedPrecision(
-                options=tuple(
-                    WeightRule(bits=width, group_size=group)
-                    for width, group in ((2, 64), (2, 32), (3, 64), (4, 64))
-                ),
+                options=options,
                 pins=tuple(
                     WeightRule(part=part, bits=None) for part in ("tower", "projector", "embedding")
                 ),
@@ -322,6 +331,12 @@ VARIANTS: dict[str, Variant] = {
         stages=_fixed(_codebook(3, 1)),
         baseline="3-rows/gptq",
     ),
+    "3/mixed": Variant(
+        section="3 bits, one scale per row",
+        label="mixed, 3.02 bits",
+        stages=_mixed(3.02),
+        baseline="3-rows/gptq",
+    ),
     **_affine(2, 32, _TWO_BITS),
     **{
         f"{bits / length:g}/vptq": Variant(
@@ -332,6 +347,12 @@ VARIANTS: dict[str, Variant] = {
         )
         for bits, length in _VPTQ
     },
+    "2.25/mixed": Variant(
+        section=_TWO_BITS,
+        label="mixed codebooks, 2.25 bits",
+        stages=_mixed(2.25, _CODEBOOK_MENU),
+        baseline="2.25/vptq",
+    ),
     "2.75/mixed": Variant(
         section=_TWO_BITS, label="mixed, 2.75 bits", stages=_mixed(2.75), baseline="2-g32/gptq"
     ),
@@ -354,16 +375,26 @@ VARIANTS: dict[str, Variant] = {
         stages=_fixed(QuantizeCache()),
         baseline="float",
     ),
-    "50%/magnitude+distill": Variant(
-        section="50 % removed",
-        label="magnitude, distilled (rank 16, 40 steps)",
-        stages=lambda spec, shared: (*_prune("magnitude", 0.5)(spec, shared), _DISTILL),
-        baseline="50%/magnitude",
-    ),
-    "50%/wanda+distill": Variant(
-        section="50 % removed",
-        label="Wanda, distilled (rank 16, 40 steps)",
-        stages=lambda spec, shared: (*_prune("Wanda", 0.5)(spec, shared), _DISTILL),
-        baseline="50%/wanda",
-    ),
+}
+
+
+def _recovered(name: str) -> Variant:
+    """A variant, and a short distillation after it."""
+    variant = VARIANTS[name]
+    return replace(
+        variant,
+        label=f"{variant.label}, distilled (rank {_DISTILL.rank}, {_DISTILL.steps} steps)",
+        stages=lambda spec, shared: (*variant.stages(spec, shared), _DISTILL),
+        baseline=name,
+        is_calibrated=True,
+    )
+
+
+VARIANTS |= {
+    f"{name}+distill": _recovered(name)
+    for name in (
+        *("50%/magnitude", "50%/wanda", "50%/gblm-l1-alpha-0.1", "50%/sparsegpt"),
+        *("60%/wanda", "60%/ecoflap-block+wanda", "70%/wanda", "70%/ecoflap-block+wanda"),
+        *("2:4/wanda", "2:4/sparsegpt", "25%/width-flap", "25%/depth-influence"),
+    )
 }
