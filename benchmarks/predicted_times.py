@@ -4,9 +4,9 @@
 
 Calibrates the host, then times bundles of random weights at published shapes, one after another
 and several times over, and holds the medians against what `plan` predicts from the calibration.
-Pictures are not split, because 17 tiles take 17 times as long as one. Prints the table with the
-load of the machine, and one JSON line with what every probe of the calibration took; exits with 1
-where a prediction is off by more than 25 %.
+Pictures are one tile (`write_bundle`), because 17 take 17 times as long as one. Prints the table
+with the load of the machine, and one JSON line with what every probe of the calibration took; exits
+with 1 where a prediction is off by more than 25 %.
 
 `--clock cpu` counts the processor time of this process in place of seconds, in calibration and
 measurement alike. With one thread it is what the clock on the wall would show on a quiet machine,
@@ -59,7 +59,10 @@ def main() -> None:
     options = parser.parse_args()
     set_clock(parser, options)
     pairs = [(shape, recipe) for shape in options.shapes for recipe in options.recipes]
-    bundles = {pair: unsplit_bundle(*pair, options.work) for pair in pairs}
+    bundles = {
+        (shape, recipe): write_bundle(shape, recipe, options.work / f"{shape}-{recipe}").path
+        for shape, recipe in pairs
+    }
     calibration = calibrate_host(options.threads)
     print(
         f"{calibration.processor}, {options.threads} threads, clock {options.clock}; calibrated in "
@@ -92,17 +95,6 @@ def main() -> None:
     sys.exit(worst > _BOUND)
 
 
-def unsplit_bundle(shape: str, recipe: str, work: Path) -> Path:
-    """A bundle whose processor leaves pictures whole, so that one tile is timed."""
-    path = write_bundle(shape, recipe, work / f"{shape}-{recipe}-whole").path
-    file = path / "processor_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    if settings["image_processor"].get("do_image_splitting"):
-        settings["image_processor"]["do_image_splitting"] = False
-        file.write_text(json.dumps(settings), encoding="utf-8")
-    return path
-
-
 def answers(bundle: Path, threads: int) -> Block:
     """One cold answer and two measured ones, in this process."""
     return measure_block(
@@ -120,7 +112,7 @@ def answers(bundle: Path, threads: int) -> Block:
 
 def predicted(bundle: Path, answer: AnswerTimes, rates: Rates) -> Times:
     """What is predicted from the counts that the bundle holds."""
-    opened = Bundle.open(bundle, verify=False)
+    opened = Bundle.open(bundle)
     work = read_work(opened)
     if isinstance(work, str) or isinstance(work.model, str):
         raise SystemExit(work if isinstance(work, str) else f"{bundle}: {work.model}")

@@ -27,6 +27,7 @@ def write_bundle(shape: str, recipe: str, folder: Path, target: ToOnnx | None = 
     """Rounds a random model to the grids of a recipe, unless `folder` holds the bundle already.
 
     The recipe's token reduction is left out: it changes neither bytes nor the decoder's speed.
+    Pictures are cut into as few tiles as the model's processor can.
 
     Args:
         shape: The name of a shape.

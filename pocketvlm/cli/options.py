@@ -87,7 +87,7 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=1024, help="Threads. Default: all cores.")
+    int | None, typer.Option("--threads", min=1, max=1024, help="Threads. Default: one per core.")
 ]
 VisualTokensOption = Annotated[
     int | None,

@@ -27,7 +27,12 @@ def compare(
     ] = None,
     max_regress: Annotated[
         list[str] | None,
-        typer.Option(metavar="METRIC=SHARE", help="Allowed regression, e.g. decode_tok_s=0.05."),
+        typer.Option(
+            metavar="METRIC=SHARE",
+            help="Another bound, or one more figure; repeat for several. Default: "
+            "bundle_bytes=2%, peak_rss_bytes=10%, accuracy=1%, ttft_user_ms=5%, "
+            "ttft_engine_ms=5%, decode_ms=5%.",
+        ),
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a table for a pull request.")

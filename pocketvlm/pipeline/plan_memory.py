@@ -2,8 +2,8 @@
 
 What is said of ONNX Runtime was measured: whatever is stored as floats becomes float32, and
 products of integers keep float32 scales and a float32 sum for each group, in place of float16
-scales; its sessions take some memory as well. At SmolVLM-256M's shape, above a process that
-has loaded nothing: float 1133 MB predicted and 1121 measured at the peak, int8 492 and 473.
+scales; its library and its sessions take some memory as well. `docs/devices.md` has what was
+predicted of some shapes and what they took.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pocketvlm.bundle import CacheLayout
-from pocketvlm.device_bench.prediction.predicted import ONNX_SESSION_BYTES
+from pocketvlm.device_bench.prediction.decoder_memory import DecoderMemory
+from pocketvlm.device_bench.prediction.predicted import ONNX_RUNTIME_BYTES
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState, Target
@@ -24,6 +25,7 @@ __all__ = [
     "FLOAT32_BYTES",
     "TURN_TOKENS",
     "PlannedMemory",
+    "decoder_memory",
     "predict_memory",
 ]
 
@@ -42,19 +44,21 @@ class PlannedMemory:
         weight_bytes: Weights as the most demanding target's runtime holds them.
         cache_bytes: The decoder's cache for one photo and a short chat.
         activation_bytes: Of the vision graph at its peak, and what convolutions keep.
-        session_bytes: What the runtime takes for itself, where that was measured: ONNX Runtime.
+        prompt_bytes: Activations of the decoder for the same prompt.
+        runtime_bytes: What the runtime takes for itself, where that was measured: ONNX Runtime.
     """
 
     weight_bytes: int
     cache_bytes: int
     activation_bytes: int
-    session_bytes: int
+    prompt_bytes: int
+    runtime_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
-        held = self.weight_bytes + self.cache_bytes + self.activation_bytes
-        return held + self.session_bytes
+        """All of it; what the vision graph took is given back before the decoder runs."""
+        held = self.weight_bytes + self.cache_bytes + self.runtime_bytes
+        return held + max(self.activation_bytes, self.prompt_bytes)
 
 
 def predict_memory(
@@ -68,15 +72,29 @@ def predict_memory(
         spills_made: Whether weights that a runner makes when it starts lie in a file.
     """
     spec = state.spec
+    is_onnx = any(isinstance(target, ToOnnx) for target in targets)
+    rows = TURN_TOKENS + photo_tokens(state)
     return PlannedMemory(
         weight_bytes=max((_held_bytes(target, state, spills_made) for target in targets), default=0)
         + max((_other_towers_bytes(target, state) for target in targets), default=0),
         cache_bytes=_cache_bytes(state),
         activation_bytes=_activation_bytes(spec)
         + max((_state_bytes(target, spec) for target in targets), default=0),
-        session_bytes=ONNX_SESSION_BYTES
-        if any(isinstance(target, ToOnnx) for target in targets)
-        else 0,
+        prompt_bytes=decoder_memory(state).call_bytes(rows, rows) if is_onnx else 0,
+        runtime_bytes=ONNX_RUNTIME_BYTES if is_onnx else 0,
+    )
+
+
+def decoder_memory(state: PlanState) -> DecoderMemory:
+    """Activations of the decoder: scores, and the widest rows of a block twice."""
+    decoder = state.spec.decoder
+    widths = {linear.name: linear.out_features for linear in state.spec.linears()}
+    attention = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
+    ffn = max(sum(widths[name] for name in block.ffn.inputs) for block in decoder.blocks)
+    return DecoderMemory(
+        heads=decoder.heads if decoder.attention_blocks else 0,
+        row_bytes=2 * FLOAT32_BYTES * (decoder.hidden_size + max(attention, ffn)),
+        takes_pieces=decoder.mutual_rows is None and state.counted_schedule is None,
     )
 
 

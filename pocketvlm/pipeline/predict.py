@@ -21,7 +21,7 @@ from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.tilings.tile_grid import ONE_TILE, TileGrid
 from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
-from pocketvlm.pipeline.plan_memory import predict_memory
+from pocketvlm.pipeline.plan_memory import decoder_memory, predict_memory
 from pocketvlm.stages import PlanState, Target
 from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
 
@@ -148,6 +148,7 @@ def predict_work(state: PlanState, targets: Sequence[Target]) -> BundleWork:
         activation_bytes=tuple(
             predict_memory(vision, targets).activation_bytes for vision in visions
         ),
+        decoder=decoder_memory(state),
     )
 
 

@@ -431,7 +431,6 @@ def write_shape(shape: Shape, path: Path, *, seed: int = 0, is_split: bool = Tru
     }
     if all(_holds(path / file, text) for file, text in texts.items()):
         return path
-    has_markers = tiling is not None and shape.spec.tile_marker is not None
     has_markers = shape.spec.tile_marker is not None
     tiles = tiling.most_edge if tiling is not None and has_markers else 1
     with replace_directory(path) as folder:

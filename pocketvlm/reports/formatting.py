@@ -60,9 +60,14 @@ def format_number(value: float | None) -> str:
 
 def format_measured(value: float | None) -> str:
     """Three significant digits, as precise as a timing is."""
-    if value is None or abs(value) >= _MANY or (value and abs(value) < 0.001):  # noqa: PLR2004
+    if not value or abs(value) >= _MANY or abs(value) < 0.001:  # noqa: PLR2004
         return format_number(value)
-    text = f"{value:.3g}"
+    return _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, zeros at the end among them: columns of figures stay aligned."""
+    text = f"{value:#.3g}".removesuffix(".")
     return f"{float(text):g}" if "e" in text else text
 
 
@@ -72,7 +77,7 @@ def format_bytes(value: float | None) -> str:
         return NOT_MEASURED
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(value) >= scale:
-            return f"{value / scale:.3g} {unit}"
+            return f"{float(f'{value / scale:.3g}'):g} {unit}"
     return f"{value:.0f} bytes"
 
 

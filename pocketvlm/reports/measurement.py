@@ -45,6 +45,7 @@ class Figure:
         median: The median of the samples.
         p90: The 90 % quantile.
         p95: The 95 % quantile.
+        p99: The 99 % quantile; `None` of fewer than 100 samples, where it is their largest.
         mean: The arithmetic mean.
         sd: The standard deviation of the sample.
         by_repeat: Each process when left alone, by number of the repeat: the 10 % quantile of its
@@ -55,6 +56,7 @@ class Figure:
     median: float | None = None
     p90: float | None = None
     p95: float | None = None
+    p99: float | None = None
     mean: float | None = None
     sd: float | None = None
     by_repeat: tuple[float | None, ...] = ()

@@ -42,6 +42,13 @@ _STAGES = (
     ("prefill_tok_s", "prefill rate"),
     ("decode_tok_s", "decode rate"),
 )
+_PREDICTED = {
+    "vision_ms": "Vision",
+    "prefill_ms": "Prefill",
+    "ttft_user_ms": "First token, user",
+    "decode_tok_s": "Decode rate",
+    "ram_bytes": "Memory",
+}
 _GLANCE = ("ttft_user_ms", "ttft_engine_ms", "cold_ttft_user_ms", "prefill_tok_s", "decode_tok_s")
 
 
@@ -78,6 +85,7 @@ class LatencyView:
     strips: tuple[StripView, ...]
     drift: Lines | None
     predicted: Table | None
+    predictions: Table | None
     tables: tuple[Table, ...]
 
 
@@ -107,6 +115,7 @@ def view_latency(bench: Measurement) -> LatencyView:
         strips=tuple(strip for strip in strips if strip is not None),
         drift=_drift(arms),
         predicted=_predicted(bench),
+        predictions=_predictions(bench),
         tables=tuple(
             table
             for name, arm in arms.items()
@@ -177,7 +186,7 @@ def _stages(caption: str, latency: Latency, ratios: Mapping[str, float]) -> Tabl
         caption=caption,
         columns=(
             *words("Stage", "Unit"),
-            *numbers("p50", "p90", "p95", "Mean", "SD"),
+            *numbers("p50", "p90", "p95", "p99", "Mean", "SD"),
             *(numbers("Ratio") if ratios else ()),
             *numbers("n"),
         ),
@@ -195,7 +204,7 @@ def _stages(caption: str, latency: Latency, ratios: Mapping[str, float]) -> Tabl
 
 
 def _statistics(figure: Figure) -> tuple[str, ...]:
-    values = (figure.median, figure.p90, figure.p95, figure.mean, figure.sd)
+    values = (figure.median, figure.p90, figure.p95, figure.p99, figure.mean, figure.sd)
     return tuple("–" if value is None else format_measured(value) for value in values)
 
 
@@ -204,6 +213,25 @@ def _amount(name: str, value: float) -> str:
 
 
 def _predicted(bench: Measurement) -> Table | None:
+    """Predicted by measured, one row per arm; `None` if nothing was predicted."""
+    ratios = {
+        name: {one.name: one.ratio for one in arm.predicted}
+        for name, arm in bench.arms.items()
+        if arm.predicted
+    }
+    if not ratios:
+        return None
+    shown = [name for name in _PREDICTED if any(name in found for found in ratios.values())]
+    return Table(
+        caption=f"Predicted by measured, 1 is exact: {bench.predicted_from or 'from counts alone'}",
+        columns=(*words("Arm"), *numbers(*(_PREDICTED[name] for name in shown))),
+        rows=tuple(
+            (arm, *(_ratio(found, name) for name in shown)) for arm, found in ratios.items()
+        ),
+    )
+
+
+def _predictions(bench: Measurement) -> Table | None:
     """Predictions beside medians; `None` if nothing was predicted."""
     rows = tuple(
         (
@@ -219,7 +247,7 @@ def _predicted(bench: Measurement) -> Table | None:
     if not rows:
         return None
     return Table(
-        caption=f"Predicted beside measured: {bench.predicted_from or 'from counts alone'}",
+        caption="Every prediction beside the median that was measured",
         columns=(
             *words("Arm", "Figure"),
             *numbers("Predicted", "Measured", "Predicted by measured"),

@@ -22,7 +22,10 @@ import numpy.typing as npt
 from pocketvlm.bundle import VisualSchedule
 from pocketvlm.errors import InputError
 
-__all__ = ["Runner", "States"]
+__all__ = ["PREFILL_PIECE_ROWS", "Runner", "States"]
+
+PREFILL_PIECE_ROWS = 128
+"""Rows of a long call that the ONNX runners run at once; the C++ one has the same number."""
 
 States = Mapping[str, npt.NDArray[np.float32]]
 """What layers keep beside keys and values, by the names of a graph."""

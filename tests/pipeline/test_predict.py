@@ -155,11 +155,12 @@ def test_a_bundle_without_counts_or_with_later_ones_says_so_and_a_damaged_one_is
     bundle, file = Bundle.open(folder), folder / "work.json"
     document = json.loads(file.read_text())
     file.write_text(json.dumps({**document, "schema": 9}))
-    assert "schema 9, and this version reads 1" in read_work(bundle)
+    assert "schema 9, and this version reads 2" in read_work(bundle)
     for change, reason in (
         ({"weight_bytes": "many"}, "not the work of a bundle: weight_bytes"),
         ({"weight_bytes": {"onnx": -1}}, "numbers of bytes must be 0 to"),
         ({"weight_bytes": {}}, "weight_bytes lacks onnx"),
+        ({"decoder": {"heads": -1, "row_bytes": 1}}, "heads must be 0 to"),
         ({"activation_bytes": [1, 2]}, "is not about the 1 vision graphs of the manifest"),
     ):
         file.write_text(json.dumps({**document, **change}))
@@ -177,12 +178,12 @@ def test_whatever_a_stranger_s_counts_say_is_refused_or_predicts_a_number(tmp_pa
     checkpoint = load_checkpoint(tmp_path / "model")
     write_graphs(checkpoint, (ToOnnx(),), folder, "", RunContext(threads=1))
     bundle, file = Bundle.open(folder), folder / "work.json"
-    before, rng = file.read_bytes(), random.Random(0)
+    before, rng = file.read_bytes(), random.Random(2)
     question = Question(
         text_rows=8, visual_rows=8, tiles_by_vision=(1,), picture_pixels=64, new_tokens=4
     )
     outcomes = Counter()
-    for _ in range(300):
+    for _ in range(360):
         file.write_bytes(mutate_json(rng, before))
         try:
             work = read_work(bundle)

@@ -16,7 +16,12 @@ from pocketvlm.json_io import DecodeError
 from pocketvlm.machine import REPORT_SCHEMA
 from pocketvlm.reports import html
 from pocketvlm.reports.by_device import file_stem
-from pocketvlm.reports.formatting import facts_of, format_number
+from pocketvlm.reports.formatting import (
+    facts_of,
+    format_bytes,
+    format_measured,
+    format_number,
+)
 from pocketvlm.reports.report_file import parse_report
 from tests.reports.documents import HOSTILE, arm, poison, run_report, several
 
@@ -115,7 +120,7 @@ def test_every_figure_has_its_place(report):
         "75.0 %",
         "RAPL package-0",
         "int4, turn 2",
-        "int4 ttft_user_ms 66 71.4 0.92",
+        "int4 ttft_user_ms 66.0 71.4 0.92",
         "pocketvlm compress reference:pocket-smol --out out",
         "pocketvlm bench BUNDLE --workload vlm",
         "70 MB",
@@ -253,6 +258,19 @@ def test_numbers_never_round_a_miss_away():
     assert format_number(12345.6) == "12,346"
     assert format_number(0.00001234) == "1.23e-05"
     assert format_number(None) == "not measured"
+
+
+def test_figures_keep_three_digits_so_that_columns_stay_aligned():
+    shown = [format_measured(value) for value in (18.123, 11.0, 5.0, 0.96, 113.4, 1234.5)]
+    assert shown == ["18.1", "11.0", "5.00", "0.960", "113", "1,234"]
+    assert [format_measured(value) for value in (0.0, None, 999.7)] == ["0", "not measured", "1000"]
+    sizes = (39_000_000, 6_950_000, 999_900_000, 512)
+    assert [format_bytes(value) for value in sizes] == [
+        "39 MB",
+        "6.95 MB",
+        "1000 MB",
+        "512 bytes",
+    ]
 
 
 JSON = st.recursive(

@@ -38,7 +38,8 @@ from pocketvlm.reports.measurement import Environment
 from pocketvlm.runtime.conversation import Conversation
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from pocketvlm.runtime.preprocess import ImagePreprocessor
-from pocketvlm.runtime.text import TextCodec
+from pocketvlm.runtime.runner import PREFILL_PIECE_ROWS
+from pocketvlm.runtime.text import TextCodec, user_message
 from pocketvlm.runtime.vision import ANY_VISION, VisionChoice, open_vision
 from tests.runners.conftest import GRAPHS, LIBRARY, REFERENCE, SOURCE, TINY
 
@@ -104,6 +105,17 @@ def test_conversations_with_reference_models(
     compare = Turn(text="which is larger?", pictures=(1, 2))
     assert_same_answers(runner, bundle, (about, count, compare), pictures)
     assert_same_answers(runner, bundle, (compare, about), pictures[::-1])
+
+
+def test_a_long_prompt_runs_in_the_pieces_of_the_python_runner(
+    runner: Runner, make_bundle: Maker, pictures: Sequence[Path]
+) -> None:
+    bundle = make_bundle("pocket-llava")
+    turns = (Turn(text="What colour is the circle? " * 40, pictures=(0,)), Turn(text="and now?"))
+    codec = TextCodec.from_bundle(bundle)
+    rows = len(codec.encode([user_message(turns[0].text, images=1)]))
+    assert rows > 2 * PREFILL_PIECE_ROWS
+    assert_same_answers(runner, bundle, turns, pictures)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -9,7 +9,7 @@ from pocketvlm.bundle import Manifest
 from pocketvlm.device_bench.controller.shown import ShownPicture
 from pocketvlm.device_bench.devices import Device
 from pocketvlm.device_bench.prediction.device_rates import rates_of
-from pocketvlm.device_bench.prediction.predicted import ONNX_SESSION_BYTES, beside_measured
+from pocketvlm.device_bench.prediction.predicted import ONNX_RUNTIME_BYTES, beside_measured
 from pocketvlm.device_bench.prediction.rates import Rates
 from pocketvlm.device_bench.prediction.roofline import Question, predict_times
 from pocketvlm.device_bench.prediction.work import BundleWork
@@ -107,11 +107,12 @@ def _question_of(prompt: Prompt, workload: MeasuredWorkload, known: Predictable)
 def _ram_bytes(
     work: BundleWork, question: Question, workload: MeasuredWorkload, known: Predictable
 ) -> int:
-    """Weights, the cache of the whole conversation, activations of vision graphs, and sessions."""
+    """Weights, the cache of the whole conversation, the widest activations, and the runtime."""
     turns = workload.turns or 1
     text_rows = question.text_rows + (turns - 1) * (workload.prompt_tokens or 0)
     text_rows += turns * question.new_tokens
     cache_bytes = known.manifest.kv_cache.stored_bytes(text_rows, question.visual_rows)
     activations = [work.activation_bytes[picture.vision] for picture in known.shown]
-    held_bytes = work.weight_bytes[_RUNTIME] + cache_bytes + max(activations, default=0)
-    return held_bytes + ONNX_SESSION_BYTES
+    prompt_bytes = work.decoder.call_bytes(question.rows, text_rows + question.visual_rows)
+    held_bytes = work.weight_bytes[_RUNTIME] + cache_bytes + max(prompt_bytes, *activations, 0)
+    return held_bytes + ONNX_RUNTIME_BYTES

@@ -25,8 +25,11 @@ __all__ = [
 ]
 
 
+_LEAST_FOR_P99 = 100
+
+
 def summarise_samples(values: Sequence[float]) -> Figure:
-    """Samples with median, 90 % and 95 % quantile, mean and standard deviation."""
+    """Samples with median, 90 %, 95 % and 99 % quantile, mean and standard deviation."""
     rounded = tuple(round(value, 4) for value in values)
     if not rounded:
         return Figure()
@@ -35,6 +38,7 @@ def summarise_samples(values: Sequence[float]) -> Figure:
         median=median(rounded),
         p90=Samples(values=rounded).quantile(0.9),
         p95=Samples(values=rounded).quantile(0.95),
+        p99=Samples(values=rounded).quantile(0.99) if len(rounded) >= _LEAST_FOR_P99 else None,
         mean=mean(rounded),
         sd=stdev(rounded) if len(rounded) > 1 else None,
     )

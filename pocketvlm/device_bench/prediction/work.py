@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.prediction.costs import ExportedModel, vision_operators
+from pocketvlm.device_bench.prediction.decoder_memory import DecoderMemory
 from pocketvlm.device_bench.prediction.decoder_work import DecoderWork, count_decoder
 from pocketvlm.device_bench.prediction.operators import Work, add_up
 from pocketvlm.errors import BundleError
@@ -20,7 +21,7 @@ from pocketvlm.json_io import DecodeError, decode, encode, read_json, write_json
 __all__ = ["BundleWork", "ModelWork", "VisionWork", "count_work", "read_work", "write_work"]
 
 _FILE = "work.json"
-_SCHEMA = 1
+_SCHEMA = 2
 _MOST_BYTES = 2**50
 _MOST_PIXELS = 2**28
 
@@ -63,12 +64,14 @@ class BundleWork:
         model: What its graphs compute; why no kernel is known for it, where that is so.
         weight_bytes: Weights in memory once they are loaded, by target.
         activation_bytes: Activations at their peak, of each vision graph.
+        decoder: Activations of the decoder, by the rows of a call.
         schema: Version of the file.
     """
 
     model: ModelWork | str
     weight_bytes: Mapping[str, int]
     activation_bytes: tuple[int, ...]
+    decoder: DecoderMemory
     schema: int = _SCHEMA
 
     def __post_init__(self) -> None:

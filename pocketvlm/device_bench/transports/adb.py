@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pocketvlm.device_bench.transports.base import Transport
-from pocketvlm.device_bench.transports.remote import Link, RemoteConnection
+from pocketvlm.device_bench.transports.remote import Link, ShellTransport
 from pocketvlm.device_bench.transports.shell import Shell
 from pocketvlm.errors import InputError, UnsupportedError, name_some
 from pocketvlm.printable import printable_line
@@ -37,23 +36,17 @@ _STATES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdbTransport(Transport):
+class AdbTransport(ShellTransport):
     """Reaches an Android device by its debug bridge.
 
     Attributes:
         serial: Which one, as `adb devices` calls it; `None` for the only one.
         client: The command line of the client.
-        runner: A runner's folder here; `None` for the one in Python, with the device's `python3`.
-        keeps_files: Whether runner and bundles stay on the device.
-        patience_s: Seconds that a device which went away is waited for.
     """
 
     kind: ClassVar[str] = "adb"
     serial: str | None = None
     client: tuple[str, ...] = ("adb",)
-    runner: Path | None = None
-    keeps_files: bool = False
-    patience_s: float = 30.0
 
     @classmethod
     def parse(cls, address: str, runner: Path | None = None) -> Self:
@@ -66,8 +59,8 @@ class AdbTransport(Transport):
             raise InputError(f"device {'adb:' + address!r}: a device is adb, or adb:SERIAL")
         return cls(serial=address or None, runner=runner)
 
-    def connect(self) -> RemoteConnection:
-        """Chooses the device, locks it, and brings the runner."""
+    def link(self) -> Link:
+        """Chooses the device."""
         if shutil.which(self.client[0]) is None:
             raise InputError(
                 f"{self.client[0]!r} is not installed here; it comes with Android's platform tools"
@@ -82,15 +75,13 @@ class AdbTransport(Transport):
                     self._ask("connect", serial)
 
         shell = Shell(client=(*self.client, "-s", serial, "shell", "-T"))
-        link = Link(
+        return Link(
             name=f"adb:{serial}",
             shell=shell,
             holder=shell,
             home="${TMPDIR:-/data/local/tmp}",  # Android's shell sets it to the same folder
             revive=revive,
-            patience_s=self.patience_s,
         )
-        return RemoteConnection(link, self.runner, keeps_files=self.keeps_files)
 
     def _list_devices(self) -> dict[str, str]:
         """States by serial number."""

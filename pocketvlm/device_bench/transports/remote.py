@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from pocketvlm.bundle import Bundle
 from pocketvlm.device_bench.pack.folder import pack_runner
 from pocketvlm.device_bench.protocol import Failure, Job, Result, write_job
-from pocketvlm.device_bench.transports.base import Connection
+from pocketvlm.device_bench.transports.base import Connection, Transport
 from pocketvlm.device_bench.transports.lock import DeviceLock
 from pocketvlm.device_bench.transports.output import (
     EventCallback,
@@ -31,7 +32,7 @@ from pocketvlm.device_bench.transports.shell import LostConnectionError, Shell
 from pocketvlm.errors import InputError
 from pocketvlm.printable import printable_line
 
-__all__ = ["Link", "RemoteConnection", "least_graph_bytes", "require_room"]
+__all__ = ["Link", "RemoteConnection", "ShellTransport", "least_graph_bytes", "require_room"]
 
 _FOLDER = ".pocketvlm-bench"
 _ARCHIVE = "runner.tar"
@@ -88,8 +89,7 @@ class Link:
         holder: Runs the script that lasts as long as the connection; others may share its way.
         home: The folder there that ours is made in, as its shell writes it.
         revive: Called before the device is tried again; it may do nothing.
-        finish: Called when the connection is closed.
-        patience_s: Seconds that a device which went away is waited for.
+        finish: Called when the connection is closed, or was not made.
     """
 
     name: str
@@ -98,25 +98,60 @@ class Link:
     home: str
     revive: Callable[[], None] = lambda: None
     finish: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShellTransport(Transport):
+    """Reaches a device that has a shell.
+
+    Attributes:
+        runner: A runner's folder here; `None` for the one in Python, with the device's `python3`.
+        keeps_files: Whether runner and bundles stay on the device.
+        patience_s: Seconds that a device which went away is waited for.
+    """
+
+    runner: Path | None = None
+    keeps_files: bool = False
     patience_s: float = 30.0
+
+    @abstractmethod
+    def link(self) -> Link:
+        """How the device is reached.
+
+        Raises:
+            InputError: There is no client, or no such device.
+        """
+
+    def connect(self) -> RemoteConnection:
+        """Connects, locks the device, and brings the runner."""
+        return RemoteConnection(
+            self.link(), self.runner, keeps_files=self.keeps_files, patience_s=self.patience_s
+        )
 
 
 class RemoteConnection(Connection):
     """A device that is locked, and has the runner."""
 
-    def __init__(self, link: Link, runner: Path | None, *, keeps_files: bool = False) -> None:
+    def __init__(
+        self, link: Link, runner: Path | None, *, keeps_files: bool, patience_s: float
+    ) -> None:
         """Connects: takes the lock and brings the runner.
 
         Args:
             link: Reaches the device.
             runner: The runner's folder here; `None` to pack the one in Python.
             keeps_files: Whether runner and bundles stay there, for the next run.
+            patience_s: Seconds that the device is waited for where it went away.
 
         Raises:
             InputError: The device is not reached, is in use, or has no room.
         """
-        self._link, self._keeps_files = link, keeps_files
-        self._base = f"{_greet(link)}/{_FOLDER}"
+        self._link, self._keeps_files, self._patience_s = link, keeps_files, patience_s
+        try:
+            self._base = f"{_greet(link)}/{_FOLDER}"
+        except BaseException:
+            link.finish()
+            raise
         self._lock = DeviceLock(link.holder, self._base, link.name)
         self._was_locked = False
         try:
@@ -199,7 +234,7 @@ class RemoteConnection(Connection):
         Raises:
             InputError: It did not come back, or is in use.
         """
-        deadline = time.monotonic() + self._link.patience_s
+        deadline = time.monotonic() + self._patience_s
         while True:
             try:
                 self._lock.acquire()

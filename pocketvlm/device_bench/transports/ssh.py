@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pocketvlm.device_bench.transports.base import Transport
-from pocketvlm.device_bench.transports.remote import Link, RemoteConnection
+from pocketvlm.device_bench.transports.remote import Link, ShellTransport
 from pocketvlm.device_bench.transports.shell import Shell
 from pocketvlm.errors import InputError
 
@@ -36,25 +35,19 @@ _OPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SshTransport(Transport):
+class SshTransport(ShellTransport):
     """Reaches a device over SSH.
 
     Attributes:
         destination: `user@host`, or a host that the configuration of SSH knows.
         port: Its port; `None` for what the configuration says.
         client: The command line of the client.
-        runner: A runner's folder here; `None` for the one in Python, with the device's `python3`.
-        keeps_files: Whether runner and bundles stay on the device.
-        patience_s: Seconds that a device which went away is waited for.
     """
 
     kind: ClassVar[str] = "ssh"
     destination: str
     port: int | None = None
     client: tuple[str, ...] = ("ssh",)
-    runner: Path | None = None
-    keeps_files: bool = False
-    patience_s: float = 30.0
 
     @classmethod
     def parse(cls, address: str, runner: Path | None = None) -> Self:
@@ -71,8 +64,8 @@ class SshTransport(Transport):
             )
         return cls(destination=found["destination"], port=port, runner=runner)
 
-    def connect(self) -> RemoteConnection:
-        """Connects, locks the device, and brings the runner."""
+    def link(self) -> Link:
+        """One connection for all scripts, where the server allows that."""
         if shutil.which(self.client[0]) is None:
             raise InputError(f"{self.client[0]!r} is not installed here; it is OpenSSH's client")
         port = () if self.port is None else ("-p", str(self.port))
@@ -81,12 +74,10 @@ class SshTransport(Transport):
         # One connection carries every script, if the server allows it; if not, each has its own.
         sockets = tempfile.mkdtemp(prefix="pocketvlm-")
         shared = ("-o", f"ControlPath={sockets}/%C", "-o")
-        link = Link(
+        return Link(
             name=f"ssh:{self.destination}" + (f":{self.port}" if self.port else ""),
             shell=Shell(client=(*client, *shared, "ControlMaster=no", "--", host)),
             holder=Shell(client=(*client, *shared, "ControlMaster=yes", "--", host)),
             home="${HOME:?}",
             finish=lambda: shutil.rmtree(sockets, ignore_errors=True),
-            patience_s=self.patience_s,
         )
-        return RemoteConnection(link, self.runner, keeps_files=self.keeps_files)

@@ -180,8 +180,8 @@ Engine::Buffer Engine::allocate(const std::string& name, const std::vector<std::
   const auto [type, bytes] = element_type(dtype);
   std::size_t count = 1;
   for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
-  // calloc leaves fresh pages to the system, so that unused capacity costs no memory.
-  Buffer buffer{name, std::unique_ptr<void, Freed>(std::calloc(count, bytes))};
+  // Unused capacity costs no memory.
+  Buffer buffer{name, fresh_zeros(count * bytes)};
   if (!buffer.memory) {
     throw Fault(name + ": " + std::to_string(count * bytes) + " bytes do not fit into memory");
   }
@@ -291,15 +291,17 @@ const std::vector<float>& Engine::decode(const std::vector<float>& embeds,
     return rows;
   };
   tell_past();
-  // The graph for long calls leaves the last row, whose logits are wanted, to the decoder, and
-  // takes the others in pieces, as no row of a piece looks at later ones, or all that see each other.
+  // The graph for long calls leaves the last row, whose logits are wanted, to the decoder. Rows run
+  // in pieces, as none of a piece looks at later ones: what attention and the widest products take
+  // grows with them. Those that see each other, or that a schedule drops, are not parted.
   const bool is_seen = !mutual.empty() && mutual.back() >= 0;
   const bool is_long = least_prefill_rows_ > 0 && count >= least_prefill_rows_ && !is_seen;
-  const std::int64_t filled = is_long ? count - 1 : 0;
-  const std::int64_t piece = bundle_.cache.mutual_rows ? count : kPrefillPieceRows;
+  const bool is_whole = bundle_.cache.mutual_rows || bundle_.cache.schedule;
+  const std::int64_t piece = is_whole ? count : kPrefillPieceRows;
+  const std::int64_t filled = is_long ? count - 1 : (count - 1) / piece * piece;
   for (std::int64_t start = 0; start < filled; start += piece) {
     Rows before = part(start, std::min(start + piece, filled));
-    run_rows(prefill_, prefill_rows_, before);
+    run_rows(is_long ? prefill_ : decoder_, is_long ? prefill_rows_ : decode_rows_, before);
     past_length_[0] += before.count;
   }
   Rows rest = part(filled, count);

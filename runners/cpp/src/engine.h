@@ -1,12 +1,12 @@
 // A bundle's graphs, with a KV cache that is allocated once and never copied.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "bundle.h"
+#include "fresh_memory.h"
 #include "layout.h"
 #include "onnx.h"
 
@@ -48,16 +48,13 @@ class Engine {
   std::int64_t truncate(std::int64_t length);
 
  private:
-  struct Freed {
-    void operator()(void* memory) const { std::free(memory); }
-  };
   struct Graph {
     std::string file, variant;
     Ort::Session session{nullptr};
   };
   struct Buffer {
     std::string name;
-    std::unique_ptr<void, Freed> memory;
+    FreshMemory memory;
     Ort::Value value{nullptr};
   };
   // Rows of a call on their way through a graph, which reads them where they lie.

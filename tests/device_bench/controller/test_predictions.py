@@ -25,7 +25,7 @@ from pocketvlm.device_bench.workload import draw_picture
 from pocketvlm.errors import InputError
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.models.images.tilings import TileGrid
-from pocketvlm.pipeline.plan_memory import predict_memory
+from pocketvlm.pipeline.plan_memory import decoder_memory, predict_memory
 from pocketvlm.pipeline.predict import model_work, question_of
 from pocketvlm.pipeline.sources import inspect_model
 from pocketvlm.reports.measurement import MeasuredWorkload, Memory, Prompt
@@ -85,10 +85,13 @@ def test_bench_predicts_of_the_bundle_what_plan_predicts_of_the_model(
     (arm,) = bench([tiny_bundle], transport=transport).arms.values()
     found = {row.name: row.predicted for row in arm.predicted or ()}
     assert {name: found[name] for name in (*TIMES, *RATIOS)} == vars(times)
-    decoder, memory = state.spec.decoder, predict_memory(state, (ToOnnx(),))
-    row_bytes = 2 * 4 * decoder.depth * decoder.kv_heads * decoder.head_dim
-    cache_bytes = row_bytes * (question.rows + SCRIPTED.new_tokens)
-    assert found["ram_bytes"] == memory.total_bytes - memory.cache_bytes + cache_bytes
+    decoder, rows = state.spec.decoder, question.rows + SCRIPTED.new_tokens
+    cache_bytes = 2 * 4 * decoder.depth * decoder.kv_heads * decoder.head_dim * rows
+    prompt_bytes = decoder_memory(state).call_bytes(question.rows, rows)
+    memory = predict_memory(state, (ToOnnx(),))
+    asked = replace(memory, cache_bytes=cache_bytes, prompt_bytes=prompt_bytes)
+    assert prompt_bytes > memory.activation_bytes
+    assert found["ram_bytes"] == asked.total_bytes
 
 
 def test_predictions_follow_the_rates(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,13 @@ def test_statistics_are_of_the_samples_that_are_kept(values):
     assert figure.median <= figure.p90 <= figure.p95 <= max(kept)
 
 
+def test_the_99_per_cent_quantile_needs_a_hundred_samples():
+    assert summarise_samples([float(value) for value in range(99)]).p99 is None
+    figure = summarise_samples([1.0] * 98 + [50.0, 70.0])
+    assert figure.p95 == 1.0
+    assert figure.p99 == pytest.approx(50.2)
+
+
 def test_nothing_is_claimed_of_no_samples():
     assert summarise_samples([]) == Figure()
 

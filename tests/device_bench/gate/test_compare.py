@@ -4,11 +4,13 @@ import copy
 import json
 from pathlib import Path
 from statistics import median
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
 from pocketvlm.cli.app import run_command
+from pocketvlm.cli.report import compare
 from pocketvlm.device_bench.gate.bounds import DEFAULT_BOUNDS, parse_bounds
 from pocketvlm.device_bench.gate.compare import compare_arms, compare_files, compare_reports
 from pocketvlm.errors import CheckFailedError, InputError, TooNoisyError
@@ -324,10 +326,17 @@ def test_the_command_tells_a_regression_from_noise_by_its_exit_code(tmp_path, ca
     assert lines[0] == "### Worse than allowed: 1 of 6 figures"
     (row,) = (line for line in lines if "decode" in line)
     assert row.startswith(
-        "| onnx decode\\_ms | 25 ms | 28 ms | worse by 12.0% (12.0% to 12.0%) | 5.0% | REGRESSED"
+        "| onnx decode\\_ms | 25.0 ms | 28.0 ms | worse by 12.0% (12.0% to 12.0%) | 5.0% | REGR"
     )
     with pytest.raises(InputError, match="leave out the second report"):
         run_command(["compare", str(files["a"]), str(files["a"]), "--arms", "float", "int4"])
+
+
+def test_the_help_names_every_default_bound():
+    (option,) = get_type_hints(compare, include_extras=True)["max_regress"].__metadata__
+    words = option.help.partition("Default: ")[2].rstrip(".").split(", ")
+    assert [word.partition("=")[0] for word in words] == list(DEFAULT_BOUNDS)
+    assert parse_bounds(words) == DEFAULT_BOUNDS
 
 
 def test_files_folders_and_bench_documents_are_accepted(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -40,9 +42,14 @@ def test_a_key_that_the_server_does_not_take(ssh, tmp_path):
     assert re.search(r"cannot be reached: .*Permission denied \(publickey\)", refusal(transport))
 
 
-def test_nobody_listens(ssh):
+def test_nobody_listens(ssh, monkeypatch):
+    made = []
+    make = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **how: made.append(make(**how)) or made[-1])
     transport = SshTransport(destination="127.0.0.1", port=1, client=ssh.client)
     assert re.search("^ssh:127.0.0.1:1: cannot be reached: .*refused", refusal(transport))
+    (sockets,) = made  # where the shared connection would have been
+    assert not Path(sockets).exists()
 
 
 def test_no_client():

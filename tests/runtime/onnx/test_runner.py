@@ -40,6 +40,34 @@ def test_pieces_of_any_size_give_the_same_logits(runner, ids, chunk):
     np.testing.assert_allclose(run(runner, ids, chunk=chunk), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_long_prompt_runs_in_pieces(runner, monkeypatch):
+    sizes = []
+    run_rows = OnnxRunner._run_rows
+
+    def spy(self, role, embeds, *rest):
+        sizes.append((role, embeds.shape[1]))
+        run_rows(self, role, embeds, *rest)
+
+    monkeypatch.setattr(OnnxRunner, "_run_rows", spy)
+    ids = list(range(3, 3 + 23))
+    runner.reset()
+    whole = run(runner, ids)
+    assert sizes == [("decoder", 23)]
+    sizes.clear()
+    monkeypatch.setattr("pocketvlm.runtime.onnx.runner.PREFILL_PIECE_ROWS", 8)
+    for count, expected in ((8, [8]), (16, [8, 8]), (23, [8, 8, 7])):
+        runner.reset()
+        found = run(runner, ids[:count])
+        assert sizes == [("decoder", rows) for rows in expected]
+        assert runner.length == count
+        sizes.clear()
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+    runner.reset()
+    run(runner, ids[:17])  # the last piece is one row, as of a generated token
+    assert sizes == [("decoder", 8), ("decoder", 8)]
+    assert runner.length == 17
+
+
 def test_truncate_forgets_exactly_what_came_behind(runner):
     runner.reset()
     run(runner, [5, 6, 7])
