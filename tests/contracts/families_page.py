@@ -37,13 +37,14 @@ and pixels of the stock processor, with several pictures and in a second turn, o
 ExecuTorch and the evaluator of Core ML programs. Logits of the prompt are within 1e-4 of the
 largest on each of them, with `precision: float32` for Core ML; in float16, its default, within
 1e-2. The last column names where a bundle of it passes its certificate after what `{recipe}` does,
-half of the visual tokens and int4 everywhere, with activations that are not rounded (on ONNX,
-`accuracy_level: 0`): these cost a random model of 64 channels more than a trained one. ExecuTorch,
-whose kernels always round them, is not certified so.
+half of the visual tokens and int4 everywhere. On ONNX (`accuracy_level: 0`) and Core ML activations
+are not rounded there. ExecuTorch's kernels always round them to int8, which adds up from block to
+block and costs a random model [more than a trained one](parity.md#random-weights): its programs
+hold as few blocks as their family allows, one of each kind.
 
 This page is written by the tests that compare them (`python -m tests.contracts.families_page >
-docs/families.md`). `make test` leaves out ExecuTorch programs whose operators another model's has;
-`make test-exhaustive` runs them all.
+docs/families.md`). `make test` leaves out ExecuTorch programs whose operators another model's has,
+and most of those in int4; `make test-exhaustive` runs them all.
 
 What a target cannot run is refused by `plan` in one line, by what it is and not by the family's
 name. A `model_type` that is not listed is refused with the nearest ones that are; a checkpoint that

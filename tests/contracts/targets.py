@@ -31,5 +31,5 @@ INT4_STAGES: tuple[Stage, ...] = (
 )
 """Half of the visual tokens, int4 everywhere."""
 
-CERTIFIED = ("onnx", "coreml")
-"""Targets on which a certificate is made of every family after these stages, in seconds."""
+CERTIFIED = ("onnx", "executorch", "coreml")
+"""Targets on which a certificate is made of every family after these stages."""

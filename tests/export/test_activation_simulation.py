@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from pocketvlm.bundle import Bundle
 from pocketvlm.calibration import CalibrationSet
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
@@ -19,13 +20,17 @@ from pocketvlm.errors import InputError
 from pocketvlm.evaluation.score import score_checkpoint
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.onnx.weights import pack_weight
+from pocketvlm.export.parity.metrics import relative_error
+from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.pipeline.sources import score_subject
+from pocketvlm.reference.random_models import write_tiny_model
 from pocketvlm.reference_graph.activation_rounding import (
     round_per_block,
     round_per_token,
     simulate_activations,
 )
 from pocketvlm.reference_graph.forward import DecoderInputs, decode_logits, encode_images
+from pocketvlm.runtime.engines import open_engine
 from pocketvlm.runtime.onnx.engine import onnxruntime
 from pocketvlm.weights.affine import AffineWeight
 from pocketvlm.weights.sparse import SparseWeight
@@ -137,6 +142,31 @@ def test_the_simulated_model_is_far_closer_to_the_artifact(
     # rare, in a whole picture it is not.
     assert (after[:, 1] < before[:, 1] / 1000).sum() >= 6
     assert np.median(after[:, 0]) < 0.85 * np.median(before[:, 0])
+
+
+def test_short_convolutions_are_simulated_as_they_run(tmp_path: Path, ctx: RunContext) -> None:
+    """Their products are where rounding costs most; four rows are few enough not to drift apart."""
+    write_tiny_model("lfm2-vl", tmp_path / "model")
+    checkpoint = quantize_checkpoint(Checkpoint.load(tmp_path / "model"), 4)
+    write_graphs(checkpoint, [ToOnnx()], tmp_path / "bundle", "", ctx)
+    runner = open_engine(Bundle.open(tmp_path / "bundle"), "onnx", threads=1)
+    plain, simulated = [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        rows = DecoderInputs(
+            embeds=torch.randn(1, 4, checkpoint.spec.decoder.hidden_size, generator=generator),
+            positions=torch.arange(4)[None, None],
+            is_visual=torch.zeros(1, 4, dtype=torch.bool),
+            next_position=torch.tensor([4]),
+        )
+        runner.reset()
+        found = runner.decode(rows.embeds.numpy(), rows.positions[0].numpy())
+        for errors, arithmetic in ((plain, "float32"), (simulated, "onnx")):
+            with torch.inference_mode(), simulate_activations(checkpoint, arithmetic):
+                expected = decode_logits(checkpoint, rows, last_only=True)[0, 0].numpy()
+            errors.append(relative_error(found, expected))
+    assert min(plain) > 5e-3
+    assert sum(error < 1e-5 for error in simulated) >= 6
 
 
 def test_parts_can_be_simulated_alone(tiny_checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import tokenize
@@ -61,6 +62,17 @@ def strings(file: Path) -> list[str]:
         if token.type != tokenize.COMMENT:
             before = token.type
     return found
+
+
+MOST_LINES = 150
+"""Of a module that reads a family's config.json."""
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_costs_one_short_module(model_type: str):
+    module = Path(inspect.getfile(FAMILIES[model_type]))
+    assert module.parent == ROOT / "models" / "families"
+    assert len(module.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
 def test_nothing_else_knows_a_module_or_a_family():
