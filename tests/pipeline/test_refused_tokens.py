@@ -26,7 +26,7 @@ REFUSED = {
         {"reducer": {"kind": "attention_rows"}, "keep": 6},
         "whole rows of 4 visual tokens",
     ),
-    "cells that are no grid": (
+    "cells without a grid": (
         "llava",
         {"reducer": {"kind": "average_pool"}, "keep": 7},
         "nearest counts that it can are 6 and 8",

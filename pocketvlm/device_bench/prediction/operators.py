@@ -24,16 +24,22 @@ __all__ = [
 
 
 _MOST = 2**60
-"""More than any model has of anything; a bundle of a stranger may say so."""
+"""More than any model has of anything; a bundle of a stranger may say so.
+
+What is counted, not what is made of it: rows of a call multiply counts.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Counts:
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, int) and not 0 <= value <= _MOST:
-                raise ValueError(f"{item.name} must be 0 to {_MOST:,}")
+        if min(self.counts().values()) < 0:
+            raise ValueError(f"{', '.join(self.counts())} must be at least 0")
+
+    def counts(self) -> dict[str, int]:
+        """Its numbers, by their names."""
+        values = ((item.name, getattr(self, item.name)) for item in fields(self))
+        return {name: value for name, value in values if isinstance(value, int)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,12 @@ class Work:
     products: tuple[Product, ...]
     elementwise: tuple[Elementwise, ...]
     attention: TowerAttention | None = None
+
+    def __post_init__(self) -> None:
+        for operator in self.operators():
+            for name, count in operator.counts().items():
+                if count > _MOST:
+                    raise ValueError(f"{name} must be 0 to {_MOST:,}")
 
     def operators(self) -> Iterator[PlainOperator]:
         """All of them."""

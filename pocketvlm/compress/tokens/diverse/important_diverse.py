@@ -33,7 +33,7 @@ from pocketvlm.models.spec import ModelSpec
 __all__ = ["ImportantDiverse", "ImportantDiverseReducer", "drop_duplicates"]
 
 _STEP = 4
-"""One token of so many goes in a step."""
+"""A step removes one token of this many."""
 
 
 def drop_duplicates(features: Tensor, indices: Tensor, keep: int) -> Tensor:
