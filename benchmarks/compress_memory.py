@@ -23,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from memory_limit import limited
 
 from pocketvlm.files.reader import file_sha256
 
@@ -53,28 +54,6 @@ class Finished:
     seconds: float
     peak_rss_bytes: int
     peak_anonymous_bytes: int
-
-
-@contextmanager
-def limited(limit_bytes: int | None) -> Iterator[list[str]]:
-    """What to put before a command, so that it may not take more memory (Linux)."""
-    if limit_bytes is None:
-        yield []
-        return
-    if shutil.which("systemd-run") and Path("/run/systemd/system").exists():
-        scope = ["systemd-run", *(["--user"] if os.getuid() else []), "--scope", "--quiet"]
-        yield [*scope, "-p", f"MemoryMax={limit_bytes}", "-p", "MemorySwapMax=0"]
-        return
-    root = Path("/sys/fs/cgroup")
-    is_first = (root / "memory").is_dir()  # version 1 of control groups
-    group = root / ("memory" if is_first else "") / f"pocketvlm-{os.getpid()}"
-    group.mkdir()
-    try:
-        limit = "memory.limit_in_bytes" if is_first else "memory.max"
-        (group / limit).write_text(str(limit_bytes))
-        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
-    finally:
-        group.rmdir()
 
 
 def run(command: list[str], kill_when: Callable[[], bool] = lambda: False) -> Finished:

@@ -1,7 +1,7 @@
 """Runs ORT-GenAI for `decode_speed.py`, in the environment that has it; see there.
 
 Exports the text decoder of a SmolVLM-shaped model with ORT-GenAI's own builder (int4, its
-defaults, accuracy level 4), then answers lines of `PROMPT NEW` with one JSON line each.
+defaults, accuracy level 4), then answers lines of `answer PROMPT NEW` with one JSON line each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,28 +58,29 @@ def export(model: Path, folder: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def run(model: og.Model, prompt: int, new: int) -> dict[str, object]:
+def run(model: og.Model, prompt: int, new: int, clock: Callable[[], float]) -> dict[str, object]:
     """One prefill and `new` tokens: milliseconds of each."""
     parameters = og.GeneratorParams(model)
     length = prompt + new + 2
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = og.Generator(model, parameters)
     ids = np.random.default_rng(0).integers(10, 40_000, prompt).astype(np.int32)
-    start = time.perf_counter()
+    start = clock()
     generator.append_tokens(ids)
     generator.generate_next_token()
-    prefill = time.perf_counter() - start
+    prefill = clock() - start
     steps = []
     for _ in range(new):
-        start = time.perf_counter()
+        start = clock()
         generator.generate_next_token()
-        steps.append((time.perf_counter() - start) * 1e3)
+        steps.append((clock() - start) * 1e3)
     return {"prefill_ms": prefill * 1e3, "step_ms": steps}
 
 
 def main() -> None:
     """Exports once, then serves rounds until its input ends."""
     model, threads = Path(sys.argv[1]), int(sys.argv[2])
+    clock = time.process_time if sys.argv[3] == "cpu" else time.perf_counter
     folder = model.with_name(model.name + "-genai")
     if not (folder / "genai_config.json").is_file():
         export(model, folder)
@@ -88,8 +90,8 @@ def main() -> None:
     loaded = og.Model(config)
     print("ready", flush=True)
     for line in sys.stdin:
-        prompt, new = map(int, line.split())
-        print(json.dumps(run(loaded, prompt, new)), flush=True)
+        _, prompt, new = line.split()
+        print(json.dumps(run(loaded, int(prompt), int(new), clock)), flush=True)
 
 
 if __name__ == "__main__":

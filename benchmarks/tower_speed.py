@@ -1,12 +1,13 @@
 """How fast is the tower of a bundle, by the kernels of its products, and what is left of it?
 
-    python benchmarks/tower_speed.py --work shapes --threads 1
+    python benchmarks/tower_speed.py --work shapes --threads 1 [--openvino VENV/bin/python]
 
 The vision graphs of SmolVLM-256M's shape, random weights, in float32 and in int8 in groups of 32
 and with one scale per row, take turns. Prints medians of wall and processor time with shares of
 float32 (a share is the median over rounds), where the time of each graph goes by operator, and one
 JSON line with every raw sample. Processor time tells the same on a busy machine as long as there is
-one thread.
+one thread. `--openvino` names the interpreter of an environment for `openvino_worker.py`, whose
+towers take turns with ours.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peer_process import Peer, started_peer
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.compress.quantization.affine.rtn import round_to_nearest
@@ -40,6 +45,7 @@ _RULES = {
     "int8 rows": WeightRule(bits=8, group_size=None, symmetric=True),
 }
 _PROFILED = 3
+_OPENVINO = {"weights": "OpenVINO, int8 weights", "both": "OpenVINO, int8 both"}
 
 
 def write_graphs(rule: WeightRule, folder: Path) -> Path:
@@ -95,10 +101,23 @@ def operator_shares(
     return {operator: time_us / total for operator, time_us in spent.most_common()}
 
 
+def run_session(
+    session: onnxruntime.InferenceSession, pixels: np.ndarray[Any, np.dtype[np.float32]]
+) -> dict[str, float]:
+    """One tile: wall and processor time."""
+    wall, processor = time.perf_counter(), time.process_time()
+    session.run(None, {"pixel_values": pixels})
+    return {
+        "processor_ms": (time.process_time() - processor) * 1e3,
+        "wall_ms": (time.perf_counter() - wall) * 1e3,
+    }
+
+
 def main() -> None:
     """Writes the bundles, lets their towers run in turns, prints medians and shares."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and bundles")
+    parser.add_argument("--openvino", type=Path, help="interpreter for openvino_worker.py")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -109,17 +128,24 @@ def main() -> None:
     sessions = {name: open_vision(folder, options.threads) for name, folder in folders.items()}
     shape = sessions["float32"].get_inputs()[0].shape
     pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    samples: dict[str, dict[str, list[float]]] = {
-        name: {"wall_ms": [], "processor_ms": []} for name in sessions
+    arms: dict[str, Callable[[], dict[str, float]]] = {
+        name: partial(run_session, session, pixels) for name, session in sessions.items()
     }
-    for turn in range(options.rounds + 1):
-        for name, session in sessions.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            session.run(None, {"pixel_values": pixels})
-            if turn:  # the first round warms up
-                samples[name]["processor_ms"].append((time.process_time() - processor) * 1e3)
-                samples[name]["wall_ms"].append((time.perf_counter() - wall) * 1e3)
-    del sessions
+    with ExitStack() as stack:
+        if options.openvino:
+            peer = stack.enter_context(
+                started_peer(
+                    options.openvino,
+                    "openvino_worker.py",
+                    options.work / _SHAPE,
+                    threads=options.threads,
+                    clock="wall",
+                )
+            )
+            for kind, name in _OPENVINO.items():
+                arms[name] = partial(_ask_tower, peer, kind)
+        samples = take_turns(arms, options.rounds)
+    del arms, sessions
     print(f"{_SHAPE}, {options.threads} threads, {options.rounds} rounds in turns\n")
     document: dict[str, Any] = {
         "shape": _SHAPE,
@@ -134,18 +160,36 @@ def main() -> None:
             )
             for clock, values in taken.items()
         }
-        spent = operator_shares(folders[name], options.threads, pixels)
+        folder = folders.get(name)
+        spent = {} if folder is None else operator_shares(folder, options.threads, pixels)
         document[name] = {"share": shares, "operators": spent}
-        print(
-            f"{name:10s} "
-            + ", ".join(
-                f"{clock} {statistics.median(values):.0f} ({shares[clock]:.2f})"
-                for clock, values in taken.items()
-            )
-            + "; "
-            + ", ".join(f"{operator} {share:.0%}" for operator, share in list(spent.items())[:4])
+        times = ", ".join(
+            f"{clock} {statistics.median(values):.0f} ({shares[clock]:.2f})"
+            for clock, values in taken.items()
         )
+        where = ", ".join(f"{operator} {share:.0%}" for operator, share in list(spent.items())[:4])
+        print(f"{name:24s} {times}" + (f"; {where}" if where else ""))
     print(json.dumps(document))
+
+
+def take_turns(
+    arms: dict[str, Callable[[], dict[str, float]]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of every arm by clock; a first round warms up."""
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {"processor_ms": [], "wall_ms": []} for name in arms
+    }
+    for turn in range(rounds + 1):
+        for name, run in arms.items():
+            taken = run()
+            if turn:
+                for clock, value in taken.items():
+                    samples[name][clock].append(value)
+    return samples
+
+
+def _ask_tower(peer: Peer, kind: str) -> dict[str, float]:
+    return peer.ask("tower", kind)
 
 
 if __name__ == "__main__":

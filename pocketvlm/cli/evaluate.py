@@ -100,16 +100,22 @@ def evaluate(
     """Score generated answers, beside a blind floor."""
     quiet_libraries()
     from pocketvlm.context import RunContext
-    from pocketvlm.pipeline.sources import load_evaluation, score_subject
+    from pocketvlm.pipeline.sources import load_evaluation, long_call_rows, score_subject
     from pocketvlm.runtime.vision import VisionChoice
 
     vision = VisionChoice(visual_tokens=visual_tokens, resolution=parse_resolution(resolution))
     samples = load_evaluation(data, n)
+    long_rows = long_call_rows(subject) if arithmetic == "onnx" else None
     with show_progress() as on_progress:
         ctx = RunContext(threads=threads or os.cpu_count() or 1, on_progress=on_progress)
-        score = score_subject(subject, samples, ctx, arithmetic, runtime, vision)
+        score = score_subject(subject, samples, ctx, arithmetic, runtime, vision, long_rows)
     document = score.to_json()
-    for note in samples.notes:
+    notes = list(samples.notes)
+    if long_rows is not None:
+        notes.append(
+            f"prompts of {long_rows} rows and more run on int8 rows, as in the bundle beside it"
+        )
+    for note in notes:
         say(f"note     {note}")
     say(
         f"{document['metric']}  {score.accuracy:.1%}  "
@@ -120,4 +126,4 @@ def evaluate(
     if score.blind is not None:
         say(f"blind floor  {score.blind:.1%}")
     if as_json:
-        print_json({**document, "notes": list(samples.notes)})
+        print_json({**document, "notes": notes})

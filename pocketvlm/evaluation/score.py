@@ -99,6 +99,7 @@ def score_checkpoint(
     batch_size: int = 32,
     max_new_tokens: int = MAX_NEW_TOKENS,
     arithmetic: Arithmetic = "float32",
+    int8_prefill_rows: int | None = None,
     ctx: RunContext | None = None,
 ) -> Score:
     """Scores greedy answers of a checkpoint in torch.
@@ -112,6 +113,7 @@ def score_checkpoint(
         max_new_tokens: Longest answer.
         arithmetic: `onnx` or `executorch` round activations as that runtime does; `float32`
             rounds nothing.
+        int8_prefill_rows: With `onnx`, the target's option of this name; `None` where it has none.
         ctx: Seed of the noise, and progress.
 
     Raises:
@@ -131,6 +133,7 @@ def score_checkpoint(
             ctx=context,
             task=task,
             arithmetic=arithmetic,
+            int8_prefill_rows=int8_prefill_rows,
         )
 
     return _score(answer, samples, metric=metric, blind=blind, seed=context.seed)

@@ -44,6 +44,7 @@ def answer_with_checkpoint(
     ctx: RunContext,
     task: str,
     arithmetic: Arithmetic = "float32",
+    int8_prefill_rows: int | None = None,
 ) -> list[str]:
     """Greedy answers in the order of the questions.
 
@@ -58,6 +59,7 @@ def answer_with_checkpoint(
         ctx: Progress.
         task: Name of the task for progress.
         arithmetic: The runtime whose kernels quantized layers imitate.
+        int8_prefill_rows: Rows from which a prompt runs on int8 rows (`onnx`); `None` for none.
 
     Raises:
         CalibrationError: A picture cannot be read, or a row cannot be asked; all rows are checked
@@ -73,7 +75,7 @@ def answer_with_checkpoint(
     with (
         torch.inference_mode(),
         cache_dense_weights(checkpoint.model, budget=available_memory_bytes() // 2),
-        simulate_activations(checkpoint, arithmetic),
+        simulate_activations(checkpoint, arithmetic, int8_prefill_rows=int8_prefill_rows),
     ):
         for start in range(0, len(samples), _CHUNK * batch_size):
             chunk = range(start, min(start + _CHUNK * batch_size, len(samples)))

@@ -30,6 +30,7 @@ __all__ = [
     "inspect_model",
     "load_checkpoint",
     "load_evaluation",
+    "long_call_rows",
     "resolve_calibration",
     "resolve_model",
     "score_subject",
@@ -205,6 +206,24 @@ def load_evaluation(data: str, n: int) -> CalibrationSet:
     return CalibrationSet.from_folder(Path(data), limit=n, require_images=False)
 
 
+def long_call_rows(subject: str) -> int | None:
+    """From how many rows the ONNX bundle beside a run's checkpoint runs prompts on int8 rows.
+
+    Args:
+        subject: What is scored; `None` comes back unless it is the checkpoint of a run.
+
+    Raises:
+        BundleError: The bundle's manifest is damaged.
+    """
+    beside = Path(subject).resolve().parent / "bundle"
+    if not (Path(subject).is_dir() and (beside / "manifest.json").is_file()):
+        return None
+    manifest = Bundle.open(beside, verify=False).manifest
+    if not manifest.has("onnx", "prefill"):
+        return None
+    return next(each.least_rows for each in manifest.components if each.role == "prefill")
+
+
 def score_subject(
     subject: str,
     samples: CalibrationSet,
@@ -212,6 +231,7 @@ def score_subject(
     arithmetic: str = "float32",
     runtime: str | None = None,
     vision: VisionChoice = ANY_VISION,
+    int8_prefill_rows: int | None = None,
 ) -> Score:
     """Scores a bundle, or anything that `resolve_model` understands, with the same code.
 
@@ -222,14 +242,17 @@ def score_subject(
         arithmetic: The runtime whose rounding of activations is simulated for a checkpoint.
         runtime: The engine that runs a bundle; `None` for the first that it has graphs for.
         vision: The vision graph of a bundle that sees all pictures; the first one by default.
+        int8_prefill_rows: Rows from which prompts are simulated on int8 rows, with `onnx`.
 
     Raises:
         InputError: The arithmetic is unknown, or given for a bundle; the runtime or vision graph is
-            unknown, or given for a checkpoint.
+            unknown, or given for a checkpoint; rows are given without the arithmetic that has them.
         PocketVLMError: The subject is neither a bundle nor a model.
     """
     if arithmetic not in ARITHMETICS:
         raise InputError(f"arithmetic is {arithmetic!r}; allowed are {', '.join(ARITHMETICS)}")
+    if int8_prefill_rows is not None and arithmetic != "onnx":
+        raise InputError(f"int8_prefill_rows goes with arithmetic 'onnx', not with {arithmetic!r}")
     if (Path(subject) / "manifest.json").is_file():
         if arithmetic != "float32":
             raise InputError(
@@ -245,7 +268,13 @@ def score_subject(
             f"{subject}: is not a bundle; --visual-tokens and --resolution choose a bundle's graph"
         )
     checkpoint = load_checkpoint(resolve_model(subject))
-    return score_checkpoint(checkpoint, samples, ctx=ctx, arithmetic=cast("Arithmetic", arithmetic))
+    return score_checkpoint(
+        checkpoint,
+        samples,
+        ctx=ctx,
+        arithmetic=cast("Arithmetic", arithmetic),
+        int8_prefill_rows=int8_prefill_rows,
+    )
 
 
 def _download(name: str) -> Path:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.models.layers import Part
-from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
+from pocketvlm.weights.layout import AffineLayout, WeightLayout, has_groups, without_mask
 from pocketvlm.weights.modules import FormLinear
 
 __all__ = [
@@ -59,8 +59,11 @@ def round_per_block(inputs: Tensor, block: int) -> Tensor:
     width = inputs.shape[-1]
     padded = functional.pad(inputs, (0, -width % block)).unflatten(-1, (-1, block))
     largest = padded.abs().amax(dim=-1, keepdim=True)
-    # Kernels multiply by a scale's inverse, which does not round like a division.
-    codes = (padded * torch.where(largest > _LEAST, 127 / largest, 0.0)).round()
+    # Kernels multiply by a scale's inverse, which does not round like a division. The inverse is a
+    # division of tensors: of a number and a tensor, torch makes a reciprocal and a product, and
+    # where codes of few levels lie between two others, the last bit decides.
+    inverse = largest.new_tensor(127) / largest
+    codes = (padded * torch.where(largest > _LEAST, inverse, 0.0)).round()
     return (codes * (largest / 127)).flatten(-2)[..., :width]
 
 
@@ -128,7 +131,12 @@ def input_rounding(
 
 @contextmanager
 def simulate_activations(
-    checkpoint: Checkpoint, arithmetic: Arithmetic, *, decoder: bool = True, tower: bool = True
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    *,
+    decoder: bool = True,
+    tower: bool = True,
+    int8_prefill_rows: int | None = None,
 ) -> Iterator[None]:
     """Follows a runtime's arithmetic at its fastest setting, inside the block.
 
@@ -139,12 +147,17 @@ def simulate_activations(
         arithmetic: Whose.
         decoder: Whether the decoder's and the head's inputs are rounded.
         tower: Whether the tower's and the projector's are.
+        int8_prefill_rows: Rows of a call of the decoder from which all but the last are multiplied
+            by weights that are rounded once more, to int8 with one scale per row, as
+            `export.onnx.prefill` has it; `None` for no such calls.
 
     Raises:
-        ValueError: The arithmetic is unknown.
+        ValueError: The arithmetic is unknown, or has no such calls.
     """
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}; allowed are {', '.join(ARITHMETICS)}")
+    if int8_prefill_rows is not None and arithmetic != "onnx":
+        raise ValueError(f"int8_prefill_rows is the ONNX target's, and arithmetic {arithmetic!r}")
     spec = checkpoint.spec
     parts = {"decoder": decoder, "head": decoder, "tower": tower, "projector": tower}
     layers = {linear.name: linear.part for linear in spec.linears() if parts.get(linear.part)}
@@ -153,10 +166,42 @@ def simulate_activations(
     with ExitStack() as stack:
         for name, part in sorted(layers.items()):
             layer = cast("FormLinear", checkpoint.layer(name))
-            rounding = input_rounding(layer.form.layout, layer.form.shape[1], part, arithmetic)
-            if rounding is not None:
+            layout, columns = layer.form.layout, layer.form.shape[1]
+            rounding = input_rounding(layout, columns, part, arithmetic)
+            if int8_prefill_rows is not None and part == "decoder" and has_groups(layout, columns):
+                calls = _LongCalls(rounding, int8_prefill_rows)
+                stack.callback(layer.register_forward_pre_hook(calls.before).remove)
+                stack.callback(layer.register_forward_hook(calls.after).remove)
+            elif rounding is not None:
                 stack.callback(layer.register_forward_pre_hook(_before(rounding)).remove)
         yield
+
+
+class _LongCalls:
+    """A layer that multiplies all rows of a long call but the last by int8 rows."""
+
+    def __init__(self, rounding: Rounding | None, least_rows: int) -> None:
+        """Takes how other calls are rounded, and how many rows a long one has."""
+        self._rounding = rounding
+        self._least_rows = least_rows
+        self._before_last: Tensor | None = None
+
+    def before(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Leaves to the layer what its own weights multiply."""
+        rows, self._before_last = inputs[0], None
+        if rows.shape[-2] >= self._least_rows:
+            self._before_last, rows = rows[..., :-1, :], rows[..., -1:, :]
+        return (rows if self._rounding is None else self._rounding(rows),)
+
+    def after(self, module: nn.Module, _inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        """Puts the other rows before them."""
+        if self._before_last is None:
+            return outputs
+        layer = cast("FormLinear", module)
+        columns = layer.form.shape[1]
+        rows = round_per_block(self._before_last, columns)
+        weight = round_per_block(layer.weight, columns)
+        return torch.cat([functional.linear(rows, weight, layer.bias), outputs], dim=-2)
 
 
 def _before(

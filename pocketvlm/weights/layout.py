@@ -17,6 +17,7 @@ __all__ = [
     "LayerBytes",
     "SparseLayout",
     "WeightLayout",
+    "has_groups",
     "plan_behind_mask",
     "without_mask",
 ]
@@ -211,6 +212,12 @@ LayerBytes = Callable[[WeightLayout | None, tuple[int, int]], int]
 def without_mask(layout: WeightLayout | None) -> AffineLayout | CodebookLayout | None:
     """A layout on runtimes that know no masks; itself where it has none."""
     return layout.without_mask if isinstance(layout, SparseLayout) else layout
+
+
+def has_groups(layout: WeightLayout | None, columns: int) -> bool:
+    """Whether a matrix is stored as integers in groups, which int8 rows can be made of."""
+    plain = without_mask(layout)
+    return isinstance(plain, AffineLayout) and not plain.has_byte_rows(columns)
 
 
 def plan_behind_mask(name: str, mask: SparseLayout, values: WeightLayout) -> SparseLayout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,27 @@ def test_a_rank_that_works_on_something_else_is_refused(command, tmp_path):
         assert each.exit_code == 2
         (line,) = each.printed.strip().splitlines()
         assert line.startswith("error: process 1 has another seed than process 0; ")
+    assert not (tmp_path / "run").exists()
+
+
+def compress_at_home(rank, job, home):
+    """As `compress`, where relative paths are those of another machine."""
+    os.chdir(home / str(rank))
+    return compress(rank, job)
+
+
+def test_a_rank_that_sees_other_data_is_refused(command, questions, tmp_path):
+    """One picture of a folder differs by one byte; its name and its row do not."""
+    for rank in range(2):
+        shutil.copytree(questions, tmp_path / str(rank) / "data")
+    picture = tmp_path / "1" / "data" / "2.png"
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    job = [*command, "--set", "calibration.source=data", "--set", "calibration.samples=4"]
+    job += ["--out", str(tmp_path / "run")]
+    for each in run_ranks(2, compress_at_home, tmp_path / "logs", job, tmp_path):
+        assert each.exit_code == 2
+        (line,) = each.printed.strip().splitlines()
+        assert line.startswith("error: process 1 has another calibration than process 0; ")
     assert not (tmp_path / "run").exists()
 
 

@@ -78,7 +78,12 @@ def integer_product(
 
 
 def row_product(
-    graph: GraphWriter, name: str, operands: tuple[str, str, str], bias: str | None
+    graph: GraphWriter,
+    name: str,
+    operands: tuple[str, str, str],
+    bias: str | None,
+    *,
+    is_made: bool = False,
 ) -> str:
     """A product that rounds each row of its input by itself.
 
@@ -88,6 +93,7 @@ def row_product(
         operands: Inputs, float32 [1, n, columns]; codes on their side, int8 [columns, rows];
             scales, float32 [rows].
         bias: float32 [rows], if there is one.
+        is_made: Whether codes are not constant but what `narrow_rows` makes: uint8, around 128.
     """
     inputs, turned, scales = operands
     spread, largest = _spread(graph, name, inputs)
@@ -95,7 +101,7 @@ def row_product(
     rounded = graph.node("QuantizeLinear", [spread, one, zero], name=f"{name}.rounded")
     product = graph.node(
         "MatMulIntegerToFloat",
-        [rounded, turned, _step(graph), scales, zero],
+        [rounded, turned, _step(graph), scales, zero, *([zero] if is_made else [])],
         name=f"{name}.product",
         domain=CONTRIB,
     )
@@ -104,19 +110,22 @@ def row_product(
 
 
 def narrow_rows(graph: GraphWriter, name: str, dense: str, outputs: tuple[str, str]) -> None:
-    """Rounds a matrix to int8 with one scale per row, as `row_product` takes it.
+    """Rounds a matrix to 8 bits with one scale per row, as `row_product` takes what is made.
+
+    Codes are uint8: x86 without VNNI adds products of int8 codes in pairs of 16 bits, and the
+    setting against that (`runtime.onnx.engine.EXACT_SUMS`) turns constants alone into uint8.
+    Everywhere else the kernels are equally fast for both.
 
     Args:
         graph: Where the nodes go.
         name: The layer.
         dense: The matrix, float32 [rows, columns].
-        outputs: Names of the codes on their side, int8 [columns, rows], and of the scales, float32
-            [rows].
+        outputs: Names of the codes on their side, uint8 [columns, rows] around 128, and of the
+            scales, float32 [rows].
     """
     spread, largest = _spread(graph, name, dense)
     one = graph.constant("int8.unit", np.array(1, np.float32))
-    middle = graph.constant("int8.middle", np.array(0, np.int8))
-    codes = graph.node("QuantizeLinear", [spread, one, middle], name=f"{name}.narrow")
+    codes = graph.node("QuantizeLinear", [spread, one, _zero(graph)], name=f"{name}.narrow")
     graph.node("Transpose", [codes], name=f"{name}.turned", output=outputs[0], perm=[1, 0])
     scales = graph.node("Mul", [largest, _step(graph)], name=f"{name}.steps")
     flat = graph.constant("flat", np.array([-1], np.int64))

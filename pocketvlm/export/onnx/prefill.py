@@ -3,7 +3,7 @@
 In groups, a product scales every block of columns by itself, which costs many rows more than the
 arithmetic. So long calls have a second graph, whose products are those of `byte_rows`. Its
 weights are in no file: a second graph reads the decoder's codes and rounds each row once more, to
-int8 with one scale, when a runner starts. They enter the first as inputs, so that a runtime holds
+8 bits with one scale, when a runner starts. They enter the first as inputs, so that a runtime holds
 one copy, which takes a byte for each weight.
 
 The last row of a call, whose logits are wanted, is left to the decoder. What fills the cache needs
@@ -31,7 +31,7 @@ from pocketvlm.models.layers import LinearSpec
 from pocketvlm.models.spec import ModelSpec
 from pocketvlm.stages import PlanState
 from pocketvlm.weights.affine import AffineWeight
-from pocketvlm.weights.layout import AffineLayout, WeightLayout, without_mask
+from pocketvlm.weights.layout import AffineLayout, WeightLayout, has_groups, without_mask
 
 __all__ = ["PrefillGraphs", "held_bytes", "made_bytes", "refuse_prefill", "write_prefill"]
 
@@ -72,10 +72,10 @@ class _PrefillOps(OnnxOps):
     def quantized_linear(
         self, inputs: str, name: str, forms: list[AffineWeight], bias: str | None
     ) -> str:
-        if not _has_groups(forms[0].layout, forms[0].in_features):
+        if not has_groups(forms[0].layout, forms[0].in_features):
             return super().quantized_linear(inputs, name, forms, bias)
         self.made[name] = forms
-        return row_product(self._graph, name, (inputs, *_names(name)), bias)
+        return row_product(self._graph, name, (inputs, *_names(name)), bias, is_made=True)
 
     def cached_attention(self, joined: str, block: int, *names: str) -> str:
         """Attention to an int8 cache as floats: the kernel widens it once for each head of queries.
@@ -166,18 +166,12 @@ class _PrefillOps(OnnxOps):
         return new, old
 
 
-def _has_groups(layout: WeightLayout | None, columns: int) -> bool:
-    """Whether a matrix is stored as integers in groups, which int8 rows are made of."""
-    plain = without_mask(layout)
-    return isinstance(plain, AffineLayout) and not plain.has_byte_rows(columns)
-
-
 def made_bytes(spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None]) -> int:
     """Bytes of the weights that are made for the prefill graph."""
     return sum(
         linear.out_features * (linear.in_features + _SCALE_BYTES)
         for linear, layout in _multiplied(spec, layouts)
-        if _has_groups(layout, linear.in_features)
+        if has_groups(layout, linear.in_features)
     )
 
 
@@ -185,7 +179,7 @@ def held_bytes(spec: ModelSpec, layouts: Mapping[LinearSpec, WeightLayout | None
     """Bytes that the prefill graph takes in memory: what is made, and what it holds once more."""
     held = made_bytes(spec, layouts)
     for linear, layout in _multiplied(spec, layouts):
-        if not _has_groups(layout, linear.in_features):
+        if not has_groups(layout, linear.in_features):
             is_integer = isinstance(without_mask(layout), AffineLayout)
             elements = linear.out_features * linear.in_features
             held += elements * (1 if is_integer else _FLOAT_BYTES)
@@ -244,7 +238,7 @@ def write_prefill(checkpoint: Checkpoint, weights: WeightFile) -> PrefillGraphs:
         codes, scales = _names(name)
         narrow_rows(unpack, label, dense, (codes, scales))
         made += [
-            TensorSignature(name=codes, dtype="int8", shape=(columns, rows)),
+            TensorSignature(name=codes, dtype="uint8", shape=(columns, rows)),
             TensorSignature(name=scales, dtype="float32", shape=(rows,)),
         ]
     return PrefillGraphs(

@@ -27,7 +27,12 @@ CONTRIB = "com.microsoft"
 _IR_VERSION = 10
 _INLINE_BYTES = 1024  # smaller constants stay in the graph, where they cost no padding
 _PAGE = 4096  # large tensors are mapped from the file, and a mapping starts at a page
-_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int8": TensorProto.INT8}
+_DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+}
 
 
 class WeightFile:

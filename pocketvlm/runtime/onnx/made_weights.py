@@ -19,7 +19,8 @@ from pocketvlm.runtime.onnx.sessions import bind_output, load_graph, return_free
 
 __all__ = ["make_weights"]
 
-_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("int8", "float32")}
+# Not int8: products of such codes, where they are not constant, saturate on x86 without VNNI.
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("uint8", "float32")}
 _MOST_BYTES = 2**40
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**24

@@ -84,6 +84,7 @@ struct ElementType {
 
 ElementType element_type(const std::string& dtype) {
   if (dtype == "int8") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, 1};
+  if (dtype == "uint8") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, 1};
   if (dtype == "float16") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, 2};
   return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 4};
 }
@@ -195,6 +196,11 @@ void Engine::make_weights(int threads) {
   Graph unpack = load(bundle_.component("unpack"), threads);
   Ort::IoBinding binding(unpack.session);
   for (const Signature& output : bundle_.component("unpack").outputs) {
+    // Products of int8 codes, where they are not constant, saturate on x86 without VNNI.
+    if (output.dtype != "uint8" && output.dtype != "float32") {
+      throw Fault(unpack.file + ": makes " + output.name + " as " + output.dtype +
+                  "; types must be uint8 or float32");
+    }
     std::vector<std::int64_t> shape;
     for (std::size_t at = 0; at < output.shape.size(); ++at) shape.push_back(output.fixed(at));
     made_.push_back(allocate(output.name, shape, output.dtype));

@@ -15,7 +15,13 @@ from torch import Tensor
 from pocketvlm.bundle import TensorSignature
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.export.onnx.byte_rows import RoundedOver, byte_codes, integer_product
+from pocketvlm.export.onnx.byte_rows import (
+    RoundedOver,
+    byte_codes,
+    integer_product,
+    narrow_rows,
+    row_product,
+)
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.export.onnx.writer import GraphWriter, WeightFile
 from pocketvlm.models.layers import Part
@@ -61,6 +67,45 @@ def run_product(
         folder / "layer.onnx", options, providers=["CPUExecutionProvider"]
     )
     return session.run(None, {"inputs": inputs.numpy()})[0]
+
+
+@pytest.mark.parametrize("over", ["tile", "row"])
+def test_sums_of_the_largest_codes_do_not_saturate(tmp_path: Path, over: RoundedOver) -> None:
+    form = quantize_affine(torch.ones(16, 64), 8, None, symmetric=True)
+    found = run_product(tmp_path, form, torch.ones(1, 3, 64), None, over)
+    np.testing.assert_allclose(found, 64, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_weights_that_are_made_do_not_saturate(tmp_path: Path, sign: int) -> None:
+    """The session's setting reaches constants alone, so they are made in the type that is safe."""
+    names = ("made.codes", "made.scales")
+    with WeightFile(tmp_path / "weights.bin") as weights:
+        unpack = GraphWriter("unpack", weights, opset=18)
+        dense = unpack.constant("dense", np.full((16, 64), sign, np.float32))
+        narrow_rows(unpack, "made", dense, names)
+        layer = GraphWriter("layer", weights, opset=18)
+        found = row_product(layer, "layer", ("inputs", *names), None, is_made=True)
+        layer.node("Identity", [found], name="outputs", output="outputs")
+        made = [
+            TensorSignature(name=names[0], dtype="uint8", shape=(64, 16)),
+            TensorSignature(name=names[1], dtype="float32", shape=(16,)),
+        ]
+        inputs = TensorSignature(name="inputs", dtype="float32", shape=(1, "n", 64))
+        outputs = TensorSignature(name="outputs", dtype="float32", shape=(1, "n", 16))
+        unpack.save(tmp_path / "unpack.onnx", [], made)
+        layer.save(tmp_path / "layer.onnx", [inputs, *made], [outputs])
+    options = onnxruntime.SessionOptions()
+    require_exact_sums(options)
+    first, second = (
+        onnxruntime.InferenceSession(
+            tmp_path / f"{name}.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        for name in ("unpack", "layer")
+    )
+    codes, scales = first.run(list(names), {})
+    given = {"inputs": np.ones((1, 3, 64), np.float32), names[0]: codes, names[1]: scales}
+    np.testing.assert_allclose(second.run(None, given)[0], 64 * sign, rtol=1e-3)
 
 
 def random_layer(rows: int, seed: int = 0) -> tuple[AffineWeight, Tensor, Tensor]:

@@ -14,14 +14,14 @@ import onnx
 import pytest
 import torch
 
-from pocketvlm.bundle import Bundle, VisualSchedule
+from pocketvlm.bundle import Bundle, TensorSignature, VisualSchedule
 from pocketvlm.checkpoint import Checkpoint
 from pocketvlm.context import RunContext
-from pocketvlm.errors import StorageError, UnsupportedError
+from pocketvlm.errors import BundleError, StorageError, UnsupportedError
 from pocketvlm.export.onnx.target import ToOnnx
 from pocketvlm.pipeline.assemble import write_graphs
 from pocketvlm.reference.random_models import write_tiny_model
-from pocketvlm.reference_graph.activation_rounding import round_per_block
+from pocketvlm.reference_graph.activation_rounding import round_per_block, simulate_activations
 from pocketvlm.reference_graph.forward import decode_logits, new_cache
 from pocketvlm.runtime.engines import spilling_engines
 from pocketvlm.runtime.onnx.made_weights import make_weights
@@ -49,8 +49,8 @@ def tiny(family: str, path: Path) -> Checkpoint:
 
 
 def require_nearest_codes(codes: np.ndarray, scales: np.ndarray, weight: np.ndarray) -> None:
-    """int8 codes [columns, rows] of a matrix, one scale per row, held to float64 row by row."""
-    for code, scale, row in zip(codes.T.astype(np.float64), scales, weight, strict=True):
+    """Codes [columns, rows] of a matrix, one scale per row, held to float64 row by row."""
+    for code, scale, row in zip(codes.T.astype(np.float64) - 128, scales, weight, strict=True):
         step = max(abs(x) for x in row) / 127
         assert scale == pytest.approx(step, rel=1e-6)
         # Codes of few levels have many ties, which may fall either way in float32.
@@ -92,6 +92,26 @@ def test_rows_are_made_of_the_codes_of_the_decoder(
     state = PlanState.of_checkpoint(checkpoint)
     held = sum(values.nbytes for values in made.values())
     assert held == LONG.prefill_bytes(state.spec, state.layouts)
+
+
+def test_weights_that_would_saturate_are_refused(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = quantize_checkpoint(Checkpoint.load(tiny_paths["llava"]), 4)
+    bundle = write_bundle(checkpoint, tmp_path / "bundle")
+    components = tuple(
+        replace(each, outputs=tuple(_as_signed(one) for one in each.outputs))
+        if each.role == "unpack"
+        else each
+        for each in bundle.manifest.components
+    )
+    older = replace(bundle, manifest=replace(bundle.manifest, components=components))
+    with pytest.raises(BundleError, match=r"codes as int8 of .* types uint8, float32"):
+        make_weights(older, 1)
+
+
+def _as_signed(output: TensorSignature) -> TensorSignature:
+    return replace(output, dtype="int8") if output.dtype == "uint8" else output
 
 
 def test_what_is_made_may_lie_in_a_file(
@@ -139,7 +159,7 @@ def multiply_rows(checkpoint: Checkpoint, made: Made) -> None:
     """Has torch multiply what a bundle makes, every token rounded by itself."""
     for names in products(checkpoint):
         codes, scales = rows_of(made, names)
-        dense = torch.from_numpy(codes.T * scales[:, None])
+        dense = torch.from_numpy((codes.T.astype(np.float32) - 128) * scales[:, None])
         rows = [checkpoint.form(name).shape[0] for name in names]
         for name, own in zip(names, dense.split(rows), strict=True):
             checkpoint.set_form(name, DenseWeight(values=own.clone()))
@@ -184,6 +204,47 @@ def test_the_cache_holds_what_torch_says(
             error = np.linalg.norm(found - torches) / np.linalg.norm(torches)
             assert error < (0.005 if is_int8 else 0.003)
             assert error < 0.4 * np.linalg.norm(found - others) / np.linalg.norm(torches)
+
+
+@pytest.mark.parametrize("family", ["lfm2-vl", "smolvlm"])
+def test_a_simulation_follows_long_calls(family: str, tmp_path: Path) -> None:
+    checkpoint = quantize_checkpoint(tiny(family, tmp_path / "model"), 4, 16)
+    runner = OnnxRunner(write_bundle(checkpoint, tmp_path / "bundle"), threads=1, capacity=64)
+    _, _, prompt = make_prompt(checkpoint)
+    last = prompt.embeds.shape[1] - 1
+    logits = runner.decode(prompt.wide.numpy(), prompt.positions_of(0).numpy())
+
+    def simulate(least: int | None) -> tuple[np.ndarray, np.ndarray]:
+        cache = new_cache(checkpoint)
+        with (
+            torch.inference_mode(),
+            simulate_activations(checkpoint, "onnx", int8_prefill_rows=least),
+        ):
+            found = decode_logits(checkpoint, prompt, cache, last_only=True)[0, 0].numpy()
+        blocks = checkpoint.spec.decoder.attention_blocks
+        return found, cache.rows(blocks[-1])[0][0, :, :last].numpy()
+
+    def error(found: np.ndarray, other: np.ndarray) -> float:
+        return float(np.linalg.norm(found - other) / np.linalg.norm(other))
+
+    (long, rows), (short, others) = simulate(LEAST), simulate(None)
+    blocks = checkpoint.spec.decoder.attention_blocks
+    held = runner._cache[f"{blocks[-1]}.key"][0, :, :last]
+    assert error(held, rows) < 0.001
+    assert error(held, rows) < 0.1 * error(held, others)
+    assert error(logits, long) < 0.1 * error(logits, short)
+    # A call of fewer rows is the decoder's.
+    np.testing.assert_array_equal(simulate(last + 2)[0], short)
+    np.testing.assert_array_equal(simulate(last + 1)[0], long)
+
+
+def test_other_arithmetics_have_no_long_calls(tiny_paths: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.load(tiny_paths["smolvlm"])
+    with (
+        pytest.raises(ValueError, match="int8_prefill_rows is the ONNX target's"),
+        simulate_activations(checkpoint, "executorch", int8_prefill_rows=LEAST),
+    ):
+        pass
 
 
 def test_short_calls_and_generated_tokens_are_the_decoders(
