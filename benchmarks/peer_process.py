@@ -1,4 +1,4 @@
-"""Other runtimes beside ours: each serves a benchmark from an environment of its own.
+"""Other runtimes beside ours: each serves a benchmark from its own environment.
 
 A worker is a script that is started with a model, a number of threads and a clock. It says `ready`
 once it has loaded what it exports on its first start, and answers each line with one line of JSON.

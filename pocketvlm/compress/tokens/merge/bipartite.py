@@ -48,10 +48,18 @@ class MergedTokens:
         )
 
 
+_STEP = 4
+"""A step merges one token of this many."""
+
+
 def merge_to(tokens: MergedTokens, keep: int) -> MergedTokens:
-    """Merges until `keep` tokens remain; a step merges up to half of them."""
-    while tokens.features.shape[1] > keep:
-        tokens = merge_similar(tokens, max(keep, tokens.features.shape[1] // 2))
+    """Merges until `keep` tokens remain; a step merges up to a quarter of them.
+
+    Half of them could go in a step. Then every even token would, whatever it is like, and worth
+    would count for nothing.
+    """
+    while (count := tokens.features.shape[1]) > keep:
+        tokens = merge_similar(tokens, max(keep, count - max(1, count // _STEP)))
     return tokens
 
 

@@ -1,8 +1,9 @@
 """Similarity merging, and Turbo's variant of it, which spares what the tower attends to.
 
 `similar`: AIM (Zhong et al., arXiv 2412.03248), stage 1, merges the tokens that leave the vision
-encoder with ToMe's matching, half of them per step. AIM merges after the projector, this before
-it, so that the projector runs on k tokens. `semantic_weight` above 0 is Turbo (Ju et al., "Turbo:
+encoder with ToMe's matching. AIM merges after the projector, this before it, so that the projector
+runs on k tokens; AIM merges half of them per step, this a quarter, so that which tokens merge is a
+choice. `semantic_weight` above 0 is Turbo (Ju et al., "Turbo:
 Informativity-Driven Acceleration Plug-In for Vision-Language Large Models", arXiv 2407.11717,
 eq. 3): what speaks for merging a token is its likeness to another, minus its semantic value, the
 attention that the tower pays to it. Turbo does so in every block of the tower; this does it once.
