@@ -201,6 +201,10 @@ ARTIFACTS = {
 ERRORS = {"onnx": 1e-4, "executorch": 1e-4, "coreml": 1e-5, "coreml-float16": 1e-2}
 """Of a prompt's logits, by their largest; half precision has three digits."""
 
+TIES = {**dict.fromkeys(ARTIFACTS, 0.0), "coreml-float16": ERRORS["coreml-float16"]}
+"""Logits this close are a tie, by their largest: rounding in half precision decides, which numpy
+does otherwise on other processors."""
+
 WIDE, SQUARE = (150, 60), (50, 50)
 
 
@@ -252,7 +256,7 @@ def test_an_artifact_answers_as_the_stock_model_does(
     first = talk.ask("what is it?", wide, max_new_tokens=32)
     asked = user_turn("what is it?", 1)
     expected = stock_answer(path, (asked,), (WIDE,))
-    assert list(first.token_ids) == expected.generated
+    require_greedy(first.token_ids, expected.generated, logits, TIES[artifact])
     assert len(set(first.token_ids)) >= FEWEST_WORDS
     # The last row of the prompt, whose call is the first to return logits of the answer.
     prefill, stock = logits[len(logits) - len(first.token_ids)], expected.logits[-1]
@@ -268,10 +272,33 @@ def test_an_artifact_answers_as_the_stock_model_does(
     second = talk.ask("and this?", square, max_new_tokens=8)
     assert checkpoint.processor.tiles([wide, square]) == TILES.get(path.name, [1, 1])
     turns = (asked, Turn(role="assistant", parts=(first.text,)), user_turn("and this?", 1))
-    assert list(second.token_ids) == stock_answer(path, turns, (WIDE, SQUARE)).generated[:8]
+    wanted = stock_answer(path, turns, (WIDE, SQUARE)).generated[:8]
+    require_greedy(second.token_ids, wanted, logits, TIES[artifact])
     # Where all rows of a prompt see each other, a longer prompt has none of the old rows.
     is_whole = checkpoint.spec.decoder.mutual_rows == "prompt"
     assert (second.timings.reused_tokens == 0) == is_whole
+
+
+def require_greedy(
+    found: Sequence[int],
+    expected: Sequence[int],
+    logits: Sequence[npt.NDArray[np.float32]],
+    tie: float,
+) -> None:
+    """Requires the tokens that are expected, up to the first of two whose logits are a tie.
+
+    Args:
+        found: Tokens of the artifact.
+        expected: Tokens of stock.
+        logits: Of the artifact, of all calls; the last ones gave these tokens.
+        tie: See `TIES`; 0 allows none.
+    """
+    assert len(found) == len(expected)
+    rows = logits[len(logits) - len(found) :]
+    for ours, theirs, row in zip(found, expected, rows, strict=True):
+        if ours != theirs:  # what follows answers another text
+            assert row[ours] - row[theirs] < tie * np.abs(row).max(), (found, expected)
+            return
 
 
 def skip_covered(path: Path, artifact: str, config: pytest.Config) -> None:
