@@ -36,11 +36,12 @@ transformers does: the same logits in torch, and in the bundle 32 equal greedy t
 and pixels of the stock processor, with several pictures and in a second turn, on ONNX Runtime,
 ExecuTorch and the evaluator of Core ML programs. Logits of the prompt are within 1e-4 of the
 largest on each of them, with `precision: float32` for Core ML; in float16, its default, within
-1e-2, and two tokens whose logits are as close are equal to it. The last column names where a bundle of it passes its certificate after what `{recipe}` does,
-half of the visual tokens and int4 everywhere. On ONNX (`accuracy_level: 0`) and Core ML activations
-are not rounded there. ExecuTorch's kernels always round them to int8, which adds up from block to
-block and costs a random model [more than a trained one](parity.md#random-weights): its programs
-hold as few blocks as their family allows, one of each kind.
+1e-2, and two tokens whose logits are as close are equal to it. The last column names where a
+bundle of it passes its certificate after what `{recipe}` does, half of the visual tokens and int4
+everywhere. On ONNX (`accuracy_level: 0`) and Core ML activations are not rounded there.
+ExecuTorch's kernels always round them to int8, which adds up from block to block and costs a random
+model [more than a trained one](parity.md#random-weights): its programs hold as few blocks as their
+family allows, one of each kind.
 
 This page is written by the tests that compare them (`python -m tests.contracts.families_page >
 docs/families.md`). `make test` leaves out ExecuTorch programs whose operators another model's has,
