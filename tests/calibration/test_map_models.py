@@ -136,7 +136,9 @@ def test_gradients_are_those_of_the_whole_model(checkpoint, samples):
         found[part.name] += torch.einsum("nto,nti->oi", part.outputs, part.inputs)
     for name in linears:
         error = (found[name] - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-4, name
+        # Those of queries nearly cancel out: with another order of sums, by the number of threads
+        # or the processor, 2e-4 to 6e-4 of granite-vision's differ.
+        assert error < 1e-3, name
 
 
 def test_regional_gradients_are_those_of_a_block_alone(checkpoint, samples):

@@ -133,9 +133,13 @@ def narrow_rows(graph: GraphWriter, name: str, dense: str, outputs: tuple[str, s
 
 
 def float_product(graph: GraphWriter, name: str, operands: tuple[str, str, str]) -> str:
-    """The same in float32, with a matrix that is expanded when a session starts."""
+    """The same in float32, with a matrix that is expanded when a session starts.
+
+    Not by DequantizeLinear: where the processor lacks VNNI, the setting against saturation
+    (`runtime.onnx.engine.EXACT_SUMS`) makes its codes unsigned, and its zero point a single one.
+    """
     inputs, codes, scales = operands
-    dense = graph.node("DequantizeLinear", [codes, scales], name=f"{name}.dense", axis=0)
+    dense = _expanded(graph, name, codes, scales, f"{name}.dense")
     return graph.node("FusedMatMul", [inputs, dense], name=name, domain=CONTRIB, transB=1)
 
 
@@ -150,11 +154,16 @@ def table_rows(graph: GraphWriter, name: str, codes: str, scales: str, ids: str)
         ids: int64 [1, L]: which rows.
     """
     taken = graph.node("Gather", [codes, ids], name=f"{name}.taken")
-    taken = graph.node("Cast", [taken], name=f"{name}.float32", to=1)
     steps = graph.node("Gather", [scales, ids], name=f"{name}.steps")
+    return _expanded(graph, name, taken, steps, name)
+
+
+def _expanded(graph: GraphWriter, name: str, codes: str, scales: str, output: str) -> str:
+    """Codes [..., columns] as floats, each row by its scale [...]."""
+    wide = graph.node("Cast", [codes], name=f"{name}.float32", to=1)
     last = graph.constant("int8.last_axis", np.array([-1], np.int64))
-    steps = graph.node("Unsqueeze", [steps, last], name=f"{name}.columns")
-    return graph.node("Mul", [taken, steps], name=name)
+    steps = graph.node("Unsqueeze", [scales, last], name=f"{name}.columns")
+    return graph.node("Mul", [wide, steps], name=output)
 
 
 def _spread(graph: GraphWriter, name: str, rows: str) -> tuple[str, str]:
