@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from perplexity_rows import judge, perplexity
+from real_decoder_checkpoint import ensure_checkpoint
 from real_decoder_rows import Row, Setup, Size, read_row, row_path, spell_tables, write_row
 from real_decoder_text import calibration_set, judging_set
 from real_decoder_variants import VARIANTS, Shared
@@ -44,14 +45,7 @@ _OTHERS = 4  # one piece of this many is of scikit-learn, the others of Python
 
 def run(work: Path, names: Sequence[str], seeds: Sequence[int], size: Size) -> None:
     """Measures the rows that are not there yet, seed after seed."""
-    model = work / "model"
-    if not model.is_dir():
-        from real_decoder_checkpoint import build_checkpoint
-
-        aside = work / "model.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        build_checkpoint(aside)
-        aside.rename(model)
+    model = ensure_checkpoint(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(model, **STOCK_ONLY)
     others = size.pieces // _OTHERS
     text = judging_set(

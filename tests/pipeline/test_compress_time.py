@@ -27,6 +27,7 @@ from pocketvlm.pipeline.sources import load_checkpoint, resolve_calibration
 from pocketvlm.recipes.load import load_recipe
 from pocketvlm.reference.shapes import load_shape
 from pocketvlm.weights.dense import DenseWeight
+from pocketvlm.weights.modules import FormLinear
 
 SHAPE = load_shape("smolvlm-256m")
 INT4 = load_recipe("int4-small")
@@ -170,30 +171,34 @@ def test_three_layers_tell_columns_weights_and_feedback_apart():
         assert ROUNDING.seconds(rows, columns, chunks=1) == pytest.approx(took)
 
 
-def test_the_walk_computes_as_often_as_it_is_counted(tiny_paths, monkeypatch):
-    """Tokens that enter moments, times their channels, of a real run on a tiny model."""
+@pytest.mark.parametrize("counts", ["moments", "products"])
+def test_the_walk_computes_as_often_as_it_is_counted(tiny_paths, monkeypatch, counts):
+    """Moments, and products with weights, of a real run on a tiny model."""
     recipe = load_recipe("int4-small", ["calibration.samples=16"])
-    path = tiny_paths["llava"]
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(tiny_paths["llava"])
     calibration = resolve_calibration(recipe.calibration, pictures=None)
     text = BlockWalk(checkpoint=checkpoint, samples=calibration).counts.text / 16
     monkeypatch.setattr(predict, "_TEXT_TOKENS", text)  # a token is a byte in the tiny model
     state = plan_stages(recipe.stages, checkpoint.spec, recipe.targets)
-    free = {**dict.fromkeys(_RATES, 1e30), "moment_macs_s": 1.0, "rounding": _FREE}
-    keep(replace(RATES, **free))
+    rate = {"moments": "moment_macs_s", "products": "product_macs_s"}[counts]
+    keep(replace(RATES, **{**dict.fromkeys(_RATES, 1e30), rate: 1.0, "rounding": _FREE}))
     predicted = predict_compress_time(state, recipe.stages, samples=16).seconds["1"]
-    counted = 0.0
-    add = SecondMoment.add
+    counted = dict.fromkeys(("moments", "products"), 0.0)
+    add, forward = SecondMoment.add, FormLinear.forward
 
-    def counting(self, inputs, weights=None):
-        nonlocal counted
-        counted += inputs.numel() * self.width
+    def adding(self, inputs, weights=None):
+        counted["moments"] += inputs.numel() * self.width
         add(self, inputs, weights)
 
-    monkeypatch.setattr(SecondMoment, "add", counting)
+    def multiplying(self, inputs):
+        counted["products"] += inputs.numel() * self.form.shape[0]
+        return forward(self, inputs)
+
+    monkeypatch.setattr(SecondMoment, "add", adding)
+    monkeypatch.setattr(FormLinear, "forward", multiplying)
     for stage in recipe.stages:
         checkpoint = stage.apply(checkpoint, calibration, RunContext())
-    assert predicted == pytest.approx(counted, rel=0.05)
+    assert predicted == pytest.approx(counted[counts], rel=0.05)
 
 
 _RATES = [item.name for item in fields(CompressRates)][1:-1]

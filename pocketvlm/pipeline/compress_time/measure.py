@@ -62,9 +62,10 @@ def calibrate_compress(threads: int, ctx: RunContext | None = None) -> CompressC
     """
     processor, cores, _ = machine_identity()
     rates: list[CompressRates] = []
-    for count in sorted({1, threads}):
+    counts = sorted({1, threads})
+    for count in counts:
         if ctx is not None:
-            ctx.report("calibrate", len(rates), 1, f"compress, {count} threads")
+            ctx.report("calibrate", len(rates), len(counts), f"compress, {count} threads")
         rates.append(measure_compress_rates(count))
     found = CompressCalibration(
         schema=SCHEMA,

@@ -85,20 +85,19 @@ def predict_compress_time(
     if not computing:
         return None
     unknown = [stage.method for stage in computing if not isinstance(stage, Gptq)]
-    calibration = read_compress_calibration()
-    basis, rates = "", tuple[CompressRates, ...]()
+    weights = sum(linear.in_features * linear.out_features for linear in state.spec.linears())
     if unknown:
         basis = f"nothing was measured of {', '.join(dict.fromkeys(unknown))}"
-    elif isinstance(calibration, str):
-        basis = calibration
-    else:
-        basis, rates = f"calibrated {calibration.measured_at}", calibration.rates
+        return CompressTime(basis=basis, samples=samples, weights=weights, seconds={})
+    found = read_compress_calibration()
+    if isinstance(found, str):
+        return CompressTime(basis=found, samples=samples, weights=weights, seconds={})
     walks = [_Walk.of(state, stage, samples) for stage in computing if isinstance(stage, Gptq)]
     return CompressTime(
-        basis=basis,
+        basis=f"calibrated {found.measured_at}",
         samples=samples,
-        weights=sum(linear.in_features * linear.out_features for linear in state.spec.linears()),
-        seconds={str(one.threads): sum(walk.seconds(one) for walk in walks) for one in rates},
+        weights=weights,
+        seconds={str(one.threads): sum(walk.seconds(one) for walk in walks) for one in found.rates},
     )
 
 

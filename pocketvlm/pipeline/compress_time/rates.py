@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pocketvlm.compress.quantization.affine.grid import GridKind
 from pocketvlm.device_bench.prediction.calibration.host_file import (
+    Condition,
     calibration_path,
     keep_measured,
     machine_identity,
@@ -136,17 +137,14 @@ def keep_compress_calibration(found: CompressCalibration) -> None:
 
 def read_compress_calibration() -> CompressCalibration | str:
     """The calibration of this host, or why there is none that holds."""
+    return read_measured(CompressCalibration, compress_calibration_path(), SCHEMA, _conditions)
+
+
+def _conditions(found: CompressCalibration) -> Iterator[Condition]:
     processor, cores, _ = machine_identity()
-    return read_measured(
-        CompressCalibration,
-        compress_calibration_path(),
-        SCHEMA,
-        lambda found: (
-            ("processor", found.processor, processor),
-            ("number of cores", found.cores, cores),
-            ("version of torch", found.torch, torch_version()),
-        ),
-    )
+    yield "processor", found.processor, processor
+    yield "number of cores", found.cores, cores
+    yield "version of torch", found.torch, torch_version()
 
 
 def torch_version() -> str:

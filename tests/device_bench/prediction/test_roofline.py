@@ -20,6 +20,7 @@ from pocketvlm.device_bench.prediction.operators import (
     Elementwise,
     Product,
     TowerAttention,
+    Work,
 )
 from pocketvlm.device_bench.prediction.predicted import beside_measured
 from pocketvlm.device_bench.prediction.rates import (
@@ -318,3 +319,13 @@ def test_nothing_stands_beside_a_figure_that_is_not_published():
     )
     (row,) = beside_measured(arm, times=times, ram_bytes=300)
     assert row.name == "vision_ms"
+
+
+def test_counts_are_bounded_as_they_are_stored_and_not_as_rows_multiply_them():
+    most = 2**60
+    work = Work(products=(), elementwise=(Elementwise(kind="norm", elements=most),))
+    assert next(work.of_rows(64)).elements == 64 * most
+    with pytest.raises(ValueError, match="elements must be 0 to 1,152,921,504,606,846,976"):
+        Work(products=(), elementwise=(Elementwise(kind="norm", elements=most + 1),))
+    with pytest.raises(ValueError, match="rows, weights, nodes must be at least 0"):
+        Product(kernel=FLOAT_KERNEL, rows=-1, weights=1)

@@ -22,6 +22,7 @@ from pocketvlm.compress.tokens.rank.tower_attention import tower_attention
 from pocketvlm.compress.tokens.reducer import Reducer
 from pocketvlm.graph.selection import (
     cosine_similarity,
+    count_after_step,
     gather_tokens,
     order_tokens,
     split_indices,
@@ -31,9 +32,6 @@ from pocketvlm.models.reducer import PositionPolicy, ReducerInputs, TokenReducer
 from pocketvlm.models.spec import ModelSpec
 
 __all__ = ["ImportantDiverse", "ImportantDiverseReducer", "drop_duplicates"]
-
-_STEP = 4
-"""A step removes one token of this many."""
 
 
 def drop_duplicates(features: Tensor, indices: Tensor, keep: int) -> Tensor:
@@ -50,7 +48,7 @@ def drop_duplicates(features: Tensor, indices: Tensor, keep: int) -> Tensor:
     while (count := indices.shape[1]) > keep:
         even, odd = features[:, ::2], features[:, 1::2]
         closest = cosine_similarity(even, odd).topk(1, dim=-1).values[..., 0]
-        left = even.shape[1] - min(count - keep, max(1, count // _STEP))
+        left = count_after_step(count, keep) - odd.shape[1]
         names = indices[:, 1::2]
         if left:
             stay = top_indices(-closest, left)

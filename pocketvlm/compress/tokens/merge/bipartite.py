@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketvlm.graph.selection import cosine_similarity, gather_tokens, order_tokens, split_indices
+from pocketvlm.graph.selection import (
+    cosine_similarity,
+    count_after_step,
+    gather_tokens,
+    order_tokens,
+    split_indices,
+)
 
 __all__ = ["MergedTokens", "merge_similar", "merge_to"]
 
@@ -48,18 +54,10 @@ class MergedTokens:
         )
 
 
-_STEP = 4
-"""A step merges one token of this many."""
-
-
 def merge_to(tokens: MergedTokens, keep: int) -> MergedTokens:
-    """Merges until `keep` tokens remain; a step merges up to a quarter of them.
-
-    Half of them could go in a step. Then every even token would, whatever it is like, and worth
-    would count for nothing.
-    """
+    """Merges until `keep` tokens remain."""
     while (count := tokens.features.shape[1]) > keep:
-        tokens = merge_similar(tokens, max(keep, count - max(1, count // _STEP)))
+        tokens = merge_similar(tokens, count_after_step(count, keep))
     return tokens
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -93,17 +93,14 @@ def keep_calibration(found: HostCalibration) -> None:
 
 def read_calibration() -> HostCalibration | str:
     """The calibration of this machine, or why there is none that holds."""
+    return read_measured(HostCalibration, calibration_path(), SCHEMA, _conditions)
+
+
+def _conditions(found: HostCalibration) -> Iterator[Condition]:
     processor, cores, runtime = machine_identity()
-    return read_measured(
-        HostCalibration,
-        calibration_path(),
-        SCHEMA,
-        lambda found: (
-            ("processor", found.processor, processor),
-            ("number of cores", found.cores, cores),
-            ("ONNX Runtime", found.onnxruntime, runtime),
-        ),
-    )
+    yield "processor", found.processor, processor
+    yield "number of cores", found.cores, cores
+    yield "ONNX Runtime", found.onnxruntime, runtime
 
 
 def keep_measured(path: Path, found: Measured) -> None:
@@ -131,7 +128,8 @@ def read_measured(
         kind: The class of the file.
         path: The file.
         schema: The version that is read.
-        conditions: Under which it was measured, beside those of now.
+        conditions: Under which it was measured, beside those of now; asked only where there is a
+            file, since a plan that needs none should not wait for the machine's facts.
     """
     again = "run pocketvlm bench --calibrate-host"
     if not path.exists():
